@@ -1,0 +1,125 @@
+"""Frozen, resolved configuration: what the user asked for, checked before anything is allocated.
+
+It owns the fields, their defaults and the checks that need no model; it must not import torch
+or know how any option is carried out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from longspan.errors import ConfigError
+
+SCHEDULE_NAMES = ("auto", "local", "gather_q", "gather_kv")
+EXECUTOR_NAMES = ("threads", "processes")
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+
+
+def require(ok: bool, field_name: str, value: object, problem: str, remedy: str) -> None:
+    """Raise `ConfigError` unless `ok`."""
+    if not ok:
+        raise ConfigError(field_name, value, problem, remedy)
+
+
+def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
+    require(value in choices, field_name, value, "unknown choice", f"use one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the rank grid; world = pcp · tp, and dcp re-uses ranks of the TP group."""
+
+    tensor_parallel_size: int = 1
+    prefill_context_parallel_size: int = 1
+    decode_context_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "prefill_context", "decode_context"):
+            size = getattr(self, f"{name}_parallel_size")
+            require(size >= 1, f"{name}_parallel_size", size, "must be at least 1", "use 1 for no sharding")
+        tp, dcp = self.tensor_parallel_size, self.decode_context_parallel_size
+        divisors = [str(n) for n in range(1, tp + 1) if tp % n == 0]
+        require(
+            tp % dcp == 0,
+            "decode_context_parallel_size",
+            dcp,
+            f"must divide tensor_parallel_size={tp}, whose ranks it re-uses",
+            f"use one of {', '.join(divisors)}, or change tensor_parallel_size",
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright."""
+
+    page_size: int = 16
+    memory_bytes: int = 1 << 30
+    pages_per_shard: tuple[int, ...] | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.page_size >= 1, "page_size", self.page_size, "must be at least 1", "16 is the default")
+        require(self.memory_bytes > 0, "memory_bytes", self.memory_bytes, "must be positive", "give bytes")
+        for pages in self.pages_per_shard or (1,):
+            require(pages >= 1, "pages_per_shard", pages, "must be at least 1", "give every shard a page")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How work is batched.
+
+    `max_num_batched_tokens` is the number of new tokens a step computes over all ranks;
+    contexts of up to `local_context` tokens stay on one shard; `schedule` forces what travels.
+    """
+
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    local_context: int = 512
+    schedule: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "must be at least 1", "give a positive number")
+        if self.max_model_len is not None:
+            require(self.max_model_len >= 1, "max_model_len", self.max_model_len, "must be at least 1",
+                    "give a positive number of tokens, or leave it out to use the model's own limit")
+        require(self.local_context >= 0, "local_context", self.local_context, "must not be negative",
+                "use 0 to spread every context")
+        require_choice("schedule", self.schedule, SCHEDULE_NAMES)
+        require(
+            self.max_num_seqs <= self.max_num_batched_tokens, "max_num_seqs", self.max_num_seqs,
+            f"exceeds max_num_batched_tokens={self.max_num_batched_tokens}, so a full batch could not decode",
+            "lower max_num_seqs or raise max_num_batched_tokens",
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine and its workers need to start; plain data, so it travels to processes."""
+
+    model: str
+    dtype: str = "auto"
+    executor: str = "threads"
+    seed: int = 0
+    num_threads: int | None = None
+    debug: bool = False
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DTYPE_NAMES)
+        require_choice("executor", self.executor, EXECUTOR_NAMES)
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
+        if self.num_threads is not None:
+            require(self.num_threads >= 1, "num_threads", self.num_threads, "must be at least 1",
+                    "leave it out to share the machine's cores among the ranks")
+        dcp = self.parallel.decode_context_parallel_size
+        require(
+            self.scheduler.schedule != "local" or dcp == 1, "schedule", "local",
+            f"decode_context_parallel_size={dcp} splits a head group's queries from its pages, so they must travel",
+            "use --schedule auto, or decode_context_parallel_size=1",
+        )

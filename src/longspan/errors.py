@@ -1,0 +1,69 @@
+"""The exception tree: every failure a user can meet, each naming field, value and remedy.
+
+It owns the types only; it knows nothing of what raises them.
+
+    LongspanError
+    ├── ConfigError        an option or a combination of options is impossible
+    ├── ModelError         the model's files cannot be used
+    │   ├── ModelNotFound      no such folder, file or hub id
+    │   ├── UnsupportedModel   an architecture, rope type or quantisation this version lacks
+    │   └── WeightError        a tensor is missing, extra, misshapen or its file is damaged
+    ├── RequestError       one request cannot be served; others are not touched
+    │   └── ContextOverflow    prompt + max_tokens exceed what the engine can hold
+    └── EngineError        the engine itself failed
+        └── WorkerDied         a rank's process or thread ended
+"""
+
+
+class LongspanError(Exception):
+    """Root of the tree. `str(error)` is one message a user can act on."""
+
+
+class ConfigError(LongspanError, ValueError):
+    """An option, or a combination of options, is impossible.
+
+    The message has the form `field=value: what is wrong; remedy`.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        super().__init__(f"{field}={value}: {problem}; {remedy}")
+
+
+class ModelError(LongspanError):
+    """The model's files cannot be used."""
+
+
+class ModelNotFound(ModelError):
+    """No such folder, file or hub id."""
+
+
+class UnsupportedModel(ModelError):
+    """An architecture, rope type or quantisation this version does not have."""
+
+
+class WeightError(ModelError):
+    """A tensor is missing, extra or misshapen, or the file that holds it is damaged."""
+
+
+class RequestError(LongspanError, ValueError):
+    """One request cannot be served; others are not touched.
+
+    The message has the form `field=value: what is wrong; remedy`.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        super().__init__(f"{field}={value}: {problem}; {remedy}")
+
+
+class ContextOverflow(RequestError):
+    """Prompt and max_tokens together exceed what the engine can ever hold."""
+
+
+class EngineError(LongspanError):
+    """The engine itself failed; requests in flight are lost."""
+
+
+class WorkerDied(EngineError):
+    """A rank's process or thread ended while the engine needed it."""

@@ -1,0 +1,120 @@
+"""What a user asks for and what comes back: sampling parameters, requests and outputs.
+
+It owns these records and the checks on sampling parameters; it must not know how a request is
+scheduled, sharded or computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from longspan.errors import RequestError
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended, in OpenAI's words plus `abort`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; names and meanings follow vLLM's.
+
+    temperature 0 is greedy. `top_k` 0 or -1 means all tokens. `seed` fixes the tokens of this
+    request however it is batched or sharded. `logprobs` asks for that many alternatives a token.
+    `max_tokens` None means "until the context is full".
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check(self.n >= 1, "n", self.n, "must be at least 1")
+        _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", self.max_tokens,
+               "must not be negative")
+        _check(self.temperature >= 0, "temperature", self.temperature, "must not be negative; 0 is greedy")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
+        _check(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (both: all tokens) or positive")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
+        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty,
+               "must be positive; 1 is none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2 <= value <= 2, name, value, "must be in [-2, 2]")
+        _check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1")
+        _check(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs,
+               "must be in 0..100")
+        _check("" not in self.stop, "stop", list(self.stop), "must not hold an empty string")
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must see the request's earlier tokens."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _check(ok: bool, name: str, value: object, problem: str) -> None:
+    if not ok:
+        raise RequestError(name, value, problem, f"change {name}")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities of the sampled token and of the most likely ones, best first."""
+
+    sampled: float
+    top_ids: tuple[int, ...]
+    top_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One sampled token of one request, as a worker returns it."""
+
+    request_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One of the `n` completions of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """What has become of a request so far. `outputs` holds its `n` completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
