@@ -1,0 +1,90 @@
+"""One rank's attention: write own KV, diagonal ⊕ off-diagonal, merge (idea 4).
+
+It owns the order of these within a layer; what travels is the schedule's business, how a kernel
+computes the backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.attention.backends.base import Backend
+from longspan.attention.partial import Partial, concatenate, merge
+from longspan.attention.pool import KVPool, SlotWriter
+from longspan.attention.schedules import SCHEDULES, Heads, Join
+from longspan.parallel.collectives import Collectives
+from longspan.view import ClassView, RankView
+
+
+class Attention:
+    """The attention of all layers on one rank; call `begin` with each step's view first."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        backend: Backend,
+        group: Collectives,
+        heads: Heads,
+        scale: float,
+        workspace_tokens: int,
+    ) -> None:
+        self.pool = pool
+        self._backend = backend
+        self._group = group
+        self._heads = heads
+        self._scale = scale
+        self._workspace_tokens = workspace_tokens
+        self._classes: Sequence[ClassView] = ()
+        self._writer = SlotWriter((), 0)
+
+    def begin(self, view: RankView) -> None:
+        """Prepare a step."""
+        self._classes = view.classes
+        self._writer = SlotWriter(view.writes, len(view.positions))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's tokens: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, D]."""
+        kv = self.pool.layers[layer]
+        self._writer.write(kv, k, v)
+        parts = [self._attend_class(view, kv, q, k, v) for view in self._classes]
+        return concatenate(parts).out.to(q.dtype) if parts else torch.zeros_like(q)
+
+    def _attend_class(self, view: ClassView, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        rows = slice(view.start, view.stop)
+        off = self._off_diagonal(view, kv, q)
+        diagonal = self._diagonal(view, q[rows], k[rows], v[rows])
+        return merge([part for part in (diagonal, off) if part is not None])
+
+    def _off_diagonal(self, view: ClassView, kv: Tensor, q: Tensor) -> Partial | None:
+        """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
+        local = q[view.start : view.travel]
+        parts: list[Partial] = []
+        if sum(view.block_rows):
+            join = Join(
+                q[view.travel : view.stop], kv, view, self._heads, self._scale,
+                self._backend, self._group, self._workspace_tokens,
+            )  # fmt: skip
+            parts.append(SCHEDULES[view.schedule](join))
+        if not view.own and not parts and view.diagonal:
+            return None
+        own = self._backend.unmasked(local, view.own, kv, self._heads.own, self._scale)
+        return concatenate([own, *parts])
+
+    def _diagonal(self, view: ClassView, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
+        """Every segment longer than one token against itself; None if there is none."""
+        if not view.diagonal:
+            return None
+        parts: list[Partial] = []
+        at = 0
+        for row, length in view.diagonal:
+            if row > at:
+                parts.append(Partial.empty(row - at, q.shape[1], v.shape[-1], q))
+            at = row + length
+            seg = slice(row, at)
+            parts.append(self._backend.causal(q[seg], k[seg], v[seg], self._heads.own, self._scale))
+        if at < q.shape[0]:
+            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], v.shape[-1], q))
+        return concatenate(parts)

@@ -1,0 +1,72 @@
+"""The algebra of attention (idea 3): partial results and their merge.
+
+It owns `Partial` and its associative, commutative merge; it must not know where partials come
+from or how they travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over part of the keys.
+
+    out [T, H, D] is the softmax-weighted mean of the values seen, lse [T, H] (natural log) the log-sum-exp of
+    the scores; both fp32 (or fp64) whatever the model's dtype. Nothing seen is (0, -inf), the identity of `merge`. Backends hand over nothing
+    else for an empty side: no NaN, no +inf (see `normalised`).
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @staticmethod
+    def empty(tokens: int, heads: int, head_dim: int, like: Tensor) -> Partial:
+        """The identity for `tokens` rows, on the device of `like`, in fp32 or wider."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return Partial(
+            like.new_zeros(tokens, heads, head_dim, dtype=dtype),
+            like.new_full((tokens, heads), float("-inf"), dtype=dtype),
+        )
+
+    @staticmethod
+    def normalised(out: Tensor, lse: Tensor) -> Partial:
+        """The partial of a kernel that may return garbage, NaN or +inf for rows that see nothing."""
+        lse = torch.where(torch.isfinite(lse), lse, float("-inf"))
+        return Partial(torch.where(torch.isneginf(lse)[..., None], 0.0, out), lse)
+
+    def rows(self, start: int, stop: int) -> Partial:
+        """Rows [start, stop)."""
+        return Partial(self.out[start:stop], self.lse[start:stop])
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """The partial over the union of what `parts` saw (disjoint keys, equal shapes).
+
+    m = max lse; w = exp(lse - m); out = Σ w·out / Σ w; lse = m + log Σ w: the online-softmax merge of
+    Milakov & Gimelshein (2018) and FlashAttention. A part of weight 0 is skipped, not multiplied.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.stack([part.lse for part in parts])
+    peak = lse.amax(0)
+    peak = torch.where(torch.isneginf(peak), 0.0, peak)
+    weights = torch.exp(lse - peak)
+    total = weights.sum(0)
+    weights = (weights / torch.where(total > 0, total, 1.0))[..., None]
+    out = torch.zeros_like(parts[0].out)
+    for part, weight in zip(parts, weights, strict=True):
+        out.addcmul_(torch.where(weight > 0, part.out, 0.0), weight)
+    return Partial(out, peak + torch.log(total))
+
+
+def concatenate(parts: Sequence[Partial]) -> Partial:
+    """Rows of `parts` one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))

@@ -1,0 +1,38 @@
+"""Queries travel (pass-Q): all-gather queries, attend own pages, all-to-all the partials, merge.
+
+Bytes do not depend on the length of the context. It owns this choreography and knows the group only
+through its collectives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.attention.partial import Partial, merge
+from longspan.attention.schedules.base import Join
+
+_LABEL = "gather_q"
+
+
+def run(join: Join) -> Partial:
+    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    view, heads = join.view, join.heads
+    rows_of_shard = {
+        shard: rows
+        for shards, rows in zip(heads.shards_of_pcp, view.block_rows, strict=True)
+        for shard in shards
+    }
+    rows = [rows_of_shard[shard] for shard in sorted(rows_of_shard)]
+    queries = join.group.all_gather(join.q, rows, _LABEL)
+    sends: list[torch.Tensor] = [join.q] * len(rows)
+    for shards, block in zip(heads.shards_of_pcp, view.blocks, strict=True):
+        # the members of a TP group hold the same tokens and different heads: attend them together
+        together = torch.cat([queries[shard] for shard in shards], dim=1)
+        part = join.attend_here(together, block.runs, heads.shard)
+        packed = torch.cat([part.out, part.lse[..., None]], dim=-1)
+        for shard, piece in zip(shards, packed.split(heads.own_count, dim=1), strict=True):
+            sends[shard] = piece
+    mine = rows[join.group.rank]
+    shape = (mine, heads.own_count, join.kv.shape[-1] + 1)
+    returned = join.group.all_to_all(sends, [shape] * len(rows), _LABEL)
+    return merge([Partial(packed[..., :-1], packed[..., -1]) for packed in returned])

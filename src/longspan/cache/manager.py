@@ -1,0 +1,107 @@
+"""The pages of all shards together: taking, sharing, letting go, reusing.
+
+It owns reference counts and joins the pools with the prefix cache; it must not decide on which
+shard a page goes (placement does) nor know about ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from longspan.cache.pages import PagePool, PageRef, PageTable
+from longspan.cache.prefix import Key, PrefixCache
+from longspan.errors import EngineError
+
+
+class CacheManager:
+    """Pools, reference counts and prefix cache of one context group.
+
+    `pages_per_shard` may differ between shards. All methods are O(pages touched).
+    """
+
+    def __init__(self, page_size: int, pages_per_shard: Sequence[int], enable_prefix_caching: bool) -> None:
+        self.page_size = page_size
+        self.pools = [PagePool(pages) for pages in pages_per_shard]
+        self.enable_prefix_caching = enable_prefix_caching
+        self.prefix = PrefixCache(len(self.pools))
+        self._holders: dict[PageRef, int] = {}
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self.pools)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all shards."""
+        return sum(pool.num_pages for pool in self.pools)
+
+    def new_table(self) -> PageTable:
+        """An empty page table over these shards."""
+        return PageTable(self.page_size, self.num_shards)
+
+    def available(self, shard: int) -> int:
+        """Pages of `shard` that can be taken now: free ones and idle cached ones."""
+        return self.pools[shard].num_free + self.prefix.idle(shard)
+
+    def total_available(self) -> int:
+        """Pages of all shards that can be taken now."""
+        return sum(self.available(shard) for shard in range(self.num_shards))
+
+    def used(self, shard: int) -> int:
+        """Pages of `shard` that requests hold."""
+        return self.pools[shard].num_pages - self.available(shard)
+
+    def allocate(self, shard: int, after: int | None = None) -> PageRef:
+        """Take a page of `shard`, adjacent to `after` if possible, evicting the oldest idle one if need be."""
+        pool = self.pools[shard]
+        if not pool.num_free:
+            pool.release(self.prefix.evict(shard).index)
+        page = PageRef(shard, pool.allocate(after))
+        self._holders[page] = 1
+        return page
+
+    def match(self, keys: Sequence[Key]) -> list[PageRef]:
+        """Hold and return the cached pages of the longest known prefix of `keys`."""
+        if not self.enable_prefix_caching:
+            return []
+        pages = list(self.prefix.lookup(keys))
+        for page in pages:
+            self._holders[page] = self._holders.get(page, 0) + 1
+            self.prefix.set_busy(page)
+        return pages
+
+    def publish(self, key: Key, page: PageRef) -> None:
+        """Let other requests find a whole, computed page by its content."""
+        if self.enable_prefix_caching:
+            self.prefix.register(key, page)
+
+    def release(self, pages: Iterable[PageRef]) -> None:
+        """Let go of pages; give them in position order: the last ones are evicted first."""
+        for page in reversed(list(pages)):
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if self.prefix.holds(page):
+                self.prefix.set_idle(page)
+            else:
+                self.pools[page.shard].release(page.index)
+
+    def check_integrity(self, tables: Iterable[PageTable]) -> None:
+        """Raise `EngineError` unless every page is held as often as the tables say, idle or free, and never two of these."""
+        expected: dict[PageRef, int] = {}
+        for table in tables:
+            for page in table.pages:
+                expected[page] = expected.get(page, 0) + 1
+        if expected != self._holders:
+            raise EngineError(f"page holders {self._holders} differ from the page tables' {expected}")
+        idle = self.prefix.idle_pages()
+        for shard, pool in enumerate(self.pools):
+            free = {PageRef(shard, index) for index in pool.free_pages()}
+            held = {page for page in self._holders if page.shard == shard}
+            cached = {page for page in idle if page.shard == shard}
+            whole = {PageRef(shard, index) for index in range(pool.num_pages)}
+            disjoint = len(free) + len(held) + len(cached) == len(whole)
+            if free | held | cached != whole or not disjoint or len(free) != pool.num_free:
+                raise EngineError(f"shard {shard} lost or shares pages: free {free}, held {held}, idle {cached}")

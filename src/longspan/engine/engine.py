@@ -1,0 +1,231 @@
+"""The engine: requests in, tokens and text out, one step at a time.
+
+It owns requests from arrival to their last output and what is reported about the engine; it must
+not know how ranks run (the executor does) nor which tokens a step computes (the scheduler does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from longspan.attention.cost import ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.prefix import root_key
+from longspan.config import EngineConfig
+from longspan.engine.completion import Completion
+from longspan.engine.detokenizer import Tokenizer
+from longspan.engine.executors.base import Executor
+from longspan.engine.executors.processes import ProcessExecutor
+from longspan.engine.executors.threads import ThreadExecutor
+from longspan.engine.setup import EngineSetup, resolve
+from longspan.errors import RequestError
+from longspan.parallel.collectives import Traffic
+from longspan.plan import StepPlan
+from longspan.request import FinishReason, RequestOutput, SamplingParams
+from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for reports. Capacity is pages × page size summed over shards."""
+
+    page_size: int
+    capacity_tokens: int
+    pages_per_shard: tuple[int, ...]
+    used_pages_per_shard: tuple[int, ...]
+    peak_pages_per_shard: tuple[int, ...]
+    prefill_schedule: str
+    decode_schedule: str
+    scheduler: SchedulerCounters
+    traffic: Traffic
+
+
+@dataclass
+class _Group:
+    """One user's request and its `n` completions; those not started wait for the first one's prompt pages."""
+
+    output: RequestOutput
+    params: SamplingParams
+    completions: list[Completion]
+    unstarted: list[Completion]
+
+
+def create_executor(setup: EngineSetup) -> Executor:
+    """The executor the configuration names."""
+    kinds = {"threads": ThreadExecutor, "processes": ProcessExecutor}
+    return kinds[setup.config.executor](setup)
+
+
+class Engine:
+    """Continuous batching over an executor. Not thread-safe: one caller steps it.
+
+    Raises `ConfigError` and `ModelError` when built, `RequestError` from `add_request`, `EngineError` from `step`.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None = None, setup: EngineSetup | None = None):
+        self.config = config
+        self.setup = setup or resolve(config)
+        self.tokenizer = tokenizer
+        cache = config.cache
+        self.cache = CacheManager(cache.page_size, self.setup.pages_per_shard, cache.enable_prefix_caching)
+        chooser = ScheduleChooser(
+            self.setup.attention_shape,
+            config.parallel.decode_context_parallel_size,
+            config.scheduler.schedule,
+        )
+        self.scheduler = Scheduler(
+            config.scheduler, self.setup.max_model_len, self.cache, self.setup.grid, chooser,
+            root_key(self.setup.source.name, str(self.setup.dtype), cache.page_size),
+        )  # fmt: skip
+        self.executor = create_executor(self.setup)
+        self._ids = count()
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[int, tuple[_Group, Completion]] = {}
+        self._ended: list[RequestOutput] = []
+        self._schedules = {"prefill": "local", "decode": "local"}
+        self._peak = [0] * self.cache.num_shards
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None
+    ) -> None:
+        """Queue a request. Raises `RequestError` at once if it can never be served."""
+        if request_id in self._groups:
+            raise RequestError("request_id", request_id, "is in use", "choose another")
+        vocabulary = self.setup.model.vocab_size
+        for token in prompt_token_ids:
+            if not 0 <= token < vocabulary:
+                raise RequestError("prompt_token_ids", token, f"is not in 0..{vocabulary - 1}", "check the tokenizer")
+        max_tokens = self.scheduler.check(len(prompt_token_ids), params)
+        seed = self.config.seed if params.seed is None else params.seed
+        completions: list[Completion] = []
+        for index in range(params.n):
+            number = next(self._ids)
+            own = number if params.seed is None else index
+            completions.append(
+                Completion(
+                    number, index, params, max_tokens, (seed + own * _SEED_STRIDE) % (1 << 63),
+                    self.setup.model.eos_token_ids, self.tokenizer,
+                )
+            )  # fmt: skip
+        output = RequestOutput(request_id, prompt, list(prompt_token_ids), [c.output for c in completions])
+        group = _Group(output, params, completions, [])
+        self._groups[request_id] = group
+        if max_tokens == 0:
+            for completion in completions:
+                completion.end(FinishReason.LENGTH)
+            self._close(group)
+            return
+        self._start(group, completions[0])
+        group.unstarted = completions[1:]
+        if not self.config.cache.enable_prefix_caching:
+            self._start_rest(group)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its pages are free for the next step. Unknown ids are ignored."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        for completion in group.completions:
+            if not completion.finished:
+                self._drop(completion)
+                completion.end(FinishReason.ABORT)
+        self._close(group)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work or outputs to give."""
+        return bool(self._groups or self._ended)
+
+    def progress(self, request_id: str) -> tuple[int, int]:
+        """(prompt tokens whose KV is stored, prompt tokens) of a request's first completion: for a progress bar."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return 0, 0
+        total = len(group.output.prompt_token_ids)
+        first = group.completions[0].number
+        running = next((s for s in self.scheduler.running if s.request_id == first), None)
+        return min(running.computed if running else 0, total), total
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; returns the requests that changed, finished ones for the last time."""
+        ended, self._ended = self._ended, []
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return ended
+        sampled = self.executor.submit(plan)
+        self.scheduler.commit(plan, sampled)
+        self._record(plan)
+        changed: dict[str, RequestOutput] = {}
+        for token in sampled:
+            if token.request_id not in self._group_of:
+                continue
+            group, completion = self._group_of[token.request_id]
+            completion.append(token)
+            changed[group.output.request_id] = group.output
+            if completion.finished:
+                self._drop(completion)
+            self._start_rest(group)
+            if all(c.finished for c in group.completions):
+                self._close(group)
+        outputs, self._ended = self._ended, []
+        finished = {output.request_id for output in outputs}
+        return [*ended, *outputs, *(o for i, o in changed.items() if i not in finished)]
+
+    def stats(self) -> EngineStats:
+        """What is in use and what has travelled so far."""
+        return EngineStats(
+            page_size=self.cache.page_size,
+            capacity_tokens=self.setup.capacity_tokens,
+            pages_per_shard=self.setup.pages_per_shard,
+            used_pages_per_shard=tuple(self.cache.used(s) for s in range(self.cache.num_shards)),
+            peak_pages_per_shard=tuple(self._peak),
+            prefill_schedule=self._schedules["prefill"],
+            decode_schedule=self._schedules["decode"],
+            scheduler=self.scheduler.counters(),
+            traffic=self.executor.traffic(),
+        )
+
+    def shutdown(self) -> None:
+        """End every rank; safe to call again."""
+        self.executor.shutdown()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def _start(self, group: _Group, completion: Completion) -> None:
+        self._group_of[completion.number] = (group, completion)
+        self.scheduler.add(completion.number, group.output.prompt_token_ids, group.params, completion.seed)
+
+    def _start_rest(self, group: _Group) -> None:
+        """The prompt's pages can be found now: the other completions share them."""
+        for completion in group.unstarted:
+            self._start(group, completion)
+        group.unstarted = []
+
+    def _drop(self, completion: Completion) -> None:
+        sequence = self.scheduler.finish(completion.number)
+        entry = self._group_of.pop(completion.number, None)
+        if entry and sequence and completion.index == 0:
+            entry[0].output.num_cached_tokens = sequence.cached_tokens
+
+    def _close(self, group: _Group) -> None:
+        group.output.finished = True
+        del self._groups[group.output.request_id]
+        self._ended.append(group.output)
+
+    def _record(self, plan: StepPlan) -> None:
+        for name, schedule, prefill in (
+            ("prefill", plan.prefill_schedule, True),
+            ("decode", plan.decode_schedule, False),
+        ):
+            if any(segment.prefill == prefill for segment in plan.segments):
+                self._schedules[name] = schedule
+        for shard in range(self.cache.num_shards):
+            self._peak[shard] = max(self._peak[shard], self.cache.used(shard))

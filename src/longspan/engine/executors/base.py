@@ -1,0 +1,28 @@
+"""What carries plans to ranks: one interface for threads, processes and what comes later.
+
+It owns the interface; an executor must not look into a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from longspan.parallel.collectives import Traffic
+from longspan.plan import StepPlan
+from longspan.request import SampledToken
+
+
+class Executor(Protocol):
+    """All ranks of an engine."""
+
+    def submit(self, plan: StepPlan) -> list[SampledToken]:
+        """Run one step on every rank; raises `EngineError` (`WorkerDied`) if a rank cannot."""
+        ...
+
+    def traffic(self) -> Traffic:
+        """What all ranks have sent since they started."""
+        ...
+
+    def shutdown(self) -> None:
+        """End every rank; safe to call again."""
+        ...

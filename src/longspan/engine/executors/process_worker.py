@@ -1,0 +1,86 @@
+"""The main program of a worker process: `python -m longspan.engine.executors.process_worker FOLDER RANK`.
+
+It owns the process's life: it starts from the configuration in FOLDER, answers the driver, and ends when
+told to or when the driver is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+
+import msgspec
+import torch
+import zmq
+
+from longspan.config import EngineConfig
+from longspan.engine.executors.messages import FromWorker, Ready, Stepped, TrafficReport, failure
+from longspan.engine.loading import TensorStore
+from longspan.engine.setup import resolve
+from longspan.engine.worker import build_runner, threads_per_rank
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
+from longspan.plan import StepPlan
+
+_WATCH_SECONDS = 0.5
+
+
+def main(folder: Path, rank: int) -> None:
+    """Serve the driver until it says stop or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
+    Thread(target=_end_with_driver, args=(os.getppid(),), daemon=True).start()
+    context = zmq.Context()
+    inbox = context.socket(zmq.PULL)
+    inbox.connect(f"ipc://{folder}/rank-{rank}")
+    results = context.socket(zmq.PUSH)
+    results.connect(f"ipc://{folder}/results")
+
+    def answer(message: FromWorker) -> None:
+        results.send(msgspec.msgpack.encode(message))
+
+    try:
+        _serve(folder, rank, inbox, answer)
+    except BaseException as error:
+        answer(failure(rank, error))
+    finally:
+        context.destroy(linger=1000)
+        leave_world()
+
+
+def _serve(
+    folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[FromWorker], None]
+) -> None:
+    setup = resolve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig))
+    torch.set_num_threads(threads_per_rank(setup))
+    join_world(rank, setup.grid.world_size, str(folder / "store"))
+    traffic = Traffic()
+
+    def open_group(group: Sequence[int]) -> Collectives:
+        return DistributedCollectives(group, rank, traffic)
+
+    runner = build_runner(setup, rank, TensorStore(setup.source.open_checkpoint(), setup.dtype), open_group)
+    answer(Ready(rank))
+    while True:
+        message = inbox.recv()
+        if message == b"stop":
+            return
+        if message == b"traffic":
+            answer(TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
+        else:
+            answer(Stepped(runner.step(StepPlan.decode(message))))
+
+
+def _end_with_driver(driver: int) -> None:
+    """No orphans: a rank may be deep in a collective when its driver is killed."""
+    while os.getppid() == driver:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

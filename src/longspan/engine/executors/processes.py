@@ -1,0 +1,125 @@
+"""Ranks as processes of this machine: torch.distributed between them, ZeroMQ to the driver.
+
+It owns the processes, their start, their messages and their death; it must not know what a plan says.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from longspan.engine.executors.messages import Failed, FromWorker, Stepped, TrafficReport, report_error
+from longspan.engine.setup import EngineSetup
+from longspan.errors import WorkerDied
+from longspan.parallel.collectives import Traffic
+from longspan.plan import StepPlan
+from longspan.request import SampledToken
+
+_POLL_MS = 200
+_STOP_SECONDS = 5.0
+
+
+class ProcessExecutor:
+    """One process a rank. A process that dies is noticed within a fraction of a second."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="longspan-")
+        self._context = zmq.Context()
+        folder = Path(self._folder.name)
+        self._results = self._context.socket(zmq.PULL)
+        self._results.bind(f"ipc://{folder}/results")
+        self._inboxes = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        (folder / "config").write_bytes(msgspec.json.encode(setup.config))
+        try:
+            for rank in range(setup.grid.world_size):
+                inbox = self._context.socket(zmq.PUSH)
+                inbox.bind(f"ipc://{folder}/rank-{rank}")
+                self._inboxes.append(inbox)
+                command = [sys.executable, "-m", "longspan.engine.executors.process_worker", str(folder), str(rank)]
+                self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()))
+            self._collect()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The operating system's ids, in rank order."""
+        return [process.pid for process in self._processes]
+
+    def submit(self, plan: StepPlan) -> list[SampledToken]:
+        """See `Executor.submit`."""
+        self._broadcast(plan.encode())
+        return [token for message in self._collect() if isinstance(message, Stepped) for token in message.tokens]
+
+    def traffic(self) -> Traffic:
+        """See `Executor.traffic`."""
+        self._broadcast(b"traffic")
+        total = Traffic()
+        for message in self._collect():
+            if isinstance(message, TrafficReport):
+                total.add(Traffic(message.bytes_by_label, message.calls_by_label))
+        return total
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        for inbox, process in zip(self._inboxes, self._processes, strict=False):
+            if process.poll() is None:
+                inbox.send(b"stop", zmq.DONTWAIT)
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._context.destroy(linger=0)
+        self._folder.cleanup()
+
+    def _broadcast(self, message: bytes) -> None:
+        for inbox in self._inboxes:
+            inbox.send(message)
+
+    def _collect(self) -> list[FromWorker]:
+        """One message from every rank; raises as soon as one failed or died."""
+        messages: list[FromWorker] = []
+        while len(messages) < len(self._processes):
+            if not self._results.poll(_POLL_MS):
+                self._check_alive()
+                continue
+            message = msgspec.msgpack.decode(self._results.recv(), type=FromWorker)
+            if isinstance(message, Failed):
+                self._fail(message)
+            messages.append(message)
+        return messages
+
+    def _check_alive(self) -> None:
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None:
+                self._kill()
+                raise WorkerDied(
+                    f"rank {rank} (process {process.pid}) ended with exit code {process.returncode}; "
+                    "requests in flight are lost, start the engine again"
+                )
+
+    def _fail(self, message: Failed) -> None:
+        """A rank reports an error. A lost peer is only the echo of another rank's end: look for that first."""
+        if message.lost_peer:
+            time.sleep(_POLL_MS / 1000)
+            self._check_alive()
+        self._kill()
+        raise report_error(message)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        self.shutdown()
+

@@ -1,0 +1,104 @@
+"""Ranks as threads of this process: the default on a CPU.
+
+It owns the threads, their inboxes and their failures; tensors change hands by reference, and ranks
+that hold the same slice of a weight share one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+
+from longspan.engine.loading import TensorStore
+from longspan.engine.runner import Runner
+from longspan.engine.setup import EngineSetup
+from longspan.engine.worker import build_runner, threads_per_rank
+from longspan.errors import LongspanError, WorkerDied
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.plan import StepPlan
+from longspan.request import SampledToken
+
+_Outcome = list[SampledToken] | BaseException | None
+
+
+class ThreadExecutor:
+    """One thread a rank."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        size = setup.grid.world_size
+        self._setup = setup
+        self._fabric = ThreadFabric(size)
+        self._traffic = [Traffic() for _ in range(size)]
+        self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
+        self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
+        self._store = TensorStore(setup.source.open_checkpoint(), setup.dtype)
+        self._threads = [
+            Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True)
+            for rank in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._collect()
+
+    def submit(self, plan: StepPlan) -> list[SampledToken]:
+        """See `Executor.submit`."""
+        for inbox in self._inboxes:
+            inbox.put(plan)
+        return self._collect()
+
+    def traffic(self) -> Traffic:
+        """See `Executor.traffic`."""
+        total = Traffic()
+        for traffic in self._traffic:
+            total.add(traffic)
+        return total
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        self._fabric.abort()
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _collect(self) -> list[SampledToken]:
+        """One outcome from every rank. The first failure ends them all and is raised."""
+        tokens: list[SampledToken] = []
+        failures: list[tuple[int, BaseException]] = []
+        for _ in self._threads:
+            rank, outcome = self._outcomes.get()
+            if isinstance(outcome, BaseException):
+                self._fabric.abort()
+                failures.append((rank, outcome))
+            elif outcome:
+                tokens += outcome
+        if failures:
+            # peers that were waiting for the failed rank report WorkerDied: the cause is the other one
+            rank, cause = next((f for f in failures if not isinstance(f[1], WorkerDied)), failures[0])
+            self.shutdown()
+            if isinstance(cause, LongspanError):
+                raise cause
+            raise WorkerDied(f"rank {rank} failed: {type(cause).__name__}: {cause}") from cause
+        return tokens
+
+    def _serve(self, rank: int) -> None:
+        torch.set_num_threads(threads_per_rank(self._setup))
+        runner: Runner | None = None
+        try:
+            runner = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
+            self._outcomes.put((rank, None))
+        except BaseException as error:
+            self._outcomes.put((rank, error))
+            return
+        while (plan := self._inboxes[rank].get()) is not None:
+            try:
+                self._outcomes.put((rank, runner.step(plan)))
+            except BaseException as error:
+                self._outcomes.put((rank, error))
+
+    def _open(self, group: Sequence[int], rank: int) -> Collectives:
+        return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])

@@ -1,0 +1,128 @@
+"""One rank at work: mirrors the page tables, runs the model on its rows, samples what it owns.
+
+It owns a rank's state between steps; it must not decide anything a plan decides, nor know how plans
+reach it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.cache.pages import PageTable
+from longspan.engine.sampler import SampleRow, sample
+from longspan.errors import EngineError
+from longspan.models.decoder import DecoderModel
+from longspan.parallel.collectives import Collectives
+from longspan.parallel.grid import Grid
+from longspan.plan import Admission, StepPlan
+from longspan.request import SampledToken, SamplingParams
+from longspan.view import SampleRequest, rank_view
+
+
+@dataclass
+class _Mirror:
+    """What a rank remembers of a request; `history` only if its sampling parameters need it."""
+
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    table: PageTable
+    history: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A rank's two groups: the TP group splits heads, the context group splits pages."""
+
+    tp: Collectives
+    context: Collectives
+
+
+class Runner:
+    """Carries out plans on one rank, in order."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        rank: int,
+        model: DecoderModel,
+        attention: Attention,
+        groups: Groups,
+        page_size: int,
+        debug: bool,
+    ) -> None:
+        self._grid = grid
+        self._place = grid.ranks[rank]
+        self._model = model
+        self._attention = attention
+        self._groups = groups
+        self._page_size = page_size
+        self._debug = debug
+        self._mirrors: dict[int, _Mirror] = {}
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> list[SampledToken]:
+        """Run one step; returns the tokens this rank is to hand over (others of its TP group: none)."""
+        if self._debug:
+            self._compare_digest(plan)
+        self._apply(plan)
+        view = rank_view(
+            plan, self._mirrors, self._place.pcp, self._place.shard, self._grid.shards_of_pcp
+        )
+        self._attention.begin(view)
+        hidden = self._model.forward(
+            torch.tensor(view.token_ids, dtype=torch.int64),
+            torch.tensor(view.positions, dtype=torch.int64),
+            self._attention,
+        )
+        if not view.samples:
+            return []
+        logits = self._model.logits(hidden[[wanted.row for wanted in view.samples]])
+        return self._sample(logits, view.samples) if self._grid.returns_tokens(self._place.rank) else []
+
+    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> list[SampledToken]:
+        rows: list[SampleRow] = []
+        for wanted in samples:
+            mirror = self._mirrors[wanted.request_id]
+            rows.append(
+                SampleRow(
+                    request_id=wanted.request_id,
+                    params=mirror.params,
+                    seed=mirror.seed,
+                    position=wanted.position,
+                    prompt_token_ids=mirror.history[: mirror.num_prompt],
+                    output_token_ids=mirror.history[mirror.num_prompt :],
+                )
+            )
+        return sample(logits, rows)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for request_id in plan.finished:
+            del self._mirrors[request_id]
+        for admission in plan.admitted:
+            self._mirrors[admission.request_id] = self._mirror(admission)
+        for new in plan.new_pages:
+            self._mirrors[new.request_id].table.extend(new.pages)
+        for segment in plan.segments:
+            mirror = self._mirrors[segment.request_id]
+            if mirror.history and segment.stop > len(mirror.history):
+                mirror.history += segment.token_ids[len(mirror.history) - segment.start :]
+
+    def _mirror(self, admission: Admission) -> _Mirror:
+        table = PageTable(self._page_size, self._grid.num_shards)
+        table.extend(admission.pages)
+        return _Mirror(
+            admission.params, admission.seed, admission.num_prompt, table, list(admission.history)
+        )
+
+    def _compare_digest(self, plan: StepPlan) -> None:
+        """Debug: every rank of both groups must be about to take the same branches."""
+        mine = torch.frombuffer(bytearray(plan.digest()), dtype=torch.uint8)
+        for group in (self._groups.tp, self._groups.context):
+            for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):
+                if not torch.equal(digest, mine):
+                    raise EngineError(f"step {plan.step}: member {member} of rank {self._place.rank}'s group has another plan")

@@ -1,0 +1,96 @@
+"""From a user's options to what every worker needs to know, checked before anything is allocated.
+
+It owns the resolution of model, dtype, lengths and page counts; it must not load weights or start
+ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longspan.attention.cost import AttentionShape
+from longspan.cache.layout import KVLayout
+from longspan.config import EngineConfig
+from longspan.errors import ConfigError
+from longspan.models.config import ModelConfig
+from longspan.models.registry import load_config
+from longspan.parallel.grid import Grid
+from longspan.parallel.sharding import check_heads, max_kv_heads
+from longspan.weights.source import ModelSource, resolve_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What a configuration means for a model. `pages_per_shard[s]` are the pages of shard s."""
+
+    config: EngineConfig
+    source: ModelSource
+    model: ModelConfig
+    grid: Grid
+    layout: KVLayout
+    pages_per_shard: tuple[int, ...]
+    max_model_len: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights, activations and cache; `auto` is float32: CPUs without AVX-512 have no fast bf16."""
+        return _DTYPES.get(self.config.dtype, torch.float32)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens the cache holds: pages × page size, summed over shards."""
+        return sum(self.pages_per_shard) * self.config.cache.page_size
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """What the choice of a schedule needs to know of a rank."""
+        return AttentionShape(
+            q_heads=self.model.num_q_heads // self.grid.tp,
+            kv_heads=self.layout.kv_heads,
+            head_dim=self.layout.head_dim,
+            element_bytes=self.layout.element_bytes,
+        )
+
+
+def resolve(config: EngineConfig) -> EngineSetup:
+    """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
+    grid = Grid(config.parallel)
+    source = resolve_model(config.model)
+    model = load_config(source.config)
+    check_heads(grid, model.num_q_heads)
+    element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
+    kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
+    layout = KVLayout(model.num_layers, kv_heads, model.head_dim, element_bytes)
+    pages = _pages_per_shard(config, grid, layout)
+    limit = model.max_position_embeddings
+    length = config.scheduler.max_model_len or limit
+    if length > limit:
+        raise ConfigError(
+            "max_model_len", length, f"exceeds the {limit} positions the model was made for",
+            f"use at most {limit}",
+        )  # fmt: skip
+    return EngineSetup(config, source, model, grid, layout, pages, length)
+
+
+def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:
+    cache = config.cache
+    if cache.pages_per_shard is None:
+        pages = layout.pages_in(cache.memory_bytes, cache.page_size)
+        if not pages:
+            need = layout.bytes_per_token * cache.page_size
+            raise ConfigError(
+                "kv_cache_memory_bytes", cache.memory_bytes,
+                f"one page of {cache.page_size} tokens takes {need} bytes on a rank", f"give at least {need}",
+            )  # fmt: skip
+        return (pages,) * grid.num_shards
+    if len(cache.pages_per_shard) != grid.num_shards:
+        raise ConfigError(
+            "pages_per_shard", cache.pages_per_shard,
+            f"names {len(cache.pages_per_shard)} shards; pcp·dcp gives {grid.num_shards}",
+            "give one number for each shard",
+        )  # fmt: skip
+    return cache.pages_per_shard

@@ -1,0 +1,80 @@
+"""Builds one rank: its weights, pool, attention and groups, over whatever transport it is given.
+
+It owns the assembly; it must not know whether ranks are threads or processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.pool import KVPool
+from longspan.attention.schedules import Heads
+from longspan.engine.loading import RankLoader, TensorStore
+from longspan.engine.runner import Groups, Runner
+from longspan.engine.setup import EngineSetup
+from longspan.models.registry import build_model
+from longspan.parallel.collectives import Collectives
+from longspan.parallel.sharding import Sharding
+
+_WORKSPACE_TOKENS = 16384  # tokens gather_kv may hold of other shards at once
+
+
+def threads_per_rank(setup: EngineSetup) -> int:
+    """Threads a rank may use: the user's number, or an even share of this machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    return setup.config.num_threads or max(1, cores // setup.grid.world_size)
+
+
+class TensorParallelGroup:
+    """The TP group as the model layers see it."""
+
+    def __init__(self, group: Collectives, vocab_sizes: Sequence[int]) -> None:
+        self._group = group
+        self._vocab_sizes = vocab_sizes
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the group."""
+        return self._group.all_reduce(x, "tp")
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        """Concatenate the members' vocabulary slices."""
+        parts = self._group.all_gather(x, self._vocab_sizes, "tp", dim=x.dim() - 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def build_runner(
+    setup: EngineSetup, rank: int, store: TensorStore, make_group: Callable[[Sequence[int]], Collectives]
+) -> Runner:
+    """One rank, ready to run. `make_group` opens this rank's handle on a group of ranks."""
+    grid, model_config, config = setup.grid, setup.model, setup.config
+    sharding = Sharding(grid, rank, model_config.num_q_heads, model_config.num_kv_heads)
+    place = grid.ranks[rank]
+    groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)))
+    vocab = [
+        Sharding(grid, peer, model_config.num_q_heads, model_config.num_kv_heads).extent(
+            "vocab", model_config.vocab_size
+        )
+        for peer in grid.tp_group(rank)
+    ]
+    tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
+    model = build_model(model_config, RankLoader(store, sharding), tp, setup.dtype, "cpu")
+    start, stop = sharding.q_extent
+    heads = Heads(stop - start, sharding.own_blocks, sharding.shard_blocks, grid.shards_of_pcp)
+    kv_start, kv_stop = sharding.kv_extent
+    pool = KVPool(
+        setup.layout.with_kv_heads(kv_stop - kv_start),
+        setup.pages_per_shard[place.shard],
+        config.cache.page_size,
+        setup.dtype,
+    )
+    attention = Attention(
+        pool, CpuBackend(), groups.context, heads, 1 / sqrt(model_config.head_dim), _WORKSPACE_TOKENS
+    )
+    return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)

@@ -1,0 +1,176 @@
+"""The Python interface: a model, prompts in, completions out.
+
+It owns convenience only (tokenising, batching, streaming); everything else is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.engine.engine import Engine, EngineStats
+from longspan.engine.setup import resolve
+from longspan.errors import RequestError
+from longspan.request import RequestOutput, SamplingParams
+from longspan.weights.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model ready to generate, its context spread over ranks.
+
+    `model` is a Hugging Face folder, a hub id, a `.gguf` file or `smollm2`. A prompt is text or token ids; text needs
+    a tokenizer beside the weights. Use it in a `with` block, or call `shutdown` to end its ranks.
+
+    >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
+    ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tensor_parallel_size: int = 1,
+        prefill_context_parallel_size: int = 1,
+        decode_context_parallel_size: int = 1,
+        page_size: int = 16,
+        kv_cache_memory_bytes: int = 1 << 30,
+        pages_per_shard: Sequence[int] | None = None,
+        enable_prefix_caching: bool = True,
+        max_num_batched_tokens: int = 2048,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        local_context: int = 512,
+        schedule: str = "auto",
+        executor: str = "threads",
+        dtype: str = "auto",
+        seed: int = 0,
+        num_threads: int | None = None,
+        debug: bool = False,
+    ) -> None:
+        config = EngineConfig(
+            model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+            parallel=ParallelConfig(
+                tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size
+            ),
+            cache=CacheConfig(
+                page_size, kv_cache_memory_bytes,
+                None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
+            ),
+        )  # fmt: skip
+        self._start(config)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """An LLM from a resolved configuration."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        setup = resolve(config)
+        self.tokenizer: Any = load_tokenizer(setup.source)
+        self.engine = Engine(config, self.tokenizer, setup)
+        self._ids = count()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete one prompt or a batch; outputs are in the order of the prompts.
+
+        Raises `RequestError` before anything is computed if one of them can never be served.
+        """
+        batch = _as_batch(prompts)
+        each = _params_for(batch, params)
+        ids = self._add_all(batch, each)
+        done: dict[str, RequestOutput] = {}
+        while len(done) < len(ids):
+            done.update({output.request_id: output for output in self.engine.step() if output.finished})
+        return [done[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield the request's output after every step that changed it; the last one is `finished`.
+
+        Steps without a token (a long prompt's chunks) yield nothing; closing the iterator aborts the request.
+        """
+        (request_id,) = self._add_all([prompt], [params or SamplingParams()])
+        try:
+            finished = False
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            self.engine.abort(request_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        if self.tokenizer is None:
+            raise RequestError("prompt", repr(text[:20]), "is text and this model has no tokenizer", "give token ids")
+        return list(self.tokenizer.encode(text))
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation under the model's chat template."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise RequestError("messages", len(messages), "need a chat template and this model has none", "use generate")
+        return list(
+            self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        )
+
+    def stats(self) -> EngineStats:
+        """What is in use and what has travelled so far."""
+        return self.engine.stats()
+
+    def shutdown(self) -> None:
+        """End every rank; safe to call again."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _add_all(self, batch: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[str]:
+        ids: list[str] = []
+        try:
+            for prompt, each in zip(batch, params, strict=True):
+                text = prompt if isinstance(prompt, str) else None
+                tokens = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                request_id = f"request-{next(self._ids)}"
+                self.engine.add_request(request_id, tokens, each, text)
+                ids.append(request_id)
+        except RequestError:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            self.engine.step()
+            raise
+        return ids
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _params_for(
+    batch: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(batch)
+    if len(params) != len(batch):
+        raise RequestError("params", len(params), f"does not match {len(batch)} prompts", "give one for each, or one for all")
+    return list(params)

@@ -1,0 +1,75 @@
+"""How ranks exchange tensors: one group, a few collectives, every byte counted.
+
+It owns the meaning of the collectives and their accounting; transports (`threaded.py`, `distributed.py`)
+only move tensors between members. It must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes a rank sent to others and collectives it joined, by label (`tp` or a schedule's name)."""
+
+    bytes_by_label: dict[str, int] = field(default_factory=dict)
+    calls_by_label: dict[str, int] = field(default_factory=dict)
+
+    def count(self, label: str, sent: int) -> None:
+        """Add one collective."""
+        self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
+        self.calls_by_label[label] = self.calls_by_label.get(label, 0) + 1
+
+    def add(self, other: Traffic) -> None:
+        """Sum over ranks: bytes add up, a collective that all ranks joined counts once for each."""
+        for label, sent in other.bytes_by_label.items():
+            self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
+        for label, calls in other.calls_by_label.items():
+            self.calls_by_label[label] = self.calls_by_label.get(label, 0) + calls
+
+
+class Collectives(ABC):
+    """One rank's handle on a group. A group of one moves nothing and returns its input.
+
+    A tensor handed over is given away: peers may still read it after the call, so nobody writes to it. Every
+    member calls the same collectives in the same order, members with no rows included.
+    """
+
+    def __init__(self, rank: int, size: int, traffic: Traffic) -> None:
+        self.rank = rank
+        self.size = size
+        self.traffic = traffic
+
+    @abstractmethod
+    def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Send `sends[i]` to member i and return what each member sent here, of shape `shapes[i]`."""
+
+    def all_to_all(
+        self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str
+    ) -> list[Tensor]:
+        """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""
+        sent = sum(x.numel() * x.element_size() for x in sends)
+        own = sends[self.rank]
+        self.traffic.count(label, sent - own.numel() * own.element_size())
+        return self._exchange(sends, shapes)
+
+    def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
+        """Every member's tensor, in member order; member i's has `rows[i]` entries in `dim`."""
+        shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in rows]
+        return self.all_to_all([x] * self.size, shapes, label)
+
+    def all_reduce(self, x: Tensor, label: str) -> Tensor:
+        """The sum over members, in member order, so the same bits on all of them."""
+        parts = self.all_gather(x, [x.shape[0]] * self.size, label)
+        if len(parts) == 1:
+            return parts[0]
+        total = torch.add(parts[0], parts[1])
+        for part in parts[2:]:
+            total.add_(part)
+        return total

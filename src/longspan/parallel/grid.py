@@ -1,0 +1,107 @@
+"""Who the ranks are: every rank's coordinates and groups, named once.
+
+It owns the order of ranks in the grid (pcp, head_shard, dcp); nothing else derives one rank's
+identity from another's number. It must not know what the ranks compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+from longspan.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """One rank's place. `shard` is its index in its context group, and so the shard it stores."""
+
+    rank: int
+    pcp: int
+    tp: int
+    head_shard: int
+    dcp: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The rank grid: world = pcp · head_shards · dcp, with tp = head_shards · dcp.
+
+    A *TP group* is the ranks of one pcp index. A *context group* is the pcp · dcp ranks that hold the
+    same KV heads and different pages; its members are the shards, in the same order for every head
+    shard, so one page table serves all of them.
+    """
+
+    parallel: ParallelConfig
+
+    @cached_property
+    def ranks(self) -> tuple[Coordinates, ...]:
+        """All ranks in rank order."""
+        places = product(
+            range(self.pcp), range(self.head_shards), range(self.parallel.decode_context_parallel_size)
+        )
+        shard_numbers: dict[tuple[int, int], int] = {}
+        found: list[Coordinates] = []
+        for rank, (pcp, head_shard, dcp) in enumerate(places):
+            shard = shard_numbers.setdefault((pcp, dcp), len(shard_numbers))
+            tp = sum(other.pcp == pcp for other in found)
+            found.append(Coordinates(rank, pcp, tp, head_shard, dcp, shard))
+        return tuple(found)
+
+    @property
+    def pcp(self) -> int:
+        """Number of ranks that share a prompt's tokens."""
+        return self.parallel.prefill_context_parallel_size
+
+    @property
+    def head_shards(self) -> int:
+        """Number of DCP groups in a TP group: tp / dcp."""
+        return self.parallel.tensor_parallel_size // self.parallel.decode_context_parallel_size
+
+    @property
+    def tp(self) -> int:
+        """Size of a TP group."""
+        return self.parallel.tensor_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @cached_property
+    def num_shards(self) -> int:
+        """Members of a context group: pcp · dcp."""
+        return 1 + max(place.shard for place in self.ranks)
+
+    def tp_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that split the heads of the same tokens as `rank`, in tp order."""
+        return tuple(place.rank for place in self.ranks if place.pcp == self.ranks[rank].pcp)
+
+    def context_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the same KV heads as `rank`, in shard order."""
+        mine = [place for place in self.ranks if place.head_shard == self.ranks[rank].head_shard]
+        return tuple(place.rank for place in sorted(mine, key=lambda place: place.shard))
+
+    @cached_property
+    def pcp_of_shard(self) -> tuple[int, ...]:
+        """For every shard, the pcp index whose ranks write it."""
+        return tuple(pcp for _, pcp in sorted({(place.shard, place.pcp) for place in self.ranks}))
+
+    @cached_property
+    def shards_of_pcp(self) -> tuple[tuple[int, ...], ...]:
+        """For every pcp index, the shards its ranks write, in dcp order."""
+        return tuple(
+            tuple(shard for shard, owner in enumerate(self.pcp_of_shard) if owner == pcp)
+            for pcp in range(self.pcp)
+        )
+
+    def returns_tokens(self, rank: int) -> bool:
+        """Whether this rank hands its TP group's sampled tokens to the driver."""
+        return self.ranks[rank].tp == 0
+
+
+def split_evenly(size: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of part `index` when `size` items are cut into `parts` runs that differ by at most one."""
+    return size * index // parts, size * (index + 1) // parts

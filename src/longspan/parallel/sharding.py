@@ -1,0 +1,78 @@
+"""Which part of each logical axis a rank holds: heads, ffn, vocabulary.
+
+It owns the rules of tensor parallelism under context parallelism and their checks; it must not know
+weight names or read any weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longspan.attention.heads import HeadBlock, head_blocks, kv_range
+from longspan.errors import ConfigError
+from longspan.parallel.grid import Grid, split_evenly
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """One rank's share of a model with `q_heads` query and `kv_heads` KV heads.
+
+    Query heads are split over tp. KV heads follow them: the ranks of a DCP group hold those that the
+    group's query heads read, so heads are replicated where a group is smaller than a KV head's.
+    """
+
+    grid: Grid
+    rank: int
+    q_heads: int
+    kv_heads: int
+
+    def extent(self, axis: str, size: int) -> tuple[int, int]:
+        """(start, stop) of this rank's part of a logical axis of whole size `size` (heads for head axes)."""
+        tp = self.grid.ranks[self.rank].tp
+        if axis == "kv_heads":
+            return self.kv_extent
+        return split_evenly(size, self.grid.tp, tp)
+
+    @property
+    def q_extent(self) -> tuple[int, int]:
+        """This rank's query heads."""
+        return self.extent("q_heads", self.q_heads)
+
+    @property
+    def kv_extent(self) -> tuple[int, int]:
+        """This rank's KV heads: those its DCP group's query heads read."""
+        return kv_range(self._group_q_extent, self._group)
+
+    @property
+    def own_blocks(self) -> tuple[HeadBlock, ...]:
+        """This rank's query heads on its KV heads."""
+        return head_blocks(self.q_extent, self.kv_extent[0], self._group)
+
+    @property
+    def shard_blocks(self) -> tuple[HeadBlock, ...]:
+        """All query heads of this rank's DCP group on its KV heads."""
+        return head_blocks(self._group_q_extent, self.kv_extent[0], self._group)
+
+    @property
+    def _group(self) -> int:
+        return self.q_heads // self.kv_heads
+
+    @property
+    def _group_q_extent(self) -> tuple[int, int]:
+        return split_evenly(self.q_heads, self.grid.head_shards, self.grid.ranks[self.rank].head_shard)
+
+
+def check_heads(grid: Grid, q_heads: int) -> None:
+    """Raise `ConfigError` unless every rank gets the same number of query heads."""
+    if q_heads % grid.tp:
+        valid = ", ".join(str(n) for n in range(1, q_heads + 1) if q_heads % n == 0)
+        raise ConfigError(
+            "tensor_parallel_size", grid.tp, f"must divide the model's {q_heads} query heads",
+            f"use one of {valid}, or spread the context with prefill_context_parallel_size",
+        )  # fmt: skip
+
+
+def max_kv_heads(grid: Grid, q_heads: int, kv_heads: int) -> int:
+    """The most KV heads any rank stores: pools of all head shards must have room for the same pages."""
+    extents = [Sharding(grid, place.rank, q_heads, kv_heads).kv_extent for place in grid.ranks]
+    return max(stop - start for start, stop in extents)

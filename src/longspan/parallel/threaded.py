@@ -1,0 +1,63 @@
+"""Collectives between threads of one process: tensors change hands by reference.
+
+It owns the queues between ranks and their abort; it must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from longspan.errors import WorkerDied
+from longspan.parallel.collectives import Collectives, Traffic
+
+
+class ThreadFabric:
+    """A queue from every rank to every other.
+
+    Each pair's messages are in program order, the same on both sides, so one queue serves all groups.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._links: list[list[SimpleQueue[Tensor | None]]] = [
+            [SimpleQueue() for _ in range(world_size)] for _ in range(world_size)
+        ]
+
+    def send(self, source: int, target: int, tensor: Tensor) -> None:
+        """Hand `tensor` over."""
+        self._links[source][target].put(tensor)
+
+    def receive(self, source: int, target: int) -> Tensor:
+        """Wait for the next tensor; raises `WorkerDied` after `abort`."""
+        tensor = self._links[source][target].get()
+        if tensor is None:
+            self._links[source][target].put(None)
+            raise WorkerDied(f"rank {target} was waiting for rank {source}, which will not answer")
+        return tensor
+
+    def abort(self) -> None:
+        """Wake every rank that waits, now or later."""
+        for row in self._links:
+            for link in row:
+                link.put(None)
+
+
+class ThreadedCollectives(Collectives):
+    """A group of threads; one queue hand-over a pair is the only synchronisation."""
+
+    def __init__(self, fabric: ThreadFabric, group: Sequence[int], rank: int, traffic: Traffic) -> None:
+        super().__init__(group.index(rank), len(group), traffic)
+        self._fabric = fabric
+        self._group = tuple(group)
+        self._me = rank
+
+    def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        for peer, tensor in zip(self._group, sends, strict=True):
+            if peer != self._me:
+                self._fabric.send(self._me, peer, tensor)
+        return [
+            sends[index] if peer == self._me else self._fabric.receive(peer, self._me)
+            for index, peer in enumerate(self._group)
+        ]

@@ -1,0 +1,105 @@
+"""What one step does, decided once (idea 6): frozen, rank-invariant, and small.
+
+It owns the records that travel from the scheduler to every rank; it must not know how a rank
+carries them out. Its size is O(new tokens): pages and tokens a rank has seen are not sent again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import msgspec
+
+from longspan.cache.pages import PageRef
+from longspan.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that enters, or re-enters after preemption, with the pages a prefix hit gave it.
+
+    `history` holds all its tokens so far if its sampling parameters need them, else nothing.
+    """
+
+    request_id: int
+    num_prompt: int
+    seed: int
+    params: SamplingParams
+    pages: tuple[PageRef, ...]
+    history: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NewPages:
+    """Pages appended to a request's page table before the step."""
+
+    request_id: int
+    pages: tuple[PageRef, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of new tokens of one request, computed by the TP group of one pcp index.
+
+    `prefill` is its class; `travels` says that some rank of that group lacks a page the segment attends
+    to; `sample` asks for a token after its last row.
+    """
+
+    request_id: int
+    start: int
+    token_ids: tuple[int, ...]
+    pcp: int
+    prefill: bool
+    travels: bool
+    sample: bool
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token."""
+        return self.start + self.length
+
+    @property
+    def unmasked_until(self) -> int:
+        """Positions below this are attended without a mask: all earlier ones, and a lone token's own."""
+        return unmasked_until(self.start, self.stop)
+
+
+def unmasked_until(start: int, stop: int) -> int:
+    """Where a segment's unmasked attention ends.
+
+    KV is written before attention, so a segment of one token finds itself among the pages: its diagonal
+    is empty. A longer one needs the causal diagonal, and what is unmasked ends at its start.
+    """
+    return stop if stop - start == 1 else start
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the engine, the same on every rank. Applied in the order of its fields."""
+
+    step: int
+    finished: tuple[int, ...]
+    admitted: tuple[Admission, ...]
+    new_pages: tuple[NewPages, ...]
+    segments: tuple[Segment, ...]
+    decode_schedule: str
+    prefill_schedule: str
+
+    def encode(self) -> bytes:
+        """The plan as msgpack bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> StepPlan:
+        """The inverse of `encode`."""
+        return msgspec.msgpack.decode(data, type=StepPlan)
+
+    def digest(self) -> bytes:
+        """A fingerprint: ranks with equal digests take the same branches."""
+        return blake2b(self.encode(), digest_size=8).digest()

@@ -1,0 +1,235 @@
+"""The scheduler: which requests compute which tokens in the next step, and on which ranks.
+
+It owns the waiting and running requests, the token budget, fairness and preemption, and emits one
+`StepPlan` a step; pure Python, it must not import torch nor know how a plan is carried out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from longspan.attention.cost import ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.prefix import Key
+from longspan.config import SchedulerConfig
+from longspan.errors import ContextOverflow, RequestError
+from longspan.parallel.grid import Grid
+from longspan.plan import StepPlan
+from longspan.request import SamplingParams, SampledToken
+from longspan.scheduler.sequence import SequenceState
+from longspan.scheduler.step import StepBuilder
+
+_MAX_LOOKAHEAD = 64  # waiting requests looked at for short prompts that may pass a long one
+
+
+@dataclass(frozen=True)
+class SchedulerCounters:
+    """What the scheduler has done so far."""
+
+    waiting: int
+    running: int
+    preemptions: int
+
+
+class Scheduler:
+    """Continuous batching over sharded pages.
+
+    A step takes every decoding request's token first, so a long prefill never starves decodes. What is left of
+    the budget goes to prefills: those in progress by age, each leaving half of what is left for others, then
+    waiting prompts that fit whole, so a short prompt passes a long one.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        max_model_len: int,
+        cache: CacheManager,
+        grid: Grid,
+        chooser: ScheduleChooser,
+        root_key: Key,
+    ) -> None:
+        self.config = config
+        self.max_model_len = max_model_len
+        self.cache = cache
+        self.grid = grid
+        self.chooser = chooser
+        self.root_key = root_key
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []
+        self.preemptions = 0
+        self._finished: list[int] = []
+        self._step = 0
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The most tokens of KV one request can ever hold."""
+        pages = [pool.num_pages for pool in self.cache.pools]
+        usable = max(pages) if self.config.schedule == "local" else sum(pages)
+        return usable * self.cache.page_size
+
+    def check(self, num_prompt: int, params: SamplingParams) -> int:
+        """The request's max_tokens, resolved; raises `RequestError` if it can never be served."""
+        if num_prompt == 0:
+            raise RequestError("prompt", "''", "is empty", "give at least one token")
+        limit = min(self.max_model_len, self.max_request_tokens + 1)
+        limit_name = "max_model_len" if limit == self.max_model_len else "the KV cache"
+        max_tokens = params.max_tokens if params.max_tokens is not None else max(limit - num_prompt, 1)
+        if num_prompt + max_tokens > limit:
+            raise ContextOverflow(
+                "prompt + max_tokens", num_prompt + max_tokens,
+                f"{num_prompt} prompt tokens and max_tokens={max_tokens} exceed the {limit} tokens that"
+                f" {limit_name} allows one request (max_model_len={self.max_model_len}, KV cache"
+                f" {self.max_request_tokens} tokens)",
+                "shorten the prompt, lower max_tokens, or give the engine more KV memory or context ranks"
+                if limit_name == "the KV cache" else "shorten the prompt, lower max_tokens or raise --max-model-len",
+            )  # fmt: skip
+        return max_tokens
+
+    def add(self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> SequenceState:
+        """Queue a request that `check` has passed."""
+        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table())
+        self.waiting.append(sequence)
+        return sequence
+
+    def finish(self, request_id: int) -> SequenceState | None:
+        """End a request, wherever it is: its pages are free for the next step. None if it is unknown."""
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                if sequence.request_id == request_id:
+                    queue.remove(sequence)
+                    if queue is self.running:
+                        self._release(sequence)
+                    return sequence
+        return None
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute."""
+        while True:
+            step = StepBuilder(self.config, self.cache, self.grid)
+            self._decode(step)
+            self._prefill(step)
+            if step.segments or not self.running:
+                break
+            self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest starts over
+        if not step.segments:
+            return None
+        self._step += 1
+        finished, self._finished = tuple(self._finished), []
+        return step.build(self._step, finished, self.chooser)
+
+    def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> None:
+        """Take a finished step's results: progress, new tokens, pages others may reuse."""
+        token_of = {token.request_id: token.token_id for token in sampled}
+        stop_of: dict[int, int] = {}
+        for segment in plan.segments:
+            stop_of[segment.request_id] = max(segment.stop, stop_of.get(segment.request_id, 0))
+        for sequence in self.running:
+            stop = stop_of.get(sequence.request_id)
+            if stop is None:
+                continue
+            sequence.computed = stop
+            self._publish(sequence)
+            if sequence.request_id in token_of:
+                sequence.tokens.append(token_of[sequence.request_id])
+
+    def counters(self) -> SchedulerCounters:
+        """Queue lengths and preemptions."""
+        return SchedulerCounters(len(self.waiting), len(self.running), self.preemptions)
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` unless every page is accounted for exactly once."""
+        self.cache.check_integrity(sequence.table for sequence in self.running)
+
+    def _decode(self, step: StepBuilder) -> None:
+        index = 0
+        while index < len(self.running) and step.budget:
+            sequence = self.running[index]
+            if sequence.remaining == 1 and not step.add_decode(sequence):
+                self._preempt(self.running[-1])
+                step.preempted = True
+            else:
+                index += 1
+
+    def _prefill(self, step: StepBuilder) -> None:
+        active = [sequence for sequence in self.running if sequence.remaining > 1]
+        for sequence, share in zip(active, self._shares(active, step.budget), strict=True):
+            step.add_chunk(sequence, share)
+        if not step.preempted:
+            self._admit(step, bool(active))
+
+    def _shares(self, active: Sequence[SequenceState], budget: int) -> list[int]:
+        """Tokens for each prefill in progress: at most half of what is left is kept for those behind it."""
+        short = [s.remaining for s in islice(self.waiting, _MAX_LOOKAHEAD) if s.remaining <= budget // 2]
+        behind = sum(short) + sum(sequence.remaining for sequence in active)
+        shares: list[int] = []
+        for sequence in active:
+            behind -= sequence.remaining
+            shares.append(min(sequence.remaining, budget - min(budget // 2, behind)))
+            budget -= shares[-1]
+        return shares
+
+    def _admit(self, step: StepBuilder, prefilling: bool) -> None:
+        """Start waiting prompts in order. Behind a prefill in progress only those that fit whole start;
+        a prompt the cache has no room for holds back all behind it, or it might wait for ever."""
+        passed: list[SequenceState] = []
+        reserved = sum(sequence.pages_missing for sequence in self.running)
+        while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting.popleft()
+            self._match_prefix(sequence)
+            whole = sequence.remaining <= step.budget
+            room = self._has_room(sequence, reserved)
+            if room and (whole or not prefilling):
+                self.running.append(sequence)
+                step.admit(sequence)
+                step.add_chunk(sequence, min(sequence.remaining, step.budget))
+                reserved += sequence.pages_missing
+                prefilling = prefilling or not whole
+                continue
+            self._forget_match(sequence)
+            passed.append(sequence)
+            if not room or len(passed) >= _MAX_LOOKAHEAD:
+                break
+        self.waiting.extendleft(reversed(passed))
+
+    def _has_room(self, sequence: SequenceState, reserved: int) -> bool:
+        need = sequence.pages_missing
+        available = [self.cache.available(shard) for shard in range(self.cache.num_shards)]
+        if self.config.schedule == "local":
+            return max(available) >= need
+        return sum(available) - reserved >= need
+
+    def _match_prefix(self, sequence: SequenceState) -> None:
+        """Take cached pages; at least one token is left to compute, since it gives the first logits."""
+        whole = (len(sequence.tokens) - 1) // self.cache.page_size
+        pages = self.cache.match(sequence.page_keys(whole, self.root_key))
+        sequence.table.extend(pages)
+        sequence.computed = len(pages) * self.cache.page_size
+        sequence.cached_tokens = max(sequence.cached_tokens, sequence.computed)
+        sequence.published = len(pages)
+
+    def _forget_match(self, sequence: SequenceState) -> None:
+        self.cache.release(sequence.table.pages)
+        sequence.restart(self.cache.new_table)
+
+    def _publish(self, sequence: SequenceState) -> None:
+        whole = sequence.computed // self.cache.page_size
+        if whole > sequence.published:
+            keys = sequence.page_keys(whole, self.root_key)
+            for number in range(sequence.published, whole):
+                self.cache.publish(keys[number], sequence.table.pages[number])
+            sequence.published = whole
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """Give up a running request's pages; it waits in front and is computed again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.restart(self.cache.new_table)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: SequenceState) -> None:
+        self.cache.release(sequence.table.pages)
+        self._finished.append(sequence.request_id)

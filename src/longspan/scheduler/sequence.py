@@ -1,0 +1,61 @@
+"""One request as the scheduler sees it: tokens, pages and how far it is computed.
+
+It owns per-request state between steps; it must not know about budgets or other requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from longspan.cache.pages import PageTable
+from longspan.cache.prefix import Key, page_key
+from longspan.request import SamplingParams
+
+
+class SequenceState:
+    """A request's tokens (prompt, then output), page table and progress.
+
+    `computed` counts tokens whose KV is stored, `published` the pages other requests can find. `home` is the
+    one shard a short context lives on, None once it spreads.
+    """
+
+    def __init__(
+        self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int, table: PageTable
+    ) -> None:
+        self.request_id = request_id
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.params = params
+        self.seed = seed
+        self.table = table
+        self.computed = 0
+        self.cached_tokens = 0
+        self.published = 0
+        self.home: int | None = None
+        self._keys: list[Key] = []
+
+    @property
+    def remaining(self) -> int:
+        """Tokens not yet computed; 1 for a request that is decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def pages_missing(self) -> int:
+        """Pages its present tokens still need."""
+        return -(-len(self.tokens) // self.table.page_size) - len(self.table.pages)
+
+    def restart(self, new_table: Callable[[], PageTable]) -> None:
+        """Forget the pages: the request is computed again from its first token (or a prefix hit)."""
+        self.table = new_table()
+        self.computed = 0
+        self.published = 0
+        self.home = None
+
+    def page_keys(self, count: int, root: Key) -> Sequence[Key]:
+        """Content keys of the first `count` whole pages."""
+        size = self.table.page_size
+        while len(self._keys) < count:
+            parent = self._keys[-1] if self._keys else root
+            start = len(self._keys) * size
+            self._keys.append(page_key(parent, self.tokens[start : start + size]))
+        return self._keys[:count]

@@ -1,0 +1,148 @@
+"""One step being put together: pages are placed and segments cut as requests are added.
+
+It owns the budget and load of a single step; it must not choose which requests take part.
+"""
+
+from __future__ import annotations
+
+from longspan.attention.cost import ClassFacts, ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.pages import PageRef, PageTable
+from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
+from longspan.config import SchedulerConfig
+from longspan.errors import EngineError
+from longspan.parallel.grid import Grid
+from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until
+from longspan.scheduler.segments import Piece, room_for_chunk, split_chunk
+from longspan.scheduler.sequence import SequenceState
+
+
+class StepBuilder:
+    """Collects a `StepPlan`. `budget` is the tokens left; `preempted` forbids new admissions."""
+
+    def __init__(self, config: SchedulerConfig, cache: CacheManager, grid: Grid) -> None:
+        self.budget = config.max_num_batched_tokens
+        self.preempted = False
+        self.segments: list[Segment] = []
+        self._strictly_local = config.schedule == "local"
+        self._local_context = config.local_context
+        self._cache = cache
+        self._grid = grid
+        self._rows = [0] * grid.pcp
+        self._load = [0] * grid.pcp
+        self._admitted: list[Admission] = []
+        self._new_pages: dict[int, list[PageRef]] = {}
+        self._facts = {prefill: ClassFacts(grid.pcp, grid.num_shards) for prefill in (False, True)}
+
+    def admit(self, sequence: SequenceState) -> None:
+        """A waiting request joins; a short one gets a home shard."""
+        if self._strictly_local or len(sequence.tokens) <= self._local_context:
+            held = {page.shard for page in sequence.table.pages}
+            sequence.home = next(iter(held)) if len(held) == 1 else self._choose_home(sequence, held)
+        history = tuple(sequence.tokens) if sequence.params.needs_history else ()
+        self._admitted.append(
+            Admission(
+                sequence.request_id, sequence.num_prompt, sequence.seed, sequence.params,
+                tuple(sequence.table.pages), history,
+            )
+        )  # fmt: skip
+
+    def add_decode(self, sequence: SequenceState) -> bool:
+        """Compute the request's one remaining token on the rank of its page; False without room for a page."""
+        position = sequence.computed
+        table = sequence.table
+        if position == len(table.pages) * table.page_size:
+            shard = self._decode_shard(sequence)
+            if shard is None:
+                return False
+            self._place(sequence, shard)
+        pcp = self._grid.pcp_of_shard[table.shard_of(position)]
+        self._rows[pcp] += 1
+        self._add_segment(sequence, Piece(position, position + 1, pcp), prefill=False)
+        return True
+
+    def add_chunk(self, sequence: SequenceState, tokens: int) -> None:
+        """Compute up to `tokens` of the request's remaining tokens, as far as there are pages for them."""
+        start = sequence.computed
+        pieces = self._pieces(sequence, start, tokens)
+        for piece in pieces:
+            candidates = self._grid.shards_of_pcp[piece.pcp] if sequence.home is None else (sequence.home,)
+            while len(sequence.table.pages) * sequence.table.page_size < piece.stop:
+                shard = shard_for_page(self._cache, sequence.table, candidates)
+                if shard is None:
+                    raise EngineError(f"no room on shards {candidates} for positions {piece.start}..{piece.stop}")
+                self._place(sequence, shard)
+        for piece in pieces:
+            self._add_segment(sequence, piece, prefill=True)
+
+    def build(self, step: int, finished: tuple[int, ...], chooser: ScheduleChooser) -> StepPlan:
+        """The finished plan, with what travels chosen for each class."""
+        return StepPlan(
+            step=step,
+            finished=finished,
+            admitted=tuple(self._admitted),
+            new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
+            segments=tuple(self.segments),
+            decode_schedule=chooser.choose(self._facts[False]),
+            prefill_schedule=chooser.choose(self._facts[True]),
+        )
+
+    def _choose_home(self, sequence: SequenceState, held: set[int]) -> int | None:
+        if held:
+            return None
+        load = [rows + tokens for rows, tokens in zip(self._rows, self._load, strict=True)]
+        return home_shard(self._cache, self._grid.pcp_of_shard, load, sequence.pages_missing)
+
+    def _decode_shard(self, sequence: SequenceState) -> int | None:
+        home = sequence.home
+        local = self._strictly_local or sequence.computed < self._local_context
+        if home is not None and local and (self._cache.available(home) or self._strictly_local):
+            return home if self._cache.available(home) else None
+        sequence.home = None
+        return shard_for_decode(self._cache, sequence.table, self._grid.pcp_of_shard, self._rows)
+
+    def _pieces(self, sequence: SequenceState, start: int, tokens: int) -> list[Piece]:
+        size = self._cache.page_size
+        if sequence.home is not None:
+            room = room_for_chunk(start, size, [self._cache.available(sequence.home)])
+            if room >= tokens or self._strictly_local:
+                stop = start + min(tokens, room)
+                return [Piece(start, stop, self._grid.pcp_of_shard[sequence.home])] if stop > start else []
+            sequence.home = None
+        free = [sum(map(self._cache.available, shards)) for shards in self._grid.shards_of_pcp]
+        tail = self._grid.pcp_of_shard[sequence.table.shard_of(start)] if start % size else None
+        stop = start + min(tokens, room_for_chunk(start, size, free))
+        return split_chunk(start, stop, size, free, self._load, tail) if stop > start else []
+
+    def _place(self, sequence: SequenceState, shard: int) -> None:
+        page = self._cache.allocate(shard, sequence.table.last_index(shard))
+        sequence.table.append(page)
+        self._new_pages.setdefault(sequence.request_id, []).append(page)
+
+    def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool) -> None:
+        until = unmasked_until(piece.start, piece.stop)
+        visible = _visible_shards(sequence.table, until, self._cache.num_shards)
+        members = self._grid.shards_of_pcp[piece.pcp]
+        travels = any(shard != member for member in members for shard in visible)
+        self.segments.append(
+            Segment(
+                request_id=sequence.request_id,
+                start=piece.start,
+                token_ids=tuple(sequence.tokens[piece.start : piece.stop]),
+                pcp=piece.pcp,
+                prefill=prefill,
+                travels=travels,
+                sample=piece.stop == len(sequence.tokens),
+            )
+        )
+        length = piece.stop - piece.start
+        if travels:
+            self._facts[prefill].add(sequence.request_id, piece.pcp, length, visible)
+        self._load[piece.pcp] += length
+        self.budget -= length
+
+
+def _visible_shards(table: PageTable, until: int, num_shards: int) -> dict[int, int]:
+    """Tokens below `until` on each shard that has any."""
+    counts = {shard: table.visible(shard, until) for shard in range(num_shards)}
+    return {shard: tokens for shard, tokens in counts.items() if tokens}

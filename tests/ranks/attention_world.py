@@ -1,0 +1,179 @@
+"""A world of ranks that do nothing but attention, as threads of this process.
+
+Queries, keys and values are random tensors by (request, position), so every step of the real scheduler can be
+checked against dense causal attention over the whole request.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.attention.backends.base import Backend
+from longspan.attention.backends.reference import ReferenceBackend
+from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.attention.pool import KVPool
+from longspan.attention.schedules import Heads
+from longspan.cache.layout import KVLayout
+from longspan.cache.manager import CacheManager
+from longspan.cache.pages import PageTable
+from longspan.cache.prefix import root_key
+from longspan.config import ParallelConfig, SchedulerConfig
+from longspan.parallel.collectives import Traffic
+from longspan.parallel.grid import Grid
+from longspan.parallel.sharding import Sharding, max_kv_heads
+from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.plan import StepPlan
+from longspan.request import SampledToken, SamplingParams
+from longspan.scheduler.scheduler import Scheduler
+from longspan.view import RankView, rank_view
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one world."""
+
+    tp: int = 1
+    pcp: int = 1
+    dcp: int = 1
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    page_size: int = 4
+    pages: int | tuple[int, ...] = 64
+    budget: int = 32
+    local_context: int = 0
+    schedule: str = "auto"
+    workspace_tokens: int = 1 << 20
+
+
+@dataclass
+class _Request:
+    table: PageTable
+    num_prompt: int
+
+
+@dataclass
+class World:
+    """Scheduler, ranks and the dense answer."""
+
+    layout: Layout
+    backend: Backend = field(default_factory=ReferenceBackend)
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at = self.layout
+        self.grid = Grid(ParallelConfig(at.tp, at.pcp, at.dcp))
+        shards = self.grid.num_shards
+        pages = (at.pages,) * shards if isinstance(at.pages, int) else at.pages
+        self.cache = CacheManager(at.page_size, pages, enable_prefix_caching=True)
+        kv_heads = max_kv_heads(self.grid, at.q_heads, at.kv_heads)
+        shape = AttentionShape(at.q_heads // at.tp, kv_heads, at.head_dim, self.dtype.itemsize)
+        self.scheduler = Scheduler(
+            SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
+            1 << 20, self.cache, self.grid, ScheduleChooser(shape, at.dcp, at.schedule), root_key("test"),
+        )  # fmt: skip
+        fabric = ThreadFabric(self.grid.world_size)
+        self.traffic = [Traffic() for _ in range(self.grid.world_size)]
+        self.shardings = [
+            Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)
+        ]
+        self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
+        self.mirrors: list[dict[int, _Request]] = [{} for _ in range(self.grid.world_size)]
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.plans: list[StepPlan] = []
+        self.worst_error = 0.0
+
+    def _attention(self, rank: int, fabric: ThreadFabric, pages: tuple[int, ...]) -> Attention:
+        at, sharding = self.layout, self.shardings[rank]
+        start, stop = sharding.kv_extent
+        pool = KVPool(KVLayout(1, stop - start, at.head_dim, 8), pages[self.grid.ranks[rank].shard], at.page_size, self.dtype)
+        pool.layers[0].fill_(float("nan"))  # whatever is read before it is written shows
+        q_start, q_stop = sharding.q_extent
+        heads = Heads(q_stop - q_start, sharding.own_blocks, sharding.shard_blocks, self.grid.shards_of_pcp)
+        group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
+        return Attention(pool, self.backend, group, heads, at.head_dim**-0.5, at.workspace_tokens)
+
+    def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
+        """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        self.scheduler.check(len(prompt), params)
+        self.scheduler.add(request_id, prompt, params, 0)
+        self.left = {**getattr(self, "left", {}), request_id: max_tokens}
+
+    def run(self) -> None:
+        """Step until everything is finished, checking every row of every step."""
+        with ThreadPoolExecutor(self.grid.world_size) as pool:
+            while (plan := self.scheduler.schedule()) is not None:
+                self.plans.append(plan)
+                list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
+                sampled = [SampledToken(s.request_id, (s.stop * 7) % 5) for s in plan.segments if s.sample]
+                self.scheduler.commit(plan, sampled)
+                for token in sampled:
+                    self.left[token.request_id] -= 1
+                    if not self.left[token.request_id]:
+                        self.scheduler.finish(token.request_id)
+                self.scheduler.check_integrity()
+
+    def _step(self, rank: int, plan: StepPlan) -> None:
+        place, mirror = self.grid.ranks[rank], self.mirrors[rank]
+        for request_id in plan.finished:
+            del mirror[request_id]
+        for admission in plan.admitted:
+            table = PageTable(self.layout.page_size, self.grid.num_shards)
+            table.extend(admission.pages)
+            mirror[admission.request_id] = _Request(table, admission.num_prompt)
+        for new in plan.new_pages:
+            mirror[new.request_id].table.extend(new.pages)
+        view = rank_view(plan, mirror, place.pcp, place.shard, self.grid.shards_of_pcp)
+        attention = self.attentions[rank]
+        attention.begin(view)
+        rows = self._rows(plan, place.pcp)
+        q, k, v = self._gather(rows, self.shardings[rank])
+        out = attention(0, q, k, v)
+        self._check(view, rows, self.shardings[rank], out)
+
+    def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[int, int]]:
+        """(request, position) of a rank's rows: decode before prefill, local before travelling."""
+        mine = [s for s in plan.segments if s.pcp == pcp]
+        mine.sort(key=lambda s: (s.prefill, s.travels))
+        return [(s.request_id, position) for s in mine for position in range(s.start, s.stop)]
+
+    def qkv(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q [Hq, D], k and v [Hkv, D] at a position: the same for every request, so that prefixes can be shared."""
+        if position not in self.tensors:
+            generator = torch.Generator().manual_seed(self.seed * 100003 + position)
+            at = self.layout
+            self.tensors[position] = tuple(  # type: ignore[assignment]
+                torch.randn(heads, at.head_dim, dtype=self.dtype, generator=generator)
+                for heads in (at.q_heads, at.kv_heads, at.kv_heads)
+            )
+        return self.tensors[position]
+
+    def _gather(self, rows: list[tuple[int, int]], sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
+        at = self.layout
+        empty = torch.empty(0, 1, at.head_dim, dtype=self.dtype)
+        found: list[Tensor] = []
+        for part, (start, stop) in enumerate((sharding.q_extent, sharding.kv_extent, sharding.kv_extent)):
+            slices = [self.qkv(position)[part][start:stop] for _, position in rows]
+            found.append(torch.stack(slices) if slices else empty.expand(0, stop - start, at.head_dim))
+        return found[0], found[1], found[2]
+
+    def _check(self, view: RankView, rows: list[tuple[int, int]], sharding: Sharding, out: Tensor) -> None:
+        assert list(view.positions) == [position for _, position in rows]
+        group = self.layout.q_heads // self.layout.kv_heads
+        for row, (_, position) in enumerate(rows):
+            q = self.qkv(position)[0]
+            keys = torch.stack([self.qkv(p)[1] for p in range(position + 1)]).repeat_interleave(group, dim=1)
+            values = torch.stack([self.qkv(p)[2] for p in range(position + 1)]).repeat_interleave(group, dim=1)
+            weights = torch.softmax(torch.einsum("hd,phd->hp", q, keys) * self.layout.head_dim**-0.5, -1)
+            dense = torch.einsum("hp,phd->hd", weights, values)[slice(*sharding.q_extent)]
+            error = (out[row] - dense).abs().max().item()
+            assert error == error, f"NaN at position {position}"
+            self.worst_error = max(self.worst_error, error)

@@ -1,0 +1,101 @@
+"""Sharded attention equals dense causal attention, whatever the layout: in fp64, to rounding."""
+
+import pytest
+import torch
+
+from longspan.attention.backends.cpu import CpuBackend
+from tests.ranks.attention_world import Layout, World
+
+GRIDS = [
+    (1, 1, 1), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 8, 1),
+    (2, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 2), (4, 1, 4),
+    (2, 2, 1), (2, 2, 2), (2, 3, 2), (4, 2, 2), (6, 1, 3),
+]  # fmt: skip  (tp, pcp, dcp)
+HEADS = [(12, 12), (12, 3), (12, 1)]  # MHA, GQA, MQA
+
+
+@pytest.mark.parametrize("schedule", ["auto", "gather_q", "gather_kv"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"tp{g[0]}pcp{g[1]}dcp{g[2]}")
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}over{h[1]}")
+def test_every_row_equals_dense_attention(grid, heads, schedule):
+    tp, pcp, dcp = grid
+    world = World(Layout(tp, pcp, dcp, *heads, page_size=4, schedule=schedule, budget=40))
+    world.add(0, [1] * 61, 4)
+    world.add(1, [2] * 7, 6)
+    world.add(2, [3], 3)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("budget", [3, 17, 64])
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+def test_any_page_size_and_chunk_size(page_size, budget, schedule):
+    world = World(Layout(2, 2, 2, page_size=page_size, budget=budget, pages=128 // page_size + 2, schedule=schedule))
+    world.add(0, [1] * 70, 5)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+@pytest.mark.parametrize("shared", range(0, 21))
+def test_prefix_hits_of_every_length(shared):
+    world = World(Layout(pcp=3, page_size=1, pages=40))
+    world.add(0, [1] * 20, 2)
+    world.run()
+    world.add(1, [1] * shared + [2] * (20 - shared), 2)
+    world.run()
+    hit = next(s.start for s in world.plans[-2].segments if s.request_id == 1)
+    assert hit == min(shared, 19)
+    assert world.worst_error < 1e-13
+
+
+def test_workspace_of_one_token_a_shard_gives_the_same():
+    world = World(Layout(pcp=2, schedule="gather_kv", workspace_tokens=2))
+    world.add(0, [1] * 40, 3)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+def test_short_contexts_stay_on_one_shard_and_move_nothing():
+    world = World(Layout(pcp=4, local_context=32, budget=64))
+    for request_id in range(6):
+        world.add(request_id, [request_id] * 20, 8)
+    world.run()
+    assert all(not segment.travels for plan in world.plans for segment in plan.segments)
+    assert sum(sum(t.bytes_by_label.values()) for t in world.traffic) == 0
+    assert {s.pcp for plan in world.plans for s in plan.segments} == {0, 1, 2, 3}
+
+
+def test_a_growing_context_spreads_without_moving_a_page():
+    world = World(Layout(pcp=3, local_context=16, page_size=4))
+    world.add(0, [1] * 10, 60)
+    world.run()
+    shards = [page.shard for plan in world.plans for new in plan.new_pages for page in new.pages]
+    assert len(set(shards[:4])) == 1, "the first 16 tokens live on one shard"
+    assert [shards.count(s) for s in range(3)] == [6, 6, 6], "then it evens out"
+    assert world.worst_error < 1e-13
+
+
+def test_shards_of_unequal_size_fill_one_after_the_other():
+    world = World(Layout(pcp=3, page_size=4, pages=(2, 30, 5)))
+    world.add(0, [1] * 120, 4)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+def test_more_requests_than_memory_are_preempted_and_stay_exact():
+    world = World(Layout(pcp=2, page_size=2, pages=12, budget=16))
+    for request_id in range(5):
+        world.add(request_id, [request_id] * 9, 12)
+    world.run()
+    assert world.scheduler.preemptions > 0
+    assert world.worst_error < 1e-13
+
+
+def test_the_cpu_backend_equals_the_reference_in_fp32():
+    for layout in (Layout(pcp=2, head_dim=16), Layout(4, 2, 4, q_heads=12, kv_heads=3, head_dim=16)):
+        world = World(layout, CpuBackend(), torch.float32)
+        world.add(0, [1] * 61, 4)
+        world.add(1, [2] * 20, 4)
+        world.run()
+        assert world.worst_error < 1e-5
