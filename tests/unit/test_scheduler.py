@@ -1,0 +1,235 @@
+"""The scheduler's promises: every token computed once, on the rank of its page; nobody starves; nothing leaks."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.prefix import root_key
+from longspan.config import ParallelConfig, SchedulerConfig
+from longspan.errors import ContextOverflow, RequestError
+from longspan.parallel.grid import Grid
+from longspan.plan import StepPlan
+from longspan.request import SampledToken, SamplingParams
+from longspan.scheduler.scheduler import Scheduler
+
+
+class Rig:
+    """A scheduler whose model returns made-up tokens, checking every plan against a dense account of KV."""
+
+    def __init__(self, tp=1, pcp=1, dcp=1, pages=(64,), page_size=4, prefix_caching=True, **options):
+        self.grid = Grid(ParallelConfig(tp, pcp, dcp))
+        pages = pages * self.grid.num_shards if len(pages) == 1 else pages
+        self.cache = CacheManager(page_size, pages, prefix_caching)
+        config = SchedulerConfig(**{"max_num_batched_tokens": 32, "max_num_seqs": 16, "local_context": 0, **options})
+        chooser = ScheduleChooser(AttentionShape(4, 2, 8, 4), dcp, config.schedule)
+        self.scheduler = Scheduler(config, 10_000, self.cache, self.grid, chooser, root_key("test"))
+        self.left: dict[int, int] = {}
+        self.stored: dict[tuple[int, int, int], tuple[int, ...]] = {}  # (shard, page, row) -> tokens up to there
+        self.tables: dict[int, list] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.plans: list[StepPlan] = []
+
+    def add(self, request_id, prompt, max_tokens=4):
+        params = SamplingParams(max_tokens=max_tokens)
+        self.scheduler.check(len(prompt), params)
+        self.scheduler.add(request_id, prompt, params, 0)
+        self.left[request_id] = max_tokens
+        self.tokens[request_id] = list(prompt)
+
+    def step(self):
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        assert StepPlan.decode(plan.encode()) == plan
+        self.plans.append(plan)
+        self._account(plan)
+        sampled = [SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample]
+        self.scheduler.commit(plan, sampled)
+        for token in sampled:
+            self.tokens[token.request_id].append(token.token_id)
+            self.left[token.request_id] -= 1
+            if not self.left[token.request_id]:
+                self.scheduler.finish(token.request_id)
+        self.scheduler.check_integrity()
+        return plan
+
+    def run(self, limit=2000):
+        for _ in range(limit):
+            if self.step() is None:
+                return
+        raise AssertionError("the scheduler does not come to an end")
+
+    def _account(self, plan):
+        """Every token's KV goes to exactly one shard, written by its ranks, and every earlier one is there."""
+        for request_id in plan.finished:
+            self.tables.pop(request_id)
+        for admission in plan.admitted:
+            self.tables[admission.request_id] = list(admission.pages)
+        for new in plan.new_pages:
+            self.tables[new.request_id] += new.pages
+        size = self.cache.page_size
+        assert sum(s.length for s in plan.segments) <= self.scheduler.config.max_num_batched_tokens
+        for segment in plan.segments:
+            tokens, table = self.tokens[segment.request_id], self.tables[segment.request_id]
+            assert segment.token_ids == tuple(tokens[segment.start : segment.stop])
+            for position in range(segment.start, segment.stop):
+                page = table[position // size]
+                assert self.grid.pcp_of_shard[page.shard] == segment.pcp
+                self.stored[(*page, position % size)] = tuple(tokens[: position + 1])
+        for segment in plan.segments:
+            tokens, table = self.tokens[segment.request_id], self.tables[segment.request_id]
+            for position in range(segment.stop):
+                page = table[position // size]
+                assert self.stored[(*page, position % size)] == tuple(tokens[: position + 1]), "stale or foreign KV"
+
+
+@st.composite
+def loads(draw):
+    pcp, dcp = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    page_size = draw(st.sampled_from([1, 3, 8]))
+    shards = pcp * dcp
+    pages = tuple(draw(st.lists(st.integers(20, 40), min_size=shards, max_size=shards)))
+    rig = Rig(
+        dcp, pcp, dcp, pages, page_size,
+        max_num_batched_tokens=draw(st.sampled_from([5, 16, 64])), max_num_seqs=5,
+        local_context=draw(st.sampled_from([0, 12])),
+    )  # fmt: skip
+    most = sum(pages) * page_size
+    for request_id in range(draw(st.integers(1, 8))):
+        length = draw(st.integers(1, min(60, most - 12)))
+        prompt = [1] * draw(st.integers(0, length)) + [request_id] * length
+        rig.add(request_id, prompt[:length], draw(st.integers(1, 12)))
+    return rig
+
+
+@given(loads())
+@settings(max_examples=150, deadline=None)
+def test_any_load_ends_with_every_token_computed_where_its_page_is_and_nothing_lost(rig):
+    rig.run()
+    assert not any(rig.left.values())
+    assert all(rig.cache.used(shard) == 0 for shard in range(rig.cache.num_shards))
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once_with_the_numbers():
+    rig = Rig(pages=(10,), page_size=4)
+    with pytest.raises(ContextOverflow, match=r"39 prompt tokens and max_tokens=3 exceed the 41 tokens"):
+        rig.add(0, [1] * 39, max_tokens=3)
+    rig.add(0, [1] * 39, max_tokens=2)
+    rig.run()
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(RequestError, match="prompt=.*is empty"):
+        Rig().add(0, [])
+
+
+def test_decodes_go_on_while_a_long_prompt_is_prefilled():
+    rig = Rig(pages=(500,))
+    rig.add(0, [1] * 8, max_tokens=50)
+    rig.step()
+    rig.add(1, [2] * 400, max_tokens=2)
+    for _ in range(10):
+        plan = rig.step()
+        assert 0 in [s.request_id for s in plan.segments if not s.prefill]
+        assert 1 in [s.request_id for s in plan.segments if s.prefill]
+
+
+def test_a_short_prompt_behind_a_long_one_gets_its_first_token_in_the_next_step():
+    rig = Rig(pages=(500,))
+    rig.add(0, [1] * 400)
+    rig.step()
+    rig.add(1, [2] * 400)
+    rig.add(2, [3] * 10)
+    plan = rig.step()
+    assert [s.request_id for s in plan.segments if s.sample] == [2]
+    assert 0 in [s.request_id for s in plan.segments], "and the long one goes on"
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones():
+    rig = Rig(pages=(500,), prefix_caching=False)
+    rig.add(0, [1] * 320, max_tokens=1)
+    rig.step()
+    for step in range(30):
+        rig.add(100 + step, [2] * 16, max_tokens=1)
+        rig.step()
+        if not rig.left[0]:
+            break
+    assert step < 20, "half of every budget is the long prompt's"
+
+
+def test_a_preempted_long_prefill_comes_back_and_finishes():
+    rig = Rig(pages=(12,), page_size=4, max_num_batched_tokens=8, max_num_seqs=4, prefix_caching=False)
+    rig.add(0, [1] * 8, max_tokens=30)
+    rig.step()
+    rig.add(1, [2] * 30, max_tokens=10)
+    rig.run()
+    assert rig.scheduler.preemptions > 0
+    assert not any(rig.left.values())
+
+
+def test_aborting_a_waiting_and_a_running_request_frees_their_pages():
+    rig = Rig(max_num_seqs=1)
+    rig.add(0, [1] * 20)
+    rig.add(1, [2] * 20)
+    rig.step()
+    rig.scheduler.finish(0)
+    rig.scheduler.finish(1)
+    rig.scheduler.check_integrity()
+    assert rig.scheduler.schedule() is None
+    assert rig.cache.used(0) == 0
+
+
+def test_one_of_two_requests_that_share_pages_is_aborted():
+    rig = Rig(pages=(64,))
+    rig.add(0, [1] * 16, max_tokens=3)
+    rig.run()
+    rig.add(1, [1] * 16 + [2] * 4, max_tokens=8)
+    rig.add(2, [1] * 16 + [3] * 4, max_tokens=8)
+    rig.step()
+    rig.scheduler.finish(1)
+    rig.left[1] = 0
+    rig.run()
+    assert rig.left[2] == 0
+
+
+@pytest.mark.parametrize("length, hit", [(8, 4), (9, 8), (12, 8), (5, 4), (4, 0)])
+def test_a_prefix_hit_leaves_at_least_one_token_to_compute(length, hit):
+    rig = Rig(page_size=4)
+    rig.add(0, [1] * 30, max_tokens=1)
+    rig.run()
+    rig.add(1, [1] * length, max_tokens=1)
+    plan = rig.step()
+    assert plan.segments[0].start == hit
+
+
+def test_decode_rows_spread_over_the_context_ranks():
+    rig = Rig(pcp=2, pages=(100,), local_context=0, max_num_batched_tokens=64)
+    for request_id in range(8):
+        rig.add(request_id, [request_id] * 4, max_tokens=20)
+    for _ in range(10):
+        plan = rig.step()
+    rows = [s.pcp for s in plan.segments]
+    assert sorted(rows) == [0] * 4 + [1] * 4
+
+
+def test_a_plan_holds_new_pages_only_whatever_the_context_length():
+    rig = Rig(pages=(3000,), page_size=4, max_num_batched_tokens=8192, max_num_seqs=4)
+    rig.add(0, [1] * 40, max_tokens=8)
+    rig.run()
+    short = max(len(plan.encode()) for plan in rig.plans[1:])
+    rig.plans.clear()
+    rig.add(1, [2] * 8000, max_tokens=8)
+    rig.run()
+    assert max(len(plan.encode()) for plan in rig.plans[1:]) <= short + 16
+
+
+def test_with_schedule_local_every_request_stays_on_one_shard():
+    rig = Rig(pcp=2, pages=(10,), schedule="local")
+    for request_id in range(4):
+        rig.add(request_id, [request_id] * 20, max_tokens=8)
+    rig.run()
+    assert not any(segment.travels for plan in rig.plans for segment in plan.segments)
+    with pytest.raises(ContextOverflow, match="41 tokens"):
+        rig.add(9, [1] * 41, max_tokens=1)
