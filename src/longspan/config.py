@@ -84,13 +84,25 @@ class SchedulerConfig:
             value = getattr(self, name)
             require(value >= 1, name, value, "must be at least 1", "give a positive number")
         if self.max_model_len is not None:
-            require(self.max_model_len >= 1, "max_model_len", self.max_model_len, "must be at least 1",
-                    "give a positive number of tokens, or leave it out to use the model's own limit")
-        require(self.local_context >= 0, "local_context", self.local_context, "must not be negative",
-                "use 0 to spread every context")
+            require(
+                self.max_model_len >= 1,
+                "max_model_len",
+                self.max_model_len,
+                "must be at least 1",
+                "give a positive number of tokens, or leave it out to use the model's own limit",
+            )
+        require(
+            self.local_context >= 0,
+            "local_context",
+            self.local_context,
+            "must not be negative",
+            "use 0 to spread every context",
+        )
         require_choice("schedule", self.schedule, SCHEDULE_NAMES)
         require(
-            self.max_num_seqs <= self.max_num_batched_tokens, "max_num_seqs", self.max_num_seqs,
+            self.max_num_seqs <= self.max_num_batched_tokens,
+            "max_num_seqs",
+            self.max_num_seqs,
             f"exceeds max_num_batched_tokens={self.max_num_batched_tokens}, so a full batch could not decode",
             "lower max_num_seqs or raise max_num_batched_tokens",
         )
@@ -115,11 +127,18 @@ class EngineConfig:
         require_choice("executor", self.executor, EXECUTOR_NAMES)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
         if self.num_threads is not None:
-            require(self.num_threads >= 1, "num_threads", self.num_threads, "must be at least 1",
-                    "leave it out to share the machine's cores among the ranks")
+            require(
+                self.num_threads >= 1,
+                "num_threads",
+                self.num_threads,
+                "must be at least 1",
+                "leave it out to share the machine's cores among the ranks",
+            )
         dcp = self.parallel.decode_context_parallel_size
         require(
-            self.scheduler.schedule != "local" or dcp == 1, "schedule", "local",
+            self.scheduler.schedule != "local" or dcp == 1,
+            "schedule",
+            "local",
             f"decode_context_parallel_size={dcp} splits a head group's queries from its pages, so they must travel",
             "use --schedule auto, or decode_context_parallel_size=1",
         )

@@ -83,7 +83,9 @@ class LLM:
         self._ids = count()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or a batch; outputs are in the order of the prompts.
 
@@ -122,10 +124,10 @@ class LLM:
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's chat template."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise RequestError("messages", len(messages), "need a chat template and this model has none", "use generate")
-        return list(
-            self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        )
+            raise RequestError(
+                "messages", len(messages), "need a chat template and this model has none", "use generate"
+            )
+        return list(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
 
     def stats(self) -> EngineStats:
         """What is in use and what has travelled so far."""
@@ -172,5 +174,7 @@ def _params_for(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(batch)
     if len(params) != len(batch):
-        raise RequestError("params", len(params), f"does not match {len(batch)} prompts", "give one for each, or one for all")
+        raise RequestError(
+            "params", len(params), f"does not match {len(batch)} prompts", "give one for each, or one for all"
+        )
     return list(params)

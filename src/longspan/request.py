@@ -6,6 +6,7 @@ scheduled, sharded or computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -39,32 +40,37 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _check(self.n >= 1, "n", self.n, "must be at least 1")
-        _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", self.max_tokens,
-               "must not be negative")
+        _check(
+            self.max_tokens is None or self.max_tokens >= 0,
+            "max_tokens",
+            self.max_tokens,
+            "must not be negative",
+        )
         _check(self.temperature >= 0, "temperature", self.temperature, "must not be negative; 0 is greedy")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         _check(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (both: all tokens) or positive")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
-        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty,
-               "must be positive; 1 is none")
+        _check(
+            self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "must be positive; 1 is none",
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(-2 <= value <= 2, name, value, "must be in [-2, 2]")
         _check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1")
-        _check(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs,
-               "must be in 0..100")
+        _check(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs, "must be in 0..100")
         _check("" not in self.stop, "stop", list(self.stop), "must not hold an empty string")
 
     @property

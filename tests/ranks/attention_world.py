@@ -80,9 +80,7 @@ class World:
         )  # fmt: skip
         fabric = ThreadFabric(self.grid.world_size)
         self.traffic = [Traffic() for _ in range(self.grid.world_size)]
-        self.shardings = [
-            Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)
-        ]
+        self.shardings = [Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)]
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
         self.mirrors: list[dict[int, _Request]] = [{} for _ in range(self.grid.world_size)]
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -93,7 +91,12 @@ class World:
     def _attention(self, rank: int, fabric: ThreadFabric, pages: tuple[int, ...]) -> Attention:
         at, sharding = self.layout, self.shardings[rank]
         start, stop = sharding.kv_extent
-        pool = KVPool(KVLayout(1, stop - start, at.head_dim, 8), pages[self.grid.ranks[rank].shard], at.page_size, self.dtype)
+        pool = KVPool(
+            KVLayout(1, stop - start, at.head_dim, 8),
+            pages[self.grid.ranks[rank].shard],
+            at.page_size,
+            self.dtype,
+        )
         pool.layers[0].fill_(float("nan"))  # whatever is read before it is written shows
         q_start, q_stop = sharding.q_extent
         heads = Heads(q_stop - q_start, sharding.own_blocks, sharding.shard_blocks, self.grid.shards_of_pcp)

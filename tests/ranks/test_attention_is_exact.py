@@ -7,9 +7,21 @@ from longspan.attention.backends.cpu import CpuBackend
 from tests.ranks.attention_world import Layout, World
 
 GRIDS = [
-    (1, 1, 1), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 8, 1),
-    (2, 1, 1), (2, 1, 2), (3, 1, 3), (4, 1, 2), (4, 1, 4),
-    (2, 2, 1), (2, 2, 2), (2, 3, 2), (4, 2, 2), (6, 1, 3),
+    (1, 1, 1),
+    (1, 2, 1),
+    (1, 3, 1),
+    (1, 4, 1),
+    (1, 8, 1),
+    (2, 1, 1),
+    (2, 1, 2),
+    (3, 1, 3),
+    (4, 1, 2),
+    (4, 1, 4),
+    (2, 2, 1),
+    (2, 2, 2),
+    (2, 3, 2),
+    (4, 2, 2),
+    (6, 1, 3),
 ]  # fmt: skip  (tp, pcp, dcp)
 HEADS = [(12, 12), (12, 3), (12, 1)]  # MHA, GQA, MQA
 
@@ -37,7 +49,7 @@ def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     assert world.worst_error < 1e-13
 
 
-@pytest.mark.parametrize("shared", range(0, 21))
+@pytest.mark.parametrize("shared", range(21))
 def test_prefix_hits_of_every_length(shared):
     world = World(Layout(pcp=3, page_size=1, pages=40))
     world.add(0, [1] * 20, 2)

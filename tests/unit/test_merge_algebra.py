@@ -30,9 +30,7 @@ def shards(draw):
     scale = draw(st.sampled_from([0.1, 1.0, 50.0]))
     scores = torch.randn(3, 2, sum(sizes), dtype=torch.float64, generator=generator) * scale
     values = torch.randn(sum(sizes), 2, 4, dtype=torch.float64, generator=generator)
-    parts = [
-        attention(s, v) for s, v in zip(scores.split(sizes, dim=-1), values.split(sizes), strict=True)
-    ]
+    parts = [attention(s, v) for s, v in zip(scores.split(sizes, dim=-1), values.split(sizes), strict=True)]
     return parts, attention(scores, values)
 
 

@@ -121,7 +121,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once_with_the_numbers():
 
 
 def test_an_empty_prompt_is_refused():
-    with pytest.raises(RequestError, match="prompt=.*is empty"):
+    with pytest.raises(RequestError, match=r"prompt=.*is empty"):
         Rig().add(0, [])
 
 

@@ -18,8 +18,8 @@ class Partial:
     """Attention over part of the keys.
 
     out [T, H, D] is the softmax-weighted mean of the values seen, lse [T, H] (natural log) the log-sum-exp of
-    the scores; both fp32 (or fp64) whatever the model's dtype. Nothing seen is (0, -inf), the identity of `merge`. Backends hand over nothing
-    else for an empty side: no NaN, no +inf (see `normalised`).
+    the scores; both fp32 (or fp64) whatever the model's dtype. Nothing seen is (0, -inf), the identity of `merge`.
+    Backends hand over nothing else for an empty side: no NaN, no +inf (see `normalised`).
     """
 
     out: Tensor

@@ -89,7 +89,7 @@ class CacheManager:
                 self.pools[page.shard].release(page.index)
 
     def check_integrity(self, tables: Iterable[PageTable]) -> None:
-        """Raise `EngineError` unless every page is held as often as the tables say, idle or free, and never two of these."""
+        """Raise `EngineError` unless every page is held as the tables say, or idle, or free: one of the three."""
         expected: dict[PageRef, int] = {}
         for table in tables:
             for page in table.pages:

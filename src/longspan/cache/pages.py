@@ -15,7 +15,7 @@ class PageRef(NamedTuple):
     """A page: its shard (member of the context group) and its index in that shard's pool."""
 
     shard: int
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class Span(NamedTuple):
@@ -171,8 +171,10 @@ class PageTable:
             length = min(self.page_size - row, stop - position)
             if page.shard == shard:
                 slot = page.index * self.page_size + row
-                if found and found[-1][1].slot + found[-1][1].length == slot and (
-                    found[-1][0] + found[-1][1].length == position - start
+                if (
+                    found
+                    and found[-1][1].slot + found[-1][1].length == slot
+                    and (found[-1][0] + found[-1][1].length == position - start)
                 ):
                     offset, span = found.pop()
                     found.append((offset, Span(span.slot, span.length + length)))

@@ -39,6 +39,4 @@ def shard_for_decode(
 def home_shard(cache: CacheManager, pcp_of_shard: Sequence[int], rows: Sequence[int], pages: int) -> int | None:
     """The shard where a short context of `pages` pages can sit whole: least busy ranks first, then most room."""
     roomy = [shard for shard in range(cache.num_shards) if cache.available(shard) >= pages]
-    return min(
-        roomy, key=lambda shard: (rows[pcp_of_shard[shard]], -cache.available(shard)), default=None
-    )
+    return min(roomy, key=lambda shard: (rows[pcp_of_shard[shard]], -cache.available(shard)), default=None)

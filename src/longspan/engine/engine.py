@@ -6,12 +6,13 @@ not know how ranks run (the executor does) nor which tokens a step computes (the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
+from longspan.cache.pages import PageRef
 from longspan.cache.prefix import root_key
 from longspan.config import EngineConfig
 from longspan.engine.completion import Completion
@@ -25,6 +26,7 @@ from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
 from longspan.request import FinishReason, RequestOutput, SamplingParams
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
+from longspan.scheduler.sequence import SequenceState
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
 
@@ -56,7 +58,10 @@ class _Group:
 
 def create_executor(setup: EngineSetup) -> Executor:
     """The executor the configuration names."""
-    kinds = {"threads": ThreadExecutor, "processes": ProcessExecutor}
+    kinds: dict[str, Callable[[EngineSetup], Executor]] = {
+        "threads": ThreadExecutor,
+        "processes": ProcessExecutor,
+    }
     return kinds[setup.config.executor](setup)
 
 
@@ -90,7 +95,11 @@ class Engine:
         self._peak = [0] * self.cache.num_shards
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        prompt: str | None = None,
     ) -> None:
         """Queue a request. Raises `RequestError` at once if it can never be served."""
         if request_id in self._groups:
@@ -143,12 +152,14 @@ class Engine:
     def progress(self, request_id: str) -> tuple[int, int]:
         """(prompt tokens whose KV is stored, prompt tokens) of a request's first completion: for a progress bar."""
         group = self._groups.get(request_id)
-        if group is None:
-            return 0, 0
-        total = len(group.output.prompt_token_ids)
-        first = group.completions[0].number
-        running = next((s for s in self.scheduler.running if s.request_id == first), None)
-        return min(running.computed if running else 0, total), total
+        total = len(group.output.prompt_token_ids) if group else 0
+        sequence = self._first_sequence(request_id)
+        return min(sequence.computed if sequence else 0, total), total
+
+    def pages(self, request_id: str) -> list[PageRef]:
+        """Where the context of a request's first completion lives now, in position order."""
+        sequence = self._first_sequence(request_id)
+        return list(sequence.table.pages) if sequence else []
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns the requests that changed, finished ones for the last time."""
@@ -198,6 +209,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+    def _first_sequence(self, request_id: str) -> SequenceState | None:
+        group = self._groups.get(request_id)
+        number = group.completions[0].number if group else None
+        return next((s for s in self.scheduler.running if s.request_id == number), None)
 
     def _start(self, group: _Group, completion: Completion) -> None:
         self._group_of[completion.number] = (group, completion)

@@ -43,7 +43,7 @@ class TensorStore:
         rows = [index[0].stop - index[0].start for _, index in pieces]
         rest = [part.stop - part.start for part in pieces[0][1][1:]]
         whole = torch.empty(sum(rows), *rest, dtype=self._dtype)
-        for (name, index), out in zip(pieces, whole.split(rows), strict=True):
+        for (name, index), out in zip(pieces, torch.split(whole, rows), strict=True):
             self._checkpoint.read(name, index, out)
         return whole
 

@@ -70,9 +70,7 @@ class Runner:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
-        view = rank_view(
-            plan, self._mirrors, self._place.pcp, self._place.shard, self._grid.shards_of_pcp
-        )
+        view = rank_view(plan, self._mirrors, self._place.pcp, self._place.shard, self._grid.shards_of_pcp)
         self._attention.begin(view)
         hidden = self._model.forward(
             torch.tensor(view.token_ids, dtype=torch.int64),
@@ -115,9 +113,7 @@ class Runner:
     def _mirror(self, admission: Admission) -> _Mirror:
         table = PageTable(self._page_size, self._grid.num_shards)
         table.extend(admission.pages)
-        return _Mirror(
-            admission.params, admission.seed, admission.num_prompt, table, list(admission.history)
-        )
+        return _Mirror(admission.params, admission.seed, admission.num_prompt, table, list(admission.history))
 
     def _compare_digest(self, plan: StepPlan) -> None:
         """Debug: every rank of both groups must be about to take the same branches."""
@@ -125,4 +121,6 @@ class Runner:
         for group in (self._groups.tp, self._groups.context):
             for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):
                 if not torch.equal(digest, mine):
-                    raise EngineError(f"step {plan.step}: member {member} of rank {self._place.rank}'s group has another plan")
+                    raise EngineError(
+                        f"step {plan.step}: member {member} of rank {self._place.rank}'s group has another plan"
+                    )

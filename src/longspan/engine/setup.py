@@ -15,7 +15,7 @@ from longspan.cache.layout import KVLayout
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
-from longspan.models.registry import load_config
+from longspan.models.registry import check_checkpoint, load_config
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, max_kv_heads
 from longspan.weights.source import ModelSource, resolve_model
@@ -61,6 +61,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
     model = load_config(source.config)
+    check_checkpoint(model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)

@@ -64,7 +64,7 @@ def build_runner(
         for peer in grid.tp_group(rank)
     ]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
-    model = build_model(model_config, RankLoader(store, sharding), tp, setup.dtype, "cpu")
+    model = build_model(model_config, RankLoader(store, sharding), tp, setup.dtype)
     start, stop = sharding.q_extent
     heads = Heads(stop - start, sharding.own_blocks, sharding.shard_blocks, grid.shards_of_pcp)
     kv_start, kv_stop = sharding.kv_extent
@@ -74,7 +74,5 @@ def build_runner(
         config.cache.page_size,
         setup.dtype,
     )
-    attention = Attention(
-        pool, CpuBackend(), groups.context, heads, 1 / sqrt(model_config.head_dim), _WORKSPACE_TOKENS
-    )
+    attention = Attention(pool, CpuBackend(), groups.context, heads, 1 / sqrt(model_config.head_dim), _WORKSPACE_TOKENS)
     return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)

@@ -50,9 +50,7 @@ class Collectives(ABC):
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send `sends[i]` to member i and return what each member sent here, of shape `shapes[i]`."""
 
-    def all_to_all(
-        self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str
-    ) -> list[Tensor]:
+    def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
         """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""
         sent = sum(x.numel() * x.element_size() for x in sends)
         own = sends[self.rank]

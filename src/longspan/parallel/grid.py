@@ -39,9 +39,7 @@ class Grid:
     @cached_property
     def ranks(self) -> tuple[Coordinates, ...]:
         """All ranks in rank order."""
-        places = product(
-            range(self.pcp), range(self.head_shards), range(self.parallel.decode_context_parallel_size)
-        )
+        places = product(range(self.pcp), range(self.head_shards), range(self.parallel.decode_context_parallel_size))
         shard_numbers: dict[tuple[int, int], int] = {}
         found: list[Coordinates] = []
         for rank, (pcp, head_shard, dcp) in enumerate(places):
@@ -93,8 +91,7 @@ class Grid:
     def shards_of_pcp(self) -> tuple[tuple[int, ...], ...]:
         """For every pcp index, the shards its ranks write, in dcp order."""
         return tuple(
-            tuple(shard for shard, owner in enumerate(self.pcp_of_shard) if owner == pcp)
-            for pcp in range(self.pcp)
+            tuple(shard for shard, owner in enumerate(self.pcp_of_shard) if owner == pcp) for pcp in range(self.pcp)
         )
 
     def returns_tokens(self, rank: int) -> bool:

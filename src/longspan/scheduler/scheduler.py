@@ -18,7 +18,7 @@ from longspan.config import SchedulerConfig
 from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
 from longspan.plan import StepPlan
-from longspan.request import SamplingParams, SampledToken
+from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
 

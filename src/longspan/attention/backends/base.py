@@ -18,9 +18,7 @@ from longspan.view import QueryRun
 class Backend(Protocol):
     """Attention over local tensors."""
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
         """The diagonal: q [T, Hq, D] against k, v [T, Hkv, D] of the same tokens, causal."""
         ...
 

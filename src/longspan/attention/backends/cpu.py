@@ -22,9 +22,7 @@ _SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats on
 class CpuBackend:
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
         """See `Backend.causal`."""
         parts = [_causal_block(q, k, v, block, scale) for block in blocks]
         return _join_heads(parts)
@@ -44,9 +42,7 @@ class CpuBackend:
         return whole
 
 
-def _run(
-    q: Tensor, spans: Sequence[Span], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
-) -> Partial:
+def _run(q: Tensor, spans: Sequence[Span], kv: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
     views = [kv[:, :, span.slot : span.slot + span.length] for span in spans]
     if len(views) > 1 and sum(span.length for span in spans) < _SHORT_SPAN * len(spans):
         views = [torch.cat(views, dim=2)]
@@ -59,9 +55,7 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
     packed = q[:, block.q_start : block.q_stop].reshape(tokens, block.kv_heads, block.group, dim)
     packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
     keys, values = kv[:, None, block.kv_start : block.kv_stop]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        packed, keys, values, scale=scale
-    )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, keys, values, scale=scale)
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
     heads = block.q_stop - block.q_start

@@ -18,9 +18,7 @@ from longspan.view import QueryRun
 class ReferenceBackend:
     """softmax(q kᵀ · scale) v, one head after the other."""
 
-    def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
         """See `Backend.causal`."""
         mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
         return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
@@ -39,9 +37,7 @@ class ReferenceBackend:
         return whole
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor
-) -> Partial:
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor) -> Partial:
     part = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
     for block in blocks:
         for head in range(block.q_start, block.q_stop):

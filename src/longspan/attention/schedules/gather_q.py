@@ -18,9 +18,7 @@ def run(join: Join) -> Partial:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     view, heads = join.view, join.heads
     rows_of_shard = {
-        shard: rows
-        for shards, rows in zip(heads.shards_of_pcp, view.block_rows, strict=True)
-        for shard in shards
+        shard: rows for shards, rows in zip(heads.shards_of_pcp, view.block_rows, strict=True) for shard in shards
     }
     rows = [rows_of_shard[shard] for shard in sorted(rows_of_shard)]
     queries = join.group.all_gather(join.q, rows, _LABEL)
@@ -30,7 +28,7 @@ def run(join: Join) -> Partial:
         together = torch.cat([queries[shard] for shard in shards], dim=1)
         part = join.attend_here(together, block.runs, heads.shard)
         packed = torch.cat([part.out, part.lse[..., None]], dim=-1)
-        for shard, piece in zip(shards, packed.split(heads.own_count, dim=1), strict=True):
+        for shard, piece in zip(shards, torch.split(packed, heads.own_count, dim=1), strict=True):
             sends[shard] = piece
     mine = rows[join.group.rank]
     shape = (mine, heads.own_count, join.kv.shape[-1] + 1)

@@ -52,9 +52,7 @@ def main(folder: Path, rank: int) -> None:
         leave_world()
 
 
-def _serve(
-    folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[FromWorker], None]
-) -> None:
+def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[FromWorker], None]) -> None:
     setup = resolve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig))
     torch.set_num_threads(threads_per_rank(setup))
     join_world(rank, setup.grid.world_size, str(folder / "store"))
@@ -63,7 +61,7 @@ def _serve(
     def open_group(group: Sequence[int]) -> Collectives:
         return DistributedCollectives(group, rank, traffic)
 
-    runner = build_runner(setup, rank, TensorStore(setup.source.open_checkpoint(), setup.dtype), open_group)
+    runner = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype), open_group)
     answer(Ready(rank))
     while True:
         message = inbox.recv()

@@ -42,7 +42,13 @@ class ProcessExecutor:
                 inbox = self._context.socket(zmq.PUSH)
                 inbox.bind(f"ipc://{folder}/rank-{rank}")
                 self._inboxes.append(inbox)
-                command = [sys.executable, "-m", "longspan.engine.executors.process_worker", str(folder), str(rank)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "longspan.engine.executors.process_worker",
+                    str(folder),
+                    str(rank),
+                ]
                 self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()))
             self._collect()
         except BaseException:
@@ -122,4 +128,3 @@ class ProcessExecutor:
             if process.poll() is None:
                 process.kill()
         self.shutdown()
-

@@ -35,10 +35,9 @@ class ThreadExecutor:
         self._traffic = [Traffic() for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
-        self._store = TensorStore(setup.source.open_checkpoint(), setup.dtype)
+        self._store = TensorStore(setup.source.checkpoint, setup.dtype)
         self._threads = [
-            Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True)
-            for rank in range(size)
+            Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True) for rank in range(size)
         ]
         for thread in self._threads:
             thread.start()

@@ -1,0 +1,209 @@
+"""Chooses the next tokens from rows of logits, as each row's sampling parameters say.
+
+It owns penalties, filters, noise and log-probabilities; it must not know of ranks, of scheduling,
+or of which rows happen to share its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.errors import EngineError
+from longspan.request import SampledToken, SamplingParams, TokenLogprobs
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy, as in vLLM: dividing by less would only overflow."""
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row of logits to sample.
+
+    `seed` is the request's resolved seed and `position` the index of the wanted token in the request's
+    output (0 is the first): the noise depends on these two only. The histories are read only if
+    `params.needs_history`.
+    """
+
+    request_id: int
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    """One token for each row of `logits` [R, V] fp32, which is left as it was.
+
+    The order is vLLM's documented one: penalties, temperature, top-k, top-p, min-p, then a race of
+    exponentials. Log-probabilities, where asked for, are of the logits before all of these. A row's
+    result does not depend on the other rows.
+
+    Raises:
+        EngineError: the shape does not fit the rows, or a row holds NaN or +inf or nothing but -inf.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows):
+        raise EngineError(
+            f"logits have shape {tuple(logits.shape)} for {len(rows)} tokens to sample; "
+            f"give shape [{len(rows)}, vocabulary]"
+        )
+    if not rows:
+        return []
+    _require_finite_peaks(logits, rows)
+    tokens = [0] * len(rows)
+    plain = [i for i, row in enumerate(rows) if _is_greedy(row.params) and not row.params.needs_history]
+    if plain:
+        block = logits if len(plain) == len(rows) else logits[plain]
+        for i, token in zip(plain, block.argmax(dim=-1).tolist(), strict=True):
+            tokens[i] = token
+    generator = torch.Generator()
+    for i in sorted(set(range(len(rows))) - set(plain)):
+        tokens[i] = _sample_row(logits[i], rows[i], generator)
+    return [
+        SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs))
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
+    ]
+
+
+def penalise(logits: Tensor, row: SampleRow) -> Tensor:
+    """A copy of `logits` [V] with the row's penalties (vLLM's definitions, which follow OpenAI and CTRL).
+
+    Repetition divides positive and multiplies negative logits of every token of prompt and output, once;
+    frequency subtracts for each occurrence in the output, presence once for each distinct token there.
+    """
+    params = row.params
+    result = logits.clone()
+    output = _ids(row.output_token_ids, logits)
+    if params.repetition_penalty != 1.0:
+        seen = torch.cat((_ids(row.prompt_token_ids, logits), output))
+        values = result[seen]
+        rate = params.repetition_penalty
+        result[seen] = torch.where(values > 0, values / rate, values * rate)
+    if params.frequency_penalty or params.presence_penalty:
+        counts = output.bincount(minlength=len(result))
+        result -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    return result
+
+
+def filter_tokens(logits: Tensor, params: SamplingParams) -> tuple[Tensor | None, Tensor]:
+    """What temperature, top-k, top-p and min-p leave of `logits` [V]; `params` must not be greedy.
+
+    Returns (ids [K] int64, scaled [K] fp32): the tokens that may be sampled (None: all V, in order), and
+    their logits over the temperature, shifted so that the best of them is 0: softmax(scaled) are their
+    probabilities. Tokens tied with the k-th best stay in the top-k, as in vLLM; ties at the edge of top-p
+    go to the lowest id.
+    """
+    scaled = (logits - logits.amax()).div_(params.temperature)
+    ids: Tensor | None = None
+    if 0 < params.top_k < len(scaled):
+        ids = best(scaled, params.top_k)
+        scaled = scaled[ids]
+    if params.top_p < 1.0:
+        ids, scaled = _keep(ids, scaled, _nucleus(scaled, params.top_p))
+    if params.min_p > 0.0:
+        ids, scaled = _keep(ids, scaled, (scaled >= math.log(params.min_p)).nonzero().squeeze(1))
+    return ids, scaled
+
+
+def _keep(ids: Tensor | None, scaled: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    return kept if ids is None else ids[kept], scaled[kept]
+
+
+def best(values: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest of `values` [V] and of all tied with the last, best first, ties by index.
+
+    `torch.topk` alone leaves open which of several equal values it takes.
+    """
+    if k >= len(values):
+        return values.sort(descending=True, stable=True).indices
+    threshold = values.topk(k, sorted=False).values.amin()
+    ids = (values >= threshold).nonzero().squeeze(1)
+    return ids[values[ids].sort(descending=True, stable=True).indices]
+
+
+def mix(seed: int, position: int) -> int:
+    """The noise's 64-bit seed: splitmix64 of (splitmix64 of `seed`) xor `position`.
+
+    Neighbouring seeds and positions must not give related noise. `torch.Generator` on the CPU reads the
+    low 32 bits only, which the mix has made depend on all bits of both.
+    """
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ position)
+
+
+def _splitmix64(state: int) -> int:
+    """Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014)."""
+    z = (state + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _sample_row(logits: Tensor, row: SampleRow, generator: torch.Generator) -> int:
+    if row.params.needs_history:
+        logits = penalise(logits, row)
+    if _is_greedy(row.params):
+        return int(logits.argmax())
+    ids, scaled = filter_tokens(logits, row.params)
+    # Noise belongs to token ids, not to ranks in the sorted row: where two ranks' arithmetic differs in
+    # the last bit and swaps two candidates, the winner stays the same.
+    generator.manual_seed(mix(row.seed, row.position))
+    noise = torch.empty(len(logits), dtype=torch.float64).uniform_(generator=generator).to(logits.device)
+    if ids is not None:
+        noise = noise[ids]
+    # -log(noise) is Exp(1), and argmax of p / Exp(1) is taken in logarithms; fp64, so that no probability
+    # is rounded to 0; in place, because fresh memory for a whole vocabulary costs more than the arithmetic.
+    winner = (scaled - noise.log_().neg_().log_()).argmax()
+    return int(winner if ids is None else ids[winner])
+
+
+def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
+    """Indices [K] of the fewest of `scaled` [V], best first, whose probability reaches `top_p`."""
+    weights = scaled.exp()
+    total = weights.sum(dtype=torch.float64)
+    # Tokens that each have less than a V-th of 1 - top_p make less than 1 - top_p together: they lie
+    # outside whatever their order, and sorting the few others is what makes top-p cheap.
+    ids = (weights >= total * ((1 - top_p) / len(scaled))).nonzero().squeeze(1)
+    ids = ids[scaled[ids].sort(descending=True, stable=True).indices]
+    mass = weights[ids].cumsum(0, dtype=torch.float64) / total
+    return ids[: int((mass < top_p).sum()) + 1]
+
+
+def _logprobs(logits: Tensor, i: int, token: int, count: int | None) -> TokenLogprobs | None:
+    """Of row `i` of raw `logits` [R, V]: the sampled token's, and those of the `count` most likely."""
+    if count is None:
+        return None
+    raw = logits[i]
+    normaliser = raw.logsumexp(dim=0)
+    sampled = float(raw[token] - normaliser)
+    if count == 0:
+        return TokenLogprobs(sampled, (), ())
+    ids = best(raw, count)[:count]
+    return TokenLogprobs(sampled, tuple(ids.tolist()), tuple((raw[ids] - normaliser).tolist()))
+
+
+def _require_finite_peaks(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """NaN wins every maximum, so one reduction finds all rows that cannot be sampled."""
+    peaks = logits.amax(dim=-1)
+    bad = (~peaks.isfinite()).nonzero().squeeze(1).tolist()
+    if bad:
+        i = bad[0]
+        raise EngineError(
+            f"logits of request {rows[i].request_id} at output position {rows[i].position} have maximum "
+            f"{float(peaks[i])}: no token can be sampled; check the weights, or use a wider dtype "
+            "(float32) if activations overflow"
+        )
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW
+
+
+def _ids(tokens: Sequence[int], like: Tensor) -> Tensor:
+    return torch.as_tensor(tokens, dtype=torch.int64, device=like.device)

@@ -1,0 +1,134 @@
+"""What a decoder is, read from a Hugging Face style configuration: sizes, rope, biases.
+
+It owns `ModelConfig` and the checks on the fields it is read from; pure Python, it must not import
+torch nor know how a model is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from longspan.errors import ModelError
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `scaling` holds the scaling's own fields (`factor`, ...) as read."""
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    scaling: tuple[tuple[str, Any], ...] = ()
+    partial_rotary_factor: float = 1.0
+    max_position_embeddings: int = 2048
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field of the scaling."""
+        return dict(self.scaling).get(name, default)
+
+    def require(self, name: str) -> Any:
+        """A field the scaling cannot do without; raises `ModelError` if it is missing."""
+        if self.get(name) is None:
+            raise ModelError(f"rope_scaling.{name} is missing: rope_type={self.rope_type} needs it; fix config.json")
+        return self.get(name)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with grouped-query attention."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Fields:
+    """A configuration dict whose fields are checked as they are read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field as it is, `default` where it is missing or null."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"config.json: {name}={value!r} must be a positive integer; fix the model's config.json")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ModelError(f"config.json: {name}={value!r} must be a positive number; fix the model's config.json")
+        return float(value)
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """Token ids: none, one or a list."""
+        value = self.get(name, [])
+        return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
+    """Rope from `rope_theta` and `rope_scaling`, or from newer files' `rope_parameters`, which holds both."""
+    parameters = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    theta = parameters.pop("rope_theta", None) or fields.number("rope_theta", 10000.0)
+    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    partial = parameters.pop("partial_rotary_factor", None) or fields.number("partial_rotary_factor", 1.0)
+    scaling = tuple(
+        sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in parameters.items())
+    )
+    return RopeConfig(float(theta), str(rope_type), scaling, float(partial), max_position_embeddings)
+
+
+def read_config(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
+    """The fields every family shares; `differences` are those in which a family is its own."""
+    fields = Fields(values)
+    hidden, q_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    kv_heads = fields.size("num_key_value_heads", q_heads)
+    if q_heads % kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads={q_heads} is not a multiple of num_key_value_heads={kv_heads}; "
+            "fix the model's config.json"
+        )
+    positions = fields.size("max_position_embeddings", 2048)
+    rope = read_rope(fields, positions)
+    window = fields.get("sliding_window")
+    if window and fields.get("use_sliding_window", True):
+        positions = min(positions, int(window))  # within its window, windowed attention is full attention
+    common: dict[str, Any] = {
+        "architecture": architecture,
+        "num_layers": fields.size("num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_q_heads": q_heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": fields.size("head_dim", hidden // q_heads),
+        "intermediate_size": fields.size("intermediate_size"),
+        "vocab_size": fields.size("vocab_size"),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "rope": rope,
+        "tie_word_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "eos_token_ids": fields.ids("eos_token_id"),
+    }
+    return ModelConfig(**{**common, **differences})

@@ -1,0 +1,43 @@
+"""Which file knows an architecture.
+
+It owns the table from names to families; adding a family is one file and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from longspan.errors import UnsupportedModel
+from longspan.models import llama, qwen2, qwen3
+from longspan.models.config import ModelConfig
+from longspan.models.context import Loader, TensorParallel
+from longspan.models.decoder import DecoderModel, decoder_params
+from longspan.models.params import Shapes, validate_checkpoint
+
+_PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
+    name: family.parse for family in (llama, qwen2, qwen3) for name in family.ARCHITECTURES
+}
+
+
+def load_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The model a Hugging Face style configuration describes; raises `UnsupportedModel` or `ModelError`."""
+    names = values.get("architectures") or []
+    for name in names:
+        if name in _PARSERS:
+            return _PARSERS[name](values, name)
+    raise UnsupportedModel(
+        f"architectures={list(names)} in config.json is not supported; supported are {', '.join(_PARSERS)}"
+    )
+
+
+def check_checkpoint(config: ModelConfig, checkpoint: Shapes) -> None:
+    """Raise `WeightError` unless the checkpoint is this model's."""
+    validate_checkpoint(decoder_params(config), checkpoint, config.tie_word_embeddings)
+
+
+def build_model(config: ModelConfig, loader: Loader, tp: TensorParallel, dtype: torch.dtype) -> DecoderModel:
+    """The model on the slices `loader` gives."""
+    return DecoderModel(config, loader, tp, dtype)

@@ -1,0 +1,129 @@
+"""Rotary position embedding with its scalings.
+
+It owns frequencies and rotation; it must not know which tokens or heads it rotates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ModelError, UnsupportedModel
+from longspan.models.config import RopeConfig
+
+Frequencies = tuple[Tensor, float]
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Frequencies:
+    """(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin). Raises `UnsupportedModel`."""
+    scale = _SCALINGS.get(rope.rope_type)
+    if scale is None:
+        raise UnsupportedModel(f"rope_type={rope.rope_type} is not supported; supported are {', '.join(_SCALINGS)}")
+    dim = int(head_dim * rope.partial_rotary_factor)
+    return scale(rope, _base(rope.theta, dim), dim)
+
+
+def _base(theta: float, dim: int) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+
+
+def _default(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    return inverse, 1.0
+
+
+def _linear(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    return inverse / float(rope.require("factor")), 1.0
+
+
+def _dynamic(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """NTK by length, for contexts up to the trained length: beyond it the frequencies would move under cached keys."""
+    return inverse, 1.0
+
+
+def _factors(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """One divisor a frequency, as GGUF files carry llama3 scaling."""
+    factors = torch.tensor(rope.require("factors"), dtype=torch.float32)
+    if factors.shape != inverse.shape:
+        raise ModelError(f"rope factors: {len(factors)} given, {len(inverse)} expected; convert the file again")
+    return inverse / factors, 1.0
+
+
+def _llama3(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    factor, low, high = (float(rope.require(n)) for n in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = float(rope.require("original_max_position_embeddings"))
+    wavelength = 2 * math.pi / inverse
+    smooth = (trained / wavelength - low) / (high - low)
+    ramp = (1 - smooth) * inverse / factor + smooth * inverse
+    scaled = torch.where(wavelength > trained / low, inverse / factor, inverse)
+    medium = (wavelength <= trained / low) & (wavelength >= trained / high)
+    return torch.where(medium, ramp, scaled), 1.0
+
+
+def _yarn(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """YaRN (Peng et al. 2023, eqs. 17-23)."""
+    trained = float(rope.get("original_max_position_embeddings") or rope.max_position_embeddings)
+    factor = float(rope.get("factor") or rope.max_position_embeddings / trained)
+    fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(fast), dimension(slow)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = max(high - low, 0.001)
+    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return inverse / factor * (1 - keep) + inverse * keep, _yarn_attention(rope, factor)
+
+
+def _yarn_attention(rope: RopeConfig, factor: float) -> float:
+    def mscale(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    given = rope.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(rope.get("mscale")) / mscale(rope.get("mscale_all_dim"))
+    return mscale(1.0)
+
+
+_SCALINGS: Mapping[str, Callable[[RopeConfig, Tensor, int], Frequencies]] = MappingProxyType(
+    {
+        "default": _default,
+        "linear": _linear,
+        "dynamic": _dynamic,
+        "llama3": _llama3,
+        "yarn": _yarn,
+        "factors": _factors,
+    }
+)
+
+
+class Rotary:
+    """cos and sin of a step's positions, computed once and used by every layer."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> None:
+        self._inverse, self._factor = rope_frequencies(rope, head_dim)
+        self._dtype = dtype
+
+    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, rotary dim] of int64 positions [T], the sign of rotate-half folded into sin."""
+        angles = positions[:, None].float() * self._inverse
+        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
+        signed = torch.cat((-sin, sin), dim=-1)
+        return torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype), signed[:, None].to(self._dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `cos.shape[-1]` elements of each head of x [T, H, D] (rotate-half convention)."""
+    dim = cos.shape[-1]
+    part = x[..., :dim]
+    rotated = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin)
+    return rotated if dim == x.shape[-1] else torch.cat((rotated, x[..., dim:]), dim=-1)

@@ -1,0 +1,76 @@
+"""A GGUF file's metadata in the words of a Hugging Face config.json.
+
+It owns that translation; what the words mean is for the models to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.errors import UnsupportedModel
+from longspan.weights.gguf import GGUFCheckpoint
+
+_ARCHITECTURES: Mapping[str, tuple[str, str]] = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
+
+
+def gguf_config(file: GGUFCheckpoint) -> dict[str, Any]:
+    """The configuration; raises `UnsupportedModel` for an architecture whose names are not known here."""
+    name = file.metadata("general.architecture")
+    if name not in _ARCHITECTURES:
+        raise UnsupportedModel(
+            f"general.architecture={name} in the GGUF file is not supported; supported are {', '.join(_ARCHITECTURES)}"
+        )
+    architecture, model_type = _ARCHITECTURES[name]
+
+    def field(key: str, default: Any = None) -> Any:
+        return file.metadata(f"{name}.{key}", default)
+
+    names = file.names()
+    q_heads, hidden = field("attention.head_count"), field("embedding_length")
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": q_heads,
+        "num_key_value_heads": field("attention.head_count_kv", q_heads),
+        "head_dim": field("attention.key_length") or field("rope.dimension_count") or hidden // q_heads,
+        "vocab_size": file.shape("model.embed_tokens.weight")[0],
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(file, name),
+        "max_position_embeddings": field("context_length"),
+        "sliding_window": field("attention.sliding_window"),
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "eos_token_id": _end_tokens(file),
+        "bos_token_id": file.metadata("tokenizer.ggml.bos_token_id"),
+    }
+
+
+def _rope_scaling(file: GGUFCheckpoint, architecture: str) -> dict[str, Any] | None:
+    factors = file.rope_factors()
+    if factors is not None:
+        return {"rope_type": "factors", "factors": factors}
+    prefix = f"{architecture}.rope.scaling"
+    kind = file.metadata(f"{prefix}.type")
+    if kind in (None, "none"):
+        return None
+    fields = {
+        "rope_type": kind,
+        "factor": file.metadata(f"{prefix}.factor"),
+        "original_max_position_embeddings": file.metadata(f"{prefix}.original_context_length"),
+        "attention_factor": file.metadata(f"{prefix}.attn_factor"),
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _end_tokens(file: GGUFCheckpoint) -> list[int]:
+    ids = (file.metadata(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    return sorted({token for token in ids if token is not None})

@@ -1,0 +1,134 @@
+"""The tokenizer that belongs to a model's files.
+
+It owns finding or rebuilding it; encoding and decoding are the tokenizers library's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longspan.errors import UnsupportedModel
+from longspan.weights.gguf import GGUFCheckpoint
+from longspan.weights.source import ModelSource
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+# how text is cut before merging, by the name GGUF files give the cut (None: GPT-2's own)
+_SPLITS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+_SINGLE_DIGITS = frozenset({"smollm"})
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """A transformers fast tokenizer, or None for a folder without one. Raises `UnsupportedModel`."""
+    if isinstance(source.checkpoint, GGUFCheckpoint):
+        return _from_gguf(source.checkpoint)
+    if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    return AutoTokenizer.from_pretrained(source.path)
+
+
+def _from_gguf(file: GGUFCheckpoint) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    kind = file.metadata("tokenizer.ggml.model")
+    if kind is None:
+        return None
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModel(f"tokenizer.ggml.model={kind} is not supported; supported are gpt2 and llama")
+    tokens = file.metadata("tokenizer.ggml.tokens")
+    built = _byte_level(file, tokens) if kind == "gpt2" else _sentence_piece(file, tokens)
+    kinds = file.metadata("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    _add_control_tokens(built, tokens, kinds)
+
+    def token(name: str) -> str | None:
+        number = file.metadata(f"tokenizer.ggml.{name}_token_id")
+        return None if number is None else tokens[number]
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        bos_token=token("bos"),
+        eos_token=token("eos"),
+        unk_token=token("unknown"),
+        pad_token=token("padding"),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = file.metadata("tokenizer.chat_template")
+    return tokenizer
+
+
+def _add_control_tokens(built: Any, tokens: list[str], kinds: list[int]) -> None:
+    from tokenizers import AddedToken
+
+    marked = zip(tokens, kinds, strict=True)
+    added = [
+        AddedToken(t, special=k == _CONTROL, normalized=False) for t, k in marked if k in (_CONTROL, _USER_DEFINED)
+    ]
+    built.add_special_tokens([token for token in added if token.special])
+    built.add_tokens([token for token in added if not token.special])
+
+
+def _byte_level(file: GGUFCheckpoint, tokens: list[str]) -> Any:
+    """GPT-2's byte-level BPE, with the cut the file names."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    cut = file.metadata("tokenizer.ggml.pre", "default")
+    if cut not in _SPLITS:
+        raise UnsupportedModel(f"tokenizer.ggml.pre={cut} is not supported; supported are {', '.join(_SPLITS)}")
+    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata("tokenizer.ggml.merges", [])]
+    ignore_merges = cut == "llama-bpe"
+    built = Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=ignore_merges))
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut in _SINGLE_DIGITS else []
+    pattern = _SPLITS[cut]
+    if pattern:
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
+    built.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    built.decoder = decoders.ByteLevel()
+    if file.metadata("tokenizer.ggml.add_bos_token", False):
+        bos = file.metadata("tokenizer.ggml.bos_token_id")
+        built.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", None, [(tokens[bos], bos)])
+    return built
+
+
+def _sentence_piece(file: GGUFCheckpoint, tokens: list[str]) -> Any:
+    """SentencePiece BPE with byte fallback, its merges ranked by the scores of what they make."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    unknown = file.metadata("tokenizer.ggml.unknown_token_id", 0)
+    ids = _ids(tokens)
+    merges = _merges_by_score(ids, file.metadata("tokenizer.ggml.scores"))
+    built = Tokenizer(models.BPE(ids, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if file.metadata("tokenizer.ggml.add_space_prefix", True) else []
+    built.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", left=1)] if prefix else []
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    if file.metadata("tokenizer.ggml.add_bos_token", True):
+        bos = file.metadata("tokenizer.ggml.bos_token_id", 1)
+        built.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", None, [(tokens[bos], bos)])
+    return built
+
+
+def _ids(tokens: list[str]) -> dict[str, int]:
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _merges_by_score(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    merges = [
+        (scores[number], ids[token[:cut]], ids[token[cut:]], token[:cut], token[cut:])
+        for token, number in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
+    return [(left, right) for *_, left, right in merges]

@@ -1,0 +1,372 @@
+"""The sampler: filters against a literal twin, frequencies, batch invariance, penalties, logprobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longspan.engine.sampler import SampleRow, best, filter_tokens, mix, penalise, sample
+from longspan.errors import EngineError
+from longspan.request import SampledToken, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+EDGE = 1e-5  # a twin in fp64 may differ from fp32 when a probability falls this near to a limit
+
+
+def row(params: SamplingParams, seed: int = 0, position: int = 0, **history: list[int]) -> SampleRow:
+    return SampleRow(7, params, seed, position, history.get("prompt", []), history.get("output", []))
+
+
+def rows_over(varied: str, count: int, params: SamplingParams) -> list[SampleRow]:
+    """Rows that differ in their seed only, or in their position only."""
+    if varied == "seed":
+        return [row(params, seed=i) for i in range(count)]
+    return [row(params, position=i) for i in range(count)]
+
+
+def tokens(logits: Tensor, rows: list[SampleRow]) -> list[int]:
+    return [token.token_id for token in sample(logits, rows)]
+
+
+# --- the distribution -------------------------------------------------------------------------------
+
+
+def literal_filter(logits: list[float], params: SamplingParams) -> tuple[dict[int, float], float]:
+    """Temperature, top-k, top-p and min-p as their definitions say, in fp64.
+
+    Returns ({token: probability}, how near to a limit a decision was).
+    """
+    scaled = [logit / params.temperature for logit in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-scaled[i], i))
+    if 0 < params.top_k < len(logits):
+        order = [i for i in order if scaled[i] >= scaled[order[params.top_k - 1]]]
+    probabilities = normalised({i: math.exp(scaled[i] - max(scaled)) for i in order})
+    margins = [1.0]
+    if params.top_p < 1:
+        nucleus: list[int] = []
+        mass = 0.0
+        while mass < params.top_p:
+            nucleus.append(order[len(nucleus)])
+            mass += probabilities[nucleus[-1]]
+            margins.append(abs(mass - params.top_p))
+        probabilities = normalised({i: probabilities[i] for i in nucleus})
+    limit = params.min_p * max(probabilities.values())
+    margins += [abs(p - limit) for p in probabilities.values() if p != limit]
+    return normalised({i: p for i, p in probabilities.items() if p >= limit}), min(margins)
+
+
+def normalised(weights: dict[int, float]) -> dict[int, float]:
+    total = sum(weights.values())
+    return {i: weight / total for i, weight in weights.items()}
+
+
+def distribution(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    ids, scaled = filter_tokens(torch.tensor(logits), params)
+    allowed = range(len(logits)) if ids is None else ids.tolist()
+    return dict(zip(allowed, scaled.softmax(0).tolist(), strict=True))
+
+
+# Multiples of 1/4 make ties frequent; a random row seldom has one.
+some_logits = st.lists(st.integers(-16, 16).map(lambda n: n / 4), min_size=1, max_size=12)
+some_params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.integers(-1, 14),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.99)),
+    min_p=st.one_of(st.just(0.0), st.just(1.0), st.floats(0.01, 0.99)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(some_logits, some_params)
+def test_filters_leave_the_tokens_and_probabilities_of_their_definitions(
+    logits: list[float], params: SamplingParams
+) -> None:
+    expected, margin = literal_filter(logits, params)
+    assume(margin > EDGE)
+    assert distribution(logits, params) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.001, 1.0, 5.0], ids=["flat", "normal", "peaked"])
+@pytest.mark.parametrize("top_p", [0.0201, 0.8503, 0.9993])
+def test_top_p_of_a_large_vocabulary_is_exact(spread: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(4000, generator=generator) * spread).tolist()
+    params = SamplingParams(top_p=top_p)
+    assert distribution(logits, params) == pytest.approx(literal_filter(logits, params)[0], rel=1e-3)
+
+
+def test_top_p_sorts_only_tokens_that_may_be_in_it() -> None:
+    logits = torch.full((1, 20_000), -30.0)
+    logits[0, :50] = 0.0
+    assert sorted_sizes(logits, SamplingParams(top_p=0.9)) == [50]
+
+
+def test_masked_tokens_are_never_sampled() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0]]).expand(50, -1)
+    drawn = tokens(logits, [row(SamplingParams(top_k=3), position=i) for i in range(50)])
+    assert set(drawn) == {1, 3}
+
+
+# --- randomness -------------------------------------------------------------------------------------
+
+
+def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
+    total = sum(counts.values())
+    assert set(counts) <= set(expected)
+    return sum((counts[k] - total * p) ** 2 / (total * p) for k, p in expected.items())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.9),
+        SamplingParams(temperature=1.5, min_p=0.2),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "min_p"],
+)
+@pytest.mark.parametrize("varied", ["seed", "position"])
+def test_sampled_frequencies_are_the_probabilities(params: SamplingParams, varied: str) -> None:
+    logits = [1.0, 0.0, 0.5, -1.0, 2.0, 1.5, 0.2, -0.5]
+    drawn = tokens(torch.tensor(logits).expand(2000, -1), rows_over(varied, 2000, params))
+    counts = Counter(drawn)
+    # 24.32 is the 99.9th percentile for 7 degrees of freedom; filtered rows have fewer.
+    assert chi_square(counts, literal_filter(logits, params)[0]) < 24.32
+
+
+@pytest.mark.parametrize("varied", ["seed", "position"])
+def test_neighbouring_draws_are_independent(varied: str) -> None:
+    drawn = tokens(torch.zeros(3001, 4), rows_over(varied, 3001, SamplingParams()))
+    pairs = Counter(itertools.pairwise(drawn))
+    # 37.70 is the 99.9th percentile for 15 degrees of freedom.
+    assert chi_square(pairs, dict.fromkeys(itertools.product(range(4), repeat=2), 1 / 16)) < 37.70
+
+
+def test_seeds_and_positions_do_not_stand_for_each_other() -> None:
+    mixed = {mix(seed, position) & 0xFFFFFFFF for seed in range(64) for position in range(64)}
+    assert len(mixed) == 64 * 64
+
+
+def assorted_rows(vocabulary: int) -> tuple[Tensor, list[SampleRow]]:
+    generator = torch.Generator().manual_seed(3)
+    params = [
+        GREEDY,
+        SamplingParams(logprobs=4),
+        SamplingParams(temperature=0.0, logprobs=0, repetition_penalty=1.3),
+        SamplingParams(top_k=20, seed=5),
+        SamplingParams(top_p=0.8, logprobs=2),
+        SamplingParams(top_k=50, top_p=0.5, min_p=0.1, presence_penalty=0.5, frequency_penalty=0.3),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=2.0, min_p=0.05),
+    ]
+    rows = [
+        SampleRow(100 + i, p, seed=i * 11, position=i, prompt_token_ids=[1, 2, i], output_token_ids=[4, 4, i])
+        for i, p in enumerate(params)
+    ]
+    return torch.randn(len(rows), vocabulary, generator=generator) * 3, rows
+
+
+@pytest.mark.parametrize("vocabulary", [9, 1000, 5003])
+def test_a_row_alone_gives_what_it_gives_in_any_batch(vocabulary: int) -> None:
+    logits, rows = assorted_rows(vocabulary)
+    alone: dict[int, SampledToken] = {}
+    for i, one in enumerate(rows):
+        alone[i] = sample(logits[i : i + 1].clone(), [one])[0]
+    shuffle = random.Random(0)
+    for size in (1, 3, len(rows), len(rows)):
+        chosen = shuffle.sample(range(len(rows)), size)
+        assert sample(logits[chosen], [rows[i] for i in chosen]) == [alone[i] for i in chosen]
+
+
+def test_a_last_bit_of_difference_in_the_logits_leaves_the_tokens() -> None:
+    """Ranks add in different orders; noise that went by rank in the sorted row would give other tokens."""
+    logits = torch.zeros(200, 50)
+    nudged = torch.nextafter(logits, torch.full_like(logits, 1.0))
+    nudged[:, ::2] = 0.0
+    params = SamplingParams(top_p=0.999)
+    rows = [row(params, position=i) for i in range(200)]
+    assert tokens(logits, rows) == tokens(nudged, rows)
+
+
+def test_seeds_give_different_tokens() -> None:
+    logits = torch.zeros(40, 1000)
+    first, second = (tokens(logits, [row(SamplingParams(), seed, i) for i in range(40)]) for seed in (1, 2))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 5
+
+
+# --- greedy -----------------------------------------------------------------------------------------
+
+
+def test_temperature_zero_takes_the_lowest_of_tied_tokens() -> None:
+    assert tokens(torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]]), [row(GREEDY)] * 2) == [1, 0]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    params = SamplingParams(temperature=9e-6)
+    logits = torch.tensor([[0.0, 1e-6, 0.0]]).expand(30, -1)
+    assert tokens(logits, rows_over("seed", 30, params)) == [1] * 30
+
+
+class Operations(TorchDispatchMode):
+    """Records the tensor operations under it, with the size of their first operand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0].numel() if args and isinstance(args[0], Tensor) else 0
+        self.seen.append((func.overloadpacket.__name__, size))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(logits: Tensor, rows: list[SampleRow]) -> list[tuple[str, int]]:
+    with Operations() as recorded:
+        sample(logits, rows)
+    return recorded.seen
+
+
+def sorted_sizes(logits: Tensor, params: SamplingParams) -> list[int]:
+    return [size for name, size in operations(logits, [row(params)]) if name == "sort"]
+
+
+def test_a_greedy_batch_takes_as_many_operations_as_one_row() -> None:
+    one, many = (operations(torch.randn(n, 100), [row(GREEDY)] * n) for n in (1, 64))
+    assert [name for name, _ in one] == [name for name, _ in many]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=20), SamplingParams(top_k=20, top_p=0.9)])
+def test_top_k_never_sorts_the_vocabulary(params: SamplingParams) -> None:
+    assert max(sorted_sizes(torch.randn(1, 20_000), params)) == 20
+
+
+# --- penalties --------------------------------------------------------------------------------------
+
+
+def test_repetition_penalty_shrinks_tokens_of_prompt_and_output_once() -> None:
+    params = SamplingParams(repetition_penalty=2.0)
+    logits = torch.tensor([4.0, -4.0, 6.0, 1.0, -1.0])
+    result = penalise(logits, row(params, prompt=[0, 1, 0, 0], output=[2, 0]))
+    assert result.tolist() == [2.0, -8.0, 3.0, 1.0, -1.0]
+
+
+def test_presence_penalty_counts_a_token_of_the_output_once() -> None:
+    params = SamplingParams(presence_penalty=0.5)
+    result = penalise(torch.zeros(4), row(params, prompt=[0, 1], output=[1, 1, 3]))
+    assert result.tolist() == [0.0, -0.5, 0.0, -0.5]
+
+
+def test_frequency_penalty_counts_every_occurrence_in_the_output() -> None:
+    params = SamplingParams(frequency_penalty=0.25)
+    result = penalise(torch.zeros(4), row(params, prompt=[0, 1], output=[1, 1, 3]))
+    assert result.tolist() == [0.0, -0.5, 0.0, -0.25]
+
+
+def test_penalties_come_before_the_greedy_choice() -> None:
+    params = SamplingParams(temperature=0.0, frequency_penalty=1.0)
+    logits = torch.tensor([[3.0, 2.5, 0.0]])
+    assert tokens(logits, [row(params, output=[])]) == [0]
+    assert tokens(logits, [row(params, output=[0])]) == [1]
+
+
+def test_penalties_come_before_the_filters() -> None:
+    params = SamplingParams(presence_penalty=2.0, top_k=1)
+    assert tokens(torch.tensor([[3.0, 2.5, 0.0]]), [row(params, output=[0])]) == [1]
+
+
+def test_the_logits_passed_in_are_left_as_they_were() -> None:
+    logits, rows = assorted_rows(64)
+    before = logits.clone()
+    sample(logits, rows)
+    assert torch.equal(logits, before)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------
+
+
+def test_logprobs_of_the_whole_vocabulary_are_sorted_and_sum_to_one() -> None:
+    logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    logprobs = sample(logits, [row(SamplingParams(logprobs=100))])[0].logprobs
+    assert logprobs is not None
+    assert sum(map(math.exp, logprobs.top_values)) == pytest.approx(1, abs=1e-5)
+    assert list(logprobs.top_values) == sorted(logprobs.top_values, reverse=True)
+    assert sorted(logprobs.top_ids) == list(range(100))
+
+
+def test_logprobs_are_those_of_the_logits_before_penalties_and_temperature() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    params = SamplingParams(logprobs=2, temperature=0.2, presence_penalty=2.0, top_k=1)
+    token = sample(logits, [row(params, output=[0])])[0]
+    reference = logits[0].log_softmax(0)
+    assert token.logprobs is not None
+    assert token.token_id == 2
+    assert token.logprobs.sampled == pytest.approx(float(reference[2]))
+    assert token.logprobs.top_ids == (0, 2)
+    assert token.logprobs.top_values == pytest.approx(reference[[0, 2]].tolist())
+
+
+def test_zero_logprobs_are_the_sampled_token_alone() -> None:
+    logprobs = sample(torch.zeros(1, 8), [row(SamplingParams(logprobs=0))])[0].logprobs
+    assert logprobs is not None
+    assert (logprobs.top_ids, logprobs.top_values) == ((), ())
+    assert logprobs.sampled == pytest.approx(-math.log(8))
+
+
+def test_no_logprobs_are_given_unasked() -> None:
+    assert sample(torch.zeros(1, 8), [row(GREEDY)])[0].logprobs is None
+
+
+def test_of_tied_alternatives_the_greedy_token_leads() -> None:
+    params = dataclasses.replace(GREEDY, logprobs=2)
+    token = sample(torch.zeros(1, 500), [row(params)])[0]
+    assert token.logprobs is not None
+    assert token.logprobs.top_ids == (token.token_id, 1) == (0, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_logits, st.integers(1, 14))
+def test_best_is_the_head_of_a_stable_sort_and_all_tied_with_its_last(values: list[float], k: int) -> None:
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    last = values[order[min(k, len(values)) - 1]]
+    assert best(torch.tensor(values), k).tolist() == [i for i in order if values[i] >= last]
+
+
+# --- what cannot be sampled -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(presence_penalty=1.0)])
+def test_nan_logits_name_their_request(params: SamplingParams) -> None:
+    logits = torch.zeros(3, 40)
+    logits[1, 17] = math.nan
+    rows = [dataclasses.replace(row(params, position=4), request_id=i) for i in (50, 51, 52)]
+    with pytest.raises(EngineError, match=r"request 51 at output position 4 .* nan"):
+        sample(logits, rows)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_row_without_a_finite_maximum_cannot_be_sampled(value: float) -> None:
+    with pytest.raises(EngineError, match=f"maximum {value}"):
+        sample(torch.full((1, 4), value), [row(GREEDY)])
+
+
+def test_logits_that_do_not_fit_the_rows_are_refused() -> None:
+    with pytest.raises(EngineError, match=r"shape \(3, 4\) for 2 tokens"):
+        sample(torch.zeros(3, 4), [row(GREEDY)] * 2)
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert sample(torch.zeros(0, 4), []) == []
