@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.heads import HeadBlock
+from longspan.cache.pages import Span
+from longspan.view import QueryRun
 from tests.ranks.attention_world import Layout, World
 
 GRIDS = [
@@ -111,3 +114,22 @@ def test_the_cpu_backend_equals_the_reference_in_fp32():
         world.add(1, [2] * 20, 4)
         world.run()
         assert world.worst_error < 1e-5
+
+
+@pytest.mark.parametrize("method", ["causal", "unmasked"])
+def test_the_cpu_backend_takes_rows_of_any_strides(method):
+    """The kernel reads the last dimension as adjacent, unchecked; a transposed product's is not."""
+    torch.manual_seed(0)
+    adjacent = [torch.randn(4, heads, 16) for heads in (6, 2, 2)]
+    strided = [x.flatten(1).t().contiguous().t().unflatten(1, x.shape[1:]) for x in adjacent]
+    pool, runs, blocks = torch.randn(2, 2, 32, 16), (QueryRun(0, 4, (Span(3, 9),)),), (HeadBlock(0, 6, 0, 2),)
+
+    def attend(q, k, v):
+        backend = CpuBackend()
+        if method == "causal":
+            return backend.causal(q, k, v, blocks, 0.25)
+        return backend.unmasked(q, runs, pool, blocks, 0.25)
+
+    expected, found = attend(*adjacent), attend(*strided)
+    torch.testing.assert_close(found.out, expected.out)
+    torch.testing.assert_close(found.lse, expected.lse)

@@ -22,8 +22,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if rows > _TRANSPOSED_ROWS or rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight)
     if rows == 1:
-        return torch.mm(weight, x.expand(2, -1).t())[:, :1].t()
-    return torch.mm(weight, x.t()).t()
+        return torch.mm(weight, x.expand(2, -1).t())[:, 0][None].contiguous()
+    return torch.mm(weight, x.t()).t().contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

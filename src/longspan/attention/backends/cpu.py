@@ -55,6 +55,7 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
     packed = q[:, block.q_start : block.q_stop].reshape(tokens, block.kv_heads, block.group, dim)
     packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
     keys, values = kv[:, None, block.kv_start : block.kv_stop]
+    packed = _unit_stride(packed)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, keys, values, scale=scale)
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
@@ -63,13 +64,18 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
 
 
 def _causal_block(q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float) -> Partial:
-    queries = q[None, :, block.q_start : block.q_stop].transpose(1, 2)
-    keys = k[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
-    values = v[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
+    queries = _unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
+    keys = _unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
+    values = _unit_stride(v)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, is_causal=True, scale=scale
     )
     return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernel takes any strides but for the last dimension's, which it reads as 1 unchecked."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _join_heads(parts: Sequence[Partial]) -> Partial:

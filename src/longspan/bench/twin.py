@@ -1,0 +1,26 @@
+"""The same weights in Hugging Face transformers: the other side of a comparison.
+
+It owns the conversion only; nothing of the engine runs through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longspan.weights.source import ModelSource
+
+
+def transformers_twin(source: ModelSource, dtype: torch.dtype) -> Any:
+    """A transformers causal language model on the source's weights, dequantised to `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
+
+    values = {key: value for key, value in source.config.items() if value is not None and key != "model_type"}
+    config = AutoConfig.for_model(source.config["model_type"], **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            whole = tuple(slice(0, size) for size in parameter.shape)
+            source.checkpoint.read(name, whole, parameter)
+    return model

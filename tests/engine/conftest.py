@@ -1,0 +1,41 @@
+"""Engines on tiny models: every test names what it varies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from longspan import LLM
+from tests.oracle import tiny_folder
+
+DEFAULTS: dict[str, Any] = {
+    "page_size": 4,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,
+    "local_context": 8,
+    "kv_cache_memory_bytes": 1 << 20,
+    "num_threads": 1,
+    "debug": True,
+}
+SHORT = {"tp": "tensor_parallel_size", "pcp": "prefill_context_parallel_size", "dcp": "decode_context_parallel_size"}
+
+
+@pytest.fixture
+def tiny() -> Any:
+    """`tiny(tp=2, pcp=2, page_size=16, ...)` starts an engine on a tiny Llama; all are shut down after the test."""
+    started: list[LLM] = []
+
+    def start(model: str = "llama", **options: Any) -> LLM:
+        named = {SHORT.get(name, name): value for name, value in options.items()}
+        llm = LLM(tiny_folder(model), **{**DEFAULTS, **named})
+        started.append(llm)
+        return llm
+
+    yield start
+    for llm in started:
+        llm.shutdown()
+
+
+Start = Callable[..., LLM]

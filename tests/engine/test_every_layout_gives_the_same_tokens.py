@@ -1,0 +1,106 @@
+"""Greedy tokens of every layout, page size, chunk size, schedule and prefix hit are transformers'."""
+
+from functools import cache
+
+import pytest
+
+from longspan import SamplingParams
+from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, prompt_of
+
+TOKENS = 10
+LENGTHS = (1, 3, 16, 33, 100)  # shorter than the ranks, than a page; at and beyond page and chunk boundaries
+SIZES = (1, 2, 3, 4, 8)
+GRIDS = [
+    (tp, pcp, dcp) for tp in SIZES for pcp in SIZES for dcp in range(1, tp + 1) if tp % dcp == 0 and tp * pcp <= 8
+] + [(3, 4, 3), (8, 2, 4), (6, 2, 3)]
+
+
+def name(grid):
+    return "tp{} pcp{} dcp{}".format(*grid)
+
+
+@cache
+def expected(model: str, lengths=LENGTHS) -> list[list[int]]:
+    return [greedy(oracle(model), prompt_of(length), TOKENS)[0] for length in lengths]
+
+
+def tokens_of(llm, prompts, max_tokens=TOKENS) -> list[list[int]]:
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=max_tokens))
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def prompts():
+    return [prompt_of(length) for length in LENGTHS]
+
+
+@pytest.mark.parametrize("model", ["llama", "llama-multi-head", "llama-multi-query"])
+@pytest.mark.parametrize("grid", GRIDS, ids=name)
+def test_any_grid(tiny, grid, model):
+    tp, pcp, dcp = grid
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp)
+    assert tokens_of(llm, prompts()) == expected(model)
+
+
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize("budget", [8, 19, 64, 256])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule):
+    llm = tiny(tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
+    assert tokens_of(llm, prompts()) == expected("llama")
+
+
+@pytest.mark.parametrize("grid", [(1, 3, 1), (4, 2, 2)], ids=name)
+def test_prefix_hits_of_every_length(tiny, grid):
+    tp, pcp, dcp = grid
+    llm = tiny(tp=tp, pcp=pcp, dcp=dcp)
+    whole = prompt_of(33)
+    llm.generate(whole, SamplingParams(temperature=0, max_tokens=1))
+    for shared in range(34):
+        prompt = whole[:shared] + prompt_of(34, seed=1)[shared:]
+        (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4))
+        assert output.num_cached_tokens == shared // 4 * 4
+        assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 4)[0]
+
+
+def test_a_hit_that_covers_the_whole_prompt_still_computes_a_token(tiny):
+    llm = tiny(pcp=2)
+    first, second = (tokens_of(llm, [prompt_of(16)]) for _ in range(2))
+    assert first == second == [greedy(oracle("llama"), prompt_of(16), TOKENS)[0]]
+
+
+def test_preempted_requests_give_the_same_tokens(tiny):
+    llm = tiny(pcp=2, pages_per_shard=(10, 8))
+    batch = [prompt_of(16, seed) for seed in range(4)]
+    assert tokens_of(llm, batch, 30) == [greedy(oracle("llama"), prompt, 30)[0] for prompt in batch]
+    assert llm.stats().scheduler.preemptions > 0
+
+
+def test_shards_of_unequal_size_give_the_same_tokens(tiny):
+    llm = tiny(pcp=3, pages_per_shard=(40, 3, 11))
+    assert tokens_of(llm, prompts()) == expected("llama")
+
+
+def test_capacity_grows_exactly_with_the_context_ranks(tiny):
+    for page_size in (1, 7, 16):
+        alone = tiny(page_size=page_size).stats().capacity_tokens
+        for pcp, tp, dcp in ((2, 1, 1), (3, 1, 1), (2, 4, 1)):
+            kv_heads_a_rank = tiny(tp=tp, page_size=page_size).stats().capacity_tokens
+            assert tiny(pcp=pcp, tp=tp, dcp=dcp, page_size=page_size).stats().capacity_tokens == pcp * kv_heads_a_rank
+        assert tiny("llama-multi-query", tp=4, dcp=4, page_size=page_size).stats().capacity_tokens == 4 * (
+            tiny("llama-multi-query", page_size=page_size).stats().capacity_tokens
+        )
+        assert tiny(page_size=page_size).stats().capacity_tokens == alone
+
+
+def test_a_prompt_shorter_than_local_context_moves_nothing(tiny):
+    llm = tiny(pcp=4, local_context=64)
+    tokens_of(llm, [prompt_of(16)])
+    assert sum(llm.stats().traffic.bytes_by_label.get(label, 0) for label in ("gather_q", "gather_kv")) == 0
+
+
+def test_bfloat16_stays_near_fp32_on_every_grid(tiny):
+    exact = greedy(oracle("llama"), prompt_of(33), 1)[1]
+    for tp, pcp, dcp in ((1, 1, 1), (2, 2, 2)):
+        llm = tiny(tp=tp, pcp=pcp, dcp=dcp, dtype="bfloat16")
+        (output,) = llm.generate(prompt_of(33), SamplingParams(temperature=0, max_tokens=1, logprobs=LOGPROBS))
+        assert (all_logprobs(output.outputs[0]) - exact).abs().mean() < 0.1

@@ -1,0 +1,27 @@
+"""Every family and rope scaling: log-probabilities and greedy tokens are transformers'."""
+
+import pytest
+import torch
+
+from longspan import LLM, SamplingParams
+from tests.oracle import FAMILIES, LOGPROBS, all_logprobs, greedy, oracle, prompt_of, tiny_folder
+
+LENGTHS = (5, 150)  # 150 lies beyond the original positions of the llama3 and yarn scalings
+TOKENS = 12
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (4, 2, 2)], ids=["one rank", "tp4 pcp2 dcp2"])
+@pytest.mark.parametrize("family", [f.name for f in FAMILIES])
+def test_logprobs_and_tokens_equal_transformers(family, layout):
+    tp, pcp, dcp = layout
+    prompts = [prompt_of(length) for length in LENGTHS]
+    with LLM(
+        tiny_folder(family), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,
+        decode_context_parallel_size=dcp, page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8,
+        kv_cache_memory_bytes=1 << 20, num_threads=1,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens, expected = greedy(oracle(family), prompt, TOKENS)
+        assert output.outputs[0].token_ids == tokens
+        torch.testing.assert_close(all_logprobs(output.outputs[0]), expected, atol=1e-3, rtol=0)

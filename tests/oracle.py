@@ -1,0 +1,117 @@
+"""What other code says the answer is: tiny models of every family, run by Hugging Face transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longspan import CompletionOutput
+
+VOCAB = 97  # divides by no rank count used here
+LOGPROBS = 97
+
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN_ROPE = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model: transformers' model type and how it differs from `TINY`."""
+
+    name: str
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = [
+    Family("llama", "llama"),
+    Family("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Family("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Family("llama-multi-head", "llama", {"num_key_value_heads": 24}),
+    Family("llama-multi-query", "llama", {"num_key_value_heads": 1}),
+    Family("llama-linear-rope", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    Family("llama-llama3-rope", "llama", {"rope_parameters": LLAMA3_ROPE}),
+    Family("llama-yarn-rope", "llama", {"rope_parameters": YARN_ROPE}),
+    Family("llama-dynamic-rope", "llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+    Family("mistral", "mistral", {"sliding_window": None}),
+    Family("qwen2", "qwen2", {"use_sliding_window": False}),
+    Family("qwen3", "qwen3", {"use_sliding_window": False}),
+]
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@cache
+def tiny_folder(name: str) -> str:
+    """A Hugging Face folder with random weights of a family, without a tokenizer."""
+    family = BY_NAME[name]
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(family.model_type, **{**TINY, **family.fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    folder = Path(mkdtemp(prefix=f"longspan-test-{name}-"))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@cache
+def oracle(name: str) -> Any:
+    """The same folder as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(tiny_folder(name), dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and the log-probabilities [num_tokens, vocab] they were chosen from, with transformers' own cache."""
+    tokens: list[int] = []
+    rows = []
+    ids, past = torch.tensor([list(prompt)]), None
+    for _ in range(num_tokens):
+        out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = out.past_key_values
+        rows.append(out.logits[0, -1].float().log_softmax(-1))
+        tokens.append(int(rows[-1].argmax()))
+        ids = torch.tensor([tokens[-1:]])
+    return tokens, torch.stack(rows)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """A random prompt."""
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    return torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+
+
+def all_logprobs(output: CompletionOutput) -> torch.Tensor:
+    """The log-probabilities [tokens, vocab] of an output that asked for all of them."""
+    rows = torch.empty(len(output.logprobs), LOGPROBS)
+    for row, entry in zip(rows, output.logprobs, strict=True):
+        row[list(entry.top_ids)] = torch.tensor(entry.top_values)
+    return rows
