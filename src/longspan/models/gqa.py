@@ -63,7 +63,7 @@ class GroupedQueryAttention:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        heads = linear(x, self._qkv, self._qkv_bias).unflatten(1, (self._q_heads + 2 * self._kv_heads, self._dim))
+        heads = linear(x, self._qkv, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
         rotated, v = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
         if self._norms is None:
             rotated = apply_rope(rotated, cos, sin)

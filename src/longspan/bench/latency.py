@@ -1,0 +1,86 @@
+"""Prefill and decode rates of one batch, for one contestant or for two in turn.
+
+It owns the order of the runs and the statistics; the contestants run themselves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from longspan.bench.sides import LongspanSide, SideProcess, Timing, TransformersSide
+
+_SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run: `iterations` counted and `warmup` uncounted times."""
+
+    input_len: int
+    output_len: int
+    batch_size: int
+    iterations: int
+    warmup: int
+    seed: int
+    vocab_size: int
+
+    def prompts(self, number: int) -> list[list[int]]:
+        """The prompts of one iteration, new each time."""
+        generator = random.Random(self.seed + number)
+        first = min(_SAFE_FIRST_TOKEN, self.vocab_size - 1)
+        return [
+            [generator.randrange(first, self.vocab_size) for _ in range(self.input_len)] for _ in range(self.batch_size)
+        ]
+
+
+def run_latency(
+    load: Load, sides: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Rates of every side, and the first side's over each other's, from runs in turn (A B A B) on the same tokens.
+
+    A ratio is the median of the ratios of neighbouring runs, which a slow drift of the machine leaves alone.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(SideProcess(side)) for name, side in sides.items()}
+        for name, process in processes.items():
+            on_progress(f"loading {name}")
+            process.wait_ready()
+        for number in range(load.warmup + load.iterations):
+            for name, process in processes.items():
+                on_progress(f"{name}: run {number + 1} of {load.warmup + load.iterations}")
+                timing = process.run(load.prompts(number), load.output_len)
+                if number >= load.warmup:
+                    timings[name].append(timing)
+    tokens = load.batch_size * load.input_len
+    report: dict[str, Any] = {name: _rates(tokens, runs) for name, runs in timings.items()}
+    first, *others = timings
+    if others:
+        report["ratio"] = {other: _ratio(timings[first], timings[other]) for other in others}
+    return report
+
+
+def _rates(prompt_tokens: int, runs: list[Timing]) -> dict[str, Any]:
+    return {
+        "ttft_s": _spread([run.prefill_s for run in runs]),
+        "prefill_tokens_per_s": _spread([prompt_tokens / run.prefill_s for run in runs]),
+        "decode_tokens_per_s": _spread([run.decode_tokens / run.decode_s for run in runs if run.decode_tokens]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    return {"median": median(values), "min": min(values), "max": max(values)} if values else None
+
+
+def _ratio(ours: list[Timing], theirs: list[Timing]) -> dict[str, float | None]:
+    pairs = list(zip(ours, theirs, strict=True))
+    decode = [b.decode_s / b.decode_tokens * a.decode_tokens / a.decode_s for a, b in pairs if a.decode_tokens]
+    return {
+        "prefill": median(b.prefill_s / a.prefill_s for a, b in pairs),
+        "decode": median(decode) if decode else None,
+    }

@@ -1,0 +1,83 @@
+"""The scheduler's own time a decode step, without a model: does it grow with requests, or with context?
+
+It owns the set-up around a bare scheduler; tokens are made up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.prefix import root_key
+from longspan.config import ParallelConfig, SchedulerConfig
+from longspan.parallel.grid import Grid
+from longspan.plan import StepPlan
+from longspan.request import SampledToken, SamplingParams
+from longspan.scheduler.scheduler import Scheduler
+
+_CHUNK = 1 << 20
+_SHAPE = AttentionShape(q_heads=8, kv_heads=1, head_dim=128, element_bytes=2)
+
+
+def run_scheduling(
+    running: int,
+    contexts: Sequence[int],
+    shards: int,
+    page_size: int,
+    steps: int,
+    on_progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One row for each context length: µs a step for `schedule`, `commit` and the plan's encoding (medians)."""
+    rows = []
+    for context in contexts:
+        on_progress(f"{running} requests of {context:,} tokens")
+        scheduler = _filled(running, context, shards, page_size, steps)
+        times = [_timed_step(scheduler) for _ in range(steps)]
+        schedule, commit, encode = (median(column) * 1e6 for column in zip(*times, strict=True))
+        rows.append(
+            {
+                "running": running, "context": context, "schedule_us": schedule, "commit_us": commit,
+                "encode_us": encode, "total_us": schedule + commit + encode,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _filled(running: int, context: int, shards: int, page_size: int, steps: int) -> Scheduler:
+    """A scheduler whose requests have just finished their prefill."""
+    pages = running * (2 + (context + steps + 2) // page_size // shards + 1)
+    cache = CacheManager(page_size, (pages,) * shards, False)
+    config = SchedulerConfig(
+        max_num_batched_tokens=_CHUNK + running, max_num_seqs=running, max_model_len=context + steps + 2,
+        local_context=0,
+    )  # fmt: skip
+    grid = Grid(ParallelConfig(1, shards, 1))
+    chooser = ScheduleChooser(_SHAPE, 1)
+    key = root_key("bench", "bf16", page_size)
+    scheduler = Scheduler(config, context + steps + 2, cache, grid, chooser, key)
+    prompt = [1] * context
+    for number in range(running):
+        scheduler.add(number, prompt, SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True), 0)
+    while any(s.computed < context for s in scheduler.running) or scheduler.waiting:
+        _timed_step(scheduler)
+    return scheduler
+
+
+def _timed_step(scheduler: Scheduler) -> tuple[float, float, float]:
+    started = time.perf_counter()
+    plan = scheduler.schedule()
+    planned = time.perf_counter()
+    if plan is None:
+        return 0.0, 0.0, 0.0
+    plan.encode()
+    encoded = time.perf_counter()
+    scheduler.commit(plan, _made_up(plan))
+    return planned - started, time.perf_counter() - encoded, encoded - planned
+
+
+def _made_up(plan: StepPlan) -> list[SampledToken]:
+    return [SampledToken(segment.request_id, 1) for segment in plan.segments if segment.sample]

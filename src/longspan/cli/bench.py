@@ -1,0 +1,160 @@
+"""`longspan bench`: the benchmarks' options and tables.
+
+It owns what is shown; tables and progress go to stderr, and with `--json` one object goes to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from longspan.cli.options import parse_integers
+from longspan.config import EngineConfig, ParallelConfig, require, require_choice
+
+InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
+OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="requests run together")]
+Iterations = Annotated[int, typer.Option("--iterations", help="counted runs")]
+Warmup = Annotated[int, typer.Option("--warmup", help="runs before, not counted")]
+Compare = Annotated[str | None, typer.Option("--compare", help="measure `transformers` in turn, same weights")]
+CompareLayout = Annotated[
+    str | None, typer.Option("--compare-layout", help="measure a second layout in turn, as tp=1,pcp=1,dcp=1")
+]
+NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all")]
+Running = Annotated[int, typer.Option("--running", help="requests that decode at once")]
+Contexts = Annotated[str, typer.Option("--context", help="context lengths, as in 1024,65536")]
+Shards = Annotated[int, typer.Option("--shards", help="shards the pages lie on")]
+PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
+Steps = Annotated[int, typer.Option("--steps", help="steps measured for each length")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def latency(
+    config: EngineConfig,
+    input_len: InputLen = 1024,
+    output_len: OutputLen = 32,
+    batch_size: BatchSize = 1,
+    iterations: Iterations = 3,
+    warmup: Warmup = 1,
+    compare: Compare = None,
+    compare_layout: CompareLayout = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode rates of one batch."""
+    for name, value in (
+        ("input_len", input_len), ("output_len", output_len), ("batch_size", batch_size), ("iterations", iterations),
+    ):  # fmt: skip
+        _at_least(name, value, 1)
+    _at_least("warmup", warmup, 0)
+    if compare is not None:
+        require_choice("compare", compare, ("transformers",))
+    from longspan.bench.latency import Load, run_latency
+    from longspan.bench.sides import LongspanSide, TransformersSide, layout_of
+    from longspan.engine.setup import resolve
+    from longspan.engine.worker import threads_per_rank
+
+    config = replace(config, cache=replace(config.cache, enable_prefix_caching=False))
+    setup = resolve(config)
+    sides: dict[str, LongspanSide | TransformersSide] = {"longspan": LongspanSide(config)}
+    if compare_layout is not None:
+        other = replace(config, parallel=replace(ParallelConfig(), **layout_of(compare_layout)))
+        resolve(other)
+        sides[compare_layout] = LongspanSide(other)
+    if compare is not None:
+        sides[compare] = TransformersSide(config, threads_per_rank(setup) * setup.grid.world_size)
+    load = Load(input_len, output_len, batch_size, iterations, warmup, config.seed, setup.model.vocab_size)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        report = run_latency(load, sides, status.update)
+    _show_rates(console, report, load.batch_size)
+    _print_json(as_json, {"model": config.model, "input_len": input_len, "batch_size": batch_size, **report})
+
+
+def throughput(
+    config: EngineConfig,
+    num_prompts: NumPrompts = 32,
+    input_len: InputLen = 256,
+    output_len: OutputLen = 64,
+    as_json: Json = False,
+) -> None:
+    """Continuous batching under a random load of lengths within ±50 % of the means."""
+    for name, value in (("num_prompts", num_prompts), ("input_len", input_len), ("output_len", output_len)):
+        _at_least(name, value, 1)
+    from longspan.bench.throughput import run_throughput
+    from longspan.engine.engine import Engine
+
+    console = Console(stderr=True)
+    with console.status(f"loading {config.model}"):
+        engine = Engine(config)
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with engine, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("requests", total=num_prompts)
+        report = run_throughput(
+            engine, num_prompts, input_len, output_len, config.seed, lambda done: progress.update(task, completed=done)
+        )
+    _show_table(console, f"Throughput of {config.model}", [report])
+    _print_json(as_json, {"model": config.model, **report})
+
+
+def scheduler(
+    running: Running = 256,
+    context: Contexts = "1024,8192,65536,524288",
+    shards: Shards = 2,
+    page_size: PageSize = 16,
+    steps: Steps = 100,
+    as_json: Json = False,
+) -> None:
+    """The scheduler's own time a decode step, without a model."""
+    contexts = parse_integers("context", context)
+    for name, value in (("running", running), ("shards", shards), ("steps", steps), ("context", min(contexts))):
+        _at_least(name, value, 1)
+    from longspan.bench.scheduling import run_scheduling
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        rows = run_scheduling(running, contexts, shards, page_size, steps, status.update)
+    _show_table(console, f"Scheduler, µs a step (median of {steps})", rows)
+    _print_json(as_json, {"shards": shards, "page_size": page_size, "rows": rows})
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    require(value >= least, name, value, f"must be at least {least}", f"give {least} or more")
+
+
+def _show_rates(console: Console, report: Mapping[str, Any], batch_size: int) -> None:
+    table = Table(title=f"Latency, batch of {batch_size}: median (least to most)")
+    for column in ("", "first token, s", "prefill, tokens/s", "decode, tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, rates in report.items():
+        if name == "ratio":
+            continue
+        table.add_row(name, *(_spread(rates[key]) for key in ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s")))
+    for other, ratio in report.get("ratio", {}).items():
+        decode = f"{ratio['decode']:.2f}x" if ratio["decode"] else "-"
+        table.add_row(f"longspan / {other}", "", f"{ratio['prefill']:.2f}x", decode)
+    console.print(table)
+
+
+def _spread(values: Mapping[str, float] | None) -> str:
+    return f"{values['median']:,.2f} ({values['min']:,.2f} to {values['max']:,.2f})" if values else "-"
+
+
+def _show_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+    console.print(table)
+
+
+def _print_json(as_json: bool, report: Mapping[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(report))

@@ -1,0 +1,202 @@
+"""`longspan generate`: one prompt in, its completion out, as text or as one JSON object.
+
+It owns reading the prompt and showing the result; stdout holds the result alone, everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from longspan.cli.options import parse_integers
+from longspan.config import EngineConfig
+from longspan.errors import RequestError
+from longspan.request import CompletionOutput, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from longspan.bench.measure import Measured
+    from longspan.engine.engine import EngineStats
+    from longspan.llm import LLM
+
+PromptText = Annotated[str | None, typer.Option("--prompt", help="the prompt")]
+PromptFile = Annotated[str | None, typer.Option("--prompt-file", help="a UTF-8 file that holds it; - is stdin")]
+PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="its token ids, as in 1,2,3")]
+Chat = Annotated[bool, typer.Option("--chat", help="wrap the prompt in the model's chat template")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="tokens to generate at most")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
+TopP = Annotated[float, typer.Option("--top-p", help="smallest set of tokens with this probability")]
+TopK = Annotated[int, typer.Option("--top-k", help="most likely tokens kept; 0 is all")]
+MinP = Annotated[float, typer.Option("--min-p", help="least probability, relative to the most likely token's")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="text to stop at; may be repeated")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after the model's end token")]
+Completions = Annotated[int, typer.Option("--n", help="completions of the prompt")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def generate(
+    config: EngineConfig,
+    prompt: PromptText = None,
+    prompt_file: PromptFile = None,
+    prompt_ids: PromptIds = None,
+    chat: Chat = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    n: Completions = 1,
+    as_json: Json = False,
+) -> None:
+    """Complete one prompt."""
+    params = SamplingParams(
+        n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        stop=tuple(stop or ()), ignore_eos=ignore_eos,
+    )  # fmt: skip
+    given = _given_prompt(prompt, prompt_file, prompt_ids)
+    from longspan.llm import LLM  # brings PyTorch: options are checked before
+
+    console = Console(stderr=True)
+    with console.status(f"loading {config.model}"):
+        llm = LLM.from_config(config)
+    with llm:
+        tokens = _tokens(llm, given, chat)
+        console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False)
+        measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)
+        stats = llm.stats()
+    if as_json:
+        print(json.dumps(_report(measured, stats)))
+        return
+    if n > 1:
+        for completion in measured.outputs[0].outputs:
+            print(f"[{completion.index}] {_shown(completion)}")
+    console.print(_summary(measured, stats), highlight=False)
+
+
+def kv_cache_line(stats: EngineStats, max_model_len: int) -> str:
+    """What the cache holds, and how many requests of the greatest length that is."""
+    shards = " + ".join(f"{pages:,}" for pages in stats.pages_per_shard)
+    return (
+        f"KV cache size: {stats.capacity_tokens:,} tokens (pages of {stats.page_size}: {shards}); maximum concurrency "
+        f"for {max_model_len:,} tokens per request: {stats.capacity_tokens / max_model_len:.2f}x"
+    )
+
+
+def run_with_progress(
+    llm: LLM, tokens: list[int], params: SamplingParams, console: Console, streaming: bool
+) -> Measured:
+    """Run one request with a bar for its prefill; its text goes to stdout as it comes if `streaming`."""
+    from longspan.bench.measure import run_batch
+
+    printer = _Printer()
+    columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("prefill", total=len(tokens))
+
+        def on_output(output: RequestOutput) -> None:
+            if not progress.finished:
+                progress.update(task, completed=len(tokens))
+                progress.stop()
+            if streaming:
+                printer.show(output)
+
+        measured = run_batch(
+            llm.engine, [tokens], params, lambda done, _: progress.update(task, completed=done), on_output
+        )
+    if streaming:
+        print(flush=True)
+    return measured
+
+
+class _Printer:
+    """Prints what is new of a growing text."""
+
+    def __init__(self) -> None:
+        self._printed = 0
+
+    def show(self, output: RequestOutput) -> None:
+        text = _shown(output.outputs[0])
+        print(text[self._printed :], end="", flush=True)
+        self._printed = len(text)
+
+
+def _shown(completion: CompletionOutput) -> str:
+    """The text; the token ids of a model without a tokenizer."""
+    return completion.text or " ".join(str(token) for token in completion.token_ids)
+
+
+def _given_prompt(prompt: str | None, prompt_file: str | None, prompt_ids: str | None) -> str | list[int]:
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompt-ids": prompt_ids}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise RequestError(
+            "prompt", f"{len(given)} given", "is to come from one place", f"give one of {', '.join(sources)}"
+        )
+    if prompt_ids is not None:
+        return list(parse_integers("prompt_ids", prompt_ids))
+    text = _read(prompt_file) if prompt_file is not None else prompt or ""
+    if not text:
+        raise RequestError("prompt", repr(text), f"from {given[0]} is empty", "give at least one character")
+    return text
+
+
+def _read(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError("prompt_file", name, f"cannot be read ({reason})", "give a UTF-8 text file") from error
+
+
+def _tokens(llm: LLM, given: str | list[int], chat: bool) -> list[int]:
+    if isinstance(given, str):
+        return llm.chat_prompt([{"role": "user", "content": given}]) if chat else llm.encode(given)
+    if chat:
+        raise RequestError("chat", chat, "needs a text", "use it with --prompt or --prompt-file")
+    return given
+
+
+def _report(measured: Measured, stats: EngineStats) -> dict[str, Any]:
+    output = measured.outputs[0]
+    first = output.outputs[0]
+    report: dict[str, Any] = {
+        "text": first.text,
+        "token_ids": first.token_ids,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "finish_reason": first.finish_reason,
+        "kv": {
+            "page_size": stats.page_size,
+            "capacity_tokens": stats.capacity_tokens,
+            "pages_per_shard": stats.pages_per_shard,
+            "used_pages_per_shard": stats.peak_pages_per_shard,
+        },
+        "schedule": {"prefill": stats.prefill_schedule, "decode": stats.decode_schedule},
+        "timing": {"ttft_s": measured.ttft_s, "decode_tokens_per_s": measured.decode_tokens_per_s},
+        "comm": {
+            "bytes": sum(stats.traffic.bytes_by_label.values()),
+            "calls": sum(stats.traffic.calls_by_label.values()),
+            "by_label": stats.traffic.bytes_by_label,
+        },
+    }
+    if len(output.outputs) > 1:
+        report["completions"] = [asdict(completion) for completion in output.outputs]
+    return report
+
+
+def _summary(measured: Measured, stats: EngineStats) -> str:
+    rate = measured.decode_tokens_per_s
+    decode = f"decode {rate:,.1f} tokens/s" if rate else "no decode steps"
+    return (
+        f"{measured.prompt_tokens:,} prompt tokens, first token after {measured.ttft_s:.2f} s "
+        f"({measured.prefill_tokens_per_s:,.0f} tokens/s), {decode}; schedules: {stats.prefill_schedule} (prefill), "
+        f"{stats.decode_schedule} (decode); {sum(stats.traffic.bytes_by_label.values()):,} bytes travelled; "
+        f"finished: {measured.outputs[0].outputs[0].finish_reason}"
+    )

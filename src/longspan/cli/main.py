@@ -1,0 +1,71 @@
+"""The `longspan` command: its subcommands, and one place where errors become one line and an exit code.
+
+It owns nothing else; each command is a module that imports the engine only when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+
+from longspan.cli import bench, generate
+from longspan.cli.options import takes_engine_options
+from longspan.errors import LongspanError
+
+_USAGE, _INTERRUPTED = 2, 130
+_UsageError: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # typer brings its own copy of click, or uses click's: either way, this
+
+
+def build_app() -> typer.Typer:
+    """All commands."""
+    app = typer.Typer(
+        name="longspan",
+        help="Long-context LLM inference in which the sequence is the sharded dimension.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.command("generate", help="Complete one prompt.")(takes_engine_options(generate.generate))
+    benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+    benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
+    benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))
+    benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
+    app.add_typer(benches, name="bench")
+    return app
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 and one line on stderr for every error a user can mend."""
+    try:
+        code = typer.main.get_command(build_app()).main(standalone_mode=False)
+    except _UsageError as error:
+        code = _fail(_usage_message(error))
+    except LongspanError as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("longspan: interrupted", file=sys.stderr)
+        code = _INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has gone, as in `longspan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code or 0)
+
+
+def _usage_message(error: Any) -> str:
+    """Option, value and where to look; `__cause__` holds the value where typer's message leaves it out."""
+    message = error.format_message()
+    details = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
+    given = f", {details[0]['input']!r} given" if details else ""
+    command = error.ctx.command_path if error.ctx else "longspan"
+    return f"{message}{given}; see {command} --help"
+
+
+def _fail(message: str) -> int:
+    print(f"longspan: error: {' '.join(message.split())}", file=sys.stderr)
+    return _USAGE

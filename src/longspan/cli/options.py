@@ -1,0 +1,126 @@
+"""The engine's options on the command line, under vLLM's names, and their way into an `EngineConfig`.
+
+It owns names, short forms and help texts; ranges and combinations are checked by the configuration itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.errors import ConfigError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hugging Face folder or hub id, .gguf file, or smollm2", show_default=False),
+]
+TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="ranks the heads are split over")]
+PrefillContextParallel = Annotated[
+    int, typer.Option("--prefill-context-parallel-size", "-pcp", help="ranks a prompt's tokens are split over")
+]
+DecodeContextParallel = Annotated[
+    int,
+    typer.Option(
+        "--decode-context-parallel-size", "-dcp", help="ranks of a TP group that split the context; divides tp"
+    ),
+]
+PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
+CacheMemory = Annotated[
+    str, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank in bytes; k, M, G are 1024-based")
+]
+PagesPerShard = Annotated[
+    str | None, typer.Option("--pages-per-shard", help="pages of each shard, as in 100,80, instead of the memory")
+]
+PrefixCaching = Annotated[
+    bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="share pages of equal prefixes")
+]
+BatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes over all ranks")
+]
+NumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="requests that run at once")]
+ModelLength = Annotated[
+    int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the model's own limit")
+]
+LocalContext = Annotated[int, typer.Option("--local-context", help="contexts up to this many tokens stay on one rank")]
+Schedule = Annotated[str, typer.Option("--schedule", help="what travels: auto, local, gather_q, gather_kv")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="threads or processes")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
+Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
+Debug = Annotated[bool, typer.Option("--debug", help="compare the plan between ranks at every step")]
+
+
+def engine_config(
+    model: Model,
+    tensor_parallel_size: TensorParallel = 1,
+    prefill_context_parallel_size: PrefillContextParallel = 1,
+    decode_context_parallel_size: DecodeContextParallel = 1,
+    page_size: PageSize = 16,
+    kv_cache_memory_bytes: CacheMemory = "1G",
+    pages_per_shard: PagesPerShard = None,
+    enable_prefix_caching: PrefixCaching = True,
+    max_num_batched_tokens: BatchedTokens = 2048,
+    max_num_seqs: NumSeqs = 256,
+    max_model_len: ModelLength = None,
+    local_context: LocalContext = 512,
+    schedule: Schedule = "auto",
+    executor: ExecutorName = "threads",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    num_threads: Threads = None,
+    debug: Debug = False,
+) -> EngineConfig:
+    """The options as a checked configuration. Raises `ConfigError`."""
+    return EngineConfig(
+        model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+        parallel=ParallelConfig(
+            tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size
+        ),
+        cache=CacheConfig(
+            page_size, parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),
+            None if pages_per_shard is None else parse_integers("pages_per_shard", pages_per_shard),
+            enable_prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
+        ),
+    )  # fmt: skip
+
+
+def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Put every engine option on a command; it is called with the configuration they make."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    engine = list(inspect.signature(engine_config, eval_str=True).parameters.values())
+
+    def with_options(**values: Any) -> None:
+        config = engine_config(**{parameter.name: values.pop(parameter.name) for parameter in engine})
+        command(config, **values)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*engine, *own)]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    with_options.__doc__, with_options.__name__ = command.__doc__, command.__name__
+    return with_options
+
+
+def parse_bytes(field: str, text: str) -> int:
+    """`512M`, `1.5G` or a plain number of bytes. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ConfigError(field, text, "is not a size", "give bytes, or a number with k, M, G or T")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_integers(field: str, text: str) -> tuple[int, ...]:
+    """A comma-separated list of integers. Raises `ConfigError`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(field, text, "is not a list of integers", "write them as 1,2,3") from None
