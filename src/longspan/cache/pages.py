@@ -153,6 +153,8 @@ class PageTable:
         if not ordinals:
             return 0
         page, rest = divmod(until, self.page_size)
+        if page > ordinals[-1]:  # a decode sees them all: no search in a long context
+            return len(ordinals) * self.page_size
         whole = bisect_left(ordinals, page)
         partly = rest if whole < len(ordinals) and ordinals[whole] == page else 0
         return whole * self.page_size + partly

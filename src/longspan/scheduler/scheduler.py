@@ -204,7 +204,7 @@ class Scheduler:
     def _match_prefix(self, sequence: SequenceState) -> None:
         """Take cached pages; at least one token is left to compute, since it gives the first logits."""
         whole = (len(sequence.tokens) - 1) // self.cache.page_size
-        pages = self.cache.match(sequence.page_keys(whole, self.root_key))
+        pages = self.cache.match(sequence.page_keys(0, whole, self.root_key))
         sequence.table.extend(pages)
         sequence.computed = len(pages) * self.cache.page_size
         sequence.cached_tokens = max(sequence.cached_tokens, sequence.computed)
@@ -217,9 +217,9 @@ class Scheduler:
     def _publish(self, sequence: SequenceState) -> None:
         whole = sequence.computed // self.cache.page_size
         if whole > sequence.published:
-            keys = sequence.page_keys(whole, self.root_key)
-            for number in range(sequence.published, whole):
-                self.cache.publish(keys[number], sequence.table.pages[number])
+            keys = sequence.page_keys(sequence.published, whole, self.root_key)
+            for key, page in zip(keys, sequence.table.pages[sequence.published : whole], strict=True):
+                self.cache.publish(key, page)
             sequence.published = whole
 
     def _preempt(self, sequence: SequenceState) -> None:

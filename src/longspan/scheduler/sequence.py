@@ -51,11 +51,11 @@ class SequenceState:
         self.published = 0
         self.home = None
 
-    def page_keys(self, count: int, root: Key) -> Sequence[Key]:
-        """Content keys of the first `count` whole pages."""
+    def page_keys(self, first: int, count: int, root: Key) -> Sequence[Key]:
+        """Content keys of whole pages [first, count)."""
         size = self.table.page_size
         while len(self._keys) < count:
             parent = self._keys[-1] if self._keys else root
             start = len(self._keys) * size
             self._keys.append(page_key(parent, self.tokens[start : start + size]))
-        return self._keys[:count]
+        return self._keys[first:count]
