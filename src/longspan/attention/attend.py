@@ -68,10 +68,9 @@ class Attention:
                 self._backend, self._group, self._workspace_tokens,
             )  # fmt: skip
             parts.append(SCHEDULES[view.schedule](join))
-        if not view.own and not parts and view.diagonal:
-            return None
-        own = self._backend.unmasked(local, view.own, kv, self._heads.own, self._scale)
-        return concatenate([own, *parts])
+        if len(local) or not (parts or view.diagonal):
+            parts.insert(0, self._backend.unmasked(local, view.own, kv, self._heads.own, self._scale))
+        return concatenate(parts) if parts else None
 
     def _diagonal(self, view: ClassView, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
         """Every segment longer than one token against itself; None if there is none."""

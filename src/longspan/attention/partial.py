@@ -48,21 +48,15 @@ class Partial:
 def merge(parts: Sequence[Partial]) -> Partial:
     """The partial over the union of what `parts` saw (disjoint keys, equal shapes).
 
-    m = max lse; w = exp(lse - m); out = Σ w·out / Σ w; lse = m + log Σ w: the online-softmax merge of
+    w = softmax(lse) over the parts; out = Σ w·out; lse = log Σ exp lse: the online-softmax merge of
     Milakov & Gimelshein (2018) and FlashAttention. A part of weight 0 is skipped, not multiplied.
     """
     if len(parts) == 1:
         return parts[0]
     lse = torch.stack([part.lse for part in parts])
-    peak = lse.amax(0)
-    peak = torch.where(torch.isneginf(peak), 0.0, peak)
-    weights = torch.exp(lse - peak)
-    total = weights.sum(0)
-    weights = (weights / torch.where(total > 0, total, 1.0))[..., None]
-    out = torch.zeros_like(parts[0].out)
-    for part, weight in zip(parts, weights, strict=True):
-        out.addcmul_(torch.where(weight > 0, part.out, 0.0), weight)
-    return Partial(out, peak + torch.log(total))
+    weights = torch.softmax(lse, 0).nan_to_num_(0.0)[..., None]  # NaN where no part saw anything
+    outs = torch.stack([part.out for part in parts])
+    return Partial(torch.where(weights > 0, outs, 0.0).mul_(weights).sum(0), torch.logsumexp(lse, 0))
 
 
 def concatenate(parts: Sequence[Partial]) -> Partial:

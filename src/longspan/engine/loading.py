@@ -6,16 +6,20 @@ not know file formats or architectures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from longspan.models.layers import Linear
 from longspan.models.params import Param
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
 
+T = TypeVar("T")
+Piece = tuple[str, tuple[slice, ...]]
 _Key = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
 
@@ -29,23 +33,33 @@ class TensorStore:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._tensors: dict[_Key, Tensor] = {}
+        self._linears: dict[_Key, Linear] = {}
         self._lock = Lock()
 
-    def get(self, pieces: Sequence[tuple[str, tuple[slice, ...]]]) -> Tensor:
+    def tensor(self, pieces: Sequence[Piece]) -> Tensor:
         """The slices, concatenated along dim 0 if there are several."""
-        key = tuple((name, tuple((part.start, part.stop) for part in index)) for name, index in pieces)
         with self._lock:
-            if key not in self._tensors:
-                self._tensors[key] = self._read(pieces)
-            return self._tensors[key]
+            return _once(self._tensors, pieces, self._read)
 
-    def _read(self, pieces: Sequence[tuple[str, tuple[slice, ...]]]) -> Tensor:
+    def linear(self, pieces: Sequence[Piece]) -> Linear:
+        """The slices as the weight of products; the plain tensor is dropped once it is packed."""
+        with self._lock:
+            return _once(self._linears, pieces, lambda wanted: Linear(self._read(wanted)))
+
+    def _read(self, pieces: Sequence[Piece]) -> Tensor:
         rows = [index[0].stop - index[0].start for _, index in pieces]
         rest = [part.stop - part.start for part in pieces[0][1][1:]]
         whole = torch.empty(sum(rows), *rest, dtype=self._dtype)
         for (name, index), out in zip(pieces, torch.split(whole, rows), strict=True):
             self._checkpoint.read(name, index, out)
         return whole
+
+
+def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:
+    key = tuple((name, tuple((part.start, part.stop) for part in index)) for name, index in pieces)
+    if key not in made:
+        made[key] = make(pieces)
+    return made[key]
 
 
 class RankLoader:
@@ -61,7 +75,11 @@ class RankLoader:
 
     def load(self, *params: Param) -> Tensor:
         """This rank's slice of each parameter, concatenated along dim 0."""
-        return self._store.get([(param.name, self._index(param)) for param in params])
+        return self._store.tensor([(param.name, self._index(param)) for param in params])
+
+    def linear(self, *params: Param) -> Linear:
+        """The same, as the weight of products."""
+        return self._store.linear([(param.name, self._index(param)) for param in params])
 
     def _index(self, param: Param) -> tuple[slice, ...]:
         index: list[slice] = []

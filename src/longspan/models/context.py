@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from longspan.models.layers import Linear
 from longspan.models.params import Param
 
 
@@ -37,6 +38,10 @@ class Loader(Protocol):
 
     def load(self, *params: Param) -> Tensor:
         """The parameter; several are concatenated along dim 0."""
+        ...
+
+    def linear(self, *params: Param) -> Linear:
+        """The parameter, or several concatenated along their rows, for products only."""
         ...
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:

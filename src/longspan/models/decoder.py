@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, Loader, TensorParallel
 from longspan.models.gqa import GroupedQueryAttention, gqa_params
-from longspan.models.layers import RMSNorm, embed, product
+from longspan.models.layers import RMSNorm, embed, table_product
 from longspan.models.mlp import GatedMLP, mlp_params
 from longspan.models.params import Param
 from longspan.models.rope import Rotary
@@ -86,4 +86,4 @@ class DecoderModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [R, vocab] of hidden states [R, hidden]."""
-        return self._tp.all_gather_last(product(hidden, self._head).float())
+        return self._tp.all_gather_last(table_product(hidden, self._head).float())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, Loader, TensorParallel
-from longspan.models.layers import RMSNorm, linear
+from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
 
@@ -43,8 +43,8 @@ class GroupedQueryAttention:
         self._layer = layer
         self._tp = tp
         self._dim = config.head_dim
-        self._qkv = loader.load(params["q"], params["k"], params["v"])
-        self._o = loader.load(params["o"])
+        self._qkv = loader.linear(params["q"], params["k"], params["v"])
+        self._o = loader.linear(params["o"])
         self._qkv_bias: Tensor | None = None
         self._o_bias: Tensor | None = None
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
@@ -63,7 +63,7 @@ class GroupedQueryAttention:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        heads = linear(x, self._qkv, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
+        heads = self._qkv(x, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
         rotated, v = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
         if self._norms is None:
             rotated = apply_rope(rotated, cos, sin)
@@ -73,5 +73,5 @@ class GroupedQueryAttention:
             q = apply_rope(q_norm(rotated[:, : self._q_heads]), cos, sin)
             k = apply_rope(k_norm(rotated[:, self._q_heads :]), cos, sin)
         out = attend(self._layer, q, k, v).reshape(x.shape[0], self._q_heads * self._dim)
-        summed = self._tp.all_reduce(linear(out, self._o))
+        summed = self._tp.all_reduce(self._o(out))
         return summed if self._o_bias is None else summed + self._o_bias

@@ -9,27 +9,51 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TRANSPOSED_ROWS = 4  # up to this many rows the transposed product reads an fp32 weight faster on a CPU
+_TRANSPOSED_ROWS = 4  # up to this many rows the transposed product reads an fp32 table faster on a CPU
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] · weight [out, in]ᵀ, in the form that is fastest for the number of rows.
+class Linear:
+    """x [T, in] → x · weight [out, in]ᵀ + bias [out].
 
-    Measured on two cores, 30 layers of SmolLM2 in fp32: one row takes 40 ms as it is and 19 ms padded to two in the
-    transposed form; four rows 50 and 25 ms; from five rows on the plain form wins.
+    On a CPU an fp32 weight is repacked into oneDNN's blocked layout where this PyTorch has it. Measured on two
+    cores, 30 layers of SmolLM2 in fp32, plain and packed: 256 rows 435 and 348 ms, 8 rows 46 and 30 ms, one row
+    38 and 25 ms.
     """
+
+    def __init__(self, weight: Tensor, pack: bool = True) -> None:
+        self.out_features = weight.shape[0]
+        self._packed = pack and can_pack(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product, in the weight's dtype."""
+        if not self._packed:
+            return F.linear(x, self._weight, bias)
+        if not x.shape[0]:
+            return x.new_empty(0, self.out_features)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._weight, bias, "none", [], "")
+        return result
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this PyTorch, on this device and dtype, has the packed product."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def table_product(x: Tensor, table: Tensor) -> Tensor:
+    """x [T, in] · table [out, in]ᵀ for a table that must stay as it is, since its rows are also looked up."""
     rows = x.shape[0]
     if rows > _TRANSPOSED_ROWS or rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, weight)
-    if rows == 1:
-        return torch.mm(weight, x.expand(2, -1).t())[:, 0][None].contiguous()
-    return torch.mm(weight, x.t()).t().contiguous()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product` plus a bias [out]."""
-    result = product(x, weight)
-    return result if bias is None else result + bias
+        return F.linear(x, table)
+    if rows == 1:  # two equal rows are read at twice the rate of one
+        return torch.mm(table, x.repeat(2, 1).t())[:, 0][None].contiguous()
+    return torch.mm(table, x.t()).t().contiguous()
 
 
 class RMSNorm:
@@ -40,8 +64,12 @@ class RMSNorm:
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → [T, hidden]."""
+        if not x.shape[0]:
+            return x
         if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self._weight, self._eps)
+            scale = x.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
+            return (x * scale).mul_(self._weight)
         normed = F.rms_norm(x.float(), (x.shape[-1],), None, self._eps)
         return self._weight * normed.to(x.dtype)
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Loader, TensorParallel
-from longspan.models.layers import linear
 from longspan.models.params import Param
 
 
@@ -35,13 +34,13 @@ class GatedMLP:
     def __init__(self, config: ModelConfig, prefix: str, loader: Loader, tp: TensorParallel) -> None:
         params = mlp_params(config, prefix)
         self._tp = tp
-        self._gate_up = loader.load(params["gate"], params["up"])
-        self._down = loader.load(params["down"])
+        self._gate_up = loader.linear(params["gate"], params["up"])
+        self._down = loader.linear(params["down"])
         self._gate_up_bias = loader.load(params["gate_bias"], params["up_bias"]) if config.mlp_bias else None
         self._down_bias = loader.load(params["down_bias"]) if config.mlp_bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        gate, up = linear(x, self._gate_up, self._gate_up_bias).chunk(2, dim=-1)
-        summed = self._tp.all_reduce(linear(F.silu(gate).mul_(up), self._down))
+        gate, up = self._gate_up(x, self._gate_up_bias).chunk(2, dim=-1)
+        summed = self._tp.all_reduce(self._down(F.silu(gate).mul_(up)))
         return summed if self._down_bias is None else summed + self._down_bias

@@ -123,6 +123,8 @@ class Rotary:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `cos.shape[-1]` elements of each head of x [T, H, D] (rotate-half convention)."""
+    if not x.shape[0]:
+        return x
     dim = cos.shape[-1]
     part = x[..., :dim]
     rotated = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin)

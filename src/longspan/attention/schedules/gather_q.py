@@ -22,15 +22,21 @@ def run(join: Join) -> Partial:
     }
     rows = [rows_of_shard[shard] for shard in sorted(rows_of_shard)]
     queries = join.group.all_gather(join.q, rows, _LABEL)
-    sends: list[torch.Tensor] = [join.q] * len(rows)
+    width = join.kv.shape[-1] + 1
+    nothing = join.q.new_empty(0, heads.own_count, width, dtype=torch.promote_types(join.q.dtype, torch.float32))
+    sends: list[torch.Tensor] = [nothing] * len(rows)
     for shards, block in zip(heads.shards_of_pcp, view.blocks, strict=True):
         # the members of a TP group hold the same tokens and different heads: attend them together
-        together = torch.cat([queries[shard] for shard in shards], dim=1)
+        if not block.rows:
+            continue
+        held = [queries[shard] for shard in shards]
+        together = held[0] if len(held) == 1 else torch.cat(held, dim=1)
         part = join.attend_here(together, block.runs, heads.shard)
         packed = torch.cat([part.out, part.lse[..., None]], dim=-1)
         for shard, piece in zip(shards, torch.split(packed, heads.own_count, dim=1), strict=True):
             sends[shard] = piece
     mine = rows[join.group.rank]
-    shape = (mine, heads.own_count, join.kv.shape[-1] + 1)
-    returned = join.group.all_to_all(sends, [shape] * len(rows), _LABEL)
+    returned = join.group.all_to_all(sends, [(mine, heads.own_count, width)] * len(rows), _LABEL)
+    if not mine:
+        return Partial(nothing[..., :-1], nothing[..., -1])
     return merge([Partial(packed[..., :-1], packed[..., -1]) for packed in returned])

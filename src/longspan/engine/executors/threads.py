@@ -85,7 +85,8 @@ class ThreadExecutor:
         return tokens
 
     def _serve(self, rank: int) -> None:
-        torch.set_num_threads(threads_per_rank(self._setup))
+        share = threads_per_rank(self._setup)
+        torch.set_num_threads(share)
         runner: Runner | None = None
         try:
             runner = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
@@ -95,9 +96,16 @@ class ThreadExecutor:
             return
         while (plan := self._inboxes[rank].get()) is not None:
             try:
+                torch.set_num_threads(self._threads_for(rank, plan, share))
                 self._outcomes.put((rank, runner.step(plan)))
             except BaseException as error:
                 self._outcomes.put((rank, error))
+
+    def _threads_for(self, rank: int, plan: StepPlan, share: int) -> int:
+        """A rank's share of the cores, and that of ranks whose PCP index has no tokens in this step."""
+        grid = self._setup.grid
+        busy = {segment.pcp for segment in plan.segments}
+        return share * grid.pcp // len(busy) if grid.ranks[rank].pcp in busy else share
 
     def _open(self, group: Sequence[int], rank: int) -> Collectives:
         return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])
