@@ -90,7 +90,7 @@ def oracle(name: str) -> Any:
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and the log-probabilities [num_tokens, vocab] they were chosen from, with transformers' own cache."""
+    """Greedy tokens and their log-probabilities [num_tokens, vocab], over transformers' own cache."""
     tokens: list[int] = []
     rows = []
     ids, past = torch.tensor([list(prompt)]), None

@@ -81,6 +81,8 @@ class LLM:
         self.tokenizer: Any = load_tokenizer(setup.source)
         self.engine = Engine(config, self.tokenizer, setup)
         self._ids = count()
+        self._live: set[str] = set()  # requests some call waits for
+        self._done: dict[str, RequestOutput] = {}  # those of them that have finished
 
     def generate(
         self,
@@ -94,10 +96,12 @@ class LLM:
         batch = _as_batch(prompts)
         each = _params_for(batch, params)
         ids = self._add_all(batch, each)
-        done: dict[str, RequestOutput] = {}
-        while len(done) < len(ids):
-            done.update({output.request_id: output for output in self.engine.step() if output.finished})
-        return [done[request_id] for request_id in ids]
+        try:
+            while any(request_id not in self._done for request_id in ids):
+                self._advance()
+            return [self._done[request_id] for request_id in ids]
+        finally:
+            self._forget(ids)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield the request's output after every step that changed it; the last one is `finished`.
@@ -106,14 +110,13 @@ class LLM:
         """
         (request_id,) = self._add_all([prompt], [params or SamplingParams()])
         try:
-            finished = False
-            while not finished:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
+            while request_id not in self._done:
+                for output in self._advance():
+                    if output.request_id == request_id and not output.finished:
                         yield output
+            yield self._done[request_id]
         finally:
-            self.engine.abort(request_id)
+            self._forget([request_id])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -145,6 +148,19 @@ class LLM:
     ) -> None:
         self.shutdown()
 
+    def _advance(self) -> list[RequestOutput]:
+        """One engine step; what finished is kept for the call it belongs to, which may be another's."""
+        outputs = self.engine.step()
+        self._done.update({o.request_id: o for o in outputs if o.finished and o.request_id in self._live})
+        return outputs
+
+    def _forget(self, ids: Sequence[str]) -> None:
+        """The call is over, whether its requests are or not."""
+        for request_id in ids:
+            self.engine.abort(request_id)
+            self._live.discard(request_id)
+            self._done.pop(request_id, None)
+
     def _add_all(self, batch: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[str]:
         ids: list[str] = []
         try:
@@ -155,10 +171,9 @@ class LLM:
                 self.engine.add_request(request_id, tokens, each, text)
                 ids.append(request_id)
         except RequestError:
-            for request_id in ids:
-                self.engine.abort(request_id)
-            self.engine.step()
+            self._forget(ids)
             raise
+        self._live.update(ids)
         return ids
 
 

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
+
+
+def require_open(closed: bool) -> None:
+    """Raise `WorkerDied` if the ranks have ended: a plan would never be answered."""
+    if closed:
+        raise WorkerDied("the ranks have been shut down; start the engine again")
 
 
 class Executor(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from longspan.engine.executors.base import require_open
 from longspan.engine.executors.messages import Failed, FromWorker, Stepped, TrafficReport, report_error
 from longspan.engine.setup import EngineSetup
 from longspan.errors import WorkerDied
@@ -31,6 +32,7 @@ class ProcessExecutor:
     def __init__(self, setup: EngineSetup) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="longspan-")
         self._context = zmq.Context()
+        self._closed = False
         folder = Path(self._folder.name)
         self._results = self._context.socket(zmq.PULL)
         self._results.bind(f"ipc://{folder}/results")
@@ -78,7 +80,10 @@ class ProcessExecutor:
         """See `Executor.shutdown`."""
         for inbox, process in zip(self._inboxes, self._processes, strict=False):
             if process.poll() is None:
-                inbox.send(b"stop", zmq.DONTWAIT)
+                try:
+                    inbox.send(b"stop", zmq.DONTWAIT)
+                except zmq.ZMQError:  # it has not connected yet, or no longer is
+                    process.kill()
         deadline = time.monotonic() + _STOP_SECONDS
         for process in self._processes:
             try:
@@ -86,11 +91,15 @@ class ProcessExecutor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._closed = True
         self._context.destroy(linger=0)
         self._folder.cleanup()
 
     def _broadcast(self, message: bytes) -> None:
+        require_open(self._closed)
         for inbox in self._inboxes:
+            while not inbox.poll(_POLL_MS, zmq.POLLOUT):  # a send to a peer that is gone would block for ever
+                self._check_alive()
             inbox.send(message)
 
     def _collect(self) -> list[FromWorker]:

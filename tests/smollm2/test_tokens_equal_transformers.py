@@ -1,0 +1,73 @@
+"""A real model: 64 greedy tokens and their log-probabilities are transformers', on every layout."""
+
+import pytest
+import torch
+
+from longspan import SamplingParams
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.engine.engine import Engine
+from tests.smollm2.conftest import TOKENS, long_prompt, reference, short_prompts
+
+pytestmark = pytest.mark.smollm2
+TOP = 20
+SHORT = [  # tp, pcp, dcp, page size, chunk, schedule
+    (1, 1, 1, 16, 2048, "auto"),
+    (1, 2, 1, 16, 20, "auto"),
+    (1, 3, 1, 1, 64, "gather_kv"),
+    (3, 1, 1, 7, 64, "auto"),
+    (3, 1, 3, 64, 2048, "gather_q"),
+    (3, 2, 3, 5, 33, "auto"),
+]
+LONG = [
+    (1, 1, 1, 16, 2048, "auto"),
+    (1, 2, 1, 16, 1024, "auto"),
+    (3, 1, 3, 32, 700, "gather_q"),
+]
+SIZES = (1, 2, 3, 4, 8)
+ALL = [
+    (tp, pcp, dcp, page, chunk, schedule)
+    for tp, dcp in ((1, 1), (3, 1), (3, 3), (9, 1), (9, 3), (9, 9))
+    for pcp in SIZES
+    for page, chunk, schedule in ((1, 50, "gather_q"), (16, 2048, "auto"), (64, 300, "gather_kv"))
+    if tp * pcp <= 9
+]
+
+
+def check(prompts, tp, pcp, dcp, page_size, chunk, schedule):
+    config = EngineConfig(
+        "smollm2",
+        parallel=ParallelConfig(tp, pcp, dcp),
+        cache=CacheConfig(page_size, memory_bytes=512 << 20),
+        scheduler=SchedulerConfig(max_num_batched_tokens=chunk, max_num_seqs=8, local_context=8, schedule=schedule),
+    )
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=TOP, ignore_eos=True)
+    outputs = {}
+    with Engine(config) as engine:
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, params)
+        while engine.has_unfinished:
+            outputs.update({output.request_id: output.outputs[0] for output in engine.step() if output.finished})
+    for number, prompt in enumerate(prompts):
+        tokens, logprobs = reference(tuple(prompt))
+        output = outputs[str(number)]
+        assert output.token_ids == tokens
+        for entry, expected in zip(output.logprobs, logprobs, strict=True):
+            torch.testing.assert_close(torch.tensor(entry.top_values), expected[list(entry.top_ids)], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("layout", SHORT, ids=str)
+def test_short_prompts(layout):
+    check(short_prompts(), *layout)
+
+
+@pytest.mark.parametrize("layout", LONG, ids=str)
+def test_a_prompt_of_more_than_4000_tokens(layout):
+    assert len(long_prompt()) > 4000
+    check([long_prompt()], *layout)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("layout", ALL, ids=str)
+def test_every_layout(layout):
+    check([*short_prompts(), long_prompt()[-1500:]], *layout)

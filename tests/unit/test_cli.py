@@ -1,0 +1,214 @@
+"""The command line as a user meets it: one message for a mistake, one JSON object for a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from longspan.cli.main import build_app, main
+from tests.oracle import greedy, oracle, prompt_of, tiny_folder
+
+IDS = ",".join(map(str, prompt_of(33)))
+ENGINE_OPTIONS = {
+    "--tensor-parallel-size", "-tp", "--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size",
+    "-dcp", "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
+    "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
+    "--schedule", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
+}  # fmt: skip
+OPTIONS = {
+    ("generate",): ENGINE_OPTIONS | {
+        "--prompt", "--prompt-file", "--prompt-ids", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k",
+        "--min-p", "--stop", "--ignore-eos", "--n",
+    },
+    ("bench", "latency"): ENGINE_OPTIONS | {
+        "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
+    },
+    ("bench", "throughput"): ENGINE_OPTIONS | {"--num-prompts", "--input-len", "--output-len"},
+    ("bench", "scheduler"): {"--running", "--context", "--shards", "--page-size", "--steps", "--json", "--help"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run("generate", MODEL, ...)` gives (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["longspan", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code), out, err
+
+    return call
+
+
+@pytest.fixture
+def generate(run):
+    """`generate(...)` on a tiny folder without a tokenizer."""
+    return lambda *arguments: run("generate", tiny_folder("llama"), "--page-size", "4", *arguments)
+
+
+@pytest.mark.parametrize("command", OPTIONS, ids=" ".join)
+def test_the_options_are_these(command):
+    found = typer.main.get_command(build_app())
+    for name in command:
+        found = found.commands[name]
+    with found.make_context("longspan", [], resilient_parsing=True) as context:
+        text = found.get_help(context)
+    names = re.findall(r"^  (?:\S.*?)(?=  |$)", text, re.MULTILINE)
+    given = {option for name in names for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", name)}
+    assert given == OPTIONS[command]
+
+
+def test_json_holds_one_object_with_exactly_the_documented_keys(generate):
+    code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "6", "-pcp", "2", "--local-context", "8", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["token_ids"] == greedy(oracle("llama"), prompt_of(33), 6)[0]
+    assert set(report) == {
+        "text", "token_ids", "prompt_tokens", "finish_reason", "kv", "schedule", "timing", "comm",
+    }  # fmt: skip
+    assert set(report["kv"]) == {"page_size", "capacity_tokens", "pages_per_shard", "used_pages_per_shard"}
+    assert set(report["schedule"]) == {"prefill", "decode"}
+    assert set(report["timing"]) == {"ttft_s", "decode_tokens_per_s"}
+    assert set(report["comm"]) == {"bytes", "calls", "by_label"}
+    assert report["kv"]["capacity_tokens"] == sum(report["kv"]["pages_per_shard"]) * report["kv"]["page_size"]
+    assert report["comm"]["bytes"] > 0
+    assert "KV cache size" in err
+
+
+def test_the_kv_cache_line_reports_pages_times_page_size(generate):
+    _, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "-pcp", "2", "--pages-per-shard", "40,24")
+    line = " ".join(err.split())
+    assert "KV cache size: 256 tokens (pages of 4: 40 + 24)" in line
+    assert "maximum concurrency for 512 tokens per request: 0.50x" in line
+
+
+def test_tokens_are_shown_where_there_is_no_tokenizer(generate):
+    code, out, _ = generate("--prompt-ids", IDS, "--max-tokens", "3")
+    assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])
+
+
+def test_n_completions_are_all_in_the_json(generate):
+    code, out, _ = generate("--prompt-ids", IDS, "--max-tokens", "3", "--n", "2", "--temperature", "1", "--json")
+    assert code == 0
+    assert [len(completion["token_ids"]) for completion in json.loads(out)["completions"]] == [3, 3]
+
+
+MISTAKES = {
+    "tp that does not divide the heads": (
+        ["-tp", "5", "--prompt-ids", "1"], r"tensor_parallel_size=5: must divide the model's 24 query heads; use one of"
+    ),
+    "dcp that does not divide tp": (
+        ["-tp", "2", "-dcp", "3", "--prompt-ids", "1"],
+        r"decode_context_parallel_size=3: must divide tensor_parallel_size=2.*use one of 1, 2",
+    ),
+    "zero ranks": (["-pcp", "0", "--prompt-ids", "1"], r"prefill_context_parallel_size=0: must be at least 1; use 1"),
+    "a prompt that can never fit": (
+        ["--prompt-ids", IDS, "--pages-per-shard", "3"], r"33 prompt tokens .* exceed the 13 tokens .*; shorten"
+    ),
+    "a negative number": (["--prompt-ids", "1", "--max-tokens", "-3"], r"max_tokens=-3: must not be negative"),
+    "a negative page size": (["--prompt-ids", "1", "--page-size", "-1"], r"page_size=-1: must be at least 1; 16 is"),
+    "no number": (["--prompt-ids", "1", "--max-tokens", "x"], r"'--max-tokens'.*'x'"),
+    "ids that are none": (["--prompt-ids", "1,b"], r"prompt_ids=1,b: is not a list of integers; write them as 1,2,3"),
+    "an empty prompt": (["--prompt", ""], r"prompt='': from --prompt is empty; give at least one character"),
+    "no prompt": ([], r"prompt=0 given: .*give one of --prompt, --prompt-file, --prompt-ids"),
+    "two prompts": (["--prompt", "a", "--prompt-ids", "1"], r"prompt=2 given"),
+    "no such prompt file": (["--prompt-file", "./no"], r"prompt_file=./no: cannot be read \(No such file"),
+    "text without a tokenizer": (["--prompt", "hello"], r"prompt='hello': is text and this model has no tokenizer"),
+    "an unknown schedule": (["--prompt-ids", "1", "--schedule", "pigeon"], r"schedule=pigeon: unknown choice; use one"),
+    "local with dcp": (["-tp", "2", "-dcp", "2", "--schedule", "local", "--prompt-ids", "1"], r"schedule=local: "),
+    "too long a context": (["--prompt-ids", "1", "--max-model-len", "9999"], r"max_model_len=9999: exceeds the 512"),
+    "pages for the wrong shards": (["--prompt-ids", "1", "--pages-per-shard", "1,2"], r"pages_per_shard=\(1, 2\): na"),
+    "no size": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "12Q"], r"kv_cache_memory_bytes=12Q: is not a size"),
+    "too little memory": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "1"], r"kv_cache_memory_bytes=1: one page"),
+    "an unknown option": (["--prompt-ids", "1", "--nope"], r"--nope"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(generate, mistake):
+    arguments, message = MISTAKES[mistake]
+    code, out, err = generate(*arguments)
+    (line,) = [line for line in err.splitlines() if line.startswith("longspan: error: ")]
+    assert (code, out) == (2, "")
+    assert re.search(message, line), line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["bench", "latency", "x", "--input-len", "0"]])
+def test_a_mistaken_command_is_exit_code_2(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("longspan: error: ")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "no.gguf", "nothing"])
+def test_a_missing_model_is_named(run, name):
+    code, _, err = run("generate", name, "--prompt", "x")
+    assert code == 2
+    assert f"model={name}: no such folder or file; give a folder with config.json" in err
+
+
+def test_an_unknown_architecture_is_named(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["StrangeForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    code, _, err = run("generate", str(tmp_path), "--prompt-ids", "1")
+    assert code == 2
+    assert "architectures=['StrangeForCausalLM'] in config.json is not supported; supported are Llama" in err
+
+
+def test_the_scheduler_benchmark_reports_every_context(run):
+    code, out, _ = run("bench", "scheduler", "--running", "4", "--context", "64,512", "--steps", "3", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0
+    assert [row["context"] for row in rows] == [64, 512]
+    assert all(row["total_us"] > 0 for row in rows)
+
+
+def test_the_throughput_benchmark_counts_every_token(run):
+    code, out, _ = run(
+        "bench", "throughput", tiny_folder("llama"), "--num-prompts", "5", "--input-len", "20", "--output-len", "4",
+        "-pcp", "2", "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    assert code == 0
+    assert report["requests"] == 5
+    assert report["output_tokens"] >= 5
+
+
+def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
+    code, out, _ = run(
+        "bench", "latency", tiny_folder("llama"), "--input-len", "40", "--output-len", "4", "--iterations", "2",
+        "--compare", "transformers", "--compare-layout", "pcp=2", "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    assert code == 0
+    assert set(report["ratio"]) == {"pcp=2", "transformers"}
+    assert all(ratio["prefill"] > 0 and ratio["decode"] > 0 for ratio in report["ratio"].values())
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
+    command = [
+        sys.executable, "-c", "from longspan.cli.main import main; main()", "generate", tiny_folder("llama"),
+        "--prompt-ids", "1,2,3", "--max-tokens", "400", "--executor", "processes", "-pcp", "2",
+    ]  # fmt: skip
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver.stdout.read(1)  # the first token is out: all ranks are at work
+    workers = children(driver.pid)
+    os.kill(workers[-1], 9)
+    _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 2
+    assert re.search(r"longspan: error: rank \d \(process \d+\) ended with exit code -9", err)
+    assert not [process for process in workers if Path(f"/proc/{process}").exists()]

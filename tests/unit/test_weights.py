@@ -1,0 +1,250 @@
+"""Checkpoints: slices are slices of the whole, formats agree, damage is named before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from longspan.engine.loading import TensorStore
+from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
+from longspan.models.params import Param, validate_checkpoint
+from longspan.weights.gguf import GGUFCheckpoint, hub_name
+from longspan.weights.gguf_config import gguf_config
+from longspan.weights.safetensors import SafetensorsCheckpoint
+from longspan.weights.source import resolve_model
+
+HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 4, 2, 8, 32, 1
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {"a": torch.randn(6, 4), "b": torch.randn(5)}
+
+
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """What converters to GGUF do to the queries and keys of `llama` models."""
+    rows = weight.shape[0]
+    return weight.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, architecture: str = "llama", quantise: bool = False, factors: bool = False) -> torch.Tensor:
+    """A one-layer file; returns the queries' weight as the hub has it."""
+    torch.manual_seed(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_eos_token_id(2)
+    writer.add_uint32("tokenizer.ggml.eot_token_id", 4)
+    q = torch.randn(HEADS * DIM, HIDDEN)
+    stored = interleave(q, HEADS) if architecture == "llama" else q
+    if quantise:
+        packed = gguf.quants.quantize(stored.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor("blk.0.attn_q.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    else:
+        writer.add_tensor("blk.0.attn_q.weight", stored.numpy())
+    writer.add_tensor("token_embd.weight", np.zeros((50, HIDDEN), np.float16))
+    if factors:
+        writer.add_tensor("rope_freqs.weight", np.array([1.0, 2.0, 4.0, 8.0], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return q
+
+
+def read(checkpoint, name: str, *index: slice) -> torch.Tensor:
+    out = torch.empty([part.stop - part.start for part in index])
+    checkpoint.read(name, index, out)
+    return out
+
+
+def test_a_safetensors_slice_is_a_slice_of_the_whole(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    found = read(SafetensorsCheckpoint(tmp_path), "a", slice(1, 4), slice(2, 3))
+    assert torch.equal(found, tensors()["a"][1:4, 2:3])
+
+
+def test_shards_of_an_index_are_one_checkpoint(tmp_path):
+    for number, (name, tensor) in enumerate(tensors().items()):
+        save_file({name: tensor}, tmp_path / f"part-{number}.safetensors")
+    weight_map = {"a": "part-0.safetensors", "b": "part-1.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.names() == {"a", "b"}
+    assert torch.equal(read(checkpoint, "b", slice(0, 5)), tensors()["b"])
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index = {"weight_map": {"a": "part-0.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightError, match=r"part-0\.safetensors: .*missing; download it again"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 60, -4])
+def test_a_truncated_file_is_noticed_when_it_is_opened(tmp_path, keep):
+    file = tmp_path / "model.safetensors"
+    save_file(tensors(), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightError, match=r"model\.safetensors: truncated or damaged"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(ModelNotFound, match=r"no \.safetensors file"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_an_unknown_tensor_is_named_with_its_neighbours(tmp_path):
+    save_file({"layer.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"layer\.weights: .*nearest names: layer\.weight"):
+        SafetensorsCheckpoint(tmp_path).shape("layer.weights")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_rotary_rows_of_a_gguf_file_come_in_the_hubs_order(tmp_path, architecture):
+    q = write_gguf(tmp_path / "m.gguf", architecture)
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    assert checkpoint.shape(Q) == (HEADS * DIM, HIDDEN)
+    assert torch.equal(read(checkpoint, Q, slice(0, HEADS * DIM), slice(0, HIDDEN)), q)
+
+
+@pytest.mark.parametrize("rows", [(0, 8), (8, 24), (3, 9)])
+@pytest.mark.parametrize("columns", [(0, HIDDEN), (5, 19)])
+def test_a_slice_of_a_quantised_gguf_tensor_is_a_slice_of_the_whole(tmp_path, rows, columns):
+    q = write_gguf(tmp_path / "m.gguf", quantise=True)
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    whole = read(checkpoint, Q, slice(0, HEADS * DIM), slice(0, HIDDEN))
+    torch.testing.assert_close(whole, q, atol=0.02, rtol=0)
+    assert torch.equal(read(checkpoint, Q, slice(*rows), slice(*columns)), whole[slice(*rows), slice(*columns)])
+
+
+def test_a_gguf_file_is_read_in_blocks(tmp_path, monkeypatch):
+    q = write_gguf(tmp_path / "m.gguf")
+    monkeypatch.setattr("longspan.weights.gguf._BLOCK_ELEMENTS", 3 * HIDDEN)
+    assert torch.equal(read(GGUFCheckpoint(tmp_path / "m.gguf"), Q, slice(0, 32), slice(0, HIDDEN)), q)
+
+
+def test_gguf_metadata_becomes_a_configuration(tmp_path):
+    write_gguf(tmp_path / "m.gguf", factors=True)
+    config = resolve_model(str(tmp_path / "m.gguf")).config
+    expected = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "head_dim": DIM, "vocab_size": 50, "rope_theta": 5000.0,
+        "tie_word_embeddings": True, "eos_token_id": [2, 4],
+        "rope_scaling": {"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0]},
+    }  # fmt: skip
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_an_unknown_gguf_architecture_is_named(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "mamba")
+    with pytest.raises(UnsupportedModel, match=r"architecture=mamba .*llama, qwen2, qwen3"):
+        gguf_config(GGUFCheckpoint(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("keep", [3, 100, -200])
+def test_a_truncated_gguf_file_is_noticed_when_it_is_opened(tmp_path, keep):
+    file = tmp_path / "m.gguf"
+    write_gguf(file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(WeightError, match=r"m\.gguf: truncated or not a GGUF file"):
+        GGUFCheckpoint(file)
+
+
+def test_hub_names_of_unknown_tensors_are_left_as_they_are():
+    assert hub_name("blk.3.ffn_down.weight") == "model.layers.3.mlp.down_proj.weight"
+    assert hub_name("blk.3.strange.weight") == "blk.3.strange.weight"
+
+
+def test_names_that_are_no_model_say_what_would_be(tmp_path):
+    for name in ("./nothing", "no.gguf", "plain", str(tmp_path / "x")):
+        with pytest.raises(ModelNotFound, match=r"no such folder or file; give a folder with config\.json"):
+            resolve_model(name)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json: .*download it again"):
+        resolve_model(str(tmp_path))
+
+
+def test_end_tokens_of_the_generation_config_count_too(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert resolve_model(str(tmp_path)).config["eos_token_id"] == [2, 7]
+
+
+class Listed:
+    """A checkpoint of shapes alone."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({}, r"w: missing from the checkpoint \(shape \(2, 3\) expected\)"),
+        ({"w": (3, 2)}, r"w: shape \(3, 2\) in the checkpoint, \(2, 3\) expected"),
+        ({"w": (2, 3), "v": (1,)}, r"v: not a tensor of this architecture \(shape \(1,\)"),
+    ],
+    ids=["missing", "misshapen", "extra"],
+)
+def test_a_checkpoint_that_is_not_the_models_is_refused(shapes, message):
+    with pytest.raises(WeightError, match=message):
+        validate_checkpoint([Param("w", (2, 3), (None, None))], Listed(shapes), tied=False)
+
+
+def test_ranks_that_need_the_same_slice_share_one_copy(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
+    piece = [("a", (slice(0, 3), slice(0, 4)))]
+    assert store.tensor(piece).data_ptr() == store.tensor(piece).data_ptr()
+    assert store.linear(piece) is store.linear(piece)
+
+
+class Counting:
+    """Counts the bytes read of a checkpoint."""
+
+    def __init__(self, inner: SafetensorsCheckpoint) -> None:
+        self.inner, self.elements = inner, 0
+
+    def read(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
+        self.elements += out.numel()
+        self.inner.read(name, index, out)
+
+
+def test_a_rank_reads_its_own_slices_only(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    counting = Counting(SafetensorsCheckpoint(tmp_path))
+    store = TensorStore(counting, torch.float32)
+    whole = store.tensor([("a", (slice(2, 4), slice(0, 4))), ("a", (slice(5, 6), slice(0, 4)))])
+    assert torch.equal(whole, tensors()["a"][[2, 3, 5]])
+    assert counting.elements == 3 * 4
