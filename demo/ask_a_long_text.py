@@ -1,12 +1,12 @@
 """The main job on real input: a question about a long text, its context spread over two ranks.
 
-The text is this project's own documents (about 6,000 tokens); the model is SmolLM2-135M-Instruct from the package that
-`make install` brings. Run it with `make demo`.
+The text is this project's own documents, more than 5,000 tokens; the model is SmolLM2-135M-Instruct from the
+package that `make install` brings. Run it with `make demo`.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,103 +16,99 @@ from rich.table import Table
 from rich.text import Text
 
 from longspan import LLM, RequestOutput, SamplingParams
+from longspan.bench.measure import Measured, run_batch
 from longspan.cache.pages import PageRef
+from longspan.engine.engine import EngineStats
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("docs/architecture.md", "docs/invariants.md", "LICENSE")
-QUESTION = "What is the name of the engine this text describes, and what does it shard?"
+DOCUMENTS = ("LICENSE", "docs/invariants.md", "docs/architecture.md")
+QUESTION = "What is Longspan?"
+RANKS = 2
 COLOURS = ("cyan", "magenta", "yellow", "green")
 CHART_WIDTH = 64
 
 
 def build_prompt(llm: LLM) -> list[int]:
     """The documents and the question as a conversation."""
-    text = "\n\n".join((ROOT / name).read_text() for name in DOCUMENTS)
-    return llm.chat_prompt([{"role": "user", "content": f"{text}\n\n{QUESTION}"}])
+    text = "\n\n".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS)
+    return llm.chat_prompt([{"role": "user", "content": f"{text}\n\nAnswer in one sentence: {QUESTION}"}])
 
 
-def ask(llm: LLM, prompt: list[int], console: Console) -> tuple[RequestOutput, list[PageRef], float, float]:
-    """Stream the answer; returns it with its page table, the time to the first token and the decode rate."""
-    params = SamplingParams(max_tokens=80, temperature=0)
-    columns = (
-        TextColumn("reading"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-    )
-    started = time.perf_counter()
-    engine = llm.engine
-    engine.add_request("question", prompt, params)
+def ask(llm: LLM, prompt: list[int], console: Console) -> Measured:
+    """Stream the answer, with a progress bar while the prompt is read."""
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    shown = ""
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("prefill", total=len(prompt))
-        outputs: list[RequestOutput] = []
-        while not outputs:
-            outputs = engine.step()
-            progress.update(task, completed=len(prompt) if outputs else engine.progress("question")[0])
-    first = time.perf_counter()
-    console.print(f"\n[bold]{QUESTION}[/bold]")
-    shown, output = "", outputs[0]
-    pages: list[PageRef] = []
-    while True:
-        console.print(output.outputs[0].text[len(shown) :], end="", highlight=False, markup=False)
-        shown = output.outputs[0].text
-        if output.finished:
-            break
-        pages = engine.pages("question")
-        output = next(o for o in engine.step() if o.request_id == "question")
+
+        def on_output(output: RequestOutput) -> None:
+            nonlocal shown
+            if not progress.finished:
+                progress.update(task, completed=len(prompt))
+                progress.stop()
+                console.print(f"\n[bold]{QUESTION}[/bold]")
+            text = output.outputs[0].text
+            console.print(text[len(shown) :], end="", highlight=False, markup=False)
+            shown = text
+
+        params = SamplingParams(max_tokens=80, temperature=0)
+        measured = run_batch(
+            llm.engine, [prompt], params, lambda done, _: progress.update(task, completed=done), on_output
+        )
     console.print("\n")
-    decode_seconds = time.perf_counter() - first
-    return output, pages, first - started, (len(output.outputs[0].token_ids) - 1) / decode_seconds
+    return measured
 
 
-def chart(pages: list[PageRef], shards: int) -> Table:
-    """Where the context's pages live: one row a shard, the context from left to right."""
-    table = Table(title="Where the context lives", show_header=True, header_style="bold")
+def chart(pages: Sequence[PageRef]) -> Table:
+    """Where the context's pages live: one row a rank, the context from left to right."""
+    table = Table(title="Where the context lives", header_style="bold")
     table.add_column("rank")
-    table.add_column("context, first token to last (one cell: a few pages)")
+    table.add_column("first token to last (█ these pages are here, ▒ some of them, · none)")
     table.add_column("pages", justify="right")
     width = min(CHART_WIDTH, len(pages))
     cuts = [round(len(pages) * cell / width) for cell in range(width + 1)]
-    for shard in range(shards):
+    for rank in range(RANKS):
         row = Text()
         for start, stop in pairwise(cuts):
-            mine = sum(page.shard == shard for page in pages[start:stop])
-            full = mine * 2 > stop - start
-            row.append("█" if full else "▒" if mine else "·", style=COLOURS[shard % len(COLOURS)] if mine else "dim")
-        table.add_row(str(shard), row, str(sum(page.shard == shard for page in pages)))
+            mine = sum(page.shard == rank for page in pages[start:stop])
+            mark = "█" if mine == stop - start else "▒" if mine else "·"
+            row.append(mark, style=COLOURS[rank % len(COLOURS)] if mine else "dim")
+        table.add_row(str(rank), row, str(sum(page.shard == rank for page in pages)))
+    return table
+
+
+def journey(measured: Measured, stats: EngineStats) -> Table:
+    """What travelled between the ranks, and how fast it all went."""
+    table = Table(title="What travelled, and how fast it went", header_style="bold")
+    traffic, rate = stats.traffic, measured.decode_tokens_per_s
+    cells = {
+        "prefill schedule": stats.prefill_schedule,
+        "decode schedule": stats.decode_schedule,
+        "bytes": f"{sum(traffic.bytes_by_label.values()):,}",
+        "collectives": f"{sum(traffic.calls_by_label.values()):,}",
+        "prefill": f"{measured.prefill_tokens_per_s:,.0f} tokens/s",
+        "decode": f"{rate:,.1f} tokens/s" if rate else "-",
+    }
+    for column in cells:
+        table.add_column(column, justify="right")
+    table.add_row(*cells.values())
     return table
 
 
 def main() -> None:
     """Read, ask, show."""
     console = Console()
-    ranks = 2
-    with console.status(f"loading SmolLM2-135M on {ranks} context-parallel ranks"):
-        llm = LLM("smollm2", prefill_context_parallel_size=ranks, max_num_batched_tokens=1024)
+    with console.status(f"loading SmolLM2-135M on {RANKS} context-parallel ranks"):
+        llm = LLM("smollm2", prefill_context_parallel_size=RANKS, max_num_batched_tokens=1024)
     with llm:
-        prompt = build_prompt(llm)
-        stats = llm.stats()
+        prompt, stats = build_prompt(llm), llm.stats()
         console.print(
-            f"KV cache: {stats.capacity_tokens:,} tokens in pages of {stats.page_size} on {ranks} shards; "
+            f"KV cache: {stats.capacity_tokens:,} tokens in pages of {stats.page_size}, on {RANKS} ranks; "
             f"the prompt has {len(prompt):,} tokens"
         )
-        output, pages, ttft, decode_rate = ask(llm, prompt, console)
-        console.print(chart(pages, ranks))
-        stats = llm.stats()
-        table = Table(title="What travelled between the ranks, and how fast it went", header_style="bold")
-        for column in ("prefill schedule", "decode schedule", "bytes", "collectives", "prefill", "decode"):
-            table.add_column(column)
-        table.add_row(
-            stats.prefill_schedule,
-            stats.decode_schedule,
-            f"{sum(stats.traffic.bytes_by_label.values()):,}",
-            f"{sum(stats.traffic.calls_by_label.values()):,}",
-            f"{len(prompt) / ttft:,.0f} tokens/s",
-            f"{decode_rate:,.1f} tokens/s",
-        )
-        console.print(table)
-        console.print(f"finished: {output.outputs[0].finish_reason}")
+        measured = ask(llm, prompt, console)
+        console.print(chart(measured.pages))
+        console.print(journey(measured, llm.stats()))
 
 
 if __name__ == "__main__":

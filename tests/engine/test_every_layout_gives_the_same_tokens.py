@@ -104,3 +104,10 @@ def test_bfloat16_stays_near_fp32_on_every_grid(tiny):
         llm = tiny(tp=tp, pcp=pcp, dcp=dcp, dtype="bfloat16")
         (output,) = llm.generate(prompt_of(33), SamplingParams(temperature=0, max_tokens=1, logprobs=LOGPROBS))
         assert (all_logprobs(output.outputs[0]) - exact).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("grid", [(1, 8, 1), (8, 1, 8), (2, 3, 2)], ids=name)
+def test_a_prompt_shorter_than_the_ranks_may_be_spread_all_the_same(tiny, grid):
+    tp, pcp, dcp = grid
+    llm = tiny("llama-multi-query", tp=tp, pcp=pcp, dcp=dcp, page_size=1, local_context=0)
+    assert tokens_of(llm, prompts()) == expected("llama-multi-query")

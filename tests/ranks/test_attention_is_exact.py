@@ -133,3 +133,16 @@ def test_the_cpu_backend_takes_rows_of_any_strides(method):
     expected, found = attend(*adjacent), attend(*strided)
     torch.testing.assert_close(found.out, expected.out)
     torch.testing.assert_close(found.lse, expected.lse)
+
+
+@pytest.mark.parametrize("method", ["causal", "unmasked"])
+def test_partials_of_bf16_rows_are_fp32_with_a_natural_lse(method):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 16).bfloat16() for heads in (2, 1, 1))
+    pool = torch.stack([k, v]).transpose(1, 2).contiguous()
+    runs, blocks = (QueryRun(0, 1, (Span(0, 1),)),), (HeadBlock(0, 2, 0, 1),)
+    backend = CpuBackend()
+    part = backend.causal(q, k, v, blocks, 1.0) if method == "causal" else backend.unmasked(q, runs, pool, blocks, 1.0)
+    assert part.out.dtype == part.lse.dtype == torch.float32
+    score = (q.float() * k.float()).sum(-1)
+    torch.testing.assert_close(part.lse, score, atol=1e-3, rtol=0)  # one key: the lse is its score, whatever the base

@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from longspan.cli.main import build_app, main
+from longspan.cli.reference import reference
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 IDS = ",".join(map(str, prompt_of(33)))
@@ -212,3 +213,8 @@ def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
     assert driver.returncode == 2
     assert re.search(r"longspan: error: rank \d \(process \d+\) ended with exit code -9", err)
     assert not [process for process in workers if Path(f"/proc/{process}").exists()]
+
+
+def test_the_reference_page_is_what_the_commands_say():
+    page = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert page.read_text() == reference(), "run: python -m longspan.cli.reference > docs/cli.md"
