@@ -22,10 +22,10 @@ from longspan.engine.engine import EngineStats
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("LICENSE", "docs/invariants.md", "docs/architecture.md")
-QUESTION = "What is Longspan?"
+QUESTION = "Under which license is the text published?"
 RANKS = 2
 COLOURS = ("cyan", "magenta", "yellow", "green")
-CHART_WIDTH = 64
+CHART_WIDTH = 56
 
 
 def build_prompt(llm: LLM) -> list[int]:
@@ -51,7 +51,7 @@ def ask(llm: LLM, prompt: list[int], console: Console) -> Measured:
             console.print(text[len(shown) :], end="", highlight=False, markup=False)
             shown = text
 
-        params = SamplingParams(max_tokens=80, temperature=0)
+        params = SamplingParams(max_tokens=48, temperature=0)
         measured = run_batch(
             llm.engine, [prompt], params, lambda done, _: progress.update(task, completed=done), on_output
         )
@@ -61,9 +61,9 @@ def ask(llm: LLM, prompt: list[int], console: Console) -> Measured:
 
 def chart(pages: Sequence[PageRef]) -> Table:
     """Where the context's pages live: one row a rank, the context from left to right."""
-    table = Table(title="Where the context lives", header_style="bold")
+    table = Table(title="Where the context lives, first token to last", header_style="bold")
     table.add_column("rank")
-    table.add_column("first token to last (█ these pages are here, ▒ some of them, · none)")
+    table.add_column("█ these pages are here, ▒ some of them, · none", no_wrap=True)
     table.add_column("pages", justify="right")
     width = min(CHART_WIDTH, len(pages))
     cuts = [round(len(pages) * cell / width) for cell in range(width + 1)]
@@ -79,19 +79,12 @@ def chart(pages: Sequence[PageRef]) -> Table:
 
 def journey(measured: Measured, stats: EngineStats) -> Table:
     """What travelled between the ranks, and how fast it all went."""
-    table = Table(title="What travelled, and how fast it went", header_style="bold")
+    table = Table(title="What travelled, and how fast it went", show_header=False)
     traffic, rate = stats.traffic, measured.decode_tokens_per_s
-    cells = {
-        "prefill schedule": stats.prefill_schedule,
-        "decode schedule": stats.decode_schedule,
-        "bytes": f"{sum(traffic.bytes_by_label.values()):,}",
-        "collectives": f"{sum(traffic.calls_by_label.values()):,}",
-        "prefill": f"{measured.prefill_tokens_per_s:,.0f} tokens/s",
-        "decode": f"{rate:,.1f} tokens/s" if rate else "-",
-    }
-    for column in cells:
-        table.add_column(column, justify="right")
-    table.add_row(*cells.values())
+    table.add_row("prefill", f"{measured.prefill_tokens_per_s:,.0f} tokens/s, by {stats.prefill_schedule}")
+    table.add_row("decode", f"{rate:,.1f} tokens/s, by {stats.decode_schedule}" if rate else "one token only")
+    table.add_row("bytes between the ranks", f"{sum(traffic.bytes_by_label.values()):,}")
+    table.add_row("collectives", f"{sum(traffic.calls_by_label.values()):,}")
     return table
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_TRANSPOSED_ROWS = 4  # up to this many rows the transposed product reads an fp32 table faster on a CPU
-
 
 class Linear:
     """x [T, in] → x · weight [out, in]ᵀ + bias [out].
@@ -47,11 +45,15 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def table_product(x: Tensor, table: Tensor) -> Tensor:
-    """x [T, in] · table [out, in]ᵀ for a table that must stay as it is, since its rows are also looked up."""
+    """x [T, in] · table [out, in]ᵀ for a table that must stay as it is, since its rows are also looked up.
+
+    On a CPU the transposed product reads an fp32 table faster (SmolLM2's, two cores: 8 rows in 9 instead of 17 ms),
+    and two equal rows faster than one (3.5 instead of 11 ms).
+    """
     rows = x.shape[0]
-    if rows > _TRANSPOSED_ROWS or rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
+    if rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, table)
-    if rows == 1:  # two equal rows are read at twice the rate of one
+    if rows == 1:
         return torch.mm(table, x.repeat(2, 1).t())[:, 0][None].contiguous()
     return torch.mm(table, x.t()).t().contiguous()
 

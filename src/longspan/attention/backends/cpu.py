@@ -52,14 +52,17 @@ def _run(q: Tensor, spans: Sequence[Span], kv: Tensor, blocks: Sequence[HeadBloc
 def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Partial:
     """Pack the query heads of a KV head as rows of one head: q [T, H, D] → [1, Hkv, T·group, D]."""
     tokens, _, dim = q.shape
+    heads = block.q_stop - block.q_start
     packed = q[:, block.q_start : block.q_stop].reshape(tokens, block.kv_heads, block.group, dim)
-    packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
+    if tokens > 1:
+        packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
     keys, values = kv[:, None, block.kv_start : block.kv_stop]
     packed = _unit_stride(packed)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, keys, values, scale=scale)
+    if tokens == 1:  # nothing to put back in order: a decode step has many of these
+        return Partial(out.reshape(1, heads, dim).to(lse.dtype), lse.reshape(1, heads))
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
-    heads = block.q_stop - block.q_start
     return Partial(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
 
 
