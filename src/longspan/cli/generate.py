@@ -69,7 +69,7 @@ def generate(
         llm = LLM.from_config(config)
     with llm:
         tokens = _tokens(llm, given, chat)
-        console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False)
+        console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False, soft_wrap=True)
         measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)
         stats = llm.stats()
     if as_json:
@@ -78,7 +78,7 @@ def generate(
     if n > 1:
         for completion in measured.outputs[0].outputs:
             print(f"[{completion.index}] {_shown(completion)}")
-    console.print(_summary(measured, stats), highlight=False)
+    console.print(_summary(measured, stats), highlight=False, soft_wrap=True)
 
 
 def kv_cache_line(stats: EngineStats, max_model_len: int) -> str:
