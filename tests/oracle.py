@@ -39,6 +39,8 @@ YARN_ROPE = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
 }  # fmt: skip
 
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "use_sliding_window": False}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -62,6 +64,9 @@ FAMILIES = [
     Family("mistral", "mistral", {"sliding_window": None}),
     Family("qwen2", "qwen2", {"use_sliding_window": False}),
     Family("qwen3", "qwen3", {"use_sliding_window": False}),
+    Family("mixtral", "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}),
+    Family("qwen3-moe", "qwen3_moe", {**QWEN_MOE, "norm_topk_prob": True}),
+    Family("qwen3-moe-dense-layer", "qwen3_moe", {**QWEN_MOE, "mlp_only_layers": [0]}),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -35,6 +35,31 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Sizes, routing and names of a mixture.
+
+    `scoring` is softmax or sigmoid; with `num_groups` > 1 only the best `groups_per_token` groups of experts
+    compete, a group's score being its best expert's (`group_top` 1) or the sum of its best two. `layers` are those
+    that have a mixture, the others are dense. `names` are the gate, up and down projections of an expert.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    layers: frozenset[int]
+    block: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    scoring: str = "softmax"
+    normalise: bool = True
+    scaling: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_top: int = 1
+    correction_bias: bool = False
+    shared_intermediate_size: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention."""
 
@@ -55,6 +80,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
 
 
 class Fields:

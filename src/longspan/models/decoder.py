@@ -14,6 +14,7 @@ from longspan.models.context import Attend, Loader, TensorParallel
 from longspan.models.gqa import GroupedQueryAttention, gqa_params
 from longspan.models.layers import RMSNorm, embed, table_product
 from longspan.models.mlp import GatedMLP, mlp_params
+from longspan.models.moe import MixtureOfExperts, moe_params
 from longspan.models.params import Param
 from longspan.models.rope import Rotary
 
@@ -44,7 +45,11 @@ def decoder_params(config: ModelConfig) -> list[Param]:
     for layer in range(config.num_layers):
         prefix = _layer_prefix(layer)
         params += gqa_params(config, f"{prefix}.self_attn").values()
-        params += mlp_params(config, f"{prefix}.mlp").values()
+        moe = config.moe
+        if moe and layer in moe.layers:
+            params += moe_params(moe, config.hidden_size, f"{prefix}.{moe.block}").values()
+        else:
+            params += mlp_params(config, f"{prefix}.mlp").values()
         params.append(_norm_param(config, f"{prefix}.input_layernorm.weight"))
         params.append(_norm_param(config, f"{prefix}.post_attention_layernorm.weight"))
     return params
@@ -54,7 +59,12 @@ class _Layer:
     def __init__(self, config: ModelConfig, layer: int, loader: Loader, tp: TensorParallel) -> None:
         prefix, eps = _layer_prefix(layer), config.rms_norm_eps
         self._attention = GroupedQueryAttention(config, layer, f"{prefix}.self_attn", loader, tp)
-        self._mlp = GatedMLP(config, f"{prefix}.mlp", loader, tp)
+        moe = config.moe
+        self._mlp: GatedMLP | MixtureOfExperts
+        if moe and layer in moe.layers:
+            self._mlp = MixtureOfExperts(moe, config.hidden_size, f"{prefix}.{moe.block}", loader, tp)
+        else:
+            self._mlp = GatedMLP(config, f"{prefix}.mlp", loader, tp)
         self._before = RMSNorm(loader.load(_norm_param(config, f"{prefix}.input_layernorm.weight")), eps)
         self._between = RMSNorm(loader.load(_norm_param(config, f"{prefix}.post_attention_layernorm.weight")), eps)
 

@@ -13,8 +13,10 @@ from longspan.models.config import ModelConfig, read_config
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
-def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
+def parse(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
     """The configuration; windowed attention is off unless the file turns it on."""
     values = {"use_sliding_window": False, **values}
     bias = bool(values.get("attention_bias", False))
-    return read_config(values, architecture, qk_norm=True, attention_bias=bias, attention_output_bias=bias)
+    return read_config(
+        values, architecture, qk_norm=True, attention_bias=bias, attention_output_bias=bias, **differences
+    )

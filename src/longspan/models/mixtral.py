@@ -1,0 +1,27 @@
+"""Mixtral: Llama's layers with a mixture of experts in place of every MLP.
+
+It owns what their configuration files say and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config
+
+ARCHITECTURES = ("MixtralForCausalLM",)
+
+
+def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
+    """The configuration; every layer has a mixture, its weights renormalised over the chosen experts."""
+    fields = Fields(values)
+    moe = MoEConfig(
+        num_experts=fields.size("num_local_experts"),
+        experts_per_token=fields.size("num_experts_per_tok"),
+        intermediate_size=fields.size("intermediate_size"),
+        layers=frozenset(range(fields.size("num_hidden_layers"))),
+        block="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+    )
+    return read_config(values, architecture, moe=moe)
