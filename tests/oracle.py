@@ -41,6 +41,13 @@ YARN_ROPE = {
 
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "use_sliding_window": False}
 
+MLA = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_key_value_heads": 24,
+    "head_dim": 4, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    "moe_intermediate_size": 20, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7,
+}  # fmt: skip
+DEEPSEEK_YARN = {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9, "beta_fast": 32, "beta_slow": 1}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -67,6 +74,17 @@ FAMILIES = [
     Family("mixtral", "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}),
     Family("qwen3-moe", "qwen3_moe", {**QWEN_MOE, "norm_topk_prob": True}),
     Family("qwen3-moe-dense-layer", "qwen3_moe", {**QWEN_MOE, "mlp_only_layers": [0]}),
+    Family("deepseek-v2-lite", "deepseek_v2", {**MLA, "q_lora_rank": None, "topk_method": "greedy"}),
+    Family(
+        "deepseek-v2",
+        "deepseek_v2",
+        {**MLA, "q_lora_rank": 12, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    Family(
+        "deepseek-v3",
+        "deepseek_v3",
+        {**MLA, "q_lora_rank": 12, "n_group": 3, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
+    ),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -33,12 +33,19 @@ def prompts():
     return [prompt_of(length) for length in LENGTHS]
 
 
-@pytest.mark.parametrize("model", ["llama", "llama-multi-head", "llama-multi-query"])
+@pytest.mark.parametrize("model", ["llama", "llama-multi-head", "llama-multi-query", "deepseek-v3"])
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
 def test_any_grid(tiny, grid, model):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp)
     assert tokens_of(llm, prompts()) == expected(model)
+
+
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize(("page_size", "budget"), [(1, 19), (16, 8), (64, 64)])
+def test_latents_travel_like_keys(tiny, page_size, budget, schedule):
+    llm = tiny("deepseek-v3", tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
+    assert tokens_of(llm, prompts()) == expected("deepseek-v3")
 
 
 @pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from longspan.attention.backends.base import Backend
@@ -30,6 +29,7 @@ class Attention:
         heads: Heads,
         scale: float,
         workspace_tokens: int,
+        value_dim: int,
     ) -> None:
         self.pool = pool
         self._backend = backend
@@ -37,6 +37,7 @@ class Attention:
         self._heads = heads
         self._scale = scale
         self._workspace_tokens = workspace_tokens
+        self._value_dim = value_dim
         self._classes: Sequence[ClassView] = ()
         self._writer = SlotWriter((), 0)
 
@@ -46,11 +47,11 @@ class Attention:
         self._writer = SlotWriter(view.writes, len(view.positions))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's tokens: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, D]."""
+        """Attention of this rank's tokens: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, value dim]."""
         kv = self.pool.layers[layer]
         self._writer.write(kv, k, v)
         parts = [self._attend_class(view, kv, q, k, v) for view in self._classes]
-        return concatenate(parts).out.to(q.dtype) if parts else torch.zeros_like(q)
+        return concatenate(parts).out.to(q.dtype) if parts else q.new_zeros(*q.shape[:-1], self._value_dim)
 
     def _attend_class(self, view: ClassView, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         rows = slice(view.start, view.stop)
@@ -65,11 +66,12 @@ class Attention:
         if sum(view.block_rows):
             join = Join(
                 q[view.travel : view.stop], kv, view, self._heads, self._scale,
-                self._backend, self._group, self._workspace_tokens,
+                self._backend, self._group, self._workspace_tokens, self._value_dim,
             )  # fmt: skip
             parts.append(SCHEDULES[view.schedule](join))
         if len(local) or not (parts or view.diagonal):
-            parts.insert(0, self._backend.unmasked(local, view.own, kv, self._heads.own, self._scale))
+            own = self._backend.unmasked(local, view.own, kv, self._heads.own, self._scale)
+            parts.insert(0, own.columns(self._value_dim))
         return concatenate(parts) if parts else None
 
     def _diagonal(self, view: ClassView, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
@@ -80,10 +82,11 @@ class Attention:
         at = 0
         for row, length in view.diagonal:
             if row > at:
-                parts.append(Partial.empty(row - at, q.shape[1], v.shape[-1], q))
+                parts.append(Partial.empty(row - at, q.shape[1], self._value_dim, q))
             at = row + length
             seg = slice(row, at)
-            parts.append(self._backend.causal(q[seg], k[seg], v[seg], self._heads.own, self._scale))
+            part = self._backend.causal(q[seg], k[seg], v[seg], self._heads.own, self._scale)
+            parts.append(part.columns(self._value_dim))
         if at < q.shape[0]:
-            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], v.shape[-1], q))
+            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], self._value_dim, q))
         return concatenate(parts)

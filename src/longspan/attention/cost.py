@@ -20,6 +20,8 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     element_bytes: int
+    planes: int = 2
+    value_dim: int | None = None
 
     @property
     def query_bytes(self) -> int:
@@ -29,12 +31,13 @@ class AttentionShape:
     @property
     def partial_bytes(self) -> int:
         """Bytes of one token's partial result: fp32 out and lse of every head."""
-        return self.q_heads * (self.head_dim * _PARTIAL_BYTES + _LSE_BYTES)
+        width = self.head_dim if self.value_dim is None else self.value_dim
+        return self.q_heads * (width * _PARTIAL_BYTES + _LSE_BYTES)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        return 2 * self.kv_heads * self.head_dim * self.element_bytes
+        return self.planes * self.kv_heads * self.head_dim * self.element_bytes
 
 
 class ClassFacts:

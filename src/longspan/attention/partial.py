@@ -40,6 +40,10 @@ class Partial:
         lse = torch.where(torch.isfinite(lse), lse, float("-inf"))
         return Partial(torch.where(torch.isneginf(lse)[..., None], 0.0, out), lse)
 
+    def columns(self, dim: int) -> Partial:
+        """The first `dim` elements of `out`: the values of a cache whose rows are longer (MLA's latents)."""
+        return self if dim == self.out.shape[-1] else Partial(self.out[..., :dim], self.lse)
+
     def rows(self, start: int, stop: int) -> Partial:
         """Rows [start, stop)."""
         return Partial(self.out[start:stop], self.lse[start:stop])

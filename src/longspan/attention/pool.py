@@ -31,8 +31,8 @@ class SlotWriter:
             self._slots = torch.tensor(slots)
 
     def write(self, pool: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store rows of k, v [T, Hkv, D] into pool [2, Hkv, slots, D]."""
-        for part, rows in zip(pool, (k, v), strict=True):
+        """Store rows of k, v [T, Hkv, D] into pool [planes, Hkv, slots, D]; a pool of one plane takes k alone."""
+        for part, rows in zip(pool, (k, v), strict=False):
             by_head = rows.transpose(0, 1)
             for run in self._runs:
                 part[:, run.slot : run.slot + run.length] = by_head[:, run.row : run.row + run.length]
@@ -42,7 +42,7 @@ class SlotWriter:
 
 
 def read_spans(pool: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The slots of `spans`, one behind the other: [2, Hkv, tokens, D]."""
+    """The slots of `spans`, one behind the other: [planes, Hkv, tokens, D]."""
     if not spans:
         return pool[:, :, :0]
     return torch.cat([pool[:, :, span.slot : span.slot + span.length] for span in spans], dim=2)

@@ -53,6 +53,8 @@ class EngineSetup:
             kv_heads=self.layout.kv_heads,
             head_dim=self.layout.head_dim,
             element_bytes=self.layout.element_bytes,
+            planes=self.layout.planes,
+            value_dim=self.model.cached_value_dim,
         )
 
 
@@ -64,8 +66,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
     check_checkpoint(model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
-    kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
-    layout = KVLayout(model.num_layers, kv_heads, model.head_dim, element_bytes)
+    layout = cache_layout(grid, model, element_bytes)
     pages = _pages_per_shard(config, grid, layout)
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
@@ -75,6 +76,12 @@ def resolve(config: EngineConfig) -> EngineSetup:
             f"use at most {limit}",
         )  # fmt: skip
     return EngineSetup(config, source, model, grid, layout, pages, length)
+
+
+def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int) -> KVLayout:
+    """What a token costs on the rank that holds the most KV heads; pools of all head shards have as many pages."""
+    kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
+    return KVLayout(model.num_layers, kv_heads, model.head_dim, element_bytes, model.kv_planes)
 
 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:

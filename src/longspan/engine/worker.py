@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from math import sqrt
 
 import torch
 from torch import Tensor
@@ -74,5 +73,13 @@ def build_runner(
         config.cache.page_size,
         setup.dtype,
     )
-    attention = Attention(pool, CpuBackend(), groups.context, heads, 1 / sqrt(model_config.head_dim), _WORKSPACE_TOKENS)
+    attention = Attention(
+        pool,
+        CpuBackend(),
+        groups.context,
+        heads,
+        model_config.attention_scale,
+        _WORKSPACE_TOKENS,
+        model_config.cached_value_dim,
+    )
     return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)

@@ -6,6 +6,7 @@ torch nor know how a model is sharded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, 2024): what is cached is a latent and one rotary key a token.
+
+    `query_dim` of a head is its part without position, `rope_dim` the part with; `q_lora_rank` None is a full-rank
+    query projection; `interleaved` rotary pairs are adjacent in the weights.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    query_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """Sizes, routing and names of a mixture.
 
@@ -61,7 +78,10 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with grouped-query attention."""
+    """A decoder-only transformer with grouped-query or latent attention.
+
+    `num_kv_heads` and `head_dim` are those of the cache: MLA has one head, as wide as latent and rotary key together.
+    """
 
     architecture: str
     num_layers: int
@@ -81,6 +101,33 @@ class ModelConfig:
     qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """The part of a head that is rotated, before `partial_rotary_factor`."""
+        return self.mla.rope_dim if self.mla else self.head_dim
+
+    @property
+    def kv_planes(self) -> int:
+        """Cache rows a token and layer: keys and values, or one latent for both."""
+        return 1 if self.mla else 2
+
+    @property
+    def cached_value_dim(self) -> int:
+        """Width of an attention result: a head's value, or the latent it is expanded from."""
+        return self.mla.kv_lora_rank if self.mla else self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied with: 1 / sqrt(query width), times yarn's correction for MLA."""
+        if self.mla is None:
+            return float(self.head_dim**-0.5)
+        correction = 1.0
+        mscale, factor = self.rope.get("mscale_all_dim"), self.rope.get("factor") or 1.0
+        if self.rope.rope_type == "yarn" and mscale and factor > 1:
+            correction = 0.1 * float(mscale) * math.log(factor) + 1.0
+        return float((self.mla.query_dim + self.mla.rope_dim) ** -0.5) * correction * correction
 
 
 class Fields:

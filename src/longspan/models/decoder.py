@@ -13,6 +13,7 @@ from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, Loader, TensorParallel
 from longspan.models.gqa import GroupedQueryAttention, gqa_params
 from longspan.models.layers import RMSNorm, embed, table_product
+from longspan.models.mla import MultiHeadLatentAttention, mla_params
 from longspan.models.mlp import GatedMLP, mlp_params
 from longspan.models.moe import MixtureOfExperts, moe_params
 from longspan.models.params import Param
@@ -44,7 +45,8 @@ def decoder_params(config: ModelConfig) -> list[Param]:
         params.append(_head_param(config))
     for layer in range(config.num_layers):
         prefix = _layer_prefix(layer)
-        params += gqa_params(config, f"{prefix}.self_attn").values()
+        attention = mla_params if config.mla else gqa_params
+        params += attention(config, f"{prefix}.self_attn").values()
         moe = config.moe
         if moe and layer in moe.layers:
             params += moe_params(moe, config.hidden_size, f"{prefix}.{moe.block}").values()
@@ -58,7 +60,8 @@ def decoder_params(config: ModelConfig) -> list[Param]:
 class _Layer:
     def __init__(self, config: ModelConfig, layer: int, loader: Loader, tp: TensorParallel) -> None:
         prefix, eps = _layer_prefix(layer), config.rms_norm_eps
-        self._attention = GroupedQueryAttention(config, layer, f"{prefix}.self_attn", loader, tp)
+        attention = MultiHeadLatentAttention if config.mla else GroupedQueryAttention
+        self._attention = attention(config, layer, f"{prefix}.self_attn", loader, tp)
         moe = config.moe
         self._mlp: GatedMLP | MixtureOfExperts
         if moe and layer in moe.layers:
@@ -84,7 +87,7 @@ class DecoderModel:
         self._layers = [_Layer(config, layer, loader, tp) for layer in range(config.num_layers)]
         self._norm = RMSNorm(loader.load(_norm_param(config, "model.norm.weight")), config.rms_norm_eps)
         self._head = loader.load(_head_param(config))
-        self._rotary = Rotary(config.rope, config.head_dim, dtype)
+        self._rotary = Rotary(config.rope, config.rotary_dim, dtype)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, hidden] after the final norm, of int64 token_ids [T] at positions [T]."""

@@ -94,7 +94,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
         group_merit = grouped.topk(moe.group_top, dim=-1).values.sum(-1)
         best = group_merit.topk(moe.groups_per_token, dim=-1, sorted=False).indices
         lost = torch.ones_like(group_merit, dtype=torch.bool).scatter_(1, best, False)
-        merit = grouped.masked_fill(lost[..., None], float("-inf") if bias is None else 0.0).flatten(1)
+        merit = grouped.masked_fill(lost[..., None], float("-inf")).flatten(1)
     experts = merit.topk(moe.experts_per_token, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
     if moe.normalise:

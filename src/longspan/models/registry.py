@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from longspan.errors import UnsupportedModel
-from longspan.models import llama, mixtral, qwen2, qwen3, qwen3_moe
+from longspan.models import deepseek, llama, mixtral, qwen2, qwen3, qwen3_moe
 from longspan.models.config import ModelConfig
 from longspan.models.context import Loader, TensorParallel
 from longspan.models.decoder import DecoderModel, decoder_params
 from longspan.models.params import Shapes, validate_checkpoint
 
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
-    name: family.parse for family in (llama, qwen2, qwen3, mixtral, qwen3_moe) for name in family.ARCHITECTURES
+    name: family.parse
+    for family in (llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek)
+    for name in family.ARCHITECTURES
 }
 
 

@@ -25,7 +25,7 @@ class Backend(Protocol):
     def unmasked(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
-        """The off-diagonal: each run's rows of q [T, Hq, D] against its spans of kv [2, Hkv, slots, D].
+        """The off-diagonal: each run's rows of q [T, Hq, D] against its spans of kv [planes, Hkv, slots, D].
 
         Rows of no run give the identity.
         """

@@ -56,7 +56,7 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
     packed = q[:, block.q_start : block.q_stop].reshape(tokens, block.kv_heads, block.group, dim)
     if tokens > 1:
         packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
-    keys, values = kv[:, None, block.kv_start : block.kv_stop]
+    keys, values = (kv[plane, None, block.kv_start : block.kv_stop] for plane in (0, -1))
     packed = _unit_stride(packed)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, keys, values, scale=scale)
     if tokens == 1:  # nothing to put back in order: a decode step has many of these

@@ -32,7 +32,7 @@ class ReferenceBackend:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
             mask = torch.ones(run.length, len(slots), dtype=torch.bool)
-            part = _attend(q[rows], kv[0][:, slots], kv[1][:, slots], blocks, scale, mask)
+            part = _attend(q[rows], kv[0][:, slots], kv[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
 

@@ -35,8 +35,8 @@ class Heads:
 class Join:
     """One layer's travelling queries of one class on one rank, and the pages stored here.
 
-    q [T, Hq, D] are this rank's travelling rows, kv [2, Hkv, slots, D] its pool; `workspace_tokens` bounds what a
-    schedule may gather at once.
+    q [T, Hq, D] are this rank's travelling rows, kv [planes, Hkv, slots, D] its pool; `workspace_tokens` bounds
+    what a schedule may gather at once, `value_dim` is the width of a result.
     """
 
     q: Tensor
@@ -47,10 +47,15 @@ class Join:
     backend: Backend
     group: Collectives
     workspace_tokens: int
+    value_dim: int
 
     def attend_here(self, q: Tensor, runs: Sequence[QueryRun], blocks: Sequence[HeadBlock]) -> Partial:
         """Attend q to this rank's own pages."""
-        return self.backend.unmasked(q, runs, self.kv, blocks, self.scale)
+        return self.attend(q, runs, self.kv, blocks)
+
+    def attend(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock]) -> Partial:
+        """Attend q to keys and values that were brought here."""
+        return self.backend.unmasked(q, runs, kv, blocks, self.scale).columns(self.value_dim)
 
 
 Schedule = Callable[[Join], Partial]

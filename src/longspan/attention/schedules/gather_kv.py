@@ -21,7 +21,7 @@ def run(join: Join) -> Partial:
     shares = join.view.shares
     window = max(1, join.workspace_tokens // len(shares))
     longest = max(share.tokens for share in shares)
-    parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.kv.shape[-1], join.q)]
+    parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.value_dim, join.q)]
     for start in range(0, longest, window):
         stop = start + window
         own = read_spans(join.kv, clip(shares[join.group.rank].spans, start, stop))
@@ -30,7 +30,7 @@ def run(join: Join) -> Partial:
         for shard, kv in enumerate(gathered):
             runs = _runs_in_window(join.view.key_runs, shard, start, stop)
             if runs:
-                parts.append(join.backend.unmasked(join.q, runs, kv, join.heads.own, join.scale))
+                parts.append(join.attend(join.q, runs, kv, join.heads.own))
         parts = [merge(parts)]
     return parts[0]
 

@@ -22,7 +22,7 @@ def run(join: Join) -> Partial:
     }
     rows = [rows_of_shard[shard] for shard in sorted(rows_of_shard)]
     queries = join.group.all_gather(join.q, rows, _LABEL)
-    width = join.kv.shape[-1] + 1
+    width = join.value_dim + 1
     nothing = join.q.new_empty(0, heads.own_count, width, dtype=torch.promote_types(join.q.dtype, torch.float32))
     sends: list[torch.Tensor] = [nothing] * len(rows)
     for shards, block in zip(heads.shards_of_pcp, view.blocks, strict=True):

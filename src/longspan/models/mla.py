@@ -1,0 +1,92 @@
+"""Multi-head latent attention of one layer (DeepSeek-V2, 2024), in its absorbed form.
+
+It owns the way from hidden states to latent queries, cache rows and back; attention itself is handed in and
+sees one KV head whose rows are latent and rotary key, so every schedule that serves MQA serves MLA.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.models.config import MLAConfig, ModelConfig
+from longspan.models.context import Attend, Loader, TensorParallel
+from longspan.models.layers import RMSNorm
+from longspan.models.params import Param
+from longspan.models.rope import apply_rope
+
+_LATENT_NORM_EPS = 1e-6  # of the norms inside MLA, whatever the configuration says of the others
+
+
+def _mla(config: ModelConfig) -> MLAConfig:
+    if config.mla is None:
+        raise TypeError("latent attention needs ModelConfig.mla")
+    return config.mla
+
+
+def mla_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
+    """The layer's parameters by role."""
+    mla, hidden, heads = _mla(config), config.hidden_size, config.num_q_heads
+    query, expanded = mla.query_dim + mla.rope_dim, mla.query_dim + mla.value_dim
+    params: dict[str, Param] = {}
+    if mla.q_lora_rank is None:
+        params["q"] = Param(f"{prefix}.q_proj.weight", (heads * query, hidden), ("q_heads", None), query)
+    else:
+        rank = mla.q_lora_rank
+        params["q_a"] = Param(f"{prefix}.q_a_proj.weight", (rank, hidden), (None, None))
+        params["q_norm"] = Param(f"{prefix}.q_a_layernorm.weight", (rank,), (None,))
+        params["q"] = Param(f"{prefix}.q_b_proj.weight", (heads * query, rank), ("q_heads", None), query)
+    latent = mla.kv_lora_rank
+    params["kv_a"] = Param(f"{prefix}.kv_a_proj_with_mqa.weight", (latent + mla.rope_dim, hidden), (None, None))
+    params["kv_norm"] = Param(f"{prefix}.kv_a_layernorm.weight", (latent,), (None,))
+    params["kv_b"] = Param(f"{prefix}.kv_b_proj.weight", (heads * expanded, latent), ("q_heads", None), expanded)
+    params["o"] = Param(f"{prefix}.o_proj.weight", (hidden, heads * mla.value_dim), (None, "q_heads"), mla.value_dim)
+    return params
+
+
+class MultiHeadLatentAttention:
+    """One layer's attention on the query heads its loader gives; the latent is computed whole on every rank."""
+
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
+        params, mla = mla_params(config, prefix), _mla(config)
+        self._layer = layer
+        self._mla = mla
+        self._tp = tp
+        start, stop = loader.extent("q_heads", config.num_q_heads)
+        self._heads = stop - start
+        self._q_a = None if mla.q_lora_rank is None else loader.linear(params["q_a"])
+        self._q_norm = RMSNorm(loader.load(params["q_norm"]), _LATENT_NORM_EPS) if self._q_a else None
+        self._q = loader.linear(params["q"])
+        self._kv_a = loader.linear(params["kv_a"])
+        self._kv_norm = RMSNorm(loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
+        expand = loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
+        self._to_key, self._to_value = expand[:, : mla.query_dim], expand[:, mla.query_dim :]
+        self._o = loader.linear(params["o"])
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden] → [T, hidden], summed over the TP group."""
+        row = self._cache_row(x, cos, sin)
+        latent = attend(self._layer, self._queries(x, cos, sin), row, row)
+        values = torch.bmm(latent.transpose(0, 1), self._to_value.transpose(1, 2))
+        out = values.transpose(0, 1).reshape(x.shape[0], self._heads * self._mla.value_dim)
+        return self._tp.all_reduce(self._o(out))
+
+    def _cache_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Latent and rotary key [T, 1, kv_lora_rank + rope]."""
+        latent, key = self._kv_a(x).tensor_split([self._mla.kv_lora_rank], dim=-1)
+        return torch.cat((self._kv_norm(latent)[:, None], self._rotated(key[:, None], cos, sin)), dim=-1)
+
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries [T, H, kv_lora_rank + rope]: the part without position is taken into latent space (absorbed)."""
+        if self._q_a and self._q_norm:
+            x = self._q_norm(self._q_a(x))
+        queries = self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
+        plain, rotary = queries.tensor_split([self._mla.query_dim], dim=-1)
+        absorbed = torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1)
+        return torch.cat((absorbed, self._rotated(rotary, cos, sin)), dim=-1)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rope; interleaved pairs are first brought into halves, which changes no dot product of two rotated rows."""
+        if self._mla.interleaved:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # type: ignore[no-untyped-call]
+        return apply_rope(x, cos, sin)
