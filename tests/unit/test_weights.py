@@ -248,3 +248,35 @@ def test_a_rank_reads_its_own_slices_only(tmp_path):
     whole = store.tensor([("a", (slice(2, 4), slice(0, 4))), ("a", (slice(5, 6), slice(0, 4)))])
     assert torch.equal(whole, tensors()["a"][[2, 3, 5]])
     assert counting.elements == 3 * 4
+
+
+def write_fp8(folder: Path, block: int) -> torch.Tensor:
+    """An FP8 tensor with a scale a block; returns what it means."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 10).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-6 // block), -(-10 // block)) + 0.5
+    save_file({"w": weight, "w_scale_inv": scales}, folder / "model.safetensors")
+    spread = scales.repeat_interleave(block, 0)[:6].repeat_interleave(block, 1)[:, :10]
+    return weight.float() * spread
+
+
+@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("index", [(slice(0, 6), slice(0, 10)), (slice(1, 5), slice(3, 9))])
+def test_block_scaled_fp8_is_multiplied_out_slice_by_slice(tmp_path, block, index):
+    whole = write_fp8(tmp_path, block)
+    checkpoint = SafetensorsCheckpoint(tmp_path, (block, block))
+    assert checkpoint.names() == {"w"}
+    torch.testing.assert_close(read(checkpoint, "w", *index), whole[index])
+
+
+def test_scales_that_do_not_cover_the_tensor_are_named(tmp_path):
+    write_fp8(tmp_path, 4)
+    with pytest.raises(WeightError, match=r"w_scale_inv: shape \(2, 3\) has too few scales for \(6, 10\) in blocks"):
+        read(SafetensorsCheckpoint(tmp_path, (2, 2)), "w", slice(0, 6), slice(0, 10))
+
+
+def test_another_quantisation_is_refused_with_the_remedy(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedModel, match=r"quant_method=gptq.*not supported; use the unquantised model"):
+        resolve_model(str(tmp_path))

@@ -9,19 +9,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longspan.errors import ModelNotFound, WeightError
 from longspan.weights.checkpoint import missing_tensor
 
+_SCALE = "_scale_inv"
 _INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a folder. Raises `WeightError` if a file is missing or damaged, before anything is read."""
+    """The tensors of a folder. Raises `WeightError` if a file is missing or damaged, before anything is read.
 
-    def __init__(self, folder: Path) -> None:
+    An FP8 tensor with one scale for each `scale_block` of rows and columns (DeepSeek-V3) is multiplied out as it is
+    read; its scales are not listed as tensors of their own.
+    """
+
+    def __init__(self, folder: Path, scale_block: tuple[int, int] = (128, 128)) -> None:
+        self._scale_block = scale_block
         self._file_of: dict[str, Any] = {}
         for path in _files(folder):
             handle = _open(path)
@@ -29,7 +36,7 @@ class SafetensorsCheckpoint:
 
     def names(self) -> frozenset[str]:
         """See `Checkpoint.names`."""
-        return frozenset(self._file_of)
+        return frozenset(name for name in self._file_of if not self._is_scale(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Checkpoint.shape`."""
@@ -37,7 +44,26 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """See `Checkpoint.read`."""
-        out.copy_(self._slice(name)[index])
+        part = self._slice(name)[index]
+        if name + _SCALE in self._file_of:
+            part = part.float() * self._scales(name, index)
+        out.copy_(part)
+
+    def _is_scale(self, name: str) -> bool:
+        return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
+
+    def _scales(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """One scale for each element of the slice, [rows, columns] fp32."""
+        scales: Tensor = self._slice(name + _SCALE)[:].float()
+        for dim, (part, size) in enumerate(zip(index, self._scale_block, strict=True)):
+            blocks = torch.arange(part.start, part.stop) // size
+            if part.stop > scales.shape[dim] * size:
+                raise WeightError(
+                    f"{name + _SCALE}: shape {tuple(scales.shape)} has too few scales for {self.shape(name)} in blocks "
+                    f"of {self._scale_block}; the config.json's weight_block_size is another model's"
+                )
+            scales = scales.index_select(dim, blocks)
+        return scales
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
