@@ -92,6 +92,14 @@ def test_the_kv_cache_line_reports_pages_times_page_size(generate):
     assert "maximum concurrency for 512 tokens per request: 0.50x" in line
 
 
+@pytest.mark.parametrize(("dcp", "noted"), [("1", True), ("4", False)])
+def test_copies_of_the_cache_are_noted_with_the_remedy(run, dcp, noted):
+    model = tiny_folder("deepseek-v3")
+    _, _, err = run("generate", model, "--prompt-ids", "1,2", "--max-tokens", "1", "-tp", "4", "-dcp", dcp)
+    expected = "tensor_parallel_size=4 keeps 4 copies of the KV cache (the model has 1 KV heads); --decode-context-"
+    assert (expected in " ".join(err.split())) == noted
+
+
 def test_tokens_are_shown_where_there_is_no_tokenizer(generate):
     code, out, _ = generate("--prompt-ids", IDS, "--max-tokens", "3")
     assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])

@@ -70,6 +70,8 @@ def generate(
     with llm:
         tokens = _tokens(llm, given, chat)
         console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False, soft_wrap=True)
+        for note in llm.engine.setup.notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)
         stats = llm.stats()
     if as_json:

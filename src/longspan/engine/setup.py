@@ -46,6 +46,19 @@ class EngineSetup:
         return sum(self.pages_per_shard) * self.config.cache.page_size
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of this layout, each with the remedy."""
+        tp, kv_heads = self.grid.tp, self.model.num_kv_heads
+        copies = self.grid.head_shards // kv_heads
+        wider = self.config.parallel.decode_context_parallel_size * copies
+        if copies < 2 or tp % wider:
+            return []
+        return [
+            f"tensor_parallel_size={tp} keeps {copies} copies of the KV cache (the model has {kv_heads} KV heads); "
+            f"--decode-context-parallel-size {wider} holds {copies} times the tokens"
+        ]
+
+    @property
     def attention_shape(self) -> AttentionShape:
         """What the choice of a schedule needs to know of a rank."""
         return AttentionShape(
