@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
@@ -170,7 +171,7 @@ class LLM:
                 request_id = f"request-{next(self._ids)}"
                 self.engine.add_request(request_id, tokens, each, text)
                 ids.append(request_id)
-        except RequestError:
+        except BaseException:
             self._forget(ids)
             raise
         self._live.update(ids)
@@ -178,7 +179,7 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

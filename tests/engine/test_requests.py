@@ -2,9 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
-from longspan import ContextOverflow, FinishReason, RequestError, SamplingParams
+from longspan import ContextOverflow, FinishReason, RequestError, SamplingParams, WorkerDied
 from tests.oracle import VOCAB, greedy, oracle, prompt_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -180,3 +181,62 @@ def test_reported_pages_are_the_pages_in_use(tiny):
     by_shard = [sum(page.shard == shard for page in llm.engine.pages("a")) for shard in range(2)]
     assert tuple(by_shard) == llm.stats().used_pages_per_shard
     assert sum(by_shard) == -(-(33 + 4) // 4)
+
+
+def test_local_requests_share_a_prefix_that_lies_on_two_shards(tiny):
+    llm = tiny(pcp=2, schedule="local")
+    shared = prompt_of(40)
+    prompts = [[*shared, *end] for end in ([1], [2], [3, 4])]
+    for _ in range(2):
+        outputs = llm.generate([*prompts, prompt_of(3)], GREEDY)
+        for prompt, output in zip([*prompts, prompt_of(3)], outputs, strict=True):
+            assert tokens(output) == greedy(oracle("llama"), prompt, 6)[0]
+
+
+def test_a_local_request_lives_where_it_can_grow(tiny):
+    llm = tiny(pcp=2, schedule="local", pages_per_shard=(4, 40))
+    llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=1))
+    (output,) = llm.generate(prompt_of(9) + prompt_of(51), SamplingParams(temperature=0, max_tokens=6))
+    assert tokens(output) == greedy(oracle("llama"), prompt_of(9) + prompt_of(51), 6)[0]
+    (output,) = llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=40))
+    assert tokens(output) == greedy(oracle("llama"), prompt_of(9), 40)[0]
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tiny, executor, monkeypatch):
+    llm = tiny(pcp=2, executor=executor)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.executor, "_collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompt_of(16), GREEDY)
+    monkeypatch.undo()
+    with pytest.raises(WorkerDied, match="start the engine again"):
+        llm.generate(prompt_of(16), GREEDY)
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_any_integers_are_token_ids(tiny, executor):
+    llm = tiny(executor=executor)
+    expected = greedy(oracle("llama"), prompt_of(5), 6)[0]
+    assert tokens(llm.generate(np.array(prompt_of(5)), GREEDY)[0]) == expected
+    with pytest.raises(RequestError, match="are not integers"):
+        llm.generate([[1.5]], GREEDY)
+    assert tokens(llm.generate(prompt_of(5), GREEDY)[0]) == expected
+
+
+def test_a_batch_with_a_prompt_of_no_kind_leaves_nothing_behind(tiny):
+    llm = tiny()
+    with pytest.raises(TypeError):
+        llm.generate([prompt_of(5), None], GREEDY)
+    llm.generate(prompt_of(5), GREEDY)
+    assert not llm.engine.has_unfinished
+
+
+def test_cached_tokens_are_those_of_the_first_admission(tiny):
+    llm = tiny(pcp=2, pages_per_shard=(10, 8))
+    outputs = llm.generate([prompt_of(16, seed) for seed in range(4)], SamplingParams(temperature=0, max_tokens=30))
+    assert llm.stats().scheduler.preemptions > 0
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 0]

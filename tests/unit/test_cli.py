@@ -10,10 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
+from longspan.bench.twin import transformers_twin
+from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
+from longspan.request import CompletionOutput, RequestOutput
+from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 IDS = ",".join(map(str, prompt_of(33)))
@@ -226,3 +231,21 @@ def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
 def test_the_reference_page_is_what_the_commands_say():
     page = Path(__file__).parents[2] / "docs" / "cli.md"
     assert page.read_text() == reference(), "run: python -m longspan.cli.reference > docs/cli.md"
+
+
+def test_a_text_that_is_still_empty_is_not_shown_as_ids(capsys):
+    printer = _Printer(has_text=True)
+    for text, ids in (("", [12345]), ("", [12345, 678]), (" Paris is", [12345, 678, 9])):
+        printer.show(RequestOutput("r", None, [], [CompletionOutput(0, text, ids)]))
+    assert capsys.readouterr().out == " Paris is"
+
+
+@pytest.mark.parametrize("model", ["qwen3-moe", "deepseek-v2-lite", "deepseek-v3"])
+def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
+    twin = transformers_twin(resolve_model(tiny_folder(model)), torch.float32)
+    assert greedy(twin, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
+
+
+def test_a_page_of_no_tokens_is_refused_by_the_scheduler_benchmark(run):
+    code, _, err = run("bench", "scheduler", "--page-size", "0")
+    assert (code, "page_size=0: must be at least 1" in err) == (2, True)

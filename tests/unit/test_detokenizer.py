@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longspan.engine.completion import Completion
 from longspan.engine.detokenizer import Detokenizer, Tokenizer
 from longspan.errors import RequestError
-from longspan.request import SamplingParams
+from longspan.request import SampledToken, SamplingParams
 
 PLAIN = SamplingParams()
 SPECIAL = 10_000
@@ -298,3 +299,18 @@ def test_a_real_tokenizer_gives_the_text_piece_by_piece() -> None:
     pieces = feed(detokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert detokenizer.text == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+class SpaceDroppingTokenizer:
+    """Like SentencePiece's decoders: the space of the first token it is given is dropped."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join([" France", " is", " Paris"][token] for token in token_ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize(("stop", "text"), [((), " is Paris"), ((" Paris",), " is")])
+def test_a_completion_keeps_its_first_space_and_finds_stops_in_it(stop, text):
+    completion = Completion(0, 0, SamplingParams(stop=stop), 2, 0, (), SpaceDroppingTokenizer(), [0])
+    for token in (1, 2):
+        completion.append(SampledToken(0, token))
+    assert completion.output.text == text

@@ -17,7 +17,8 @@ from longspan.models.params import Param, validate_checkpoint
 from longspan.weights.gguf import GGUFCheckpoint, hub_name
 from longspan.weights.gguf_config import gguf_config
 from longspan.weights.safetensors import SafetensorsCheckpoint
-from longspan.weights.source import resolve_model
+from longspan.weights.source import ModelSource, resolve_model
+from longspan.weights.tokenizer import load_tokenizer
 
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 4, 2, 8, 32, 1
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -280,3 +281,50 @@ def test_another_quantisation_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UnsupportedModel, match=r"quant_method=gptq.*not supported; use the unquantised model"):
         resolve_model(str(tmp_path))
+
+
+def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():
+    listed = Listed({"w": (2, 3), "model.layers.2.eh_proj.weight": (4, 4)})
+    params = [Param("w", (2, 3), (None, None))]
+    validate_checkpoint(params, listed, tied=False, unread=("model.layers.2.",))
+    with pytest.raises(WeightError, match=r"model\.layers\.2\.eh_proj\.weight: not a tensor"):
+        validate_checkpoint(params, listed, tied=False)
+
+
+def test_an_exact_parameter_stays_fp32_in_a_bf16_model(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
+    assert torch.equal(store.tensor([("b", (slice(0, 5),))], exact=True), tensors()["b"])
+
+
+def write_tokenizer(path: Path, pre: str, add_bos: bool | None) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(["<begin>", "a", "b", "c", "d", "cd"])
+    writer.add_token_types([3, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["c d"])
+    writer.add_bos_token_id(0)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("pre", "add_bos", "expected"),
+    [("llama-bpe", None, [0, 1, 2]), ("llama-bpe", False, [1, 2]), ("qwen2", None, [1, 2]), ("qwen2", True, [0, 1, 2])],
+)
+def test_llama_3_begins_with_its_own_token_unless_the_file_says_no(tmp_path, pre, add_bos, expected):
+    write_tokenizer(tmp_path / "t.gguf", pre, add_bos)
+    source = ModelSource("t", tmp_path / "t.gguf", {}, GGUFCheckpoint(tmp_path / "t.gguf"))
+    assert load_tokenizer(source).encode("ab") == expected
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_file(tensors(), tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(ModelSource("t", tmp_path, {}, SafetensorsCheckpoint(tmp_path)))

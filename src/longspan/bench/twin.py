@@ -16,6 +16,8 @@ def transformers_twin(source: ModelSource, dtype: torch.dtype) -> Any:
     """A transformers causal language model on the source's weights, dequantised to `dtype`."""
     from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
 
+    if source.path.is_dir():
+        return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()
     values = {key: value for key, value in source.config.items() if value is not None and key != "model_type"}
     config = AutoConfig.for_model(source.config["model_type"], **values)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -36,7 +36,16 @@ def shard_for_decode(
     )
 
 
-def home_shard(cache: CacheManager, pcp_of_shard: Sequence[int], rows: Sequence[int], pages: int) -> int | None:
-    """The shard where a short context of `pages` pages can sit whole: least busy ranks first, then most room."""
-    roomy = [shard for shard in range(cache.num_shards) if cache.available(shard) >= pages]
+def home_shard(
+    cache: CacheManager, pcp_of_shard: Sequence[int], rows: Sequence[int], pages: int, least_pool: int
+) -> int | None:
+    """The shard where a short context of `pages` pages can sit whole: least busy ranks first, then most room.
+
+    Only shards of at least `least_pool` pages count: what a request that may never leave its home can grow to.
+    """
+    roomy = [
+        shard
+        for shard in range(cache.num_shards)
+        if cache.available(shard) >= pages and cache.pools[shard].num_pages >= least_pool
+    ]
     return min(roomy, key=lambda shard: (rows[pcp_of_shard[shard]], -cache.available(shard)), default=None)

@@ -113,7 +113,13 @@ def scheduler(
 ) -> None:
     """The scheduler's own time a decode step, without a model."""
     contexts = parse_integers("context", context)
-    for name, value in (("running", running), ("shards", shards), ("steps", steps), ("context", min(contexts))):
+    for name, value in (
+        ("running", running),
+        ("shards", shards),
+        ("steps", steps),
+        ("context", min(contexts)),
+        ("page_size", page_size),
+    ):
         _at_least(name, value, 1)
     from longspan.bench.scheduling import run_scheduling
 

@@ -79,7 +79,7 @@ def generate(
         return
     if n > 1:
         for completion in measured.outputs[0].outputs:
-            print(f"[{completion.index}] {_shown(completion)}")
+            print(f"[{completion.index}] {_shown(completion, llm.tokenizer is not None)}")
     console.print(_summary(measured, stats), highlight=False, soft_wrap=True)
 
 
@@ -98,7 +98,7 @@ def run_with_progress(
     """Run one request with a bar for its prefill; its text goes to stdout as it comes if `streaming`."""
     from longspan.bench.measure import run_batch
 
-    printer = _Printer()
+    printer = _Printer(llm.tokenizer is not None)
     columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("prefill", total=len(tokens))
@@ -121,18 +121,19 @@ def run_with_progress(
 class _Printer:
     """Prints what is new of a growing text."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_text: bool) -> None:
+        self._has_text = has_text
         self._printed = 0
 
     def show(self, output: RequestOutput) -> None:
-        text = _shown(output.outputs[0])
+        text = _shown(output.outputs[0], self._has_text)
         print(text[self._printed :], end="", flush=True)
         self._printed = len(text)
 
 
-def _shown(completion: CompletionOutput) -> str:
+def _shown(completion: CompletionOutput, has_text: bool) -> str:
     """The text; the token ids of a model without a tokenizer."""
-    return completion.text or " ".join(str(token) for token in completion.token_ids)
+    return completion.text if has_text else " ".join(str(token) for token in completion.token_ids)
 
 
 def _given_prompt(prompt: str | None, prompt_file: str | None, prompt_ids: str | None) -> str | list[int]:

@@ -5,6 +5,8 @@ It owns the stop conditions; it must not know about scheduling.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from longspan.engine.detokenizer import Detokenizer, Tokenizer
 from longspan.request import CompletionOutput, FinishReason, SampledToken, SamplingParams
 
@@ -24,6 +26,7 @@ class Completion:
         seed: int,
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
+        context: Sequence[int],
     ) -> None:
         self.number = number
         self.index = index
@@ -32,7 +35,7 @@ class Completion:
         self._params = params
         self._max_tokens = max_tokens
         self._eos = () if params.ignore_eos else eos_token_ids
-        self._detokenizer = Detokenizer(tokenizer, params)
+        self._detokenizer = Detokenizer(tokenizer, params, context=context)
 
     @property
     def finished(self) -> bool:

@@ -6,9 +6,11 @@ not know how ranks run (the executor does) nor which tokens a step computes (the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import SupportsIndex
 
 from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
@@ -28,6 +30,7 @@ from longspan.request import FinishReason, RequestOutput, SamplingParams
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 from longspan.scheduler.sequence import SequenceState
 
+_CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
 
 
@@ -97,7 +100,7 @@ class Engine:
     def add_request(
         self,
         request_id: str,
-        prompt_token_ids: Sequence[int],
+        prompt_token_ids: Sequence[SupportsIndex],
         params: SamplingParams,
         prompt: str | None = None,
     ) -> None:
@@ -105,10 +108,11 @@ class Engine:
         if request_id in self._groups:
             raise RequestError("request_id", request_id, "is in use", "choose another")
         vocabulary = self.setup.model.vocab_size
-        for token in prompt_token_ids:
+        tokens = _integers(prompt_token_ids)
+        for token in tokens:
             if not 0 <= token < vocabulary:
                 raise RequestError("prompt_token_ids", token, f"is not in 0..{vocabulary - 1}", "check the tokenizer")
-        max_tokens = self.scheduler.check(len(prompt_token_ids), params)
+        max_tokens = self.scheduler.check(len(tokens), params)
         seed = self.config.seed if params.seed is None else params.seed
         completions: list[Completion] = []
         for index in range(params.n):
@@ -117,10 +121,10 @@ class Engine:
             completions.append(
                 Completion(
                     number, index, params, max_tokens, (seed + own * _SEED_STRIDE) % (1 << 63),
-                    self.setup.model.eos_token_ids, self.tokenizer,
+                    self.setup.model.eos_token_ids, self.tokenizer, tokens[-_CONTEXT_TOKENS:],
                 )
             )  # fmt: skip
-        output = RequestOutput(request_id, prompt, list(prompt_token_ids), [c.output for c in completions])
+        output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
         group = _Group(output, params, completions, [])
         self._groups[request_id] = group
         if max_tokens == 0:
@@ -167,7 +171,11 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return ended
-        sampled = self.executor.submit(plan)
+        try:
+            sampled = self.executor.submit(plan)
+        except BaseException:  # an interrupt too: ranks and scheduler no longer agree on what was computed
+            self.executor.shutdown()
+            raise
         self.scheduler.commit(plan, sampled)
         self._record(plan)
         changed: dict[str, RequestOutput] = {}
@@ -229,7 +237,7 @@ class Engine:
         sequence = self.scheduler.finish(completion.number)
         entry = self._group_of.pop(completion.number, None)
         if entry and sequence and completion.index == 0:
-            entry[0].output.num_cached_tokens = sequence.cached_tokens
+            entry[0].output.num_cached_tokens = sequence.cached_tokens or 0
 
     def _close(self, group: _Group) -> None:
         group.output.finished = True
@@ -245,3 +253,11 @@ class Engine:
                 self._schedules[name] = schedule
         for shard in range(self.cache.num_shards):
             self._peak[shard] = max(self._peak[shard], self.cache.used(shard))
+
+
+def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
+    """Plain integers, whatever integers the caller has; raises `RequestError`."""
+    try:
+        return [operator.index(token) for token in prompt_token_ids]
+    except TypeError as error:
+        raise RequestError("prompt_token_ids", prompt_token_ids, f"are not integers ({error})", "give ids") from error

@@ -36,20 +36,21 @@ class TensorStore:
         self._linears: dict[_Key, Linear] = {}
         self._lock = Lock()
 
-    def tensor(self, pieces: Sequence[Piece]) -> Tensor:
-        """The slices, concatenated along dim 0 if there are several."""
+    def tensor(self, pieces: Sequence[Piece], exact: bool = False) -> Tensor:
+        """The slices, concatenated along dim 0 if there are several; in fp32 if `exact`."""
+        dtype = torch.float32 if exact else self._dtype
         with self._lock:
-            return _once(self._tensors, pieces, self._read)
+            return _once(self._tensors, pieces, lambda wanted: self._read(wanted, dtype))
 
     def linear(self, pieces: Sequence[Piece]) -> Linear:
         """The slices as the weight of products; the plain tensor is dropped once it is packed."""
         with self._lock:
-            return _once(self._linears, pieces, lambda wanted: Linear(self._read(wanted)))
+            return _once(self._linears, pieces, lambda wanted: Linear(self._read(wanted, self._dtype)))
 
-    def _read(self, pieces: Sequence[Piece]) -> Tensor:
+    def _read(self, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
         rows = [index[0].stop - index[0].start for _, index in pieces]
         rest = [part.stop - part.start for part in pieces[0][1][1:]]
-        whole = torch.empty(sum(rows), *rest, dtype=self._dtype)
+        whole = torch.empty(sum(rows), *rest, dtype=dtype)
         for (name, index), out in zip(pieces, torch.split(whole, rows), strict=True):
             self._checkpoint.read(name, index, out)
         return whole
@@ -75,7 +76,8 @@ class RankLoader:
 
     def load(self, *params: Param) -> Tensor:
         """This rank's slice of each parameter, concatenated along dim 0."""
-        return self._store.tensor([(param.name, self._index(param)) for param in params])
+        exact = any(param.exact for param in params)
+        return self._store.tensor([(param.name, self._index(param)) for param in params], exact)
 
     def linear(self, *params: Param) -> Linear:
         """The same, as the weight of products."""

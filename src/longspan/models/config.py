@@ -81,6 +81,7 @@ class ModelConfig:
     """A decoder-only transformer with grouped-query or latent attention.
 
     `num_kv_heads` and `head_dim` are those of the cache: MLA has one head, as wide as latent and rotary key together.
+    `num_draft_layers` follow the layers in the checkpoint and are not read (multi-token prediction).
     """
 
     architecture: str
@@ -102,6 +103,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    num_draft_layers: int = 0
 
     @property
     def rotary_dim(self) -> int:

@@ -32,6 +32,7 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         num_kv_heads=1,
         head_dim=mla.kv_lora_rank + mla.rope_dim,
         mla=mla,
+        num_draft_layers=int(fields.get("num_nextn_predict_layers", 0)),
         moe=_mixture(fields, architecture) if fields.get("n_routed_experts") else None,
     )
 

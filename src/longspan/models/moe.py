@@ -19,7 +19,7 @@ def moe_params(moe: MoEConfig, hidden: int, prefix: str) -> dict[str, Param]:
     """A layer's parameters by role; an expert's roles end in its number."""
     params = {"router": Param(f"{prefix}.gate.weight", (moe.num_experts, hidden), (None, None))}
     if moe.correction_bias:
-        params["bias"] = Param(f"{prefix}.gate.e_score_correction_bias", (moe.num_experts,), (None,))
+        params["bias"] = Param(f"{prefix}.gate.e_score_correction_bias", (moe.num_experts,), (None,), exact=True)
     gate, up, down = moe.names
     for expert in range(moe.num_experts):
         name = f"{prefix}.experts.{expert}"
@@ -55,7 +55,7 @@ class MixtureOfExperts:
         self._moe = moe
         self._tp = tp
         self._router = loader.load(params["router"]).float()
-        self._bias = loader.load(params["bias"]).float() if moe.correction_bias else None
+        self._bias = loader.load(params["bias"]) if moe.correction_bias else None
         start, stop = loader.extent("experts", moe.num_experts)
         self._experts = {
             expert: _Expert(

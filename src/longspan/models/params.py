@@ -18,13 +18,15 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 class Param:
     """Hub name, whole shape, and for each dimension its logical axis (`q_heads`, `kv_heads`, `ffn`, `vocab`) or None.
 
-    `unit` is the rows that belong together on a sharded dimension: head_dim for the head axes.
+    `unit` is the rows that belong together on a sharded dimension: head_dim for the head axes. An
+    `exact` parameter is kept in fp32 whatever the dtype of the model.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     unit: int = 1
+    exact: bool = False
 
 
 class Shapes(Protocol):
@@ -35,8 +37,11 @@ class Shapes(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
 
-def validate_checkpoint(params: Iterable[Param], checkpoint: Shapes, tied: bool) -> None:
-    """Raise `WeightError` unless the checkpoint has exactly these tensors in these shapes."""
+def validate_checkpoint(params: Iterable[Param], checkpoint: Shapes, tied: bool, unread: tuple[str, ...] = ()) -> None:
+    """Raise `WeightError` unless the checkpoint has exactly these tensors in these shapes.
+
+    Names that begin with one of `unread` may be there.
+    """
     names = checkpoint.names()
     expected = {param.name: param.shape for param in params}
     for name, shape in expected.items():
@@ -49,7 +54,9 @@ def validate_checkpoint(params: Iterable[Param], checkpoint: Shapes, tied: bool)
                 "the two belong to different models"
             )
     spare = {"lm_head.weight"} if tied else set()
-    extra = sorted(n for n in names - set(expected) - spare if not n.endswith(_IGNORED_SUFFIXES))
+    extra = sorted(
+        n for n in names - set(expected) - spare if not (n.endswith(_IGNORED_SUFFIXES) or n.startswith(unread))
+    )
     if extra:
         raise WeightError(
             f"{extra[0]}: not a tensor of this architecture (shape {tuple(checkpoint.shape(extra[0]))}, "

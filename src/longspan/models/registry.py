@@ -37,7 +37,9 @@ def load_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def check_checkpoint(config: ModelConfig, checkpoint: Shapes) -> None:
     """Raise `WeightError` unless the checkpoint is this model's."""
-    validate_checkpoint(decoder_params(config), checkpoint, config.tie_word_embeddings)
+    first, stop = config.num_layers, config.num_layers + config.num_draft_layers
+    unread = tuple(f"model.layers.{layer}." for layer in range(first, stop))
+    validate_checkpoint(decoder_params(config), checkpoint, config.tie_word_embeddings, unread)
 
 
 def build_model(config: ModelConfig, loader: Loader, tp: TensorParallel, dtype: torch.dtype) -> DecoderModel:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
+from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.errors import ContextOverflow, RequestError
@@ -90,7 +91,8 @@ class Scheduler:
 
     def add(self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> SequenceState:
         """Queue a request that `check` has passed."""
-        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table())
+        max_stored = len(prompt) + self.check(len(prompt), params) - 1
+        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored)
         self.waiting.append(sequence)
         return sequence
 
@@ -183,6 +185,8 @@ class Scheduler:
             room = self._has_room(sequence, reserved)
             if room and (whole or not prefilling):
                 self.running.append(sequence)
+                if sequence.cached_tokens is None:
+                    sequence.cached_tokens = sequence.computed
                 step.admit(sequence)
                 step.add_chunk(sequence, min(sequence.remaining, step.budget))
                 reserved += sequence.pages_missing
@@ -195,20 +199,33 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
 
     def _has_room(self, sequence: SequenceState, reserved: int) -> bool:
-        need = sequence.pages_missing
-        available = [self.cache.available(shard) for shard in range(self.cache.num_shards)]
         if self.config.schedule == "local":
-            return max(available) >= need
-        return sum(available) - reserved >= need
+            held = {page.shard for page in sequence.table.pages}
+            return any(self._can_be_home(shard, sequence) for shard in held or range(self.cache.num_shards))
+        return self.cache.total_available() - reserved >= sequence.pages_missing
+
+    def _can_be_home(self, shard: int, sequence: SequenceState) -> bool:
+        """Whether the request fits there now, and once it has grown and all others are gone."""
+        large_enough = self.cache.pools[shard].num_pages >= sequence.max_pages
+        return large_enough and self.cache.available(shard) >= sequence.pages_missing
 
     def _match_prefix(self, sequence: SequenceState) -> None:
         """Take cached pages; at least one token is left to compute, since it gives the first logits."""
         whole = (len(sequence.tokens) - 1) // self.cache.page_size
         pages = self.cache.match(sequence.page_keys(0, whole, self.root_key))
+        if self.config.schedule == "local":
+            pages = self._on_one_shard(pages, sequence)
         sequence.table.extend(pages)
         sequence.computed = len(pages) * self.cache.page_size
-        sequence.cached_tokens = max(sequence.cached_tokens, sequence.computed)
         sequence.published = len(pages)
+
+    def _on_one_shard(self, pages: list[PageRef], sequence: SequenceState) -> list[PageRef]:
+        """The hit's leading pages on its first shard, or none if the request could not live there."""
+        kept: list[PageRef] = []
+        if pages and self.cache.pools[pages[0].shard].num_pages >= sequence.max_pages:
+            kept = list(takewhile(lambda page: page.shard == pages[0].shard, pages))
+        self.cache.release(pages[len(kept) :])
+        return kept
 
     def _forget_match(self, sequence: SequenceState) -> None:
         self.cache.release(sequence.table.pages)

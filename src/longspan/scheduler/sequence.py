@@ -15,12 +15,19 @@ from longspan.request import SamplingParams
 class SequenceState:
     """A request's tokens (prompt, then output), page table and progress.
 
-    `computed` counts tokens whose KV is stored, `published` the pages other requests can find. `home` is the
-    one shard a short context lives on, None once it spreads.
+    `computed` counts tokens whose KV is stored, `max_stored` bounds them, `cached_tokens` are those that the prefix
+    cache had when the request was first admitted (None before), `published` the pages other requests can
+    find. `home` is the one shard a short context lives on, None once it spreads.
     """
 
     def __init__(
-        self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int, table: PageTable
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        table: PageTable,
+        max_stored: int,
     ) -> None:
         self.request_id = request_id
         self.tokens = list(prompt)
@@ -29,7 +36,8 @@ class SequenceState:
         self.seed = seed
         self.table = table
         self.computed = 0
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None
+        self.max_stored = max_stored
         self.published = 0
         self.home: int | None = None
         self._keys: list[Key] = []
@@ -43,6 +51,11 @@ class SequenceState:
     def pages_missing(self) -> int:
         """Pages its present tokens still need."""
         return -(-len(self.tokens) // self.table.page_size) - len(self.table.pages)
+
+    @property
+    def max_pages(self) -> int:
+        """Pages it can ever hold."""
+        return -(-self.max_stored // self.table.page_size)
 
     def restart(self, new_table: Callable[[], PageTable]) -> None:
         """Forget the pages: the request is computed again from its first token (or a prefix hit)."""

@@ -91,7 +91,8 @@ class StepBuilder:
         if held:
             return None
         load = [rows + tokens for rows, tokens in zip(self._rows, self._load, strict=True)]
-        return home_shard(self._cache, self._grid.pcp_of_shard, load, sequence.pages_missing)
+        least = sequence.max_pages if self._strictly_local else 0
+        return home_shard(self._cache, self._grid.pcp_of_shard, load, sequence.pages_missing, least)
 
     def _decode_shard(self, sequence: SequenceState) -> int | None:
         home = sequence.home

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.errors import UnsupportedModel
+from longspan.errors import ModelError, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
 from longspan.weights.source import ModelSource
 
@@ -15,16 +15,22 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 # how text is cut before merging, by the name GGUF files give the cut (None: GPT-2's own)
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPLITS = {
     "default": None,
     "gpt-2": None,
     "smollm": None,
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _SINGLE_DIGITS = frozenset({"smollm"})
+_LLAMA3 = frozenset({"llama-bpe", "llama3", "llama-v3"})  # begin with a token of their own unless the file says no
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -35,7 +41,10 @@ def load_tokenizer(source: ModelSource) -> Any:
         return None
     from transformers import AutoTokenizer  # takes seconds to import
 
-    return AutoTokenizer.from_pretrained(source.path)
+    try:
+        return AutoTokenizer.from_pretrained(source.path)
+    except Exception as error:  # damaged files, and kinds that need code or packages that are not here
+        raise ModelError(f"{source.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def _from_gguf(file: GGUFCheckpoint) -> Any:
@@ -86,8 +95,7 @@ def _byte_level(file: GGUFCheckpoint, tokens: list[str]) -> Any:
     if cut not in _SPLITS:
         raise UnsupportedModel(f"tokenizer.ggml.pre={cut} is not supported; supported are {', '.join(_SPLITS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in file.metadata("tokenizer.ggml.merges", [])]
-    ignore_merges = cut == "llama-bpe"
-    built = Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=ignore_merges))
+    built = Tokenizer(models.BPE(_ids(tokens), merges, ignore_merges=cut in _LLAMA3))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut in _SINGLE_DIGITS else []
     pattern = _SPLITS[cut]
     if pattern:
@@ -95,8 +103,8 @@ def _byte_level(file: GGUFCheckpoint, tokens: list[str]) -> Any:
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
     built.pre_tokenizer = pre_tokenizers.Sequence(steps)
     built.decoder = decoders.ByteLevel()
-    if file.metadata("tokenizer.ggml.add_bos_token", False):
-        bos = file.metadata("tokenizer.ggml.bos_token_id")
+    bos = file.metadata("tokenizer.ggml.bos_token_id")
+    if bos is not None and file.metadata("tokenizer.ggml.add_bos_token", cut in _LLAMA3):
         built.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", None, [(tokens[bos], bos)])
     return built
 

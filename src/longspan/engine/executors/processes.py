@@ -23,6 +23,7 @@ from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
 _POLL_MS = 200
+_STDERR = 2  # the descriptor: sys.stderr may be anything
 _STOP_SECONDS = 5.0
 
 
@@ -51,7 +52,7 @@ class ProcessExecutor:
                     str(folder),
                     str(rank),
                 ]
-                self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()))
+                self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
             self._collect()
         except BaseException:
             self.shutdown()
