@@ -101,7 +101,7 @@ class World:
         q_start, q_stop = sharding.q_extent
         heads = Heads(q_stop - q_start, sharding.own_blocks, sharding.shard_blocks, self.grid.shards_of_pcp)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
-        return Attention(pool, self.backend, group, heads, at.head_dim**-0.5, at.workspace_tokens, at.head_dim)
+        return Attention(pool, self.backend, group, heads, at.head_dim**-0.5, at.workspace_tokens, at.head_dim, 0)
 
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""

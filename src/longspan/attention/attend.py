@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from longspan.attention.backends.base import Backend
+from longspan.attention.expansion import Expansion
+from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, concatenate, merge
 from longspan.attention.pool import KVPool, SlotWriter
 from longspan.attention.schedules import SCHEDULES, Heads, Join
@@ -30,6 +32,7 @@ class Attention:
         scale: float,
         workspace_tokens: int,
         value_dim: int,
+        expand_from: int,
     ) -> None:
         self.pool = pool
         self._backend = backend
@@ -38,6 +41,7 @@ class Attention:
         self._scale = scale
         self._workspace_tokens = workspace_tokens
         self._value_dim = value_dim
+        self._expand_from = expand_from
         self._classes: Sequence[ClassView] = ()
         self._writer = SlotWriter((), 0)
 
@@ -46,17 +50,28 @@ class Attention:
         self._classes = view.classes
         self._writer = SlotWriter(view.writes, len(view.positions))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's tokens: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, value dim]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None = None) -> Tensor:
+        """Attention of this rank's tokens: q [T, Hq, D], k and v [T, Hkv, D] → [T, Hq, value dim].
+
+        With an `expansion` the cache holds latents: long segments attend to themselves in its per-head form, and
+        results are mapped to values before they are merged, which is exact since the map is linear.
+        """
         kv = self.pool.layers[layer]
         self._writer.write(kv, k, v)
-        parts = [self._attend_class(view, kv, q, k, v) for view in self._classes]
-        return concatenate(parts).out.to(q.dtype) if parts else q.new_zeros(*q.shape[:-1], self._value_dim)
+        parts = [self._attend_class(view, kv, q, k, v, expansion) for view in self._classes]
+        if parts:
+            return concatenate(parts).out.to(q.dtype)
+        nothing = q.new_zeros(*q.shape[:-1], self._value_dim)
+        return expansion.values(nothing) if expansion else nothing
 
-    def _attend_class(self, view: ClassView, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    def _attend_class(
+        self, view: ClassView, kv: Tensor, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None
+    ) -> Partial:
         rows = slice(view.start, view.stop)
         off = self._off_diagonal(view, kv, q)
-        diagonal = self._diagonal(view, q[rows], k[rows], v[rows])
+        if off is not None and expansion is not None:
+            off = Partial(expansion.values(off.out), off.lse)
+        diagonal = self._diagonal(view, q[rows], k[rows], v[rows], expansion)
         return merge([part for part in (diagonal, off) if part is not None])
 
     def _off_diagonal(self, view: ClassView, kv: Tensor, q: Tensor) -> Partial | None:
@@ -74,19 +89,31 @@ class Attention:
             parts.insert(0, own.columns(self._value_dim))
         return concatenate(parts) if parts else None
 
-    def _diagonal(self, view: ClassView, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
+    def _diagonal(
+        self, view: ClassView, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None
+    ) -> Partial | None:
         """Every segment longer than one token against itself; None if there is none."""
         if not view.diagonal:
             return None
+        width = expansion.value_dim if expansion else self._value_dim
         parts: list[Partial] = []
         at = 0
         for row, length in view.diagonal:
             if row > at:
-                parts.append(Partial.empty(row - at, q.shape[1], self._value_dim, q))
+                parts.append(Partial.empty(row - at, q.shape[1], width, q))
             at = row + length
-            seg = slice(row, at)
-            part = self._backend.causal(q[seg], k[seg], v[seg], self._heads.own, self._scale)
-            parts.append(part.columns(self._value_dim))
+            parts.append(self._segment(slice(row, at), view.start, q, k, v, expansion))
         if at < q.shape[0]:
-            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], self._value_dim, q))
+            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], width, q))
         return concatenate(parts)
+
+    def _segment(
+        self, rows: slice, start: int, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None
+    ) -> Partial:
+        """One segment against itself; `rows` count from the class's `start`."""
+        if expansion is not None and rows.stop - rows.start >= self._expand_from:
+            heads = expansion.heads(slice(start + rows.start, start + rows.stop))
+            each = (HeadBlock(0, q.shape[1], 0, q.shape[1]),)
+            return self._backend.causal(*heads, each, self._scale)
+        part = self._backend.causal(q[rows], k[rows], v[rows], self._heads.own, self._scale).columns(self._value_dim)
+        return Partial(expansion.values(part.out), part.lse) if expansion else part

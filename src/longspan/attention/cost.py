@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LSE_BYTES = 4
+_NEVER = 1 << 62
 _PARTIAL_BYTES = 4
 
 
@@ -73,6 +74,16 @@ def gather_q_bytes(shape: AttentionShape, rows: list[int], members_per_pcp: int)
 def gather_kv_bytes(shape: AttentionShape, needed_tokens: int, members: int) -> int:
     """Bytes all members of a context group send for one layer: each needed token's KV to the n − 1 others."""
     return (members - 1) * needed_tokens * shape.kv_bytes
+
+
+def expanded_diagonal_from(latent: int, rope: int, query: int, value: int) -> int:
+    """The segment length, in tokens, from which MLA's expanded form needs fewer products on the diagonal.
+
+    Per head and pair of tokens the absorbed form multiplies over latent + rope and latent, the expanded one over
+    query + rope and value; a segment of L tokens has L²/2 pairs, and expanding costs latent · (query + value) a token.
+    """
+    saved_a_pair = (2 * latent + rope) - (query + rope + value)
+    return -(-2 * latent * (query + value) // saved_a_pair) if saved_a_pair > 0 else _NEVER
 
 
 @dataclass(frozen=True)

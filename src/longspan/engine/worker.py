@@ -13,11 +13,13 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.cost import expanded_diagonal_from
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import Heads
 from longspan.engine.loading import RankLoader, TensorStore
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import EngineSetup
+from longspan.models.config import ModelConfig
 from longspan.models.registry import build_model
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.sharding import Sharding
@@ -81,5 +83,12 @@ def build_runner(
         model_config.attention_scale,
         _WORKSPACE_TOKENS,
         model_config.cached_value_dim,
+        _expand_from(model_config),
     )
     return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)
+
+
+def _expand_from(model: ModelConfig) -> int:
+    """The segment length from which latents are expanded for the diagonal; nothing to expand without MLA."""
+    mla = model.mla
+    return expanded_diagonal_from(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else 0

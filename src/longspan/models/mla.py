@@ -1,4 +1,4 @@
-"""Multi-head latent attention of one layer (DeepSeek-V2, 2024), in its absorbed form.
+"""Multi-head latent attention of one layer (DeepSeek-V2, 2024), absorbed and expanded.
 
 It owns the way from hidden states to latent queries, cache rows and back; attention itself is handed in and
 sees one KV head whose rows are latent and rotary key, so every schedule that serves MQA serves MLA.
@@ -66,9 +66,11 @@ class MultiHeadLatentAttention:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
         row = self._cache_row(x, cos, sin)
-        latent = attend(self._layer, self._queries(x, cos, sin), row, row)
-        values = torch.bmm(latent.transpose(0, 1), self._to_value.transpose(1, 2))
-        out = values.transpose(0, 1).reshape(x.shape[0], self._heads * self._mla.value_dim)
+        plain, rotary = self._queries(x, cos, sin)
+        absorbed = torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1)
+        expanded = _Expanded(self._mla, self._to_key, self._to_value, plain, rotary, row[:, 0])
+        values = attend(self._layer, torch.cat((absorbed, rotary), dim=-1), row, row, expanded)
+        out = values.reshape(x.shape[0], self._heads * self._mla.value_dim)
         return self._tp.all_reduce(self._o(out))
 
     def _cache_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,17 +78,42 @@ class MultiHeadLatentAttention:
         latent, key = self._kv_a(x).tensor_split([self._mla.kv_lora_rank], dim=-1)
         return torch.cat((self._kv_norm(latent)[:, None], self._rotated(key[:, None], cos, sin)), dim=-1)
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries [T, H, kv_lora_rank + rope]: the part without position is taken into latent space (absorbed)."""
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries without position [T, H, query_dim] and with [T, H, rope_dim]."""
         if self._q_a and self._q_norm:
             x = self._q_norm(self._q_a(x))
         queries = self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
         plain, rotary = queries.tensor_split([self._mla.query_dim], dim=-1)
-        absorbed = torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1)
-        return torch.cat((absorbed, self._rotated(rotary, cos, sin)), dim=-1)
+        return plain, self._rotated(rotary, cos, sin)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rope; interleaved pairs are first brought into halves, which changes no dot product of two rotated rows."""
         if self._mla.interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # type: ignore[no-untyped-call]
         return apply_rope(x, cos, sin)
+
+
+class _Expanded:
+    """The per-head form of one layer's rows: see `Expansion`."""
+
+    def __init__(
+        self, mla: MLAConfig, to_key: Tensor, to_value: Tensor, plain: Tensor, rotary: Tensor, row: Tensor
+    ) -> None:
+        self.value_dim = mla.value_dim
+        self._latent_dim = mla.kv_lora_rank
+        self._to_key, self._to_value = to_key, to_value
+        self._plain, self._rotary, self._row = plain, rotary, row
+
+    def heads(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [L, H, query + rope] and v [L, H, value]."""
+        latent, key = self._row[rows].tensor_split([self._latent_dim], dim=-1)
+        keys = torch.matmul(latent, self._to_key.transpose(1, 2)).transpose(0, 1)
+        values = torch.matmul(latent, self._to_value.transpose(1, 2)).transpose(0, 1)
+        rotary = key[:, None].expand(-1, keys.shape[1], -1)
+        queries = torch.cat((self._plain[rows], self._rotary[rows]), dim=-1)
+        return queries, torch.cat((keys, rotary), dim=-1), values
+
+    def values(self, latents: Tensor) -> Tensor:
+        """[T, H, latent] → [T, H, value]."""
+        heads_first = latents.to(self._to_value.dtype).transpose(0, 1)
+        return torch.bmm(heads_first, self._to_value.transpose(1, 2)).transpose(0, 1).to(latents.dtype)

@@ -19,7 +19,7 @@ class Backend(Protocol):
     """Attention over local tensors."""
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
-        """The diagonal: q [T, Hq, D] against k, v [T, Hkv, D] of the same tokens, causal."""
+        """The diagonal: q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal."""
         ...
 
     def unmasked(

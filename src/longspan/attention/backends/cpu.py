@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, merge
@@ -69,11 +70,16 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
 def _causal_block(q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float) -> Partial:
     queries = _unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
     keys = _unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
-    values = _unit_stride(v)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
+    values = _unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         queries, keys, values, is_causal=True, scale=scale
     )
-    return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1))
+    return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1)).columns(v.shape[-1])
+
+
+def _as_wide(v: Tensor, width: int) -> Tensor:
+    """The kernel wants values as wide as queries: MLA's are narrower."""
+    return v if v.shape[-1] == width else F.pad(v, (0, width - v.shape[-1]))
 
 
 def _unit_stride(x: Tensor) -> Tensor:
