@@ -106,8 +106,8 @@ class World:
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
-        self.scheduler.check(len(prompt), params)
-        self.scheduler.add(request_id, prompt, params, 0)
+        max_tokens = self.scheduler.check(len(prompt), params)
+        self.scheduler.add(request_id, prompt, params, 0, max_tokens)
         self.left = {**getattr(self, "left", {}), request_id: max_tokens}
 
     def run(self) -> None:

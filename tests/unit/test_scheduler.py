@@ -33,8 +33,8 @@ class Rig:
 
     def add(self, request_id, prompt, max_tokens=4):
         params = SamplingParams(max_tokens=max_tokens)
-        self.scheduler.check(len(prompt), params)
-        self.scheduler.add(request_id, prompt, params, 0)
+        max_tokens = self.scheduler.check(len(prompt), params)
+        self.scheduler.add(request_id, prompt, params, 0, max_tokens)
         self.left[request_id] = max_tokens
         self.tokens[request_id] = list(prompt)
 

@@ -67,12 +67,10 @@ class Attention:
     def _attend_class(
         self, view: ClassView, kv: Tensor, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None
     ) -> Partial:
-        rows = slice(view.start, view.stop)
         off = self._off_diagonal(view, kv, q)
-        if off is not None and expansion is not None:
-            off = Partial(expansion.values(off.out), off.lse)
-        diagonal = self._diagonal(view, q[rows], k[rows], v[rows], expansion)
-        return merge([part for part in (diagonal, off) if part is not None])
+        diagonal = self._diagonal(view, q, k, v, expansion)
+        parts = [diagonal, None if off is None else _as_values(off, expansion)]
+        return merge([part for part in parts if part is not None])
 
     def _off_diagonal(self, view: ClassView, kv: Tensor, q: Tensor) -> Partial | None:
         """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
@@ -97,23 +95,25 @@ class Attention:
             return None
         width = expansion.value_dim if expansion else self._value_dim
         parts: list[Partial] = []
-        at = 0
+        at = view.start
         for row, length in view.diagonal:
-            if row > at:
-                parts.append(Partial.empty(row - at, q.shape[1], width, q))
-            at = row + length
-            parts.append(self._segment(slice(row, at), view.start, q, k, v, expansion))
-        if at < q.shape[0]:
-            parts.append(Partial.empty(q.shape[0] - at, q.shape[1], width, q))
+            start = view.start + row
+            if start > at:
+                parts.append(Partial.empty(start - at, q.shape[1], width, q))
+            at = start + length
+            parts.append(self._segment(slice(start, at), q, k, v, expansion))
+        if at < view.stop:
+            parts.append(Partial.empty(view.stop - at, q.shape[1], width, q))
         return concatenate(parts)
 
-    def _segment(
-        self, rows: slice, start: int, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None
-    ) -> Partial:
-        """One segment against itself; `rows` count from the class's `start`."""
+    def _segment(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None) -> Partial:
+        """One segment against itself."""
         if expansion is not None and rows.stop - rows.start >= self._expand_from:
-            heads = expansion.heads(slice(start + rows.start, start + rows.stop))
             each = (HeadBlock(0, q.shape[1], 0, q.shape[1]),)
-            return self._backend.causal(*heads, each, self._scale)
-        part = self._backend.causal(q[rows], k[rows], v[rows], self._heads.own, self._scale).columns(self._value_dim)
-        return Partial(expansion.values(part.out), part.lse) if expansion else part
+            return self._backend.causal(*expansion.heads(rows), each, self._scale)
+        part = self._backend.causal(q[rows], k[rows], v[rows], self._heads.own, self._scale)
+        return _as_values(part.columns(self._value_dim), expansion)
+
+
+def _as_values(part: Partial, expansion: Expansion | None) -> Partial:
+    return Partial(expansion.values(part.out), part.lse) if expansion else part

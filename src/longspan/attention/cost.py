@@ -44,10 +44,9 @@ class AttentionShape:
 class ClassFacts:
     """What a step's travelling segments of one class need: query rows by pcp index, tokens seen by shard."""
 
-    def __init__(self, pcp: int, num_shards: int) -> None:
+    def __init__(self, pcp: int) -> None:
         self.rows = [0] * pcp
         self._seen: dict[tuple[int, int], int] = {}
-        self._num_shards = num_shards
 
     def add(self, request_id: int, pcp: int, rows: int, visible: dict[int, int]) -> None:
         """One travelling segment: `visible` counts the tokens it sees on each shard."""

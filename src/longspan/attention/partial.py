@@ -44,10 +44,6 @@ class Partial:
         """The first `dim` elements of `out`: the values of a cache whose rows are longer (MLA's latents)."""
         return self if dim == self.out.shape[-1] else Partial(self.out[..., :dim], self.lse)
 
-    def rows(self, start: int, stop: int) -> Partial:
-        """Rows [start, stop)."""
-        return Partial(self.out[start:stop], self.lse[start:stop])
-
 
 def merge(parts: Sequence[Partial]) -> Partial:
     """The partial over the union of what `parts` saw (disjoint keys, equal shapes).

@@ -60,8 +60,9 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
     key = root_key("bench", "bf16", page_size)
     scheduler = Scheduler(config, context + steps + 2, cache, grid, chooser, key)
     prompt = [1] * context
+    params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
     for number in range(running):
-        scheduler.add(number, prompt, SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True), 0)
+        scheduler.add(number, prompt, params, 0, scheduler.check(context, params))
     while any(s.computed < context for s in scheduler.running) or scheduler.waiting:
         _timed_step(scheduler)
     return scheduler

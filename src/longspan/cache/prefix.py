@@ -34,9 +34,6 @@ class PrefixCache:
         self._key_of: dict[PageRef, Key] = {}
         self._idle: list[OrderedDict[PageRef, None]] = [OrderedDict() for _ in range(num_shards)]
 
-    def __len__(self) -> int:
-        return len(self._page_of)
-
     def lookup(self, keys: Sequence[Key]) -> Iterator[PageRef]:
         """The pages of the longest run of known keys from the start."""
         for key in keys:

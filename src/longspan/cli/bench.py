@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from longspan.cli.options import parse_integers
+from longspan.cli.options import Json, PageSize, parse_integers
 from longspan.config import EngineConfig, ParallelConfig, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
@@ -31,9 +31,7 @@ NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all"
 Running = Annotated[int, typer.Option("--running", help="requests that decode at once")]
 Contexts = Annotated[str, typer.Option("--context", help="context lengths, as in 1024,65536")]
 Shards = Annotated[int, typer.Option("--shards", help="shards the pages lie on")]
-PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
 Steps = Annotated[int, typer.Option("--steps", help="steps measured for each length")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def latency(
@@ -65,7 +63,6 @@ def latency(
     sides: dict[str, LongspanSide | TransformersSide] = {"longspan": LongspanSide(config)}
     if compare_layout is not None:
         other = replace(config, parallel=replace(ParallelConfig(), **layout_of(compare_layout)))
-        resolve(other)
         sides[compare_layout] = LongspanSide(other)
     if compare is not None:
         sides[compare] = TransformersSide(config, threads_per_rank(setup) * setup.grid.world_size)

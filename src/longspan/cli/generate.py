@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from longspan.cli.options import parse_integers
+from longspan.cli.options import Json, parse_integers
 from longspan.config import EngineConfig
 from longspan.errors import RequestError
 from longspan.request import CompletionOutput, RequestOutput, SamplingParams
@@ -37,7 +37,6 @@ MinP = Annotated[float, typer.Option("--min-p", help="least probability, relativ
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="text to stop at; may be repeated")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after the model's end token")]
 Completions = Annotated[int, typer.Option("--n", help="completions of the prompt")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def generate(

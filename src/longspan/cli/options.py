@@ -54,6 +54,7 @@ ExecutorName = Annotated[str, typer.Option("--executor", help="threads or proces
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Debug = Annotated[bool, typer.Option("--debug", help="compare the plan between ranks at every step")]
 
 

@@ -55,6 +55,7 @@ class _Group:
 
     output: RequestOutput
     params: SamplingParams
+    max_tokens: int
     completions: list[Completion]
     unstarted: list[Completion]
 
@@ -125,7 +126,7 @@ class Engine:
                 )
             )  # fmt: skip
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
-        group = _Group(output, params, completions, [])
+        group = _Group(output, params, max_tokens, completions, [])
         self._groups[request_id] = group
         if max_tokens == 0:
             for completion in completions:
@@ -225,7 +226,9 @@ class Engine:
 
     def _start(self, group: _Group, completion: Completion) -> None:
         self._group_of[completion.number] = (group, completion)
-        self.scheduler.add(completion.number, group.output.prompt_token_ids, group.params, completion.seed)
+        self.scheduler.add(
+            completion.number, group.output.prompt_token_ids, group.params, completion.seed, group.max_tokens
+        )
 
     def _start_rest(self, group: _Group) -> None:
         """The prompt's pages can be found now: the other completions share them."""

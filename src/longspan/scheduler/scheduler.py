@@ -89,9 +89,11 @@ class Scheduler:
             )  # fmt: skip
         return max_tokens
 
-    def add(self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> SequenceState:
-        """Queue a request that `check` has passed."""
-        max_stored = len(prompt) + self.check(len(prompt), params) - 1
+    def add(
+        self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int, max_tokens: int
+    ) -> SequenceState:
+        """Queue a request that `check` has passed; `max_tokens` is what it returned."""
+        max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
         sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored)
         self.waiting.append(sequence)
         return sequence

@@ -32,7 +32,7 @@ class StepBuilder:
         self._load = [0] * grid.pcp
         self._admitted: list[Admission] = []
         self._new_pages: dict[int, list[PageRef]] = {}
-        self._facts = {prefill: ClassFacts(grid.pcp, grid.num_shards) for prefill in (False, True)}
+        self._facts = {prefill: ClassFacts(grid.pcp) for prefill in (False, True)}
 
     def admit(self, sequence: SequenceState) -> None:
         """A waiting request joins; a short one gets a home shard."""
