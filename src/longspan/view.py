@@ -29,6 +29,11 @@ class QueryRun:
     length: int
     spans: tuple[Span, ...]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens it sees."""
+        return sum(span.length for span in self.spans)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -15,9 +15,11 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import Backend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.attention.cost import AttentionShape, ExpansionCost, ScheduleChooser
+from longspan.attention.forms import Heads, Kernels
+from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
-from longspan.attention.schedules import Heads
+from longspan.attention.schedules import ContextGroup
 from longspan.cache.layout import KVLayout
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageTable
@@ -98,10 +100,10 @@ class World:
             self.dtype,
         )
         pool.layers[0].fill_(float("nan"))  # whatever is read before it is written shows
-        q_start, q_stop = sharding.q_extent
-        heads = Heads(q_stop - q_start, sharding.own_blocks, sharding.shard_blocks, self.grid.shards_of_pcp)
+        heads = Heads(sharding.own_blocks, sharding.shard_blocks)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
-        return Attention(pool, self.backend, group, heads, at.head_dim**-0.5, at.workspace_tokens, at.head_dim, 0)
+        kernels = Kernels(self.backend, heads, at.head_dim**-0.5, at.head_dim, ExpansionCost())
+        return Attention(pool, kernels, ContextGroup(group, self.grid.shards_of_pcp, at.workspace_tokens))
 
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
@@ -139,7 +141,7 @@ class World:
         attention.begin(view)
         rows = self._rows(plan, place.pcp)
         q, k, v = self._gather(rows, self.shardings[rank])
-        out = attention(0, q, k, v)
+        out = attention(AttentionLayer(0), q, k, v)
         self._check(view, rows, self.shardings[rank], out)
 
     def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _LSE_BYTES = 4
-_NEVER = 1 << 62
 _PARTIAL_BYTES = 4
 
 
@@ -75,14 +74,25 @@ def gather_kv_bytes(shape: AttentionShape, needed_tokens: int, members: int) -> 
     return (members - 1) * needed_tokens * shape.kv_bytes
 
 
-def expanded_diagonal_from(latent: int, rope: int, query: int, value: int) -> int:
-    """The segment length, in tokens, from which MLA's expanded form needs fewer products on the diagonal.
+@dataclass(frozen=True)
+class ExpansionCost:
+    """When latent attention needs fewer products in the expanded form, per head.
 
-    Per head and pair of tokens the absorbed form multiplies over latent + rope and latent, the expanded one over
-    query + rope and value; a segment of L tokens has L²/2 pairs, and expanding costs latent · (query + value) a token.
+    For a pair of query and key the absorbed form multiplies over latent + rope and latent, the expanded one over
+    query + rope and value; expanding costs latent · (query + value) a cached token.
     """
-    saved_a_pair = (2 * latent + rope) - (query + rope + value)
-    return -(-2 * latent * (query + value) // saved_a_pair) if saved_a_pair > 0 else _NEVER
+
+    saved_per_pair: int = 0
+    per_token: int = 0
+
+    @staticmethod
+    def of(latent: int, rope: int, query: int, value: int) -> ExpansionCost:
+        """From the widths of MLA."""
+        return ExpansionCost((2 * latent + rope) - (query + rope + value), latent * (query + value))
+
+    def pays(self, pairs: float, tokens: int) -> bool:
+        """Whether `pairs` of queries and keys are better attended with their `tokens` expanded."""
+        return pairs * self.saved_per_pair > tokens * self.per_token
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,18 @@ class Span(NamedTuple):
     length: int
 
 
+def clip_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The slots of tokens [start, stop), counted over `spans` one behind the other."""
+    found: list[Span] = []
+    at = 0
+    for span in spans:
+        low, high = max(start - at, 0), min(stop - at, span.length)
+        if low < high:
+            found.append(Span(span.slot + low, high - low))
+        at += span.length
+    return found
+
+
 class PagePool:
     """The free pages of one shard, kept as runs so that a request's pages can be adjacent.
 

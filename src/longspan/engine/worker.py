@@ -13,9 +13,10 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
-from longspan.attention.cost import expanded_diagonal_from
+from longspan.attention.cost import ExpansionCost
+from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
-from longspan.attention.schedules import Heads
+from longspan.attention.schedules import ContextGroup
 from longspan.engine.loading import RankLoader, TensorStore
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import EngineSetup
@@ -66,8 +67,7 @@ def build_runner(
     ]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
     model = build_model(model_config, RankLoader(store, sharding), tp, setup.dtype)
-    start, stop = sharding.q_extent
-    heads = Heads(stop - start, sharding.own_blocks, sharding.shard_blocks, grid.shards_of_pcp)
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks)
     kv_start, kv_stop = sharding.kv_extent
     pool = KVPool(
         setup.layout.with_kv_heads(kv_stop - kv_start),
@@ -75,20 +75,13 @@ def build_runner(
         config.cache.page_size,
         setup.dtype,
     )
-    attention = Attention(
-        pool,
-        CpuBackend(),
-        groups.context,
-        heads,
-        model_config.attention_scale,
-        _WORKSPACE_TOKENS,
-        model_config.cached_value_dim,
-        _expand_from(model_config),
+    kernels = Kernels(
+        CpuBackend(), heads, model_config.attention_scale, model_config.cached_value_dim, _expansion(model_config)
     )
+    attention = Attention(pool, kernels, ContextGroup(groups.context, grid.shards_of_pcp, _WORKSPACE_TOKENS))
     return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)
 
 
-def _expand_from(model: ModelConfig) -> int:
-    """The segment length from which latents are expanded for the diagonal; nothing to expand without MLA."""
+def _expansion(model: ModelConfig) -> ExpansionCost:
     mla = model.mla
-    return expanded_diagonal_from(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else 0
+    return ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()

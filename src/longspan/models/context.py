@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from longspan.attention.expansion import Expansion
+from longspan.attention.layer import AttentionLayer
 from longspan.models.layers import Linear
 from longspan.models.params import Param
 
@@ -29,10 +29,10 @@ class TensorParallel(Protocol):
 class Attend(Protocol):
     """Attention of one step."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, expansion: Expansion | None = None) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D] of this step's own rows, after rope → [T, Hq, D].
+    def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, Dq], k and v [T, Hkv, D] of this step's own rows, after rope → [T, Hq, value dim].
 
-        With an expansion k and v are latents, and the result is [T, Hq, its value_dim].
+        In a latent layer k and v are its cache rows, as wide as `layer.latent.absorb` makes queries.
         """
         ...
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, Loader, TensorParallel
 from longspan.models.layers import RMSNorm
@@ -40,7 +41,7 @@ class GroupedQueryAttention:
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
         params = gqa_params(config, prefix)
-        self._layer = layer
+        self._layer = AttentionLayer(layer)
         self._tp = tp
         self._dim = config.head_dim
         self._qkv = loader.linear(params["q"], params["k"], params["v"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
 from longspan.models.context import Attend, Loader, TensorParallel
 from longspan.models.layers import RMSNorm
@@ -49,7 +50,6 @@ class MultiHeadLatentAttention:
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
         params, mla = mla_params(config, prefix), _mla(config)
-        self._layer = layer
         self._mla = mla
         self._tp = tp
         start, stop = loader.extent("q_heads", config.num_q_heads)
@@ -60,16 +60,13 @@ class MultiHeadLatentAttention:
         self._kv_a = loader.linear(params["kv_a"])
         self._kv_norm = RMSNorm(loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
         expand = loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
-        self._to_key, self._to_value = expand[:, : mla.query_dim], expand[:, mla.query_dim :]
+        self._layer = AttentionLayer(layer, _LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]))
         self._o = loader.linear(params["o"])
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
         row = self._cache_row(x, cos, sin)
-        plain, rotary = self._queries(x, cos, sin)
-        absorbed = torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1)
-        expanded = _Expanded(self._mla, self._to_key, self._to_value, plain, rotary, row[:, 0])
-        values = attend(self._layer, torch.cat((absorbed, rotary), dim=-1), row, row, expanded)
+        values = attend(self._layer, self._queries(x, cos, sin), row, row)
         out = values.reshape(x.shape[0], self._heads * self._mla.value_dim)
         return self._tp.all_reduce(self._o(out))
 
@@ -78,13 +75,13 @@ class MultiHeadLatentAttention:
         latent, key = self._kv_a(x).tensor_split([self._mla.kv_lora_rank], dim=-1)
         return torch.cat((self._kv_norm(latent)[:, None], self._rotated(key[:, None], cos, sin)), dim=-1)
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries without position [T, H, query_dim] and with [T, H, rope_dim]."""
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[T, H, query_dim + rope_dim]: first what has no position."""
         if self._q_a and self._q_norm:
             x = self._q_norm(self._q_a(x))
         queries = self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
         plain, rotary = queries.tensor_split([self._mla.query_dim], dim=-1)
-        return plain, self._rotated(rotary, cos, sin)
+        return torch.cat((plain, self._rotated(rotary, cos, sin)), dim=-1)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rope; interleaved pairs are first brought into halves, which changes no dot product of two rotated rows."""
@@ -93,25 +90,29 @@ class MultiHeadLatentAttention:
         return apply_rope(x, cos, sin)
 
 
-class _Expanded:
-    """The per-head form of one layer's rows: see `Expansion`."""
+class _LatentSpace:
+    """The maps of one layer's heads between latents, keys and values: see `Latent`."""
 
-    def __init__(
-        self, mla: MLAConfig, to_key: Tensor, to_value: Tensor, plain: Tensor, rotary: Tensor, row: Tensor
-    ) -> None:
+    def __init__(self, mla: MLAConfig, to_key: Tensor, to_value: Tensor) -> None:
         self.value_dim = mla.value_dim
-        self._latent_dim = mla.kv_lora_rank
+        self._mla = mla
         self._to_key, self._to_value = to_key, to_value
-        self._plain, self._rotary, self._row = plain, rotary, row
 
-    def heads(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k [L, H, query + rope] and v [L, H, value]."""
-        latent, key = self._row[rows].tensor_split([self._latent_dim], dim=-1)
-        keys = torch.matmul(latent, self._to_key.transpose(1, 2)).transpose(0, 1)
-        values = torch.matmul(latent, self._to_value.transpose(1, 2)).transpose(0, 1)
-        rotary = key[:, None].expand(-1, keys.shape[1], -1)
-        queries = torch.cat((self._plain[rows], self._rotary[rows]), dim=-1)
-        return queries, torch.cat((keys, rotary), dim=-1), values
+    def absorb(self, q: Tensor) -> Tensor:
+        """[T, H, query + rope] → [T, H, latent + rope]."""
+        plain, rotary = q.tensor_split([self._mla.query_dim], dim=-1)
+        return torch.cat((torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1), rotary), dim=-1)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """[T, latent + rope] → keys and values [2, H, T, query + rope]."""
+        mla, heads = self._mla, self._to_key.shape[0]
+        latent, rotary = rows.tensor_split([mla.kv_lora_rank], dim=-1)
+        expanded = rows.new_empty(2, heads, len(rows), mla.query_dim + mla.rope_dim)
+        expanded[0, ..., : mla.query_dim] = latent @ self._to_key.transpose(1, 2)
+        expanded[0, ..., mla.query_dim :] = rotary
+        expanded[1, ..., : mla.value_dim] = latent @ self._to_value.transpose(1, 2)
+        expanded[1, ..., mla.value_dim :] = 0
+        return expanded
 
     def values(self, latents: Tensor) -> Tensor:
         """[T, H, latent] → [T, H, value]."""

@@ -1,0 +1,186 @@
+"""In which form queries meet keys: as they are, or for latents absorbed or expanded.
+
+It owns the choice between the forms and their bounded work space; it must not know about ranks: what travels
+is a schedule's business, and a schedule asks here what to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from longspan.attention.backends.base import Backend
+from longspan.attention.cost import ExpansionCost
+from longspan.attention.heads import HeadBlock
+from longspan.attention.layer import Latent
+from longspan.attention.partial import Partial, merge
+from longspan.attention.pool import read_spans
+from longspan.cache.pages import Span, clip_spans
+from longspan.view import QueryRun
+
+_EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Groupings of one rank's heads.
+
+    `own` maps this rank's query heads, `shard` all query heads of its DCP group (in dcp order), to the KV heads
+    stored here.
+    """
+
+    own: tuple[HeadBlock, ...]
+    shard: tuple[HeadBlock, ...]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The backend with what it needs on one rank; `value_dim` is the width of a result over cache rows."""
+
+    backend: Backend
+    heads: Heads
+    scale: float
+    value_dim: int
+    expansion: ExpansionCost
+
+    def form(self, latent: Latent | None) -> Form:
+        """The form of a layer's attention."""
+        return PlainForm(self) if latent is None else LatentForm(self, latent)
+
+
+class Form(Protocol):
+    """Queries of this rank's own heads are a model's, [T, Hq, Dq]; results are values [T, Hq, value_dim]."""
+
+    value_dim: int
+    travelling_dim: int
+
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """One segment against itself: k and v as they are cached, [T, Hkv, D]."""
+        ...
+
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """Own queries against cache rows [planes, Hkv, slots, D], this rank's or brought here."""
+        ...
+
+    def outgoing(self, q: Tensor) -> Tensor:
+        """Own queries as they travel."""
+        ...
+
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """Queries of the whole DCP group that came here, `travelling_dim` wide results for the way back."""
+        ...
+
+    def incoming(self, part: Partial) -> Partial:
+        """Results that came back."""
+        ...
+
+
+class PlainForm:
+    """Keys and values are cached as they are."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self.value_dim = self.travelling_dim = kernels.value_dim
+
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """See `Form.diagonal`."""
+        return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale)
+
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """See `Form.own`."""
+        return self._kernels.backend.unmasked(q, runs, kv, self._kernels.heads.own, self._kernels.scale)
+
+    def outgoing(self, q: Tensor) -> Tensor:
+        """See `Form.outgoing`."""
+        return q
+
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """See `Form.visiting`."""
+        return self._kernels.backend.unmasked(q, runs, kv, self._kernels.heads.shard, self._kernels.scale)
+
+    def incoming(self, part: Partial) -> Partial:
+        """See `Form.incoming`."""
+        return part
+
+
+class LatentForm:
+    """Latents are cached: few queries are absorbed into their space, for many the rows are expanded.
+
+    Results in latent space are mapped to values before they are merged, which is exact since the map is linear.
+    Queries that travel are absorbed: the rank they visit has other heads' maps.
+    """
+
+    def __init__(self, kernels: Kernels, latent: Latent) -> None:
+        self._kernels = kernels
+        self._latent = latent
+        self.value_dim, self.travelling_dim = latent.value_dim, kernels.value_dim
+
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """See `Form.diagonal`."""
+        kernels, length = self._kernels, q.shape[0]
+        if kernels.expansion.pays(pairs=length * length / 2, tokens=length):
+            keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
+            return kernels.backend.causal(q, keys, values[..., : self.value_dim], _each_head(q), kernels.scale)
+        part = kernels.backend.causal(self._latent.absorb(q), k, v, kernels.heads.own, kernels.scale)
+        return self.incoming(part.columns(kernels.value_dim))
+
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """See `Form.own`."""
+        absorbed: list[QueryRun] = []
+        parts: list[Partial] = []
+        for sharers in _by_first_slot(runs):
+            pairs = sum(run.length * run.tokens for run in sharers)
+            if self._kernels.expansion.pays(pairs, max(run.tokens for run in sharers)):
+                parts.append(self._expanded(q, sharers, kv))
+            else:
+                absorbed += sharers
+        if absorbed or not parts:
+            kernels = self._kernels
+            part = kernels.backend.unmasked(self._latent.absorb(q), absorbed, kv, kernels.heads.own, kernels.scale)
+            parts.append(self.incoming(part.columns(kernels.value_dim)))
+        return merge(parts)
+
+    def outgoing(self, q: Tensor) -> Tensor:
+        """See `Form.outgoing`."""
+        return self._latent.absorb(q)
+
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """See `Form.visiting`."""
+        kernels = self._kernels
+        return kernels.backend.unmasked(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
+
+    def incoming(self, part: Partial) -> Partial:
+        """See `Form.incoming`."""
+        return Partial(self._latent.values(part.out), part.lse)
+
+    def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: Tensor) -> Partial:
+        """Runs that see the same rows, each as many of the first as it does: a block is expanded once for all."""
+        longest = max(sharers, key=lambda run: run.tokens)
+        parts: list[Partial] = []
+        for start in range(0, longest.tokens, _EXPANDED_TOKENS):
+            rows = read_spans(kv, clip_spans(longest.spans, start, start + _EXPANDED_TOKENS))[0, 0]
+            seen = [
+                QueryRun(run.row, run.length, (Span(0, min(run.tokens - start, len(rows))),))
+                for run in sharers
+                if run.tokens > start
+            ]
+            expanded = self._latent.expand(rows)
+            part = self._kernels.backend.unmasked(q, seen, expanded, _each_head(q), self._kernels.scale)
+            parts = [merge([*parts, part.columns(self.value_dim)])]
+        return parts[0]
+
+
+def _each_head(q: Tensor) -> tuple[HeadBlock, ...]:
+    """Every query head on a KV head of its own."""
+    return (HeadBlock(0, q.shape[1], 0, q.shape[1]),)
+
+
+def _by_first_slot(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:
+    """Segments of one request see prefixes of the same rows of a shard: runs that begin alike are prefixes."""
+    found: dict[int, list[QueryRun]] = {}
+    for run in runs:
+        found.setdefault(run.spans[0].slot, []).append(run)
+    return found.values()
