@@ -87,6 +87,11 @@ FAMILIES = [
     ),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
+DEEP = [
+    Family("llama-deep", "llama", {"num_hidden_layers": 4}),
+    Family("deepseek-v3-deep", "deepseek_v3", {**BY_NAME["deepseek-v3"].fields, "num_hidden_layers": 4}),
+]
+BY_NAME |= {family.name: family for family in DEEP}
 
 
 @cache

@@ -74,10 +74,10 @@ def test_models_backends_and_cache_know_nothing_of_ranks(path):
     assert not words & {"world_size", "pcp", "dcp", "tp_size"}
 
 
-def test_only_schedules_and_the_tp_group_call_collectives():
+def test_only_schedules_and_the_groups_of_a_stage_call_collectives():
     allowed = {
         "attention/schedules/gather_q.py", "attention/schedules/gather_kv.py",
-        "engine/worker.py", "engine/runner.py", "parallel/collectives.py",
+        "engine/worker.py", "engine/runner.py", "parallel/collectives.py", "parallel/experts.py",
     }  # fmt: skip
     calls = {"all_gather", "all_to_all", "_exchange"}
     callers = {

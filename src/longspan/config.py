@@ -28,14 +28,19 @@ def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> Non
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the rank grid; world = pcp · tp, and dcp re-uses ranks of the TP group."""
+    """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group.
+
+    With `enable_expert_parallel` the experts of a mixture are split over tp · pcp ranks, else over tp.
+    """
 
     tensor_parallel_size: int = 1
     prefill_context_parallel_size: int = 1
     decode_context_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    enable_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "prefill_context", "decode_context"):
+        for name in ("tensor", "prefill_context", "decode_context", "pipeline"):
             size = getattr(self, f"{name}_parallel_size")
             require(size >= 1, f"{name}_parallel_size", size, "must be at least 1", "use 1 for no sharding")
         tp, dcp = self.tensor_parallel_size, self.decode_context_parallel_size

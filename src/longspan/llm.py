@@ -40,6 +40,8 @@ class LLM:
         tensor_parallel_size: int = 1,
         prefill_context_parallel_size: int = 1,
         decode_context_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
         page_size: int = 16,
         kv_cache_memory_bytes: int = 1 << 30,
         pages_per_shard: Sequence[int] | None = None,
@@ -58,7 +60,8 @@ class LLM:
         config = EngineConfig(
             model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
-                tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size
+                tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
+                pipeline_parallel_size, enable_expert_parallel,
             ),
             cache=CacheConfig(
                 page_size, kv_cache_memory_bytes,

@@ -19,7 +19,12 @@ DEFAULTS: dict[str, Any] = {
     "num_threads": 1,
     "debug": True,
 }
-SHORT = {"tp": "tensor_parallel_size", "pcp": "prefill_context_parallel_size", "dcp": "decode_context_parallel_size"}
+SHORT = {
+    "tp": "tensor_parallel_size",
+    "pcp": "prefill_context_parallel_size",
+    "dcp": "decode_context_parallel_size",
+    "pp": "pipeline_parallel_size",
+}
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tin
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine.executor, "_collect", interrupted)
+    monkeypatch.setattr(llm.engine.executor, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(prompt_of(16), GREEDY)
     monkeypatch.undo()

@@ -95,6 +95,7 @@ class World:
         start, stop = sharding.kv_extent
         pool = KVPool(
             KVLayout(1, stop - start, at.head_dim, 8),
+            (0,),
             pages[self.grid.ranks[rank].shard],
             at.page_size,
             self.dtype,

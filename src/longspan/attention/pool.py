@@ -5,7 +5,7 @@ It owns storage, writing and reading of slots; it must not know which request a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,8 +49,10 @@ def read_spans(pool: Tensor, spans: Sequence[Span]) -> Tensor:
 
 
 class KVPool:
-    """Keys and values of all layers; memory is touched only when a page is first written."""
+    """Keys and values of the layers held here; memory is touched only when a page is first written."""
 
-    def __init__(self, layout: KVLayout, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layout: KVLayout, layers: Iterable[int], num_pages: int, page_size: int, dtype: torch.dtype
+    ) -> None:
         shape = layout.pool_shape(num_pages, page_size)
-        self.layers = [torch.empty(shape, dtype=dtype) for _ in range(layout.num_layers)]
+        self.layers = {layer: torch.empty(shape, dtype=dtype) for layer in layers}

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, ParallelConfig
 from longspan.errors import ConfigError, EngineError, LongspanError
 
 Prompts = Sequence[Sequence[int]]
@@ -137,17 +137,18 @@ def _serve(pipe: Connection, side: LongspanSide | TransformersSide) -> None:
         return
 
 
-def layout_of(text: str) -> dict[str, int]:
-    """`tp=1,pcp=2,dcp=1` as field values of `ParallelConfig`. Raises `ConfigError`."""
+def layout_of(text: str) -> ParallelConfig:
+    """`tp=1,pcp=2,dcp=1,pp=1` as a configuration. Raises `ConfigError`."""
     names = {
         "tp": "tensor_parallel_size",
         "pcp": "prefill_context_parallel_size",
         "dcp": "decode_context_parallel_size",
+        "pp": "pipeline_parallel_size",
     }
-    values: dict[str, int] = {}
+    values: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
         if name not in names or not value.isdigit():
-            raise ConfigError("compare_layout", text, "is not a layout", "write it as tp=1,pcp=2,dcp=1")
+            raise ConfigError("compare_layout", text, "is not a layout", "write it as tp=1,pcp=2,dcp=1,pp=1")
         values[names[name]] = int(value)
-    return values
+    return ParallelConfig(**values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The KV cache row of one token in one layer on one rank: keys and values of its KV heads.
+    """The KV cache row of one token in one layer on one rank: keys and values of its KV heads; `num_layers` it holds.
 
     With `planes` 1 there is one row for both, a latent (MLA): a value is the first `value_dim` elements of its key.
     """

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longspan.cli.options import Json, PageSize, parse_integers
-from longspan.config import EngineConfig, ParallelConfig, require, require_choice
+from longspan.config import EngineConfig, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]
@@ -25,7 +25,7 @@ Iterations = Annotated[int, typer.Option("--iterations", help="counted runs")]
 Warmup = Annotated[int, typer.Option("--warmup", help="runs before, not counted")]
 Compare = Annotated[str | None, typer.Option("--compare", help="measure `transformers` in turn, same weights")]
 CompareLayout = Annotated[
-    str | None, typer.Option("--compare-layout", help="measure a second layout in turn, as tp=1,pcp=1,dcp=1")
+    str | None, typer.Option("--compare-layout", help="measure a second layout in turn, as tp=1,pcp=1,dcp=1,pp=1")
 ]
 NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all")]
 Running = Annotated[int, typer.Option("--running", help="requests that decode at once")]
@@ -62,7 +62,7 @@ def latency(
     setup = resolve(config)
     sides: dict[str, LongspanSide | TransformersSide] = {"longspan": LongspanSide(config)}
     if compare_layout is not None:
-        other = replace(config, parallel=replace(ParallelConfig(), **layout_of(compare_layout)))
+        other = replace(config, parallel=layout_of(compare_layout))
         sides[compare_layout] = LongspanSide(other)
     if compare is not None:
         sides[compare] = TransformersSide(config, threads_per_rank(setup) * setup.grid.world_size)

@@ -31,6 +31,12 @@ DecodeContextParallel = Annotated[
         "--decode-context-parallel-size", "-dcp", help="ranks of a TP group that split the context; divides tp"
     ),
 ]
+PipelineParallel = Annotated[
+    int, typer.Option("--pipeline-parallel-size", "-pp", help="stages the layers are split over")
+]
+ExpertParallel = Annotated[
+    bool, typer.Option("--enable-expert-parallel", help="split a mixture's experts over tp x pcp ranks, not tp alone")
+]
 PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
 CacheMemory = Annotated[
     str, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank in bytes; k, M, G are 1024-based")
@@ -63,6 +69,8 @@ def engine_config(
     tensor_parallel_size: TensorParallel = 1,
     prefill_context_parallel_size: PrefillContextParallel = 1,
     decode_context_parallel_size: DecodeContextParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    enable_expert_parallel: ExpertParallel = False,
     page_size: PageSize = 16,
     kv_cache_memory_bytes: CacheMemory = "1G",
     pages_per_shard: PagesPerShard = None,
@@ -82,7 +90,8 @@ def engine_config(
     return EngineConfig(
         model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
         parallel=ParallelConfig(
-            tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size
+            tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
+            pipeline_parallel_size, enable_expert_parallel,
         ),
         cache=CacheConfig(
             page_size, parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),

@@ -7,6 +7,7 @@ not know how ranks run (the executor does) nor which tokens a step computes (the
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -91,6 +92,7 @@ class Engine:
             root_key(self.setup.source.name, str(self.setup.dtype), cache.page_size),
         )  # fmt: skip
         self.executor = create_executor(self.setup)
+        self._under_way: deque[StepPlan] = deque()
         self._ids = count()
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[int, tuple[_Group, Completion]] = {}
@@ -152,10 +154,10 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work or outputs to give."""
-        return bool(self._groups or self._ended)
+        return bool(self._groups or self._ended or self._under_way)
 
     def progress(self, request_id: str) -> tuple[int, int]:
-        """(prompt tokens whose KV is stored, prompt tokens) of a request's first completion: for a progress bar."""
+        """(prompt tokens computed or under way, prompt tokens) of a request's first completion: for a progress bar."""
         group = self._groups.get(request_id)
         total = len(group.output.prompt_token_ids) if group else 0
         sequence = self._first_sequence(request_id)
@@ -167,16 +169,23 @@ class Engine:
         return list(sequence.table.pages) if sequence else []
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; returns the requests that changed, finished ones for the last time."""
+        """Give every pipeline stage a step to work on and finish the oldest.
+
+        Returns the requests that changed, finished ones for the last time.
+        """
         ended, self._ended = self._ended, []
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return ended
         try:
-            sampled = self.executor.submit(plan)
+            while len(self._under_way) < self.setup.grid.pp and (plan := self.scheduler.schedule()):
+                self.executor.submit(plan)
+                self._under_way.append(plan)
+            if not self._under_way:
+                return ended
+            sampled = self.executor.collect()
         except BaseException:  # an interrupt too: ranks and scheduler no longer agree on what was computed
+            self._under_way.clear()
             self.executor.shutdown()
             raise
+        plan = self._under_way.popleft()
         self.scheduler.commit(plan, sampled)
         self._record(plan)
         changed: dict[str, RequestOutput] = {}

@@ -18,9 +18,10 @@ from longspan.errors import EngineError
 from longspan.models.decoder import DecoderModel
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
+from longspan.parallel.pipeline import Pipeline
 from longspan.plan import Admission, StepPlan
 from longspan.request import SampledToken, SamplingParams
-from longspan.view import SampleRequest, rank_view
+from longspan.view import RankView, SampleRequest, rank_view
 
 
 @dataclass
@@ -36,10 +37,11 @@ class _Mirror:
 
 @dataclass(frozen=True)
 class Groups:
-    """A rank's two groups: the TP group splits heads, the context group splits pages."""
+    """A rank's groups: the TP group splits heads, the context group pages, the pipeline layers."""
 
     tp: Collectives
     context: Collectives
+    pipeline: Pipeline
 
 
 class Runner:
@@ -72,15 +74,21 @@ class Runner:
         self._apply(plan)
         view = rank_view(plan, self._mirrors, self._place.pcp, self._place.shard, self._grid.shards_of_pcp)
         self._attention.begin(view)
-        hidden = self._model.forward(
-            torch.tensor(view.token_ids, dtype=torch.int64),
-            torch.tensor(view.positions, dtype=torch.int64),
-            self._attention,
-        )
+        hidden = self._model.layers(self._enter(view), torch.tensor(view.positions, dtype=torch.int64), self._attention)
+        if self._model.head is None:
+            self._groups.pipeline.send(hidden)
+            return []
         if not view.samples:
             return []
-        logits = self._model.logits(hidden[[wanted.row for wanted in view.samples]])
+        logits = self._model.head(hidden[[wanted.row for wanted in view.samples]])
         return self._sample(logits, view.samples) if self._grid.returns_tokens(self._place.rank) else []
+
+    def _enter(self, view: RankView) -> Tensor:
+        """Hidden states [T, hidden] before this stage's layers."""
+        if self._model.embedding is not None:
+            return self._model.embedding(torch.tensor(view.token_ids, dtype=torch.int64))
+        shape = (len(view.token_ids), self._model.hidden_size)
+        return self._groups.pipeline.receive(shape, self._model.dtype)
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> list[SampledToken]:
         rows: list[SampleRow] = []
@@ -116,7 +124,7 @@ class Runner:
         return _Mirror(admission.params, admission.seed, admission.num_prompt, table, list(admission.history))
 
     def _compare_digest(self, plan: StepPlan) -> None:
-        """Debug: every rank of both groups must be about to take the same branches."""
+        """Debug: every rank of all groups must be about to take the same branches."""
         mine = torch.frombuffer(bytearray(plan.digest()), dtype=torch.uint8)
         for group in (self._groups.tp, self._groups.context):
             for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):
@@ -124,3 +132,5 @@ class Runner:
                     raise EngineError(
                         f"step {plan.step}: member {member} of rank {self._place.rank}'s group has another plan"
                     )
+        if not self._groups.pipeline.agrees(mine):
+            raise EngineError(f"step {plan.step}: the stage before rank {self._place.rank} has another plan")

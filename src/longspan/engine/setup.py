@@ -12,12 +12,12 @@ import torch
 
 from longspan.attention.cost import AttentionShape
 from longspan.cache.layout import KVLayout
-from longspan.config import EngineConfig
+from longspan.config import EngineConfig, require
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import check_checkpoint, load_config
 from longspan.parallel.grid import Grid
-from longspan.parallel.sharding import check_heads, max_kv_heads
+from longspan.parallel.sharding import check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.source import ModelSource, resolve_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +78,8 @@ def resolve(config: EngineConfig) -> EngineSetup:
     model = load_config(source.config)
     check_checkpoint(model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
+    check_layers(grid, model.num_layers)
+    _check_experts(config, model)
     element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
     layout = cache_layout(grid, model, element_bytes)
     pages = _pages_per_shard(config, grid, layout)
@@ -91,10 +93,17 @@ def resolve(config: EngineConfig) -> EngineSetup:
     return EngineSetup(config, source, model, grid, layout, pages, length)
 
 
+def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
+    require(
+        model.moe is not None or not config.parallel.enable_expert_parallel,
+        "enable_expert_parallel", True, f"{model.architecture} has no experts", "leave it out",
+    )  # fmt: skip
+
+
 def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int) -> KVLayout:
-    """What a token costs on the rank that holds the most KV heads; pools of all head shards have as many pages."""
+    """What a token costs on the rank that holds the most KV heads and layers; all ranks have as many pages."""
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
-    return KVLayout(model.num_layers, kv_heads, model.head_dim, element_bytes, model.kv_planes)
+    return KVLayout(max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes)
 
 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:

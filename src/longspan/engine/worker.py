@@ -21,8 +21,11 @@ from longspan.engine.loading import RankLoader, TensorStore
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import EngineSetup
 from longspan.models.config import ModelConfig
+from longspan.models.context import ExpertParallel, Provided
 from longspan.models.registry import build_model
 from longspan.parallel.collectives import Collectives
+from longspan.parallel.experts import OwnExperts, SharedExperts
+from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 
 _WORKSPACE_TOKENS = 16384  # tokens gather_kv may hold of other shards at once
@@ -56,30 +59,39 @@ def build_runner(
 ) -> Runner:
     """One rank, ready to run. `make_group` opens this rank's handle on a group of ranks."""
     grid, model_config, config = setup.grid, setup.model, setup.config
-    sharding = Sharding(grid, rank, model_config.num_q_heads, model_config.num_kv_heads)
-    place = grid.ranks[rank]
-    groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)))
-    vocab = [
-        Sharding(grid, peer, model_config.num_q_heads, model_config.num_kv_heads).extent(
-            "vocab", model_config.vocab_size
-        )
-        for peer in grid.tp_group(rank)
-    ]
+    shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
+    sharding = shardings[rank]
+    groups = Groups(
+        make_group(grid.tp_group(rank)),
+        make_group(grid.context_group(rank)),
+        Pipeline(make_group(grid.pipeline_group(rank))),
+    )
+    vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
-    model = build_model(model_config, RankLoader(store, sharding), tp, setup.dtype)
-    heads = Heads(sharding.own_blocks, sharding.shard_blocks)
-    kv_start, kv_stop = sharding.kv_extent
+    experts: ExpertParallel = OwnExperts()
+    if config.parallel.enable_expert_parallel and model_config.moe:
+        peers = grid.expert_group(rank)
+        extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
+        experts = SharedExperts(make_group(peers), extents)
+    model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    return Runner(
+        grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug
+    )
+
+
+def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> Attention:
+    start, stop = sharding.kv_extent
     pool = KVPool(
-        setup.layout.with_kv_heads(kv_stop - kv_start),
-        setup.pages_per_shard[place.shard],
-        config.cache.page_size,
+        setup.layout.with_kv_heads(stop - start),
+        range(*sharding.extent("layers", setup.model.num_layers)),
+        setup.pages_per_shard[setup.grid.ranks[sharding.rank].shard],
+        setup.config.cache.page_size,
         setup.dtype,
     )
-    kernels = Kernels(
-        CpuBackend(), heads, model_config.attention_scale, model_config.cached_value_dim, _expansion(model_config)
-    )
-    attention = Attention(pool, kernels, ContextGroup(groups.context, grid.shards_of_pcp, _WORKSPACE_TOKENS))
-    return Runner(grid, rank, model, attention, groups, config.cache.page_size, config.debug)
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks)
+    model = setup.model
+    kernels = Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, _expansion(model))
+    return Attention(pool, kernels, ContextGroup(group, setup.grid.shards_of_pcp, _WORKSPACE_TOKENS))
 
 
 def _expansion(model: ModelConfig) -> ExpansionCost:

@@ -1,10 +1,12 @@
-"""What a model is given from outside: attention, the TP group, and a loader of its weights.
+"""What a model is given from outside: attention, its groups, and a loader of its weights.
 
-It owns these three interfaces; models know ranks through nothing else, and not even through them.
+It owns these interfaces; models know ranks through nothing else, and not even through them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +25,19 @@ class TensorParallel(Protocol):
 
     def all_gather_last(self, x: Tensor) -> Tensor:
         """The members' tensors concatenated along the last dimension, which may be uneven."""
+        ...
+
+
+class ExpertParallel(Protocol):
+    """The ranks over which the experts of a mixture are split."""
+
+    def apply(
+        self, x: Tensor, experts: Tensor, weights: Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Weighted sums [T, hidden] of the experts [T, k] (int64) that rows x [T, hidden] chose, with weights [T, k].
+
+        `compute` sums those of its rows' choices that are held here; all such sums of a row are added up.
+        """
         ...
 
 
@@ -51,3 +66,12 @@ class Loader(Protocol):
     def extent(self, axis: str, size: int) -> tuple[int, int]:
         """(start, stop) of the part of a logical axis of whole size `size`."""
         ...
+
+
+@dataclass(frozen=True)
+class Provided:
+    """What every layer is built from and talks to."""
+
+    loader: Loader
+    tp: TensorParallel
+    experts: ExpertParallel

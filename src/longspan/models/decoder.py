@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longspan.models.config import ModelConfig
-from longspan.models.context import Attend, Loader, TensorParallel
+from longspan.models.context import Attend, Provided
 from longspan.models.gqa import GroupedQueryAttention, gqa_params
 from longspan.models.layers import RMSNorm, embed, table_product
 from longspan.models.mla import MultiHeadLatentAttention, mla_params
@@ -58,45 +58,69 @@ def decoder_params(config: ModelConfig) -> list[Param]:
 
 
 class _Layer:
-    def __init__(self, config: ModelConfig, layer: int, loader: Loader, tp: TensorParallel) -> None:
-        prefix, eps = _layer_prefix(layer), config.rms_norm_eps
+    def __init__(self, config: ModelConfig, layer: int, given: Provided) -> None:
+        prefix = _layer_prefix(layer)
         attention = MultiHeadLatentAttention if config.mla else GroupedQueryAttention
-        self._attention = attention(config, layer, f"{prefix}.self_attn", loader, tp)
+        self._attention = attention(config, layer, f"{prefix}.self_attn", given)
         moe = config.moe
         self._mlp: GatedMLP | MixtureOfExperts
         if moe and layer in moe.layers:
-            self._mlp = MixtureOfExperts(moe, config.hidden_size, f"{prefix}.{moe.block}", loader, tp)
+            self._mlp = MixtureOfExperts(moe, config.hidden_size, f"{prefix}.{moe.block}", given)
         else:
-            self._mlp = GatedMLP(config, f"{prefix}.mlp", loader, tp)
-        self._before = RMSNorm(loader.load(_norm_param(config, f"{prefix}.input_layernorm.weight")), eps)
-        self._between = RMSNorm(loader.load(_norm_param(config, f"{prefix}.post_attention_layernorm.weight")), eps)
+            self._mlp = GatedMLP(config, f"{prefix}.mlp", given)
+        self._before = _norm(config, f"{prefix}.input_layernorm.weight", given)
+        self._between = _norm(config, f"{prefix}.post_attention_layernorm.weight", given)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self._attention(self._before(x), cos, sin, attend)
         return x + self._mlp(self._between(x))
 
 
-class DecoderModel:
-    """A decoder on the slices its loader gives."""
+class Embedding:
+    """Token ids → hidden states: what comes before the first layer."""
 
-    def __init__(self, config: ModelConfig, loader: Loader, tp: TensorParallel, dtype: torch.dtype) -> None:
-        self.config = config
-        self._tp = tp
-        self._first_token, _ = loader.extent("vocab", config.vocab_size)
-        self._embedding = loader.load(_embedding_param(config))
-        self._layers = [_Layer(config, layer, loader, tp) for layer in range(config.num_layers)]
-        self._norm = RMSNorm(loader.load(_norm_param(config, "model.norm.weight")), config.rms_norm_eps)
-        self._head = loader.load(_head_param(config))
+    def __init__(self, config: ModelConfig, given: Provided) -> None:
+        self._tp = given.tp
+        self._first_token, _ = given.loader.extent("vocab", config.vocab_size)
+        self._table = given.loader.load(_embedding_param(config))
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """int64 token_ids [T] → [T, hidden]."""
+        return self._tp.all_reduce(embed(token_ids, self._table, self._first_token))
+
+
+class Head:
+    """Hidden states → logits: what comes after the last layer."""
+
+    def __init__(self, config: ModelConfig, given: Provided) -> None:
+        self._tp = given.tp
+        self._norm = _norm(config, "model.norm.weight", given)
+        self._table = given.loader.load(_head_param(config))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] → fp32 logits [R, vocab]."""
+        return self._tp.all_gather_last(table_product(self._norm(hidden), self._table).float())
+
+
+class DecoderModel:
+    """A decoder, or the run of its layers that its loader gives, with the ends that belong to them."""
+
+    def __init__(self, config: ModelConfig, given: Provided, dtype: torch.dtype) -> None:
+        first, stop = given.loader.extent("layers", config.num_layers)
+        self.hidden_size = config.hidden_size
+        self.dtype = dtype
+        self.embedding = Embedding(config, given) if first == 0 else None
+        self._layers = [_Layer(config, layer, given) for layer in range(first, stop)]
+        self.head = Head(config, given) if stop == config.num_layers else None
         self._rotary = Rotary(config.rope, config.rotary_dim, dtype)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, hidden] after the final norm, of int64 token_ids [T] at positions [T]."""
+    def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""
         cos, sin = self._rotary.table(positions)
-        x = self._tp.all_reduce(embed(token_ids, self._embedding, self._first_token))
         for layer in self._layers:
             x = layer(x, cos, sin, attend)
-        return self._norm(x)
+        return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [R, vocab] of hidden states [R, hidden]."""
-        return self._tp.all_gather_last(table_product(hidden, self._head).float())
+
+def _norm(config: ModelConfig, name: str, given: Provided) -> RMSNorm:
+    return RMSNorm(given.loader.load(_norm_param(config, name)), config.rms_norm_eps)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig
-from longspan.models.context import Attend, Loader, TensorParallel
+from longspan.models.context import Attend, Provided
 from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
@@ -39,27 +39,27 @@ def gqa_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
 class GroupedQueryAttention:
     """One layer's attention on the heads its loader gives."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
         params = gqa_params(config, prefix)
         self._layer = AttentionLayer(layer)
-        self._tp = tp
+        self._tp = given.tp
         self._dim = config.head_dim
-        self._qkv = loader.linear(params["q"], params["k"], params["v"])
-        self._o = loader.linear(params["o"])
+        self._qkv = given.loader.linear(params["q"], params["k"], params["v"])
+        self._o = given.loader.linear(params["o"])
         self._qkv_bias: Tensor | None = None
         self._o_bias: Tensor | None = None
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if config.attention_bias:
-            self._qkv_bias = loader.load(params["q_bias"], params["k_bias"], params["v_bias"])
+            self._qkv_bias = given.loader.load(params["q_bias"], params["k_bias"], params["v_bias"])
         if config.attention_output_bias:
-            self._o_bias = loader.load(params["o_bias"])
+            self._o_bias = given.loader.load(params["o_bias"])
         if config.qk_norm:
             self._norms = (
-                RMSNorm(loader.load(params["q_norm"]), config.rms_norm_eps),
-                RMSNorm(loader.load(params["k_norm"]), config.rms_norm_eps),
+                RMSNorm(given.loader.load(params["q_norm"]), config.rms_norm_eps),
+                RMSNorm(given.loader.load(params["k_norm"]), config.rms_norm_eps),
             )
-        q_start, q_stop = loader.extent("q_heads", config.num_q_heads)
-        kv_start, kv_stop = loader.extent("kv_heads", config.num_kv_heads)
+        q_start, q_stop = given.loader.extent("q_heads", config.num_q_heads)
+        kv_start, kv_stop = given.loader.extent("kv_heads", config.num_kv_heads)
         self._q_heads, self._kv_heads = q_stop - q_start, kv_stop - kv_start
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

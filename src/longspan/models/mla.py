@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
-from longspan.models.context import Attend, Loader, TensorParallel
+from longspan.models.context import Attend, Provided
 from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
@@ -48,20 +48,20 @@ def mla_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
 class MultiHeadLatentAttention:
     """One layer's attention on the query heads its loader gives; the latent is computed whole on every rank."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
         params, mla = mla_params(config, prefix), _mla(config)
         self._mla = mla
-        self._tp = tp
-        start, stop = loader.extent("q_heads", config.num_q_heads)
+        self._tp = given.tp
+        start, stop = given.loader.extent("q_heads", config.num_q_heads)
         self._heads = stop - start
-        self._q_a = None if mla.q_lora_rank is None else loader.linear(params["q_a"])
-        self._q_norm = RMSNorm(loader.load(params["q_norm"]), _LATENT_NORM_EPS) if self._q_a else None
-        self._q = loader.linear(params["q"])
-        self._kv_a = loader.linear(params["kv_a"])
-        self._kv_norm = RMSNorm(loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
-        expand = loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
+        self._q_a = None if mla.q_lora_rank is None else given.loader.linear(params["q_a"])
+        self._q_norm = RMSNorm(given.loader.load(params["q_norm"]), _LATENT_NORM_EPS) if self._q_a else None
+        self._q = given.loader.linear(params["q"])
+        self._kv_a = given.loader.linear(params["kv_a"])
+        self._kv_norm = RMSNorm(given.loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
+        expand = given.loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
         self._layer = AttentionLayer(layer, _LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]))
-        self._o = loader.linear(params["o"])
+        self._o = given.loader.linear(params["o"])
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
-from longspan.models.context import Loader, TensorParallel
+from longspan.models.context import Provided
 from longspan.models.params import Param
 
 
@@ -31,13 +31,13 @@ def mlp_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
 class GatedMLP:
     """down(silu(gate(x)) · up(x)) on the part of the width its loader gives."""
 
-    def __init__(self, config: ModelConfig, prefix: str, loader: Loader, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, prefix: str, given: Provided) -> None:
         params = mlp_params(config, prefix)
-        self._tp = tp
-        self._gate_up = loader.linear(params["gate"], params["up"])
-        self._down = loader.linear(params["down"])
-        self._gate_up_bias = loader.load(params["gate_bias"], params["up_bias"]) if config.mlp_bias else None
-        self._down_bias = loader.load(params["down_bias"]) if config.mlp_bias else None
+        self._tp = given.tp
+        self._gate_up = given.loader.linear(params["gate"], params["up"])
+        self._down = given.loader.linear(params["down"])
+        self._gate_up_bias = given.loader.load(params["gate_bias"], params["up_bias"]) if config.mlp_bias else None
+        self._down_bias = given.loader.load(params["down_bias"]) if config.mlp_bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
-from longspan.models.context import Loader, TensorParallel
+from longspan.models.context import Provided
 from longspan.models.layers import Linear
 from longspan.models.params import Param
 
@@ -48,38 +48,44 @@ class _Expert:
 
 
 class MixtureOfExperts:
-    """The experts in its loader's extent, summed over the TP group."""
+    """The experts in its loader's extent; rows reach all experts through the expert group."""
 
-    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, loader: Loader, tp: TensorParallel) -> None:
+    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, given: Provided) -> None:
         params = moe_params(moe, hidden, prefix)
         self._moe = moe
-        self._tp = tp
-        self._router = loader.load(params["router"]).float()
-        self._bias = loader.load(params["bias"]) if moe.correction_bias else None
-        start, stop = loader.extent("experts", moe.num_experts)
+        self._tp = given.tp
+        self._group = given.experts
+        self._router = given.loader.load(params["router"]).float()
+        self._bias = given.loader.load(params["bias"]) if moe.correction_bias else None
+        start, stop = given.loader.extent("experts", moe.num_experts)
         self._experts = {
             expert: _Expert(
-                loader.linear(params[f"gate{expert}"], params[f"up{expert}"]), loader.linear(params[f"down{expert}"])
+                given.loader.linear(params[f"gate{expert}"], params[f"up{expert}"]),
+                given.loader.linear(params[f"down{expert}"]),
             )
             for expert in range(start, stop)
         }
         self._shared: _Expert | None = None
         if moe.shared_intermediate_size:
             self._shared = _Expert(
-                loader.linear(params["shared_gate"], params["shared_up"]), loader.linear(params["shared_down"])
+                given.loader.linear(params["shared_gate"], params["shared_up"]),
+                given.loader.linear(params["shared_down"]),
             )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
-        out = self._shared(x) if self._shared else torch.zeros_like(x)
-        if x.shape[0]:
-            experts, weights = route(F.linear(x.float(), self._router), self._bias, self._moe)
-            for expert, compute in self._experts.items():
-                rows, choices = torch.where(experts == expert)
-                if rows.numel():
-                    part = compute(x[rows]) * weights[rows, choices, None].to(x.dtype)
-                    out = out.index_add_(0, rows, part)
-        return self._tp.all_reduce(out)
+        experts, weights = route(F.linear(x.float(), self._router), self._bias, self._moe)
+        out = self._group.apply(x, experts, weights, self._sum)
+        return self._tp.all_reduce(out if self._shared is None else out.add_(self._shared(x)))
+
+    def _sum(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """What the experts held here add to rows x [R, hidden] that chose `experts` [R, k] with `weights`."""
+        out = torch.zeros_like(x)
+        for expert, compute in self._experts.items():
+            rows, choices = torch.where(experts == expert)
+            if rows.numel():
+                out.index_add_(0, rows, compute(x[rows]) * weights[rows, choices, None].to(x.dtype))
+        return out
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:

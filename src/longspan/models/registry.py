@@ -13,7 +13,7 @@ import torch
 from longspan.errors import UnsupportedModel
 from longspan.models import deepseek, llama, mixtral, qwen2, qwen3, qwen3_moe
 from longspan.models.config import ModelConfig
-from longspan.models.context import Loader, TensorParallel
+from longspan.models.context import Provided
 from longspan.models.decoder import DecoderModel, decoder_params
 from longspan.models.params import Shapes, validate_checkpoint
 
@@ -42,6 +42,6 @@ def check_checkpoint(config: ModelConfig, checkpoint: Shapes) -> None:
     validate_checkpoint(decoder_params(config), checkpoint, config.tie_word_embeddings, unread)
 
 
-def build_model(config: ModelConfig, loader: Loader, tp: TensorParallel, dtype: torch.dtype) -> DecoderModel:
-    """The model on the slices `loader` gives."""
-    return DecoderModel(config, loader, tp, dtype)
+def build_model(config: ModelConfig, given: Provided, dtype: torch.dtype) -> DecoderModel:
+    """The model on the slices its loader gives."""
+    return DecoderModel(config, given, dtype)

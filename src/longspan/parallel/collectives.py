@@ -47,8 +47,25 @@ class Collectives(ABC):
         self.traffic = traffic
 
     @abstractmethod
+    def _send(self, x: Tensor, member: int) -> None:
+        """Start sending x to a member; returns without waiting for it to arrive."""
+
+    @abstractmethod
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
+        """Wait for the next tensor a member sends here."""
+
+    @abstractmethod
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send `sends[i]` to member i and return what each member sent here, of shape `shapes[i]`."""
+
+    def send(self, x: Tensor, member: int, label: str) -> None:
+        """Hand x to one member, which must call `receive`; does not wait for it."""
+        self.traffic.count(label, x.numel() * x.element_size())
+        self._send(x, member)
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
+        """What `member` sends here next, of this shape."""
+        return self._receive(shape, dtype, member)
 
     def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
         """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""

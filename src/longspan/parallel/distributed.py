@@ -5,6 +5,7 @@ It owns the process group and point-to-point transfers; it must not know what th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Collectives, Traffic
 
 _TIMEOUT = timedelta(minutes=30)
+_MAX_LEAVING = 8  # sends to one group that may be under way
 
 
 def join_world(rank: int, world_size: int, store_path: str) -> None:
@@ -38,6 +40,32 @@ class DistributedCollectives(Collectives):
         super().__init__(group.index(rank), len(group), traffic)
         self._group = tuple(group)
         self._me = rank
+        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()  # a tensor must live until it has arrived
+
+    def _send(self, x: Tensor, member: int) -> None:
+        if not x.numel():
+            return
+        try:
+            whole = x.contiguous()
+            self._leaving.append((dist.isend(whole, self._group[member]), whole))
+            while len(self._leaving) > _MAX_LEAVING:
+                work, _ = self._leaving.popleft()
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
+        x = torch.empty(shape, dtype=dtype)
+        if x.numel():
+            try:
+                dist.recv(x, self._group[member])
+            except RuntimeError as error:
+                raise self._lost(error) from error
+        return x
+
+    def _lost(self, error: RuntimeError) -> WorkerDied:
+        return WorkerDied(f"rank {self._me} lost a peer: {error}")
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         received: list[Tensor] = []
@@ -59,5 +87,5 @@ class DistributedCollectives(Collectives):
                 if work is not None:
                     work.wait()
         except RuntimeError as error:
-            raise WorkerDied(f"rank {self._me} lost a peer: {error}") from error
+            raise self._lost(error) from error
         return received

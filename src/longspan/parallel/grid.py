@@ -1,6 +1,6 @@
 """Who the ranks are: every rank's coordinates and groups, named once.
 
-It owns the order of ranks in the grid (pcp, head_shard, dcp); nothing else derives one rank's
+It owns the order of ranks in the grid (pp, pcp, head_shard, dcp); nothing else derives one rank's
 identity from another's number. It must not know what the ranks compute.
 """
 
@@ -18,6 +18,7 @@ class Coordinates:
     """One rank's place. `shard` is its index in its context group, and so the shard it stores."""
 
     rank: int
+    pp: int
     pcp: int
     tp: int
     head_shard: int
@@ -27,11 +28,11 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Grid:
-    """The rank grid: world = pcp · head_shards · dcp, with tp = head_shards · dcp.
+    """The rank grid: world = pp · pcp · head_shards · dcp, with tp = head_shards · dcp.
 
-    A *TP group* is the ranks of one pcp index. A *context group* is the pcp · dcp ranks that hold the
-    same KV heads and different pages; its members are the shards, in the same order for every head
-    shard, so one page table serves all of them.
+    A *stage* is the ranks of one pp index: they hold the same layers. Inside a stage a *TP group* is the ranks of one
+    pcp index, and a *context group* the pcp · dcp ranks that hold the same KV heads and different pages; its members
+    are the shards, in the same order for every head shard and stage, so one page table serves all of them.
     """
 
     parallel: ParallelConfig
@@ -39,14 +40,20 @@ class Grid:
     @cached_property
     def ranks(self) -> tuple[Coordinates, ...]:
         """All ranks in rank order."""
-        places = product(range(self.pcp), range(self.head_shards), range(self.parallel.decode_context_parallel_size))
+        dcp = self.parallel.decode_context_parallel_size
+        places = product(range(self.pp), range(self.pcp), range(self.head_shards), range(dcp))
         shard_numbers: dict[tuple[int, int], int] = {}
         found: list[Coordinates] = []
-        for rank, (pcp, head_shard, dcp) in enumerate(places):
-            shard = shard_numbers.setdefault((pcp, dcp), len(shard_numbers))
-            tp = sum(other.pcp == pcp for other in found)
-            found.append(Coordinates(rank, pcp, tp, head_shard, dcp, shard))
+        for rank, (pp, pcp, head_shard, member) in enumerate(places):
+            shard = shard_numbers.setdefault((pcp, member), len(shard_numbers))
+            tp = sum((other.pp, other.pcp) == (pp, pcp) for other in found)
+            found.append(Coordinates(rank, pp, pcp, tp, head_shard, member, shard))
         return tuple(found)
+
+    @property
+    def pp(self) -> int:
+        """Number of stages."""
+        return self.parallel.pipeline_parallel_size
 
     @property
     def pcp(self) -> int:
@@ -75,12 +82,30 @@ class Grid:
 
     def tp_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that split the heads of the same tokens as `rank`, in tp order."""
-        return tuple(place.rank for place in self.ranks if place.pcp == self.ranks[rank].pcp)
+        mine = self.ranks[rank]
+        return tuple(place.rank for place in self._stage(rank) if place.pcp == mine.pcp)
 
     def context_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that hold the same KV heads as `rank`, in shard order."""
-        mine = [place for place in self.ranks if place.head_shard == self.ranks[rank].head_shard]
+        mine = [place for place in self._stage(rank) if place.head_shard == self.ranks[rank].head_shard]
         return tuple(place.rank for place in sorted(mine, key=lambda place: place.shard))
+
+    def pipeline_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that compute the other layers of the same tokens and heads as `rank`, in stage order."""
+        mine = self.ranks[rank]
+        return tuple(p.rank for p in self.ranks if (p.pcp, p.tp) == (mine.pcp, mine.tp))
+
+    def expert_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks of the stage that hold other tokens and, under expert parallelism, other experts; in pcp order."""
+        return tuple(place.rank for place in self._stage(rank) if place.tp == self.ranks[rank].tp)
+
+    def expert_holders(self, rank: int) -> tuple[int, ...]:
+        """Ranks over which the experts of `rank`'s layers are split."""
+        whole_stage = self.parallel.enable_expert_parallel
+        return tuple(place.rank for place in self._stage(rank)) if whole_stage else self.tp_group(rank)
+
+    def _stage(self, rank: int) -> list[Coordinates]:
+        return [place for place in self.ranks if place.pp == self.ranks[rank].pp]
 
     @cached_property
     def pcp_of_shard(self) -> tuple[int, ...]:
@@ -96,7 +121,8 @@ class Grid:
 
     def returns_tokens(self, rank: int) -> bool:
         """Whether this rank hands its TP group's sampled tokens to the driver."""
-        return self.ranks[rank].tp == 0
+        place = self.ranks[rank]
+        return place.tp == 0 and rank == self.pipeline_group(rank)[-1]
 
 
 def split_evenly(size: int, parts: int, index: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which part of each logical axis a rank holds: heads, ffn, vocabulary.
+"""Which part of each logical axis a rank holds: layers, heads, experts, ffn, vocabulary.
 
 It owns the rules of tensor parallelism under context parallelism and their checks; it must not know
 weight names or read any weight.
@@ -28,10 +28,10 @@ class Sharding:
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
         """(start, stop) of this rank's part of a logical axis of whole size `size` (heads for head axes)."""
-        tp = self.grid.ranks[self.rank].tp
         if axis == "kv_heads":
             return self.kv_extent
-        return split_evenly(size, self.grid.tp, tp)
+        holders = self._holders(axis)
+        return split_evenly(size, len(holders), holders.index(self.rank))
 
     @property
     def q_extent(self) -> tuple[int, int]:
@@ -52,6 +52,11 @@ class Sharding:
     def shard_blocks(self) -> tuple[HeadBlock, ...]:
         """All query heads of this rank's DCP group on its KV heads."""
         return head_blocks(self._group_q_extent, self.kv_extent[0], self._group)
+
+    def _holders(self, axis: str) -> tuple[int, ...]:
+        if axis == "layers":
+            return self.grid.pipeline_group(self.rank)
+        return self.grid.expert_holders(self.rank) if axis == "experts" else self.grid.tp_group(self.rank)
 
     @property
     def _group(self) -> int:
@@ -75,4 +80,18 @@ def check_heads(grid: Grid, q_heads: int) -> None:
 def max_kv_heads(grid: Grid, q_heads: int, kv_heads: int) -> int:
     """The most KV heads any rank stores: pools of all head shards must have room for the same pages."""
     extents = [Sharding(grid, place.rank, q_heads, kv_heads).kv_extent for place in grid.ranks]
+    return max(stop - start for start, stop in extents)
+
+
+def check_layers(grid: Grid, num_layers: int) -> None:
+    """Raise `ConfigError` unless every stage gets a layer."""
+    if grid.pp > num_layers:
+        raise ConfigError(
+            "pipeline_parallel_size", grid.pp, f"exceeds the model's {num_layers} layers", f"use at most {num_layers}"
+        )
+
+
+def max_layers(grid: Grid, num_layers: int) -> int:
+    """The most layers any stage holds."""
+    extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
     return max(stop - start for start, stop in extents)

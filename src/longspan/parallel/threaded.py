@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from queue import SimpleQueue
 
+import torch
 from torch import Tensor
 
 from longspan.errors import WorkerDied
@@ -52,6 +53,12 @@ class ThreadedCollectives(Collectives):
         self._fabric = fabric
         self._group = tuple(group)
         self._me = rank
+
+    def _send(self, x: Tensor, member: int) -> None:
+        self._fabric.send(self._me, self._group[member], x)
+
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
+        return self._fabric.receive(self._group[member], self._me)
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         for peer, tensor in zip(self._group, sends, strict=True):

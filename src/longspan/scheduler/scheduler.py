@@ -18,7 +18,7 @@ from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan import Segment, StepPlan
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
@@ -41,6 +41,10 @@ class Scheduler:
     A step takes every decoding request's token first, so a long prefill never starves decodes. What is left of
     the budget goes to prefills: those in progress by age, each leaving half of what is left for others, then
     waiting prompts that fit whole, so a short prompt passes a long one.
+
+    With pipeline stages as many steps as stages are under way at once: each takes its share of the budget and of the
+    decoding requests, and `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
+    pages may change hands while earlier steps still use them.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Scheduler:
         self.grid = grid
         self.chooser = chooser
         self.root_key = root_key
+        self._sequences: dict[int, SequenceState] = {}
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.preemptions = 0
@@ -96,48 +101,50 @@ class Scheduler:
         max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
         sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored)
         self.waiting.append(sequence)
+        self._sequences[request_id] = sequence
         return sequence
 
     def finish(self, request_id: int) -> SequenceState | None:
         """End a request, wherever it is: its pages are free for the next step. None if it is unknown."""
-        for queue in (self.running, self.waiting):
-            for sequence in queue:
-                if sequence.request_id == request_id:
-                    queue.remove(sequence)
-                    if queue is self.running:
-                        self._release(sequence)
-                    return sequence
-        return None
+        sequence = self._sequences.pop(request_id, None)
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence is not None:
+            self.waiting.remove(sequence)
+        return sequence
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute."""
+        """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
         while True:
-            step = StepBuilder(self.config, self.cache, self.grid)
+            step = StepBuilder(
+                self.config, self.cache, self.grid, self._micro_batch(self.config.max_num_batched_tokens)
+            )
             self._decode(step)
             self._prefill(step)
-            if step.segments or not self.running:
+            if step.segments or not self.running or any(sequence.in_flight for sequence in self.running):
                 break
             self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest starts over
         if not step.segments:
             return None
+        for request_id, stop in _progress(step.segments).items():
+            sequence = self._sequences[request_id]
+            sequence.computed = stop
+            sequence.in_flight += 1
         self._step += 1
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
 
     def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> None:
-        """Take a finished step's results: progress, new tokens, pages others may reuse."""
-        token_of = {token.request_id: token.token_id for token in sampled}
-        stop_of: dict[int, int] = {}
-        for segment in plan.segments:
-            stop_of[segment.request_id] = max(segment.stop, stop_of.get(segment.request_id, 0))
-        for sequence in self.running:
-            stop = stop_of.get(sequence.request_id)
-            if stop is None:
-                continue
-            sequence.computed = stop
-            self._publish(sequence)
-            if sequence.request_id in token_of:
-                sequence.tokens.append(token_of[sequence.request_id])
+        """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order."""
+        for request_id, stop in _progress(plan.segments).items():
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                sequence.in_flight -= 1
+                self._publish(sequence, stop)
+        for token in sampled:
+            if token.request_id in self._sequences:
+                self._sequences[token.request_id].tokens.append(token.token_id)
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and preemptions."""
@@ -147,9 +154,14 @@ class Scheduler:
         """Raise `EngineError` unless every page is accounted for exactly once."""
         self.cache.check_integrity(sequence.table for sequence in self.running)
 
+    def _micro_batch(self, amount: int) -> int:
+        """The share of one step when every pipeline stage works on a step of its own."""
+        return -(-amount // self.grid.pp)
+
     def _decode(self, step: StepBuilder) -> None:
+        rows = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
-        while index < len(self.running) and step.budget:
+        while index < len(self.running) and step.budget and len(step.segments) < rows:
             sequence = self.running[index]
             if sequence.remaining == 1 and not step.add_decode(sequence):
                 self._preempt(self.running[-1])
@@ -182,6 +194,9 @@ class Scheduler:
         reserved = sum(sequence.pages_missing for sequence in self.running)
         while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting.popleft()
+            if sequence.in_flight:  # preempted, but a step under way will still give it a token
+                passed.append(sequence)
+                continue
             self._match_prefix(sequence)
             whole = sequence.remaining <= step.budget
             room = self._has_room(sequence, reserved)
@@ -233,8 +248,9 @@ class Scheduler:
         self.cache.release(sequence.table.pages)
         sequence.restart(self.cache.new_table)
 
-    def _publish(self, sequence: SequenceState) -> None:
-        whole = sequence.computed // self.cache.page_size
+    def _publish(self, sequence: SequenceState, stop: int) -> None:
+        """Pages before position `stop` are whole and computed; a preempted request has none."""
+        whole = min(stop // self.cache.page_size, len(sequence.table.pages))
         if whole > sequence.published:
             keys = sequence.page_keys(sequence.published, whole, self.root_key)
             for key, page in zip(keys, sequence.table.pages[sequence.published : whole], strict=True):
@@ -252,3 +268,11 @@ class Scheduler:
     def _release(self, sequence: SequenceState) -> None:
         self.cache.release(sequence.table.pages)
         self._finished.append(sequence.request_id)
+
+
+def _progress(segments: Sequence[Segment]) -> dict[int, int]:
+    """How far each request is computed after a step."""
+    stop_of: dict[int, int] = {}
+    for segment in segments:
+        stop_of[segment.request_id] = max(segment.stop, stop_of.get(segment.request_id, 0))
+    return stop_of

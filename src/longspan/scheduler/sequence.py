@@ -15,9 +15,10 @@ from longspan.request import SamplingParams
 class SequenceState:
     """A request's tokens (prompt, then output), page table and progress.
 
-    `computed` counts tokens whose KV is stored, `max_stored` bounds them, `cached_tokens` are those that the prefix
-    cache had when the request was first admitted (None before), `published` the pages other requests can
-    find. `home` is the one shard a short context lives on, None once it spreads.
+    `computed` counts tokens whose KV is stored or will be by the steps under way, of which `in_flight` have this
+    request; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the request was first
+    admitted (None before), `published` the pages other requests can find. `home` is the one shard a short context
+    lives on, None once it spreads.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class SequenceState:
         self.cached_tokens: int | None = None
         self.max_stored = max_stored
         self.published = 0
+        self.in_flight = 0
         self.home: int | None = None
         self._keys: list[Key] = []
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet computed; 1 for a request that is decoding."""
+        """Tokens not yet computed: 1 for a request that decodes, 0 while its next token is under way."""
         return len(self.tokens) - self.computed
 
     @property

@@ -20,8 +20,8 @@ from longspan.scheduler.sequence import SequenceState
 class StepBuilder:
     """Collects a `StepPlan`. `budget` is the tokens left; `preempted` forbids new admissions."""
 
-    def __init__(self, config: SchedulerConfig, cache: CacheManager, grid: Grid) -> None:
-        self.budget = config.max_num_batched_tokens
+    def __init__(self, config: SchedulerConfig, cache: CacheManager, grid: Grid, budget: int) -> None:
+        self.budget = budget
         self.preempted = False
         self.segments: list[Segment] = []
         self._strictly_local = config.schedule == "local"

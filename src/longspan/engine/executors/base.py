@@ -20,10 +20,14 @@ def require_open(closed: bool) -> None:
 
 
 class Executor(Protocol):
-    """All ranks of an engine."""
+    """All ranks of an engine. Steps run in the order they were submitted, and are collected in it."""
 
-    def submit(self, plan: StepPlan) -> list[SampledToken]:
-        """Run one step on every rank; raises `EngineError` (`WorkerDied`) if a rank cannot."""
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step on every rank, behind those under way; raises `WorkerDied` if the ranks are gone."""
+        ...
+
+    def collect(self) -> list[SampledToken]:
+        """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it."""
         ...
 
     def traffic(self) -> Traffic:

@@ -21,12 +21,14 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 class Stepped(msgspec.Struct, tag=True, frozen=True):
     """A step is done."""
 
+    rank: int
     tokens: list[SampledToken]
 
 
 class TrafficReport(msgspec.Struct, tag=True, frozen=True):
     """What the rank has sent so far."""
 
+    rank: int
     bytes_by_label: dict[str, int]
     calls_by_label: dict[str, int]
 

@@ -68,9 +68,9 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
         if message == b"stop":
             return
         if message == b"traffic":
-            answer(TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
+            answer(TrafficReport(rank, traffic.bytes_by_label, traffic.calls_by_label))
         else:
-            answer(Stepped(runner.step(StepPlan.decode(message))))
+            answer(Stepped(rank, runner.step(StepPlan.decode(message))))
 
 
 def _end_with_driver(driver: int) -> None:

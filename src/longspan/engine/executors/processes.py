@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import zmq
 
 from longspan.engine.executors.base import require_open
-from longspan.engine.executors.messages import Failed, FromWorker, Stepped, TrafficReport, report_error
+from longspan.engine.executors.messages import Failed, FromWorker, Ready, Stepped, TrafficReport, report_error
 from longspan.engine.setup import EngineSetup
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
@@ -25,6 +27,7 @@ from longspan.request import SampledToken
 _POLL_MS = 200
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 _STOP_SECONDS = 5.0
+M = TypeVar("M", Ready, Stepped, TrafficReport)
 
 
 class ProcessExecutor:
@@ -39,6 +42,7 @@ class ProcessExecutor:
         self._results.bind(f"ipc://{folder}/results")
         self._inboxes = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._answers: list[deque[FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
         (folder / "config").write_bytes(msgspec.json.encode(setup.config))
         try:
             for rank in range(setup.grid.world_size):
@@ -53,7 +57,7 @@ class ProcessExecutor:
                     str(rank),
                 ]
                 self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
-            self._collect()
+            self._collect(Ready)
         except BaseException:
             self.shutdown()
             raise
@@ -63,18 +67,21 @@ class ProcessExecutor:
         """The operating system's ids, in rank order."""
         return [process.pid for process in self._processes]
 
-    def submit(self, plan: StepPlan) -> list[SampledToken]:
+    def submit(self, plan: StepPlan) -> None:
         """See `Executor.submit`."""
         self._broadcast(plan.encode())
-        return [token for message in self._collect() if isinstance(message, Stepped) for token in message.tokens]
+
+    def collect(self) -> list[SampledToken]:
+        """See `Executor.collect`."""
+        require_open(self._closed)
+        return [token for message in self._collect(Stepped) for token in message.tokens]
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
         self._broadcast(b"traffic")
         total = Traffic()
-        for message in self._collect():
-            if isinstance(message, TrafficReport):
-                total.add(Traffic(message.bytes_by_label, message.calls_by_label))
+        for message in self._collect(TrafficReport):
+            total.add(Traffic(message.bytes_by_label, message.calls_by_label))
         return total
 
     def shutdown(self) -> None:
@@ -103,18 +110,26 @@ class ProcessExecutor:
                 self._check_alive()
             inbox.send(message)
 
-    def _collect(self) -> list[FromWorker]:
-        """One message from every rank; raises as soon as one failed or died."""
-        messages: list[FromWorker] = []
-        while len(messages) < len(self._processes):
-            if not self._results.poll(_POLL_MS):
-                self._check_alive()
-                continue
-            message = msgspec.msgpack.decode(self._results.recv(), type=FromWorker)
-            if isinstance(message, Failed):
-                self._fail(message)
-            messages.append(message)
-        return messages
+    def _collect(self, kind: type[M]) -> list[M]:
+        """The oldest message of a kind from every rank; raises as soon as one failed or died."""
+        while True:
+            oldest = [next((m for m in answers if isinstance(m, kind)), None) for answers in self._answers]
+            if None not in oldest:
+                break
+            self._receive()
+        found = [message for message in oldest if message is not None]
+        for answers, message in zip(self._answers, found, strict=True):
+            answers.remove(message)
+        return found
+
+    def _receive(self) -> None:
+        if not self._results.poll(_POLL_MS):
+            self._check_alive()
+            return
+        message = msgspec.msgpack.decode(self._results.recv(), type=FromWorker)
+        if isinstance(message, Failed):
+            self._fail(message)
+        self._answers[message.rank].append(message)
 
     def _check_alive(self) -> None:
         for rank, process in enumerate(self._processes):

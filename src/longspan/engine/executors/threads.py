@@ -6,6 +6,7 @@ that hold the same slice of a weight share one copy.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from queue import SimpleQueue
 from threading import Thread
@@ -23,7 +24,7 @@ from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
-_Outcome = list[SampledToken] | BaseException | None
+_Outcome = list[SampledToken] | BaseException
 
 
 class ThreadExecutor:
@@ -37,20 +38,39 @@ class ThreadExecutor:
         self._traffic = [Traffic() for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
+        self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
         self._store = TensorStore(setup.source.checkpoint, setup.dtype)
+        self._runners: dict[int, Runner] = {}
         self._threads = [
             Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True) for rank in range(size)
         ]
         for thread in self._threads:
             thread.start()
-        self._collect()
+        self.collect()
 
-    def submit(self, plan: StepPlan) -> list[SampledToken]:
+    @property
+    def runners(self) -> list[Runner]:
+        """What runs on each rank, in rank order."""
+        return [self._runners[rank] for rank in sorted(self._runners)]
+
+    def submit(self, plan: StepPlan) -> None:
         """See `Executor.submit`."""
         require_open(self._closed)
         for inbox in self._inboxes:
             inbox.put(plan)
-        return self._collect()
+
+    def collect(self) -> list[SampledToken]:
+        """See `Executor.collect`. The first failure ends all ranks and is raised."""
+        require_open(self._closed)
+        while not all(self._done):
+            rank, outcome = self._outcomes.get()
+            if isinstance(outcome, BaseException):
+                self.shutdown()
+                if isinstance(outcome, LongspanError):
+                    raise outcome
+                raise WorkerDied(f"rank {rank} failed: {type(outcome).__name__}: {outcome}") from outcome
+            self._done[rank].append(outcome)
+        return [token for done in self._done for token in done.popleft()]
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
@@ -68,33 +88,13 @@ class ThreadExecutor:
         for thread in self._threads:
             thread.join()
 
-    def _collect(self) -> list[SampledToken]:
-        """One outcome from every rank. The first failure ends them all and is raised."""
-        tokens: list[SampledToken] = []
-        failures: list[tuple[int, BaseException]] = []
-        for _ in self._threads:
-            rank, outcome = self._outcomes.get()
-            if isinstance(outcome, BaseException):
-                self._fabric.abort()
-                failures.append((rank, outcome))
-            elif outcome:
-                tokens += outcome
-        if failures:
-            # peers that were waiting for the failed rank report WorkerDied: the cause is the other one
-            rank, cause = next((f for f in failures if not isinstance(f[1], WorkerDied)), failures[0])
-            self.shutdown()
-            if isinstance(cause, LongspanError):
-                raise cause
-            raise WorkerDied(f"rank {rank} failed: {type(cause).__name__}: {cause}") from cause
-        return tokens
-
     def _serve(self, rank: int) -> None:
         share = threads_per_rank(self._setup)
         torch.set_num_threads(share)
-        runner: Runner | None = None
         try:
             runner = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
-            self._outcomes.put((rank, None))
+            self._runners[rank] = runner
+            self._outcomes.put((rank, []))
         except BaseException as error:
             self._outcomes.put((rank, error))
             return

@@ -1,0 +1,57 @@
+"""Expert parallelism: rows go to the ranks whose experts they chose, and their sums come back.
+
+It owns this exchange; it must not know what an expert computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.parallel.collectives import Collectives
+
+_LABEL = "experts"
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class OwnExperts:
+    """Every member holds the same experts, so nothing is exchanged."""
+
+    def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
+        """See `ExpertParallel.apply`."""
+        return compute(x, experts, weights)
+
+
+class SharedExperts:
+    """Member m holds experts [extents[m][0], extents[m][1]).
+
+    The number of rows that go somewhere is known only from their routing, so it travels first; a row goes once to a
+    member, however many of its experts it chose.
+    """
+
+    def __init__(self, group: Collectives, extents: Sequence[tuple[int, int]]) -> None:
+        self._group = group
+        self._extents = tuple(extents)
+
+    def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
+        """See `ExpertParallel.apply`."""
+        wanted = [
+            ((experts >= start) & (experts < stop)).any(-1).nonzero().squeeze(-1) for start, stop in self._extents
+        ]
+        counts = self._swap([torch.tensor([len(rows)]) for rows in wanted], [1] * len(wanted))
+        arriving = [int(count) for count in counts]
+        rows = torch.cat(self._swap([x[rows] for rows in wanted], arriving))
+        chosen = torch.cat(self._swap([experts[rows] for rows in wanted], arriving))
+        shares = torch.cat(self._swap([weights[rows] for rows in wanted], arriving))
+        sums = compute(rows, chosen, shares)
+        total = torch.zeros_like(x)
+        returned = self._swap(list(torch.split(sums, arriving)), [len(rows) for rows in wanted])
+        for rows, part in zip(wanted, returned, strict=True):
+            total.index_add_(0, rows, part)
+        return total
+
+    def _swap(self, sends: Sequence[Tensor], arriving: Sequence[int]) -> list[Tensor]:
+        rest = sends[0].shape[1:]
+        return self._group.all_to_all(sends, [(rows, *rest) for rows in arriving], _LABEL)
