@@ -74,6 +74,14 @@ FAMILIES = [
     Family("mixtral", "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}),
     Family("qwen3-moe", "qwen3_moe", {**QWEN_MOE, "norm_topk_prob": True}),
     Family("qwen3-moe-dense-layer", "qwen3_moe", {**QWEN_MOE, "mlp_only_layers": [0]}),
+    Family("mistral-windowed", "mistral", {"sliding_window": 20}),
+    Family("mixtral-windowed", "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7}),
+    Family("qwen2-windowed", "qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    Family(
+        "gpt-oss",
+        "gpt_oss",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 11, "intermediate_size": 36},
+    ),
     Family("deepseek-v2-lite", "deepseek_v2", {**MLA, "q_lora_rank": None, "topk_method": "greedy"}),
     Family(
         "deepseek-v2",
@@ -103,7 +111,7 @@ def tiny_folder(name: str) -> str:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias") or "norm" in parameter_name:
+            if parameter_name.endswith(("bias", "sinks")) or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     folder = Path(mkdtemp(prefix=f"longspan-test-{name}-"))
     model.save_pretrained(folder)

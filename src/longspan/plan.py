@@ -42,8 +42,9 @@ class NewPages:
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    `prefill` is its class; `travels` says that some rank of that group lacks a page the segment attends
-    to; `sample` asks for a token after its last row.
+    `prefill` is its class; `sample` asks for a token after its last row. Some rank of the group lacks a page the
+    segment attends to in the first `travels` of the model's kinds of layers, which are in order of their windows,
+    widest first: what a narrow window needs from elsewhere, a wider one needs too.
     """
 
     request_id: int
@@ -51,7 +52,7 @@ class Segment:
     token_ids: tuple[int, ...]
     pcp: int
     prefill: bool
-    travels: bool
+    travels: int
     sample: bool
 
     @property
@@ -70,6 +71,11 @@ class Segment:
         return unmasked_until(self.start, self.stop)
 
 
+def window_start(position: int, window: int | None) -> int:
+    """The first position that `position` sees: all, or `window` positions with its own."""
+    return 0 if window is None else max(0, position + 1 - window)
+
+
 def unmasked_until(start: int, stop: int) -> int:
     """Where a segment's unmasked attention ends.
 
@@ -81,15 +87,18 @@ def unmasked_until(start: int, stop: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the engine, the same on every rank. Applied in the order of its fields."""
+    """One step of the engine, the same on every rank. Applied in the order of its fields.
+
+    Schedules are one for each kind of layer.
+    """
 
     step: int
     finished: tuple[int, ...]
     admitted: tuple[Admission, ...]
     new_pages: tuple[NewPages, ...]
     segments: tuple[Segment, ...]
-    decode_schedule: str
-    prefill_schedule: str
+    decode_schedules: tuple[str, ...]
+    prefill_schedules: tuple[str, ...]
 
     def encode(self) -> bytes:
         """The plan as msgpack bytes."""

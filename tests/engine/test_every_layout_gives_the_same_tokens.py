@@ -41,6 +41,20 @@ def test_any_grid(tiny, grid, model):
     assert tokens_of(llm, prompts()) == expected(model)
 
 
+@pytest.mark.parametrize("grid", GRIDS[::2], ids=name)
+def test_windows_sinks_and_experts_on_any_grid(tiny, grid):
+    tp, pcp, dcp = grid
+    llm = tiny("gpt-oss", tp=tp, pcp=pcp, dcp=dcp)
+    assert tokens_of(llm, prompts()) == expected("gpt-oss")
+
+
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize(("page_size", "budget"), [(1, 19), (16, 8), (64, 64)])
+def test_windows_at_any_page_and_chunk_size(tiny, page_size, budget, schedule):
+    llm = tiny("gpt-oss", tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
+    assert tokens_of(llm, prompts()) == expected("gpt-oss")
+
+
 @pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
 @pytest.mark.parametrize(("page_size", "budget"), [(1, 19), (16, 8), (64, 64)])
 def test_latents_travel_like_keys(tiny, page_size, budget, schedule):
@@ -56,17 +70,19 @@ def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule
     assert tokens_of(llm, prompts()) == expected("llama")
 
 
-@pytest.mark.parametrize("grid", [(1, 3, 1), (4, 2, 2)], ids=name)
-def test_prefix_hits_of_every_length(tiny, grid):
+@pytest.mark.parametrize(
+    ("model", "grid"), [("llama", (1, 3, 1)), ("llama", (4, 2, 2)), ("deepseek-v3", (2, 2, 2)), ("gpt-oss", (2, 3, 2))]
+)
+def test_prefix_hits_of_every_length(tiny, grid, model):
     tp, pcp, dcp = grid
-    llm = tiny(tp=tp, pcp=pcp, dcp=dcp)
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp)
     whole = prompt_of(33)
     llm.generate(whole, SamplingParams(temperature=0, max_tokens=1))
     for shared in range(34):
         prompt = whole[:shared] + prompt_of(34, seed=1)[shared:]
         (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4))
         assert output.num_cached_tokens == shared // 4 * 4
-        assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 4)[0]
+        assert output.outputs[0].token_ids == greedy(oracle(model), prompt, 4)[0]
 
 
 def test_a_hit_that_covers_the_whole_prompt_still_computes_a_token(tiny):

@@ -30,6 +30,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_kv_heads
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.plan import StepPlan
+from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 from longspan.view import RankView, rank_view
@@ -51,6 +52,7 @@ class Layout:
     local_context: int = 0
     schedule: str = "auto"
     workspace_tokens: int = 1 << 20
+    windows: tuple[int | None, ...] = (None,)
 
 
 @dataclass
@@ -79,6 +81,7 @@ class World:
         self.scheduler = Scheduler(
             SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
             1 << 20, self.cache, self.grid, ScheduleChooser(shape, at.dcp, at.schedule), root_key("test"),
+            at.windows,
         )  # fmt: skip
         fabric = ThreadFabric(self.grid.world_size)
         self.traffic = [Traffic() for _ in range(self.grid.world_size)]
@@ -95,16 +98,17 @@ class World:
         start, stop = sharding.kv_extent
         pool = KVPool(
             KVLayout(1, stop - start, at.head_dim, 8),
-            (0,),
+            range(len(at.windows)),
             pages[self.grid.ranks[rank].shard],
             at.page_size,
             self.dtype,
         )
-        pool.layers[0].fill_(float("nan"))  # whatever is read before it is written shows
+        for tensor in pool.layers.values():
+            tensor.fill_(float("nan"))  # whatever is read before it is written shows
         heads = Heads(sharding.own_blocks, sharding.shard_blocks)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
         kernels = Kernels(self.backend, heads, at.head_dim**-0.5, at.head_dim, ExpansionCost())
-        return Attention(pool, kernels, ContextGroup(group, self.grid.shards_of_pcp, at.workspace_tokens))
+        return Attention(pool, kernels, ContextGroup(group, self.grid.shards_of_pcp, at.workspace_tokens), at.windows)
 
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
@@ -113,10 +117,10 @@ class World:
         self.scheduler.add(request_id, prompt, params, 0, max_tokens)
         self.left = {**getattr(self, "left", {}), request_id: max_tokens}
 
-    def run(self) -> None:
+    def run(self, steps: int = 1 << 30) -> None:
         """Step until everything is finished, checking every row of every step."""
         with ThreadPoolExecutor(self.grid.world_size) as pool:
-            while (plan := self.scheduler.schedule()) is not None:
+            while len(self.plans) < steps and (plan := self.scheduler.schedule()) is not None:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
                 sampled = [SampledToken(s.request_id, (s.stop * 7) % 5) for s in plan.segments if s.sample]
@@ -137,13 +141,15 @@ class World:
             mirror[admission.request_id] = _Request(table, admission.num_prompt)
         for new in plan.new_pages:
             mirror[new.request_id].table.extend(new.pages)
-        view = rank_view(plan, mirror, place.pcp, place.shard, self.grid.shards_of_pcp)
+        where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
+        view = rank_view(plan, mirror, where, self.layout.windows)
         attention = self.attentions[rank]
         attention.begin(view)
         rows = self._rows(plan, place.pcp)
         q, k, v = self._gather(rows, self.shardings[rank])
-        out = attention(AttentionLayer(0), q, k, v)
-        self._check(view, rows, self.shardings[rank], out)
+        for index, window in enumerate(self.layout.windows):
+            out = attention(AttentionLayer(index, window), q, k, v)
+            self._check(view, rows, self.shardings[rank], out, window)
 
     def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[int, int]]:
         """(request, position) of a rank's rows: decode before prefill, local before travelling."""
@@ -171,13 +177,16 @@ class World:
             found.append(torch.stack(slices) if slices else empty.expand(0, stop - start, at.head_dim))
         return found[0], found[1], found[2]
 
-    def _check(self, view: RankView, rows: list[tuple[int, int]], sharding: Sharding, out: Tensor) -> None:
+    def _check(
+        self, view: RankView, rows: list[tuple[int, int]], sharding: Sharding, out: Tensor, window: int | None
+    ) -> None:
         assert list(view.positions) == [position for _, position in rows]
         group = self.layout.q_heads // self.layout.kv_heads
         for row, (_, position) in enumerate(rows):
             q = self.qkv(position)[0]
-            keys = torch.stack([self.qkv(p)[1] for p in range(position + 1)]).repeat_interleave(group, dim=1)
-            values = torch.stack([self.qkv(p)[2] for p in range(position + 1)]).repeat_interleave(group, dim=1)
+            seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
+            keys = torch.stack([self.qkv(p)[1] for p in seen]).repeat_interleave(group, dim=1)
+            values = torch.stack([self.qkv(p)[2] for p in seen]).repeat_interleave(group, dim=1)
             weights = torch.softmax(torch.einsum("hd,phd->hp", q, keys) * self.layout.head_dim**-0.5, -1)
             dense = torch.einsum("hp,phd->hd", weights, values)[slice(*sharding.q_extent)]
             error = (out[row] - dense).abs().max().item()

@@ -6,7 +6,7 @@ import torch
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.heads import HeadBlock
 from longspan.cache.pages import Span
-from longspan.view import QueryRun
+from longspan.reach import QueryRun
 from tests.ranks.attention_world import Layout, World
 
 GRIDS = [
@@ -48,6 +48,78 @@ def test_every_row_equals_dense_attention(grid, heads, schedule):
 def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     world = World(Layout(2, 2, 2, page_size=page_size, budget=budget, pages=128 // page_size + 2, schedule=schedule))
     world.add(0, [1] * 70, 5)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+WINDOWS = [(3,), (None, 5), (None, 16, 1), (40, 12)]
+
+
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
+@pytest.mark.parametrize("schedule", ["auto", "gather_q", "gather_kv"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 1), (1, 4, 1), (3, 1, 3), (2, 3, 2)], ids=str)
+def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
+    tp, pcp, dcp = grid
+    world = World(Layout(tp, pcp, dcp, 12, 3, page_size=4, schedule=schedule, budget=40, windows=windows))
+    world.add(0, [1] * 61, 4)
+    world.add(1, [2] * 7, 20)
+    world.add(2, [3], 3)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("budget", [3, 17, 64])
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
+    pages = 128 // page_size + 2
+    layout = Layout(2, 2, 2, page_size=page_size, budget=budget, pages=pages, schedule=schedule, windows=(None, 9))
+    world = World(layout)
+    world.add(0, [1] * 70, 5)
+    world.run()
+    world.add(1, [1] * 33 + [2] * 20, 5)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+def test_windows_through_a_workspace_of_one_token_a_shard():
+    world = World(Layout(pcp=2, schedule="gather_kv", workspace_tokens=2, windows=(None, 7)))
+    world.add(0, [1] * 40, 3)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+def test_the_fast_backend_under_windows_is_the_slow_one():
+    for windows in WINDOWS:
+        world = World(
+            Layout(pcp=2, q_heads=6, kv_heads=2, page_size=4, budget=600, pages=200, windows=windows),
+            backend=CpuBackend(),
+        )
+        world.add(0, [1] * 600, 3)
+        world.run()
+        assert world.worst_error < 1e-10
+
+
+def test_what_lies_before_a_window_does_not_travel():
+    def bytes_of(windows):
+        world = World(Layout(pcp=2, page_size=4, schedule="gather_kv", budget=64, windows=windows))
+        world.add(0, [1] * 64, 1)
+        world.run()
+        world.add(1, [1] * 60 + [2] * 60, 1)
+        world.run()
+        return sum(traffic.bytes_by_label["gather_kv"] for traffic in world.traffic)
+
+    assert bytes_of((8,)) < bytes_of((None,)) / 4
+
+
+@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
+    world = World(Layout(pcp=2, page_size=4, budget=64, schedule=schedule, windows=(8,)))
+    world.add(0, [1] * 50, 12)
+    world.run(steps=1)
+    for rank, mirror in enumerate(world.mirrors):
+        for span in mirror[0].table.spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
+            world.attentions[rank].pool.layers[0][:, :, span.slot : span.slot + span.length] = float("nan")
     world.run()
     assert world.worst_error < 1e-13
 
@@ -128,7 +200,7 @@ def test_the_cpu_backend_takes_rows_of_any_strides(method):
         backend = CpuBackend()
         if method == "causal":
             return backend.causal(q, k, v, blocks, 0.25)
-        return backend.unmasked(q, runs, pool, blocks, 0.25)
+        return backend.attend(q, runs, pool, blocks, 0.25)
 
     expected, found = attend(*adjacent), attend(*strided)
     torch.testing.assert_close(found.out, expected.out)
@@ -142,7 +214,7 @@ def test_partials_of_bf16_rows_are_fp32_with_a_natural_lse(method):
     pool = torch.stack([k, v]).transpose(1, 2).contiguous()
     runs, blocks = (QueryRun(0, 1, (Span(0, 1),)),), (HeadBlock(0, 2, 0, 1),)
     backend = CpuBackend()
-    part = backend.causal(q, k, v, blocks, 1.0) if method == "causal" else backend.unmasked(q, runs, pool, blocks, 1.0)
+    part = backend.causal(q, k, v, blocks, 1.0) if method == "causal" else backend.attend(q, runs, pool, blocks, 1.0)
     assert part.out.dtype == part.lse.dtype == torch.float32
     score = (q.float() * k.float()).sum(-1)
     torch.testing.assert_close(part.lse, score, atol=1e-3, rtol=0)  # one key: the lse is its score, whatever the base

@@ -24,7 +24,8 @@ from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
     "--tensor-parallel-size", "-tp", "--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size",
-    "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
+    "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel",
+    "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
 }  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention.partial import Partial, concatenate, merge
+from longspan.attention.partial import Partial, concatenate, merge, with_sink
 
 INF = float("inf")
 
@@ -59,6 +59,21 @@ def test_the_empty_partial_is_the_identity(case):
     empty = Partial.empty(3, 2, 4, whole.out)
     assert close(merge([whole, empty]), whole)
     assert close(merge([empty, whole]), whole)
+
+
+@given(shards(), st.floats(-40, 40))
+@settings(max_examples=50, deadline=None)
+def test_a_sink_is_a_partial_without_values(case, score):
+    _, whole = case
+    sink = torch.tensor([score, -score], dtype=torch.float64)
+    written_out = Partial(torch.zeros_like(whole.out), sink.expand(3, 2))
+    assert close(with_sink(whole, sink), merge([whole, written_out]))
+
+
+def test_a_sink_alone_gives_nothing():
+    part = with_sink(Partial.empty(3, 2, 4, torch.zeros(1)), torch.tensor([1.0, -2.0]))
+    assert torch.equal(part.out, torch.zeros(3, 2, 4))
+    assert torch.equal(part.lse, torch.tensor([1.0, -2.0]).expand(3, 2))
 
 
 def test_all_shards_empty_stays_empty():

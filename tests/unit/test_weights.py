@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from longspan.engine.loading import TensorStore
+from longspan.engine.loading import Piece, TensorStore
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
 from longspan.weights.gguf import GGUFCheckpoint, hub_name
 from longspan.weights.gguf_config import gguf_config
+from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 from longspan.weights.source import ModelSource, resolve_model
 from longspan.weights.tokenizer import load_tokenizer
@@ -226,9 +228,17 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(shapes, message):
 def test_ranks_that_need_the_same_slice_share_one_copy(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
-    piece = [("a", (slice(0, 3), slice(0, 4)))]
+    piece = [Piece("a", ((0, 3), (0, 4)), stacked=False)]
     assert store.tensor(piece).data_ptr() == store.tensor(piece).data_ptr()
     assert store.linear(piece) is store.linear(piece)
+
+
+def test_an_entry_of_a_stacked_tensor_is_loaded_transposed(tmp_path):
+    stack = torch.randn(3, 4, 5)
+    save_file({"s": stack, "b": stack[:, 0].clone()}, tmp_path / "model.safetensors")
+    store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
+    assert torch.equal(store.tensor([Piece("s", ((1, 2), (0, 4), (2, 5)), stacked=True)]), stack[1, :, 2:].t())
+    assert torch.equal(store.tensor([Piece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
 
 
 class Counting:
@@ -246,9 +256,42 @@ def test_a_rank_reads_its_own_slices_only(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     counting = Counting(SafetensorsCheckpoint(tmp_path))
     store = TensorStore(counting, torch.float32)
-    whole = store.tensor([("a", (slice(2, 4), slice(0, 4))), ("a", (slice(5, 6), slice(0, 4)))])
+    whole = store.tensor([Piece("a", ((2, 4), (0, 4)), stacked=False), Piece("a", ((5, 6), (0, 4)), stacked=False)])
     assert torch.equal(whole, tensors()["a"][[2, 3, 5]])
     assert counting.elements == 3 * 4
+
+
+def write_mxfp4(folder: Path) -> torch.Tensor:
+    """Stacked experts in MXFP4 beside a plain tensor; returns what transformers makes of them."""
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (3, 6, 4, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(118, 134, (3, 6, 4), dtype=torch.uint8, generator=generator)
+    bias = torch.arange(18.0).view(3, 6)
+    save_file({"w_blocks": blocks, "w_scales": scales, "w_bias": bias}, folder / "model.safetensors")
+    return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "index", [(slice(0, 3), slice(0, 128), slice(0, 6)), (slice(1, 2), slice(30, 70), slice(2, 5))]
+)  # fmt: skip
+def test_mxfp4_is_multiplied_out_slice_by_slice(tmp_path, index):
+    whole = write_mxfp4(tmp_path)
+    checkpoint = Mxfp4Checkpoint(SafetensorsCheckpoint(tmp_path))
+    assert checkpoint.names() == {"w", "w_bias"}
+    assert checkpoint.shape("w") == tuple(whole.shape) == (3, 128, 6)
+    out = torch.empty(whole[index].shape)
+    checkpoint.read("w", index, out)
+    assert torch.equal(out, whole[index])
+    bias = torch.empty(3, 6)
+    checkpoint.read("w_bias", (slice(0, 3), slice(0, 6)), bias)
+    assert torch.equal(bias, torch.arange(18.0).view(3, 6))
+
+
+def test_mxfp4_scales_of_another_tensor_are_named(tmp_path):
+    blocks, scales = torch.zeros(3, 6, 4, 16, dtype=torch.uint8), torch.zeros(3, 6, 5, dtype=torch.uint8)
+    save_file({"w_blocks": blocks, "w_scales": scales}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"w_scales: shape \(3, 6, 5\) in the checkpoint, \(3, 6, 4\) expected"):
+        Mxfp4Checkpoint(SafetensorsCheckpoint(tmp_path)).shape("w")
 
 
 def write_fp8(folder: Path, block: int) -> torch.Tensor:
@@ -294,7 +337,7 @@ def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():
 def test_an_exact_parameter_stays_fp32_in_a_bf16_model(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
-    assert torch.equal(store.tensor([("b", (slice(0, 5),))], exact=True), tensors()["b"])
+    assert torch.equal(store.tensor([Piece("b", ((0, 5),), stacked=False)], exact=True), tensors()["b"])
 
 
 def write_tokenizer(path: Path, pre: str, add_bos: bool | None) -> None:

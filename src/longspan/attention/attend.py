@@ -12,19 +12,25 @@ from torch import Tensor
 
 from longspan.attention.forms import Form, Kernels
 from longspan.attention.layer import AttentionLayer
-from longspan.attention.partial import Partial, concatenate, merge
+from longspan.attention.partial import Partial, concatenate, merge, with_sink
 from longspan.attention.pool import KVPool, SlotWriter
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
+from longspan.reach import Reach
 from longspan.view import ClassView, RankView
 
 
 class Attention:
-    """The attention of all layers on one rank; call `begin` with each step's view first."""
+    """The attention of all layers on one rank; call `begin` with each step's view first.
 
-    def __init__(self, pool: KVPool, kernels: Kernels, group: ContextGroup) -> None:
+    `windows` are the kinds of layers a view has, in its order.
+    """
+
+    def __init__(self, pool: KVPool, kernels: Kernels, group: ContextGroup, windows: Sequence[int | None]) -> None:
         self.pool = pool
         self._kernels = kernels
         self._group = group
+        self.windows = tuple(windows)
+        self._kind_of = {window: kind for kind, window in enumerate(windows)}
         self._classes: Sequence[ClassView] = ()
         self._writer = SlotWriter((), 0)
 
@@ -37,40 +43,40 @@ class Attention:
         """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
         kv = self.pool.layers[layer.index]
         self._writer.write(kv, k, v)
-        form = self._kernels.form(layer.latent)
-        parts = [self._attend_class(view, form, kv, q, k, v) for view in self._classes]
+        form, kind = self._kernels.form(layer), self._kind_of[layer.window]
+        parts: list[Partial] = []
+        for view in self._classes:
+            rows = slice(view.start, view.stop)
+            off = self._off_diagonal(view, view.kinds[kind], form, kv, q[rows])
+            diagonal = _diagonal(view, form, q[rows], k[rows], v[rows])
+            parts.append(merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
             return q.new_zeros(*q.shape[:-1], form.value_dim)
-        return concatenate(parts).out.to(q.dtype)
+        whole = concatenate(parts)
+        return (whole if layer.sink is None else with_sink(whole, layer.sink)).out.to(q.dtype)
 
-    def _attend_class(self, view: ClassView, form: Form, kv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        off = self._off_diagonal(view, form, kv, q)
-        diagonal = self._diagonal(view, form, q, k, v)
-        return merge([part for part in (diagonal, off) if part is not None])
-
-    def _off_diagonal(self, view: ClassView, form: Form, kv: Tensor, q: Tensor) -> Partial | None:
+    def _off_diagonal(self, view: ClassView, reach: Reach, form: Form, kv: Tensor, q: Tensor) -> Partial | None:
         """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
-        local = q[view.start : view.travel]
+        local = q[: reach.travel]
         parts: list[Partial] = []
-        if sum(view.block_rows):
-            join = Join(q[view.travel : view.stop], kv, view, form, self._group)
-            parts.append(SCHEDULES[view.schedule](join))
+        if sum(reach.block_rows):
+            parts.append(SCHEDULES[reach.schedule](Join(q[reach.travel :], kv, reach, form, self._group)))
         if len(local) or not (parts or view.diagonal):
-            parts.insert(0, form.own(local, view.own, kv))
+            parts.insert(0, form.own(local, reach.own, kv))
         return concatenate(parts) if parts else None
 
-    def _diagonal(self, view: ClassView, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
-        """Every segment longer than one token against itself; None if there is none."""
-        if not view.diagonal:
-            return None
-        parts: list[Partial] = []
-        at = view.start
-        for row, length in view.diagonal:
-            start = view.start + row
-            if start > at:
-                parts.append(Partial.empty(start - at, q.shape[1], form.value_dim, q))
-            at = start + length
-            parts.append(form.diagonal(q[start:at], k[start:at], v[start:at]))
-        if at < view.stop:
-            parts.append(Partial.empty(view.stop - at, q.shape[1], form.value_dim, q))
-        return concatenate(parts)
+
+def _diagonal(view: ClassView, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
+    """Every segment longer than one token of a class's rows against itself; None if there is none."""
+    if not view.diagonal:
+        return None
+    parts: list[Partial] = []
+    at = 0
+    for row, length in view.diagonal:
+        if row > at:
+            parts.append(Partial.empty(row - at, q.shape[1], form.value_dim, q))
+        at = row + length
+        parts.append(form.diagonal(q[row:at], k[row:at], v[row:at]))
+    if at < len(q):
+        parts.append(Partial.empty(len(q) - at, q.shape[1], form.value_dim, q))
+    return concatenate(parts)

@@ -45,13 +45,16 @@ class ClassFacts:
 
     def __init__(self, pcp: int) -> None:
         self.rows = [0] * pcp
-        self._seen: dict[tuple[int, int], int] = {}
+        self._seen: dict[tuple[object, int], int] = {}
 
-    def add(self, request_id: int, pcp: int, rows: int, visible: dict[int, int]) -> None:
-        """One travelling segment: `visible` counts the tokens it sees on each shard."""
+    def add(self, keys: object, pcp: int, rows: int, visible: dict[int, int]) -> None:
+        """One travelling segment: `visible` counts the tokens it sees on each shard.
+
+        Segments with equal `keys` see prefixes of the same tokens.
+        """
         self.rows[pcp] += rows
         for shard, tokens in visible.items():
-            key = (request_id, shard)
+            key = (keys, shard)
             self._seen[key] = max(tokens, self._seen.get(key, 0))
 
     @property

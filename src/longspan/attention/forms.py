@@ -15,11 +15,11 @@ from torch import Tensor
 from longspan.attention.backends.base import Backend
 from longspan.attention.cost import ExpansionCost
 from longspan.attention.heads import HeadBlock
-from longspan.attention.layer import Latent
+from longspan.attention.layer import AttentionLayer, Latent
 from longspan.attention.partial import Partial, merge
 from longspan.attention.pool import read_spans
 from longspan.cache.pages import Span, clip_spans
-from longspan.view import QueryRun
+from longspan.reach import QueryRun
 
 _EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
 
@@ -46,9 +46,11 @@ class Kernels:
     value_dim: int
     expansion: ExpansionCost
 
-    def form(self, latent: Latent | None) -> Form:
+    def form(self, layer: AttentionLayer) -> Form:
         """The form of a layer's attention."""
-        return PlainForm(self) if latent is None else LatentForm(self, latent)
+        if layer.latent is None:
+            return PlainForm(self, layer.window)
+        return LatentForm(self, layer.window, layer.latent)
 
 
 class Form(Protocol):
@@ -81,17 +83,18 @@ class Form(Protocol):
 class PlainForm:
     """Keys and values are cached as they are."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, window: int | None) -> None:
         self._kernels = kernels
+        self._window = window
         self.value_dim = self.travelling_dim = kernels.value_dim
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """See `Form.diagonal`."""
-        return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale)
+        return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)
 
     def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.own`."""
-        return self._kernels.backend.unmasked(q, runs, kv, self._kernels.heads.own, self._kernels.scale)
+        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.own, self._kernels.scale)
 
     def outgoing(self, q: Tensor) -> Tensor:
         """See `Form.outgoing`."""
@@ -99,7 +102,7 @@ class PlainForm:
 
     def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.visiting`."""
-        return self._kernels.backend.unmasked(q, runs, kv, self._kernels.heads.shard, self._kernels.scale)
+        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.shard, self._kernels.scale)
 
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""
@@ -113,8 +116,9 @@ class LatentForm:
     Queries that travel are absorbed: the rank they visit has other heads' maps.
     """
 
-    def __init__(self, kernels: Kernels, latent: Latent) -> None:
+    def __init__(self, kernels: Kernels, window: int | None, latent: Latent) -> None:
         self._kernels = kernels
+        self._window = window
         self._latent = latent
         self.value_dim, self.travelling_dim = latent.value_dim, kernels.value_dim
 
@@ -123,8 +127,10 @@ class LatentForm:
         kernels, length = self._kernels, q.shape[0]
         if kernels.expansion.pays(pairs=length * length / 2, tokens=length):
             keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
-            return kernels.backend.causal(q, keys, values[..., : self.value_dim], _each_head(q), kernels.scale)
-        part = kernels.backend.causal(self._latent.absorb(q), k, v, kernels.heads.own, kernels.scale)
+            values = values[..., : self.value_dim]
+            return kernels.backend.causal(q, keys, values, _each_head(q), kernels.scale, self._window)
+        absorbed = self._latent.absorb(q)
+        part = kernels.backend.causal(absorbed, k, v, kernels.heads.own, kernels.scale, self._window)
         return self.incoming(part.columns(kernels.value_dim))
 
     def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
@@ -133,13 +139,14 @@ class LatentForm:
         parts: list[Partial] = []
         for sharers in _by_first_slot(runs):
             pairs = sum(run.length * run.tokens for run in sharers)
-            if self._kernels.expansion.pays(pairs, max(run.tokens for run in sharers)):
+            masked = any(run.lows for run in sharers)
+            if not masked and self._kernels.expansion.pays(pairs, max(run.tokens for run in sharers)):
                 parts.append(self._expanded(q, sharers, kv))
             else:
                 absorbed += sharers
         if absorbed or not parts:
             kernels = self._kernels
-            part = kernels.backend.unmasked(self._latent.absorb(q), absorbed, kv, kernels.heads.own, kernels.scale)
+            part = kernels.backend.attend(self._latent.absorb(q), absorbed, kv, kernels.heads.own, kernels.scale)
             parts.append(self.incoming(part.columns(kernels.value_dim)))
         return merge(parts)
 
@@ -150,7 +157,7 @@ class LatentForm:
     def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.visiting`."""
         kernels = self._kernels
-        return kernels.backend.unmasked(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
+        return kernels.backend.attend(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
 
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""
@@ -168,7 +175,7 @@ class LatentForm:
                 if run.tokens > start
             ]
             expanded = self._latent.expand(rows)
-            part = self._kernels.backend.unmasked(q, seen, expanded, _each_head(q), self._kernels.scale)
+            part = self._kernels.backend.attend(q, seen, expanded, _each_head(q), self._kernels.scale)
             parts = [merge([*parts, part.columns(self.value_dim)])]
         return parts[0]
 

@@ -34,7 +34,12 @@ class Latent(Protocol):
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer: its number in the model, and its latent space if it has one."""
+    """One layer: its number in the model, how many positions a row sees with its own (None: all), and what few have.
+
+    `sink` [Hq] is a score without a value that every row's softmax counts in (gpt-oss).
+    """
 
     index: int
+    window: int | None = None
+    sink: Tensor | None = None
     latent: Latent | None = None

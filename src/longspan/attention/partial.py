@@ -59,6 +59,13 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return Partial(torch.where(weights > 0, outs, 0.0).mul_(weights).sum(0), torch.logsumexp(lse, 0))
 
 
+def with_sink(part: Partial, sink: Tensor) -> Partial:
+    """`part` merged with the partial (0, sink): sink [H] is a score without a value (StreamingLLM, 2023; gpt-oss)."""
+    sink = sink.to(part.lse.dtype)
+    out = part.out * torch.sigmoid(part.lse - sink)[..., None]
+    return Partial(out, torch.logaddexp(part.lse, sink.expand_as(part.lse)))
+
+
 def concatenate(parts: Sequence[Partial]) -> Partial:
     """Rows of `parts` one behind the other."""
     if len(parts) == 1:

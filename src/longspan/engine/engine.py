@@ -89,7 +89,7 @@ class Engine:
         )
         self.scheduler = Scheduler(
             config.scheduler, self.setup.max_model_len, self.cache, self.setup.grid, chooser,
-            root_key(self.setup.source.name, str(self.setup.dtype), cache.page_size),
+            root_key(self.setup.source.name, str(self.setup.dtype), cache.page_size), self.setup.model.kinds,
         )  # fmt: skip
         self.executor = create_executor(self.setup)
         self._under_way: deque[StepPlan] = deque()
@@ -258,8 +258,8 @@ class Engine:
 
     def _record(self, plan: StepPlan) -> None:
         for name, schedule, prefill in (
-            ("prefill", plan.prefill_schedule, True),
-            ("decode", plan.decode_schedule, False),
+            ("prefill", plan.prefill_schedules[0], True),
+            ("decode", plan.decode_schedules[0], False),
         ):
             if any(segment.prefill == prefill for segment in plan.segments):
                 self._schedules[name] = schedule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,26 @@ from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
-Piece = tuple[str, tuple[slice, ...]]
-_Key = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+_Key = tuple["Piece", ...]
+
+
+class Piece(NamedTuple):
+    """A slice of a tensor: [start, stop) of each dimension; of a `stacked` one an entry, to be transposed."""
+
+    name: str
+    bounds: tuple[tuple[int, int], ...]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is loaded."""
+        sizes = tuple(stop - start for start, stop in self.bounds)
+        return sizes[:0:-1] if self.stacked else sizes
+
+    def read(self, checkpoint: Checkpoint, out: Tensor) -> None:
+        """Into `out`, which has `shape`."""
+        target = out.permute(*reversed(range(out.dim())))[None] if self.stacked else out
+        checkpoint.read(self.name, tuple(slice(start, stop) for start, stop in self.bounds), target)
 
 
 class TensorStore:
@@ -48,16 +66,15 @@ class TensorStore:
             return _once(self._linears, pieces, lambda wanted: Linear(self._read(wanted, self._dtype)))
 
     def _read(self, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
-        rows = [index[0].stop - index[0].start for _, index in pieces]
-        rest = [part.stop - part.start for part in pieces[0][1][1:]]
-        whole = torch.empty(sum(rows), *rest, dtype=dtype)
-        for (name, index), out in zip(pieces, torch.split(whole, rows), strict=True):
-            self._checkpoint.read(name, index, out)
+        rows = [piece.shape[0] for piece in pieces]
+        whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
+        for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
+            piece.read(self._checkpoint, out)
         return whole
 
 
 def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:
-    key = tuple((name, tuple((part.start, part.stop) for part in index)) for name, index in pieces)
+    key = tuple(pieces)
     if key not in made:
         made[key] = make(pieces)
     return made[key]
@@ -77,18 +94,20 @@ class RankLoader:
     def load(self, *params: Param) -> Tensor:
         """This rank's slice of each parameter, concatenated along dim 0."""
         exact = any(param.exact for param in params)
-        return self._store.tensor([(param.name, self._index(param)) for param in params], exact)
+        return self._store.tensor([self._piece(param) for param in params], exact)
 
     def linear(self, *params: Param) -> Linear:
         """The same, as the weight of products."""
-        return self._store.linear([(param.name, self._index(param)) for param in params])
+        return self._store.linear([self._piece(param) for param in params])
 
-    def _index(self, param: Param) -> tuple[slice, ...]:
-        index: list[slice] = []
+    def _piece(self, param: Param) -> Piece:
+        bounds: list[tuple[int, int]] = []
         for size, axis in zip(param.shape, param.axes, strict=True):
             if axis is None:
-                index.append(slice(0, size))
+                bounds.append((0, size))
             else:
                 start, stop = self.extent(axis, size // param.unit)
-                index.append(slice(start * param.unit, stop * param.unit))
-        return tuple(index)
+                bounds.append((start * param.unit, stop * param.unit))
+        if param.stacked is not None:
+            bounds[0] = (param.stacked, param.stacked + 1)
+        return Piece(param.name, tuple(bounds), param.stacked is not None)

@@ -20,6 +20,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.plan import Admission, StepPlan
+from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.view import RankView, SampleRequest, rank_view
 
@@ -58,7 +59,8 @@ class Runner:
         debug: bool,
     ) -> None:
         self._grid = grid
-        self._place = grid.ranks[rank]
+        self._rank = rank
+        self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
         self._model = model
         self._attention = attention
         self._groups = groups
@@ -72,7 +74,7 @@ class Runner:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
-        view = rank_view(plan, self._mirrors, self._place.pcp, self._place.shard, self._grid.shards_of_pcp)
+        view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
         self._attention.begin(view)
         hidden = self._model.layers(self._enter(view), torch.tensor(view.positions, dtype=torch.int64), self._attention)
         if self._model.head is None:
@@ -81,7 +83,7 @@ class Runner:
         if not view.samples:
             return []
         logits = self._model.head(hidden[[wanted.row for wanted in view.samples]])
-        return self._sample(logits, view.samples) if self._grid.returns_tokens(self._place.rank) else []
+        return self._sample(logits, view.samples) if self._grid.returns_tokens(self._rank) else []
 
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers."""
@@ -130,7 +132,7 @@ class Runner:
             for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):
                 if not torch.equal(digest, mine):
                     raise EngineError(
-                        f"step {plan.step}: member {member} of rank {self._place.rank}'s group has another plan"
+                        f"step {plan.step}: member {member} of rank {self._rank}'s group has another plan"
                     )
         if not self._groups.pipeline.agrees(mine):
-            raise EngineError(f"step {plan.step}: the stage before rank {self._place.rank} has another plan")
+            raise EngineError(f"step {plan.step}: the stage before rank {self._rank} has another plan")

@@ -91,7 +91,7 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> At
     heads = Heads(sharding.own_blocks, sharding.shard_blocks)
     model = setup.model
     kernels = Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, _expansion(model))
-    return Attention(pool, kernels, ContextGroup(group, setup.grid.shards_of_pcp, _WORKSPACE_TOKENS))
+    return Attention(pool, kernels, ContextGroup(group, setup.grid.shards_of_pcp, _WORKSPACE_TOKENS), model.kinds)
 
 
 def _expansion(model: ModelConfig) -> ExpansionCost:

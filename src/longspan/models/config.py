@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.errors import ModelError
+from longspan.errors import ModelError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ class MLAConfig:
 class MoEConfig:
     """Sizes, routing and names of a mixture.
 
-    `scoring` is softmax or sigmoid; with `num_groups` > 1 only the best `groups_per_token` groups of experts
-    compete, a group's score being its best expert's (`group_top` 1) or the sum of its best two. `layers` are those
-    that have a mixture, the others are dense. `names` are the gate, up and down projections of an expert.
+    `scoring` is softmax, sigmoid or softmax_of_chosen (over the logits of the chosen alone); with `num_groups` > 1
+    only the best `groups_per_token` groups of experts compete, a group's score being its best expert's (`group_top`
+    1) or the sum of its best two. `layers` are those that have a mixture, the others are dense. `names` are the gate,
+    up and down projections of an expert; `stacked` experts lie in tensors for all of them, with biases.
+    `swiglu_limit` is gpt-oss's clamped activation.
     """
 
     num_experts: int
@@ -74,6 +76,10 @@ class MoEConfig:
     group_top: int = 1
     correction_bias: bool = False
     shared_intermediate_size: int = 0
+    router: str = "gate"
+    router_bias: bool = False
+    stacked: bool = False
+    swiglu_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class ModelConfig:
     """A decoder-only transformer with grouped-query or latent attention.
 
     `num_kv_heads` and `head_dim` are those of the cache: MLA has one head, as wide as latent and rotary key together.
-    `num_draft_layers` follow the layers in the checkpoint and are not read (multi-token prediction).
+    `num_draft_layers` follow the layers in the checkpoint and are not read (multi-token prediction). `windows` has for
+    each layer how many positions a token sees with its own, None for all; empty where no layer has a window.
     """
 
     architecture: str
@@ -104,6 +111,18 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
     num_draft_layers: int = 0
+    windows: tuple[int | None, ...] = ()
+    attention_sinks: bool = False
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a token of the layer sees, its own with them; None for all."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def kinds(self) -> tuple[int | None, ...]:
+        """The windows there are, widest first."""
+        found = {self.window(layer) for layer in range(self.num_layers)}
+        return tuple(sorted(found, key=lambda window: -(window or self.max_position_embeddings + 1)))
 
     @property
     def rotary_dim(self) -> int:
@@ -176,6 +195,25 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig(float(theta), str(rope_type), scaling, float(partial), max_position_embeddings)
 
 
+def read_windows(fields: Fields, positions: int) -> tuple[int | None, ...]:
+    """Each layer's window, from `layer_types` or, in older files, for all layers from `max_window_layers` on."""
+    if not fields.get("sliding_window") or not fields.get("use_sliding_window", True):
+        return ()
+    window: int | None = fields.size("sliding_window")
+    if window is not None and window >= positions:
+        window = None
+    layers = range(fields.size("num_hidden_layers"))
+    first = int(fields.get("max_window_layers", 0))
+    types = fields.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in layers]
+    known = {"sliding_attention": window, "full_attention": None}
+    for layer_type in types:
+        if layer_type not in known:
+            raise UnsupportedModel(
+                f"config.json: layer_types={layer_type!r} is not supported; known are {', '.join(known)}"
+            )
+    return tuple(known[layer_type] for layer_type in types)
+
+
 def read_config(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
     """The fields every family shares; `differences` are those in which a family is its own."""
     fields = Fields(values)
@@ -188,9 +226,6 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
         )
     positions = fields.size("max_position_embeddings", 2048)
     rope = read_rope(fields, positions)
-    window = fields.get("sliding_window")
-    if window and fields.get("use_sliding_window", True):
-        positions = min(positions, int(window))  # within its window, windowed attention is full attention
     common: dict[str, Any] = {
         "architecture": architecture,
         "num_layers": fields.size("num_hidden_layers"),
@@ -205,5 +240,6 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
         "rope": rope,
         "tie_word_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "eos_token_ids": fields.ids("eos_token_id"),
+        "windows": read_windows(fields, positions),
     }
     return ModelConfig(**{**common, **differences})

@@ -49,7 +49,7 @@ def decoder_params(config: ModelConfig) -> list[Param]:
         params += attention(config, f"{prefix}.self_attn").values()
         moe = config.moe
         if moe and layer in moe.layers:
-            params += moe_params(moe, config.hidden_size, f"{prefix}.{moe.block}").values()
+            params += moe_params(moe, config.hidden_size, f"{prefix}.{moe.block}")
         else:
             params += mlp_params(config, f"{prefix}.mlp").values()
         params.append(_norm_param(config, f"{prefix}.input_layernorm.weight"))

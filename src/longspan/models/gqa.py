@@ -33,6 +33,8 @@ def gqa_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
     if config.qk_norm:
         params["q_norm"] = Param(f"{prefix}.q_norm.weight", (dim,), (None,))
         params["k_norm"] = Param(f"{prefix}.k_norm.weight", (dim,), (None,))
+    if config.attention_sinks:
+        params["sinks"] = Param(f"{prefix}.sinks", (config.num_q_heads,), ("q_heads",), exact=True)
     return params
 
 
@@ -41,7 +43,8 @@ class GroupedQueryAttention:
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
         params = gqa_params(config, prefix)
-        self._layer = AttentionLayer(layer)
+        sink = given.loader.load(params["sinks"]) if config.attention_sinks else None
+        self._layer = AttentionLayer(layer, config.window(layer), sink)
         self._tp = given.tp
         self._dim = config.head_dim
         self._qkv = given.loader.linear(params["q"], params["k"], params["v"])

@@ -60,7 +60,11 @@ class MultiHeadLatentAttention:
         self._kv_a = given.loader.linear(params["kv_a"])
         self._kv_norm = RMSNorm(given.loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
         expand = given.loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
-        self._layer = AttentionLayer(layer, _LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]))
+        self._layer = AttentionLayer(
+            layer,
+            config.window(layer),
+            latent=_LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]),
+        )
         self._o = given.loader.linear(params["o"])
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -1,6 +1,6 @@
 """A mixture of experts: a router, the experts held here, and the shared expert.
 
-It owns routing and the experts' names; which experts a rank holds is what its loader says.
+It owns routing; which experts a rank holds is what its loader says, and what an expert is `experts` knows.
 """
 
 from __future__ import annotations
@@ -11,70 +11,54 @@ from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
 from longspan.models.context import Provided
-from longspan.models.layers import Linear
+from longspan.models.experts import Expert, expert_params, shared_params
 from longspan.models.params import Param
 
 
-def moe_params(moe: MoEConfig, hidden: int, prefix: str) -> dict[str, Param]:
-    """A layer's parameters by role; an expert's roles end in its number."""
-    params = {"router": Param(f"{prefix}.gate.weight", (moe.num_experts, hidden), (None, None))}
+def router_params(moe: MoEConfig, hidden: int, prefix: str) -> dict[str, Param]:
+    """The router's parameters by role."""
+    name = f"{prefix}.{moe.router}"
+    params = {"router": Param(f"{name}.weight", (moe.num_experts, hidden), (None, None))}
+    if moe.router_bias:
+        params["router_bias"] = Param(f"{name}.bias", (moe.num_experts,), (None,))
     if moe.correction_bias:
-        params["bias"] = Param(f"{prefix}.gate.e_score_correction_bias", (moe.num_experts,), (None,), exact=True)
-    gate, up, down = moe.names
-    for expert in range(moe.num_experts):
-        name = f"{prefix}.experts.{expert}"
-        wide = moe.intermediate_size
-        params[f"gate{expert}"] = Param(f"{name}.{gate}.weight", (wide, hidden), (None, None))
-        params[f"up{expert}"] = Param(f"{name}.{up}.weight", (wide, hidden), (None, None))
-        params[f"down{expert}"] = Param(f"{name}.{down}.weight", (hidden, wide), (None, None))
-    if moe.shared_intermediate_size:
-        name, wide = f"{prefix}.shared_experts", moe.shared_intermediate_size
-        params["shared_gate"] = Param(f"{name}.gate_proj.weight", (wide, hidden), ("shared_ffn", None))
-        params["shared_up"] = Param(f"{name}.up_proj.weight", (wide, hidden), ("shared_ffn", None))
-        params["shared_down"] = Param(f"{name}.down_proj.weight", (hidden, wide), (None, "shared_ffn"))
+        params["correction"] = Param(f"{name}.e_score_correction_bias", (moe.num_experts,), (None,), exact=True)
     return params
 
 
-class _Expert:
-    """down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
-        self._gate_up = gate_up
-        self._down = down
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(F.silu(gate).mul_(up))
+def moe_params(moe: MoEConfig, hidden: int, prefix: str) -> list[Param]:
+    """A layer's parameters."""
+    params = list(router_params(moe, hidden, prefix).values())
+    for expert in range(moe.num_experts):
+        params += expert_params(moe, hidden, prefix, expert).all
+    if moe.shared_intermediate_size:
+        params += shared_params(moe, hidden, prefix).all
+    return params
 
 
 class MixtureOfExperts:
     """The experts in its loader's extent; rows reach all experts through the expert group."""
 
     def __init__(self, moe: MoEConfig, hidden: int, prefix: str, given: Provided) -> None:
-        params = moe_params(moe, hidden, prefix)
+        router, load = router_params(moe, hidden, prefix), given.loader.load
         self._moe = moe
         self._tp = given.tp
         self._group = given.experts
-        self._router = given.loader.load(params["router"]).float()
-        self._bias = given.loader.load(params["bias"]) if moe.correction_bias else None
+        self._router = load(router["router"]).float()
+        self._router_bias = load(router["router_bias"]).float() if moe.router_bias else None
+        self._correction = load(router["correction"]) if moe.correction_bias else None
         start, stop = given.loader.extent("experts", moe.num_experts)
         self._experts = {
-            expert: _Expert(
-                given.loader.linear(params[f"gate{expert}"], params[f"up{expert}"]),
-                given.loader.linear(params[f"down{expert}"]),
-            )
+            expert: Expert(expert_params(moe, hidden, prefix, expert), given.loader, moe.swiglu_limit)
             for expert in range(start, stop)
         }
-        self._shared: _Expert | None = None
-        if moe.shared_intermediate_size:
-            self._shared = _Expert(
-                given.loader.linear(params["shared_gate"], params["shared_up"]),
-                given.loader.linear(params["shared_down"]),
-            )
+        shared = moe.shared_intermediate_size
+        self._shared = Expert(shared_params(moe, hidden, prefix), given.loader) if shared else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
-        experts, weights = route(F.linear(x.float(), self._router), self._bias, self._moe)
+        logits = F.linear(x.float(), self._router, self._router_bias)
+        experts, weights = route(logits, self._correction, self._moe)
         out = self._group.apply(x, experts, weights, self._sum)
         return self._tp.all_reduce(out if self._shared is None else out.add_(self._shared(x)))
 
@@ -93,6 +77,9 @@ def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
 
     DeepSeek-V3 (2024, eqs. 12-16): the correction bias counts for the choice, not for the weight.
     """
+    if moe.scoring == "softmax_of_chosen":
+        chosen = logits.topk(moe.experts_per_token, dim=-1)
+        return chosen.indices, chosen.values.softmax(-1)
     scores = logits.softmax(-1) if moe.scoring == "softmax" else logits.sigmoid()
     merit = scores if bias is None else scores + bias
     if moe.num_groups > 1:

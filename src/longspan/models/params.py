@@ -19,7 +19,8 @@ class Param:
     """Hub name, whole shape, and for each dimension its logical axis (`q_heads`, `kv_heads`, `ffn`, `vocab`) or None.
 
     `unit` is the rows that belong together on a sharded dimension: head_dim for the head axes. An
-    `exact` parameter is kept in fp32 whatever the dtype of the model.
+    `exact` parameter is kept in fp32 whatever the dtype of the model. A `stacked` one is entry number `stacked` of a
+    tensor [entries, in, out], and is loaded as [out, in].
     """
 
     name: str
@@ -27,6 +28,7 @@ class Param:
     axes: tuple[str | None, ...]
     unit: int = 1
     exact: bool = False
+    stacked: int | None = None
 
 
 class Shapes(Protocol):

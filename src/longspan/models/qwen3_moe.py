@@ -15,7 +15,10 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; layers named in `mlp_only_layers`, or off the `decoder_sparse_step`, are dense."""
+    """The configuration; layers named in `mlp_only_layers`, or off the `decoder_sparse_step`, are dense.
+
+    Unlike in Qwen3 a window is every layer's, whatever `max_window_layers` says.
+    """
     fields = Fields(values)
     step, dense = fields.size("decoder_sparse_step", 1), set(fields.get("mlp_only_layers", ()))
     layers = range(fields.size("num_hidden_layers"))
@@ -26,4 +29,4 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         layers=frozenset(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense),
         normalise=bool(fields.get("norm_topk_prob", False)),
     )
-    return qwen3.parse(values, architecture, moe=moe)
+    return qwen3.parse({**values, "max_window_layers": 0}, architecture, moe=moe)

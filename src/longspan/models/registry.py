@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longspan.errors import UnsupportedModel
-from longspan.models import deepseek, llama, mixtral, qwen2, qwen3, qwen3_moe
+from longspan.models import deepseek, gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
 from longspan.models.config import ModelConfig
 from longspan.models.context import Provided
 from longspan.models.decoder import DecoderModel, decoder_params
@@ -19,7 +19,7 @@ from longspan.models.params import Shapes, validate_checkpoint
 
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
     name: family.parse
-    for family in (llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek)
+    for family in (llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek, gpt_oss)
     for name in family.ARCHITECTURES
 }
 

@@ -55,6 +55,7 @@ class Scheduler:
         grid: Grid,
         chooser: ScheduleChooser,
         root_key: Key,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self.config = config
         self.max_model_len = max_model_len
@@ -62,6 +63,7 @@ class Scheduler:
         self.grid = grid
         self.chooser = chooser
         self.root_key = root_key
+        self.windows = windows
         self._sequences: dict[int, SequenceState] = {}
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
@@ -117,9 +119,8 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
         while True:
-            step = StepBuilder(
-                self.config, self.cache, self.grid, self._micro_batch(self.config.max_num_batched_tokens)
-            )
+            budget = self._micro_batch(self.config.max_num_batched_tokens)
+            step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
             self._decode(step)
             self._prefill(step)
             if step.segments or not self.running or any(sequence.in_flight for sequence in self.running):

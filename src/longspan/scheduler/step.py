@@ -5,6 +5,8 @@ It owns the budget and load of a single step; it must not choose which requests 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from longspan.attention.cost import ClassFacts, ScheduleChooser
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
@@ -12,7 +14,7 @@ from longspan.cache.placement import home_shard, shard_for_decode, shard_for_pag
 from longspan.config import SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
-from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until
+from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.scheduler.segments import Piece, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 
@@ -20,7 +22,9 @@ from longspan.scheduler.sequence import SequenceState
 class StepBuilder:
     """Collects a `StepPlan`. `budget` is the tokens left; `preempted` forbids new admissions."""
 
-    def __init__(self, config: SchedulerConfig, cache: CacheManager, grid: Grid, budget: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, cache: CacheManager, grid: Grid, windows: Sequence[int | None], budget: int
+    ) -> None:
         self.budget = budget
         self.preempted = False
         self.segments: list[Segment] = []
@@ -32,7 +36,8 @@ class StepBuilder:
         self._load = [0] * grid.pcp
         self._admitted: list[Admission] = []
         self._new_pages: dict[int, list[PageRef]] = {}
-        self._facts = {prefill: ClassFacts(grid.pcp) for prefill in (False, True)}
+        self._windows = windows
+        self._facts = {prefill: [ClassFacts(grid.pcp) for _ in windows] for prefill in (False, True)}
 
     def admit(self, sequence: SequenceState) -> None:
         """A waiting request joins; a short one gets a home shard."""
@@ -76,15 +81,15 @@ class StepBuilder:
             self._add_segment(sequence, piece, prefill=True)
 
     def build(self, step: int, finished: tuple[int, ...], chooser: ScheduleChooser) -> StepPlan:
-        """The finished plan, with what travels chosen for each class."""
+        """The finished plan, with what travels chosen for each class and kind of layer."""
         return StepPlan(
             step=step,
             finished=finished,
             admitted=tuple(self._admitted),
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
-            decode_schedule=chooser.choose(self._facts[False]),
-            prefill_schedule=chooser.choose(self._facts[True]),
+            decode_schedules=tuple(map(chooser.choose, self._facts[False])),
+            prefill_schedules=tuple(map(chooser.choose, self._facts[True])),
         )
 
     def _choose_home(self, sequence: SequenceState, held: set[int]) -> int | None:
@@ -121,10 +126,15 @@ class StepBuilder:
         self._new_pages.setdefault(sequence.request_id, []).append(page)
 
     def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool) -> None:
-        until = unmasked_until(piece.start, piece.stop)
-        visible = _visible_shards(sequence.table, until, self._cache.num_shards)
-        members = self._grid.shards_of_pcp[piece.pcp]
-        travels = any(shard != member for member in members for shard in visible)
+        length = piece.stop - piece.start
+        travels = 0
+        for window, facts in zip(self._windows, self._facts[prefill], strict=True):
+            visible = self._visible(sequence.table, piece, window)
+            if not self._reaches_out(piece.pcp, visible):
+                break
+            key = sequence.request_id if window is None else (sequence.request_id, piece.start)
+            facts.add(key, piece.pcp, length, visible)
+            travels += 1
         self.segments.append(
             Segment(
                 request_id=sequence.request_id,
@@ -136,14 +146,18 @@ class StepBuilder:
                 sample=piece.stop == len(sequence.tokens),
             )
         )
-        length = piece.stop - piece.start
-        if travels:
-            self._facts[prefill].add(sequence.request_id, piece.pcp, length, visible)
         self._load[piece.pcp] += length
         self.budget -= length
 
+    def _visible(self, table: PageTable, piece: Piece, window: int | None) -> dict[int, int]:
+        """Tokens that a segment's unmasked attention sees on each shard that has any."""
+        first, until = window_start(piece.start, window), unmasked_until(piece.start, piece.stop)
+        counts = {
+            shard: table.visible(shard, until) - (table.visible(shard, first) if first else 0)
+            for shard in range(self._cache.num_shards)
+        }
+        return {shard: tokens for shard, tokens in counts.items() if tokens > 0}
 
-def _visible_shards(table: PageTable, until: int, num_shards: int) -> dict[int, int]:
-    """Tokens below `until` on each shard that has any."""
-    counts = {shard: table.visible(shard, until) for shard in range(num_shards)}
-    return {shard: tokens for shard, tokens in counts.items() if tokens}
+    def _reaches_out(self, pcp: int, visible: dict[int, int]) -> bool:
+        """Whether some rank of the TP group at `pcp` lacks something of what is visible."""
+        return any(shard != member for member in self._grid.shards_of_pcp[pcp] for shard in visible)

@@ -16,6 +16,7 @@ from longspan.errors import ModelError, ModelNotFound, UnsupportedModel
 from longspan.weights.checkpoint import Checkpoint
 from longspan.weights.gguf import GGUFCheckpoint
 from longspan.weights.gguf_config import gguf_config
+from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 
 SMOLLM2 = "smollm2"
@@ -61,19 +62,21 @@ def _folder(name: str, path: Path) -> ModelSource:
     if (path / "generation_config.json").is_file():
         generation = _json(path / "generation_config.json")
         config["eos_token_id"] = sorted({*_ids(config), *_ids(generation)})
-    return ModelSource(name, path, config, SafetensorsCheckpoint(path, _scale_block(name, config)))
+    return ModelSource(name, path, config, _open_folder(name, path, config))
 
 
-def _scale_block(name: str, config: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale; raises `UnsupportedModel` for any quantisation but block-scaled FP8."""
+def _open_folder(name: str, path: Path, config: dict[str, Any]) -> Checkpoint:
+    """The folder's tensors; raises `UnsupportedModel` for any quantisation but block-scaled FP8 and MXFP4."""
     quantisation = config.get("quantization_config") or {}
     method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size", [128, 128])
+    if method == "mxfp4":
+        return Mxfp4Checkpoint(SafetensorsCheckpoint(path))
     if method != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise UnsupportedModel(
             f"model={name}: quantization_config (quant_method={method}, weight_block_size={block}) is not supported; "
-            "use the unquantised model, one in block-scaled FP8, or a GGUF file"
+            "use the unquantised model, one in block-scaled FP8 or MXFP4, or a GGUF file"
         )
-    return block[0], block[1]
+    return SafetensorsCheckpoint(path, (block[0], block[1]))
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

@@ -12,21 +12,26 @@ from torch import Tensor
 
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
-from longspan.view import QueryRun
+from longspan.reach import QueryRun
 
 
 class Backend(Protocol):
     """Attention over local tensors."""
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
-        """The diagonal: q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal."""
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
+        """The diagonal: q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal.
+
+        Under a window a row sees as many tokens, its own with them.
+        """
         ...
 
-    def unmasked(
+    def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
         """The off-diagonal: each run's rows of q [T, Hq, D] against its spans of kv [planes, Hkv, slots, D].
 
-        Rows of no run give the identity.
+        Rows of no run give the identity, and so do rows whose `lows` leave them nothing.
         """
         ...

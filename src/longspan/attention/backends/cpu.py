@@ -13,44 +13,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.attention.heads import HeadBlock
-from longspan.attention.partial import Partial, merge
-from longspan.cache.pages import Span
-from longspan.view import QueryRun
+from longspan.attention.partial import Partial, concatenate, merge
+from longspan.reach import QueryRun
 
 _SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats one kernel call for each
+_BAND_ROWS = 256  # rows of a windowed diagonal that share a mask
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuBackend:
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
         """See `Backend.causal`."""
-        parts = [_causal_block(q, k, v, block, scale) for block in blocks]
-        return _join_heads(parts)
+        if window is None or q.shape[0] <= window:
+            return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
+        parts: list[Partial] = []
+        for start in range(0, q.shape[0], _BAND_ROWS):
+            stop = min(start + _BAND_ROWS, q.shape[0])
+            first = max(0, start + 1 - window)
+            band = _band(stop - start, stop - first, start - first, window, q)
+            keys, values = k[first:stop], v[first:stop]
+            parts.append(_join_heads([_causal_block(q[start:stop], keys, values, b, scale, band) for b in blocks]))
+        return concatenate(parts)
 
-    def unmasked(
+    def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
         """See `Backend.unmasked`."""
         if len(runs) == 1 and runs[0].length == q.shape[0]:
-            return _run(q, runs[0].spans, kv, blocks, scale)
+            return _run(q, runs[0], kv, blocks, scale)
         whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)
         for run in runs:
             stop = run.row + run.length
-            part = _run(q[run.row : stop], run.spans, kv, blocks, scale)
+            part = _run(q[run.row : stop], run, kv, blocks, scale)
             whole.out[run.row : stop] = part.out
             whole.lse[run.row : stop] = part.lse
         return whole
 
 
-def _run(q: Tensor, spans: Sequence[Span], kv: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+def _run(q: Tensor, run: QueryRun, kv: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    spans = run.spans
     views = [kv[:, :, span.slot : span.slot + span.length] for span in spans]
+    if run.lows is not None:
+        within = views[0] if len(views) == 1 else torch.cat(views, dim=2)
+        seen = torch.arange(run.tokens) >= torch.tensor(run.lows)[:, None]
+        part = _join_heads([_dense_block(q, within, block, scale, _additive(seen, q)) for block in blocks])
+        return Partial.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
     if len(views) > 1 and sum(span.length for span in spans) < _SHORT_SPAN * len(spans):
         views = [torch.cat(views, dim=2)]
     return merge([_join_heads([_dense_block(q, view, block, scale) for block in blocks]) for view in views])
 
 
-def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Partial:
+def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Tensor | None = None) -> Partial:
     """Pack the query heads of a KV head as rows of one head: q [T, H, D] → [1, Hkv, T·group, D]."""
     tokens, _, dim = q.shape
     heads = block.q_stop - block.q_start
@@ -59,7 +76,9 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
         packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
     keys, values = (kv[plane, None, block.kv_start : block.kv_stop] for plane in (0, -1))
     packed = _unit_stride(packed)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, keys, values, scale=scale)
+    if mask is not None:
+        mask = mask.repeat_interleave(block.group, dim=0)
+    out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
     if tokens == 1:  # nothing to put back in order: a decode step has many of these
         return Partial(out.reshape(1, heads, dim).to(lse.dtype), lse.reshape(1, heads))
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
@@ -67,14 +86,25 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float) -> Parti
     return Partial(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
 
 
-def _causal_block(q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float) -> Partial:
+def _causal_block(
+    q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float, band: Tensor | None = None
+) -> Partial:
     queries = _unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
     keys = _unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     values = _unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, is_causal=True, scale=scale
-    )
+    out, lse = _FLASH(queries, keys, values, is_causal=band is None, attn_mask=band, scale=scale)
     return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1)).columns(v.shape[-1])
+
+
+def _band(rows: int, keys: int, offset: int, window: int, like: Tensor) -> Tensor:
+    """Row i, at key number `offset` + i, sees `window` keys up to its own."""
+    distance = torch.arange(offset, offset + rows)[:, None] - torch.arange(keys)
+    return _additive((distance >= 0) & (distance < window), like)
+
+
+def _additive(seen: Tensor, like: Tensor) -> Tensor:
+    """The kernel adds its mask to the scores."""
+    return torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
 
 
 def _as_wide(v: Tensor, width: int) -> Tensor:

@@ -12,18 +12,22 @@ from torch import Tensor
 
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
-from longspan.view import QueryRun
+from longspan.reach import QueryRun
 
 
 class ReferenceBackend:
     """softmax(q kᵀ · scale) v, one head after the other."""
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
         """See `Backend.causal`."""
         mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
+        if window is not None:
+            mask = mask.triu(1 - window)
         return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
 
-    def unmasked(
+    def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
         """See `Backend.unmasked`."""
@@ -31,7 +35,8 @@ class ReferenceBackend:
         for run in runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
-            mask = torch.ones(run.length, len(slots), dtype=torch.bool)
+            lows = torch.tensor(run.lows or (0,) * run.length)
+            mask = torch.arange(len(slots)) >= lows[:, None]
             part = _attend(q[rows], kv[0][:, slots], kv[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole

@@ -13,7 +13,7 @@ from torch import Tensor
 from longspan.attention.forms import Form
 from longspan.attention.partial import Partial
 from longspan.parallel.collectives import Collectives
-from longspan.view import ClassView
+from longspan.reach import Reach
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Join:
 
     q: Tensor
     kv: Tensor
-    view: ClassView
+    reach: Reach
     form: Form
     group: ContextGroup
 

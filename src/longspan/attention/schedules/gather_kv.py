@@ -11,36 +11,38 @@ from longspan.attention.partial import Partial, merge
 from longspan.attention.pool import read_spans
 from longspan.attention.schedules.base import Join
 from longspan.cache.pages import Span, clip_spans
-from longspan.view import KeyRun, QueryRun
+from longspan.reach import KeyRun, QueryRun
 
 _LABEL = "gather_kv"
 
 
 def run(join: Join) -> Partial:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
-    shares = join.view.shares
+    shares = join.reach.shares
     group = join.group
-    window = max(1, group.workspace_tokens // len(shares))
+    span = max(1, group.workspace_tokens // len(shares))
     longest = max(share.tokens for share in shares)
     parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
-    for start in range(0, longest, window):
-        stop = start + window
+    for start in range(0, longest, span):
+        stop = start + span
         own = read_spans(join.kv, clip_spans(shares[group.collectives.rank].spans, start, stop))
-        tokens = [min(max(share.tokens - start, 0), window) for share in shares]
+        tokens = [min(max(share.tokens - start, 0), span) for share in shares]
         gathered = group.collectives.all_gather(own, tokens, _LABEL, dim=2)
         for shard, kv in enumerate(gathered):
-            runs = _runs_in_window(join.view.key_runs, shard, start, stop)
+            runs = _runs_in_round(join.reach.key_runs, shard, start, stop)
             if runs:
                 parts.append(join.form.own(join.q, runs, kv))
         parts = [merge(parts)]
     return parts[0]
 
 
-def _runs_in_window(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
+def _runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
+    """What the rows see of tokens [start, stop) of a shard's share."""
     runs: list[QueryRun] = []
     for run in key_runs:
-        offset, length = run.seen[shard]
+        offset, length = run.span
         low, high = max(offset, start), min(offset + length, stop)
-        if low < high:
-            runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),)))
+        if run.shard == shard and low < high:
+            lows = None if run.lows is None else tuple(max(0, x - (low - offset)) for x in run.lows)
+            runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), lows))
     return runs

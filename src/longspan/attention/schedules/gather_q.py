@@ -16,16 +16,16 @@ _LABEL = "gather_q"
 
 def run(join: Join) -> Partial:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
-    view, form, group, heads = join.view, join.form, join.group, join.q.shape[1]
+    reach, form, group, heads = join.reach, join.form, join.group, join.q.shape[1]
     rows_of_shard = {
-        shard: rows for shards, rows in zip(group.shards_of_pcp, view.block_rows, strict=True) for shard in shards
+        shard: rows for shards, rows in zip(group.shards_of_pcp, reach.block_rows, strict=True) for shard in shards
     }
     rows = [rows_of_shard[shard] for shard in sorted(rows_of_shard)]
     queries = group.collectives.all_gather(form.outgoing(join.q), rows, _LABEL)
     width = form.travelling_dim + 1
     nothing = join.q.new_empty(0, heads, width, dtype=torch.promote_types(join.q.dtype, torch.float32))
     sends: list[torch.Tensor] = [nothing] * len(rows)
-    for shards, block in zip(group.shards_of_pcp, view.blocks, strict=True):
+    for shards, block in zip(group.shards_of_pcp, reach.blocks, strict=True):
         # the members of a TP group hold the same tokens and different heads: attend them together
         if not block.rows:
             continue

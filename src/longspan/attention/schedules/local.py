@@ -12,6 +12,6 @@ from longspan.errors import EngineError
 
 def run(join: Join) -> Partial:
     """The identity for no rows."""
-    if sum(join.view.block_rows):
-        raise EngineError(f"schedule=local with travelling rows {join.view.block_rows}: the plan is wrong")
+    if sum(join.reach.block_rows):
+        raise EngineError(f"schedule=local with travelling rows {join.reach.block_rows}: the plan is wrong")
     return Partial.empty(0, join.q.shape[1], join.form.value_dim, join.q)

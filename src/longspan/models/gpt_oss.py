@@ -1,0 +1,40 @@
+"""gpt-oss: windowed and full layers in turn, a sink a head, mixtures whose experts lie in stacked tensors.
+
+It owns what their configuration files say and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config
+
+ARCHITECTURES = ("GptOssForCausalLM",)
+
+
+def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
+    """The configuration; layers are windowed from the first on unless `layer_types` says otherwise."""
+    fields = Fields(values)
+    layers = range(fields.size("num_hidden_layers"))
+    types = fields.get("layer_types") or [("sliding_attention", "full_attention")[layer % 2] for layer in layers]
+    bias = bool(fields.get("attention_bias", True))
+    moe = MoEConfig(
+        num_experts=fields.size("num_local_experts"),
+        experts_per_token=fields.size("num_experts_per_tok"),
+        intermediate_size=fields.size("intermediate_size"),
+        layers=frozenset(layers),
+        scoring="softmax_of_chosen",
+        router="router",
+        router_bias=True,
+        stacked=True,
+        swiglu_limit=fields.number("swiglu_limit", 7.0),
+    )
+    return read_config(
+        {**values, "layer_types": types},
+        architecture,
+        moe=moe,
+        attention_sinks=True,
+        attention_bias=bias,
+        attention_output_bias=bias,
+    )
