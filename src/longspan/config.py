@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from longspan.errors import ConfigError
 
-SCHEDULE_NAMES = ("auto", "local", "gather_q", "gather_kv")
+QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
+KEY_SCHEDULES = ("gather_kv", "ring_kv")
+SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 EXECUTOR_NAMES = ("threads", "processes")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,7 +32,8 @@ def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> Non
 class ParallelConfig:
     """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group.
 
-    With `enable_expert_parallel` the experts of a mixture are split over tp · pcp ranks, else over tp.
+    With `enable_expert_parallel` the experts of a mixture are split over tp · pcp ranks, else over tp. Each run of
+    `ranks_per_node` ranks shares a machine; None means that all do.
     """
 
     tensor_parallel_size: int = 1
@@ -38,11 +41,16 @@ class ParallelConfig:
     decode_context_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "prefill_context", "decode_context", "pipeline"):
             size = getattr(self, f"{name}_parallel_size")
             require(size >= 1, f"{name}_parallel_size", size, "must be at least 1", "use 1 for no sharding")
+        if self.ranks_per_node is not None:
+            require(
+                self.ranks_per_node >= 1, "ranks_per_node", self.ranks_per_node, "must be at least 1", "leave it out"
+            )
         tp, dcp = self.tensor_parallel_size, self.decode_context_parallel_size
         divisors = [str(n) for n in range(1, tp + 1) if tp % n == 0]
         require(

@@ -42,6 +42,7 @@ class LLM:
         decode_context_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        ranks_per_node: int | None = None,
         page_size: int = 16,
         kv_cache_memory_bytes: int = 1 << 30,
         pages_per_shard: Sequence[int] | None = None,
@@ -61,7 +62,7 @@ class LLM:
             model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
-                pipeline_parallel_size, enable_expert_parallel,
+                pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
             ),
             cache=CacheConfig(
                 page_size, kv_cache_memory_bytes,

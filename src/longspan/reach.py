@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from longspan.cache.pages import PageTable, Span, clip_spans
+from longspan.config import KEY_SCHEDULES
 from longspan.plan import Segment, window_start
 
 _WINDOW_ROWS = 256  # rows under a window that share a run: it bounds their mask
@@ -123,7 +124,7 @@ def reach(
     local = [segment for segment in mine if segment.travels <= kind]
     moving = [segment for segment in members if segment.travels > kind]
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
-    keys_travel = schedule == "gather_kv"
+    keys_travel = schedule in KEY_SCHEDULES
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())
     return Reach(
         schedule=schedule,

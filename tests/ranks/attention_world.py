@@ -53,6 +53,7 @@ class Layout:
     schedule: str = "auto"
     workspace_tokens: int = 1 << 20
     windows: tuple[int | None, ...] = (None,)
+    ranks_per_node: int | None = None
 
 
 @dataclass
@@ -72,7 +73,7 @@ class World:
 
     def __post_init__(self) -> None:
         at = self.layout
-        self.grid = Grid(ParallelConfig(at.tp, at.pcp, at.dcp))
+        self.grid = Grid(ParallelConfig(at.tp, at.pcp, at.dcp, ranks_per_node=at.ranks_per_node))
         shards = self.grid.num_shards
         pages = (at.pages,) * shards if isinstance(at.pages, int) else at.pages
         self.cache = CacheManager(at.page_size, pages, enable_prefix_caching=True)
@@ -105,10 +106,17 @@ class World:
         )
         for tensor in pool.layers.values():
             tensor.fill_(float("nan"))  # whatever is read before it is written shows
-        heads = Heads(sharding.own_blocks, sharding.shard_blocks)
+        members = self.grid.context_group(rank)
+        by_member = tuple(sharding.blocks_of(member) for member in members)
+        heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
         kernels = Kernels(self.backend, heads, at.head_dim**-0.5, at.head_dim, ExpansionCost())
-        return Attention(pool, kernels, ContextGroup(group, self.grid.shards_of_pcp, at.workspace_tokens), at.windows)
+        return Attention(
+            pool,
+            kernels,
+            ContextGroup(group, self.grid.shards_of_pcp, self.grid.nodes(members), at.workspace_tokens),
+            at.windows,
+        )
 
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""

@@ -6,6 +6,7 @@ import torch
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.heads import HeadBlock
 from longspan.cache.pages import Span
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.reach import QueryRun
 from tests.ranks.attention_world import Layout, World
 
@@ -26,10 +27,11 @@ GRIDS = [
     (4, 2, 2),
     (6, 1, 3),
 ]  # fmt: skip  (tp, pcp, dcp)
+TRAVELLING = [*QUERY_SCHEDULES, *KEY_SCHEDULES]
 HEADS = [(12, 12), (12, 3), (12, 1)]  # MHA, GQA, MQA
 
 
-@pytest.mark.parametrize("schedule", ["auto", "gather_q", "gather_kv"])
+@pytest.mark.parametrize("schedule", ["auto", *TRAVELLING])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"tp{g[0]}pcp{g[1]}dcp{g[2]}")
 @pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}over{h[1]}")
 def test_every_row_equals_dense_attention(grid, heads, schedule):
@@ -44,10 +46,21 @@ def test_every_row_equals_dense_attention(grid, heads, schedule):
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
 @pytest.mark.parametrize("budget", [3, 17, 64])
-@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize("schedule", TRAVELLING)
 def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     world = World(Layout(2, 2, 2, page_size=page_size, budget=budget, pages=128 // page_size + 2, schedule=schedule))
     world.add(0, [1] * 70, 5)
+    world.run()
+    assert world.worst_error < 1e-13
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 3, 4])
+@pytest.mark.parametrize("grid", [(1, 4, 1), (1, 7, 1), (2, 3, 2), (4, 2, 2)], ids=str)
+def test_partials_merge_inside_machines_of_any_size(grid, ranks_per_node):
+    tp, pcp, dcp = grid
+    world = World(Layout(tp, pcp, dcp, 12, 3, schedule="tree_q", budget=40, ranks_per_node=ranks_per_node))
+    world.add(0, [1] * 61, 4)
+    world.add(1, [2] * 7, 6)
     world.run()
     assert world.worst_error < 1e-13
 
@@ -56,7 +69,7 @@ WINDOWS = [(3,), (None, 5), (None, 16, 1), (40, 12)]
 
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
-@pytest.mark.parametrize("schedule", ["auto", "gather_q", "gather_kv"])
+@pytest.mark.parametrize("schedule", ["auto", *TRAVELLING])
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 1), (1, 4, 1), (3, 1, 3), (2, 3, 2)], ids=str)
 def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
     tp, pcp, dcp = grid
@@ -70,7 +83,7 @@ def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("budget", [3, 17, 64])
-@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize("schedule", TRAVELLING)
 def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
     pages = 128 // page_size + 2
     layout = Layout(2, 2, 2, page_size=page_size, budget=budget, pages=pages, schedule=schedule, windows=(None, 9))
@@ -112,7 +125,7 @@ def test_what_lies_before_a_window_does_not_travel():
     assert bytes_of((8,)) < bytes_of((None,)) / 4
 
 
-@pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
+@pytest.mark.parametrize("schedule", TRAVELLING)
 def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
     world = World(Layout(pcp=2, page_size=4, budget=64, schedule=schedule, windows=(8,)))
     world.add(0, [1] * 50, 12)

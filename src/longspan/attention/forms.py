@@ -28,12 +28,13 @@ _EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
 class Heads:
     """Groupings of one rank's heads.
 
-    `own` maps this rank's query heads, `shard` all query heads of its DCP group (in dcp order), to the KV heads
-    stored here.
+    `own` maps this rank's query heads, `shard` all query heads of its DCP group (in dcp order), `by_member` those of
+    each member of its context group, to the KV heads stored here.
     """
 
     own: tuple[HeadBlock, ...]
     shard: tuple[HeadBlock, ...]
+    by_member: tuple[tuple[HeadBlock, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Form(Protocol):
         """Queries of the whole DCP group that came here, `travelling_dim` wide results for the way back."""
         ...
 
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+        """Queries of one member of the context group that came here, likewise."""
+        ...
+
     def incoming(self, part: Partial) -> Partial:
         """Results that came back."""
         ...
@@ -103,6 +108,10 @@ class PlainForm:
     def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.visiting`."""
         return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.shard, self._kernels.scale)
+
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+        """See `Form.visiting_member`."""
+        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.by_member[member], self._kernels.scale)
 
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""
@@ -158,6 +167,12 @@ class LatentForm:
         """See `Form.visiting`."""
         kernels = self._kernels
         return kernels.backend.attend(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
+
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+        """See `Form.visiting_member`."""
+        kernels = self._kernels
+        part = kernels.backend.attend(q, runs, kv, kernels.heads.by_member[member], kernels.scale)
+        return part.columns(kernels.value_dim)
 
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""

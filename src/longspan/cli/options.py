@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -37,6 +37,9 @@ PipelineParallel = Annotated[
 ExpertParallel = Annotated[
     bool, typer.Option("--enable-expert-parallel", help="split a mixture's experts over tp x pcp ranks, not tp alone")
 ]
+RanksPerNode = Annotated[
+    int | None, typer.Option("--ranks-per-node", help="ranks that share a machine, for tree_q; default: all")
+]
 PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
 CacheMemory = Annotated[
     str, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank in bytes; k, M, G are 1024-based")
@@ -55,7 +58,7 @@ ModelLength = Annotated[
     int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the model's own limit")
 ]
 LocalContext = Annotated[int, typer.Option("--local-context", help="contexts up to this many tokens stay on one rank")]
-Schedule = Annotated[str, typer.Option("--schedule", help="what travels: auto, local, gather_q, gather_kv")]
+Schedule = Annotated[str, typer.Option("--schedule", help=f"what travels: {', '.join(SCHEDULE_NAMES)}")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="threads or processes")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
@@ -71,6 +74,7 @@ def engine_config(
     decode_context_parallel_size: DecodeContextParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
     enable_expert_parallel: ExpertParallel = False,
+    ranks_per_node: RanksPerNode = None,
     page_size: PageSize = 16,
     kv_cache_memory_bytes: CacheMemory = "1G",
     pages_per_shard: PagesPerShard = None,
@@ -91,7 +95,7 @@ def engine_config(
         model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
         parallel=ParallelConfig(
             tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
-            pipeline_parallel_size, enable_expert_parallel,
+            pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
         ),
         cache=CacheConfig(
             page_size, parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),

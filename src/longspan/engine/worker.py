@@ -88,10 +88,14 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> At
         setup.config.cache.page_size,
         setup.dtype,
     )
-    heads = Heads(sharding.own_blocks, sharding.shard_blocks)
+    grid = setup.grid
+    members = grid.context_group(sharding.rank)
+    by_member = tuple(sharding.blocks_of(member) for member in members)
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
     model = setup.model
     kernels = Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, _expansion(model))
-    return Attention(pool, kernels, ContextGroup(group, setup.grid.shards_of_pcp, _WORKSPACE_TOKENS), model.kinds)
+    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(members), _WORKSPACE_TOKENS)
+    return Attention(pool, kernels, context, model.kinds)
 
 
 def _expansion(model: ModelConfig) -> ExpansionCost:

@@ -7,7 +7,7 @@ only move tensors between members. It must not know what the tensors mean.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,9 @@ class Traffic:
             self.calls_by_label[label] = self.calls_by_label.get(label, 0) + calls
 
 
+Arrival = Callable[[], Tensor]
+
+
 class Collectives(ABC):
     """One rank's handle on a group. A group of one moves nothing and returns its input.
 
@@ -51,8 +54,8 @@ class Collectives(ABC):
         """Start sending x to a member; returns without waiting for it to arrive."""
 
     @abstractmethod
-    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
-        """Wait for the next tensor a member sends here."""
+    def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
+        """Begin to take in the next tensor a member sends here."""
 
     @abstractmethod
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -65,7 +68,11 @@ class Collectives(ABC):
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
         """What `member` sends here next, of this shape."""
-        return self._receive(shape, dtype, member)
+        return self._start_receive(shape, dtype, member)()
+
+    def start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
+        """The same, under way while the caller computes; call what is returned for the tensor."""
+        return self._start_receive(shape, dtype, member)
 
     def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
         """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.errors import WorkerDied
-from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.collectives import Arrival, Collectives, Traffic
 
 _TIMEOUT = timedelta(minutes=30)
 _MAX_LEAVING = 8  # sends to one group that may be under way
@@ -55,14 +55,19 @@ class DistributedCollectives(Collectives):
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
+    def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
         x = torch.empty(shape, dtype=dtype)
-        if x.numel():
+        work = dist.irecv(x, self._group[member]) if x.numel() else None
+
+        def arrived() -> Tensor:
             try:
-                dist.recv(x, self._group[member])
+                if work is not None:
+                    work.wait()
             except RuntimeError as error:
                 raise self._lost(error) from error
-        return x
+            return x
+
+        return arrived
 
     def _lost(self, error: RuntimeError) -> WorkerDied:
         return WorkerDied(f"rank {self._me} lost a peer: {error}")

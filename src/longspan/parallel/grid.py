@@ -95,6 +95,13 @@ class Grid:
         mine = self.ranks[rank]
         return tuple(p.rank for p in self.ranks if (p.pcp, p.tp) == (mine.pcp, mine.tp))
 
+    def nodes(self, group: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The members of a group (by their place in it) that share a machine, in rank order."""
+        size = self.parallel.ranks_per_node or self.world_size
+        machines = [range(first, first + size) for first in range(0, self.world_size, size)]
+        found = [tuple(place for place, rank in enumerate(group) if rank in machine) for machine in machines]
+        return tuple(node for node in found if node)
+
     def expert_group(self, rank: int) -> tuple[int, ...]:
         """Ranks of the stage that hold other tokens and, under expert parallelism, other experts; in pcp order."""
         return tuple(place.rank for place in self._stage(rank) if place.tp == self.ranks[rank].tp)

@@ -6,7 +6,7 @@ weight names or read any weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longspan.attention.heads import HeadBlock, head_blocks, kv_range
 from longspan.errors import ConfigError
@@ -46,7 +46,12 @@ class Sharding:
     @property
     def own_blocks(self) -> tuple[HeadBlock, ...]:
         """This rank's query heads on its KV heads."""
-        return head_blocks(self.q_extent, self.kv_extent[0], self._group)
+        return self.blocks_of(self.rank)
+
+    def blocks_of(self, member: int) -> tuple[HeadBlock, ...]:
+        """The query heads of a rank of this context group on the KV heads here."""
+        theirs = replace(self, rank=member).q_extent
+        return head_blocks(theirs, self.kv_extent[0], self._group)
 
     @property
     def shard_blocks(self) -> tuple[HeadBlock, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import WorkerDied
-from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.collectives import Arrival, Collectives, Traffic
 
 
 class ThreadFabric:
@@ -57,8 +57,8 @@ class ThreadedCollectives(Collectives):
     def _send(self, x: Tensor, member: int) -> None:
         self._fabric.send(self._me, self._group[member], x)
 
-    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
-        return self._fabric.receive(self._group[member], self._me)
+    def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
+        return lambda: self._fabric.receive(self._group[member], self._me)
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         for peer, tensor in zip(self._group, sends, strict=True):

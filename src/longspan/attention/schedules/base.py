@@ -5,23 +5,28 @@ It owns the inputs and the registry's type; a schedule is one function in one fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longspan.attention.forms import Form
-from longspan.attention.partial import Partial
+from longspan.attention.partial import Partial, merge
 from longspan.parallel.collectives import Collectives
 from longspan.reach import Reach
 
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The context group as attention sees it; `workspace_tokens` bounds what a schedule may gather at once."""
+    """The context group as attention sees it.
+
+    `nodes` are its members by the machine they are on; `workspace_tokens` bounds what a schedule may gather at once.
+    """
 
     collectives: Collectives
     shards_of_pcp: tuple[tuple[int, ...], ...]
+    nodes: tuple[tuple[int, ...], ...]
     workspace_tokens: int
 
 
@@ -37,6 +42,53 @@ class Join:
     reach: Reach
     form: Form
     group: ContextGroup
+
+    @property
+    def rows(self) -> list[int]:
+        """Travelling rows of every member."""
+        blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, strict=True)
+        rows_of = {shard: rows for shards, rows in blocks for shard in shards}
+        return [rows_of[shard] for shard in sorted(rows_of)]
+
+    @property
+    def packed_dim(self) -> int:
+        """Width of a partial on its way: out and lse."""
+        return self.form.travelling_dim + 1
+
+    def nothing(self) -> list[Tensor]:
+        """Packed partials of no rows for every member."""
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        return [self.q.new_empty(0, self.q.shape[1], self.packed_dim, dtype=dtype)] * self.group.collectives.size
+
+    def visit(self, queries: Sequence[Tensor]) -> list[Tensor]:
+        """Every member's queries [T, Hq, D] against the pages stored here: packed partials [T, Hq, out | lse]."""
+        heads, found = self.q.shape[1], self.nothing()
+        for shards, block in zip(self.group.shards_of_pcp, self.reach.blocks, strict=True):
+            # the members of a TP group hold the same tokens and different heads: attend them together
+            if not block.rows:
+                continue
+            held = [queries[shard] for shard in shards]
+            together = held[0] if len(held) == 1 else torch.cat(held, dim=1)
+            packed = pack(self.form.visiting(together, block.runs, self.kv))
+            for shard, piece in zip(shards, torch.split(packed, heads, dim=1), strict=True):
+                found[shard] = piece
+        return found
+
+    def merged(self, packed: Sequence[Tensor]) -> Partial:
+        """This rank's rows, from partials over all that they see."""
+        if not len(self.q):
+            return Partial.empty(0, self.q.shape[1], self.form.value_dim, self.q)
+        return self.form.incoming(merge([unpack(part) for part in packed]))
+
+
+def pack(part: Partial) -> Tensor:
+    """[T, H, out | lse], so that a partial travels as one tensor."""
+    return torch.cat([part.out, part.lse[..., None]], dim=-1)
+
+
+def unpack(packed: Tensor) -> Partial:
+    """The inverse of `pack`."""
+    return Partial(packed[..., :-1], packed[..., -1])
 
 
 Schedule = Callable[[Join], Partial]

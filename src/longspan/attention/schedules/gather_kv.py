@@ -29,14 +29,14 @@ def run(join: Join) -> Partial:
         tokens = [min(max(share.tokens - start, 0), span) for share in shares]
         gathered = group.collectives.all_gather(own, tokens, _LABEL, dim=2)
         for shard, kv in enumerate(gathered):
-            runs = _runs_in_round(join.reach.key_runs, shard, start, stop)
+            runs = runs_in_round(join.reach.key_runs, shard, start, stop)
             if runs:
                 parts.append(join.form.own(join.q, runs, kv))
         parts = [merge(parts)]
     return parts[0]
 
 
-def _runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
+def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
     """What the rows see of tokens [start, stop) of a shard's share."""
     runs: list[QueryRun] = []
     for run in key_runs:

@@ -1,0 +1,31 @@
+"""A ring: every member's tensor visits every member, the next one in flight while this one is used.
+
+It owns the order of visits; it must not know what circulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from longspan.parallel.collectives import Collectives
+
+
+def circulate(
+    group: Collectives, mine: Tensor, shapes: Sequence[tuple[int, ...]], label: str
+) -> Iterator[tuple[int, Tensor]]:
+    """(owner, tensor) of every member, this one's first; `shapes[i]` is that of member i's tensor.
+
+    The caller's work between two items runs beside the transfer of the next.
+    """
+    ring = [*range(group.rank, -1, -1), *range(group.size - 1, group.rank, -1)]
+    current = mine
+    for owner, following in zip(ring, [*ring[1:], None], strict=True):
+        if following is None:
+            yield owner, current
+            return
+        arriving = group.start_receive(shapes[following], current.dtype, ring[1])
+        group.send(current, ring[-1], label)
+        yield owner, current
+        current = arriving()

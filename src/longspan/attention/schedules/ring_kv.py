@@ -1,0 +1,34 @@
+"""Keys circulate (ring pass-KV): while one shard's block is attended, the next one arrives; no partials travel.
+
+Ring Attention (Liu et al. 2023) over pages: a round takes a block of bounded size from every shard's share. It owns
+the rounds, which follow from the plan alone.
+"""
+
+from __future__ import annotations
+
+from longspan.attention.partial import Partial, merge
+from longspan.attention.pool import read_spans
+from longspan.attention.schedules.base import Join
+from longspan.attention.schedules.gather_kv import runs_in_round
+from longspan.attention.schedules.ring import circulate
+from longspan.cache.pages import clip_spans
+
+_LABEL = "ring_kv"
+_BLOCKS = 2  # held at once: the one attended and the one arriving
+
+
+def run(join: Join) -> Partial:
+    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    shares, group = join.reach.shares, join.group.collectives
+    size = max(1, join.group.workspace_tokens // _BLOCKS)
+    parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
+    for start in range(0, max(share.tokens for share in shares), size):
+        stop = start + size
+        own = read_spans(join.kv, clip_spans(shares[group.rank].spans, start, stop))
+        tokens = [min(max(share.tokens - start, 0), size) for share in shares]
+        shapes = [(*own.shape[:2], count, own.shape[3]) for count in tokens]
+        for owner, kv in circulate(group, own, shapes, _LABEL):
+            runs = runs_in_round(join.reach.key_runs, owner, start, stop)
+            if runs:
+                parts = [merge([*parts, join.form.own(join.q, runs, kv)])]
+    return parts[0]

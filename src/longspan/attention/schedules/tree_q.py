@@ -1,0 +1,85 @@
+"""Queries travel, and partials are merged inside each machine before they leave it.
+
+Tree Attention (Shyam et al. 2024) with two levels: what crosses machines is one copy of a row's queries and one
+partial for each machine, not for each member. It owns this choreography; who is on which machine the group says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.attention.partial import Partial, merge
+from longspan.attention.schedules.base import Join, pack, unpack
+from longspan.parallel.collectives import Collectives
+
+_LABEL = "tree_q"
+_Nodes = Sequence[Sequence[int]]
+
+
+def run(join: Join) -> Partial:
+    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    group, nodes, rows = join.group.collectives, join.group.nodes, join.rows
+    exchange = _Exchange(group, rows)
+    home = next(node for node in nodes if group.rank in node)
+    stands_for = {member: deputies(nodes, home, member) for member in home}
+    mine = stands_for[group.rank]
+
+    queries = exchange(
+        {deputy(node, nodes, group.rank): [group.rank] for node in nodes},
+        {member: [member] for member in mine},
+        {group.rank: join.form.outgoing(join.q)},
+    )
+    queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
+    partials = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
+    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), partials, _merged)
+    reps = [deputy(node, nodes, group.rank) for node in nodes]
+    home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, _merged)
+    return join.merged([home_again[group.rank]])
+
+
+def deputy(node: Sequence[int], nodes: _Nodes, member: int) -> int:
+    """Who handles a member's rows inside `node`: itself at home, elsewhere the one in its place."""
+    place = next(home.index(member) for home in nodes if member in home)
+    return node[place % len(node)]
+
+
+def deputies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
+    """All members whose rows `member` handles inside its `node`, in member order."""
+    everyone = sorted(other for home in nodes for other in home)
+    return [other for other in everyone if deputy(node, nodes, other) == member]
+
+
+def _merged(parts: Sequence[Tensor]) -> Tensor:
+    return pack(merge([unpack(part) for part in parts]))
+
+
+class _Exchange:
+    """One all-to-all of rows by the member they belong to; most pairs have nothing for each other."""
+
+    def __init__(self, group: Collectives, rows: Sequence[int]) -> None:
+        self._group = group
+        self._rows = rows
+
+    def __call__(
+        self,
+        sends: dict[int, list[int]],
+        arrives: dict[int, list[int]],
+        held: dict[int, Tensor],
+        combine: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0],
+    ) -> dict[int, Tensor]:
+        """Send to each peer the rows of the members `sends` names, take in those `arrives` names, combine by member."""
+        like = next(iter(held.values()))
+        outgoing = [
+            torch.cat([held[member] for member in sends[peer]]) if sends.get(peer) else like[:0]
+            for peer in range(self._group.size)
+        ]
+        counts = [[self._rows[member] for member in arrives.get(peer, [])] for peer in range(self._group.size)]
+        received = self._group.all_to_all(outgoing, [(sum(c), *like.shape[1:]) for c in counts], _LABEL)
+        found: dict[int, list[Tensor]] = {}
+        for peer, whole in enumerate(received):
+            for member, part in zip(arrives.get(peer, []), torch.split(whole, counts[peer]), strict=True):
+                found.setdefault(member, []).append(part)
+        return {member: combine(parts) for member, parts in found.items()}
