@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from longspan.attention.cost import CostConstants
 from longspan.errors import ConfigError
 
 QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
@@ -123,7 +124,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything an engine and its workers need to start; plain data, so it travels to processes."""
+    """Everything an engine and its workers need to start; plain data, so it travels to processes.
+
+    `cost` fixes the constants of the cost model, which are measured when the engine starts otherwise.
+    """
 
     model: str
     dtype: str = "auto"
@@ -134,6 +138,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cost: CostConstants | None = None
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)

@@ -10,6 +10,7 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.cost import CostConstants
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.engine import Engine, EngineStats
 from longspan.engine.setup import resolve
@@ -57,6 +58,7 @@ class LLM:
         seed: int = 0,
         num_threads: int | None = None,
         debug: bool = False,
+        cost: CostConstants | None = None,
     ) -> None:
         config = EngineConfig(
             model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
@@ -71,6 +73,7 @@ class LLM:
             scheduler=SchedulerConfig(
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
             ),
+            cost=cost,
         )  # fmt: skip
         self._start(config)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from longspan import LLM
+from longspan.attention.cost import CostConstants
 from tests.oracle import tiny_folder
 
 DEFAULTS: dict[str, Any] = {
@@ -18,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 20,
     "num_threads": 1,
     "debug": True,
+    "cost": CostConstants(),
 }
 SHORT = {
     "tp": "tensor_parallel_size",

@@ -3,7 +3,7 @@
 import pytest
 
 from longspan import SamplingParams
-from longspan.attention.cost import gather_kv_bytes, gather_q_bytes
+from longspan.attention.facts import gather_kv_bytes, gather_q_bytes
 from tests.oracle import prompt_of
 
 GRIDS = [(1, 2, 1), (1, 3, 1), (2, 1, 2), (4, 2, 2), (2, 3, 1)]

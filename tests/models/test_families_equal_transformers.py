@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longspan import LLM, SamplingParams
-from longspan.attention.cost import ExpansionCost
+from longspan.attention.facts import ExpansionCost
 from tests.oracle import FAMILIES, LOGPROBS, all_logprobs, greedy, oracle, prompt_of, tiny_folder
 
 LENGTHS = (5, 150)  # 150 lies beyond the original positions of the llama3 and yarn scalings

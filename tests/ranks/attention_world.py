@@ -15,7 +15,8 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import Backend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.cost import AttentionShape, ExpansionCost, ScheduleChooser
+from longspan.attention.cost import CostModel, ScheduleChooser
+from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
@@ -79,9 +80,10 @@ class World:
         self.cache = CacheManager(at.page_size, pages, enable_prefix_caching=True)
         kv_heads = max_kv_heads(self.grid, at.q_heads, at.kv_heads)
         shape = AttentionShape(at.q_heads // at.tp, kv_heads, at.head_dim, self.dtype.itemsize)
+        group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
         self.scheduler = Scheduler(
             SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
-            1 << 20, self.cache, self.grid, ScheduleChooser(shape, at.dcp, at.schedule), root_key("test"),
+            1 << 20, self.cache, self.grid, ScheduleChooser(CostModel(shape, group), at.schedule), root_key("test"),
             at.windows,
         )  # fmt: skip
         fabric = ThreadFabric(self.grid.world_size)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.attention.cost import CostModel, ScheduleChooser
+from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
@@ -23,7 +24,8 @@ class Rig:
         pages = pages * self.grid.num_shards if len(pages) == 1 else pages
         self.cache = CacheManager(page_size, pages, prefix_caching)
         config = SchedulerConfig(**{"max_num_batched_tokens": 32, "max_num_seqs": 16, "local_context": 0, **options})
-        chooser = ScheduleChooser(AttentionShape(4, 2, 8, 4), dcp, config.schedule)
+        group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
+        chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group), config.schedule)
         self.scheduler = Scheduler(config, 10_000, self.cache, self.grid, chooser, root_key("test"))
         self.left: dict[int, int] = {}
         self.stored: dict[tuple[int, int, int], tuple[int, ...]] = {}  # (shard, page, row) -> tokens up to there

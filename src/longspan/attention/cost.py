@@ -1,118 +1,238 @@
-"""What travels, chosen from facts every rank could check: bytes of each schedule, fewest wins.
+"""What each schedule would take, in seconds and bytes, and which is the cheapest.
 
-It owns the formulas; pure Python, it must not import torch nor know which rank asks. Measured
-constants (seconds, not only bytes) will join the same functions.
+It owns the formulas and the choice; pure Python. It gets counts (`facts`) and constants, measured at start-up or of
+a named machine, and must not know where they come from, nor which rank asks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-_LSE_BYTES = 4
-_PARTIAL_BYTES = 4
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    element_bytes: int
-    planes: int = 2
-    value_dim: int | None = None
-
-    @property
-    def query_bytes(self) -> int:
-        """Bytes of one token's queries."""
-        return self.q_heads * self.head_dim * self.element_bytes
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of one token's partial result: fp32 out and lse of every head."""
-        width = self.head_dim if self.value_dim is None else self.value_dim
-        return self.q_heads * (width * _PARTIAL_BYTES + _LSE_BYTES)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return self.planes * self.kv_heads * self.head_dim * self.element_bytes
-
-
-class ClassFacts:
-    """What a step's travelling segments of one class need: query rows by pcp index, tokens seen by shard."""
-
-    def __init__(self, pcp: int) -> None:
-        self.rows = [0] * pcp
-        self._seen: dict[tuple[object, int], int] = {}
-
-    def add(self, keys: object, pcp: int, rows: int, visible: dict[int, int]) -> None:
-        """One travelling segment: `visible` counts the tokens it sees on each shard.
-
-        Segments with equal `keys` see prefixes of the same tokens.
-        """
-        self.rows[pcp] += rows
-        for shard, tokens in visible.items():
-            key = (keys, shard)
-            self._seen[key] = max(tokens, self._seen.get(key, 0))
-
-    @property
-    def needed_tokens(self) -> int:
-        """Cached tokens that some travelling segment sees, over all shards."""
-        return sum(self._seen.values())
-
-
-def gather_q_bytes(shape: AttentionShape, rows: list[int], members_per_pcp: int) -> int:
-    """Bytes all members of a context group send for one layer: queries out, partials back.
-
-    Every member sends its queries to the n − 1 others, and each of those returns a partial for them.
-    """
-    others = len(rows) * members_per_pcp - 1
-    return others * members_per_pcp * sum(rows) * (shape.query_bytes + shape.partial_bytes)
-
-
-def gather_kv_bytes(shape: AttentionShape, needed_tokens: int, members: int) -> int:
-    """Bytes all members of a context group send for one layer: each needed token's KV to the n − 1 others."""
-    return (members - 1) * needed_tokens * shape.kv_bytes
+from longspan.attention.facts import (
+    AttentionShape,
+    ClassFacts,
+    ClassTotals,
+    ExpansionCost,
+    GroupShape,
+    Load,
+    gather_kv_bytes,
+    gather_q_bytes,
+    gather_q_rs_bytes,
+)
 
 
 @dataclass(frozen=True)
-class ExpansionCost:
-    """When latent attention needs fewer products in the expanded form, per head.
+class CostConstants:
+    """How fast one rank is, in seconds. The defaults are of no machine: a plausible CPU, for tests.
 
-    For a pair of query and key the absorbed form multiplies over latent + rope and latent, the expanded one over
-    query + rope and value; expanding costs latent · (query + value) a cached token.
+    `call_s` an attention call, `flop_s` a floating-point operation of attention with many rows, `read_s` a byte of keys
+    and values attended, `copy_s` a byte of tensors packed or merged; `message_s` a collective, whatever its size,
+    `byte_s` a byte received, `cross_message_s` and `cross_byte_s` the same between machines; `hidden` the part of a
+    transfer that goes on beside computing; `parallelism` how many ranks' worth of computing the machine does at once
+    (0: all).
     """
 
-    saved_per_pair: int = 0
-    per_token: int = 0
+    call_s: float = 5e-5
+    flop_s: float = 4e-11
+    read_s: float = 1e-10
+    copy_s: float = 2e-10
+    message_s: float = 1e-4
+    byte_s: float = 1e-9
+    cross_message_s: float = 1e-4
+    cross_byte_s: float = 1e-9
+    hidden: float = 0.5
+    parallelism: float = 0.0
 
-    @staticmethod
-    def of(latent: int, rope: int, query: int, value: int) -> ExpansionCost:
-        """From the widths of MLA."""
-        return ExpansionCost((2 * latent + rope) - (query + rope + value), latent * (query + value))
 
-    def pays(self, pairs: float, tokens: int) -> bool:
-        """Whether `pairs` of queries and keys are better attended with their `tokens` expanded."""
-        return pairs * self.saved_per_pair > tokens * self.per_token
+@dataclass(frozen=True)
+class Estimate:
+    """One schedule's cost for one layer: bytes the whole group sends, seconds and what they are made of.
+
+    `seconds` = compute + transfer + copies − hidden: what of the transfer goes on beside computing.
+    """
+
+    schedule: str
+    bytes: int
+    compute: float
+    transfer: float
+    copies: float
+    hidden: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.compute + self.transfer + self.copies - self.hidden
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The formulas for one layer's shape, group and machine; `workspace_tokens` is what keys may fill at once."""
+
+    shape: AttentionShape
+    group: GroupShape
+    constants: CostConstants = CostConstants()
+    workspace_tokens: int = 16384
+
+    def estimates(self, facts: ClassFacts) -> list[Estimate]:
+        """Every schedule that could carry out the step."""
+        totals = facts.totals(self.group.members)
+        return [estimate(self, totals) for estimate in _FORMULAS.values()]
+
+    def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1) -> float:
+        """Seconds until the busiest rank has attended, with `heads` query heads each."""
+        at, shape, seconds = self.constants, self.shape, []
+        for load in loads:
+            products = load.pairs * (shape.head_dim + shape.out_dim) - shape.expansion.saved(load.pairs, load.reads)
+            work = 2 * products * heads * at.flop_s + load.reads * shape.kv_bytes * at.read_s
+            seconds.append(load.calls * at.call_s + work)
+        together = sum(seconds) * ranks_per_load / (at.parallelism or self.group.members)
+        return max(*seconds, together)
+
+    def exchange(self, received: float, messages: int = 1) -> float:
+        """Seconds of collectives in which the busiest member takes in `received` bytes, from all others alike."""
+        at, members = self.constants, self.group.members
+        others = max(members - 1, 1)
+        outside = max(members - len(node) for node in self.group.nodes)
+        crossing = received * outside / others
+        inside = received - crossing
+        latency = at.cross_message_s if outside else at.message_s
+        return messages * latency + max(inside * at.byte_s, crossing * at.cross_byte_s)
+
+
+def _queries(model: CostModel, facts: ClassTotals) -> tuple[float, float, float]:
+    """(bytes of queries the busiest member takes in, of partials, of partials it packs and merges)."""
+    shape, members = model.shape, model.group.members
+    each = model.group.members_per_pcp
+    rows = max(facts.rows)
+    arriving = (sum(facts.rows) * each - min(facts.rows)) * shape.query_bytes
+    returning = (members - 1) * rows * shape.partial_bytes
+    handled = sum(facts.rows) * each * shape.partial_bytes + members * rows * shape.partial_bytes
+    return arriving, returning, handled
+
+
+def _query_compute(model: CostModel, facts: ClassTotals) -> float:
+    """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
+    absorbed = replace(model, shape=replace(model.shape, expansion=ExpansionCost()))
+    return absorbed.compute(facts.by_shard, model.shape.q_heads * model.group.members_per_pcp)
+
+
+def _gather_q(model: CostModel, facts: ClassTotals) -> Estimate:
+    arriving, returning, handled = _queries(model, facts)
+    return Estimate(
+        "gather_q",
+        gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
+        _query_compute(model, facts),
+        model.exchange(arriving) + model.exchange(returning),
+        handled * model.constants.copy_s,
+    )
+
+
+def _gather_q_rs(model: CostModel, facts: ClassTotals) -> Estimate:
+    arriving, returning, handled = _queries(model, facts)
+    members, each = model.group.members, model.group.members_per_pcp
+    lse = (members - 1) * sum(facts.rows) * each * model.shape.lse_bytes
+    return Estimate(
+        "gather_q_rs",
+        gather_q_rs_bytes(model.shape, facts.rows, each),
+        _query_compute(model, facts),
+        model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
+        handled * model.constants.copy_s,
+    )
+
+
+def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
+    """Between machines one copy a machine; two exchanges each way."""
+    shape, at, nodes = model.shape, model.constants, model.group.nodes
+    each, rows = model.group.members_per_pcp, max(facts.rows)
+    widest = max(map(len, nodes))
+    arriving = sum(facts.rows) * each * shape.query_bytes
+    across = (len(nodes) - 1) / len(nodes)
+    column = rows * len(nodes) * shape.partial_bytes
+    latency = 2 * at.message_s + 2 * (at.cross_message_s if len(nodes) != 1 else at.message_s)
+    inside = (arriving + (widest - 1) * column) * at.byte_s
+    crossing = (arriving / widest * across + (len(nodes) - 1) * rows * shape.partial_bytes) * at.cross_byte_s
+    handled = sum(facts.rows) * each * shape.partial_bytes + (widest + 1) * column
+    return Estimate(
+        "tree_q",
+        gather_q_bytes(shape, facts.rows, each),
+        _query_compute(model, facts),
+        latency + inside + crossing,
+        handled * at.copy_s,
+    )
+
+
+def _ring_q(model: CostModel, facts: ClassTotals) -> Estimate:
+    arriving, returning, handled = _queries(model, facts)
+    hops = model.group.members - 1
+    compute = _query_compute(model, facts)
+    circulating = model.exchange(arriving, hops)
+    return Estimate(
+        "ring_q",
+        gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
+        compute + hops * model.constants.call_s,
+        circulating + model.exchange(returning),
+        handled * model.constants.copy_s,
+        _hidden(model, compute, circulating),
+    )
+
+
+def _hidden(model: CostModel, compute: float, circulating: float) -> float:
+    """A ring of n computes n blocks and moves n − 1: each move goes on beside a block."""
+    members = model.group.members
+    return model.constants.hidden * min(compute * (members - 1) / members, circulating)
+
+
+def _keys(model: CostModel, facts: ClassTotals, block: int) -> tuple[int, float, float, float, int]:
+    """(bytes, compute, bytes the busiest member takes in, bytes copied and merged, rounds) when keys travel."""
+    shape, members = model.shape, model.group.members
+    needed = facts.needed
+    rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
+    compute = model.compute(facts.by_pcp, shape.q_heads, model.group.members_per_pcp)
+    arriving = (sum(needed) - min(needed)) * shape.kv_bytes
+    merged = rounds * members * 2 * max(facts.rows) * shape.partial_bytes
+    own = max(needed) * shape.kv_bytes
+    return gather_kv_bytes(shape, sum(needed), members), compute, arriving, own + merged, rounds
+
+
+def _gather_kv(model: CostModel, facts: ClassTotals) -> Estimate:
+    sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // model.group.members)
+    copies = handled * model.constants.copy_s
+    return Estimate("gather_kv", sent, compute, model.exchange(arriving, rounds), copies)
+
+
+def _ring_kv(model: CostModel, facts: ClassTotals) -> Estimate:
+    sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // 2)
+    hops = rounds * (model.group.members - 1)
+    moving = model.exchange(arriving, hops)
+    copies = handled * model.constants.copy_s
+    return Estimate("ring_kv", sent, compute, moving, copies, _hidden(model, compute, moving))
+
+
+_FORMULAS: Mapping[str, Callable[[CostModel, ClassTotals], Estimate]] = MappingProxyType(
+    {
+        "gather_q": _gather_q,
+        "gather_q_rs": _gather_q_rs,
+        "ring_q": _ring_q,
+        "tree_q": _tree_q,
+        "gather_kv": _gather_kv,
+        "ring_kv": _ring_kv,
+    }
+)
 
 
 @dataclass(frozen=True)
 class ScheduleChooser:
-    """Chooses a schedule by class: what the user forced, or the fewest bytes."""
+    """Chooses a schedule by class: what the user forced, or the fewest seconds."""
 
-    shape: AttentionShape
-    members_per_pcp: int
+    model: CostModel
     forced: str = "auto"
 
     def choose(self, facts: ClassFacts) -> str:
-        """`local` if nothing travels; else the forced schedule, or the cheaper of queries and keys."""
+        """`local` if nothing travels; else the forced schedule, or the cheapest."""
         if not sum(facts.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        members = len(facts.rows) * self.members_per_pcp
-        queries = gather_q_bytes(self.shape, facts.rows, self.members_per_pcp)
-        keys = gather_kv_bytes(self.shape, facts.needed_tokens, members)
-        return "gather_q" if queries <= keys else "gather_kv"
+        return min(self.model.estimates(facts), key=lambda estimate: estimate.seconds).schedule

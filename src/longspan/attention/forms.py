@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from longspan.attention.backends.base import Backend
-from longspan.attention.cost import ExpansionCost
+from longspan.attention.facts import ExpansionCost
 from longspan.attention.heads import HeadBlock
 from longspan.attention.layer import AttentionLayer, Latent
 from longspan.attention.partial import Partial, merge

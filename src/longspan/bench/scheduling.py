@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from longspan.attention.cost import AttentionShape, ScheduleChooser
+from longspan.attention.cost import CostModel, ScheduleChooser
+from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
@@ -56,7 +57,8 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
         local_context=0,
     )  # fmt: skip
     grid = Grid(ParallelConfig(1, shards, 1))
-    chooser = ScheduleChooser(_SHAPE, 1)
+    group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
+    chooser = ScheduleChooser(CostModel(_SHAPE, group))
     key = root_key("bench", "bf16", page_size)
     scheduler = Scheduler(config, context + steps + 2, cache, grid, chooser, key)
     prompt = [1] * context

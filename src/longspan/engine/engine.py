@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import SupportsIndex
 
-from longspan.attention.cost import ScheduleChooser
+from longspan.attention.cost import CostConstants, ScheduleChooser
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import root_key
@@ -82,16 +82,13 @@ class Engine:
         self.tokenizer = tokenizer
         cache = config.cache
         self.cache = CacheManager(cache.page_size, self.setup.pages_per_shard, cache.enable_prefix_caching)
-        chooser = ScheduleChooser(
-            self.setup.attention_shape,
-            config.parallel.decode_context_parallel_size,
-            config.scheduler.schedule,
-        )
+        self.executor = create_executor(self.setup)
+        self.constants = config.cost or self.executor.constants or CostConstants()
         self.scheduler = Scheduler(
-            config.scheduler, self.setup.max_model_len, self.cache, self.setup.grid, chooser,
+            config.scheduler, self.setup.max_model_len, self.cache, self.setup.grid,
+            ScheduleChooser(self.setup.cost_model(self.constants), config.scheduler.schedule),
             root_key(self.setup.source.name, str(self.setup.dtype), cache.page_size), self.setup.model.kinds,
         )  # fmt: skip
-        self.executor = create_executor(self.setup)
         self._under_way: deque[StepPlan] = deque()
         self._ids = count()
         self._groups: dict[str, _Group] = {}

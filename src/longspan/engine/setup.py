@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from longspan.attention.cost import AttentionShape
+from longspan.attention.cost import CostConstants, CostModel
+from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import EngineConfig, require
 from longspan.errors import ConfigError
@@ -20,6 +21,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.source import ModelSource, resolve_model
 
+WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,7 +70,29 @@ class EngineSetup:
             element_bytes=self.layout.element_bytes,
             planes=self.layout.planes,
             value_dim=self.model.cached_value_dim,
+            expansion=self.expansion,
         )
+
+    @property
+    def expansion(self) -> ExpansionCost:
+        """When latents are expanded; never without MLA."""
+        mla = self.model.mla
+        return (
+            ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
+        )
+
+    @property
+    def measures_cost(self) -> bool:
+        """Whether a schedule is chosen by constants that have to be measured."""
+        return self.config.scheduler.schedule == "auto" and self.config.cost is None
+
+    def cost_model(self, constants: CostConstants) -> CostModel:
+        """What attention takes under this layout."""
+        group = self.grid.context_group(0)
+        return CostModel(
+            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), constants,
+            WORKSPACE_TOKENS,
+        )  # fmt: skip
 
 
 def resolve(config: EngineConfig) -> EngineSetup:

@@ -13,22 +13,20 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
-from longspan.attention.cost import ExpansionCost
+from longspan.attention.calibrate import Calibration
+from longspan.attention.cost import CostConstants
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
 from longspan.engine.loading import RankLoader, TensorStore
 from longspan.engine.runner import Groups, Runner
-from longspan.engine.setup import EngineSetup
-from longspan.models.config import ModelConfig
+from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
 from longspan.models.context import ExpertParallel, Provided
 from longspan.models.registry import build_model
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import OwnExperts, SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
-
-_WORKSPACE_TOKENS = 16384  # tokens gather_kv may hold of other shards at once
 
 
 def threads_per_rank(setup: EngineSetup) -> int:
@@ -56,8 +54,11 @@ class TensorParallelGroup:
 
 def build_runner(
     setup: EngineSetup, rank: int, store: TensorStore, make_group: Callable[[Sequence[int]], Collectives]
-) -> Runner:
-    """One rank, ready to run. `make_group` opens this rank's handle on a group of ranks."""
+) -> tuple[Runner, CostConstants | None]:
+    """One rank, ready to run, and its constants of the cost model if they are to be measured.
+
+    `make_group` opens this rank's handle on a group of ranks.
+    """
     grid, model_config, config = setup.grid, setup.model, setup.config
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
     sharding = shardings[rank]
@@ -74,9 +75,23 @@ def build_runner(
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
     model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
-    return Runner(
+    runner = Runner(
         grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug
     )
+    return runner, _measure(setup, sharding, groups.context) if setup.measures_cost else None
+
+
+def _measure(setup: EngineSetup, sharding: Sharding, group: Collectives) -> CostConstants:
+    """On traffic of its own, so that what a user sees counted is the engine's."""
+    return Calibration(_kernels(setup, sharding), group, setup.attention_shape, setup.dtype).measure()
+
+
+def _kernels(setup: EngineSetup, sharding: Sharding) -> Kernels:
+    members = setup.grid.context_group(sharding.rank)
+    by_member = tuple(sharding.blocks_of(member) for member in members)
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
+    model = setup.model
+    return Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, setup.expansion)
 
 
 def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> Attention:
@@ -90,14 +105,5 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> At
     )
     grid = setup.grid
     members = grid.context_group(sharding.rank)
-    by_member = tuple(sharding.blocks_of(member) for member in members)
-    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
-    model = setup.model
-    kernels = Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, _expansion(model))
-    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(members), _WORKSPACE_TOKENS)
-    return Attention(pool, kernels, context, model.kinds)
-
-
-def _expansion(model: ModelConfig) -> ExpansionCost:
-    mla = model.mla
-    return ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
+    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(members), WORKSPACE_TOKENS)
+    return Attention(pool, _kernels(setup, sharding), context, setup.model.kinds)

@@ -63,7 +63,7 @@ class MultiHeadLatentAttention:
         self._layer = AttentionLayer(
             layer,
             config.window(layer),
-            latent=_LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]),
+            latent=LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]),
         )
         self._o = given.loader.linear(params["o"])
 
@@ -94,7 +94,7 @@ class MultiHeadLatentAttention:
         return apply_rope(x, cos, sin)
 
 
-class _LatentSpace:
+class LatentSpace:
     """The maps of one layer's heads between latents, keys and values: see `Latent`."""
 
     def __init__(self, mla: MLAConfig, to_key: Tensor, to_value: Tensor) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.attention.cost import ClassFacts, ScheduleChooser
+from longspan.attention.cost import ScheduleChooser
+from longspan.attention.facts import ClassFacts
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from longspan.attention.cost import CostConstants
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
@@ -21,6 +22,11 @@ def require_open(closed: bool) -> None:
 
 class Executor(Protocol):
     """All ranks of an engine. Steps run in the order they were submitted, and are collected in it."""
+
+    @property
+    def constants(self) -> CostConstants | None:
+        """Of the cost model, as the ranks measured them when they started; None if they were not to."""
+        ...
 
     def submit(self, plan: StepPlan) -> None:
         """Start a step on every rank, behind those under way; raises `WorkerDied` if the ranks are gone."""

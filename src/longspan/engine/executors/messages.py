@@ -8,14 +8,16 @@ from __future__ import annotations
 import msgspec
 
 from longspan import errors
+from longspan.attention.cost import CostConstants
 from longspan.errors import EngineError, LongspanError, WorkerDied
 from longspan.request import SampledToken
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The rank has loaded its weights."""
+    """The rank has loaded its weights, and measured the cost model's constants if it was to."""
 
     rank: int
+    constants: CostConstants | None
 
 
 class Stepped(msgspec.Struct, tag=True, frozen=True):

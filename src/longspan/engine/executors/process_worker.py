@@ -61,8 +61,8 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
     def open_group(group: Sequence[int]) -> Collectives:
         return DistributedCollectives(group, rank, traffic)
 
-    runner = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype), open_group)
-    answer(Ready(rank))
+    runner, constants = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype), open_group)
+    answer(Ready(rank, constants))
     while True:
         message = inbox.recv()
         if message == b"stop":

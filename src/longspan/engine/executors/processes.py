@@ -16,6 +16,8 @@ from typing import TypeVar
 import msgspec
 import zmq
 
+from longspan.attention.calibrate import combine
+from longspan.attention.cost import CostConstants
 from longspan.engine.executors.base import require_open
 from longspan.engine.executors.messages import Failed, FromWorker, Ready, Stepped, TrafficReport, report_error
 from longspan.engine.setup import EngineSetup
@@ -37,6 +39,7 @@ class ProcessExecutor:
         self._folder = tempfile.TemporaryDirectory(prefix="longspan-")
         self._context = zmq.Context()
         self._closed = False
+        self.constants: CostConstants | None = None
         folder = Path(self._folder.name)
         self._results = self._context.socket(zmq.PULL)
         self._results.bind(f"ipc://{folder}/results")
@@ -57,7 +60,8 @@ class ProcessExecutor:
                     str(rank),
                 ]
                 self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
-            self._collect(Ready)
+            measured = [ready.constants for ready in self._collect(Ready) if ready.constants]
+            self.constants = combine(measured) if measured else None
         except BaseException:
             self.shutdown()
             raise

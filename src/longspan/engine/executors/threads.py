@@ -13,6 +13,8 @@ from threading import Thread
 
 import torch
 
+from longspan.attention.calibrate import combine
+from longspan.attention.cost import CostConstants
 from longspan.engine.executors.base import require_open
 from longspan.engine.loading import TensorStore
 from longspan.engine.runner import Runner
@@ -40,6 +42,7 @@ class ThreadExecutor:
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
         self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
         self._store = TensorStore(setup.source.checkpoint, setup.dtype)
+        self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
         self._threads = [
             Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True) for rank in range(size)
@@ -47,6 +50,7 @@ class ThreadExecutor:
         for thread in self._threads:
             thread.start()
         self.collect()
+        self.constants = combine(self._measured) if self._measured else None
 
     @property
     def runners(self) -> list[Runner]:
@@ -92,8 +96,10 @@ class ThreadExecutor:
         share = threads_per_rank(self._setup)
         torch.set_num_threads(share)
         try:
-            runner = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
+            runner, constants = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
             self._runners[rank] = runner
+            if constants:
+                self._measured.append(constants)
             self._outcomes.put((rank, []))
         except BaseException as error:
             self._outcomes.put((rank, error))

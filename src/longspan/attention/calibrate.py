@@ -1,0 +1,133 @@
+"""The constants of the cost model, measured on the machine at hand with the kernels and the group in use.
+
+It owns what is run and timed; every rank measures together, since they share cores and links.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from longspan.attention.cost import CostConstants
+from longspan.attention.facts import AttentionShape
+from longspan.attention.forms import Kernels
+from longspan.attention.partial import Partial, merge
+from longspan.cache.pages import Span
+from longspan.parallel.collectives import Collectives
+from longspan.reach import QueryRun
+
+_TOKENS = 4096
+_ROWS = 64
+_REPEATS = 5
+_LARGE = 1 << 20  # bytes
+_LABEL = "calibration"
+_TINY = 1e-12
+
+
+def combine(measured: Sequence[CostConstants]) -> CostConstants:
+    """One set for all ranks: the median of each constant."""
+    names = asdict(CostConstants())
+    return CostConstants(**{name: median(getattr(one, name) for one in measured) for name in names})
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One rank's part in measuring; every member of the group must measure at the same time."""
+
+    kernels: Kernels
+    group: Collectives
+    shape: AttentionShape
+    dtype: torch.dtype
+
+    def measure(self) -> CostConstants:
+        """Takes some ten milliseconds on a CPU."""
+        call = self._together(self._attention(1, 1))
+        read = max(self._together(self._attention(1, _TOKENS)) - call, _TINY) / (_TOKENS * self.shape.kv_bytes)
+        work = self._attention(_ROWS, _TOKENS)
+        alone, together = self._alone(work), self._together(work)
+        flops = 2 * _ROWS * _TOKENS * self.shape.q_heads * (self.shape.head_dim + self.shape.out_dim)
+        flop = max(alone - call - read * _TOKENS * self.shape.kv_bytes, _TINY) / flops
+        message, byte = self._exchange()
+        return CostConstants(
+            call_s=call,
+            flop_s=flop,
+            read_s=read,
+            copy_s=self._copy(),
+            message_s=message,
+            byte_s=byte,
+            cross_message_s=message,
+            cross_byte_s=byte,
+            hidden=self._hidden(),
+            parallelism=min(float(self.group.size), max(1.0, self.group.size * alone / together)),
+        )
+
+    def _attention(self, rows: int, tokens: int) -> Callable[[], object]:
+        kv = torch.randn(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim).to(self.dtype)
+        q = torch.randn(rows, self.shape.q_heads, self.shape.head_dim).to(self.dtype)
+        run = [QueryRun(0, rows, (Span(0, tokens),))]
+        kernels = self.kernels
+        return lambda: kernels.backend.attend(q, run, kv, kernels.heads.own, kernels.scale)
+
+    def _copy(self) -> float:
+        """Seconds a byte of partials that are merged."""
+        part = Partial.empty(_ROWS, self.shape.q_heads, self.shape.out_dim, torch.zeros(1, dtype=self.dtype))
+        parts = [Partial(torch.randn_like(part.out), torch.randn_like(part.lse)) for _ in range(2)]
+        return self._together(lambda: merge(parts)) / (2 * _ROWS * self.shape.partial_bytes)
+
+    def _exchange(self) -> tuple[float, float]:
+        """(seconds a collective, seconds a byte received)."""
+        small, large = torch.zeros(1), torch.zeros(_LARGE // 4)
+        latency = self._together(lambda: self._all_gather(small))
+        received = max(self.group.size - 1, 1) * _LARGE
+        return latency, max(self._together(lambda: self._all_gather(large)) - latency, 0.0) / received
+
+    def _hidden(self) -> float:
+        """The part of the shorter of a transfer to the next member and of computing that goes on beside the other."""
+        large, work = torch.zeros(_LARGE // 4), torch.randn(256, 256)
+        ring = [*range(self.group.rank, self.group.size), *range(self.group.rank)]
+        peers = ring[1:]
+
+        def compute() -> None:
+            for _ in range(20):
+                torch.mm(work, work)
+
+        def transfer(meanwhile: Callable[[], None]) -> None:
+            arriving = [self.group.start_receive(tuple(large.shape), large.dtype, peer) for peer in peers[-1:]]
+            for peer in peers[:1]:
+                self.group.send(large, peer, _LABEL)
+            meanwhile()
+            for arrived in arriving:
+                arrived()
+
+        moving, computing = self._together(lambda: transfer(lambda: None)), self._together(compute)
+        both = self._together(lambda: transfer(compute))
+        return min(1.0, max(0.0, (moving + computing - both) / min(moving, computing)))
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        return self.group.all_gather(x, [len(x)] * self.group.size, _LABEL)
+
+    def _alone(self, run: Callable[[], object]) -> float:
+        """Median seconds on the first member while all others wait for it."""
+        own = torch.zeros(1, dtype=torch.float64)
+        if self.group.rank == 0:
+            own += median(_seconds(run) for _ in range(_REPEATS))
+        return float(self._all_gather(own)[0])
+
+    def _together(self, run: Callable[[], object]) -> float:
+        """Median seconds, every repetition started by all members together."""
+        found: list[float] = []
+        for _ in range(_REPEATS):
+            self._all_gather(torch.zeros(1))
+            found.append(_seconds(run))
+        return median(found)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,174 @@
+"""What a step's attention amounts to, in numbers that are the same on every rank.
+
+It owns counting: tokens seen, pairs of query and key, rows and their sizes in bytes; pure Python, it must not know
+how fast anything is, nor which rank asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_PARTIAL_BYTES = 4
+_LSE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ExpansionCost:
+    """When latent attention needs fewer products in the expanded form, per head.
+
+    For a pair of query and key the absorbed form multiplies over latent + rope and latent, the expanded one over
+    query + rope and value; expanding costs latent · (query + value) a cached token.
+    """
+
+    saved_per_pair: int = 0
+    per_token: int = 0
+
+    @staticmethod
+    def of(latent: int, rope: int, query: int, value: int) -> ExpansionCost:
+        """From the widths of MLA."""
+        return ExpansionCost((2 * latent + rope) - (query + rope + value), latent * (query + value))
+
+    def pays(self, pairs: float, tokens: int) -> bool:
+        """Whether `pairs` of queries and keys are better attended with their `tokens` expanded."""
+        return pairs * self.saved_per_pair > tokens * self.per_token
+
+    def saved(self, pairs: float, tokens: int) -> float:
+        """Products saved by the better of both forms."""
+        return max(0.0, pairs * self.saved_per_pair - tokens * self.per_token)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    planes: int = 2
+    value_dim: int | None = None
+    expansion: ExpansionCost = ExpansionCost()
+
+    @property
+    def out_dim(self) -> int:
+        """Width of a result over cache rows."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's queries."""
+        return self.q_heads * self.head_dim * self.element_bytes
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one token's partial result: fp32 out and lse of every head."""
+        return self.q_heads * (self.out_dim * _PARTIAL_BYTES + _LSE_BYTES)
+
+    @property
+    def lse_bytes(self) -> int:
+        """Bytes of one token's lse of every head."""
+        return self.q_heads * _LSE_BYTES
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.planes * self.kv_heads * self.head_dim * self.element_bytes
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """The context group: the shards of every pcp index, and its members by machine."""
+
+    shards_of_pcp: tuple[tuple[int, ...], ...]
+    nodes: tuple[tuple[int, ...], ...]
+
+    @property
+    def members(self) -> int:
+        """Number of ranks."""
+        return sum(map(len, self.shards_of_pcp))
+
+    @property
+    def members_per_pcp(self) -> int:
+        """Ranks that hold the same tokens and different heads."""
+        return len(self.shards_of_pcp[0])
+
+
+@dataclass(frozen=True)
+class Load:
+    """Attention to be computed in one place: kernel calls, tokens read, pairs of query row and token."""
+
+    calls: int = 0
+    reads: int = 0
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class ClassTotals:
+    """All travelling segments of a class: query rows of every pcp index, tokens of each shard that some segment sees,
+    what each shard computes if queries come to it, and what the ranks of each pcp index compute if keys come to them.
+    """
+
+    rows: tuple[int, ...]
+    needed: tuple[int, ...]
+    by_shard: tuple[Load, ...]
+    by_pcp: tuple[Load, ...]
+
+
+class ClassFacts:
+    """A step's travelling segments of one class in layers of one kind."""
+
+    def __init__(self, pcp: int) -> None:
+        self.rows = [0] * pcp
+        self._segments: list[tuple[object, int, int, dict[int, int]]] = []
+
+    def add(self, keys: object, pcp: int, rows: int, visible: dict[int, int]) -> None:
+        """One travelling segment: `visible` counts the tokens it sees on each shard.
+
+        Segments with equal `keys` see prefixes of the same tokens.
+        """
+        self.rows[pcp] += rows
+        self._segments.append((keys, pcp, rows, visible))
+
+    def totals(self, shards: int) -> ClassTotals:
+        """Summed up."""
+        most: dict[tuple[object, int], int] = {}
+        by_shard = [[0, 0, 0] for _ in range(shards)]
+        by_pcp = [[0, 0, 0] for _ in self.rows]
+        for keys, pcp, rows, visible in self._segments:
+            here = by_pcp[pcp]
+            for shard, tokens in visible.items():
+                most[keys, shard] = max(tokens, most.get((keys, shard), 0))
+                for load in (by_shard[shard], here):
+                    load[0] += 1
+                    load[1] += tokens
+                    load[2] += rows * tokens
+        needed = [0] * shards
+        for (_, shard), tokens in most.items():
+            needed[shard] += tokens
+        return ClassTotals(
+            tuple(self.rows), tuple(needed), tuple(Load(*x) for x in by_shard), tuple(Load(*x) for x in by_pcp)
+        )
+
+
+def gather_q_bytes(shape: AttentionShape, rows: Sequence[int], members_per_pcp: int) -> int:
+    """Bytes all members of a context group send for one layer: queries out, partials back.
+
+    Every member sends its queries to the n − 1 others, and each of those returns a partial for them. A ring and a tree
+    move the same bytes another way.
+    """
+    others = len(rows) * members_per_pcp - 1
+    return others * members_per_pcp * sum(rows) * (shape.query_bytes + shape.partial_bytes)
+
+
+def gather_q_rs_bytes(shape: AttentionShape, rows: Sequence[int], members_per_pcp: int) -> int:
+    """The same when partials are summed on their way: values only come back, but every member learns every lse."""
+    members = len(rows) * members_per_pcp
+    back = shape.partial_bytes - shape.lse_bytes
+    once = members_per_pcp * sum(rows) * (shape.query_bytes + back)
+    return (members - 1) * (once + members * members_per_pcp * sum(rows) * shape.lse_bytes)
+
+
+def gather_kv_bytes(shape: AttentionShape, needed_tokens: int, members: int) -> int:
+    """Bytes all members of a context group send for one layer: each needed token's KV to the n − 1 others."""
+    return (members - 1) * needed_tokens * shape.kv_bytes

@@ -1,0 +1,284 @@
+"""Attention alone: every schedule in the same situations, and what the automatic choice loses against the best.
+
+It owns the situations, the ranks' tensors and the timing; what travels and when is the engine's own code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.calibrate import Calibration, combine
+from longspan.attention.cost import CostConstants, CostModel
+from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
+from longspan.attention.forms import Heads, Kernels
+from longspan.attention.layer import AttentionLayer
+from longspan.attention.pool import KVPool
+from longspan.attention.schedules import ContextGroup
+from longspan.bench.ranks import MakeGroup, run_on_ranks
+from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
+from longspan.cache.layout import KVLayout
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
+from longspan.models.config import MLAConfig
+from longspan.models.mla import LatentSpace
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.grid import Grid
+from longspan.parallel.sharding import Sharding
+from longspan.reach import Place
+from longspan.view import rank_view
+
+SCHEDULES = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
+_WORKSPACE = 16384
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A model's heads; `head_dim` is the cache's, for MLA latent and rotary key together."""
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    mla: MLAConfig | None = None
+
+    @property
+    def planes(self) -> int:
+        """Rows a token has in the cache."""
+        return 1 if self.mla else 2
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a result over cache rows."""
+        return self.mla.kv_lora_rank if self.mla else self.head_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a model's queries."""
+        return self.mla.query_dim + self.mla.rope_dim if self.mla else self.head_dim
+
+    @property
+    def expansion(self) -> ExpansionCost:
+        """Of latents."""
+        mla = self.mla
+        return (
+            ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
+        )
+
+    def layer(self, q_heads: int) -> AttentionLayer:
+        """A layer with random maps of so many heads."""
+        mla = self.mla
+        if mla is None:
+            return AttentionLayer(0)
+        to_key = torch.randn(q_heads, mla.query_dim, mla.kv_lora_rank) * mla.kv_lora_rank**-0.5
+        to_value = torch.randn(q_heads, mla.value_dim, mla.kv_lora_rank) * mla.kv_lora_rank**-0.5
+        return AttentionLayer(0, latent=LatentSpace(mla, to_key, to_value))
+
+
+HEAD_SHAPES = (
+    HeadShape("GQA 8/2 x 64", 8, 2, 64),
+    HeadShape("MQA 8/1 x 128", 8, 1, 128),
+    HeadShape("MLA 8 x 256+32", 8, 1, 288, MLAConfig(None, 256, 64, 32, 64)),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One situation on one layout."""
+
+    heads: HeadShape
+    tp: int
+    pcp: int
+    dcp: int
+    new: int
+    cached: int
+
+    @property
+    def grid(self) -> Grid:
+        """Its ranks."""
+        return Grid(ParallelConfig(self.tp, self.pcp, self.dcp))
+
+    @property
+    def situation(self) -> Situation:
+        """What is computed."""
+        return Situation(self.grid, self.new, self.cached)
+
+    def model(self, constants: CostConstants) -> CostModel:
+        """What the engine would choose by."""
+        heads, grid = self.heads, self.grid
+        shape = AttentionShape(
+            heads.q_heads // grid.tp,
+            self.kv_heads(0),
+            heads.head_dim,
+            4,
+            heads.planes,
+            heads.value_dim,
+            heads.expansion,
+        )
+        group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
+        return CostModel(shape, group, constants, _WORKSPACE)
+
+    def sharding(self, rank: int) -> Sharding:
+        """What a rank holds."""
+        return Sharding(self.grid, rank, self.heads.q_heads, self.heads.kv_heads)
+
+    def kv_heads(self, rank: int) -> int:
+        """KV heads a rank holds."""
+        start, stop = self.sharding(rank).kv_extent
+        return stop - start
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One schedule in one cell: measured and estimated seconds a layer, bytes sent by all ranks and by the formula."""
+
+    schedule: str
+    seconds: float
+    estimated: float
+    bytes: int
+    formula_bytes: int
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """All schedules of a cell; `chosen` is the automatic choice."""
+
+    cell: Cell
+    timings: tuple[Timing, ...]
+    chosen: str
+    constants: CostConstants
+
+    @property
+    def best(self) -> Timing:
+        """The fastest."""
+        return min(self.timings, key=lambda timing: timing.seconds)
+
+    @property
+    def regret(self) -> float:
+        """What the choice loses against the best, as a part of the best."""
+        chosen = next(timing for timing in self.timings if timing.schedule == self.chosen)
+        return chosen.seconds / self.best.seconds - 1
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one rank saw: for every cell and schedule (started, ended) of each repetition, and the bytes it sent."""
+
+    constants: CostConstants
+    spans: tuple[tuple[dict[str, list[tuple[float, float]]], dict[str, int]], ...]
+
+
+@dataclass(frozen=True)
+class MeasureCells:
+    """What every rank runs: the cells of one layout and head shape."""
+
+    cells: tuple[Cell, ...]
+    iterations: int
+
+    def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> _Measured:
+        """Calibrate, then time every schedule in turn."""
+        first = self.cells[0]
+        group = make_group(first.grid.context_group(rank))
+        everyone = make_group(tuple(range(first.grid.world_size)))
+        shape = first.model(CostConstants()).shape
+        kernels = _kernels(first, rank)
+        constants = Calibration(kernels, group, shape, torch.float32).measure()
+        spans = tuple(_measure(cell, rank, kernels, group, everyone, traffic, self.iterations) for cell in self.cells)
+        return _Measured(constants, spans)
+
+
+def run_attention(
+    executor: str, cells: Sequence[Cell], iterations: int, on_progress: Callable[[str], None]
+) -> list[CellResult]:
+    """Every cell measured; cells of one layout and head shape share their ranks and constants."""
+    results: list[CellResult] = []
+    alike: dict[tuple[HeadShape, int, int, int], list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault((cell.heads, cell.tp, cell.pcp, cell.dcp), []).append(cell)
+    for (heads, tp, pcp, dcp), members in alike.items():
+        on_progress(f"{heads.name}, tp {tp} pcp {pcp} dcp {dcp}")
+        measured = run_on_ranks(executor, tp * pcp, MeasureCells(tuple(members), iterations))
+        results += _results(members, measured)
+    return results
+
+
+def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellResult]:
+    constants = combine([one.constants for one in measured])
+    results: list[CellResult] = []
+    for number, cell in enumerate(cells):
+        expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))}
+        groups = cell.grid.head_shards
+        timings = tuple(
+            Timing(
+                schedule,
+                _elapsed([one.spans[number][0][schedule] for one in measured]),
+                expected[schedule].seconds,
+                sum(one.spans[number][1][schedule] for one in measured),
+                expected[schedule].bytes * groups,
+            )
+            for schedule in SCHEDULES
+        )
+        chosen = min(expected.values(), key=lambda e: e.seconds).schedule
+        results.append(CellResult(cell, timings, chosen, constants))
+    return results
+
+
+def _elapsed(ranks: Sequence[list[tuple[float, float]]]) -> float:
+    """Median over repetitions of the time from the first rank's start to the last one's end."""
+    repetitions = zip(*ranks, strict=True)
+    return float(median(max(end for _, end in r) - min(start for start, _ in r) for r in repetitions))
+
+
+def _kernels(cell: Cell, rank: int) -> Kernels:
+    sharding = cell.sharding(rank)
+    by_member = tuple(sharding.blocks_of(member) for member in cell.grid.context_group(rank))
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
+    return Kernels(CpuBackend(), heads, cell.heads.query_dim**-0.5, cell.heads.value_dim, cell.heads.expansion)
+
+
+def _measure(
+    cell: Cell, rank: int, kernels: Kernels, group: Collectives, everyone: Collectives, traffic: Traffic, count: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
+    laid_out = lay_out(cell.situation, cell.model(CostConstants()))
+    layer = cell.heads.layer(cell.heads.q_heads // cell.tp)
+    run, q, k, v = _prepare(cell, rank, kernels, group, laid_out)
+    spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in SCHEDULES}
+    sent: dict[str, int] = {}
+    for _ in range(count + 1):  # the first is not counted
+        for schedule in SCHEDULES:
+            attend = run[schedule]
+            before = traffic.bytes_by_label.get(schedule, 0)
+            everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")
+            started = time.perf_counter()
+            attend(layer, q, k, v)
+            spans[schedule].append((started, time.perf_counter()))
+            sent[schedule] = traffic.bytes_by_label.get(schedule, 0) - before
+    return {schedule: found[1:] for schedule, found in spans.items()}, sent
+
+
+def _prepare(
+    cell: Cell, rank: int, kernels: Kernels, group: Collectives, laid_out: LaidOut
+) -> tuple[dict[str, Attention], Tensor, Tensor, Tensor]:
+    """An `Attention` for every schedule over one pool, and this rank's rows."""
+    grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]
+    layout = KVLayout(1, cell.kv_heads(rank), heads.head_dim, 4, heads.planes)
+    pool = KVPool(layout, (0,), cell.situation.pages, cell.situation.page_size, torch.float32)
+    pool.layers[0].normal_()
+    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), _WORKSPACE)
+    place = Place(at.pcp, at.shard, grid.shards_of_pcp)
+    attentions: dict[str, Attention] = {}
+    rows = 0
+    for schedule in SCHEDULES:
+        view = rank_view(laid_out.under(schedule), {0: laid_out.mirror}, place, (None,))
+        attentions[schedule] = Attention(pool, kernels, context, (None,))
+        attentions[schedule].begin(view)
+        rows = len(view.positions)
+    q = torch.randn(rows, heads.q_heads // grid.tp, heads.query_dim)
+    k, v = (torch.randn(rows, cell.kv_heads(rank), heads.head_dim) for _ in range(2))
+    return attentions, q, k, v

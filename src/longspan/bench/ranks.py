@@ -1,0 +1,91 @@
+"""A function on N ranks, as threads or as processes: benchmarks of parts that need no engine.
+
+It owns starting the ranks and collecting what they return; it must not know what they measure.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+
+from longspan.errors import EngineError
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
+from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+
+MakeGroup = Callable[[Sequence[int]], Collectives]
+
+
+class RankFunction(Protocol):
+    """What every rank runs; it must be picklable for processes."""
+
+    def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> Any: ...
+
+
+def threads_each(world_size: int) -> int:
+    """An even share of this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // world_size)
+
+
+def run_on_ranks(executor: str, world_size: int, function: RankFunction) -> list[Any]:
+    """What each rank returned, in rank order."""
+    return _as_threads(world_size, function) if executor == "threads" else _as_processes(world_size, function)
+
+
+def _as_threads(world_size: int, function: RankFunction) -> list[Any]:
+    fabric = ThreadFabric(world_size)
+
+    def serve(rank: int) -> Any:
+        torch.set_num_threads(threads_each(world_size))
+        traffic = Traffic()
+        try:
+            with torch.inference_mode():
+                return function(rank, lambda group: ThreadedCollectives(fabric, group, rank, traffic), traffic)
+        except BaseException:
+            fabric.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(serve, range(world_size)))
+
+
+def _as_processes(world_size: int, function: RankFunction) -> list[Any]:
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, folder, theirs, function), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return [_receive(pipe) for pipe in pipes]
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise EngineError("a rank of the benchmark ended unexpectedly; its message is above") from None
+
+
+def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction) -> None:
+    torch.set_num_threads(threads_each(world_size))
+    join_world(rank, world_size, f"{folder}/store")
+    traffic = Traffic()
+    with torch.inference_mode():
+        pipe.send(function(rank, lambda group: DistributedCollectives(group, rank, traffic), traffic))
+    leave_world()

@@ -1,0 +1,115 @@
+"""One request with so many tokens cached and so many new, as the scheduler lays it out over a grid.
+
+It owns bringing a bare scheduler into that state; benchmarks and `explain` look at what it plans and counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
+from longspan.attention.facts import ClassFacts
+from longspan.cache.manager import CacheManager
+from longspan.cache.pages import PageTable
+from longspan.cache.prefix import root_key
+from longspan.config import SchedulerConfig
+from longspan.parallel.grid import Grid
+from longspan.plan import StepPlan
+from longspan.request import SamplingParams
+from longspan.scheduler.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A step that computes `new` tokens of a request of which `cached` are stored, spread over all shards."""
+
+    grid: Grid
+    new: int
+    cached: int
+    page_size: int = 16
+
+    @property
+    def pages(self) -> int:
+        """Pages a shard needs, with some to spare for uneven pieces."""
+        return 2 + 2 * (-(-(self.new + self.cached) // self.page_size) // self.grid.num_shards + 1)
+
+
+@dataclass
+class Mirror:
+    """A request as a rank knows it."""
+
+    table: PageTable
+    num_prompt: int
+
+
+class _Recorder(ScheduleChooser):
+    """Keeps what it was asked about."""
+
+    def choose(self, facts: ClassFacts) -> str:
+        if sum(facts.rows):
+            _asked(self).append(facts)
+        return super().choose(facts)
+
+
+def _asked(chooser: _Recorder) -> list[ClassFacts]:
+    found: list[ClassFacts] = chooser.__dict__.setdefault("asked", [])
+    return found
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """The step's plan, the page table on every rank before it, and what the cost model was told (None: local)."""
+
+    plan: StepPlan
+    mirror: Mirror
+    facts: ClassFacts | None
+
+    def under(self, schedule: str) -> StepPlan:
+        """The same plan with another schedule for all that travels."""
+
+        def forced(schedules: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple("local" if old == "local" else schedule for old in schedules)
+
+        return replace(
+            self.plan,
+            decode_schedules=forced(self.plan.decode_schedules),
+            prefill_schedules=forced(self.plan.prefill_schedules),
+        )
+
+
+def lay_out(situation: Situation, model: CostModel) -> LaidOut:
+    """Schedule the cached tokens, then the new ones, without computing either."""
+    length = situation.cached + situation.new
+    grid = situation.grid
+    cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
+    chooser = _Recorder(model)
+    config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
+    scheduler = Scheduler(config, length + 1, cache, grid, chooser, root_key("situation"))
+    params = SamplingParams(temperature=0, max_tokens=1)
+    scheduler.add(0, [0] * length, params, 0, 1)
+    table = cache.new_table()
+    if situation.cached:
+        plan = _next(scheduler)
+        for new in plan.new_pages:
+            table.extend(new.pages)
+        scheduler.commit(plan, [])
+    scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
+    _asked(chooser).clear()
+    plan = _next(scheduler)
+    for new in plan.new_pages:
+        table.extend(new.pages)
+    asked = _asked(chooser)
+    return LaidOut(plan, Mirror(table, length), asked[0] if asked else None)
+
+
+def _next(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    if plan is None:
+        raise ValueError("nothing to schedule: the situation has no room for its request")
+    return plan
+
+
+def estimates(situation: Situation, model: CostModel) -> list[Estimate]:
+    """What every schedule would take, cheapest first; empty if nothing has to travel."""
+    facts = lay_out(situation, model).facts
+    return sorted(model.estimates(facts), key=lambda e: e.seconds) if facts else []
