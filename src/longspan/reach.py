@@ -131,7 +131,8 @@ def reach(
         travel=sum(segment.length for segment in local),
         own=_runs(local, window, requests, place.shard),
         blocks=tuple(
-            Block(sum(s.length for s in block), _runs(block, window, requests, place.shard)) for block in by_pcp
+            Block(sum(s.length for s in block), () if keys_travel else _runs(block, window, requests, place.shard))
+            for block in by_pcp
         ),
         shares=shares,
         key_runs=key_runs,

@@ -70,6 +70,18 @@ def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule
     assert tokens_of(llm, prompts()) == expected("llama")
 
 
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pcp": 2, "schedule": "gather_kv", "local_context": 0}], ids=str)
+def test_requests_that_share_a_beginning_see_their_own_continuation(tiny, layout):
+    llm = tiny("deepseek-v3", max_num_batched_tokens=400, max_num_seqs=32, **layout)
+    shared = prompt_of(8)
+    turns = [shared + prompt_of(12, seed) for seed in range(1, 21)]
+    llm.generate(turns, SamplingParams(temperature=0, max_tokens=1))
+    longer = [turn + prompt_of(20 if seed < 3 else 1, 50 + seed) for seed, turn in enumerate(turns)]
+    outputs = llm.generate(longer, SamplingParams(temperature=0, max_tokens=5))
+    assert all(output.num_cached_tokens >= 16 for output in outputs)
+    assert [o.outputs[0].token_ids for o in outputs] == [greedy(oracle("deepseek-v3"), p, 5)[0] for p in longer]
+
+
 @pytest.mark.parametrize(
     ("model", "grid"), [("llama", (1, 3, 1)), ("llama", (4, 2, 2)), ("deepseek-v3", (2, 2, 2)), ("gpt-oss", (2, 3, 2))]
 )

@@ -217,6 +217,22 @@ def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tin
         llm.generate(prompt_of(16), GREEDY)
 
 
+@pytest.mark.parametrize("place", ["scheduler.commit", "_record"])
+def test_an_interrupt_between_steps_ends_the_engine_too(tiny, place, monkeypatch):
+    llm = tiny(pcp=2)
+    owner, name = (llm.engine.scheduler, "commit") if "." in place else (llm.engine, place)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompt_of(16), GREEDY)
+    monkeypatch.undo()
+    with pytest.raises(WorkerDied, match="start the engine again"):
+        llm.generate(prompt_of(16), GREEDY)
+
+
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 def test_any_integers_are_token_ids(tiny, executor):
     llm = tiny(executor=executor)

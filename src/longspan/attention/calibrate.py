@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from longspan.attention.cost import CostConstants
+from longspan.attention.cost import CostConstants, Fixed
 from longspan.attention.facts import AttentionShape
-from longspan.attention.forms import Kernels
+from longspan.attention.forms import Kernels, PlainForm
 from longspan.attention.partial import Partial, merge
+from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.cache.pages import Span
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.parallel.collectives import Collectives
-from longspan.reach import QueryRun
+from longspan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
 
 _TOKENS = 4096
 _ROWS = 64
@@ -27,12 +29,21 @@ _REPEATS = 5
 _LARGE = 1 << 20  # bytes
 _LABEL = "calibration"
 _TINY = 1e-12
+_TRAVELLING = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
 
 
 def combine(measured: Sequence[CostConstants]) -> CostConstants:
-    """One set for all ranks: the median of each constant."""
-    names = asdict(CostConstants())
-    return CostConstants(**{name: median(getattr(one, name) for one in measured) for name in names})
+    """One set for all ranks: the median of each constant, of schedules the slowest rank's."""
+    names = [entry.name for entry in fields(CostConstants) if entry.name != "fixed"]
+    return CostConstants(
+        **{name: median(getattr(one, name) for one in measured) for name in names},
+        fixed={
+            schedule: Fixed(
+                max(one.fixed[schedule].one for one in measured), max(one.fixed[schedule].all for one in measured)
+            )
+            for schedule in measured[0].fixed
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,15 @@ class Calibration:
     """One rank's part in measuring; every member of the group must measure at the same time."""
 
     kernels: Kernels
-    group: Collectives
+    context: ContextGroup
+    place: Place
     shape: AttentionShape
     dtype: torch.dtype
+
+    @property
+    def group(self) -> Collectives:
+        """The context group's collectives."""
+        return self.context.collectives
 
     def measure(self) -> CostConstants:
         """Takes some ten milliseconds on a CPU."""
@@ -64,7 +81,29 @@ class Calibration:
             cross_byte_s=byte,
             hidden=self._hidden(),
             parallelism=min(float(self.group.size), max(1.0, self.group.size * alone / together)),
+            fixed={name: Fixed(self._schedule(name, 1), self._schedule(name, 1 << 30)) for name in _TRAVELLING},
         )
+
+    def _schedule(self, name: str, busy: int) -> float:
+        """A whole schedule with one row on each of the first `busy` pcp indices, which see a token of each shard."""
+        shards = range(self.group.size)
+        one = Span(0, 1)
+        busy_here = self.place.pcp < busy
+        reach = Reach(
+            schedule=name,
+            travel=0,
+            own=(),
+            blocks=tuple(
+                Block(int(pcp < busy), (QueryRun(0, 1, (one,)),) if pcp < busy else ())
+                for pcp in range(len(self.place.shards_of_pcp))
+            ),
+            shares=tuple(KeyShare((one,), 1) for _ in shards),
+            key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
+        )
+        kv = torch.randn(self.shape.planes, self.shape.kv_heads, 1, self.shape.head_dim).to(self.dtype)
+        q = torch.randn(int(busy_here), self.shape.q_heads, self.shape.head_dim).to(self.dtype)
+        join = Join(q, kv, reach, PlainForm(self.kernels, None), self.context)
+        return self._together(lambda: SCHEDULES[name](join))
 
     def _attention(self, rows: int, tokens: int) -> Callable[[], object]:
         kv = torch.randn(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim).to(self.dtype)

@@ -7,7 +7,7 @@ a named machine, and must not know where they come from, nor which rank asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from longspan.attention.facts import (
@@ -24,6 +24,14 @@ from longspan.attention.facts import (
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """What a schedule takes before any size counts, in seconds: one pcp index with a row, and all of them with one."""
+
+    one: float
+    all: float
+
+
+@dataclass(frozen=True)
 class CostConstants:
     """How fast one rank is, in seconds. The defaults are of no machine: a plausible CPU, for tests.
 
@@ -31,7 +39,7 @@ class CostConstants:
     and values attended, `copy_s` a byte of tensors packed or merged; `message_s` a collective, whatever its size,
     `byte_s` a byte received, `cross_message_s` and `cross_byte_s` the same between machines; `hidden` the part of a
     transfer that goes on beside computing; `parallelism` how many ranks' worth of computing the machine does at once
-    (0: all).
+    (0: all). `fixed` has what was measured of whole schedules; without it that is put together from calls and messages.
     """
 
     call_s: float = 5e-5
@@ -44,17 +52,19 @@ class CostConstants:
     cross_byte_s: float = 1e-9
     hidden: float = 0.5
     parallelism: float = 0.0
+    fixed: dict[str, Fixed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """One schedule's cost for one layer: bytes the whole group sends, seconds and what they are made of.
 
-    `seconds` = compute + transfer + copies − hidden: what of the transfer goes on beside computing.
+    `seconds` = fixed + compute + transfer + copies − hidden: what of the transfer goes on beside computing.
     """
 
     schedule: str
     bytes: int
+    fixed: float
     compute: float
     transfer: float
     copies: float
@@ -63,7 +73,7 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """How long it takes."""
-        return self.compute + self.transfer + self.copies - self.hidden
+        return self.fixed + self.compute + self.transfer + self.copies - self.hidden
 
 
 @dataclass(frozen=True)
@@ -80,25 +90,31 @@ class CostModel:
         totals = facts.totals(self.group.members)
         return [estimate(self, totals) for estimate in _FORMULAS.values()]
 
+    def fixed(self, schedule: str, facts: ClassTotals, messages: int) -> float:
+        """Seconds that do not depend on sizes: latencies, and calls beyond the first of a busy rank."""
+        at = self.constants
+        busy = sum(rows != 0 for rows in facts.rows)
+        calls = max(load.calls for load in (*facts.by_shard, *facts.by_pcp))
+        latency = at.message_s if len(self.group.nodes) == 1 else at.cross_message_s
+        measured = at.fixed.get(schedule) or Fixed(messages * latency + at.call_s, messages * latency + at.call_s)
+        share = (busy - 1) / max(len(facts.rows) - 1, 1)
+        return measured.one + share * (measured.all - measured.one) + max(calls - busy, 0) * at.call_s
+
     def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1) -> float:
         """Seconds until the busiest rank has attended, with `heads` query heads each."""
         at, shape, seconds = self.constants, self.shape, []
         for load in loads:
             products = load.pairs * (shape.head_dim + shape.out_dim) - shape.expansion.saved(load.pairs, load.reads)
-            work = 2 * products * heads * at.flop_s + load.reads * shape.kv_bytes * at.read_s
-            seconds.append(load.calls * at.call_s + work)
+            seconds.append(2 * products * heads * at.flop_s + load.reads * shape.kv_bytes * at.read_s)
         together = sum(seconds) * ranks_per_load / (at.parallelism or self.group.members)
         return max(*seconds, together)
 
-    def exchange(self, received: float, messages: int = 1) -> float:
+    def exchange(self, received: float) -> float:
         """Seconds of collectives in which the busiest member takes in `received` bytes, from all others alike."""
         at, members = self.constants, self.group.members
-        others = max(members - 1, 1)
         outside = max(members - len(node) for node in self.group.nodes)
-        crossing = received * outside / others
-        inside = received - crossing
-        latency = at.cross_message_s if outside else at.message_s
-        return messages * latency + max(inside * at.byte_s, crossing * at.cross_byte_s)
+        crossing = received * outside / max(members - 1, 1)
+        return max((received - crossing) * at.byte_s, crossing * at.cross_byte_s)
 
 
 def _queries(model: CostModel, facts: ClassTotals) -> tuple[float, float, float]:
@@ -123,6 +139,7 @@ def _gather_q(model: CostModel, facts: ClassTotals) -> Estimate:
     return Estimate(
         "gather_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
+        model.fixed("gather_q", facts, 2),
         _query_compute(model, facts),
         model.exchange(arriving) + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -136,6 +153,7 @@ def _gather_q_rs(model: CostModel, facts: ClassTotals) -> Estimate:
     return Estimate(
         "gather_q_rs",
         gather_q_rs_bytes(model.shape, facts.rows, each),
+        model.fixed("gather_q_rs", facts, 3),
         _query_compute(model, facts),
         model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -150,15 +168,15 @@ def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
     arriving = sum(facts.rows) * each * shape.query_bytes
     across = (len(nodes) - 1) / len(nodes)
     column = rows * len(nodes) * shape.partial_bytes
-    latency = 2 * at.message_s + 2 * (at.cross_message_s if len(nodes) != 1 else at.message_s)
     inside = (arriving + (widest - 1) * column) * at.byte_s
     crossing = (arriving / widest * across + (len(nodes) - 1) * rows * shape.partial_bytes) * at.cross_byte_s
     handled = sum(facts.rows) * each * shape.partial_bytes + (widest + 1) * column
     return Estimate(
         "tree_q",
         gather_q_bytes(shape, facts.rows, each),
+        model.fixed("tree_q", facts, 4),
         _query_compute(model, facts),
-        latency + inside + crossing,
+        inside + crossing,
         handled * at.copy_s,
     )
 
@@ -167,11 +185,12 @@ def _ring_q(model: CostModel, facts: ClassTotals) -> Estimate:
     arriving, returning, handled = _queries(model, facts)
     hops = model.group.members - 1
     compute = _query_compute(model, facts)
-    circulating = model.exchange(arriving, hops)
+    circulating = model.exchange(arriving)
     return Estimate(
         "ring_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        compute + hops * model.constants.call_s,
+        model.fixed("ring_q", facts, hops + 1),
+        compute,
         circulating + model.exchange(returning),
         handled * model.constants.copy_s,
         _hidden(model, compute, circulating),
@@ -199,15 +218,16 @@ def _keys(model: CostModel, facts: ClassTotals, block: int) -> tuple[int, float,
 def _gather_kv(model: CostModel, facts: ClassTotals) -> Estimate:
     sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // model.group.members)
     copies = handled * model.constants.copy_s
-    return Estimate("gather_kv", sent, compute, model.exchange(arriving, rounds), copies)
+    fixed = rounds * model.fixed("gather_kv", facts, 1)
+    return Estimate("gather_kv", sent, fixed, compute, model.exchange(arriving), copies)
 
 
 def _ring_kv(model: CostModel, facts: ClassTotals) -> Estimate:
     sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // 2)
-    hops = rounds * (model.group.members - 1)
-    moving = model.exchange(arriving, hops)
+    fixed = rounds * model.fixed("ring_kv", facts, model.group.members - 1)
+    moving = model.exchange(arriving)
     copies = handled * model.constants.copy_s
-    return Estimate("ring_kv", sent, compute, moving, copies, _hidden(model, compute, moving))
+    return Estimate("ring_kv", sent, fixed, compute, moving, copies, _hidden(model, compute, moving))
 
 
 _FORMULAS: Mapping[str, Callable[[CostModel, ClassTotals], Estimate]] = MappingProxyType(

@@ -99,7 +99,7 @@ class PlainForm:
 
     def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.own`."""
-        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.own, self._kernels.scale)
+        return self._attend(q, runs, kv, self._kernels.heads.own)
 
     def outgoing(self, q: Tensor) -> Tensor:
         """See `Form.outgoing`."""
@@ -107,15 +107,18 @@ class PlainForm:
 
     def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
         """See `Form.visiting`."""
-        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.shard, self._kernels.scale)
+        return self._attend(q, runs, kv, self._kernels.heads.shard)
 
     def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
         """See `Form.visiting_member`."""
-        return self._kernels.backend.attend(q, runs, kv, self._kernels.heads.by_member[member], self._kernels.scale)
+        return self._attend(q, runs, kv, self._kernels.heads.by_member[member])
 
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""
         return part
+
+    def _attend(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock]) -> Partial:
+        return self._kernels.backend.attend(q, runs, kv, blocks, self._kernels.scale).columns(self.value_dim)
 
 
 class LatentForm:
@@ -146,10 +149,10 @@ class LatentForm:
         """See `Form.own`."""
         absorbed: list[QueryRun] = []
         parts: list[Partial] = []
-        for sharers in _by_first_slot(runs):
+        for sharers in _sharers(runs):
             pairs = sum(run.length * run.tokens for run in sharers)
             masked = any(run.lows for run in sharers)
-            if not masked and self._kernels.expansion.pays(pairs, max(run.tokens for run in sharers)):
+            if not masked and self._kernels.expansion.pays(pairs, sharers[0].tokens):
                 parts.append(self._expanded(q, sharers, kv))
             else:
                 absorbed += sharers
@@ -179,8 +182,8 @@ class LatentForm:
         return Partial(self._latent.values(part.out), part.lse)
 
     def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: Tensor) -> Partial:
-        """Runs that see the same rows, each as many of the first as it does: a block is expanded once for all."""
-        longest = max(sharers, key=lambda run: run.tokens)
+        """Runs that see prefixes of the first one's rows: a block is expanded once for all."""
+        longest = sharers[0]
         parts: list[Partial] = []
         for start in range(0, longest.tokens, _EXPANDED_TOKENS):
             rows = read_spans(kv, clip_spans(longest.spans, start, start + _EXPANDED_TOKENS))[0, 0]
@@ -200,9 +203,18 @@ def _each_head(q: Tensor) -> tuple[HeadBlock, ...]:
     return (HeadBlock(0, q.shape[1], 0, q.shape[1]),)
 
 
-def _by_first_slot(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:
-    """Segments of one request see prefixes of the same rows of a shard: runs that begin alike are prefixes."""
-    found: dict[int, list[QueryRun]] = {}
-    for run in runs:
-        found.setdefault(run.spans[0].slot, []).append(run)
-    return found.values()
+def _sharers(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:
+    """Runs that see prefixes of the same rows, the longest first: segments of one request on one shard.
+
+    Requests that share cached pages and then part see different rows, though they begin alike.
+    """
+    found: dict[int, list[list[QueryRun]]] = {}
+    for run in sorted(runs, key=lambda run: -run.tokens):
+        groups = found.setdefault(run.spans[0].slot, [])
+        for group in groups:
+            if tuple(clip_spans(group[0].spans, 0, run.tokens)) == run.spans:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return [group for groups in found.values() for group in groups]

@@ -188,7 +188,10 @@ class MeasureCells:
         everyone = make_group(tuple(range(first.grid.world_size)))
         shape = first.model(CostConstants()).shape
         kernels = _kernels(first, rank)
-        constants = Calibration(kernels, group, shape, torch.float32).measure()
+        grid = first.grid
+        context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), _WORKSPACE)
+        place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
+        constants = Calibration(kernels, context, place, shape, torch.float32).measure()
         spans = tuple(_measure(cell, rank, kernels, group, everyone, traffic, self.iterations) for cell in self.cells)
         return _Measured(constants, spans)
 

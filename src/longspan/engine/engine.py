@@ -27,7 +27,7 @@ from longspan.engine.setup import EngineSetup, resolve
 from longspan.errors import RequestError
 from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
-from longspan.request import FinishReason, RequestOutput, SamplingParams
+from longspan.request import FinishReason, RequestOutput, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 from longspan.scheduler.sequence import SequenceState
 
@@ -177,11 +177,17 @@ class Engine:
                 self._under_way.append(plan)
             if not self._under_way:
                 return ended
-            sampled = self.executor.collect()
-        except BaseException:  # an interrupt too: ranks and scheduler no longer agree on what was computed
+            changed = self._deliver(self.executor.collect())
+        except BaseException:  # an interrupt too: ranks, scheduler and outputs no longer agree on what was computed
             self._under_way.clear()
             self.executor.shutdown()
             raise
+        outputs, self._ended = self._ended, []
+        finished = {output.request_id for output in outputs}
+        return [*ended, *outputs, *(o for i, o in changed.items() if i not in finished)]
+
+    def _deliver(self, sampled: Sequence[SampledToken]) -> dict[str, RequestOutput]:
+        """Commit the oldest step under way; its tokens go to their requests, which are returned by id."""
         plan = self._under_way.popleft()
         self.scheduler.commit(plan, sampled)
         self._record(plan)
@@ -197,9 +203,7 @@ class Engine:
             self._start_rest(group)
             if all(c.finished for c in group.completions):
                 self._close(group)
-        outputs, self._ended = self._ended, []
-        finished = {output.request_id for output in outputs}
-        return [*ended, *outputs, *(o for i, o in changed.items() if i not in finished)]
+        return changed
 
     def stats(self) -> EngineStats:
         """What is in use and what has travelled so far."""

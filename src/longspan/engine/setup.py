@@ -77,6 +77,8 @@ class EngineSetup:
     def expansion(self) -> ExpansionCost:
         """When latents are expanded; never without MLA."""
         mla = self.model.mla
+        if mla and mla.value_dim > mla.query_dim + mla.rope_dim:  # kernels want values no wider than keys
+            return ExpansionCost()
         return (
             ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
         )

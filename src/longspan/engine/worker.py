@@ -27,6 +27,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import OwnExperts, SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
+from longspan.reach import Place
 
 
 def threads_per_rank(setup: EngineSetup) -> int:
@@ -78,12 +79,16 @@ def build_runner(
     runner = Runner(
         grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug
     )
-    return runner, _measure(setup, sharding, groups.context) if setup.measures_cost else None
+    if not setup.measures_cost:
+        return runner, None
+    place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
+    context = _context(setup, rank, groups.context)
+    return runner, Calibration(_kernels(setup, sharding), context, place, setup.attention_shape, setup.dtype).measure()
 
 
-def _measure(setup: EngineSetup, sharding: Sharding, group: Collectives) -> CostConstants:
-    """On traffic of its own, so that what a user sees counted is the engine's."""
-    return Calibration(_kernels(setup, sharding), group, setup.attention_shape, setup.dtype).measure()
+def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
+    nodes = setup.grid.nodes(setup.grid.context_group(rank))
+    return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
 
 
 def _kernels(setup: EngineSetup, sharding: Sharding) -> Kernels:
@@ -103,7 +108,5 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> At
         setup.config.cache.page_size,
         setup.dtype,
     )
-    grid = setup.grid
-    members = grid.context_group(sharding.rank)
-    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(members), WORKSPACE_TOKENS)
+    context = _context(setup, sharding.rank, group)
     return Attention(pool, _kernels(setup, sharding), context, setup.model.kinds)

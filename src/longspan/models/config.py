@@ -157,6 +157,10 @@ class Fields:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
 
+    def names(self, name: str) -> bool:
+        """Whether the file has the field, be it null."""
+        return name in self._values
+
     def get(self, name: str, default: Any = None) -> Any:
         """A field as it is, `default` where it is missing or null."""
         value = self._values.get(name)
@@ -195,23 +199,26 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig(float(theta), str(rope_type), scaling, float(partial), max_position_embeddings)
 
 
-def read_windows(fields: Fields, positions: int) -> tuple[int | None, ...]:
-    """Each layer's window, from `layer_types` or, in older files, for all layers from `max_window_layers` on."""
-    if not fields.get("sliding_window") or not fields.get("use_sliding_window", True):
+def read_windows(fields: Fields, default: int | None, first: int = 0) -> tuple[int | None, ...]:
+    """Each layer's window, from `sliding_window` (`default` where the file does not name it) and `layer_types`.
+
+    Without types all layers from number `first` on have it. Empty if none has.
+    """
+    given = fields.size("sliding_window") if fields.get("sliding_window") else None
+    window = given if fields.names("sliding_window") else default
+    if window is None:
         return ()
-    window: int | None = fields.size("sliding_window")
-    if window is not None and window >= positions:
-        window = None
     layers = range(fields.size("num_hidden_layers"))
-    first = int(fields.get("max_window_layers", 0))
     types = fields.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in layers]
     known = {"sliding_attention": window, "full_attention": None}
-    for layer_type in types:
-        if layer_type not in known:
-            raise UnsupportedModel(
-                f"config.json: layer_types={layer_type!r} is not supported; known are {', '.join(known)}"
-            )
-    return tuple(known[layer_type] for layer_type in types)
+    if not isinstance(types, list) or len(types) != len(layers):
+        raise ModelError(
+            f"config.json: layer_types={types!r} must list num_hidden_layers={len(layers)} types; fix the config.json"
+        )
+    for kind in types:
+        if kind not in known:
+            raise UnsupportedModel(f"config.json: layer_types={kind!r} is not supported; known are {', '.join(known)}")
+    return tuple(known[kind] for kind in types)
 
 
 def read_config(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
@@ -240,6 +247,5 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
         "rope": rope,
         "tie_word_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "eos_token_ids": fields.ids("eos_token_id"),
-        "windows": read_windows(fields, positions),
     }
     return ModelConfig(**{**common, **differences})

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config
+from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config, read_windows
 
+_WINDOW = 128
 ARCHITECTURES = ("GptOssForCausalLM",)
 
 
@@ -31,10 +32,11 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         swiglu_limit=fields.number("swiglu_limit", 7.0),
     )
     return read_config(
-        {**values, "layer_types": types},
+        values,
         architecture,
         moe=moe,
         attention_sinks=True,
+        windows=read_windows(Fields({**values, "layer_types": types}), _WINDOW),
         attention_bias=bias,
         attention_output_bias=bias,
     )

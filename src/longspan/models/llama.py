@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2, Mistral: rotary, grouped-query attention, SwiGLU, optional biases.
+"""Llama 2 and 3, SmolLM2, Mistral: rotary, grouped-query attention, SwiGLU, optional biases; Mistral has windows.
 
 It owns what their configuration files say; the layers are the decoder's.
 """
@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import ModelConfig, read_config
+from longspan.models.config import Fields, ModelConfig, read_config, read_windows
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_MISTRAL = "MistralForCausalLM"
+_MISTRAL_WINDOW = 4096
+ARCHITECTURES = ("LlamaForCausalLM", _MISTRAL)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
     """The configuration; Llama's `attention_bias` covers the output projection too."""
+    windows = read_windows(Fields(values), _MISTRAL_WINDOW) if architecture == _MISTRAL else ()
     bias = bool(values.get("attention_bias", False))
     return read_config(
         values, architecture,
         attention_bias=bias, attention_output_bias=bias, mlp_bias=bool(values.get("mlp_bias", False)),
+        windows=windows,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config
+from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config, read_windows
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 
@@ -24,4 +24,4 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         block="block_sparse_moe",
         names=("w1", "w3", "w2"),
     )
-    return read_config(values, architecture, moe=moe)
+    return read_config(values, architecture, moe=moe, windows=read_windows(fields, None))

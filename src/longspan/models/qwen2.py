@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import ModelConfig, read_config
+from longspan.models.config import Fields, ModelConfig, read_config, read_windows
 
+_WINDOW, _FULL_LAYERS = 4096, 28
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
     """The configuration; windowed attention is off unless the file turns it on."""
-    values = {"use_sliding_window": False, **values}
-    return read_config(values, architecture, attention_bias=True)
+    return read_config(values, architecture, attention_bias=True, windows=optional_windows(values))
+
+
+def optional_windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Qwen's rule: windows only if switched on, and then from layer `max_window_layers` on."""
+    fields = Fields(values)
+    if not fields.get("use_sliding_window", False):
+        return ()
+    return read_windows(fields, _WINDOW, int(fields.get("max_window_layers", _FULL_LAYERS)))

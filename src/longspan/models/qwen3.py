@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.models.config import ModelConfig, read_config
+from longspan.models.qwen2 import optional_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
     """The configuration; windowed attention is off unless the file turns it on."""
-    values = {"use_sliding_window": False, **values}
+    windows = optional_windows(values)
     bias = bool(values.get("attention_bias", False))
-    return read_config(
-        values, architecture, qk_norm=True, attention_bias=bias, attention_output_bias=bias, **differences
-    )
+    common = {"qk_norm": True, "attention_bias": bias, "attention_output_bias": bias, "windows": windows}
+    return read_config(values, architecture, **{**common, **differences})

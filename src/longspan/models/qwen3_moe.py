@@ -10,6 +10,7 @@ from typing import Any
 
 from longspan.models import qwen3
 from longspan.models.config import Fields, ModelConfig, MoEConfig
+from longspan.models.qwen2 import optional_windows
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
@@ -29,4 +30,5 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         layers=frozenset(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense),
         normalise=bool(fields.get("norm_topk_prob", False)),
     )
-    return qwen3.parse({**values, "max_window_layers": 0}, architecture, moe=moe)
+    windows = optional_windows({**values, "max_window_layers": 0})
+    return qwen3.parse(values, architecture, moe=moe, windows=windows)

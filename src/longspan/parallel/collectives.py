@@ -28,9 +28,9 @@ class Traffic:
 
     def add(self, other: Traffic) -> None:
         """Sum over ranks: bytes add up, a collective that all ranks joined counts once for each."""
-        for label, sent in other.bytes_by_label.items():
+        for label, sent in other.bytes_by_label.copy().items():  # the rank may be counting
             self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
-        for label, calls in other.calls_by_label.items():
+        for label, calls in other.calls_by_label.copy().items():
             self.calls_by_label[label] = self.calls_by_label.get(label, 0) + calls
 
 

@@ -30,6 +30,9 @@ def gguf_config(file: GGUFCheckpoint) -> dict[str, Any]:
     def field(key: str, default: Any = None) -> Any:
         return file.metadata(f"{name}.{key}", default)
 
+    window = field("attention.sliding_window")
+    if window and architecture == "LlamaForCausalLM":  # Mistral's files call themselves llama
+        architecture, model_type = "MistralForCausalLM", "mistral"
     names = file.names()
     q_heads, hidden = field("attention.head_count"), field("embedding_length")
     return {
@@ -46,7 +49,7 @@ def gguf_config(file: GGUFCheckpoint) -> dict[str, Any]:
         "rope_theta": field("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, name),
         "max_position_embeddings": field("context_length"),
-        "sliding_window": field("attention.sliding_window"),
+        "sliding_window": window,
         "tie_word_embeddings": "lm_head.weight" not in names,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "eos_token_id": _end_tokens(file),

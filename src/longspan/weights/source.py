@@ -109,7 +109,7 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and needed for hub ids alone
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's many network, name and permission errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
