@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -91,8 +92,6 @@ class World:
         self.shardings = [Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)]
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
         self.mirrors: list[dict[int, _Request]] = [{} for _ in range(self.grid.world_size)]
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.plans: list[StepPlan] = []
         self.worst_error = 0.0
 
@@ -129,7 +128,7 @@ class World:
 
     def run(self, steps: int = 1 << 30) -> None:
         """Step until everything is finished, checking every row of every step."""
-        with ThreadPoolExecutor(self.grid.world_size) as pool:
+        with ThreadPoolExecutor(self.grid.world_size, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             while len(self.plans) < steps and (plan := self.scheduler.schedule()) is not None:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
@@ -167,23 +166,12 @@ class World:
         mine.sort(key=lambda s: (s.prefill, s.travels))
         return [(s.request_id, position) for s in mine for position in range(s.start, s.stop)]
 
-    def qkv(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q [Hq, D], k and v [Hkv, D] at a position: the same for every request, so that prefixes can be shared."""
-        if position not in self.tensors:
-            generator = torch.Generator().manual_seed(self.seed * 100003 + position)
-            at = self.layout
-            self.tensors[position] = tuple(  # type: ignore[assignment]
-                torch.randn(heads, at.head_dim, dtype=self.dtype, generator=generator)
-                for heads in (at.q_heads, at.kv_heads, at.kv_heads)
-            )
-        return self.tensors[position]
-
     def _gather(self, rows: list[tuple[int, int]], sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
         at = self.layout
         empty = torch.empty(0, 1, at.head_dim, dtype=self.dtype)
         found: list[Tensor] = []
         for part, (start, stop) in enumerate((sharding.q_extent, sharding.kv_extent, sharding.kv_extent)):
-            slices = [self.qkv(position)[part][start:stop] for _, position in rows]
+            slices = [self._qkv(position)[part][start:stop] for _, position in rows]
             found.append(torch.stack(slices) if slices else empty.expand(0, stop - start, at.head_dim))
         return found[0], found[1], found[2]
 
@@ -191,14 +179,38 @@ class World:
         self, view: RankView, rows: list[tuple[int, int]], sharding: Sharding, out: Tensor, window: int | None
     ) -> None:
         assert list(view.positions) == [position for _, position in rows]
-        group = self.layout.q_heads // self.layout.kv_heads
+        at = self.layout
         for row, (_, position) in enumerate(rows):
-            q = self.qkv(position)[0]
-            seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
-            keys = torch.stack([self.qkv(p)[1] for p in seen]).repeat_interleave(group, dim=1)
-            values = torch.stack([self.qkv(p)[2] for p in seen]).repeat_interleave(group, dim=1)
-            weights = torch.softmax(torch.einsum("hd,phd->hp", q, keys) * self.layout.head_dim**-0.5, -1)
-            dense = torch.einsum("hp,phd->hd", weights, values)[slice(*sharding.q_extent)]
-            error = (out[row] - dense).abs().max().item()
+            dense = _dense(self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position, window)
+            error = (out[row] - dense[slice(*sharding.q_extent)]).abs().max().item()
             assert error == error, f"NaN at position {position}"
             self.worst_error = max(self.worst_error, error)
+
+    def _qkv(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        at = self.layout
+        return _qkv(self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position)
+
+
+@cache
+def _qkv(
+    seed: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [Hq, D], k and v [Hkv, D] at a position: the same for every request, so that prefixes can be shared."""
+    generator = torch.Generator().manual_seed(seed * 100003 + position)
+    q, k, v = (torch.randn(n, head_dim, dtype=dtype, generator=generator) for n in (q_heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@cache
+def _dense(
+    seed: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, position: int, window: int | None
+) -> Tensor:
+    """Dense attention [Hq, D] of one position over all it sees."""
+    tensors = (seed, q_heads, kv_heads, head_dim, dtype)
+    seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
+    keys, values = (
+        torch.stack([_qkv(*tensors, p)[part] for p in seen]).repeat_interleave(q_heads // kv_heads, dim=1)
+        for part in (1, 2)
+    )
+    weights = torch.softmax(torch.einsum("hd,phd->hp", _qkv(*tensors, position)[0], keys) * head_dim**-0.5, -1)
+    return torch.einsum("hp,phd->hd", weights, values)
