@@ -6,7 +6,7 @@ or know how any option is carried out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from longspan.attention.cost import CostConstants
 from longspan.errors import ConfigError
@@ -14,6 +14,7 @@ from longspan.errors import ConfigError
 QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
+DEFAULT_LOCAL_CONTEXT = 512
 EXECUTOR_NAMES = ("threads", "processes")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,13 +85,14 @@ class SchedulerConfig:
     """How work is batched.
 
     `max_num_batched_tokens` is the number of new tokens a step computes over all ranks;
-    contexts of up to `local_context` tokens stay on one shard; `schedule` forces what travels.
+    contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
+    `schedule` forces what travels.
     """
 
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
     max_model_len: int | None = None
-    local_context: int = 512
+    local_context: int | None = None
     schedule: str = "auto"
 
     def __post_init__(self) -> None:
@@ -105,13 +107,11 @@ class SchedulerConfig:
                 "must be at least 1",
                 "give a positive number of tokens, or leave it out to use the model's own limit",
             )
-        require(
-            self.local_context >= 0,
-            "local_context",
-            self.local_context,
-            "must not be negative",
-            "use 0 to spread every context",
-        )
+        if self.local_context is not None:
+            require(
+                self.local_context >= 0, "local_context", self.local_context, "must not be negative",
+                "use 0 to spread every context",
+            )  # fmt: skip
         require_choice("schedule", self.schedule, SCHEDULE_NAMES)
         require(
             self.max_num_seqs <= self.max_num_batched_tokens,
@@ -120,6 +120,16 @@ class SchedulerConfig:
             f"exceeds max_num_batched_tokens={self.max_num_batched_tokens}, so a full batch could not decode",
             "lower max_num_seqs or raise max_num_batched_tokens",
         )
+
+    def on_shards(self, tokens: int) -> SchedulerConfig:
+        """With `local_context` settled for shards of which the largest holds `tokens`. Raises `ConfigError`."""
+        asked = self.local_context
+        if asked is not None:
+            require(
+                asked <= tokens, "local_context", asked, f"exceeds the {tokens} tokens the largest shard holds",
+                f"use at most {tokens}, or give the KV cache more memory",
+            )  # fmt: skip
+        return replace(self, local_context=min(DEFAULT_LOCAL_CONTEXT, tokens) if asked is None else asked)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
-        local_context: int = 512,
+        local_context: int | None = None,
         schedule: str = "auto",
         executor: str = "threads",
         dtype: str = "auto",

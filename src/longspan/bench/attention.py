@@ -215,7 +215,7 @@ def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellR
     constants = combine([one.constants for one in measured])
     results: list[CellResult] = []
     for number, cell in enumerate(cells):
-        expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))}
+        expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))[0]}
         groups = cell.grid.head_shards
         timings = tuple(
             Timing(

@@ -27,6 +27,7 @@ class Situation:
     new: int
     cached: int
     page_size: int = 16
+    windows: tuple[int | None, ...] = (None,)
 
     @property
     def pages(self) -> int:
@@ -45,24 +46,24 @@ class Mirror:
 class _Recorder(ScheduleChooser):
     """Keeps what it was asked about."""
 
+    @property
+    def asked(self) -> list[ClassFacts]:
+        """In the order of the questions."""
+        found: list[ClassFacts] = self.__dict__.setdefault("_asked", [])
+        return found
+
     def choose(self, facts: ClassFacts) -> str:
-        if sum(facts.rows):
-            _asked(self).append(facts)
+        self.asked.append(facts)
         return super().choose(facts)
-
-
-def _asked(chooser: _Recorder) -> list[ClassFacts]:
-    found: list[ClassFacts] = chooser.__dict__.setdefault("asked", [])
-    return found
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """The step's plan, the page table on every rank before it, and what the cost model was told (None: local)."""
+    """The step's plan, the page table on every rank, and what the cost model was told for each kind of layer."""
 
     plan: StepPlan
     mirror: Mirror
-    facts: ClassFacts | None
+    facts: tuple[ClassFacts, ...]
 
     def under(self, schedule: str) -> StepPlan:
         """The same plan with another schedule for all that travels."""
@@ -84,7 +85,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
     chooser = _Recorder(model)
     config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
-    scheduler = Scheduler(config, length + 1, cache, grid, chooser, root_key("situation"))
+    scheduler = Scheduler(config, length + 1, cache, grid, chooser, root_key("situation"), situation.windows)
     params = SamplingParams(temperature=0, max_tokens=1)
     scheduler.add(0, [0] * length, params, 0, 1)
     table = cache.new_table()
@@ -94,12 +95,12 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
             table.extend(new.pages)
         scheduler.commit(plan, [])
     scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
-    _asked(chooser).clear()
+    chooser.asked.clear()
     plan = _next(scheduler)
     for new in plan.new_pages:
         table.extend(new.pages)
-    asked = _asked(chooser)
-    return LaidOut(plan, Mirror(table, length), asked[0] if asked else None)
+    decode, prefill = chooser.asked[: len(situation.windows)], chooser.asked[len(situation.windows) :]
+    return LaidOut(plan, Mirror(table, length), tuple(prefill if plan.segments[0].prefill else decode))
 
 
 def _next(scheduler: Scheduler) -> StepPlan:
@@ -109,7 +110,9 @@ def _next(scheduler: Scheduler) -> StepPlan:
     return plan
 
 
-def estimates(situation: Situation, model: CostModel) -> list[Estimate]:
-    """What every schedule would take, cheapest first; empty if nothing has to travel."""
-    facts = lay_out(situation, model).facts
-    return sorted(model.estimates(facts), key=lambda e: e.seconds) if facts else []
+def estimates(situation: Situation, model: CostModel) -> list[list[Estimate]]:
+    """For each kind of layer what every schedule would take, cheapest first; empty where nothing has to travel."""
+    return [
+        sorted(model.estimates(facts), key=lambda e: e.seconds) if sum(facts.rows) else []
+        for facts in lay_out(situation, model).facts
+    ]

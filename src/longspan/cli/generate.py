@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from longspan.cli.explain import constants_line
 from longspan.cli.options import Json, parse_integers
 from longspan.config import EngineConfig
 from longspan.errors import RequestError
@@ -69,6 +70,8 @@ def generate(
     with llm:
         tokens = _tokens(llm, given, chat)
         console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False, soft_wrap=True)
+        if llm.engine.executor.constants:
+            console.print(constants_line(llm.engine.constants), highlight=False, soft_wrap=True)
         for note in llm.engine.setup.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from longspan.cli import bench, generate
+from longspan.cli import bench, bench_attention, explain, generate
 from longspan.cli.options import takes_engine_options
 from longspan.errors import LongspanError
 
@@ -32,10 +32,12 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command("generate", help="Complete one prompt.")(takes_engine_options(generate.generate))
+    app.command("explain", help="What each schedule would take, and the choice.")(takes_engine_options(explain.explain))
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
     benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))
     benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
+    benches.command("attention", help="Every schedule in the same situations.")(bench_attention.attention)
     app.add_typer(benches, name="bench")
     return app
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
+from longspan.attention.cost import CostConstants
 from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 
@@ -57,13 +60,19 @@ NumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="requests that run 
 ModelLength = Annotated[
     int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the model's own limit")
 ]
-LocalContext = Annotated[int, typer.Option("--local-context", help="contexts up to this many tokens stay on one rank")]
+LocalContext = Annotated[
+    int | None,
+    typer.Option("--local-context", help="contexts up to this many tokens stay on one rank; default: 512"),
+]
 Schedule = Annotated[str, typer.Option("--schedule", help=f"what travels: {', '.join(SCHEDULE_NAMES)}")]
 ExecutorName = Annotated[str, typer.Option("--executor", help="threads or processes")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Constants = Annotated[
+    str | None, typer.Option("--cost-constants", help="JSON file of the cost model's constants; default: measured")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="compare the plan between ranks at every step")]
 
 
@@ -82,13 +91,14 @@ def engine_config(
     max_num_batched_tokens: BatchedTokens = 2048,
     max_num_seqs: NumSeqs = 256,
     max_model_len: ModelLength = None,
-    local_context: LocalContext = 512,
+    local_context: LocalContext = None,
     schedule: Schedule = "auto",
     executor: ExecutorName = "threads",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     num_threads: Threads = None,
     debug: Debug = False,
+    cost_constants: Constants = None,
 ) -> EngineConfig:
     """The options as a checked configuration. Raises `ConfigError`."""
     return EngineConfig(
@@ -105,7 +115,18 @@ def engine_config(
         scheduler=SchedulerConfig(
             max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
         ),
+        cost=None if cost_constants is None else read_constants(cost_constants),
     )  # fmt: skip
+
+
+def read_constants(path: str) -> CostConstants:
+    """The cost model's constants from a JSON file, as `longspan explain --json` prints them. Raises `ConfigError`."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=CostConstants)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            "cost_constants", path, f"cannot be read ({error})", "give what `longspan explain --json` prints there"
+        ) from error
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:

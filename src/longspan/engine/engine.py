@@ -77,8 +77,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None = None, setup: EngineSetup | None = None):
-        self.config = config
         self.setup = setup or resolve(config)
+        self.config = config = self.setup.config
         self.tokenizer = tokenizer
         cache = config.cache
         self.cache = CacheManager(cache.page_size, self.setup.pages_per_shard, cache.enable_prefix_caching)

@@ -6,7 +6,7 @@ ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -109,6 +109,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
     element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
     layout = cache_layout(grid, model, element_bytes)
     pages = _pages_per_shard(config, grid, layout)
+    config = replace(config, scheduler=config.scheduler.on_shards(max(pages) * config.cache.page_size))
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
     if length > limit:

@@ -79,11 +79,16 @@ def build_runner(
     runner = Runner(
         grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug
     )
-    if not setup.measures_cost:
-        return runner, None
+    return runner, measure_cost(setup, rank, groups.context) if setup.measures_cost else None
+
+
+def measure_cost(setup: EngineSetup, rank: int, group: Collectives) -> CostConstants:
+    """The cost model's constants; all ranks of a context group must measure at the same time."""
+    grid, model = setup.grid, setup.model
     place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-    context = _context(setup, rank, groups.context)
-    return runner, Calibration(_kernels(setup, sharding), context, place, setup.attention_shape, setup.dtype).measure()
+    kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads))
+    context = _context(setup, rank, group)
+    return Calibration(kernels, context, place, setup.attention_shape, setup.dtype).measure()
 
 
 def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:

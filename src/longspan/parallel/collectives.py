@@ -26,6 +26,11 @@ class Traffic:
         self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
         self.calls_by_label[label] = self.calls_by_label.get(label, 0) + 1
 
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.bytes_by_label.clear()
+        self.calls_by_label.clear()
+
     def add(self, other: Traffic) -> None:
         """Sum over ranks: bytes add up, a collective that all ranks joined counts once for each."""
         for label, sent in other.bytes_by_label.copy().items():  # the rank may be counting

@@ -12,7 +12,7 @@ from longspan.attention.facts import ClassFacts
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
-from longspan.config import SchedulerConfig
+from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
 from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
@@ -30,7 +30,7 @@ class StepBuilder:
         self.preempted = False
         self.segments: list[Segment] = []
         self._strictly_local = config.schedule == "local"
-        self._local_context = config.local_context
+        self._local_context = DEFAULT_LOCAL_CONTEXT if config.local_context is None else config.local_context
         self._cache = cache
         self._grid = grid
         self._rows = [0] * grid.pcp

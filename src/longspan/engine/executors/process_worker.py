@@ -62,6 +62,7 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
         return DistributedCollectives(group, rank, traffic)
 
     runner, constants = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype), open_group)
+    traffic.reset()  # what was measured with is not the engine's
     answer(Ready(rank, constants))
     while True:
         message = inbox.recv()

@@ -97,6 +97,7 @@ class ThreadExecutor:
         torch.set_num_threads(share)
         try:
             runner, constants = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
+            self._traffic[rank].reset()  # what was measured with is not the engine's
             self._runners[rank] = runner
             if constants:
                 self._measured.append(constants)

@@ -1,0 +1,102 @@
+"""`longspan bench attention`: every schedule in the same situations, and what the automatic choice loses.
+
+It owns the options, the table and the files; tables and progress go to stderr, one JSON object to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longspan.cli.options import ExecutorName, Json, parse_integers
+from longspan.config import EXECUTOR_NAMES, require, require_choice
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.bench.attention import CellResult
+
+NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, as in 1,64")]
+CachedList = Annotated[str, typer.Option("--cached", help="tokens in the cache")]
+Layouts = Annotated[str, typer.Option("--layouts", help="tp.pcp.dcp of each layout, as in 1.2.1,2.2.2")]
+Iterations = Annotated[int, typer.Option("--iterations", help="counted repetitions of each schedule")]
+Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the map of winners")]
+
+
+def attention(
+    new: NewList = "1,8,64,512",
+    cached: CachedList = "256,2048,16384",
+    layouts: Layouts = "1.2.1,1.4.1,2.2.2",
+    executor: ExecutorName = "threads",
+    iterations: Iterations = 7,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Time, bytes and estimate of every schedule, and the regret of the automatic choice."""
+    require_choice("executor", executor, EXECUTOR_NAMES)
+    require(iterations >= 1, "iterations", iterations, "must be at least 1", "give 1 or more")
+    sizes = [_layout(text) for text in layouts.split(",")]
+    lengths = parse_integers("new", new), parse_integers("cached", cached)
+    for name, found in zip(("new", "cached"), lengths, strict=True):
+        require(min(found) >= 1, name, min(found), "must be at least 1", "give numbers of tokens")
+    from longspan.bench.attention import HEAD_SHAPES, Cell, run_attention
+
+    cells = [
+        Cell(heads, *size, new_tokens, cached_tokens)
+        for heads in HEAD_SHAPES for size in sizes for new_tokens in lengths[0] for cached_tokens in lengths[1]
+    ]  # fmt: skip
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        results = run_attention(executor, cells, iterations, status.update)
+    console.print(_table(results))
+    regrets = [result.regret for result in results]
+    console.print(f"regret of the automatic choice: median {median(regrets):.1%}, worst {max(regrets):.1%}")
+    if plot is not None:
+        from longspan.bench.heatmap import heatmap
+
+        Path(plot).write_text(heatmap(results, f"Fastest schedule ({executor})"))
+    if as_json:
+        print(json.dumps({"median_regret": median(regrets), "worst_regret": max(regrets), "cells": _rows(results)}))
+
+
+def _layout(text: str) -> tuple[int, int, int]:
+    sizes = text.split(".")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+        raise ConfigError("layouts", text, "is not a layout", "write it as tp.pcp.dcp, as in 2.2.2")
+    tp, pcp, dcp = map(int, sizes)
+    require(tp % dcp == 0, "layouts", text, f"dcp={dcp} must divide tp={tp}", "choose another dcp")
+    require(8 % tp == 0, "layouts", text, f"tp={tp} must divide the 8 query heads", "use 1, 2, 4 or 8")
+    return tp, pcp, dcp
+
+
+def _rows(results: list[CellResult]) -> list[dict[str, Any]]:
+    return [
+        {
+            "heads": r.cell.heads.name, "tp": r.cell.tp, "pcp": r.cell.pcp, "dcp": r.cell.dcp, "new": r.cell.new,
+            "cached": r.cell.cached, "chosen": r.chosen, "best": r.best.schedule, "regret": r.regret,
+            "schedules": [asdict(timing) for timing in r.timings],
+        }
+        for r in results
+    ]  # fmt: skip
+
+
+def _table(results: list[CellResult]) -> Table:
+    table = Table(title="Milliseconds a layer (the model's estimate); * fastest, > chosen")
+    names = [timing.schedule for timing in results[0].timings]
+    for column in ("heads", "tp.pcp.dcp", "new", "cached", *names, "regret"):
+        table.add_column(column, justify="left" if column == "heads" else "right")
+    for r in results:
+        times = (
+            f"{'>' if t.schedule == r.chosen else ''}{'*' if t is r.best else ''}{t.seconds * 1e3:.2f} "
+            f"({t.estimated * 1e3:.2f})"
+            for t in r.timings
+        )
+        layout = f"{r.cell.tp}.{r.cell.pcp}.{r.cell.dcp}"
+        table.add_row(r.cell.heads.name, layout, f"{r.cell.new:,}", f"{r.cell.cached:,}", *times, f"{r.regret:.1%}")
+    return table

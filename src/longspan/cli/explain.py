@@ -1,0 +1,111 @@
+"""`longspan explain`: what every schedule would take for one situation, and which one the engine would choose.
+
+It owns what is shown; the formulas are the engine's own, with constants measured here or of a named accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longspan.attention.cost import CostConstants, Estimate
+from longspan.cli.options import Json
+from longspan.config import EngineConfig, require
+
+_BY_REFERENCE = 1e-13  # seconds a byte: threads hand tensors over
+_CAPTION = "* chosen; milliseconds; hidden: what of the transfer goes on beside computing"
+New = Annotated[int, typer.Option("--new", help="new tokens of the request")]
+Cached = Annotated[int, typer.Option("--cached", help="tokens of it that are in the cache")]
+HardwareName = Annotated[
+    str | None, typer.Option("--hardware", help="an accelerator's name, as in h100; default: measure this machine")
+]
+
+
+def explain(
+    config: EngineConfig, new: New = 4096, cached: Cached = 100_000, hardware: HardwareName = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """What each schedule would take for a step of one request, and the choice."""
+    require(new >= 1, "new", new, "must be at least 1", "give the new tokens of a step")
+    require(cached >= 0, "cached", cached, "must not be negative", "give 0 for a fresh prompt")
+    from longspan.bench.ranks import run_on_ranks
+    from longspan.bench.situation import Situation, estimates
+    from longspan.engine.setup import resolve
+    from longspan.hardware import hardware as accelerator
+
+    if hardware is not None:
+        dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+        config = replace(config, cost=accelerator(hardware).cost, dtype=dtype)
+    setup = resolve(config)
+    constants = config.cost
+    if constants is None:
+        from longspan.attention.calibrate import combine
+
+        constants = combine(run_on_ranks(config.executor, setup.grid.world_size, _Measure(setup.config)))
+    situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.kinds)
+    tables = estimates(situation, setup.cost_model(constants))
+    if as_json:
+        report = {
+            "constants": asdict(constants),
+            "kinds": [
+                {"window": window, "schedules": [{**asdict(e), "seconds": e.seconds} for e in found]}
+                for window, found in zip(setup.model.kinds, tables, strict=True)
+            ],
+        }
+        print(json.dumps(report))
+        return
+    console = Console()
+    console.print(constants_line(constants), highlight=False, soft_wrap=True)
+    forced = config.scheduler.schedule
+    for window, found in zip(setup.model.kinds, tables, strict=True):
+        layers = sum(setup.model.window(layer) == window for layer in range(setup.model.num_layers))
+        kind = "" if window is None else f", window of {window}"
+        title = f"{new:,} new tokens, {cached:,} cached: one layer of {layers}{kind}"
+        console.print(_table(title, found, found[0].schedule if forced == "auto" and found else forced))
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What every rank runs to measure the constants."""
+
+    config: EngineConfig
+
+    def __call__(self, rank: int, make_group: Any, traffic: object) -> CostConstants:
+        from longspan.engine.setup import resolve
+        from longspan.engine.worker import measure_cost
+
+        setup = resolve(self.config)
+        return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)))
+
+
+def constants_line(constants: CostConstants) -> str:
+    """The constants as rates."""
+    parallel = f", {constants.parallelism:.1f} ranks compute at once" if constants.parallelism else ""
+    links = f"link {_rate(constants.byte_s)} GB/s, collective {constants.message_s * 1e6:,.0f} µs"
+    if constants.cross_byte_s != constants.byte_s:
+        links += f"; between machines {_rate(constants.cross_byte_s)} GB/s"
+    return (
+        f"cost model: attention {_rate(constants.flop_s)} GFLOP/s, keys read at {_rate(constants.read_s)} GB/s, merged "
+        f"at {_rate(constants.copy_s)} GB/s; {links}; {constants.hidden:.0%} of a ring's transfer hides{parallel}"
+    )
+
+
+def _rate(seconds: float) -> str:
+    return f"{1e-9 / seconds:,.1f}" if seconds > _BY_REFERENCE else "any number of"
+
+
+def _table(title: str, found: list[Estimate], chosen: str) -> Table:
+    table = Table(title=title if found else f"{title}: nothing travels", caption=_CAPTION if found else None)
+    for column in ("schedule", "MB", "fixed", "compute", "transfer", "copies", "hidden", "ms"):
+        table.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
+    for e in found:
+        parts = (e.fixed, e.compute, e.transfer, e.copies, -e.hidden, e.seconds)
+        style = "bold" if e.schedule == chosen else ""
+        name = f"{e.schedule} *" if e.schedule == chosen else e.schedule
+        table.add_row(name, f"{e.bytes / 1e6:,.2f}", *(f"{part * 1e3:,.2f}" for part in parts), style=style)
+    return table
