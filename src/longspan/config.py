@@ -136,7 +136,8 @@ class SchedulerConfig:
 class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
-    `cost` fixes the constants of the cost model, which are measured when the engine starts otherwise.
+    `cost` fixes the constants of the cost model, which are measured when the engine starts otherwise. With `trace`
+    ranks record when they compute and transfer.
     """
 
     model: str
@@ -149,6 +150,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cost: CostConstants | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)

@@ -1,9 +1,12 @@
 """What the collectives count is what the formulas of the schedules say, to the byte."""
 
 import pytest
+import torch
 
 from longspan import SamplingParams
-from longspan.attention.facts import gather_kv_bytes, gather_q_bytes
+from longspan.attention.facts import gather_kv_bytes, gather_q_bytes, gather_q_rs_bytes
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from tests.engine.test_every_layout_gives_the_same_tokens import tokens_of
 from tests.oracle import prompt_of
 
 GRIDS = [(1, 2, 1), (1, 3, 1), (2, 1, 2), (4, 2, 2), (2, 3, 1)]
@@ -23,21 +26,43 @@ def decode_step_bytes(llm, schedule: str) -> int:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_queries_out_and_partials_back(tiny, grid, model):
+@pytest.mark.parametrize("schedule", QUERY_SCHEDULES)
+def test_queries_out_and_partials_back(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
-    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule="gather_q")
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule, ranks_per_node=2)
     setup = llm.engine.setup
-    a_layer = gather_q_bytes(setup.attention_shape, [1] + [0] * (pcp - 1), dcp)
+    formula = gather_q_rs_bytes if schedule == "gather_q_rs" else gather_q_bytes
+    a_layer = formula(setup.attention_shape, [1] + [0] * (pcp - 1), dcp)
     groups = tp // dcp
-    assert decode_step_bytes(llm, "gather_q") == setup.model.num_layers * groups * a_layer
+    assert decode_step_bytes(llm, schedule) == setup.model.num_layers * groups * a_layer
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_keys_to_all_others(tiny, grid, model):
+@pytest.mark.parametrize("schedule", KEY_SCHEDULES)
+def test_keys_to_all_others(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
-    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule="gather_kv")
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule)
     setup = llm.engine.setup
     a_layer = gather_kv_bytes(setup.attention_shape, CONTEXT + 1, pcp * dcp)
     groups = tp // dcp
-    assert decode_step_bytes(llm, "gather_kv") == setup.model.num_layers * groups * a_layer
+    assert decode_step_bytes(llm, schedule) == setup.model.num_layers * groups * a_layer
+
+
+def test_between_machines_a_tree_sends_one_partial_a_machine(tiny):
+    crossing = {}
+    for schedule in ("gather_q", "tree_q"):
+        llm = tiny(pcp=4, schedule=schedule, ranks_per_node=2)
+        executor = llm.engine.executor
+        outside = []
+        send = executor._fabric.send
+
+        def counted(source, target, tensor, send=send, outside=outside):
+            if source // 2 != target // 2 and tensor.dtype == torch.float32:
+                outside.append(tensor.numel() * 4)
+            send(source, target, tensor)
+
+        executor._fabric.send = counted
+        tokens_of(llm, [prompt_of(CONTEXT)], 4)
+        crossing[schedule] = sum(outside)
+    assert crossing["tree_q"] < 0.7 * crossing["gather_q"]

@@ -5,10 +5,12 @@ from functools import cache
 import pytest
 
 from longspan import SamplingParams
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, prompt_of
 
 TOKENS = 10
 LENGTHS = (1, 3, 16, 33, 100)  # shorter than the ranks, than a page; at and beyond page and chunk boundaries
+TRAVELLING = [*QUERY_SCHEDULES, *KEY_SCHEDULES]
 SIZES = (1, 2, 3, 4, 8)
 GRIDS = [
     (tp, pcp, dcp) for tp in SIZES for pcp in SIZES for dcp in range(1, tp + 1) if tp % dcp == 0 and tp * pcp <= 8
@@ -68,6 +70,26 @@ def test_latents_travel_like_keys(tiny, page_size, budget, schedule):
 def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule):
     llm = tiny(tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
     assert tokens_of(llm, prompts()) == expected("llama")
+
+
+@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+def test_any_schedule_as_threads(tiny, model, schedule):
+    llm = tiny(model, tp=2, pcp=3, dcp=2, schedule=schedule, ranks_per_node=2)
+    assert tokens_of(llm, prompts()) == expected(model)
+
+
+@pytest.mark.parametrize("schedule", TRAVELLING)
+def test_any_schedule_as_processes(tiny, schedule):
+    llm = tiny("deepseek-v3", pcp=3, schedule=schedule, ranks_per_node=2, executor="processes")
+    assert tokens_of(llm, prompts()) == expected("deepseek-v3")
+
+
+def test_the_measured_choice_gives_the_same_tokens(tiny):
+    llm = tiny(pcp=2, cost=None)
+    assert tokens_of(llm, prompts()) == expected("llama")
+    assert llm.engine.constants == llm.engine.executor.constants
+    assert "calibration" not in llm.stats().traffic.bytes_by_label
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pcp": 2, "schedule": "gather_kv", "local_context": 0}], ids=str)

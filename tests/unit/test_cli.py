@@ -17,6 +17,7 @@ from longspan.bench.twin import transformers_twin
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.request import CompletionOutput, RequestOutput
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
@@ -24,7 +25,7 @@ from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
     "--tensor-parallel-size", "-tp", "--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size",
-    "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel",
+    "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "--ranks-per-node", "--cost-constants",
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
@@ -32,7 +33,14 @@ ENGINE_OPTIONS = {
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {
         "--prompt", "--prompt-file", "--prompt-ids", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k",
-        "--min-p", "--stop", "--ignore-eos", "--n",
+        "--min-p", "--stop", "--ignore-eos", "--n", "--trace",
+    },
+    ("explain",): ENGINE_OPTIONS | {"--new", "--cached", "--hardware"},
+    ("bench", "attention"): {
+        "--new", "--cached", "--layouts", "--executor", "--iterations", "--plot", "--json", "--help",
+    },
+    ("bench", "mixed"): ENGINE_OPTIONS | {
+        "--chats", "--chat-len", "--contexts", "--context-len", "--output-len", "--iterations",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
@@ -98,6 +106,58 @@ def test_the_kv_cache_line_reports_pages_times_page_size(generate):
     assert "maximum concurrency for 512 tokens per request: 0.50x" in line
 
 
+def test_explain_names_every_schedule_and_the_choice(run):
+    code, out, _ = run("explain", tiny_folder("gpt-oss"), "-pcp", "4", "--new", "64", "--cached", "400",
+                       "--hardware", "h100")  # fmt: skip
+    assert code == 0
+    assert "window of 11" in out
+    for schedule in ("gather_q", "gather_q_rs", "ring_q", "tree_q", "gather_kv", "ring_kv"):
+        assert schedule in out
+    assert out.count(" *") == 2  # one choice for each kind of layer
+
+
+def test_constants_that_explain_prints_can_be_given_back(run, generate, tmp_path):
+    code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "2", "--new", "8", "--cached", "64", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert {s["schedule"] for s in report["kinds"][0]["schedules"]} == {*QUERY_SCHEDULES, *KEY_SCHEDULES}
+    (tmp_path / "cost.json").write_text(json.dumps(report["constants"]))
+    code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "2", "-pcp", "2", "--local-context", "8",
+                              "--cost-constants", str(tmp_path / "cost.json"))  # fmt: skip
+    assert code == 0
+    assert "cost model" not in err  # nothing was measured
+
+
+def test_the_measured_constants_are_printed(generate):
+    _, _, err = generate("--prompt-ids", IDS, "--max-tokens", "2", "-pcp", "2")
+    assert re.search(r"cost model: attention .* GFLOP/s, keys read at .* GB/s, merged at", " ".join(err.split()))
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
+    file = tmp_path / "trace.json"
+    code, _, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
+                            "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
+    assert code == 0
+    assert "s of them at once" in " ".join(err.split())
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {(event["pid"], event["cat"]) for event in events} >= {
+        (rank, lane) for rank in (0, 1) for lane in ("step", "compute", "transfer")
+    }
+    assert all(event["dur"] >= 0 for event in events)
+
+
+def test_mixed_compares_three_placements(run):
+    code, out, _ = run(
+        "bench", "mixed", tiny_folder("llama"), "-pcp", "2", "--chats", "4", "--chat-len", "8", "--contexts", "1",
+        "--context-len", "100", "--output-len", "4", "--json",
+    )  # fmt: skip
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [row["placement"] for row in rows] == ["by length", "all spread", "all local"]
+    assert all(row["output_tokens_per_s"] > 0 and row["chat_ms_between_tokens"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize(("dcp", "noted"), [("1", True), ("4", False)])
 def test_copies_of_the_cache_are_noted_with_the_remedy(run, dcp, noted):
     model = tiny_folder("deepseek-v3")
@@ -118,6 +178,17 @@ def test_n_completions_are_all_in_the_json(generate):
 
 
 MISTAKES = {
+    "a local context no shard can hold": (
+        ["--prompt-ids", "1", "--pages-per-shard", "10,4", "-pcp", "2", "--local-context", "50"],
+        r"local_context=50: exceeds the 40 tokens the largest shard holds; use at most 40",
+    ),
+    "a schedule there is not": (["--prompt-ids", "1", "--schedule", "pigeon"], r"schedule=pigeon: unknown choice"),
+    "constants that are none": (
+        ["--prompt-ids", "1", "--cost-constants", "/nowhere"], r"cost_constants=/nowhere: cannot be read .*; give what"
+    ),
+    "a trace that cannot be written": (
+        ["--prompt-ids", "1", "--trace", "/nowhere/trace"], r"trace=/nowhere/trace: cannot be written"
+    ),
     "tp that does not divide the heads": (
         ["-tp", "5", "--prompt-ids", "1"], r"tensor_parallel_size=5: must divide the model's 24 query heads; use one of"
     ),
@@ -138,7 +209,7 @@ MISTAKES = {
     "two prompts": (["--prompt", "a", "--prompt-ids", "1"], r"prompt=2 given"),
     "no such prompt file": (["--prompt-file", "./no"], r"prompt_file=./no: cannot be read \(No such file"),
     "text without a tokenizer": (["--prompt", "hello"], r"prompt='hello': is text and this model has no tokenizer"),
-    "an unknown schedule": (["--prompt-ids", "1", "--schedule", "pigeon"], r"schedule=pigeon: unknown choice; use one"),
+    "an unknown schedule": (["--prompt-ids", "1", "--schedule", "pigeon"], r"schedule=pigeon: unknown choice"),
     "local with dcp": (["-tp", "2", "-dcp", "2", "--schedule", "local", "--prompt-ids", "1"], r"schedule=local: "),
     "too long a context": (["--prompt-ids", "1", "--max-model-len", "9999"], r"max_model_len=9999: exceeds the 512"),
     "pages for the wrong shards": (["--prompt-ids", "1", "--pages-per-shard", "1,2"], r"pages_per_shard=\(1, 2\): na"),

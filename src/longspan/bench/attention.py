@@ -128,6 +128,11 @@ class Cell:
         """What a rank holds."""
         return Sharding(self.grid, rank, self.heads.q_heads, self.heads.kv_heads)
 
+    def q_heads(self, rank: int) -> int:
+        """Query heads a rank has."""
+        start, stop = self.sharding(rank).q_extent
+        return stop - start
+
     def kv_heads(self, rank: int) -> int:
         """KV heads a rank holds."""
         start, stop = self.sharding(rank).kv_extent
@@ -249,7 +254,7 @@ def _measure(
     cell: Cell, rank: int, kernels: Kernels, group: Collectives, everyone: Collectives, traffic: Traffic, count: int
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
     laid_out = lay_out(cell.situation, cell.model(CostConstants()))
-    layer = cell.heads.layer(cell.heads.q_heads // cell.tp)
+    layer = cell.heads.layer(cell.q_heads(rank))
     run, q, k, v = _prepare(cell, rank, kernels, group, laid_out)
     spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in SCHEDULES}
     sent: dict[str, int] = {}
@@ -282,6 +287,6 @@ def _prepare(
         attentions[schedule] = Attention(pool, kernels, context, (None,))
         attentions[schedule].begin(view)
         rows = len(view.positions)
-    q = torch.randn(rows, heads.q_heads // grid.tp, heads.query_dim)
+    q = torch.randn(rows, cell.q_heads(rank), heads.query_dim)
     k, v = (torch.randn(rows, cell.kv_heads(rank), heads.head_dim) for _ in range(2))
     return attentions, q, k, v

@@ -5,7 +5,6 @@ It owns starting the ranks and collecting what they return; it must not know wha
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from longspan.engine.worker import share_of_cores
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
@@ -29,11 +29,6 @@ class RankFunction(Protocol):
     def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> Any: ...
 
 
-def threads_each(world_size: int) -> int:
-    """An even share of this machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // world_size)
-
-
 def run_on_ranks(executor: str, world_size: int, function: RankFunction) -> list[Any]:
     """What each rank returned, in rank order."""
     return _as_threads(world_size, function) if executor == "threads" else _as_processes(world_size, function)
@@ -43,7 +38,7 @@ def _as_threads(world_size: int, function: RankFunction) -> list[Any]:
     fabric = ThreadFabric(world_size)
 
     def serve(rank: int) -> Any:
-        torch.set_num_threads(threads_each(world_size))
+        torch.set_num_threads(share_of_cores(world_size))
         traffic = Traffic()
         try:
             with torch.inference_mode():
@@ -83,7 +78,7 @@ def _receive(pipe: Connection) -> Any:
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction) -> None:
-    torch.set_num_threads(threads_each(world_size))
+    torch.set_num_threads(share_of_cores(world_size))
     join_world(rank, world_size, f"{folder}/store")
     traffic = Traffic()
     with torch.inference_mode():

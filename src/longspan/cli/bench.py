@@ -28,6 +28,10 @@ CompareLayout = Annotated[
     str | None, typer.Option("--compare-layout", help="measure a second layout in turn, as tp=1,pcp=1,dcp=1,pp=1")
 ]
 NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all")]
+Chats = Annotated[int, typer.Option("--chats", help="short requests")]
+ChatLen = Annotated[int, typer.Option("--chat-len", help="tokens of a short request's prompt, within ±50 %")]
+LongContexts = Annotated[int, typer.Option("--contexts", help="long requests")]
+ContextLen = Annotated[int, typer.Option("--context-len", help="tokens of a long request's prompt")]
 Running = Annotated[int, typer.Option("--running", help="requests that decode at once")]
 Contexts = Annotated[str, typer.Option("--context", help="context lengths, as in 1024,65536")]
 Shards = Annotated[int, typer.Option("--shards", help="shards the pages lie on")]
@@ -100,6 +104,34 @@ def throughput(
     _print_json(as_json, {"model": config.model, **report})
 
 
+def mixed(
+    config: EngineConfig,
+    chats: Chats = 64,
+    chat_len: ChatLen = 128,
+    contexts: LongContexts = 2,
+    context_len: ContextLen = 6000,
+    output_len: OutputLen = 64,
+    iterations: Iterations = 1,
+    as_json: Json = False,
+) -> None:
+    """Short chats beside long contexts, placed by length, all spread, and all local, in turn."""
+    for name, value in (
+        ("chats", chats), ("chat_len", chat_len - 1), ("contexts", contexts), ("context_len", context_len),
+        ("output_len", output_len - 1), ("iterations", iterations),
+    ):  # fmt: skip
+        _at_least(name, value, 1)
+    dcp = config.parallel.decode_context_parallel_size
+    require(dcp == 1, "decode_context_parallel_size", dcp, "leaves nothing local to compare with", "use -pcp")
+    from longspan.bench.mixed import MixedLoad, run_mixed
+
+    load = MixedLoad(chats, chat_len, contexts, context_len, output_len, config.seed)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        rows = run_mixed(config, load, iterations, status.update)
+    _show_table(console, f"{chats} chats and {contexts} contexts of {context_len:,} tokens", rows)
+    _print_json(as_json, {"model": config.model, "rows": rows})
+
+
 def scheduler(
     running: Running = 256,
     context: Contexts = "1024,8192,65536,524288",
@@ -154,8 +186,14 @@ def _show_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]])
     for column in rows[0]:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _print_json(as_json: bool, report: Mapping[str, Any]) -> None:

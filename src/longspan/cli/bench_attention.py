@@ -22,6 +22,7 @@ from longspan.errors import ConfigError
 if TYPE_CHECKING:
     from longspan.bench.attention import CellResult
 
+_WIDTH = 150
 NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, as in 1,64")]
 CachedList = Annotated[str, typer.Option("--cached", help="tokens in the cache")]
 Layouts = Annotated[str, typer.Option("--layouts", help="tp.pcp.dcp of each layout, as in 1.2.1,2.2.2")]
@@ -51,7 +52,7 @@ def attention(
         Cell(heads, *size, new_tokens, cached_tokens)
         for heads in HEAD_SHAPES for size in sizes for new_tokens in lengths[0] for cached_tokens in lengths[1]
     ]  # fmt: skip
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=_WIDTH)
     with console.status("starting") as status:
         results = run_attention(executor, cells, iterations, status.update)
     console.print(_table(results))
@@ -87,14 +88,13 @@ def _rows(results: list[CellResult]) -> list[dict[str, Any]]:
 
 
 def _table(results: list[CellResult]) -> Table:
-    table = Table(title="Milliseconds a layer (the model's estimate); * fastest, > chosen")
+    table = Table(title="Milliseconds a layer; * fastest, > chosen")
     names = [timing.schedule for timing in results[0].timings]
     for column in ("heads", "tp.pcp.dcp", "new", "cached", *names, "regret"):
-        table.add_column(column, justify="left" if column == "heads" else "right")
+        table.add_column(column, justify="left" if column == "heads" else "right", no_wrap=True)
     for r in results:
         times = (
-            f"{'>' if t.schedule == r.chosen else ''}{'*' if t is r.best else ''}{t.seconds * 1e3:.2f} "
-            f"({t.estimated * 1e3:.2f})"
+            f"{'>' if t.schedule == r.chosen else ''}{'*' if t is r.best else ''}{t.seconds * 1e3:.2f}"
             for t in r.timings
         )
         layout = f"{r.cell.tp}.{r.cell.pcp}.{r.cell.dcp}"

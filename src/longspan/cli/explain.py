@@ -86,12 +86,13 @@ class _Measure:
 def constants_line(constants: CostConstants) -> str:
     """The constants as rates."""
     parallel = f", {constants.parallelism:.1f} ranks compute at once" if constants.parallelism else ""
+    hides = f"{constants.hidden:.0%} of a ring's transfer hides"
     links = f"link {_rate(constants.byte_s)} GB/s, collective {constants.message_s * 1e6:,.0f} µs"
     if constants.cross_byte_s != constants.byte_s:
         links += f"; between machines {_rate(constants.cross_byte_s)} GB/s"
     return (
-        f"cost model: attention {_rate(constants.flop_s)} GFLOP/s, keys read at {_rate(constants.read_s)} GB/s, merged "
-        f"at {_rate(constants.copy_s)} GB/s; {links}; {constants.hidden:.0%} of a ring's transfer hides{parallel}"
+        f"cost model: attention {1e-9 / constants.flop_s:,.1f} GFLOP/s, keys read at {_rate(constants.read_s)} GB/s, "
+        f"merged at {_rate(constants.copy_s)} GB/s; {links}; {hides}{parallel}"
     )
 
 

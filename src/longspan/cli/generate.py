@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longspan.cli.explain import constants_line
 from longspan.cli.options import Json, parse_integers
 from longspan.config import EngineConfig
-from longspan.errors import RequestError
+from longspan.errors import ConfigError, RequestError
+from longspan.parallel.trace import COMPUTE, STEP, TRANSFER, TraceSpan, chrome_trace, overlap
 from longspan.request import CompletionOutput, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ TopK = Annotated[int, typer.Option("--top-k", help="most likely tokens kept; 0 i
 MinP = Annotated[float, typer.Option("--min-p", help="least probability, relative to the most likely token's")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="text to stop at; may be repeated")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after the model's end token")]
+TraceFile = Annotated[str | None, typer.Option("--trace", help="file for a Chrome trace of what every rank did when")]
 Completions = Annotated[int, typer.Option("--n", help="completions of the prompt")]
 
 
@@ -54,6 +56,7 @@ def generate(
     stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     n: Completions = 1,
+    trace: TraceFile = None,
     as_json: Json = False,
 ) -> None:
     """Complete one prompt."""
@@ -62,6 +65,9 @@ def generate(
         stop=tuple(stop or ()), ignore_eos=ignore_eos,
     )  # fmt: skip
     given = _given_prompt(prompt, prompt_file, prompt_ids)
+    if trace is not None:
+        _require_writable(trace)
+        config = replace(config, trace=True)
     from longspan.llm import LLM  # brings PyTorch: options are checked before
 
     console = Console(stderr=True)
@@ -76,6 +82,8 @@ def generate(
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)
         stats = llm.stats()
+        if trace is not None:
+            console.print(_write_trace(trace, llm.engine.executor.trace()), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(_report(measured, stats)))
         return
@@ -83,6 +91,26 @@ def generate(
         for completion in measured.outputs[0].outputs:
             print(f"[{completion.index}] {_shown(completion, llm.tokenizer is not None)}")
     console.print(_summary(measured, stats), highlight=False, soft_wrap=True)
+
+
+def _require_writable(path: str) -> None:
+    """Before the work, rather than after it."""
+    try:
+        Path(path).touch()
+    except OSError as error:
+        raise ConfigError("trace", path, f"cannot be written ({error.strerror})", "give a file's path") from error
+
+
+def _write_trace(path: str, spans_of_rank: dict[int, list[TraceSpan]]) -> str:
+    """Write the Chrome trace; returns what the ranks' steps take against the sum of their parts."""
+    Path(path).write_text(json.dumps(chrome_trace(spans_of_rank)))
+    spans = [span for spans in spans_of_rank.values() for span in spans]
+    parts = {lane: sum(s.stop - s.start for s in spans if s.lane == lane) for lane in (COMPUTE, TRANSFER, STEP)}
+    both = sum(overlap(spans) for spans in spans_of_rank.values())
+    return (
+        f"trace: {len(spans):,} spans in {path}; over all ranks {parts[STEP]:.2f} s of steps, in rings "
+        f"{parts[COMPUTE]:.2f} s of computing and {parts[TRANSFER]:.2f} s of transfers, {both:.2f} s of them at once"
+    )
 
 
 def kv_cache_line(stats: EngineStats, max_model_len: int) -> str:

@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
     benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))
+    benches.command("mixed", help="Short chats beside long contexts.")(takes_engine_options(bench.mixed))
     benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
     benches.command("attention", help="Every schedule in the same situations.")(bench_attention.attention)
     app.add_typer(benches, name="bench")

@@ -19,6 +19,7 @@ from longspan.models.decoder import DecoderModel
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
+from longspan.parallel.trace import STEP
 from longspan.plan import Admission, StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
@@ -71,6 +72,10 @@ class Runner:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> list[SampledToken]:
         """Run one step; returns the tokens this rank is to hand over (others of its TP group: none)."""
+        with self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
+            return self._step(plan)
+
+    def _step(self, plan: StepPlan) -> list[SampledToken]:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)

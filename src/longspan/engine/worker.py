@@ -32,8 +32,12 @@ from longspan.reach import Place
 
 def threads_per_rank(setup: EngineSetup) -> int:
     """Threads a rank may use: the user's number, or an even share of this machine's cores."""
-    cores = len(os.sched_getaffinity(0))
-    return setup.config.num_threads or max(1, cores // setup.grid.world_size)
+    return setup.config.num_threads or share_of_cores(setup.grid.world_size)
+
+
+def share_of_cores(ranks: int) -> int:
+    """An even share of this machine's cores, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class TensorParallelGroup:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longspan.parallel.trace import TRANSFER, Trace
+
 
 @dataclass
 class Traffic:
-    """Bytes a rank sent to others and collectives it joined, by label (`tp` or a schedule's name)."""
+    """Bytes a rank sent to others and collectives it joined, by label (`tp` or a schedule's name), and their trace."""
 
     bytes_by_label: dict[str, int] = field(default_factory=dict)
     calls_by_label: dict[str, int] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
 
     def count(self, label: str, sent: int) -> None:
         """Add one collective."""
@@ -30,6 +33,7 @@ class Traffic:
         """Forget what was counted."""
         self.bytes_by_label.clear()
         self.calls_by_label.clear()
+        self.trace.spans.clear()
 
     def add(self, other: Traffic) -> None:
         """Sum over ranks: bytes add up, a collective that all ranks joined counts once for each."""
@@ -77,14 +81,15 @@ class Collectives(ABC):
 
     def start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
         """The same, under way while the caller computes; call what is returned for the tensor."""
-        return self._start_receive(shape, dtype, member)
+        return self.traffic.trace.until_arrival("receive", self._start_receive(shape, dtype, member))
 
     def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
         """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""
         sent = sum(x.numel() * x.element_size() for x in sends)
         own = sends[self.rank]
         self.traffic.count(label, sent - own.numel() * own.element_size())
-        return self._exchange(sends, shapes)
+        with self.traffic.trace.span(label, TRANSFER):
+            return self._exchange(sends, shapes)
 
     def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
         """Every member's tensor, in member order; member i's has `rows[i]` entries in `dim`."""

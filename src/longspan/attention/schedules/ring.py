@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from longspan.parallel.collectives import Collectives
+from longspan.parallel.trace import COMPUTE
 
 
 def circulate(
@@ -23,9 +24,11 @@ def circulate(
     current = mine
     for owner, following in zip(ring, [*ring[1:], None], strict=True):
         if following is None:
-            yield owner, current
+            with group.traffic.trace.span(label, COMPUTE):
+                yield owner, current
             return
         arriving = group.start_receive(shapes[following], current.dtype, ring[1])
         group.send(current, ring[-1], label)
-        yield owner, current
+        with group.traffic.trace.span(label, COMPUTE):
+            yield owner, current
         current = arriving()

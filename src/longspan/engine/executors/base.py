@@ -10,6 +10,7 @@ from typing import Protocol
 from longspan.attention.cost import CostConstants
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
+from longspan.parallel.trace import TraceSpan
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
@@ -38,6 +39,10 @@ class Executor(Protocol):
 
     def traffic(self) -> Traffic:
         """What all ranks have sent since they started."""
+        ...
+
+    def trace(self) -> dict[int, list[TraceSpan]]:
+        """What every rank did when, if the configuration asks for it."""
         ...
 
     def shutdown(self) -> None:

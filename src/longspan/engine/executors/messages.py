@@ -10,6 +10,7 @@ import msgspec
 from longspan import errors
 from longspan.attention.cost import CostConstants
 from longspan.errors import EngineError, LongspanError, WorkerDied
+from longspan.parallel.trace import TraceSpan
 from longspan.request import SampledToken
 
 
@@ -35,6 +36,13 @@ class TrafficReport(msgspec.Struct, tag=True, frozen=True):
     calls_by_label: dict[str, int]
 
 
+class TraceReport(msgspec.Struct, tag=True, frozen=True):
+    """What the rank did when."""
+
+    rank: int
+    spans: list[TraceSpan]
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """The rank cannot go on. `lost_peer`: only because another one ended."""
 
@@ -44,7 +52,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     lost_peer: bool
 
 
-FromWorker = Ready | Stepped | TrafficReport | Failed
+FromWorker = Ready | Stepped | TrafficReport | TraceReport | Failed
 
 
 def failure(rank: int, error: BaseException) -> Failed:

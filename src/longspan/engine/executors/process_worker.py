@@ -19,12 +19,13 @@ import torch
 import zmq
 
 from longspan.config import EngineConfig
-from longspan.engine.executors.messages import FromWorker, Ready, Stepped, TrafficReport, failure
+from longspan.engine.executors.messages import FromWorker, Ready, Stepped, TraceReport, TrafficReport, failure
 from longspan.engine.loading import TensorStore
 from longspan.engine.setup import resolve
 from longspan.engine.worker import build_runner, threads_per_rank
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
+from longspan.parallel.trace import Trace
 from longspan.plan import StepPlan
 
 _WATCH_SECONDS = 0.5
@@ -56,7 +57,7 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
     setup = resolve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig))
     torch.set_num_threads(threads_per_rank(setup))
     join_world(rank, setup.grid.world_size, str(folder / "store"))
-    traffic = Traffic()
+    traffic = Traffic(trace=Trace(setup.config.trace))
 
     def open_group(group: Sequence[int]) -> Collectives:
         return DistributedCollectives(group, rank, traffic)
@@ -70,6 +71,8 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
             return
         if message == b"traffic":
             answer(TrafficReport(rank, traffic.bytes_by_label, traffic.calls_by_label))
+        elif message == b"trace":
+            answer(TraceReport(rank, traffic.trace.spans))
         else:
             answer(Stepped(rank, runner.step(StepPlan.decode(message))))
 

@@ -19,17 +19,26 @@ import zmq
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostConstants
 from longspan.engine.executors.base import require_open
-from longspan.engine.executors.messages import Failed, FromWorker, Ready, Stepped, TrafficReport, report_error
+from longspan.engine.executors.messages import (
+    Failed,
+    FromWorker,
+    Ready,
+    Stepped,
+    TraceReport,
+    TrafficReport,
+    report_error,
+)
 from longspan.engine.setup import EngineSetup
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
+from longspan.parallel.trace import TraceSpan
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
 _POLL_MS = 200
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 _STOP_SECONDS = 5.0
-M = TypeVar("M", Ready, Stepped, TrafficReport)
+M = TypeVar("M", Ready, Stepped, TrafficReport, TraceReport)
 
 
 class ProcessExecutor:
@@ -87,6 +96,11 @@ class ProcessExecutor:
         for message in self._collect(TrafficReport):
             total.add(Traffic(message.bytes_by_label, message.calls_by_label))
         return total
+
+    def trace(self) -> dict[int, list[TraceSpan]]:
+        """See `Executor.trace`."""
+        self._broadcast(b"trace")
+        return {message.rank: message.spans for message in self._collect(TraceReport)}
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""

@@ -23,6 +23,7 @@ from longspan.engine.worker import build_runner, threads_per_rank
 from longspan.errors import LongspanError, WorkerDied
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.parallel.trace import Trace, TraceSpan
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
@@ -37,7 +38,7 @@ class ThreadExecutor:
         self._setup = setup
         self._closed = False
         self._fabric = ThreadFabric(size)
-        self._traffic = [Traffic() for _ in range(size)]
+        self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
         self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
@@ -82,6 +83,10 @@ class ThreadExecutor:
         for traffic in self._traffic:
             total.add(traffic)
         return total
+
+    def trace(self) -> dict[int, list[TraceSpan]]:
+        """See `Executor.trace`."""
+        return {rank: list(traffic.trace.spans) for rank, traffic in enumerate(self._traffic)}
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""

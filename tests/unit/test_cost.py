@@ -1,0 +1,98 @@
+"""The cost model: its estimates, and what it chooses on this machine, on published ones, and when told to."""
+
+import math
+
+import pytest
+
+from longspan.attention.calibrate import combine
+from longspan.attention.cost import CostConstants, CostModel, Fixed, ScheduleChooser
+from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
+from longspan.bench.attention import HEAD_SHAPES, Cell, run_attention
+from longspan.bench.heatmap import heatmap
+from longspan.bench.situation import Situation, estimates, lay_out
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
+from longspan.errors import ConfigError
+from longspan.hardware import hardware
+from longspan.parallel.grid import Grid
+
+TRAVELLING = {*QUERY_SCHEDULES, *KEY_SCHEDULES}
+LLAMA_405B_RANK = AttentionShape(q_heads=16, kv_heads=1, head_dim=128, element_bytes=2)
+# Context Parallelism for Scalable Million-Token Inference (2024), table 4: new tokens of 128,000, ms by pass-KV, pass-Q
+MILLION_TOKENS = [
+    (1280, 1023.39, 898.71), (4160, 1298.92, 1280.10), (12800, 2080.67, 2205.27), (38400, 4629.23, 4922.52),
+    (64000, 6845.21, 7367.99), (102400, 10105.78, 10652.39),
+]  # fmt: skip
+
+
+def model_of(grid: Grid, shape: AttentionShape, constants: CostConstants) -> CostModel:
+    return CostModel(shape, GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0))), constants)
+
+
+@pytest.mark.parametrize(("new", "keys_ms", "queries_ms"), MILLION_TOKENS)
+def test_the_faster_ring_on_four_published_machines(new, keys_ms, queries_ms):
+    grid = Grid(ParallelConfig(8, 4, 1, ranks_per_node=8))
+    model = model_of(grid, LLAMA_405B_RANK, hardware("h100-meta").cost)
+    (found,) = estimates(Situation(grid, new, 128_000 - new), model)
+    chosen = next(e.schedule for e in found if e.schedule.startswith("ring"))
+    taken = {"ring_kv": keys_ms, "ring_q": queries_ms}[chosen]
+    assert taken / min(keys_ms, queries_ms) < 1.015
+
+
+def facts_of(new: int, cached: int, grid: Grid) -> ClassFacts:
+    model = model_of(grid, LLAMA_405B_RANK, CostConstants())
+    return lay_out(Situation(grid, new, cached), model).facts[0]
+
+
+def test_every_schedule_has_an_estimate():
+    grid = Grid(ParallelConfig(1, 4, 1))
+    found = model_of(grid, LLAMA_405B_RANK, CostConstants()).estimates(facts_of(64, 1000, grid))
+    assert {e.schedule for e in found} == TRAVELLING
+    assert all(e.seconds > 0 and e.bytes > 0 and e.hidden <= e.transfer for e in found)
+
+
+def test_decode_moves_queries_and_a_fresh_long_prompt_keys_where_links_are_slow():
+    grid = Grid(ParallelConfig(1, 4, 1))
+    slow = CostConstants(byte_s=1e-8, cross_byte_s=1e-8, flop_s=1e-13, copy_s=1e-12, call_s=1e-6, message_s=1e-6)
+    chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, slow))
+    assert chooser.choose(facts_of(1, 100_000, grid)) in QUERY_SCHEDULES
+    assert chooser.choose(facts_of(8192, 1, grid)) in KEY_SCHEDULES
+
+
+def test_between_machines_that_are_far_apart_partials_merge_first():
+    grid = Grid(ParallelConfig(1, 8, 1, ranks_per_node=4))
+    far = CostConstants(message_s=1e-6, cross_message_s=2e-5, byte_s=1e-11, cross_byte_s=1e-8, copy_s=1e-12)
+    chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, far))
+    assert chooser.choose(facts_of(64, 100_000, grid)) == "tree_q"
+
+
+def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
+    grid = Grid(ParallelConfig(1, 2, 1))
+    chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, CostConstants()), "ring_kv")
+    assert chooser.choose(facts_of(8, 100, grid)) == "ring_kv"
+    assert chooser.choose(ClassFacts(2)) == "local"
+
+
+def test_constants_of_ranks_combine_to_medians_and_the_slowest_schedules():
+    ranks = [CostConstants(call_s=s, fixed={"ring_q": Fixed(s, 2 * s)}) for s in (1.0, 2.0, 9.0)]
+    both = combine(ranks)
+    assert both.call_s == 2.0
+    assert both.fixed["ring_q"] == Fixed(9.0, 18.0)
+
+
+def test_an_unknown_accelerator_is_refused_with_the_names():
+    with pytest.raises(ConfigError, match=r"hardware=abacus: is not in the table; use one of a100-80, h100"):
+        hardware("abacus")
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_the_benchmark_counts_the_bytes_of_the_formulas(executor):
+    layouts = [(1, 2, 1), (2, 2, 2)] if executor == "threads" else [(1, 2, 1)]
+    cells = [Cell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
+    results = run_attention(executor, cells, 1, lambda _: None)
+    assert [result.cell for result in results] == cells
+    for result in results:
+        assert {timing.schedule for timing in result.timings} == TRAVELLING
+        assert all(timing.bytes == timing.formula_bytes for timing in result.timings)
+        assert result.regret >= 0 and math.isfinite(result.regret)
+    drawn = heatmap(results, "winners")
+    assert drawn.count("<rect") == len(cells) + 1
