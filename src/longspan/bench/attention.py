@@ -113,7 +113,7 @@ class Cell:
         """What the engine would choose by."""
         heads, grid = self.heads, self.grid
         shape = AttentionShape(
-            heads.q_heads // grid.tp,
+            self.q_heads(0),
             self.kv_heads(0),
             heads.head_dim,
             4,
