@@ -31,8 +31,8 @@ class Situation:
 
     @property
     def pages(self) -> int:
-        """Pages a shard needs, with some to spare for uneven pieces."""
-        return 2 + 2 * (-(-(self.new + self.cached) // self.page_size) // self.grid.num_shards + 1)
+        """Pages of a shard: enough for all of it, however it is cut."""
+        return 1 + -(-(self.new + self.cached) // self.page_size)
 
 
 @dataclass
