@@ -16,13 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from longspan.cli.options import ExecutorName, Json, parse_integers
-from longspan.config import EXECUTOR_NAMES, require, require_choice
+from longspan.config import EXECUTOR_NAMES, ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
+from longspan.parallel.grid import Grid
+from longspan.parallel.sharding import check_heads
 
 if TYPE_CHECKING:
     from longspan.bench.attention import CellResult
 
 _WIDTH = 150
+_Q_HEADS = 8  # of every head shape
 NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, as in 1,64")]
 CachedList = Annotated[str, typer.Option("--cached", help="tokens in the cache")]
 Layouts = Annotated[str, typer.Option("--layouts", help="tp.pcp.dcp of each layout, as in 1.2.1,2.2.2")]
@@ -71,8 +74,7 @@ def _layout(text: str) -> tuple[int, int, int]:
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
         raise ConfigError("layouts", text, "is not a layout", "write it as tp.pcp.dcp, as in 2.2.2")
     tp, pcp, dcp = map(int, sizes)
-    require(tp % dcp == 0, "layouts", text, f"dcp={dcp} must divide tp={tp}", "choose another dcp")
-    require(8 % tp == 0, "layouts", text, f"tp={tp} must divide the 8 query heads", "use 1, 2, 4 or 8")
+    check_heads(Grid(ParallelConfig(tp, pcp, dcp)), _Q_HEADS)
     return tp, pcp, dcp
 
 
