@@ -26,6 +26,7 @@ from longspan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
 _TOKENS = 4096
 _ROWS = 64
 _REPEATS = 5
+_SCHEDULE_REPEATS = 9  # whole schedules vary more
 _LARGE = 1 << 20  # bytes
 _LABEL = "calibration"
 _TINY = 1e-12
@@ -103,7 +104,7 @@ class Calibration:
         kv = torch.randn(self.shape.planes, self.shape.kv_heads, 1, self.shape.head_dim).to(self.dtype)
         q = torch.randn(int(busy_here), self.shape.q_heads, self.shape.head_dim).to(self.dtype)
         join = Join(q, kv, reach, PlainForm(self.kernels, None), self.context)
-        return self._together(lambda: SCHEDULES[name](join))
+        return self._together(lambda: SCHEDULES[name](join), _SCHEDULE_REPEATS)
 
     def _attention(self, rows: int, tokens: int) -> Callable[[], object]:
         kv = torch.randn(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim).to(self.dtype)
@@ -157,10 +158,10 @@ class Calibration:
             own += median(_seconds(run) for _ in range(_REPEATS))
         return float(self._all_gather(own)[0])
 
-    def _together(self, run: Callable[[], object]) -> float:
+    def _together(self, run: Callable[[], object], repeats: int = _REPEATS) -> float:
         """Median seconds, every repetition started by all members together."""
         found: list[float] = []
-        for _ in range(_REPEATS):
+        for _ in range(repeats):
             self._all_gather(torch.zeros(1))
             found.append(_seconds(run))
         return median(found)

@@ -90,15 +90,14 @@ class CostModel:
         totals = facts.totals(self.group.members)
         return [estimate(self, totals) for estimate in _FORMULAS.values()]
 
-    def fixed(self, schedule: str, facts: ClassTotals, messages: int) -> float:
-        """Seconds that do not depend on sizes: latencies, and calls beyond the first of a busy rank."""
+    def fixed(self, schedule: str, facts: ClassTotals, messages: int, more_calls: int) -> float:
+        """Seconds that do not depend on sizes: latencies, and `more_calls` than one for each row and shard."""
         at = self.constants
         busy = sum(rows != 0 for rows in facts.rows)
-        calls = max(load.calls for load in (*facts.by_shard, *facts.by_pcp))
         latency = at.message_s if len(self.group.nodes) == 1 else at.cross_message_s
         measured = at.fixed.get(schedule) or Fixed(messages * latency + at.call_s, messages * latency + at.call_s)
         share = (busy - 1) / max(len(facts.rows) - 1, 1)
-        return measured.one + share * (measured.all - measured.one) + max(calls - busy, 0) * at.call_s
+        return measured.one + share * (measured.all - measured.one) + max(more_calls, 0) * at.call_s
 
     def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1) -> float:
         """Seconds until the busiest rank has attended, with `heads` query heads each."""
@@ -134,12 +133,17 @@ def _query_compute(model: CostModel, facts: ClassTotals) -> float:
     return absorbed.compute(facts.by_shard, model.shape.q_heads * model.group.members_per_pcp)
 
 
+def _query_calls(facts: ClassTotals) -> int:
+    """Calls on the busiest shard beyond one for each pcp index with rows."""
+    return max(load.calls for load in facts.by_shard) - sum(rows != 0 for rows in facts.rows)
+
+
 def _gather_q(model: CostModel, facts: ClassTotals) -> Estimate:
     arriving, returning, handled = _queries(model, facts)
     return Estimate(
         "gather_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("gather_q", facts, 2),
+        model.fixed("gather_q", facts, 2, _query_calls(facts)),
         _query_compute(model, facts),
         model.exchange(arriving) + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -153,7 +157,7 @@ def _gather_q_rs(model: CostModel, facts: ClassTotals) -> Estimate:
     return Estimate(
         "gather_q_rs",
         gather_q_rs_bytes(model.shape, facts.rows, each),
-        model.fixed("gather_q_rs", facts, 3),
+        model.fixed("gather_q_rs", facts, 3, _query_calls(facts)),
         _query_compute(model, facts),
         model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -174,7 +178,7 @@ def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
     return Estimate(
         "tree_q",
         gather_q_bytes(shape, facts.rows, each),
-        model.fixed("tree_q", facts, 4),
+        model.fixed("tree_q", facts, 4, _query_calls(facts)),
         _query_compute(model, facts),
         inside + crossing,
         handled * at.copy_s,
@@ -182,14 +186,17 @@ def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
 
 
 def _ring_q(model: CostModel, facts: ClassTotals) -> Estimate:
+    """Members of a DCP group come one by one, so a shard is read once for each."""
     arriving, returning, handled = _queries(model, facts)
     hops = model.group.members - 1
-    compute = _query_compute(model, facts)
+    again = model.group.members_per_pcp - 1
+    reread = max(load.reads for load in facts.by_shard) * again * model.shape.kv_bytes * model.constants.read_s
+    compute = _query_compute(model, facts) + reread
     circulating = model.exchange(arriving)
     return Estimate(
         "ring_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("ring_q", facts, hops + 1),
+        model.fixed("ring_q", facts, hops + 1, (again + 1) * _query_calls(facts)),
         compute,
         circulating + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -215,16 +222,21 @@ def _keys(model: CostModel, facts: ClassTotals, block: int) -> tuple[int, float,
     return gather_kv_bytes(shape, sum(needed), members), compute, arriving, own + merged, rounds
 
 
+def _key_calls(model: CostModel, facts: ClassTotals) -> int:
+    """Calls of the busiest rank beyond one for each shard."""
+    return max(load.calls for load in facts.by_pcp) - model.group.members
+
+
 def _gather_kv(model: CostModel, facts: ClassTotals) -> Estimate:
     sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // model.group.members)
     copies = handled * model.constants.copy_s
-    fixed = rounds * model.fixed("gather_kv", facts, 1)
+    fixed = rounds * model.fixed("gather_kv", facts, 1, _key_calls(model, facts))
     return Estimate("gather_kv", sent, fixed, compute, model.exchange(arriving), copies)
 
 
 def _ring_kv(model: CostModel, facts: ClassTotals) -> Estimate:
     sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // 2)
-    fixed = rounds * model.fixed("ring_kv", facts, model.group.members - 1)
+    fixed = rounds * model.fixed("ring_kv", facts, model.group.members - 1, _key_calls(model, facts))
     moving = model.exchange(arriving)
     copies = handled * model.constants.copy_s
     return Estimate("ring_kv", sent, fixed, compute, moving, copies, _hidden(model, compute, moving))
