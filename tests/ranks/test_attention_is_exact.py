@@ -32,6 +32,9 @@ FEWER = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (3, 1, 3), (4, 2, 2), (2, 3, 2), (6, 1
 SCHEDULES_ON_GRIDS = [("gather_q", grid) for grid in GRIDS] + [
     (schedule, grid) for schedule in ("auto", *TRAVELLING) if schedule != "gather_q" for grid in FEWER
 ]
+SCHEDULES_AND_BUDGETS = [(schedule, 17) for schedule in TRAVELLING] + [
+    (schedule, budget) for schedule in ("gather_q", "gather_kv") for budget in (3, 64)
+]
 HEADS = [(12, 12), (12, 3), (12, 1)]  # MHA, GQA, MQA
 
 
@@ -48,8 +51,7 @@ def test_every_row_equals_dense_attention(grid, heads, schedule):
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
-@pytest.mark.parametrize("budget", [3, 17, 64])
-@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize(("schedule", "budget"), SCHEDULES_AND_BUDGETS)
 def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     world = World(Layout(2, 2, 2, page_size=page_size, budget=budget, pages=128 // page_size + 2, schedule=schedule))
     world.add(0, [1] * 70, 5)
@@ -57,8 +59,8 @@ def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     assert world.worst_error < 1e-13
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 3, 4])
-@pytest.mark.parametrize("grid", [(1, 4, 1), (1, 7, 1), (2, 3, 2), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 3])
+@pytest.mark.parametrize("grid", [(1, 7, 1), (2, 3, 2)], ids=str)
 def test_partials_merge_inside_machines_of_any_size(grid, ranks_per_node):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, 12, 3, schedule="tree_q", budget=40, ranks_per_node=ranks_per_node))
@@ -85,8 +87,7 @@ def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("budget", [3, 17, 64])
-@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize(("schedule", "budget"), SCHEDULES_AND_BUDGETS)
 def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
     pages = 128 // page_size + 2
     layout = Layout(2, 2, 2, page_size=page_size, budget=budget, pages=pages, schedule=schedule, windows=(None, 9))

@@ -85,8 +85,9 @@ class EngineSetup:
 
     @property
     def measures_cost(self) -> bool:
-        """Whether a schedule is chosen by constants that have to be measured."""
-        return self.config.scheduler.schedule == "auto" and self.config.cost is None
+        """Whether a schedule is chosen by constants that have to be measured; a lone shard has nothing to choose."""
+        chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1
+        return chooses and self.config.cost is None
 
     def cost_model(self, constants: CostConstants) -> CostModel:
         """What attention takes under this layout."""
