@@ -122,7 +122,7 @@ def reach(
 ) -> Reach:
     """What the segments `mine` of one class see in layers of `kind`; `members` are the class's on all ranks."""
     local = [segment for segment in mine if segment.travels <= kind]
-    moving = [segment for segment in members if segment.travels > kind]
+    moving = sorted((s for s in members if s.travels > kind), key=lambda s: s.travels)  # the order of their ranks' rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
     keys_travel = schedule in KEY_SCHEDULES
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())

@@ -99,6 +99,18 @@ def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
     assert world.worst_error < 1e-13
 
 
+@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize("pcp", [2, 4])
+def test_requests_that_travel_in_some_layers_and_not_in_others(pcp, schedule):
+    world = World(Layout(pcp=pcp, page_size=4, schedule=schedule, budget=48, local_context=8, windows=(None, 11, 3)))
+    for number, length in enumerate((1, 3, 16, 33, 100)):
+        world.add(number, [number] * length, 10)
+    world.run()
+    kinds = {segment.travels for plan in world.plans for segment in plan.segments}
+    assert kinds == {0, 1, 2, 3}
+    assert world.worst_error < 1e-13
+
+
 def test_windows_through_a_workspace_of_one_token_a_shard():
     world = World(Layout(pcp=2, schedule="gather_kv", workspace_tokens=2, windows=(None, 7)))
     world.add(0, [1] * 40, 3)
