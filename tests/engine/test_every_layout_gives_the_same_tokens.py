@@ -79,8 +79,8 @@ def test_any_schedule_as_threads(tiny, model, schedule):
     assert tokens_of(llm, prompts()) == expected(model)
 
 
-@pytest.mark.parametrize("schedule", TRAVELLING)
-def test_any_schedule_as_processes(tiny, schedule):
+@pytest.mark.parametrize("schedule", ["ring_q", "tree_q", "ring_kv"])
+def test_rings_and_trees_as_processes(tiny, schedule):
     llm = tiny("deepseek-v3", pcp=3, schedule=schedule, ranks_per_node=2, executor="processes")
     assert tokens_of(llm, prompts()) == expected("deepseek-v3")
 

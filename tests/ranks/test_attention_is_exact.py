@@ -28,7 +28,7 @@ GRIDS = [
     (6, 1, 3),
 ]  # fmt: skip  (tp, pcp, dcp)
 TRAVELLING = [*QUERY_SCHEDULES, *KEY_SCHEDULES]
-FEWER = [(1, 2, 1), (1, 4, 1), (1, 8, 1), (3, 1, 3), (4, 2, 2), (2, 3, 2), (6, 1, 3)]
+FEWER = [(1, 2, 1), (1, 8, 1), (3, 1, 3), (2, 3, 2)]
 SCHEDULES_ON_GRIDS = [("gather_q", grid) for grid in GRIDS] + [
     (schedule, grid) for schedule in ("auto", *TRAVELLING) if schedule != "gather_q" for grid in FEWER
 ]
