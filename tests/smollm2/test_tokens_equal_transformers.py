@@ -21,7 +21,6 @@ SHORT = [  # tp, pcp, dcp, page size, chunk, schedule
 LONG = [
     (1, 1, 1, 16, 2048, "auto"),
     (1, 2, 1, 16, 1024, "auto"),
-    (3, 1, 3, 32, 700, "gather_q"),
 ]
 SIZES = (1, 2, 3, 4, 8)
 ALL = [
