@@ -9,9 +9,12 @@ It owns the types only; it knows nothing of what raises them.
     │   ├── UnsupportedModel   an architecture, rope type or quantisation this version lacks
     │   └── WeightError        a tensor is missing, extra, misshapen or its file is damaged
     ├── RequestError       one request cannot be served; others are not touched
-    │   └── ContextOverflow    prompt + max_tokens exceed what the engine can hold
+    │   ├── ContextOverflow    prompt + max_tokens exceed what the engine can hold
+    │   ├── QueueFull          too many requests wait already
+    │   └── RequestTimeout     it took longer than the server allows
     └── EngineError        the engine itself failed
-        └── WorkerDied         a rank's process or thread ended
+        ├── WorkerDied         a rank's process or thread ended
+        └── EngineUnavailable  the engine cannot serve now
 """
 
 
@@ -61,9 +64,21 @@ class ContextOverflow(RequestError):
     """Prompt and max_tokens together exceed what the engine can ever hold."""
 
 
+class QueueFull(RequestError):
+    """Too many requests wait already: try again later."""
+
+
+class RequestTimeout(RequestError):
+    """The request took longer than the server allows."""
+
+
 class EngineError(LongspanError):
     """The engine itself failed; requests in flight are lost."""
 
 
 class WorkerDied(EngineError):
     """A rank's process or thread ended while the engine needed it."""
+
+
+class EngineUnavailable(EngineError):
+    """The engine cannot serve now: it is ending, or it failed again and again."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.attention.cost import CostConstants
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from longspan.engine.engine import Engine, EngineStats
+from longspan.engine.core import EngineStats
+from longspan.engine.engine import Engine
 from longspan.engine.setup import resolve
 from longspan.errors import RequestError
 from longspan.request import RequestOutput, SamplingParams

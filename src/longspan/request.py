@@ -6,6 +6,7 @@ scheduled, sharded or computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,8 +27,10 @@ class SamplingParams:
     """How tokens are chosen; names and meanings follow vLLM's.
 
     temperature 0 is greedy. `top_k` 0 or -1 means all tokens. `seed` fixes the tokens of this
-    request however it is batched or sharded. `logprobs` asks for that many alternatives a token.
-    `max_tokens` None means "until the context is full".
+    request however it is batched or sharded. `logprobs` asks for that many alternatives a token,
+    `prompt_logprobs` for those of the prompt's tokens. `logit_bias` are (token id, what is added to its logit).
+    `grammar` (the grammar library's own form) binds what may be generated. `max_tokens` None means "until the context
+    is full".
     """
 
     n: int = 1
@@ -45,6 +48,10 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -56,26 +63,33 @@ class SamplingParams:
             self.max_tokens,
             "must not be negative",
         )
-        _check(self.temperature >= 0, "temperature", self.temperature, "must not be negative; 0 is greedy")
+        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "must be in 0..100; 0 is greedy")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
-        _check(self.top_k >= -1, "top_k", self.top_k, "must be -1, 0 (both: all tokens) or positive")
+        _check(-1 <= self.top_k < 1 << 31, "top_k", self.top_k, "must be -1, 0 (both: all tokens) or positive")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(-2 <= value <= 2, name, value, "must be in [-2, 2]")
         _check(
-            self.repetition_penalty > 0,
+            0 < self.repetition_penalty < math.inf,
             "repetition_penalty",
             self.repetition_penalty,
             "must be positive; 1 is none",
         )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _check(-2 <= value <= 2, name, value, "must be in [-2, 2]")
         _check(self.seed is None or 0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1")
-        _check(self.logprobs is None or 0 <= self.logprobs <= 100, "logprobs", self.logprobs, "must be in 0..100")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= 100, name, value, "must be in 0..100")
         _check("" not in self.stop, "stop", list(self.stop), "must not hold an empty string")
 
     @property
     def needs_history(self) -> bool:
         """Whether the sampler must see the request's earlier tokens."""
+        return self.penalises or self.grammar is not None or self.prompt_logprobs is not None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether earlier tokens change the logits."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
@@ -95,11 +109,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One sampled token of one request, as a worker returns it."""
+    """One token of one request, as a worker returns it: sampled, or the prompt's own at `prompt_position`, scored."""
 
     request_id: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    prompt_position: int | None = None
 
 
 @dataclass
@@ -116,7 +131,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What has become of a request so far. `outputs` holds its `n` completions."""
+    """What has become of a request so far. `outputs` holds its `n` completions.
+
+    `prompt_logprobs`, if asked for, has one entry a prompt token: None for the first, which nothing precedes.
+    """
 
     request_id: str
     prompt: str | None
@@ -124,3 +142,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

@@ -46,6 +46,16 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
+class ScoredRows:
+    """Rows [row, row + length) whose logits score the prompt's tokens [position, position + length)."""
+
+    row: int
+    length: int
+    request_id: int
+    position: int
+
+
+@dataclass(frozen=True)
 class RankView:
     """Everything one rank needs for a step."""
 
@@ -54,6 +64,7 @@ class RankView:
     writes: tuple[WriteRun, ...]
     classes: tuple[ClassView, ...]
     samples: tuple[SampleRequest, ...]
+    scored: tuple[ScoredRows, ...]
 
 
 def rank_view(
@@ -80,6 +91,7 @@ def rank_view(
     positions: list[int] = []
     writes: list[WriteRun] = []
     samples: list[SampleRequest] = []
+    scored: list[ScoredRows] = []
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
@@ -89,7 +101,12 @@ def rank_view(
         if segment.sample:
             output = segment.stop - requests[segment.request_id].num_prompt
             samples.append(SampleRequest(len(token_ids) - 1, segment.request_id, output))
-    return RankView(tuple(token_ids), tuple(positions), tuple(writes), tuple(classes), tuple(samples))
+        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)
+        if segment.scores and last > segment.start:
+            scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
+    return RankView(
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(classes), tuple(samples), tuple(scored)
+    )  # fmt: skip
 
 
 def _diagonal(mine: Sequence[Segment]) -> tuple[tuple[int, int], ...]:

@@ -88,7 +88,7 @@ def test_rings_and_trees_as_processes(tiny, schedule):
 def test_the_measured_choice_gives_the_same_tokens(tiny):
     llm = tiny(pcp=2, cost=None)
     assert tokens_of(llm, prompts()) == expected("llama")
-    assert llm.engine.constants == llm.engine.executor.constants
+    assert llm.engine.core.constants == llm.engine.executor.constants
     assert "calibration" not in llm.stats().traffic.bytes_by_label
 
 

@@ -220,7 +220,7 @@ def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tin
 @pytest.mark.parametrize("place", ["scheduler.commit", "_record"])
 def test_an_interrupt_between_steps_ends_the_engine_too(tiny, place, monkeypatch):
     llm = tiny(pcp=2)
-    owner, name = (llm.engine.scheduler, "commit") if "." in place else (llm.engine, place)
+    owner, name = (llm.engine.scheduler, "commit") if "." in place else (llm.engine.core, place)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -61,7 +61,7 @@ def test_every_stage_has_a_step_to_work_on(tiny):
     under_way = []
     while llm.engine.has_unfinished:
         llm.engine.step()
-        under_way.append(len(llm.engine._under_way))
+        under_way.append(llm.engine.core.steps_under_way)
     assert max(under_way) == 3  # one was just finished
     busiest = under_way[len(under_way) // 4 : len(under_way) // 2]
     assert min(busiest) == 3

@@ -84,7 +84,7 @@ class World:
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
         self.scheduler = Scheduler(
             SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
-            1 << 20, self.cache, self.grid, ScheduleChooser(CostModel(shape, group), at.schedule), root_key("test"),
+            self.cache, self.grid, ScheduleChooser(CostModel(shape, group), at.schedule), root_key("test"),
             at.windows,
         )  # fmt: skip
         fabric = ThreadFabric(self.grid.world_size)
@@ -122,7 +122,6 @@ class World:
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
-        max_tokens = self.scheduler.check(len(prompt), params)
         self.scheduler.add(request_id, prompt, params, 0, max_tokens)
         self.left = {**getattr(self, "left", {}), request_id: max_tokens}
 

@@ -42,6 +42,20 @@ OPTIONS = {
     ("bench", "mixed"): ENGINE_OPTIONS | {
         "--chats", "--chat-len", "--contexts", "--context-len", "--output-len", "--iterations",
     },
+    ("bench", "serve"): {
+        "--base-url", "--model", "--api-key", "--endpoint", "--dataset", "--dataset-path", "--num-prompts",
+        "--input-len", "--output-len", "--vary", "--prefix-len", "--request-rate", "--concurrency", "--speedup",
+        "--max-input-len", "--seed", "--vocab-size", "--text-prompts", "--temperature", "--ignore-eos",
+        "--no-ignore-eos", "--timeout", "--plot", "--json", "--help",
+    },
+    ("serve",): ENGINE_OPTIONS - {"--json"} | {
+        "--host", "--port", "--api-key", "--served-model-name", "--max-queued-requests", "--max-body-bytes",
+        "--request-timeout", "--tool-call-parser",
+    },
+    ("eval", "gsm8k"): ENGINE_OPTIONS | {
+        "--data", "--shots", "--shots-data", "--limit", "--max-tokens", "--base-url", "--api-key", "--concurrency",
+        "--output",
+    },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
     },

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.engine.completion import Completion
+from longspan.engine.core import TokenOutput
 from longspan.engine.detokenizer import Detokenizer, Tokenizer
 from longspan.errors import RequestError
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import FinishReason, SampledToken, SamplingParams
 
 PLAIN = SamplingParams()
 SPECIAL = 10_000
@@ -310,7 +311,7 @@ class SpaceDroppingTokenizer:
 
 @pytest.mark.parametrize(("stop", "text"), [((), " is Paris"), ((" Paris",), " is")])
 def test_a_completion_keeps_its_first_space_and_finds_stops_in_it(stop, text):
-    completion = Completion(0, 0, SamplingParams(stop=stop), 2, 0, (), SpaceDroppingTokenizer(), [0])
-    for token in (1, 2):
-        completion.append(SampledToken(0, token))
+    completion = Completion(0, 0, SamplingParams(stop=stop), 0, SpaceDroppingTokenizer(), [0])
+    completion.take(TokenOutput(0, (SampledToken(0, 1),), None, 0))
+    completion.take(TokenOutput(0, (SampledToken(0, 2),), FinishReason.LENGTH, 0))
     assert completion.output.text == text

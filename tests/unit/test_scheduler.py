@@ -13,6 +13,7 @@ from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
 from longspan.plan import StepPlan
 from longspan.request import SampledToken, SamplingParams
+from longspan.scheduler.limits import Limits
 from longspan.scheduler.scheduler import Scheduler
 
 
@@ -26,7 +27,8 @@ class Rig:
         config = SchedulerConfig(**{"max_num_batched_tokens": 32, "max_num_seqs": 16, "local_context": 0, **options})
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
         chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group), config.schedule)
-        self.scheduler = Scheduler(config, 10_000, self.cache, self.grid, chooser, root_key("test"))
+        self.scheduler = Scheduler(config, self.cache, self.grid, chooser, root_key("test"))
+        self.limits = Limits.of(10_000, config.schedule, pages, page_size)
         self.left: dict[int, int] = {}
         self.stored: dict[tuple[int, int, int], tuple[int, ...]] = {}  # (shard, page, row) -> tokens up to there
         self.tables: dict[int, list] = {}
@@ -35,7 +37,7 @@ class Rig:
 
     def add(self, request_id, prompt, max_tokens=4):
         params = SamplingParams(max_tokens=max_tokens)
-        max_tokens = self.scheduler.check(len(prompt), params)
+        max_tokens = self.limits.check(len(prompt), params)
         self.scheduler.add(request_id, prompt, params, 0, max_tokens)
         self.left[request_id] = max_tokens
         self.tokens[request_id] = list(prompt)

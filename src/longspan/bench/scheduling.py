@@ -60,11 +60,11 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
     group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
     chooser = ScheduleChooser(CostModel(_SHAPE, group))
     key = root_key("bench", "bf16", page_size)
-    scheduler = Scheduler(config, context + steps + 2, cache, grid, chooser, key)
+    scheduler = Scheduler(config, cache, grid, chooser, key)
     prompt = [1] * context
     params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
     for number in range(running):
-        scheduler.add(number, prompt, params, 0, scheduler.check(context, params))
+        scheduler.add(number, prompt, params, 0, steps + 2)
     while any(s.computed < context for s in scheduler.running) or scheduler.waiting:
         _timed_step(scheduler)
     return scheduler

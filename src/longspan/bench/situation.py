@@ -85,7 +85,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
     chooser = _Recorder(model)
     config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
-    scheduler = Scheduler(config, length + 1, cache, grid, chooser, root_key("situation"), situation.windows)
+    scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
     params = SamplingParams(temperature=0, max_tokens=1)
     scheduler.add(0, [0] * length, params, 0, 1)
     table = cache.new_table()

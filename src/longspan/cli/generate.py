@@ -24,7 +24,8 @@ from longspan.request import CompletionOutput, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from longspan.bench.measure import Measured
-    from longspan.engine.engine import EngineStats
+    from longspan.engine.core import EngineStats
+    from longspan.engine.setup import EngineSetup
     from longspan.llm import LLM
 
 PromptText = Annotated[str | None, typer.Option("--prompt", help="the prompt")]
@@ -75,9 +76,9 @@ def generate(
         llm = LLM.from_config(config)
     with llm:
         tokens = _tokens(llm, given, chat)
-        console.print(kv_cache_line(llm.stats(), llm.engine.setup.max_model_len), highlight=False, soft_wrap=True)
+        console.print(kv_cache_line(llm.engine.setup), highlight=False, soft_wrap=True)
         if llm.engine.executor.constants:
-            console.print(constants_line(llm.engine.constants), highlight=False, soft_wrap=True)
+            console.print(constants_line(llm.engine.core.constants), highlight=False, soft_wrap=True)
         for note in llm.engine.setup.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         measured = run_with_progress(llm, tokens, params, console, streaming=not as_json and n == 1)
@@ -113,12 +114,13 @@ def _write_trace(path: str, spans_of_rank: dict[int, list[TraceSpan]]) -> str:
     )
 
 
-def kv_cache_line(stats: EngineStats, max_model_len: int) -> str:
+def kv_cache_line(setup: EngineSetup) -> str:
     """What the cache holds, and how many requests of the greatest length that is."""
-    shards = " + ".join(f"{pages:,}" for pages in stats.pages_per_shard)
+    shards = " + ".join(f"{pages:,}" for pages in setup.pages_per_shard)
+    tokens, longest = setup.capacity_tokens, setup.max_model_len
     return (
-        f"KV cache size: {stats.capacity_tokens:,} tokens (pages of {stats.page_size}: {shards}); maximum concurrency "
-        f"for {max_model_len:,} tokens per request: {stats.capacity_tokens / max_model_len:.2f}x"
+        f"KV cache size: {tokens:,} tokens (pages of {setup.config.cache.page_size}: {shards}); maximum concurrency "
+        f"for {longest:,} tokens per request: {tokens / longest:.2f}x"
     )
 
 

@@ -6,6 +6,7 @@ reach it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.cache.pages import PageTable
-from longspan.engine.sampler import SampleRow, sample
+from longspan.engine.grammar import Matcher, Vocabulary
+from longspan.engine.sampler import SampleRow, sample, score
 from longspan.errors import EngineError
 from longspan.models.decoder import DecoderModel
 from longspan.parallel.collectives import Collectives
@@ -23,7 +25,9 @@ from longspan.parallel.trace import STEP
 from longspan.plan import Admission, StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
-from longspan.view import RankView, SampleRequest, rank_view
+from longspan.view import RankView, SampleRequest, ScoredRows, rank_view
+
+_SCORED_ROWS = 128
 
 
 @dataclass
@@ -34,7 +38,13 @@ class _Mirror:
     seed: int
     num_prompt: int
     table: PageTable
+    matcher: Matcher | None = None
     history: list[int] = field(default_factory=list)
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens it has generated, if they are remembered."""
+        return self.history[self.num_prompt :]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Runner:
         groups: Groups,
         page_size: int,
         debug: bool,
+        vocabulary: Vocabulary,
     ) -> None:
         self._grid = grid
         self._rank = rank
@@ -67,6 +78,7 @@ class Runner:
         self._groups = groups
         self._page_size = page_size
         self._debug = debug
+        self._vocabulary = vocabulary
         self._mirrors: dict[int, _Mirror] = {}
 
     @torch.inference_mode()
@@ -85,10 +97,25 @@ class Runner:
         if self._model.head is None:
             self._groups.pipeline.send(hidden)
             return []
+        returns = self._grid.returns_tokens(self._rank)
+        scored = [token for rows in view.scored for token in self._score(hidden, rows, self._model.head, returns)]
         if not view.samples:
-            return []
+            return scored
         logits = self._model.head(hidden[[wanted.row for wanted in view.samples]])
-        return self._sample(logits, view.samples) if self._grid.returns_tokens(self._rank) else []
+        return [*scored, *(self._sample(logits, view.samples) if returns else [])]
+
+    def _score(
+        self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
+    ) -> Iterator[SampledToken]:
+        """In blocks: logits of a long chunk are larger than the model. Every rank of the TP group takes part."""
+        mirror = self._mirrors[rows.request_id]
+        for first in range(0, rows.length, _SCORED_ROWS):
+            count = min(_SCORED_ROWS, rows.length - first)
+            position = rows.position + first
+            logits = head(hidden[rows.row + first : rows.row + first + count])
+            if returns:
+                tokens = mirror.history[position : position + count]
+                yield from score(logits, rows.request_id, position, tokens, mirror.params.prompt_logprobs or 0)
 
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers."""
@@ -108,7 +135,8 @@ class Runner:
                     seed=mirror.seed,
                     position=wanted.position,
                     prompt_token_ids=mirror.history[: mirror.num_prompt],
-                    output_token_ids=mirror.history[mirror.num_prompt :],
+                    output_token_ids=mirror.output,
+                    allowed=mirror.matcher.allowed(mirror.output) if mirror.matcher else None,
                 )
             )
         return sample(logits, rows)
@@ -128,7 +156,9 @@ class Runner:
     def _mirror(self, admission: Admission) -> _Mirror:
         table = PageTable(self._page_size, self._grid.num_shards)
         table.extend(admission.pages)
-        return _Mirror(admission.params, admission.seed, admission.num_prompt, table, list(admission.history))
+        grammar = admission.params.grammar
+        matcher = None if grammar is None else self._vocabulary.matcher(grammar)
+        return _Mirror(admission.params, admission.seed, admission.num_prompt, table, matcher, list(admission.history))
 
     def _compare_digest(self, plan: StepPlan) -> None:
         """Debug: every rank of all groups must be about to take the same branches."""

@@ -28,7 +28,7 @@ class SampleRow:
 
     `seed` is the request's resolved seed and `position` the index of the wanted token in the request's
     output (0 is the first): the noise depends on these two only. The histories are read only if
-    `params.needs_history`.
+    `params.needs_history`. `allowed` [V] are the tokens that a grammar leaves, None for all.
     """
 
     request_id: int
@@ -37,6 +37,12 @@ class SampleRow:
     position: int
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+    allowed: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the largest logit is the token, as it stands."""
+        return _is_greedy(self.params) and not _changes_logits(self)
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
@@ -58,7 +64,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
         return []
     _require_finite_peaks(logits, rows)
     tokens = [0] * len(rows)
-    plain = [i for i, row in enumerate(rows) if _is_greedy(row.params) and not row.params.needs_history]
+    plain = [i for i, row in enumerate(rows) if row.is_plain]
     if plain:
         block = logits if len(plain) == len(rows) else logits[plain]
         for i, token in zip(plain, block.argmax(dim=-1).tolist(), strict=True):
@@ -72,14 +78,26 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     ]
 
 
+def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[SampledToken]:
+    """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
+    return [
+        SampledToken(request_id, token, _logprobs(logits, row, token, count), position + row)
+        for row, token in enumerate(tokens)
+    ]
+
+
 def penalise(logits: Tensor, row: SampleRow) -> Tensor:
-    """A copy of `logits` [V] with the row's penalties (vLLM's definitions, which follow OpenAI and CTRL).
+    """A copy of `logits` [V] with the row's biases, penalties and what its grammar forbids at -inf.
+
+    Penalties are vLLM's, which follow OpenAI and CTRL.
 
     Repetition divides positive and multiplies negative logits of every token of prompt and output, once;
     frequency subtracts for each occurrence in the output, presence once for each distinct token there.
     """
     params = row.params
     result = logits.clone()
+    for token, bias in params.logit_bias:
+        result[token] += bias
     output = _ids(row.output_token_ids, logits)
     if params.repetition_penalty != 1.0:
         seen = torch.cat((_ids(row.prompt_token_ids, logits), output))
@@ -89,6 +107,8 @@ def penalise(logits: Tensor, row: SampleRow) -> Tensor:
     if params.frequency_penalty or params.presence_penalty:
         counts = output.bincount(minlength=len(result))
         result -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    if row.allowed is not None:
+        result.masked_fill_(~row.allowed.to(logits.device), float("-inf"))
     return result
 
 
@@ -146,7 +166,7 @@ def _splitmix64(state: int) -> int:
 
 
 def _sample_row(logits: Tensor, row: SampleRow, generator: torch.Generator) -> int:
-    if row.params.needs_history:
+    if _changes_logits(row):
         logits = penalise(logits, row)
     if _is_greedy(row.params):
         return int(logits.argmax())
@@ -203,6 +223,10 @@ def _require_finite_peaks(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
 def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature < GREEDY_BELOW
+
+
+def _changes_logits(row: SampleRow) -> bool:
+    return row.params.penalises or bool(row.params.logit_bias) or row.allowed is not None
 
 
 def _ids(tokens: Sequence[int], like: Tensor) -> Tensor:

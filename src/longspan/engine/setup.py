@@ -19,6 +19,7 @@ from longspan.models.config import ModelConfig
 from longspan.models.registry import check_checkpoint, load_config
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers, max_kv_heads, max_layers
+from longspan.scheduler.limits import Limits
 from longspan.weights.source import ModelSource, resolve_model
 
 WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
@@ -46,6 +47,12 @@ class EngineSetup:
     def capacity_tokens(self) -> int:
         """Tokens the cache holds: pages × page size, summed over shards."""
         return sum(self.pages_per_shard) * self.config.cache.page_size
+
+    @property
+    def limits(self) -> Limits:
+        """What one request may ask for."""
+        schedule = self.config.scheduler.schedule
+        return Limits.of(self.max_model_len, schedule, self.pages_per_shard, self.config.cache.page_size)
 
     @property
     def notes(self) -> list[str]:

@@ -18,6 +18,7 @@ from longspan.attention.cost import CostConstants
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
+from longspan.engine.grammar import Vocabulary
 from longspan.engine.loading import RankLoader, TensorStore
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
@@ -28,6 +29,7 @@ from longspan.parallel.experts import OwnExperts, SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.reach import Place
+from longspan.weights.tokenizer import load_tokenizer
 
 
 def threads_per_rank(setup: EngineSetup) -> int:
@@ -81,8 +83,9 @@ def build_runner(
         experts = SharedExperts(make_group(peers), extents)
     model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     runner = Runner(
-        grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug
-    )
+        grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug,
+        Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
+    )  # fmt: skip
     return runner, measure_cost(setup, rank, groups.context) if setup.measures_cost else None
 
 

@@ -16,7 +16,6 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
-from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
 from longspan.plan import Segment, StepPlan
 from longspan.request import SampledToken, SamplingParams
@@ -50,7 +49,6 @@ class Scheduler:
     def __init__(
         self,
         config: SchedulerConfig,
-        max_model_len: int,
         cache: CacheManager,
         grid: Grid,
         chooser: ScheduleChooser,
@@ -58,7 +56,6 @@ class Scheduler:
         windows: Sequence[int | None] = (None,),
     ) -> None:
         self.config = config
-        self.max_model_len = max_model_len
         self.cache = cache
         self.grid = grid
         self.chooser = chooser
@@ -71,50 +68,30 @@ class Scheduler:
         self._finished: list[int] = []
         self._step = 0
 
-    @property
-    def max_request_tokens(self) -> int:
-        """The most tokens of KV one request can ever hold."""
-        pages = [pool.num_pages for pool in self.cache.pools]
-        usable = max(pages) if self.config.schedule == "local" else sum(pages)
-        return usable * self.cache.page_size
-
-    def check(self, num_prompt: int, params: SamplingParams) -> int:
-        """The request's max_tokens, resolved; raises `RequestError` if it can never be served."""
-        if num_prompt == 0:
-            raise RequestError("prompt", "''", "is empty", "give at least one token")
-        limit = min(self.max_model_len, self.max_request_tokens + 1)
-        limit_name = "max_model_len" if limit == self.max_model_len else "the KV cache"
-        max_tokens = params.max_tokens if params.max_tokens is not None else max(limit - num_prompt, 1)
-        if num_prompt + max_tokens > limit:
-            raise ContextOverflow(
-                "prompt + max_tokens", num_prompt + max_tokens,
-                f"{num_prompt} prompt tokens and max_tokens={max_tokens} exceed the {limit} tokens that"
-                f" {limit_name} allows one request (max_model_len={self.max_model_len}, KV cache"
-                f" {self.max_request_tokens} tokens)",
-                "shorten the prompt, lower max_tokens, or give the engine more KV memory or context ranks"
-                if limit_name == "the KV cache" else "shorten the prompt, lower max_tokens or raise --max-model-len",
-            )  # fmt: skip
-        return max_tokens
-
     def add(
-        self, request_id: int, prompt: Sequence[int], params: SamplingParams, seed: int, max_tokens: int
-    ) -> SequenceState:
-        """Queue a request that `check` has passed; `max_tokens` is what it returned."""
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        max_tokens: int,
+        output: Sequence[int] = (),
+    ) -> None:
+        """Queue a request that `Limits.check` has passed; `max_tokens` is what it returned, `output` tokens it has."""
         max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
         sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored)
+        sequence.tokens += output
         self.waiting.append(sequence)
         self._sequences[request_id] = sequence
-        return sequence
 
-    def finish(self, request_id: int) -> SequenceState | None:
-        """End a request, wherever it is: its pages are free for the next step. None if it is unknown."""
+    def finish(self, request_id: int) -> None:
+        """End a request, wherever it is: its pages are free for the next step. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
         elif sequence is not None:
             self.waiting.remove(sequence)
-        return sequence
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
@@ -136,16 +113,25 @@ class Scheduler:
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
 
-    def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> None:
-        """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order."""
+    def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[SampledToken]:
+        """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order.
+
+        Returns the tokens of requests that have not ended meanwhile.
+        """
         for request_id, stop in _progress(plan.segments).items():
             sequence = self._sequences.get(request_id)
             if sequence is not None:
                 sequence.in_flight -= 1
                 self._publish(sequence, stop)
-        for token in sampled:
-            if token.request_id in self._sequences:
+        accepted = [token for token in sampled if token.request_id in self._sequences]
+        for token in accepted:
+            if token.prompt_position is None:
                 self._sequences[token.request_id].tokens.append(token.token_id)
+        return accepted
+
+    def cached_tokens(self, request_id: int) -> int:
+        """Tokens of a request that has not ended which the prefix cache had when it was first admitted."""
+        return self._sequences[request_id].cached_tokens or 0
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and preemptions."""
@@ -229,7 +215,8 @@ class Scheduler:
 
     def _match_prefix(self, sequence: SequenceState) -> None:
         """Take cached pages; at least one token is left to compute, since it gives the first logits."""
-        whole = (len(sequence.tokens) - 1) // self.cache.page_size
+        scores = sequence.params.prompt_logprobs is not None  # every prompt token must be computed
+        whole = 0 if scores else (len(sequence.tokens) - 1) // self.cache.page_size
         pages = self.cache.match(sequence.page_keys(0, whole, self.root_key))
         if self.config.schedule == "local":
             pages = self._on_one_shard(pages, sequence)

@@ -145,6 +145,7 @@ class StepBuilder:
                 prefill=prefill,
                 travels=travels,
                 sample=piece.stop == len(sequence.tokens),
+                scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
             )
         )
         self._load[piece.pcp] += length

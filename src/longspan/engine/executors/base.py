@@ -37,6 +37,10 @@ class Executor(Protocol):
         """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it."""
         ...
 
+    def check(self) -> None:
+        """Raise `WorkerDied` if a rank has ended: for times when nothing is under way."""
+        ...
+
     def traffic(self) -> Traffic:
         """What all ranks have sent since they started."""
         ...

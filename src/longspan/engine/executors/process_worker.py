@@ -6,19 +6,17 @@ told to or when the driver is gone.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Thread
 
 import msgspec
 import torch
 import zmq
 
 from longspan.config import EngineConfig
+from longspan.engine.executors.lifetime import end_with_parent
 from longspan.engine.executors.messages import FromWorker, Ready, Stepped, TraceReport, TrafficReport, failure
 from longspan.engine.loading import TensorStore
 from longspan.engine.setup import resolve
@@ -28,13 +26,11 @@ from longspan.parallel.distributed import DistributedCollectives, join_world, le
 from longspan.parallel.trace import Trace
 from longspan.plan import StepPlan
 
-_WATCH_SECONDS = 0.5
-
 
 def main(folder: Path, rank: int) -> None:
     """Serve the driver until it says stop or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
-    Thread(target=_end_with_driver, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.connect(f"ipc://{folder}/rank-{rank}")
@@ -75,13 +71,6 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
             answer(TraceReport(rank, traffic.trace.spans))
         else:
             answer(Stepped(rank, runner.step(StepPlan.decode(message))))
-
-
-def _end_with_driver(driver: int) -> None:
-    """No orphans: a rank may be deep in a collective when its driver is killed."""
-    while os.getppid() == driver:
-        time.sleep(_WATCH_SECONDS)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ class ProcessExecutor:
         require_open(self._closed)
         return [token for message in self._collect(Stepped) for token in message.tokens]
 
+    def check(self) -> None:
+        """See `Executor.check`."""
+        require_open(self._closed)
+        self._check_alive()
+
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
         self._broadcast(b"traffic")

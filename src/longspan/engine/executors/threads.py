@@ -77,6 +77,10 @@ class ThreadExecutor:
             self._done[rank].append(outcome)
         return [token for done in self._done for token in done.popleft()]
 
+    def check(self) -> None:
+        """See `Executor.check`."""
+        require_open(self._closed)
+
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
         total = Traffic()

@@ -1,0 +1,119 @@
+"""A streamed answer taken apart: server-sent events out of bytes, tokens and usage out of events.
+
+It owns the wire format of OpenAI-compatible streams; it must not know how the bytes arrive or what is measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class EventSplitter:
+    """Bytes in, the data of whole events out; comments and other fields are dropped.
+
+    It works on bytes, so a cut may fall anywhere, inside a character too. Lines end in LF or CR LF.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that `data` completes."""
+        events = []
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                events.append(b"\n".join(self._data))
+                self._data.clear()
+        return events
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+    def brings_token(self, first: bool) -> bool:
+        """Text does, and so may a chunk without text, unless it opens the message or only ends it."""
+        delta = self.delta
+        if self.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning)):
+            return True
+        if self.finish_reason is not None:
+            return first  # an answer that ends at once has no other chunk to time
+        return not (delta and delta.role)
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+    object: str | None = None
+    message: str | None = None
+
+
+_DECODER = msgspec.json.Decoder(_Chunk)
+
+
+class Reply:
+    """One answer as it comes in; token counts are None until the server tells them."""
+
+    def __init__(self) -> None:
+        self.chunk_times: list[float] = []
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.error: str | None = None
+        self.done = False
+        self._splitter = EventSplitter()
+
+    def feed(self, data: bytes, now: float) -> None:
+        """Take what was read at `now`. Raises `msgspec.MsgspecError` or `UnicodeDecodeError` for a bad event."""
+        for event in self._splitter.feed(data):
+            if event == b"[DONE]":
+                self.done = True
+            else:
+                self._take(_DECODER.decode(event), now)
+
+    def close(self) -> None:
+        """The stream is over; a last `[DONE]` may lack its empty line."""
+        self.done = self.done or b"[DONE]" in self._splitter.feed(b"\n\n")
+
+    def _take(self, chunk: _Chunk, now: float) -> None:
+        if chunk.error is not None or chunk.object == "error":
+            self.error = _message(chunk) or "no reason given"
+        if chunk.usage is not None:
+            self.prompt_tokens, self.completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+        if chunk.choices and chunk.choices[0].brings_token(first=not self.chunk_times):
+            self.chunk_times.append(now)
+
+
+def error_message(body: bytes) -> str:
+    """What a body that reports an error says, or all of it where it has no form known here."""
+    text = body.decode(errors="replace")
+    try:
+        return _message(_DECODER.decode(text)) or text
+    except msgspec.MsgspecError:
+        return text
+
+
+def _message(chunk: _Chunk) -> str:
+    error = chunk.error
+    found = error.get("message") if isinstance(error, dict) else error
+    return str(found or chunk.message or error or "")

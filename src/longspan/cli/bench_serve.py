@@ -1,0 +1,194 @@
+"""`longspan bench serve`: a load on any OpenAI-compatible server, and its latencies.
+
+It owns the options, the tables and the files; tables and progress go to stderr, one JSON object to stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from longspan.cli.options import Json, parse_integers
+from longspan.config import require
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.bench.serving.client import Target
+    from longspan.bench.serving.dataset import Dataset
+    from longspan.bench.serving.report import RunReport
+
+_METRICS = {"first token": "ttft_s", "per output token": "tpot_s", "between chunks": "itl_s", "whole request": "e2e_s"}
+_BUSY = 0.8  # share of a core from which the client may have slowed what it measures
+_REFRESHES = 4  # progress bar, a second: drawing takes the client's time
+
+BaseUrl = Annotated[str, typer.Option("--base-url", help="the server's root, as in http://127.0.0.1:8000")]
+ModelName = Annotated[str | None, typer.Option("--model", help="default: the first the server lists")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="sent as bearer token")]
+Endpoint = Annotated[str, typer.Option("--endpoint", help="completions or chat")]
+DatasetName = Annotated[str, typer.Option("--dataset", help="random, sharegpt, gsm8k or trace")]
+DatasetPath = Annotated[str | None, typer.Option("--dataset-path", help="file of the dataset; none for random")]
+NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests a run")]
+InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a random prompt, without the shared prefix")]
+OutputLen = Annotated[
+    int | None, typer.Option("--output-len", help="tokens asked for a request; default: 128, in a trace its own")
+]
+Vary = Annotated[float, typer.Option("--vary", help="random lengths lie within this fraction of the mean, as in 0.5")]
+PrefixLen = Annotated[int, typer.Option("--prefix-len", help="tokens that all random prompts begin with")]
+Rate = Annotated[float | None, typer.Option("--request-rate", help="requests a second, Poisson; default: all at once")]
+Concurrency = Annotated[
+    str | None, typer.Option("--concurrency", help="most requests at once; 1,8,32 makes a run each; default: no limit")
+]
+Speedup = Annotated[float, typer.Option("--speedup", help="of a trace's clock")]
+MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="longer prompts of a trace are cut to this")]
+LoadSeed = Annotated[int, typer.Option("--seed", help="of prompts, lengths and arrivals")]
+VocabSize = Annotated[int, typer.Option("--vocab-size", help="random token ids lie below it")]
+TextPrompts = Annotated[
+    bool, typer.Option("--text-prompts", help="random prompts of words, not token ids; chat: always")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: greedy")]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos/--no-ignore-eos", help="send ignore_eos, so that outputs have the length asked")
+]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds a request")]
+Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for latency against concurrency")]
+
+
+def serve(
+    base_url: BaseUrl = "http://127.0.0.1:8000",
+    model: ModelName = None,
+    api_key: ApiKey = None,
+    endpoint: Endpoint = "completions",
+    dataset: DatasetName = "random",
+    dataset_path: DatasetPath = None,
+    num_prompts: NumPrompts = 100,
+    input_len: InputLen = 1024,
+    output_len: OutputLen = None,
+    vary: Vary = 0.0,
+    prefix_len: PrefixLen = 0,
+    request_rate: Rate = None,
+    concurrency: Concurrency = None,
+    speedup: Speedup = 1.0,
+    max_input_len: MaxInputLen = None,
+    seed: LoadSeed = 0,
+    vocab_size: VocabSize = 30000,
+    text_prompts: TextPrompts = False,
+    temperature: Temperature = 0.0,
+    ignore_eos: IgnoreEos = True,
+    timeout: Timeout = 600.0,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Throughput and latencies of an OpenAI-compatible server under load."""
+    from longspan.bench.serving.client import Target
+    from longspan.bench.serving.dataset import Load, open_dataset
+
+    load = Load(
+        dataset, dataset_path, num_prompts, input_len, output_len, vary, prefix_len, request_rate, speedup,
+        max_input_len, seed, vocab_size, text_prompts or endpoint == "chat",
+    )  # fmt: skip
+    target = Target(base_url, model or "", endpoint, temperature, ignore_eos, timeout, api_key)
+    limits = _limits(concurrency)
+    _check_folder(plot)
+    prompts = open_dataset(load)
+    if model is None:
+        target = replace(target, model=asyncio.run(target.first_model()))
+    console = Console(stderr=True)
+    reports = _run_all(console, target, prompts, limits)
+    notes = [*prompts.notes(len(limits)), *_warnings(reports)]
+    _show(console, f"{target.model} at {target.root}", reports, notes)
+    if as_json:
+        runs = [asdict(report) for report in reports]
+        print(json.dumps({**target.options(), **asdict(load), "concurrency": limits, "notes": notes, "runs": runs}))
+    _write_plot(plot, reports, target.model)
+
+
+def _limits(concurrency: str | None) -> tuple[int | None, ...]:
+    if concurrency is None:
+        return (None,)
+    limits = parse_integers("concurrency", concurrency)
+    require(min(limits) >= 1, "concurrency", concurrency, "must be at least 1", "give numbers of requests")
+    return limits
+
+
+def _run_all(console: Console, target: Target, prompts: Dataset, limits: Sequence[int | None]) -> list[RunReport]:
+    """A run for each limit. Raises `ConfigError` once it is clear that no request can succeed."""
+    from longspan.bench.serving.client import run_load
+    from longspan.bench.serving.report import summarise
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    reports: list[RunReport] = []
+    for number, limit in enumerate(limits):
+        with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+            task = progress.add_task("requests" if limit is None else f"requests, {limit} at once", total=None)
+
+            def on_done(done: int, total: int, progress: Progress = progress, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            finished = asyncio.run(run_load(target, prompts.requests(number), limit, on_done))
+        reports.append(summarise(finished, limit))
+        if not any(report.completed for report in reports):
+            said = "; ".join(f"{error.count} x {error.kind}: {error.example}" for error in reports[-1].errors)
+            problem = f"none of {reports[-1].failed} requests succeeded ({said})"
+            raise ConfigError("base_url", target.root, problem, "check the server, the model and the options")
+    return reports
+
+
+def _warnings(reports: Sequence[RunReport]) -> list[str]:
+    """What makes numbers doubtful."""
+    busy = max(report.client_cpu for report in reports)
+    short = sum(report.short_outputs for report in reports)
+    counted = sum(report.counted_requests for report in reports)
+    return [
+        *([f"{short} outputs are shorter than asked for"] if short else []),
+        *([f"{counted} requests brought no usage: their tokens are chunks counted here"] if counted else []),
+        *([f"the client took {busy:.0%} of a core and may have been the limit"] if busy >= _BUSY else []),
+    ]
+
+
+def _show(console: Console, title: str, reports: Sequence[RunReport], notes: Sequence[str]) -> None:
+    rates = Table(title=title)
+    latencies = Table(title="Latency, ms")
+    for column in ("at once", "completed", "failed", "seconds", "requests/s", "output tokens/s", "all tokens/s"):
+        rates.add_column(column, justify="right")
+    for column in ("at once", "", "mean", "median", "p90", "p99"):
+        latencies.add_column(column, justify="right" if column else "left")
+    for report in reports:
+        limit = "all" if report.concurrency is None else str(report.concurrency)
+        numbers = (report.duration_s, report.requests_per_s, report.output_tokens_per_s, report.total_tokens_per_s)
+        rates.add_row(limit, str(report.completed), str(report.failed), *(f"{number:,.2f}" for number in numbers))
+        for name, field in _METRICS.items():
+            spread = getattr(report, field)
+            cells = [f"{value * 1000:,.2f}" for value in asdict(spread).values()] if spread else ["-"] * 4
+            latencies.add_row(limit, name, *cells, end_section=field == "e2e_s")
+    console.print(rates, latencies, sep="\n")
+    for report in reports:
+        for error in report.errors:
+            console.print(f"{error.count} x {error.kind}: {error.example}", markup=False)
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _check_folder(plot: str | None) -> None:
+    """Before the load runs, not after."""
+    if plot is not None:
+        require(Path(plot).parent.is_dir(), "plot", plot, "its folder does not exist", "make the folder first")
+
+
+def _write_plot(plot: str | None, reports: Sequence[RunReport], title: str) -> None:
+    if plot is None:
+        return
+    from longspan.bench.serving.plot import latency_plot
+
+    try:
+        Path(plot).write_text(latency_plot(reports, title))
+    except OSError as error:
+        raise ConfigError("plot", plot, f"cannot be written ({error})", "name another file") from error

@@ -1,0 +1,68 @@
+"""`longspan serve`: an OpenAI-compatible server.
+
+It owns the options and what is said at start; serving is the server's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from longspan.cli.options import parse_bytes
+from longspan.config import EngineConfig
+
+Host = Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 is every one")]
+Port = Annotated[int, typer.Option("--port", help="0 takes a free one")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="key that clients must send")]
+ServedName = Annotated[str | None, typer.Option("--served-model-name", help="default: MODEL as given")]
+Queue = Annotated[
+    int, typer.Option("--max-queued-requests", help="completions that may wait beyond --max-num-seqs; then 429")
+]
+BodyBytes = Annotated[str, typer.Option("--max-body-bytes", help="largest request body; k, M, G are 1024-based")]
+Timeout = Annotated[float | None, typer.Option("--request-timeout", help="seconds a request may take; default: any")]
+ToolParser = Annotated[
+    str | None, typer.Option("--tool-call-parser", help="form of tool calls; default: what the chat template tells")
+]
+
+
+def serve(
+    config: EngineConfig,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    served_model_name: ServedName = None,
+    max_queued_requests: Queue = 512,
+    max_body_bytes: BodyBytes = "64M",
+    request_timeout: Timeout = None,
+    tool_call_parser: ToolParser = None,
+) -> None:
+    """Serve a model until a signal; the first one drains, the second stops at once."""
+    from longspan.cli.generate import kv_cache_line
+    from longspan.server.options import ServeOptions
+    from longspan.server.run import Server, make_service
+    from longspan.server.run import serve as run
+
+    options = ServeOptions(
+        host, port, api_key, served_model_name, max_queued_requests, parse_bytes("max_body_bytes", max_body_bytes),
+        request_timeout, tool_call_parser,
+    )  # fmt: skip
+    logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
+    console = Console(stderr=True)
+    for warning in options.warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    with console.status("starting"):
+        service = make_service(config, options)
+
+    def ready(server: Server) -> None:
+        setup = service.engine.setup
+        for line in (
+            kv_cache_line(setup), *setup.notes,
+            f"serving {service.model} at http://{host}:{server.port} (API: /v1, live page: /, metrics: /metrics)",
+        ):  # fmt: skip
+            console.print(line, highlight=False, soft_wrap=True)
+
+    asyncio.run(run(service, ready))

@@ -1,0 +1,212 @@
+"""The engine's core: completions in, tokens out, one step at a time.
+
+It owns the loop of scheduler and executor and the rules that end a completion by its tokens; it must not know of text,
+of users, nor of how its messages travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from longspan.attention.cost import CostConstants, ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.prefix import root_key
+from longspan.engine.executors.base import Executor
+from longspan.engine.executors.processes import ProcessExecutor
+from longspan.engine.executors.threads import ThreadExecutor
+from longspan.engine.setup import EngineSetup
+from longspan.parallel.collectives import Traffic
+from longspan.plan import StepPlan
+from longspan.request import FinishReason, SampledToken, SamplingParams
+from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
+
+_STEPS_REMEMBERED = 60
+
+
+@dataclass(frozen=True)
+class CoreRequest:
+    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them."""
+
+    number: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    output_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
+
+    `scored` are tokens of the prompt, with their log-probabilities.
+    """
+
+    number: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+    scored: tuple[SampledToken, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step, for reports. `seconds` are from submission to result."""
+
+    step: int
+    decode_rows: int
+    prefill_tokens: int
+    decode_schedule: str
+    prefill_schedule: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for reports. Capacity is pages × page size summed over shards."""
+
+    page_size: int
+    capacity_tokens: int
+    pages_per_shard: tuple[int, ...]
+    used_pages_per_shard: tuple[int, ...]
+    peak_pages_per_shard: tuple[int, ...]
+    prefill_schedule: str
+    decode_schedule: str
+    scheduler: SchedulerCounters
+    traffic: Traffic
+
+
+def create_executor(setup: EngineSetup) -> Executor:
+    """The executor the configuration names."""
+    kinds: dict[str, Callable[[EngineSetup], Executor]] = {
+        "threads": ThreadExecutor,
+        "processes": ProcessExecutor,
+    }
+    return kinds[setup.config.executor](setup)
+
+
+class _Ending:
+    """When a completion ends by its tokens."""
+
+    def __init__(self, request: CoreRequest, eos_token_ids: Iterable[int]) -> None:
+        params = request.params
+        self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self._left = request.max_tokens - len(request.output_token_ids)
+
+    def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
+        """Those of the tokens that still belong to it, and why it ended if it did."""
+        for count, token in enumerate(tokens, 1):
+            self._left -= 1
+            if token.token_id in self._stops:
+                return tuple(tokens[:count]), FinishReason.STOP
+            if self._left == 0:
+                return tuple(tokens[:count]), FinishReason.LENGTH
+        return tuple(tokens), None
+
+
+class EngineCore:
+    """Continuous batching over an executor. Not thread-safe: one caller steps it.
+
+    Raises `ConfigError` and `ModelError` when built, `EngineError` from `step`.
+    """
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        config, cache = setup.config, setup.config.cache
+        self.cache = CacheManager(cache.page_size, setup.pages_per_shard, cache.enable_prefix_caching)
+        self.executor = create_executor(setup)
+        self.constants = config.cost or self.executor.constants or CostConstants()
+        self.scheduler = Scheduler(
+            config.scheduler, self.cache, setup.grid,
+            ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
+            root_key(setup.source.name, str(setup.dtype), cache.page_size), setup.model.kinds,
+        )  # fmt: skip
+        self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
+        self._under_way: deque[tuple[StepPlan, float]] = deque()
+        self._endings: dict[int, _Ending] = {}
+        self._schedules = {"prefill": "local", "decode": "local"}
+        self._peak = [0] * self.cache.num_shards
+
+    def add(self, request: CoreRequest) -> None:
+        """Queue a completion that `Limits.check` has passed."""
+        self._endings[request.number] = _Ending(request, self.setup.model.eos_token_ids)
+        self.scheduler.add(
+            request.number, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
+            request.output_token_ids,
+        )  # fmt: skip
+
+    def finish(self, number: int) -> None:
+        """End a completion now; its pages are free for the next step. Unknown numbers are ignored."""
+        self._endings.pop(number, None)
+        self.scheduler.finish(number)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work to do."""
+        return bool(self._endings or self._under_way)
+
+    @property
+    def steps_under_way(self) -> int:
+        """Steps that were submitted and not yet collected."""
+        return len(self._under_way)
+
+    def step(self) -> list[TokenOutput]:
+        """Give every pipeline stage a step to work on and finish the oldest; what it gave to each completion."""
+        try:
+            while len(self._under_way) < self.setup.grid.pp and (plan := self.scheduler.schedule()):
+                self.executor.submit(plan)
+                self._under_way.append((plan, time.perf_counter()))
+            return self._deliver(self.executor.collect()) if self._under_way else []
+        except BaseException:  # an interrupt too: ranks, scheduler and outputs no longer agree on what was computed
+            self._under_way.clear()
+            self.executor.shutdown()
+            raise
+
+    def stats(self) -> EngineStats:
+        """What is in use and what has travelled so far."""
+        return EngineStats(
+            page_size=self.cache.page_size,
+            capacity_tokens=self.setup.capacity_tokens,
+            pages_per_shard=self.setup.pages_per_shard,
+            used_pages_per_shard=tuple(self.cache.used(s) for s in range(self.cache.num_shards)),
+            peak_pages_per_shard=tuple(self._peak),
+            prefill_schedule=self._schedules["prefill"],
+            decode_schedule=self._schedules["decode"],
+            scheduler=self.scheduler.counters(),
+            traffic=self.executor.traffic(),
+        )
+
+    def shutdown(self) -> None:
+        """End every rank; safe to call again."""
+        self.executor.shutdown()
+
+    def _deliver(self, sampled: Sequence[SampledToken]) -> list[TokenOutput]:
+        """Commit the oldest step under way."""
+        plan, submitted = self._under_way.popleft()
+        tokens_of: dict[int, list[SampledToken]] = {}
+        for token in self.scheduler.commit(plan, sampled):
+            tokens_of.setdefault(token.request_id, []).append(token)
+        self._record(plan, time.perf_counter() - submitted)
+        return [self._output(number, tokens) for number, tokens in tokens_of.items()]
+
+    def _output(self, number: int, tokens: Sequence[SampledToken]) -> TokenOutput:
+        cached = self.scheduler.cached_tokens(number)
+        scored = tuple(token for token in tokens if token.prompt_position is not None)
+        kept, reason = self._endings[number].take([token for token in tokens if token.prompt_position is None])
+        if reason is not None:
+            self.finish(number)
+        return TokenOutput(number, kept, reason, cached, scored)
+
+    def _record(self, plan: StepPlan, seconds: float) -> None:
+        rows = sum(segment.length for segment in plan.segments if not segment.prefill)
+        chunk = sum(segment.length for segment in plan.segments if segment.prefill)
+        self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]
+        self._schedules["prefill"] = plan.prefill_schedules[0] if chunk else self._schedules["prefill"]
+        self.recent.append(
+            StepRecord(plan.step, rows, chunk, plan.decode_schedules[0], plan.prefill_schedules[0], seconds)
+        )
+        for shard in range(self.cache.num_shards):
+            self._peak[shard] = max(self._peak[shard], self.cache.used(shard))

@@ -1,0 +1,61 @@
+"""Which tokens a grammar allows next, where tokens are sampled.
+
+It owns the grammar library's matchers; it must not know of ranks or requests: a matcher follows the tokens it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import EngineError
+
+
+class Vocabulary:
+    """The model's tokens as the grammar library sees them, read when a grammar first asks."""
+
+    def __init__(self, load_tokenizer: Callable[[], Any], size: int, eos_token_ids: Sequence[int]) -> None:
+        self._load = load_tokenizer
+        self._size = size
+        self._eos = list(eos_token_ids)
+        self._tokens: Any = None
+
+    def matcher(self, grammar: str) -> Matcher:
+        """A matcher at the start of an output. Raises `EngineError`."""
+        from llguidance import LLMatcher
+
+        if self._tokens is None:
+            self._tokens = self._read()
+        return Matcher(LLMatcher(self._tokens, grammar), self._size)
+
+    def _read(self) -> Any:
+        from llguidance.hf import from_tokenizer
+
+        tokenizer = self._load()
+        if tokenizer is None:
+            raise EngineError("a grammar needs the model's tokenizer, and it has none")
+        return from_tokenizer(tokenizer, n_vocab=max(self._size, len(tokenizer)), eos_token=self._eos or None)
+
+
+class Matcher:
+    """One output under a grammar."""
+
+    def __init__(self, matcher: Any, size: int) -> None:
+        self._matcher = matcher
+        self._size = size
+        self._seen = 0
+
+    def allowed(self, output_token_ids: Sequence[int]) -> Tensor:
+        """Bool [V]: the tokens that may follow the output, whose beginning is what it was when last asked."""
+        fresh = list(output_token_ids[self._seen :])
+        if fresh and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(fresh)
+        self._seen = len(output_token_ids)
+        if self._matcher.is_error():
+            raise EngineError(f"the grammar cannot be followed: {self._matcher.get_error()}")
+        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        bits = words[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+        return bits.reshape(-1)[: self._size].bool()

@@ -1,0 +1,214 @@
+"""The HTTP application: endpoints, and errors in OpenAI's shape for whatever goes wrong.
+
+It owns paths and status codes; generating is the engine's, the bodies' meaning their own modules'.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+from longspan import __version__
+from longspan.errors import LongspanError
+from longspan.server.async_engine import AsyncEngine
+from longspan.server.chat import ChatBody
+from longspan.server.completions import CompletionBody
+from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation
+from longspan.server.fields import GenerationBody
+from longspan.server.generation import Json, respond
+from longspan.server.middleware import BodyLimit, KeyCheck
+from longspan.server.options import ServeOptions
+from longspan.server.state import state_of
+from longspan.server.text import Text
+from longspan.server.tokens import DetokenizeBody, TokenizeBody
+
+_LOG = logging.getLogger("longspan.server")
+_ERROR_BODY = {"application/json": {"example": Problem(400, "field=value: what is wrong; remedy").body()}}
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": _ERROR_BODY}
+    for status, description in {
+        400: "the request cannot be served", 401: "wrong key", 404: "no such model", 408: "it took too long",
+        413: "too large a body", 422: "not used", 429: "too many requests wait", 503: "the engine is not there",
+    }.items()
+    if status != 422
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints serve with."""
+
+    engine: AsyncEngine
+    text: Text
+    options: ServeOptions
+    model: str
+    tool_format: str | None
+    started: float
+
+    def check_model(self, asked: str | None) -> None:
+        """Raise `HttpError` for a model that is not served."""
+        if asked is not None and asked != self.model:
+            raise HttpError(404, "model_not_found", "model", repr(asked), "is not served here", f"use {self.model!r}")
+
+
+class _Route(APIRoute):
+    """Bodies are decoded strictly: no NaN, no lone surrogates, no invalid UTF-8 gets in."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise HTTPException(400, f"body: is no valid JSON ({error}); send one JSON object in UTF-8") from error
+
+
+def build_app(service: Service) -> FastAPI:
+    """The application; it starts the engine when the server starts, and ends it with the server."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.engine.close()
+
+    app = FastAPI(title="Longspan", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.router.route_class = _Route
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_models(app, service)
+    _add_probes(app, service)
+    _add_errors(app, service)
+    app.add_middleware(BodyLimit, max_bytes=service.options.max_body_bytes)
+    if service.options.api_key:
+        app.add_middleware(KeyCheck, api_key=service.options.api_key)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    def streams(body: GenerationBody) -> bool:
+        service.check_model(body.model)
+        return bool(body.stream)
+
+    @app.post("/v1/completions", responses=_ANSWERS, tags=["OpenAI"])
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue texts."""
+        stream = streams(body)
+        return await respond(service.engine, await body.reply(service.text, service.model), request, stream)
+
+    @app.post("/v1/chat/completions", responses=_ANSWERS, tags=["OpenAI"])
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        stream = streams(body)
+        reply = await body.reply(service.text, service.model, service.tool_format)
+        return await respond(service.engine, reply, request, stream)
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", responses=_ANSWERS, tags=["tokens"])
+    async def tokenize(body: TokenizeBody) -> Response:
+        """Token ids of a text or a conversation."""
+        service.check_model(body.model)
+        return Json(await body.answer(service.text, service.engine.setup.max_model_len))
+
+    @app.post("/detokenize", responses=_ANSWERS, tags=["tokens"])
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of token ids."""
+        service.check_model(body.model)
+        return Json({"prompt": await service.text.decode(body.tokens)})
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    card = {
+        "id": service.model, "object": "model", "created": int(time.time()), "owned_by": "longspan",
+        "max_model_len": service.engine.setup.max_model_len,
+    }  # fmt: skip
+
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def models() -> Response:
+        """The served model."""
+        return Json({"object": "list", "data": [card]})
+
+    @app.get("/v1/models/{name:path}", responses=_ANSWERS, tags=["OpenAI"])
+    async def model(name: str) -> Response:
+        """One model."""
+        service.check_model(name)
+        return Json(card)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    page = files("longspan.server").joinpath("page/index.html").read_text()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page)
+
+    @app.get("/health", responses=_ANSWERS, tags=["probes"])
+    async def health() -> Response:
+        """200 once every rank is ready, else 503."""
+        ready = service.engine.is_ready
+        return Json({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+
+    @app.get("/version", tags=["probes"])
+    async def version() -> Response:
+        """The server's version."""
+        return Json({"version": __version__})
+
+    @app.get("/metrics", tags=["probes"])
+    async def metrics() -> Response:
+        """Prometheus' exposition text."""
+        text = service.engine.metrics.render(await service.engine.state())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/internal/state", include_in_schema=False)
+    async def state() -> Response:
+        return Json(state_of(service.engine, await service.engine.state(), service.model, service.started))
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    def tell(problem: Problem) -> Response:
+        service.engine.metrics.failed(problem.status)
+        return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        route = request.scope.get("route")
+        fields = getattr(getattr(route, "body_field", None), "field_info", None)
+        known = list(getattr(getattr(fields, "annotation", None), "model_fields", {}))
+        return tell(problem_of_validation(error.errors(), error.body, known))
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        code = HTTPStatus(error.status_code).name.lower()
+        return tell(Problem(error.status_code, str(error.detail), code=code, headers=error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        problem = problem_of(error)
+        if problem.status == 500:
+            _LOG.error("a request failed", exc_info=error)
+        return tell(problem)
+
+    app.add_exception_handler(LongspanError, failed)  # a handler for `Exception` lets the server log a traceback

@@ -1,0 +1,329 @@
+"""The engine as the server's coroutines use it: prompts in, outputs as they grow, whatever happens to the ranks.
+
+It owns requests in flight, their bounds and their survival of the core's death; it must not know of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NoReturn
+
+from longspan.engine.core import TokenOutput
+from longspan.engine.detokenizer import Tokenizer
+from longspan.engine.setup import EngineSetup
+from longspan.engine.tracker import Orders, RequestTracker
+from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
+from longspan.request import RequestOutput, SamplingParams
+from longspan.server.core_client import CoreProcess
+from longspan.server.messages import AskState, CoreState, Finish, Ready, Start, Tokens
+from longspan.server.metrics import Metrics
+
+_MAX_STRIKES = 3  # deaths of the core that a request survives without a token in between
+_LONGEST_PAUSE = 5.0
+_STATE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to complete."""
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    prompt: str | None = None
+
+    @property
+    def completions(self) -> int:
+        """Completions it asks for."""
+        return self.params.n
+
+
+@dataclass
+class _Call:
+    """A coroutine that waits for some requests."""
+
+    arrived: float
+    open: set[str] = field(default_factory=set)
+    changed: dict[str, RequestOutput] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+    error: LongspanError | None = None
+
+
+class AsyncEngine:
+    """Supervises a core in a process of its own.
+
+    When the core dies it is started again, and every request goes on from the tokens it has; a request that sees
+    three deaths without a token in between gets `EngineUnavailable`.
+    """
+
+    def __init__(
+        self,
+        setup: EngineSetup,
+        tokenizer: Tokenizer | None,
+        metrics: Metrics,
+        max_queued_requests: int,
+        request_timeout: float | None = None,
+    ) -> None:
+        self.setup = setup
+        self.metrics = metrics
+        self.restarts = 0
+        self._tracker = RequestTracker(setup, tokenizer)
+        self._capacity = setup.config.scheduler.max_num_seqs + max_queued_requests
+        self._timeout = request_timeout
+        self._core: CoreProcess | None = None
+        self._calls: dict[str, _Call] = {}
+        self._last_token: dict[int, float] = {}
+        self._strikes: dict[int, int] = {}
+        self._states: list[asyncio.Future[CoreState]] = []
+        self._ids = count()
+        self._ready = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every rank is, and new requests are welcome."""
+        return self._ready.is_set() and not self._draining
+
+    @property
+    def tracker(self) -> RequestTracker:
+        """The unfinished requests, to read."""
+        return self._tracker
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the core and of its ranks, where these are processes."""
+        return [self._core.process_id, *self._core.worker_ids] if self._core else []
+
+    def times(self, request_id: str) -> tuple[float, float | None]:
+        """When an unfinished request came and had its first token, in `time.monotonic()`."""
+        call = self._calls[request_id]
+        return call.arrived, call.first.get(request_id)
+
+    async def start(self) -> None:
+        """Wait until every rank is ready. Raises what keeps the core from starting."""
+        core = CoreProcess(self.setup.config)
+        try:
+            await self._welcome(core)
+        except BaseException:
+            core.kill()
+            raise
+        self._tasks = [asyncio.create_task(self._supervise(core)), asyncio.create_task(self._tick())]
+
+    async def close(self) -> None:
+        """End the core; requests in flight get `EngineUnavailable`."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        self._fail_all(EngineUnavailable("the server is shutting down; send the request again later"))
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        self._draining = True
+
+    async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[list[RequestOutput], None]:
+        """Complete prompts together; yields those whose outputs grew, until all have finished.
+
+        The first yield is all of them as they begin: requests that cannot be served raise before it. Leaving the
+        generator aborts what is unfinished. Raises `RequestError`, or `EngineUnavailable`.
+        """
+        self._make_room(sum(job.completions for job in jobs))
+        call = _Call(time.monotonic())
+        outputs: list[RequestOutput] = []
+        try:
+            for job in jobs:
+                outputs.append(self._add(job, call))
+            self._flush()
+            yield outputs
+            deadline = None if self._timeout is None else asyncio.get_running_loop().time() + self._timeout
+            while call.open or call.changed or call.error:
+                async with asyncio.timeout_at(deadline):
+                    await call.event.wait()
+                call.event.clear()
+                if call.error:
+                    raise call.error
+                changed, call.changed = call.changed, {}
+                yield list(changed.values())
+        except TimeoutError:
+            raise RequestTimeout(
+                "request_timeout", self._timeout, f"seconds have passed since request {outputs[0].request_id} came",
+                "ask for fewer tokens, or raise --request-timeout",
+            ) from None  # fmt: skip
+        finally:
+            for request_id in list(call.open):
+                self._abort(request_id)
+            self._flush()
+
+    async def state(self) -> CoreState | None:
+        """What the core reports of itself; None while it is not there or does not answer in time."""
+        if not self._core or not self._ready.is_set():
+            return None
+        answer: asyncio.Future[CoreState] = asyncio.get_running_loop().create_future()
+        self._states.append(answer)
+        self._core.send(AskState())
+        try:
+            return await asyncio.wait_for(answer, _STATE_SECONDS)
+        except TimeoutError:
+            return None
+
+    def _make_room(self, wanted: int) -> None:
+        if self._draining:
+            raise EngineUnavailable("the server is shutting down; send the request again later")
+        held = sum(len(self._tracker.numbers(request_id)) for request_id in self._calls)
+        if wanted > self._capacity:
+            raise RequestError(
+                "n",
+                wanted,
+                f"completions in one request exceed the {self._capacity} this server holds",
+                "ask for fewer",
+            )
+        if held + wanted > self._capacity:
+            raise QueueFull(
+                "requests", held, f"completions are running or waiting, of at most {self._capacity}",
+                "try again in a moment, or raise --max-queued-requests",
+            )  # fmt: skip
+
+    def _add(self, job: Job, call: _Call) -> RequestOutput:
+        request_id = f"r{next(self._ids)}"
+        output = self._tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt)
+        if output.finished:
+            self.metrics.ended(output, 0.0)
+        else:
+            self._calls[request_id] = call
+            call.open.add(request_id)
+        return output
+
+    def _abort(self, request_id: str) -> None:
+        numbers = self._tracker.numbers(request_id)
+        output = self._tracker.abort(request_id)
+        if output is not None:
+            self._closed(output, numbers)
+
+    def _closed(self, output: RequestOutput, numbers: Sequence[int]) -> None:
+        call = self._calls.pop(output.request_id)
+        call.open.discard(output.request_id)
+        self.metrics.ended(output, time.monotonic() - call.arrived)
+        for number in numbers:
+            self._last_token.pop(number, None)
+            self._strikes.pop(number, None)
+
+    def _flush(self) -> None:
+        """Tell the core; without one nothing is lost: a new one hears of everything that is unfinished."""
+        orders, self._tracker.orders = self._tracker.orders, Orders()
+        if self._core is None:
+            return
+        if orders.start:
+            self._core.send(Start(orders.start))
+        if orders.finish:
+            self._core.send(Finish(orders.finish))
+
+    async def _welcome(self, core: CoreProcess) -> None:
+        """Wait for a core's first word and give it all there is to do."""
+        message = await core.receive()
+        if not isinstance(message, Ready):
+            raise EngineError(f"the core began with {type(message).__name__} instead of Ready")
+        core.worker_ids = message.worker_ids
+        self._core = core
+        self._tracker.orders = Orders()
+        requests = self._tracker.resume()
+        if requests:
+            core.send(Start(requests))
+        self._ready.set()
+
+    async def _supervise(self, core: CoreProcess) -> None:
+        """Keep a core running until cancelled."""
+        pause = 0.0
+        try:
+            while True:
+                try:
+                    if self._core is not core:
+                        await self._welcome(core)
+                    await self._listen(core)
+                except EngineError as error:
+                    pause = 0.0 if self._ready.is_set() else min(2 * pause + 0.1, _LONGEST_PAUSE)
+                    self._mourn(error)
+                    core.kill()
+                    await asyncio.sleep(pause)
+                    core = CoreProcess(self.setup.config)
+        finally:
+            self._core = None
+            await core.close()
+
+    async def _listen(self, core: CoreProcess) -> NoReturn:
+        while True:
+            message = await core.receive()
+            match message:
+                case Tokens(outputs, load):
+                    self.metrics.load = load
+                    self._deliver(outputs)
+                case CoreState():
+                    for answer in self._states:
+                        if not answer.done():
+                            answer.set_result(message)
+                    self._states.clear()
+                case _:
+                    raise EngineError(f"the core sent {type(message).__name__} out of turn")
+
+    def _mourn(self, error: EngineError) -> None:
+        """The core is dead: requests wait for the next one, but not for ever."""
+        self._core = None
+        self._ready.clear()
+        self.restarts += 1
+        self.metrics.restarted()
+        for request in self._tracker.resume():
+            self._strikes[request.number] = self._strikes.get(request.number, 0) + 1
+            output = self._tracker.request_of(request.number)
+            if output and self._strikes[request.number] >= _MAX_STRIKES:
+                call = self._calls[output.request_id]
+                call.error = EngineUnavailable(
+                    f"the engine failed {_MAX_STRIKES} times while it worked on this request, at last with: {error}; "
+                    "try again later, and see the server's log"
+                )
+                call.event.set()
+                self._abort(output.request_id)
+
+    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+        now = time.monotonic()
+        numbers_of = {}
+        for tokens in outputs:
+            output = self._tracker.request_of(tokens.number)
+            if output is None:
+                continue
+            numbers_of[output.request_id] = self._tracker.numbers(output.request_id)
+            self._time(tokens, output, now)
+        for output in self._tracker.take(outputs):
+            call = self._calls[output.request_id]
+            call.changed[output.request_id] = output
+            call.event.set()
+            if output.finished:
+                self._closed(output, numbers_of[output.request_id])
+        self._flush()
+
+    def _time(self, tokens: TokenOutput, output: RequestOutput, now: float) -> None:
+        before = self._last_token.get(tokens.number)
+        self._last_token[tokens.number] = now
+        self._strikes.pop(tokens.number, None)
+        if before is None and not any(completion.token_ids for completion in output.outputs):
+            call = self._calls[output.request_id]
+            call.first[output.request_id] = now
+            output.num_cached_tokens = tokens.num_cached_tokens
+            self.metrics.first_token(output, now - call.arrived)
+        self.metrics.tokens(len(tokens.tokens), None if before is None else now - before)
+
+    def _fail_all(self, error: EngineUnavailable) -> None:
+        for request_id, call in list(self._calls.items()):
+            call.error = error
+            call.event.set()
+            self._abort(request_id)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.metrics.tick()

@@ -1,0 +1,264 @@
+"""`/v1/chat/completions`: a conversation to answer, with tools.
+
+It owns the body and the answer's shape; the template is the model's, the parsing of calls the tools'.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from longspan.errors import RequestError
+from longspan.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
+from longspan.server.async_engine import Job
+from longspan.server.errors import shortened
+from longspan.server.fields import Body, GenerationBody
+from longspan.server.grammar import grammar_of
+from longspan.server.replies import Cursor, Identity, News, finish_reason, usage
+from longspan.server.text import Text
+from longspan.server.tools import ToolCall, ToolParser
+
+_MAX_TOP_LOGPROBS = 20
+
+
+class Message(BaseModel):
+    """One turn; fields beyond these reach the template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def rendered(self, place: str) -> dict[str, Any]:
+        """As templates want it: `content` is one text. Raises `RequestError` for parts that are not text."""
+        fields = self.model_dump(exclude_none=True)
+        if self.role == "developer":
+            fields["role"] = "system"
+        if isinstance(self.content, list):
+            for part in self.content:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise RequestError(f"{place}.content", shortened(part), "is not text", "send text parts only")
+            fields["content"] = "".join(part["text"] for part in self.content)
+        return {"content": "", **fields}
+
+
+class Function(Body):
+    """A function a tool names."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool the model may call."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(Body):
+    """The function that must be called."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatBody(GenerationBody):
+    """The body of a chat completion."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(default=None, description="default: until the context is full")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="taken, not used")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="not OpenAI's: for the template")
+    return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
+    metadata: dict[str, str] | None = Field(default=None, description="taken, not used")
+    store: bool | None = Field(default=None, description="taken, not used")
+
+    async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
+        """The answer to be filled. Raises `RequestError`."""
+        messages = [message.rendered(f"messages.{number}") for number, message in enumerate(self.messages)]
+        forced = self._forced()
+        tools = None if self.tool_choice == "none" or not self.tools else self.tools
+        described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+        tokens = await text.chat(messages, described, self.chat_template_kwargs or {})
+        parse = tool_format if tools and forced is None else None
+        return ChatReply(self, Job(tokens, self._params(forced)), text, model, parse, forced)
+
+    def _params(self, forced: Function | None) -> SamplingParams:
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if limit == 0:
+            raise RequestError("max_completion_tokens", 0, "leaves no room for an answer", "give at least 1")
+        top = self.top_logprobs
+        if top is not None and not (self.logprobs and 0 <= top <= _MAX_TOP_LOGPROBS):
+            raise RequestError(
+                "top_logprobs", top, f"must be in 0..{_MAX_TOP_LOGPROBS}, and needs logprobs", "set logprobs to true"
+            )
+        grammar = None if forced is None else grammar_of(forced.parameters or {"type": "object"})
+        return self.sampling(limit, (top or 0) if self.logprobs else None, grammar)
+
+    def _forced(self) -> Function | None:
+        """The function that must be called, if one must. Raises `RequestError`."""
+        choice, known = self.tool_choice, {tool.function.name: tool.function for tool in self.tools or ()}
+        if choice is None or choice in ("none", "auto"):
+            return None
+        if isinstance(choice, NamedTool):
+            if choice.function.name not in known:
+                raise RequestError(
+                    "tool_choice.function.name", repr(choice.function.name), "is not among the tools",
+                    f"use one of {', '.join(known) or 'none: tools is empty'}",
+                )  # fmt: skip
+            return known[choice.function.name]
+        if len(known) == 1:
+            return next(iter(known.values()))
+        raise RequestError(
+            "tool_choice", choice, f"is supported with one tool, and there are {len(known)}", "name the tool to call"
+        )
+
+
+class ChatReply:
+    """See `Reply`. `tool_format` parses calls out of the text; a `forced` function's arguments are the whole text."""
+
+    def __init__(
+        self, body: ChatBody, job: Job, text: Text, model: str, tool_format: str | None, forced: Function | None
+    ) -> None:
+        self.jobs = [job]
+        self.stream_options = body.usage_in_stream
+        self._body = body
+        self._text = text
+        self._identity = Identity("chatcmpl", "chat.completion", model)
+        self._tool_format = tool_format
+        self._forced = forced
+        self._cursors: list[Cursor] = []
+        self._parsers: list[_Calls] = []
+
+    def envelope(self) -> dict[str, Any]:
+        """See `Reply.envelope`."""
+        return self._identity.envelope("chat.completion.chunk")
+
+    def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """See `Reply.open`."""
+        (output,) = outputs
+        self._cursors = [Cursor(completion) for completion in output.outputs]
+        self._parsers = [_Calls(self._tool_format, self._forced) for _ in output.outputs]
+        return [
+            self._chunk(index, {"role": "assistant", "content": ""}, None, None) for index in range(len(output.outputs))
+        ]
+
+    def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """See `Reply.chunks`."""
+        found: list[dict[str, Any]] = []
+        for completion in (completion for output in outputs for completion in output.outputs):
+            news = self._cursors[completion.index].news()
+            if not news.worth_sending:
+                continue
+            calls = self._parsers[completion.index]
+            delta = calls.delta(news)
+            if delta or news.finish_reason or (news.logprobs and news.tokens):
+                found.append(self._chunk(completion.index, delta, news, calls.reason(news.finish_reason)))
+        return found
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """See `Reply.whole`."""
+        (output,) = outputs
+        choices = [self._choice(completion) for completion in output.outputs]
+        return {**self._identity.envelope(), "choices": choices, "usage": usage(outputs)}
+
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        reason = None if completion.finish_reason is None else finish_reason(completion.finish_reason)
+        logprobs = None if completion.logprobs is None else tuple(completion.logprobs)
+        news = News(completion.text, tuple(completion.token_ids), logprobs, reason, completion.stop_reason)
+        calls = _Calls(self._tool_format, self._forced)
+        delta = calls.delta(news)
+        made = [
+            {name: value for name, value in call.items() if name != "index"} for call in delta.get("tool_calls", [])
+        ]
+        content = delta.get("content")
+        message: dict[str, Any] = {"role": "assistant", "content": content if made else content or ""}
+        if made:
+            message["tool_calls"] = made
+        return {
+            "index": completion.index, "message": message, "logprobs": self._logprobs(news),
+            "finish_reason": calls.reason(reason), "stop_reason": news.stop_reason, **self._ids(news),
+        }  # fmt: skip
+
+    def _chunk(self, index: int, delta: dict[str, Any], news: News | None, reason: str | None) -> dict[str, Any]:
+        choice = {
+            "index": index, "delta": delta, "logprobs": self._logprobs(news) if news else None,
+            "finish_reason": reason, **(self._ids(news) if news else {}),
+        }  # fmt: skip
+        return {**self.envelope(), "choices": [choice]}
+
+    def _ids(self, news: News) -> dict[str, Any]:
+        return {"token_ids": list(news.tokens)} if self._body.return_token_ids else {}
+
+    def _logprobs(self, news: News) -> dict[str, Any] | None:
+        if news.logprobs is None:
+            return None
+        rows = zip(news.tokens, news.logprobs, strict=True)
+        return {"content": [self._row(token_id, row) for token_id, row in rows]}
+
+    def _row(self, token_id: int, row: TokenLogprobs) -> dict[str, Any]:
+        top = [self._entry(other, value) for other, value in zip(row.top_ids, row.top_values, strict=True)]
+        return {**self._entry(token_id, row.sampled), "top_logprobs": top}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token = self._text.token(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+class _Calls:
+    """The tool calls in one completion's text."""
+
+    def __init__(self, tool_format: str | None, forced: Function | None) -> None:
+        self._parser = ToolParser(tool_format) if tool_format else None
+        self._forced = forced
+        self._made = 0
+
+    def delta(self, news: News) -> dict[str, Any]:
+        """What the news add to a message."""
+        if self._forced is not None:
+            return {"tool_calls": [self._forced_call(self._forced.name, news.text)]} if news.text else {}
+        if self._parser is None:
+            return {"content": news.text} if news.text else {}
+        parsed = self._parser.append(news.text)
+        content, calls = parsed.content, parsed.calls
+        if news.finish_reason:
+            rest = self._parser.finish()
+            content, calls = content + rest.content, (*calls, *rest.calls)
+        delta: dict[str, Any] = {"content": content} if content else {}
+        if calls:
+            delta["tool_calls"] = [self._call(call) for call in calls]
+        return delta
+
+    def reason(self, reason: str | None) -> str | None:
+        """A completion that stops with calls made stops for them."""
+        return "tool_calls" if reason == "stop" and self._made else reason
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        self._made += 1
+        return {
+            "index": self._made - 1, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }  # fmt: skip
+
+    def _forced_call(self, name: str, text: str) -> dict[str, Any]:
+        """The name with the first piece of arguments, more arguments after."""
+        if self._made:
+            return {"index": 0, "function": {"arguments": text}}
+        return self._call(ToolCall(name, text))

@@ -1,0 +1,155 @@
+"""`/v1/completions`: one text or many to continue.
+
+It owns the body and the answer's shape; sampling and streaming are common to all endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from longspan.errors import RequestError
+from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
+from longspan.server.async_engine import Job
+from longspan.server.fields import GenerationBody
+from longspan.server.replies import Cursor, Identity, News, finish_reason, usage
+from longspan.server.text import Text
+
+_DEFAULT_MAX_TOKENS = 16
+_MAX_PROMPTS = 1024
+
+
+class CompletionBody(GenerationBody):
+    """The body of a completion."""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="text, token ids, or a list of either")
+    max_tokens: int | None = Field(default=None, description="default 16; 0 is allowed")
+    logprobs: int | None = Field(default=None, description="that many alternatives a token")
+    echo: bool | None = Field(default=None, description="begin with the prompt")
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = Field(default=None, description="not OpenAI's: begin with BOS if the model does")
+    return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
+
+    async def reply(self, text: Text, model: str) -> CompletionReply:
+        """The answer to be filled. Raises `RequestError`."""
+        if self.suffix:
+            raise RequestError("suffix", repr(self.suffix[:20]), "is not supported", "leave it out")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of", self.best_of, "is supported only if equal to n", "leave it out")
+        max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        params = self.sampling(max_tokens, self.logprobs, prompt_logprobs=self.logprobs if self.echo else None)
+        special = self.add_special_tokens is not False
+        jobs: list[Job] = []
+        for prompt in self._prompts():
+            tokens = await text.encode(prompt, special) if isinstance(prompt, str) else prompt
+            echoed = prompt if isinstance(prompt, str) else None
+            if self.echo and echoed is None and text.tokenizer is not None:
+                echoed = await text.decode(tokens)
+            jobs.append(Job(tokens, params, echoed))
+        return CompletionReply(self, jobs, text, model)
+
+    def _prompts(self) -> list[str] | list[list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("prompt", "[]", "is empty", "give at least one token")
+        if len(prompt) > _MAX_PROMPTS and not isinstance(prompt[0], int):
+            raise RequestError("prompt", f"[{len(prompt)} prompts]", f"holds more than {_MAX_PROMPTS}", "send fewer")
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return prompt
+
+
+class CompletionReply:
+    """See `Reply`."""
+
+    def __init__(self, body: CompletionBody, jobs: list[Job], text: Text, model: str) -> None:
+        self.jobs = jobs
+        self.stream_options = body.usage_in_stream
+        self._body = body
+        self._text = text
+        self._identity = Identity("cmpl", "text_completion", model)
+        self._first: dict[str, int] = {}  # index of a request's first choice
+        self._cursors: dict[int, Cursor] = {}
+        self._offsets: dict[int, int] = {}
+        self._echoed: set[int] = set()
+
+    def envelope(self) -> dict[str, Any]:
+        """See `Reply.envelope`."""
+        return self._identity.envelope()
+
+    def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """See `Reply.open`."""
+        choices = 0
+        for output in outputs:
+            self._first[output.request_id] = choices
+            for completion in output.outputs:
+                self._cursors[choices + completion.index] = Cursor(completion)
+            choices += len(output.outputs)
+        return self.chunks([output for output in outputs if output.finished])
+
+    def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """See `Reply.chunks`."""
+        found: list[dict[str, Any]] = []
+        for output in outputs:
+            for completion in output.outputs:
+                index = self._first[output.request_id] + completion.index
+                news = self._cursors[index].news()
+                if news.worth_sending:
+                    choice = self._choice(index, output, news)
+                    found.append({**self.envelope(), "choices": [choice]})
+        return found
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """See `Reply.whole`."""
+        choices = [self._choice(index, output, _all(choice)) for index, (output, choice) in enumerate(_each(outputs))]
+        return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
+
+    def _choice(self, index: int, output: RequestOutput, news: News) -> dict[str, Any]:
+        """With the prompt before the first news, if it is to be echoed."""
+        echo = bool(self._body.echo) and index not in self._echoed
+        self._echoed.add(index)
+        prompt = (output.prompt or "") if echo else ""
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": prompt + news.text,
+            "logprobs": None if news.logprobs is None else self._logprobs(index, output, news, echo),
+            "finish_reason": news.finish_reason,
+            "stop_reason": news.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *news.tokens]
+        return choice
+
+    def _logprobs(self, index: int, output: RequestOutput, news: News, echo: bool) -> dict[str, Any]:
+        rows: list[tuple[int, TokenLogprobs | None]] = list(zip(news.tokens, news.logprobs or (), strict=False))
+        if echo:
+            rows = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=False), *rows]
+        lines: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token_id, row in rows:
+            token = self._text.token(token_id)
+            offset = self._offsets.get(index, 0)
+            lines["tokens"].append(token)
+            lines["token_logprobs"].append(None if row is None else row.sampled)
+            lines["top_logprobs"].append(None if row is None else self._top(token, row))
+            lines["text_offset"].append(offset)
+            self._offsets[index] = offset + len(token)
+        return lines
+
+    def _top(self, token: str, row: TokenLogprobs) -> dict[str, float]:
+        best = {self._text.token(other): value for other, value in zip(row.top_ids, row.top_values, strict=True)}
+        return {token: row.sampled, **best} if best else {}
+
+
+def _each(outputs: Sequence[RequestOutput]) -> list[tuple[RequestOutput, CompletionOutput]]:
+    return [(output, completion) for output in outputs for completion in output.outputs]
+
+
+def _all(output: CompletionOutput) -> News:
+    reason = None if output.finish_reason is None else finish_reason(output.finish_reason)
+    logprobs = None if output.logprobs is None else tuple(output.logprobs)
+    return News(output.text, tuple(output.token_ids), logprobs, reason, output.stop_reason)

@@ -1,0 +1,125 @@
+"""The main program of the core's process: `python -m longspan.server.core_process FOLDER`.
+
+It owns the loop between messages and steps; it must not know of users, text or HTTP.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from longspan.config import EngineConfig
+from longspan.engine.core import EngineCore
+from longspan.engine.executors.lifetime import end_with_parent
+from longspan.engine.executors.processes import ProcessExecutor
+from longspan.engine.setup import resolve
+from longspan.scheduler.sequence import SequenceState
+from longspan.server.messages import (
+    AskState,
+    CoreState,
+    Failed,
+    Finish,
+    FromCore,
+    Load,
+    Ready,
+    SequenceReport,
+    Start,
+    Stop,
+    ToCore,
+    Tokens,
+)
+
+_IDLE_MS = 500  # between looks at the ranks while there is nothing to do
+_SEQUENCES_SHOWN = 64
+
+
+def main(folder: Path) -> None:
+    """Serve until told to stop, or the parent is gone, or a rank has failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+    context = zmq.Context()
+    inbox = context.socket(zmq.PULL)
+    inbox.connect(f"ipc://{folder}/to-core")
+    outbox = context.socket(zmq.PUSH)
+    outbox.connect(f"ipc://{folder}/from-core")
+
+    def tell(message: FromCore) -> None:
+        outbox.send(msgspec.msgpack.encode(message))
+
+    try:
+        _serve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig), inbox, tell)
+    except BaseException as error:
+        tell(Failed(type(error).__name__, str(error)))
+    finally:
+        context.destroy(linger=1000)
+
+
+def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None]) -> None:
+    core = EngineCore(resolve(config))
+    try:
+        workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
+        tell(Ready(workers))
+        while _obey(core, inbox, tell):
+            outputs = core.step()
+            if outputs:
+                tell(Tokens(outputs, _load(core)))
+    finally:
+        core.shutdown()
+
+
+def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None]) -> bool:
+    """Carry out every message that is there, waiting for one if there is nothing to compute; False: stop."""
+    for message in _messages(core, inbox):
+        match message:
+            case Start(requests):
+                for request in requests:
+                    core.add(request)
+            case Finish(numbers):
+                for number in numbers:
+                    core.finish(number)
+            case AskState():
+                tell(_state(core))
+            case Stop():
+                return False
+    return True
+
+
+def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[ToCore]:
+    while not inbox.poll(0 if core.has_unfinished else _IDLE_MS):
+        if core.has_unfinished:
+            return
+        core.executor.check()
+    while inbox.poll(0):
+        yield msgspec.msgpack.decode(inbox.recv(), type=ToCore)
+
+
+def _load(core: EngineCore) -> Load:
+    counters = core.scheduler.counters()
+    used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
+    return Load(counters.waiting, counters.running, counters.preemptions, used)
+
+
+def _state(core: EngineCore) -> CoreState:
+    scheduler, cache = core.scheduler, core.cache
+    reports = [_report(sequence, True) for sequence in scheduler.running[:_SEQUENCES_SHOWN]]
+    room = _SEQUENCES_SHOWN - len(reports)
+    reports += [_report(sequence, False) for sequence in list(scheduler.waiting)[:room]]
+    cached = tuple(cache.available(shard) - cache.pools[shard].num_free for shard in range(cache.num_shards))
+    return CoreState(_load(core), cached, reports, list(core.recent), core.executor.traffic().bytes_by_label)
+
+
+def _report(sequence: SequenceState, running: bool) -> SequenceReport:
+    shards = (page.shard for page in sequence.table.pages)
+    runs = [(shard, len(list(pages))) for shard, pages in groupby(shards)]
+    return SequenceReport(sequence.request_id, running, sequence.computed, runs)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

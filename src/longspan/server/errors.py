@@ -1,0 +1,109 @@
+"""Every failure in OpenAI's shape: `{"error": {message, type, param, code}}` and its HTTP status.
+
+It owns the mapping; it must not know which endpoint failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from longspan.errors import (
+    ContextOverflow,
+    EngineError,
+    LongspanError,
+    QueueFull,
+    RequestError,
+    RequestTimeout,
+)
+
+_SHOWN = 80  # characters of a value
+
+
+class HttpError(RequestError):
+    """A request that HTTP itself has a status for. `code` is OpenAI's."""
+
+    def __init__(self, status: int, code: str, param: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(param, value, problem, remedy)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as it is sent. `param` is the body's field, if it is one's fault."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def problem_of(error: Exception) -> Problem:
+    """How an error is told to a client. What is none of ours is told without its details."""
+    match error:
+        case HttpError():
+            kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+            return Problem(error.status, str(error), kind, error.field, error.code)
+        case QueueFull():
+            return Problem(429, str(error), "rate_limit_error", None, "queue_full", {"Retry-After": "1"})
+        case RequestTimeout():
+            return Problem(408, str(error), "timeout_error", None, "request_timeout")
+        case ContextOverflow():
+            return Problem(400, str(error), param=error.field, code="context_length_exceeded")
+        case RequestError():
+            return Problem(400, str(error), param=error.field, code="invalid_value")
+        case EngineError():
+            return Problem(503, str(error), "server_error", None, "engine_unavailable", {"Retry-After": "5"})
+        case LongspanError():
+            return Problem(400, str(error))
+    return Problem(500, f"internal error ({type(error).__name__}); see the server's log", "server_error", None, "bug")
+
+
+def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, known: Sequence[str]) -> Problem:
+    """The first thing that is wrong with a `body`; `known` are the names of its fields."""
+    first = errors[0]
+    path = _path(first, body)
+    param = ".".join(path) or "body"
+    kind, value = first["type"], shortened(first.get("input"))
+    if kind == "missing":
+        return Problem(400, f"{param}: is missing; give it", param=param, code="missing_parameter")
+    if kind == "extra_forbidden":
+        near = get_close_matches(path[-1], known, 1)
+        remedy = f"did you mean {near[0]}? otherwise leave it out" if near else "leave it out"
+        return Problem(
+            400, f"{param}={value}: unknown parameter; {remedy}", param=param, code="unknown_parameter"
+        )  # fmt: skip
+    problem = " or ".join(dict.fromkeys(_lowered(error["msg"]) for error in errors if _path(error, body) == path))
+    return Problem(400, f"{param}={value}: {problem}; change it", param=param, code="invalid_type")
+
+
+def _path(error: Mapping[str, Any], body: object) -> list[str]:
+    """Where in the body an error lies: its location also names the types that were tried, which are no places."""
+    path: list[str] = []
+    for part in error["loc"][1:]:
+        if isinstance(body, dict) and (part in body or error["type"] == "missing"):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        else:
+            continue
+        path.append(str(part))
+    return path
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def shortened(value: object) -> str:
+    """A value's text, cut to a length a message can hold."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

@@ -1,0 +1,118 @@
+"""The fields that OpenAI's generating endpoints share, and their way into sampling parameters.
+
+It owns names, types and defaults; ranges are checked by the sampling parameters themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from longspan.errors import RequestError
+from longspan.request import SamplingParams
+from longspan.server.grammar import grammar_of
+
+_MAX_N = 128
+_SAMPLING = (
+    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """A JSON object whose unknown fields are refused by name, and whose types are what they say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Body):
+    """What a stream tells beside its text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchema(Body):
+    """OpenAI's wrapper of a schema."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What form the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str | None:
+        """The grammar that enforces it. Raises `RequestError`."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return grammar_of({"type": "object"})
+        if self.json_schema is None:
+            raise RequestError("response_format.json_schema", None, "is missing", "give {'name': ..., 'schema': {...}}")
+        return grammar_of(self.json_schema.schema_)
+
+
+class GenerationBody(Body):
+    """Common to completions and chat. None is the same as leaving a field out."""
+
+    model: str | None = Field(default=None, description="the served model; default: the only one there is")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, description="completions of each prompt; default 1")
+    temperature: float | None = Field(default=None, description="0 is greedy; default 1")
+    top_p: float | None = None
+    top_k: int | None = Field(default=None, description="not OpenAI's: -1 and 0 mean all tokens")
+    min_p: float | None = Field(default=None, description="not OpenAI's")
+    repetition_penalty: float | None = Field(default=None, description="not OpenAI's")
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, description="token id: added to its logit")
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, description="not OpenAI's")
+    ignore_eos: bool | None = Field(default=None, description="not OpenAI's")
+    include_stop_str_in_output: bool | None = Field(default=None, description="not OpenAI's")
+    response_format: ResponseFormat | None = None
+    user: str | None = Field(default=None, description="taken, not used")
+
+    @property
+    def usage_in_stream(self) -> StreamOptions:
+        """What a stream tells of usage. Raises `RequestError` for options without a stream."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options", "{...}", "is for streams only", "set stream to true, or leave it out")
+        return self.stream_options or StreamOptions()
+
+    def sampling(
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        grammar: str | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        """The sampling parameters. Raises `RequestError`."""
+        given = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        if self.n is not None and self.n > _MAX_N:
+            raise RequestError("n", self.n, f"must be at most {_MAX_N}", "send several requests")
+        if grammar is None and self.response_format is not None:
+            grammar = self.response_format.grammar()
+        return SamplingParams(
+            **given, max_tokens=max_tokens, logprobs=logprobs, logit_bias=self._bias(), grammar=grammar,
+            prompt_logprobs=prompt_logprobs,
+        )  # fmt: skip
+
+    def _bias(self) -> tuple[tuple[int, float], ...]:
+        pairs: list[tuple[int, float]] = []
+        for token, bias in (self.logit_bias or {}).items():
+            if not token.isascii() or not token.isdigit():
+                raise RequestError("logit_bias", repr(token), "is no token id", "give ids as decimal strings")
+            if not -100 <= bias <= 100:
+                raise RequestError(f"logit_bias.{token}", bias, "must be in [-100, 100]", "change it")
+            pairs.append((int(token), bias))
+        return tuple(pairs)

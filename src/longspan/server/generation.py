@@ -1,0 +1,155 @@
+"""From a reply in the making to bytes on the wire, whole or as server-sent events.
+
+It owns streaming, disconnects and keep-alives; it must not know what a completion or a chat looks like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from longspan.request import RequestOutput
+from longspan.server.async_engine import AsyncEngine
+from longspan.server.errors import problem_of
+from longspan.server.replies import Reply, usage
+
+_KEEP_ALIVE_SECONDS = 15.0
+_CLIENT_GONE = 499  # nginx's; nobody reads it
+_LOG = logging.getLogger("longspan.server")
+
+Updates = AsyncGenerator[list[RequestOutput], None]
+
+
+async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: bool) -> Response:
+    """Complete the reply's jobs. What cannot be served raises here, before anything is sent."""
+    updates = engine.generate(reply.jobs)
+    outputs = await anext(updates)
+    if stream:
+        return EventStream(_events(reply, outputs, updates), updates)
+    return await _whole(reply, outputs, updates, request)
+
+
+class Json(Response):
+    """A JSON body."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode it."""
+        return msgspec.json.encode(content)
+
+
+class EventStream(Response):
+    """Server-sent events. A client that goes away ends the request within a step."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], updates: Updates) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._updates = updates
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or as much as the client waits for."""
+        sending = asyncio.create_task(self._send(send))
+        gone = asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+                with suppress(asyncio.CancelledError, OSError):
+                    await task
+            await self._updates.aclose()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _whole(reply: Reply, outputs: Sequence[RequestOutput], updates: Updates, request: Request) -> Response:
+    finishing = asyncio.create_task(_exhaust(updates))
+    gone = asyncio.create_task(_until_gone(request.receive))
+    try:
+        await asyncio.wait({finishing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not finishing.done():
+            return Response(status_code=_CLIENT_GONE)
+        finishing.result()
+        return Json(reply.whole(outputs))
+    finally:
+        for task in (finishing, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+        await updates.aclose()
+
+
+async def _exhaust(updates: Updates) -> None:
+    async for _ in updates:
+        pass
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updates) -> AsyncIterator[bytes]:
+    """The chunks, the usage if wanted, and the end; an error is an event too, since the status is long sent."""
+    options = reply.stream_options
+
+    def event(chunk: dict[str, Any]) -> bytes:
+        return _event({**chunk, "usage": usage(outputs)} if options.continuous_usage_stats else chunk)
+
+    try:
+        for chunk in reply.open(outputs):
+            yield event(chunk)
+        async for changed in _with_keep_alive(updates):
+            if changed is None:
+                yield b": keep-alive\n\n"
+                continue
+            yield b"".join(map(event, reply.chunks(changed)))
+        if options.include_usage:
+            yield _event({**reply.envelope(), "choices": [], "usage": usage(outputs)})
+    except Exception as error:
+        problem = problem_of(error)
+        if problem.status == 500:
+            _LOG.exception("a stream failed")
+        yield _event(problem.body())
+    yield b"data: [DONE]\n\n"
+
+
+async def _with_keep_alive(updates: Updates) -> AsyncIterator[list[RequestOutput] | None]:
+    """The updates, with None for every pause in which a proxy might lose patience."""
+    while True:
+        coming = asyncio.ensure_future(anext(updates, _END))
+        try:
+            while not (await asyncio.wait({coming}, timeout=_KEEP_ALIVE_SECONDS))[0]:
+                yield None
+        finally:
+            if not coming.done():
+                coming.cancel()
+                with suppress(asyncio.CancelledError):
+                    await coming
+        changed = coming.result()
+        if changed is _END:
+            return
+        yield changed
+
+
+_END: list[RequestOutput] = []
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

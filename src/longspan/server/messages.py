@@ -1,0 +1,84 @@
+"""What the server's process and the core's process tell each other.
+
+It owns the message types; it must not know how they travel.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from longspan.engine.core import CoreRequest, StepRecord, TokenOutput
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """Completions to begin with, or to go on with after a restart."""
+
+    requests: list[CoreRequest]
+
+
+class Finish(msgspec.Struct, tag=True, frozen=True):
+    """Completions that have ended: their pages are free within a step."""
+
+    numbers: list[int]
+
+
+class AskState(msgspec.Struct, tag=True, frozen=True):
+    """Wanted: one `CoreState`."""
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """End yourself."""
+
+
+ToCore = Start | Finish | AskState | Stop
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """Every rank has loaded its weights; `worker_ids` are the processes of the ranks, if they have any."""
+
+    worker_ids: list[int]
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What the scheduler has before it, sent with every step's tokens."""
+
+    waiting: int = 0
+    running: int = 0
+    preemptions: int = 0
+    used_pages: tuple[int, ...] = ()
+
+
+class Tokens(msgspec.Struct, tag=True, frozen=True):
+    """What a step gave."""
+
+    outputs: list[TokenOutput]
+    load: Load
+
+
+class SequenceReport(msgspec.Struct, frozen=True):
+    """One completion's progress; `runs` are its pages in position order as (shard, pages) pairs."""
+
+    number: int
+    running: bool
+    computed_tokens: int
+    runs: list[tuple[int, int]]
+
+
+class CoreState(msgspec.Struct, tag=True, frozen=True):
+    """Everything the live page shows of the core. `cached_pages` are those that only the prefix cache holds."""
+
+    load: Load
+    cached_pages: tuple[int, ...]
+    sequences: list[SequenceReport]
+    steps: list[StepRecord]
+    bytes_by_label: dict[str, int]
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The core cannot go on; `kind` is the name of the error."""
+
+    kind: str
+    message: str
+
+
+FromCore = Ready | Tokens | CoreState | Failed

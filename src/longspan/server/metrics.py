@@ -1,0 +1,124 @@
+"""Prometheus metrics, in vLLM's names with our prefix, and the figures of the live page.
+
+It owns what is counted and when; it must not know how a figure is shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from statistics import median
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from longspan.request import FinishReason, RequestOutput
+from longspan.server.messages import CoreState, Load
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TTFT_WINDOW = 64
+_HISTORY = 120
+
+
+class Metrics:
+    """One server's figures. `start_page_history` is called once a second."""
+
+    def __init__(self, model: str, pages_per_shard: tuple[int, ...]) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        self._pages = pages_per_shard
+        self._waiting = self._gauge("num_requests_waiting", "completions that wait")
+        self._running = self._gauge("num_requests_running", "completions that run")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "share of a shard's pages that requests hold", "shard")
+        self._preemptions = self._gauge("num_preemptions", "requests that were preempted since the ranks started")
+        self._moved = self._gauge("bytes_moved", "bytes between ranks since they started, by schedule", "schedule")
+        self._restarts = self._counter("engine_restarts", "times the ranks were started again")
+        self._prompt = self._counter("prompt_tokens", "prompt tokens of requests that began to generate")
+        self._cached = self._counter("prefix_cache_hits", "prompt tokens the prefix cache had")
+        self._queried = self._counter("prefix_cache_queries", "prompt tokens looked for in the prefix cache")
+        self._output = self._counter("generation_tokens", "tokens generated")
+        self._success = self._counter("request_success", "requests that ended", "finished_reason")
+        self._errors = self._counter("request_errors", "requests answered with an error", "status")
+        self._ttft = self._histogram("time_to_first_token_seconds", "arrival to first token")
+        self._itl = self._histogram("inter_token_latency_seconds", "between tokens of a completion")
+        self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end")
+        self.totals = {"prompt_tokens": 0, "output_tokens": 0, "requests": 0, "prefix_cached_tokens": 0}
+        self.load = Load(used_pages=(0,) * len(pages_per_shard))
+        self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
+        self._recent_ttft: deque[float] = deque(maxlen=_TTFT_WINDOW)
+        self._last = (time.monotonic(), 0, 0)
+        self._started = self._last[0]
+
+    def first_token(self, output: RequestOutput, seconds: float) -> None:
+        """A request's prompt is computed."""
+        prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
+        for counter, tokens in ((self._prompt, prompt), (self._queried, prompt), (self._cached, cached)):
+            counter.labels(self._model).inc(tokens)
+        self._ttft.labels(self._model).observe(seconds)
+        self._recent_ttft.append(seconds)
+        self.totals["prompt_tokens"] += prompt
+        self.totals["prefix_cached_tokens"] += cached
+
+    def tokens(self, count: int, since_last: float | None) -> None:
+        """A step gave a completion `count` tokens, `since_last` seconds after the ones before."""
+        self._output.labels(self._model).inc(count)
+        self.totals["output_tokens"] += count
+        if since_last is not None:
+            for _ in range(count):
+                self._itl.labels(self._model).observe(since_last / count)
+
+    def ended(self, output: RequestOutput, seconds: float) -> None:
+        """A request has ended, by itself or because its client has gone."""
+        self.totals["requests"] += 1
+        for completion in output.outputs:
+            reason = completion.finish_reason or FinishReason.ABORT
+            self._success.labels(self._model, reason.value).inc()
+        self._e2e.labels(self._model).observe(seconds)
+
+    def failed(self, status: int) -> None:
+        """A request was answered with an error."""
+        self._errors.labels(self._model, str(status)).inc()
+
+    def restarted(self) -> None:
+        """The ranks were started again."""
+        self._restarts.labels(self._model).inc()
+
+    def tick(self) -> None:
+        """Add a second to the history."""
+        now, (before, outputs, prompts) = time.monotonic(), self._last
+        seconds = max(now - before, 1e-9)
+        self.history.append(
+            {
+                "t": round(now - self._started, 1),
+                "output_tokens_per_s": round((self.totals["output_tokens"] - outputs) / seconds, 2),
+                "prompt_tokens_per_s": round((self.totals["prompt_tokens"] - prompts) / seconds, 2),
+                "running": self.load.running,
+                "waiting": self.load.waiting,
+                "ttft_median_s": round(median(self._recent_ttft), 4) if self._recent_ttft else None,
+            }
+        )
+        self._last = (now, self.totals["output_tokens"], self.totals["prompt_tokens"])
+
+    def render(self, state: CoreState | None) -> bytes:
+        """The exposition text; `state` is None while the ranks are not there."""
+        if state:
+            self.load = state.load
+            for schedule, moved in state.bytes_by_label.items():
+                self._moved.labels(self._model, schedule).set(moved)
+        self._waiting.labels(self._model).set(self.load.waiting)
+        self._running.labels(self._model).set(self.load.running)
+        self._preemptions.labels(self._model).set(self.load.preemptions)
+        for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
+            self._kv_usage.labels(self._model, str(shard)).set(used / pages)
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str) -> Histogram:
+        return Histogram(
+            f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry
+        )  # fmt: skip

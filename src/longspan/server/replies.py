@@ -1,0 +1,106 @@
+"""What both kinds of answer share: identity, usage, and what of an output was already sent.
+
+It owns the bookkeeping of a stream; the shapes of completions and chats are theirs.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from longspan.request import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
+from longspan.server.async_engine import Job
+from longspan.server.fields import StreamOptions
+
+
+@dataclass(frozen=True)
+class News:
+    """What a completion gained since it was last asked. `logprobs` are of `tokens`, None if not wanted."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+    @property
+    def worth_sending(self) -> bool:
+        """Whether a client would see a difference."""
+        return bool(self.text or self.finish_reason or (self.logprobs and self.tokens))
+
+
+class Cursor:
+    """How much of one completion has been sent."""
+
+    def __init__(self, output: CompletionOutput) -> None:
+        self._output = output
+        self._text = 0
+        self._tokens = 0
+        self._ended = False
+
+    def news(self) -> News:
+        """What is new, which counts as sent from now on."""
+        output = self._output
+        text, tokens = output.text[self._text :], tuple(output.token_ids[self._tokens :])
+        logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens :])
+        reason = None if output.finish_reason is None or self._ended else finish_reason(output.finish_reason)
+        found = News(text, tokens, logprobs, reason, output.stop_reason)
+        if found.worth_sending:
+            self._text, self._tokens, self._ended = len(output.text), len(output.token_ids), reason is not None
+        return found
+
+
+class Reply(Protocol):
+    """An answer in the making."""
+
+    jobs: list[Job]
+    stream_options: StreamOptions
+
+    def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """Chunks of a stream before any token."""
+        ...
+
+    def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """Chunks of a stream for outputs that changed."""
+        ...
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The answer of a request that does not stream."""
+        ...
+
+    def envelope(self) -> dict[str, Any]:
+        """Identity of every chunk."""
+        ...
+
+
+class Identity:
+    """Id, time and model, the same in every chunk of an answer."""
+
+    def __init__(self, prefix: str, kind: str, model: str) -> None:
+        self._fields = {
+            "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model,
+        }  # fmt: skip
+
+    def envelope(self, kind: str | None = None) -> dict[str, Any]:
+        """The fields, with the kind of object replaced if one is given."""
+        return {**self._fields, "object": kind} if kind else dict(self._fields)
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Tokens of all outputs together."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    completion = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+    }
+
+
+def finish_reason(reason: FinishReason) -> str:
+    """In OpenAI's words."""
+    return reason.value

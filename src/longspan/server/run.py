@@ -1,0 +1,91 @@
+"""A server from its options to its last request: engine, tokenizer, sockets, signals.
+
+It owns start and end; what is served in between is the application's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from longspan.config import EngineConfig, require_choice
+from longspan.engine.setup import resolve
+from longspan.server.app import Service, build_app
+from longspan.server.async_engine import AsyncEngine
+from longspan.server.metrics import Metrics
+from longspan.server.options import ServeOptions
+from longspan.server.text import Text
+from longspan.server.tools import TOOL_FORMATS, detect_format
+from longspan.weights.tokenizer import load_tokenizer
+
+_LOG = logging.getLogger("longspan.server")
+
+
+class Server(uvicorn.Server):
+    """A first signal drains: no new requests, those in flight end. A second one stops at once."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    @property
+    def port(self) -> int:
+        """The port that is open."""
+        return int(self.servers[0].sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See `uvicorn.Server`."""
+        if self.should_exit:
+            self.force_exit = True
+        else:
+            self._engine.drain()
+            waiting = len(self._engine.tracker)
+            _LOG.warning("%s: %d requests in flight end first; again to stop now", signal.Signals(sig).name, waiting)
+        self.should_exit = True
+
+
+def make_service(config: EngineConfig, options: ServeOptions) -> Service:
+    """Everything but the ranks. Raises `ConfigError` or `ModelError`."""
+    setup = resolve(config)
+    tokenizer = load_tokenizer(setup.source)
+    model = options.served_model_name or config.model
+    metrics = Metrics(model, setup.pages_per_shard)
+    engine = AsyncEngine(setup, tokenizer, metrics, options.max_queued_requests, options.request_timeout)
+    return Service(engine, Text(tokenizer), options, model, _tool_format(options, tokenizer), time.monotonic())
+
+
+async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
+    """Serve until a signal. `on_ready` hears when every rank is ready and the port is open."""
+    await service.engine.start()
+    options = service.options
+    config = uvicorn.Config(
+        build_app(service), host=options.host, port=options.port, log_level="warning", access_log=False,
+        timeout_keep_alive=60,
+    )  # fmt: skip
+    server = Server(config, service.engine)
+    announcing = asyncio.create_task(_announce(server, on_ready))
+    try:
+        await server.serve()
+    finally:
+        announcing.cancel()
+        await service.engine.close()
+
+
+async def _announce(server: Server, on_ready: Callable[[Server], None]) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    on_ready(server)
+
+
+def _tool_format(options: ServeOptions, tokenizer: object) -> str | None:
+    if options.tool_call_parser is None:
+        template = getattr(tokenizer, "chat_template", None)
+        return detect_format(template) if isinstance(template, str) else None
+    require_choice("tool_call_parser", options.tool_call_parser, TOOL_FORMATS)
+    return options.tool_call_parser

@@ -1,0 +1,45 @@
+"""`/tokenize` and `/detokenize`, in vLLM's form.
+
+It owns both bodies; the tokenizer is the text's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longspan.errors import RequestError
+from longspan.server.chat import Message, Tool
+from longspan.server.fields import Body
+from longspan.server.text import Text
+
+
+class TokenizeBody(Body):
+    """A text, or a conversation under the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    async def answer(self, text: Text, max_model_len: int) -> dict[str, Any]:
+        """Ids, how many, and how many a request may have. Raises `RequestError`."""
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("prompt", repr(self.prompt), "and messages exclude each other", "give one of the two")
+        if self.messages is not None:
+            messages = [message.rendered(f"messages.{number}") for number, message in enumerate(self.messages)]
+            tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+            options = {"add_generation_prompt": self.add_generation_prompt, **(self.chat_template_kwargs or {})}
+            tokens = await text.chat(messages, tools, options)
+        else:
+            tokens = await text.encode(self.prompt or "", self.add_special_tokens)
+        return {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens}
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,135 @@
+"""`/v1/completions` as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from longspan import LLM, SamplingParams
+from tests.oracle import oracle
+from tests.server.running import Running, ascii_folder, ascii_tokenizer, expected
+
+PROMPT = "A long prompt that lies on both ranks, spread over pages of four."
+
+
+@pytest.fixture
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def events(server: Running, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a stream, of which the last is [DONE]."""
+    with server.client.stream("POST", path, json={**body, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_greedy_text_is_that_of_transformers(client):
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0)
+    assert answer.choices[0].text == expected(PROMPT, 20)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(PROMPT), 20)
+
+
+def test_a_stream_gives_the_same_text_piece_by_piece_and_its_usage_at_the_end(client):
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=20, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected(PROMPT, 20)
+    assert len(chunks) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+    assert last.choices == []
+    assert last.usage.completion_tokens == 20
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_usage_can_come_with_every_chunk(server):
+    body = {"prompt": "abc", "max_tokens": 3, "stream_options": {"continuous_usage_stats": True}}
+    assert [event["usage"]["completion_tokens"] for event in events(server, "/v1/completions", body)][-1] == 3
+
+
+def test_many_prompts_with_many_completions_have_their_own_indices(server):
+    answer = server.complete(["abc", "xyz", "abc"], 5, n=2)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts[0] == texts[1] == texts[4] == texts[5] == expected("abc", 5) != texts[2]
+
+
+def test_streamed_choices_together_are_those_of_the_whole_answer(server):
+    body = {"prompt": ["abc", "xyz"], "max_tokens": 6, "n": 2, "seed": 5}
+    whole = {c["index"]: c["text"] for c in server.post("/v1/completions", body).json()["choices"]}
+    texts = dict.fromkeys(whole, "")
+    for event in events(server, "/v1/completions", body):
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == whole
+    assert len(set(texts.values())) > 2
+
+
+def test_a_seed_repeats_and_another_differs(server):
+    texts = [server.complete("abc", 12, temperature=1, seed=seed)["choices"][0]["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_string_ends_the_text_before_it(server):
+    text = expected("abc", 30)
+    stop = text[10:12]
+    choice = server.complete("abc", 30, stop=["never so", stop])["choices"][0]
+    assert choice["text"] == text[: text.index(stop)]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+
+
+def test_log_probabilities_are_those_of_the_engine(server):
+    answer = server.complete("abc", 4, logprobs=2)
+    lines = answer["choices"][0]["logprobs"]
+    with LLM(ascii_folder(), num_threads=1) as llm:
+        (output,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=4, logprobs=2))
+    assert lines["token_logprobs"] == pytest.approx([row.sampled for row in output.outputs[0].logprobs], abs=1e-4)
+    assert "".join(lines["tokens"]) == answer["choices"][0]["text"]
+    assert lines["text_offset"] == [0, 1, 2, 3]
+    assert all(len(top) == 2 for top in lines["top_logprobs"])
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_gives_the_prompt_and_its_log_probabilities(server, max_tokens):
+    answer = server.complete(PROMPT, max_tokens, echo=True, logprobs=1)
+    choice = answer["choices"][0]
+    assert choice["text"] == PROMPT + (expected(PROMPT, max_tokens) if max_tokens else "")
+    ids = torch.tensor([ascii_tokenizer().encode(PROMPT)])
+    with torch.inference_mode():
+        rows = oracle("llama")(ids).logits[0].log_softmax(-1)
+    wanted = rows[:-1].gather(1, ids[0, 1:, None]).squeeze(1).tolist()
+    first, *rest = choice["logprobs"]["token_logprobs"]
+    assert first is None
+    assert rest[: len(wanted)] == pytest.approx(wanted, abs=1e-3)
+    assert answer["usage"]["completion_tokens"] == max_tokens
+
+
+def test_a_biased_token_wins_and_a_banned_one_never_comes(server):
+    text = expected("abc", 8)
+    assert server.complete("abc", 8, logit_bias={"33": 100})["choices"][0]["text"] == "A" * 8
+    banned = str(ord(text[0]) - 32)
+    assert text[0] not in server.complete("abc", 8, logit_bias={banned: -100})["choices"][0]["text"]
+
+
+def test_token_ids_are_given_on_request(server):
+    choice = server.complete([1, 2, 3], 4, return_token_ids=True)["choices"][0]
+    assert "".join(chr(32 + token) for token in choice["token_ids"]) == choice["text"]
+
+
+def test_tokens_and_text_are_turned_into_each_other(server):
+    answer = server.post("/tokenize", {"prompt": "Hi!"}).json()
+    assert answer == {"count": 3, "max_model_len": 512, "tokens": [40, 73, 1]}
+    assert server.post("/detokenize", {"tokens": [40, 73, 1]}).json() == {"prompt": "Hi!"}
+
+
+def test_the_served_model_is_listed(client):
+    (model,) = client.models.list().data
+    assert model.id == "tiny"
+    assert client.models.retrieve("tiny") == model

@@ -1,0 +1,182 @@
+"""Bad input, as edge-cases lists it: OpenAI's shape, with the field, the value and the remedy; the server stays up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from longspan.errors import ConfigError
+from longspan.server.options import ServeOptions
+from tests.server.running import Running, running
+
+TALK = [{"role": "user", "content": "Hello"}]
+COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"foo": 1}, "foo", "foo=1: unknown parameter"),
+    ({"max_token": 1}, "max_token", "did you mean max_tokens?"),
+    ({"temperature": "hot"}, "temperature", "temperature='hot': "),
+    ({"temperature": -1}, "temperature", "temperature=-1.0: must be in 0..100"),
+    ({"top_p": 0}, "top_p", "top_p=0.0: must be in (0, 1]"),
+    ({"n": 0}, "n", "n=0: must be at least 1"),
+    ({"n": 1000}, "n", "n=1000: must be at most 128"),
+    ({"max_tokens": 600}, "prompt + max_tokens", "max_tokens=600 exceed the 512 tokens"),
+    ({"max_tokens": -1}, "max_tokens", "max_tokens=-1: must not be negative"),
+    ({"max_tokens": 1.5}, "max_tokens", "max_tokens=1.5: "),
+    ({"prompt": ""}, "prompt", "is empty"),
+    ({"prompt": []}, "prompt", "is empty"),
+    ({"prompt": [97]}, "prompt_token_ids", "prompt_token_ids=97: is not in 0..96"),
+    ({"prompt": [10**30]}, "prompt_token_ids", "is not in 0..96"),
+    ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1}: "),
+    ({"prompt": None}, "prompt", "prompt=None: "),
+    ({"logprobs": 101}, "logprobs", "must be in 0..100"),
+    ({"stop": ""}, "stop", "must not hold an empty string"),
+    ({"stop": 5}, "stop", "stop=5: "),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias='x': is no token id"),
+    ({"logit_bias": {"500": 1}}, "logit_bias", "logit_bias=500: is not in 0..96"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "must be in [-100, 100]"),
+    ({"stop_token_ids": [10**25]}, "stop_token_ids", "is not in 0..96"),
+    ({"top_k": 10**25}, "top_k", "top_k="),
+    ({"seed": -1}, "seed", "seed=-1: must be in 0..2^63-1"),
+    ({"suffix": "end"}, "suffix", "is not supported"),
+    ({"best_of": 3}, "best_of", "is supported only if equal to n"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "'yaml'"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+        "response_format.json_schema", "cannot be followed",
+    ),
+]  # fmt: skip
+CHATS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": []}, "messages", "messages=[]: "),
+    ({"messages": None}, "messages", "messages=None: "),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "'king'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "is not text"),
+    ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "no such talk"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "leaves no room"),
+    ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+    ({"tool_choice": "required"}, "tool_choice", "there are 0"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function.name",
+        "is not among the tools",
+    ),
+]  # fmt: skip
+
+
+def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
+    """The error object, once its shape is checked."""
+    assert answer.status_code == status, answer.text
+    (error,) = answer.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(("fields", "param", "message"), COMPLETIONS)
+def test_a_completion_names_what_is_wrong_with_it(server: Running, fields, param, message):
+    error = refused(server.post("/v1/completions", {"prompt": "abc", **fields}))
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("fields", "param", "message"), CHATS)
+def test_a_chat_names_what_is_wrong_with_it_before_a_stream_begins(server: Running, fields, param, message, stream):
+    error = refused(server.post("/v1/chat/completions", {"messages": TALK, "stream": stream, **fields}))
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+BODIES = {
+    "empty": b"",
+    "no JSON": b"{",
+    "invalid UTF-8": b'{"prompt": "\xff"}',
+    "lone surrogate": b'{"prompt": "\\ud800"}',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "infinity": b'{"prompt": "a", "temperature": 1e999}',
+    "a list": b"[1]",
+    "text": b'"prompt"',
+    "null": b"null",
+    "a thousand brackets": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_body_that_is_no_object_is_refused(server: Running, body):
+    refused(server.client.post("/v1/completions", content=body, headers={"content-type": "application/json"}))
+
+
+def test_a_missing_field_is_named(server: Running):
+    error = refused(server.post("/v1/chat/completions", {}))
+    assert (error["param"], error["code"]) == ("messages", "missing_parameter")
+
+
+def test_an_unknown_model_is_not_found(server: Running):
+    error = refused(server.post("/v1/completions", {"model": "gpt", "prompt": "a"}), 404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "use 'tiny'" in error["message"]
+    refused(server.client.get("/v1/models/gpt"), 404)
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)])
+def test_a_wrong_path_or_method_has_the_same_shape(server: Running, method, path, status):
+    refused(server.client.request(method, path), status)
+
+
+def test_token_ids_that_are_none_are_refused(server: Running):
+    assert "is not in 0..96" in refused(server.post("/detokenize", {"tokens": [97]}))["message"]
+    assert refused(server.post("/tokenize", {}))["param"] == "prompt"
+
+
+def test_nothing_is_left_behind_by_refusals(server: Running):
+    refused(server.post("/v1/completions", {"prompt": ["fine", ""]}))
+    assert server.used_pages() == 0
+    assert len(server.engine.tracker) == 0
+
+
+def test_a_server_with_a_key_is_open_to_nobody_else():
+    with running(options=ServeOptions(port=0, api_key="sesame", served_model_name="tiny")) as server:
+        for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
+            headers = {} if key is None else {"Authorization": key.encode("latin-1")}
+            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+            error = refused(answer, 401)
+            assert error["code"] == "invalid_api_key"
+            assert httpx.get(f"{server.url}/internal/state", headers=headers).status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.client.get("/v1/models").status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not():
+    with running(options=ServeOptions(port=0, max_body_bytes=1000)) as server:
+        body = b'{"prompt": "' + b"a" * 2000 + b'"}'
+        headers = {"content-type": "application/json"}
+        for content in (body, iter([body[:900], body[900:]])):
+            error = refused(server.client.post("/v1/completions", content=content, headers=headers), 413)
+            assert "--max-body-bytes" in error["message"]
+        server.complete("abc", 2)
+
+
+def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():
+    with running(options=ServeOptions(port=0, request_timeout=0.05)) as server:
+        body = {"prompt": "abc", "max_tokens": 400}
+        assert "--request-timeout" in refused(server.post("/v1/completions", body), 408)["message"]
+        assert '"request_timeout"' in server.post("/v1/completions", {**body, "stream": True}).text
+        assert server.used_pages() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"port": 70000}, "port"), ({"api_key": ""}, "api_key"), ({"max_queued_requests": -1}, "max_queued_requests"),
+        ({"max_body_bytes": 0}, "max_body_bytes"), ({"request_timeout": 0.0}, "request_timeout"),
+    ],
+)  # fmt: skip
+def test_an_impossible_option_is_refused_at_start(options, field):
+    with pytest.raises(ConfigError, match=f"^{field}="):
+        ServeOptions(**options)
+
+
+def test_an_open_server_on_every_address_is_warned_of():
+    assert "--api-key" in ServeOptions(host="0.0.0.0").warnings[0]
+    assert not ServeOptions(host="0.0.0.0", api_key="k").warnings
+    assert not ServeOptions().warnings

@@ -1,0 +1,186 @@
+"""What kills, leaves, floods and ends a server; and what its requests notice of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from longspan.server.options import ServeOptions
+from tests.server.running import Running, expected, running
+
+PATIENCE = 30.0
+NOTICE = 5.0  # seconds; the promise is 2, and the machine may be busy
+
+
+def until(condition: Any, what: str, patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience} s for {what}"
+        time.sleep(0.02)
+
+
+def stream_text(server: Running, body: dict[str, Any], on_piece: Any = None) -> str:
+    """The text of a streamed completion; raises what the stream says went wrong."""
+    text = ""
+    with server.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                text += event["choices"][0]["text"]
+                if on_piece:
+                    on_piece(len(text))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("executor", "victim"), [("threads", 0), ("processes", 0), ("processes", 1), ("processes", -1)]
+)
+def test_streams_go_on_with_the_same_tokens_after_a_process_is_killed(executor, victim):
+    layout = {"prefill_context_parallel_size": 2} if executor == "processes" else {}
+    with running(executor=executor, **layout) as server:
+        prompts = [f"request number {number} " * 2 for number in range(3)]
+        before, killed = server.engine.process_ids, []
+
+        def kill(length: int) -> None:
+            if length > 20 and not killed:
+                killed.append(time.monotonic())
+                os.kill(before[victim], signal.SIGKILL)
+
+        with ThreadPoolExecutor(3) as pool:
+            bodies = [{"prompt": prompt, "max_tokens": 120, "temperature": 0} for prompt in prompts]
+            texts = list(pool.map(lambda body: stream_text(server, body, kill), bodies))
+        assert texts == [expected(prompt, 120) for prompt in prompts]
+        assert server.engine.restarts == 1
+        assert not set(before) & set(server.engine.process_ids)
+        assert server.used_pages() == 0
+
+
+def test_a_death_between_requests_is_noticed_and_mended():
+    with running(executor="processes", prefill_context_parallel_size=2) as server:
+        os.kill(server.engine.process_ids[1], signal.SIGKILL)
+        until(lambda: server.client.get("/health").status_code == 503, "the server to notice", NOTICE)
+        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
+        assert server.complete("abc", 10)["choices"][0]["text"] == expected("abc", 10)
+
+
+def test_sampled_tokens_are_the_same_after_a_death():
+    body = {"prompt": "abc", "max_tokens": 100, "seed": 3, "frequency_penalty": 0.5}
+    with running() as server:
+        whole = stream_text(server, body)
+        ids = server.engine.process_ids
+        again = stream_text(
+            server, body, lambda length: length > 20 and server.engine.restarts == 0 and _kill_once(ids)
+        )
+        assert again == whole
+        assert server.engine.restarts == 1
+
+
+def _kill_once(ids: list[int]) -> None:
+    if ids:
+        os.kill(ids.pop(), signal.SIGKILL)
+
+
+def test_a_request_whose_engine_dies_again_and_again_is_told_so(monkeypatch):
+    with running() as server:
+        monkeypatch.setattr(server.engine, "_deliver", lambda outputs: _fail())
+        answer = server.post("/v1/completions", {"prompt": "abc", "max_tokens": 5})
+        assert answer.status_code == 503
+        assert "failed 3 times while it worked on this request" in answer.json()["error"]["message"]
+        assert "retry-after" in answer.headers
+        monkeypatch.undo()
+        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
+        assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
+
+
+def _fail() -> None:
+    from longspan.errors import EngineError
+
+    raise EngineError("made to fail")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_pages(server, stream):
+    body = json.dumps({"prompt": "abc " * 20, "max_tokens": 400, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.server.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: server.used_pages() > 10, "the request to run")
+    until(lambda: server.used_pages() == 0, "the pages to be free", NOTICE)
+    assert len(server.engine.tracker) == 0
+
+
+def test_requests_beyond_the_queue_are_told_to_come_back():
+    with running(options=ServeOptions(port=0, max_queued_requests=0)) as server, ThreadPoolExecutor(16) as pool:
+        body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}
+        under_way = [pool.submit(stream_text, server, body) for _ in range(16)]
+        until(lambda: len(server.engine.tracker) == 16, "all to be accepted")
+        answer = server.post("/v1/completions", body)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert "--max-queued-requests" in answer.json()["error"]["message"]
+        assert {future.result() for future in under_way} == {expected("abc", 300)}
+        assert server.complete("abc", 3)["choices"][0]["text"] == expected("abc", 3)
+        answer = server.post("/v1/completions", {**body, "n": 17})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+def test_a_first_signal_lets_requests_end_and_takes_no_new_ones():
+    with running() as server, ThreadPoolExecutor(1) as pool:
+        begun: list[int] = []
+        body = {"prompt": "abc", "max_tokens": 200, "temperature": 0}
+        under_way = pool.submit(stream_text, server, body, begun.append)
+        until(lambda: begun, "the stream to begin")
+        server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
+        until(lambda: not server.engine.is_ready, "the drain")
+        assert under_way.result() == expected("abc", 200)
+        until(lambda: not server.engine.process_ids, "the ranks to end")
+
+
+def test_a_second_signal_ends_requests_with_a_word():
+    with running() as server, ThreadPoolExecutor(1) as pool:
+        begun: list[int] = []
+        under_way = pool.submit(stream_text, server, {"prompt": "abc", "max_tokens": 500}, begun.append)
+        until(lambda: begun, "the stream to begin")
+        for _ in range(2):
+            server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
+        assert under_way.exception(PATIENCE) is not None
+        until(lambda: not server.engine.process_ids, "the ranks to end")
+
+
+def test_health_and_metrics_tell_what_happened(server):
+    assert server.client.get("/health").json() == {"status": "ready"}
+    server.complete("metrics please", 7)
+    server.post("/v1/completions", {"prompt": ""})
+    text = server.client.get("/metrics").text
+    for line in (
+        'longspan:num_requests_running{model_name="tiny"} 0.0',
+        'longspan:kv_cache_usage_perc{model_name="tiny",shard="1"} 0.0',
+        'longspan:request_errors_total{model_name="tiny",status="400"}',
+        'longspan:time_to_first_token_seconds_count{model_name="tiny"}',
+        'longspan:inter_token_latency_seconds_bucket{le="0.001",model_name="tiny"}',
+    ):
+        assert line in text, line
+
+
+def test_the_state_shows_where_a_running_request_lies(server):
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(server.complete, "a prompt over both ranks " * 4, 300)
+        until(lambda: server.client.get("/internal/state").json()["requests"], "the request to be shown")
+        (request,) = server.client.get("/internal/state").json()["requests"]
+        assert request["prompt_tokens"] == 100
+        assert sum(request["pages_by_shard"]) == sum(pages for _, pages in request["runs"]) >= 25
+        assert all(request["pages_by_shard"])
+        under_way.result()
+    state = server.client.get("/internal/state").json()
+    assert state["requests"] == []
+    assert state["steps"][-1]["decode_rows"] == 1
+    assert state["totals"]["output_tokens"] >= 300
