@@ -15,7 +15,7 @@ QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
-EXECUTOR_NAMES = ("threads", "processes")
+EXECUTOR_NAMES = ("threads", "processes", "dry")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,6 +28,18 @@ def require(ok: bool, field_name: str, value: object, problem: str, remedy: str)
 def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`."""
     require(value in choices, field_name, value, "unknown choice", f"use one of {', '.join(choices)}")
+
+
+def drafted_tokens(speculative: str | None) -> int:
+    """How many tokens `prompt-lookup:K` drafts; 0 for None. Raises `ConfigError`."""
+    if speculative is None:
+        return 0
+    name, _, count = speculative.partition(":")
+    remedy = "use prompt-lookup:K with K in 1..64, as in prompt-lookup:4"
+    require(
+        name == "prompt-lookup" and count.isdecimal() and int(count) > 0, "speculative", speculative, "unknown", remedy
+    )
+    return int(count)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class SchedulerConfig:
 
     `max_num_batched_tokens` is the number of new tokens a step computes over all ranks;
     contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
-    `schedule` forces what travels.
+    `schedule` forces what travels. `prompt_lookup` is how many tokens a decoding request drafts at most.
     """
 
     max_num_batched_tokens: int = 2048
@@ -94,8 +106,12 @@ class SchedulerConfig:
     max_model_len: int | None = None
     local_context: int | None = None
     schedule: str = "auto"
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
+        require(
+            0 <= self.prompt_lookup <= 64, "prompt_lookup", self.prompt_lookup, "must be in 0..64", "0 drafts nothing"
+        )
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
             require(value >= 1, name, value, "must be at least 1", "give a positive number")

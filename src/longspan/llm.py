@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.cost import CostConstants
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, drafted_tokens
 from longspan.engine.core import EngineStats
 from longspan.engine.engine import Engine
 from longspan.engine.setup import resolve
@@ -54,6 +54,7 @@ class LLM:
         max_model_len: int | None = None,
         local_context: int | None = None,
         schedule: str = "auto",
+        speculative: str | None = None,
         executor: str = "threads",
         dtype: str = "auto",
         seed: int = 0,
@@ -72,7 +73,8 @@ class LLM:
                 None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
             ),
             scheduler=SchedulerConfig(
-                max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
+                max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
+                drafted_tokens(speculative),
             ),
             cost=cost,
         )  # fmt: skip

@@ -42,7 +42,8 @@ class NewPages:
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    `prefill` is its class; `sample` asks for a token after its last row, `scores` for the
+    `prefill` is its class; `sample` asks for a token after each of that many last rows (one, or more to
+    verify drafts), `scores` for the
     log-probabilities of prompt tokens after each. Some rank of the group lacks a page the
     segment attends to in the first `travels` of the model's kinds of layers, which are in order of their windows,
     widest first: what a narrow window needs from elsewhere, a wider one needs too.
@@ -54,7 +55,7 @@ class Segment:
     pcp: int
     prefill: bool
     travels: int
-    sample: bool
+    sample: int
     scores: bool = False
 
     @property

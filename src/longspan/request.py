@@ -109,12 +109,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One token of one request, as a worker returns it: sampled, or the prompt's own at `prompt_position`, scored."""
+    """One token of one request, as a worker returns it: sampled, or one of the prompt's own, `scored`.
+
+    `position` is its index in the output, or in the prompt.
+    """
 
     request_id: int
     token_id: int
     logprobs: TokenLogprobs | None = None
-    prompt_position: int | None = None
+    position: int = field(default=0, compare=False)
+    scored: bool = False
 
 
 @dataclass

@@ -98,9 +98,9 @@ def rank_view(
             writes.append(WriteRun(row + offset, span.slot, span.length))
         token_ids += segment.token_ids
         positions += range(segment.start, segment.stop)
-        if segment.sample:
-            output = segment.stop - requests[segment.request_id].num_prompt
-            samples.append(SampleRequest(len(token_ids) - 1, segment.request_id, output))
+        for before_end in reversed(range(segment.sample)):
+            output = segment.stop - before_end - requests[segment.request_id].num_prompt
+            samples.append(SampleRequest(len(token_ids) - 1 - before_end, segment.request_id, output))
         last = min(segment.stop, requests[segment.request_id].num_prompt - 1)
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import threading
 import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
 from itertools import pairwise
 from statistics import fmean
 
@@ -15,7 +17,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from typer.testing import CliRunner
 
 from longspan.bench.serving.client import Failure, Finished, Outcome, Target, run_load
-from longspan.bench.serving.connection import BadHttp, ChunkedBody, parse_address
 from longspan.bench.serving.dataset import Load, LoadRequest, open_dataset, poisson_arrivals, trace_arrivals
 from longspan.bench.serving.plot import latency_plot
 from longspan.bench.serving.report import percentile, summarise
@@ -101,8 +102,30 @@ def server():
 
 def send(server, count=4, concurrency=None, max_tokens=3, **target) -> Finished:
     requests = [LoadRequest(0.0, [1, 2, 3], max_tokens) for _ in range(count)]
-    target = Target(parse_address(server.url), **{"model": "good", **target})
+    target = Target(server.url, **{"model": "good", **target})
     return asyncio.run(run_load(target, requests, concurrency, lambda done, total: None))
+
+
+@contextmanager
+def saying(answer: bytes):
+    """A server that takes one request, says `answer` and hangs up."""
+
+    def take_one():
+        connection, _ = listener.accept()
+        with connection:
+            request = b""
+            while not request.endswith(b"}"):
+                request += connection.recv(1 << 16)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        thread = threading.Thread(target=take_one, daemon=True)
+        thread.start()
+        fake = FakeServer()
+        fake.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield fake
+        thread.join(20)
 
 
 def kinds(finished: Finished) -> list[str | None]:
@@ -327,22 +350,6 @@ def test_an_answer_that_ends_at_once_is_timed_by_its_end():
     assert chunk_times([CHAT[0], CHAT[-1]]) == [1]
 
 
-CHUNKED = b"5\r\nhello\r\n1;name=x\r\n \r\nA\r\n0123456789\r\n0\r\nTrailer: 1\r\n\r\n"
-
-
-@pytest.mark.parametrize("cut", range(len(CHUNKED) + 1))
-def test_a_chunked_body_cut_at_any_byte_has_the_same_payload(cut):
-    body = ChunkedBody()
-    assert body.feed(CHUNKED[:cut]) + body.feed(CHUNKED[cut:]) == b"hello 0123456789"
-    assert body.done
-
-
-@pytest.mark.parametrize("size", [b"-1", b"", b"x", b"1_0"])
-def test_a_chunk_without_a_proper_size_is_refused(size):
-    with pytest.raises(BadHttp, match="size of a chunk"):
-        ChunkedBody().feed(size + b"\r\n")
-
-
 ERRORS = {
     b'{"error": {"message": "too long"}}': "too long",
     b'{"error": "too long"}': "too long",
@@ -359,13 +366,15 @@ def test_a_refusals_reason_is_found_or_its_whole_body_shown(body):
 
 @pytest.mark.parametrize("url", ["http://h:80/a", "http://h:80/a/", "http://h:80/a/v1", "http://h:80/a/v1/"])
 def test_an_address_may_end_in_v1(url):
-    assert parse_address(url).url == "http://h:80/a"
+    assert Target(url, "good").root == "http://h:80/a"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:port", "ftp://h", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "http://", "http://h:port", "ftp://h", "http://[::1", "http://a..b", "http://user:pass@h"]
+)
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ConfigError, match="base_url"):
-        parse_address(url)
+        Target(url, "good")
 
 
 # What comes back
@@ -428,8 +437,45 @@ def test_a_server_that_is_not_there_is_a_failure_of_each_request(server):
     assert kinds(send(server, count=2)) == ["no connection"] * 2
 
 
+def test_a_server_without_tls_is_no_connection_for_https(server):
+    server.url = server.url.replace("http", "https")
+    (outcome,) = send(server, count=1).outcomes
+    assert outcome.failure.kind == "no connection"
+    assert "SSL" in outcome.failure.detail
+
+
+EVENTS = b'data: {"choices":[{"text":"a"}]}\n\ndata: [DONE]\n\n'
+ANSWERS = {
+    "nothing": (b"", "connection lost"),
+    "another protocol": (b"SSH-2.0-OpenSSH_9\r\n\r\n", "bad HTTP"),
+    "another address": (b"HTTP/1.1 302 Found\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n", "HTTP 302"),
+    "less than announced": (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + EVENTS[:40], "stream cut"),
+    "no JSON": (b"HTTP/1.1 200 OK\r\n\r\n" + EVENTS.replace(b"]", b"", 1), "malformed event"),
+    "all, and its end is that of the connection": (b"HTTP/1.1 200 OK\r\n\r\n" + EVENTS, None),
+    "all, and no last chunk": (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + EVENTS, None),
+}
+
+
+@pytest.mark.parametrize("said", ANSWERS)
+def test_what_a_server_says_before_it_hangs_up_decides_the_outcome(said):
+    answer, kind = ANSWERS[said]
+    with saying(answer) as server:
+        assert kinds(send(server, count=1, timeout_s=20)) == [kind]
+
+
 def test_the_key_is_sent_as_bearer_token(server):
     assert kinds(send(server, count=1, model="locked", api_key=KEY)) == [None]
+
+
+def test_the_key_is_in_neither_the_targets_text_nor_its_options():
+    target = Target("http://h", "good", api_key=KEY)
+    assert KEY not in f"{target} {target.options()}"
+
+
+def test_a_key_that_no_header_can_hold_is_refused_unseen():
+    with pytest.raises(ConfigError, match="api_key") as error:
+        Target("http://h", "good", api_key=f"{KEY}\n")
+    assert KEY not in str(error.value)
 
 
 # Definitions

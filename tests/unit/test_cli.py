@@ -28,7 +28,7 @@ ENGINE_OPTIONS = {
     "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "--ranks-per-node", "--cost-constants",
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
-    "--schedule", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
+    "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
 }  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {

@@ -353,8 +353,16 @@ def test_the_first_failure_ends_the_asking(evaluate: Any) -> None:
 def test_a_server_that_is_not_there_is_named(evaluate: Any) -> None:
     with served(FastAPI()) as url:
         pass
-    with pytest.raises(ConfigError, match=rf"base_url={url}: gives no answer \(ConnectError.*check that the server"):
+    with pytest.raises(
+        ConfigError, match=rf"base_url={url}: gives no answer .*Cannot connect.*check that the server"
+    ):
         evaluate("m", "--base-url", url)
+
+
+def test_a_key_that_no_header_can_hold_is_an_error_that_does_not_show_it(evaluate: Any) -> None:
+    with served(completing(knows_small_sums, [])) as url, pytest.raises(ConfigError, match="gives no answer") as failed:
+        evaluate("m", "--base-url", url, "--api-key", "sesame\n")
+    assert "sesame" not in str(failed.value)
 
 
 # --- in this process --------------------------------------------------------------------------------

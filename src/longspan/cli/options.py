@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from longspan.attention.cost import CostConstants
-from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, drafted_tokens
 from longspan.errors import ConfigError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -65,7 +65,12 @@ LocalContext = Annotated[
     typer.Option("--local-context", help="contexts up to this many tokens stay on one rank; default: 512"),
 ]
 Schedule = Annotated[str, typer.Option("--schedule", help=f"what travels: {', '.join(SCHEDULE_NAMES)}")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="threads or processes")]
+Speculative = Annotated[
+    str | None, typer.Option("--speculative", help="prompt-lookup:K drafts K tokens from the text itself")
+]
+ExecutorName = Annotated[
+    str, typer.Option("--executor", help="threads, processes, or dry: no ranks, made-up tokens, to measure the rest")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
@@ -93,6 +98,7 @@ def engine_config(
     max_model_len: ModelLength = None,
     local_context: LocalContext = None,
     schedule: Schedule = "auto",
+    speculative: Speculative = None,
     executor: ExecutorName = "threads",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -113,7 +119,8 @@ def engine_config(
             enable_prefix_caching,
         ),
         scheduler=SchedulerConfig(
-            max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule
+            max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
+            drafted_tokens(speculative),
         ),
         cost=None if cost_constants is None else read_constants(cost_constants),
     )  # fmt: skip

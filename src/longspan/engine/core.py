@@ -15,6 +15,7 @@ from longspan.attention.cost import CostConstants, ScheduleChooser
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.engine.executors.base import Executor
+from longspan.engine.executors.dry import DryExecutor
 from longspan.engine.executors.processes import ProcessExecutor
 from longspan.engine.executors.threads import ThreadExecutor
 from longspan.engine.setup import EngineSetup
@@ -84,6 +85,7 @@ def create_executor(setup: EngineSetup) -> Executor:
     kinds: dict[str, Callable[[EngineSetup], Executor]] = {
         "threads": ThreadExecutor,
         "processes": ProcessExecutor,
+        "dry": DryExecutor,
     }
     return kinds[setup.config.executor](setup)
 
@@ -194,8 +196,8 @@ class EngineCore:
 
     def _output(self, number: int, tokens: Sequence[SampledToken]) -> TokenOutput:
         cached = self.scheduler.cached_tokens(number)
-        scored = tuple(token for token in tokens if token.prompt_position is not None)
-        kept, reason = self._endings[number].take([token for token in tokens if token.prompt_position is None])
+        scored = tuple(token for token in tokens if token.scored)
+        kept, reason = self._endings[number].take([token for token in tokens if not token.scored])
         if reason is not None:
             self.finish(number)
         return TokenOutput(number, kept, reason, cached, scored)

@@ -22,7 +22,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan import Admission, StepPlan
+from longspan.plan import Admission, Segment, StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.view import RankView, SampleRequest, ScoredRows, rank_view
@@ -41,10 +41,14 @@ class _Mirror:
     matcher: Matcher | None = None
     history: list[int] = field(default_factory=list)
 
-    @property
-    def output(self) -> list[int]:
-        """The tokens it has generated, if they are remembered."""
-        return self.history[self.num_prompt :]
+    def output(self, count: int) -> list[int]:
+        """The first `count` tokens it has generated, if they are remembered."""
+        return self.history[self.num_prompt : self.num_prompt + count]
+
+    def remember(self, segment: Segment) -> None:
+        """Take a segment's tokens, in place of drafts that proved wrong."""
+        if self.history and (segment.stop > len(self.history) or not segment.prefill):
+            self.history[segment.start :] = segment.token_ids
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ class Runner:
                     seed=mirror.seed,
                     position=wanted.position,
                     prompt_token_ids=mirror.history[: mirror.num_prompt],
-                    output_token_ids=mirror.output,
-                    allowed=mirror.matcher.allowed(mirror.output) if mirror.matcher else None,
+                    output_token_ids=mirror.output(wanted.position),
+                    allowed=mirror.matcher.allowed(mirror.output(wanted.position)) if mirror.matcher else None,
                 )
             )
         return sample(logits, rows)
@@ -149,9 +153,7 @@ class Runner:
         for new in plan.new_pages:
             self._mirrors[new.request_id].table.extend(new.pages)
         for segment in plan.segments:
-            mirror = self._mirrors[segment.request_id]
-            if mirror.history and segment.stop > len(mirror.history):
-                mirror.history += segment.token_ids[len(mirror.history) - segment.start :]
+            self._mirrors[segment.request_id].remember(segment)
 
     def _mirror(self, admission: Admission) -> _Mirror:
         table = PageTable(self._page_size, self._grid.num_shards)

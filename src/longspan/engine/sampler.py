@@ -73,7 +73,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     for i in sorted(set(range(len(rows))) - set(plain)):
         tokens[i] = _sample_row(logits[i], rows[i], generator)
     return [
-        SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs))
+        SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs), row.position)
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
     ]
 
@@ -81,7 +81,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
 def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[SampledToken]:
     """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
     return [
-        SampledToken(request_id, token, _logprobs(logits, row, token, count), position + row)
+        SampledToken(request_id, token, _logprobs(logits, row, token, count), position + row, scored=True)
         for row, token in enumerate(tokens)
     ]
 

@@ -94,7 +94,7 @@ class EngineSetup:
     def measures_cost(self) -> bool:
         """Whether a schedule is chosen by constants that have to be measured; a lone shard has nothing to choose."""
         chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1
-        return chooses and self.config.cost is None
+        return chooses and self.config.cost is None and self.config.executor != "dry"
 
     def cost_model(self, constants: CostConstants) -> CostModel:
         """What attention takes under this layout."""

@@ -173,8 +173,7 @@ def _keep_scores(output: RequestOutput, scored: Sequence[SampledToken]) -> None:
     if scored and not output.prompt_logprobs:
         output.prompt_logprobs = [None] * len(output.prompt_token_ids)
     for token in scored:
-        if token.prompt_position is not None:
-            output.prompt_logprobs[token.prompt_position] = token.logprobs
+        output.prompt_logprobs[token.position] = token.logprobs
 
 
 def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:

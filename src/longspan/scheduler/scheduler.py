@@ -32,6 +32,8 @@ class SchedulerCounters:
     waiting: int
     running: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 class Scheduler:
@@ -65,6 +67,8 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.preemptions = 0
+        self.drafted = 0
+        self.accepted = 0
         self._finished: list[int] = []
         self._step = 0
 
@@ -105,7 +109,7 @@ class Scheduler:
             self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest starts over
         if not step.segments:
             return None
-        for request_id, stop in _progress(step.segments).items():
+        for request_id, (stop, _) in _progress(step.segments).items():
             sequence = self._sequences[request_id]
             sequence.computed = stop
             sequence.in_flight += 1
@@ -116,17 +120,31 @@ class Scheduler:
     def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[SampledToken]:
         """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order.
 
-        Returns the tokens of requests that have not ended meanwhile.
+        Returns the tokens that count: of requests that have not ended meanwhile, and up to the first wrong draft.
         """
-        for request_id, stop in _progress(plan.segments).items():
+        accepted: list[SampledToken] = []
+        tokens_of: dict[int, list[SampledToken]] = {}
+        for token in sampled:
+            if token.request_id not in self._sequences:
+                continue
+            if token.scored:
+                accepted.append(token)
+            else:
+                tokens_of.setdefault(token.request_id, []).append(token)
+        for request_id, (stop, drafts) in _progress(plan.segments).items():
             sequence = self._sequences.get(request_id)
-            if sequence is not None:
-                sequence.in_flight -= 1
-                self._publish(sequence, stop)
-        accepted = [token for token in sampled if token.request_id in self._sequences]
-        for token in accepted:
-            if token.prompt_position is None:
-                self._sequences[token.request_id].tokens.append(token.token_id)
+            if sequence is None:
+                continue
+            sequence.in_flight -= 1
+            right = _right(tokens_of.get(request_id, []), drafts)
+            accepted += right
+            sequence.tokens += [token.token_id for token in right]
+            if drafts:  # the slots of wrong ones are written again
+                stop -= len(drafts) + 1 - len(right)
+                sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
+                self.drafted += len(drafts)
+                self.accepted += len(right) - 1
+            self._publish(sequence, stop)
         return accepted
 
     def cached_tokens(self, request_id: int) -> int:
@@ -135,7 +153,7 @@ class Scheduler:
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and preemptions."""
-        return SchedulerCounters(len(self.waiting), len(self.running), self.preemptions)
+        return SchedulerCounters(len(self.waiting), len(self.running), self.preemptions, self.drafted, self.accepted)
 
     def check_integrity(self) -> None:
         """Raise `EngineError` unless every page is accounted for exactly once."""
@@ -148,13 +166,16 @@ class Scheduler:
     def _decode(self, step: StepBuilder) -> None:
         rows = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
-        while index < len(self.running) and step.budget and len(step.segments) < rows:
+        while index < len(self.running) and step.budget and rows:
             sequence = self.running[index]
-            if sequence.remaining == 1 and not step.add_decode(sequence):
+            if sequence.remaining != 1:
+                index += 1
+            elif step.add_decode(sequence, sequence.draft(min(self.config.prompt_lookup, step.budget - rows))):
+                index += 1
+                rows -= 1
+            else:
                 self._preempt(self.running[-1])
                 step.preempted = True
-            else:
-                index += 1
 
     def _prefill(self, step: StepBuilder) -> None:
         active = [sequence for sequence in self.running if sequence.remaining > 1]
@@ -258,9 +279,24 @@ class Scheduler:
         self._finished.append(sequence.request_id)
 
 
-def _progress(segments: Sequence[Segment]) -> dict[int, int]:
-    """How far each request is computed after a step."""
-    stop_of: dict[int, int] = {}
+def _progress(segments: Sequence[Segment]) -> dict[int, tuple[int, list[int]]]:
+    """How far each request is computed after a step, and the drafts among what is computed."""
+    found: dict[int, tuple[int, list[int]]] = {}
     for segment in segments:
-        stop_of[segment.request_id] = max(segment.stop, stop_of.get(segment.request_id, 0))
-    return stop_of
+        stop, decoded = found.get(segment.request_id, (0, []))
+        found[segment.request_id] = (
+            max(stop, segment.stop),
+            [*decoded, *(() if segment.prefill else segment.token_ids)],
+        )
+    return {request_id: (stop, decoded[1:]) for request_id, (stop, decoded) in found.items()}
+
+
+def _right(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
+    """The tokens sampled after drafts that were right: noise depends on the position alone, so these are the tokens
+    that would have been sampled one at a time."""
+    in_order = sorted(tokens, key=lambda token: token.position)
+    wrong = next(
+        (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),
+        len(drafts),
+    )
+    return in_order[: wrong + 1]

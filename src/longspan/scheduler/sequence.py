@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key
 from longspan.request import SamplingParams
+from longspan.scheduler.lookup import PromptLookup
 
 
 class SequenceState:
@@ -42,22 +43,28 @@ class SequenceState:
         self.published = 0
         self.in_flight = 0
         self.home: int | None = None
+        self.lookup = PromptLookup()
         self._keys: list[Key] = []
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet computed: 1 for a request that decodes, 0 while its next token is under way."""
+        """Tokens not yet computed: 1 for a request that decodes, less while its next ones are under way."""
         return len(self.tokens) - self.computed
 
     @property
     def pages_missing(self) -> int:
         """Pages its present tokens still need."""
-        return -(-len(self.tokens) // self.table.page_size) - len(self.table.pages)
+        return max(0, -(-len(self.tokens) // self.table.page_size) - len(self.table.pages))
 
     @property
     def max_pages(self) -> int:
         """Pages it can ever hold."""
         return -(-self.max_stored // self.table.page_size)
+
+    def draft(self, count: int) -> list[int]:
+        """Tokens that may come next; none where a grammar binds them, whose state cannot be taken back."""
+        room = min(count, self.max_stored - len(self.tokens))
+        return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
 
     def restart(self, new_table: Callable[[], PageTable]) -> None:
         """Forget the pages: the request is computed again from its first token (or a prefix hit)."""

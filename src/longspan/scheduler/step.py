@@ -16,7 +16,7 @@ from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
 from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
-from longspan.scheduler.segments import Piece, room_for_chunk, split_chunk
+from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 
 
@@ -53,19 +53,24 @@ class StepBuilder:
             )
         )  # fmt: skip
 
-    def add_decode(self, sequence: SequenceState) -> bool:
-        """Compute the request's one remaining token on the rank of its page; False without room for a page."""
-        position = sequence.computed
-        table = sequence.table
-        if position == len(table.pages) * table.page_size:
-            shard = self._decode_shard(sequence)
-            if shard is None:
-                return False
-            self._place(sequence, shard)
-        pcp = self._grid.pcp_of_shard[table.shard_of(position)]
-        self._rows[pcp] += 1
-        self._add_segment(sequence, Piece(position, position + 1, pcp), prefill=False)
-        return True
+    def add_decode(self, sequence: SequenceState, drafts: Sequence[int] = ()) -> bool:
+        """Compute the request's one remaining token, and as many of its drafts as there are pages for.
+
+        Each is computed on the rank of its page. False without room for the first.
+        """
+        table, start = sequence.table, sequence.computed
+        pieces: list[Piece] = []
+        for position in range(start, start + 1 + len(drafts)):
+            if position == len(table.pages) * table.page_size:
+                shard = self._decode_shard(sequence)
+                if shard is None:
+                    break
+                self._place(sequence, shard)
+            pieces.append(Piece(position, position + 1, self._grid.pcp_of_shard[table.shard_of(position)]))
+        for piece in join(pieces):
+            self._rows[piece.pcp] += piece.stop - piece.start
+            self._add_segment(sequence, piece, prefill=False, drafts=drafts)
+        return bool(pieces)
 
     def add_chunk(self, sequence: SequenceState, tokens: int) -> None:
         """Compute up to `tokens` of the request's remaining tokens, as far as there are pages for them."""
@@ -126,7 +131,7 @@ class StepBuilder:
         sequence.table.append(page)
         self._new_pages.setdefault(sequence.request_id, []).append(page)
 
-    def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool) -> None:
+    def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool, drafts: Sequence[int] = ()) -> None:
         length = piece.stop - piece.start
         travels = 0
         for window, facts in zip(self._windows, self._facts[prefill], strict=True):
@@ -140,11 +145,11 @@ class StepBuilder:
             Segment(
                 request_id=sequence.request_id,
                 start=piece.start,
-                token_ids=tuple(sequence.tokens[piece.start : piece.stop]),
+                token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
                 pcp=piece.pcp,
                 prefill=prefill,
                 travels=travels,
-                sample=piece.stop == len(sequence.tokens),
+                sample=min(length, max(0, piece.stop + 1 - len(sequence.tokens))),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
             )
         )
@@ -163,3 +168,8 @@ class StepBuilder:
     def _reaches_out(self, pcp: int, visible: dict[int, int]) -> bool:
         """Whether some rank of the TP group at `pcp` lacks something of what is visible."""
         return any(shard != member for member in self._grid.shards_of_pcp[pcp] for shard in visible)
+
+
+def _cut(drafts: Sequence[int], piece: Piece, first: int) -> Sequence[int]:
+    """The drafts in a piece, if the first of them is at position `first`."""
+    return drafts[max(0, piece.start - first) : max(0, piece.stop - first)]

@@ -103,7 +103,10 @@ def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[ToCore]:
 def _load(core: EngineCore) -> Load:
     counters = core.scheduler.counters()
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
-    return Load(counters.waiting, counters.running, counters.preemptions, used)
+    return Load(
+        counters.waiting, counters.running, counters.preemptions, counters.drafted_tokens, counters.accepted_tokens,
+        used,
+    )  # fmt: skip
 
 
 def _state(core: EngineCore) -> CoreState:

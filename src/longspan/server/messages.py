@@ -45,6 +45,8 @@ class Load(msgspec.Struct, frozen=True):
     waiting: int = 0
     running: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     used_pages: tuple[int, ...] = ()
 
 

@@ -31,6 +31,8 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "completions that run")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "share of a shard's pages that requests hold", "shard")
         self._preemptions = self._gauge("num_preemptions", "requests that were preempted since the ranks started")
+        self._drafted = self._gauge("spec_decode_num_draft_tokens", "tokens drafted since the ranks started")
+        self._accepted = self._gauge("spec_decode_num_accepted_tokens", "of these, tokens that were right")
         self._moved = self._gauge("bytes_moved", "bytes between ranks since they started, by schedule", "schedule")
         self._restarts = self._counter("engine_restarts", "times the ranks were started again")
         self._prompt = self._counter("prompt_tokens", "prompt tokens of requests that began to generate")
@@ -108,6 +110,8 @@ class Metrics:
         self._waiting.labels(self._model).set(self.load.waiting)
         self._running.labels(self._model).set(self.load.running)
         self._preemptions.labels(self._model).set(self.load.preemptions)
+        self._drafted.labels(self._model).set(self.load.drafted_tokens)
+        self._accepted.labels(self._model).set(self.load.accepted_tokens)
         for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
             self._kv_usage.labels(self._model, str(shard)).set(used / pages)
         return generate_latest(self.registry)

@@ -108,11 +108,11 @@ def _server_root(base_url: str) -> str:
     remedy = "write it as http://127.0.0.1:8000"
     try:
         url = urlsplit(base_url)
-        host, _ = url.hostname, url.port
+        host, _ = (url.hostname or "").encode("idna"), url.port
     except ValueError as error:
         raise ConfigError("base_url", base_url, str(error), remedy) from error
     require(url.scheme in ("http", "https"), "base_url", base_url, "is not an http address", remedy)
-    require(bool(host), "base_url", base_url, "names no host", remedy)
+    require(host != b"", "base_url", base_url, "names no host", remedy)
     require("@" not in url.netloc, "base_url", base_url, "names a user", "give --api-key instead")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/').removesuffix('/v1')}"
 
@@ -241,7 +241,7 @@ class _Run:
 
 def _kind(error: aiohttp.ClientError) -> str:
     match error:
-        case aiohttp.ClientConnectorError() | aiohttp.InvalidURL():
+        case aiohttp.ClientConnectorError():
             return "no connection"
         case aiohttp.ClientPayloadError():
             return "stream cut"
