@@ -353,9 +353,7 @@ def test_the_first_failure_ends_the_asking(evaluate: Any) -> None:
 def test_a_server_that_is_not_there_is_named(evaluate: Any) -> None:
     with served(FastAPI()) as url:
         pass
-    with pytest.raises(
-        ConfigError, match=rf"base_url={url}: gives no answer .*Cannot connect.*check that the server"
-    ):
+    with pytest.raises(ConfigError, match=rf"base_url={url}: gives no answer .*Cannot connect.*check that the server"):
         evaluate("m", "--base-url", url)
 
 

@@ -5,7 +5,6 @@ It owns the options and what is said at start; serving is the server's.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Annotated
 
@@ -41,6 +40,8 @@ def serve(
     tool_call_parser: ToolParser = None,
 ) -> None:
     """Serve a model until a signal; the first one drains, the second stops at once."""
+    import uvloop
+
     from longspan.cli.generate import kv_cache_line
     from longspan.server.options import ServeOptions
     from longspan.server.run import Server, make_service
@@ -65,4 +66,4 @@ def serve(
         ):  # fmt: skip
             console.print(line, highlight=False, soft_wrap=True)
 
-    asyncio.run(run(service, ready))
+    uvloop.run(run(service, ready))

@@ -26,6 +26,8 @@ from longspan.server.metrics import Metrics
 _MAX_STRIKES = 3  # deaths of the core that a request survives without a token in between
 _LONGEST_PAUSE = 5.0
 _STATE_SECONDS = 2.0
+_PULSE_SECONDS = 15.0
+_FOREVER = 1e8
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,12 @@ class Job:
         return self.params.n
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
-    """A coroutine that waits for some requests."""
+    """A coroutine that waits for some requests; `arrived` and last `heard` of something, in `time.monotonic()`."""
 
     arrived: float
+    heard: float
     open: set[str] = field(default_factory=set)
     changed: dict[str, RequestOutput] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
@@ -74,7 +77,7 @@ class AsyncEngine:
         self.restarts = 0
         self._tracker = RequestTracker(setup, tokenizer)
         self._capacity = setup.config.scheduler.max_num_seqs + max_queued_requests
-        self._timeout = request_timeout
+        self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
         self._calls: dict[str, _Call] = {}
         self._last_token: dict[int, float] = {}
@@ -132,31 +135,28 @@ class AsyncEngine:
         """Complete prompts together; yields those whose outputs grew, until all have finished.
 
         The first yield is all of them as they begin: requests that cannot be served raise before it. Leaving the
-        generator aborts what is unfinished. Raises `RequestError`, or `EngineUnavailable`.
+        generator aborts what is unfinished. An empty list says that nothing has happened for a while.
+
+        Raises `RequestError`, or `EngineUnavailable`.
         """
         self._make_room(sum(job.completions for job in jobs))
-        call = _Call(time.monotonic())
+        call = _Call(time.monotonic(), time.monotonic())
+        timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, call)
         outputs: list[RequestOutput] = []
         try:
             for job in jobs:
                 outputs.append(self._add(job, call))
             self._flush()
             yield outputs
-            deadline = None if self._timeout is None else asyncio.get_running_loop().time() + self._timeout
             while call.open or call.changed or call.error:
-                async with asyncio.timeout_at(deadline):
-                    await call.event.wait()
+                await call.event.wait()
                 call.event.clear()
                 if call.error:
                     raise call.error
                 changed, call.changed = call.changed, {}
                 yield list(changed.values())
-        except TimeoutError:
-            raise RequestTimeout(
-                "request_timeout", self._timeout, f"seconds have passed since request {outputs[0].request_id} came",
-                "ask for fewer tokens, or raise --request-timeout",
-            ) from None  # fmt: skip
         finally:
+            timer.cancel()
             for request_id in list(call.open):
                 self._abort(request_id)
             self._flush()
@@ -172,6 +172,13 @@ class AsyncEngine:
             return await asyncio.wait_for(answer, _STATE_SECONDS)
         except TimeoutError:
             return None
+
+    def _expire(self, call: _Call) -> None:
+        call.error = RequestTimeout(
+            "request_timeout", self._timeout, "seconds have passed since the request came",
+            "ask for fewer tokens, or raise --request-timeout",
+        )  # fmt: skip
+        call.event.set()
 
     def _make_room(self, wanted: int) -> None:
         if self._draining:
@@ -301,6 +308,7 @@ class AsyncEngine:
         for output in self._tracker.take(outputs):
             call = self._calls[output.request_id]
             call.changed[output.request_id] = output
+            call.heard = now
             call.event.set()
             if output.finished:
                 self._closed(output, numbers_of[output.request_id])
@@ -324,6 +332,12 @@ class AsyncEngine:
             self._abort(request_id)
 
     async def _tick(self) -> None:
+        """Once a second: history for the page, a pulse for calls that have heard nothing for long."""
         while True:
             await asyncio.sleep(1.0)
             self.metrics.tick()
+            now = time.monotonic()
+            for call in set(self._calls.values()):
+                if now - call.heard >= _PULSE_SECONDS:
+                    call.heard = now
+                    call.event.set()

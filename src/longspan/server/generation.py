@@ -21,7 +21,7 @@ from longspan.server.async_engine import AsyncEngine
 from longspan.server.errors import problem_of
 from longspan.server.replies import Reply, usage
 
-_KEEP_ALIVE_SECONDS = 15.0
+_KEEP_ALIVE = b": keep-alive\n\n"  # for proxies that lose patience in a long prefill
 _CLIENT_GONE = 499  # nginx's; nobody reads it
 _LOG = logging.getLogger("longspan.server")
 
@@ -115,11 +115,8 @@ async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updat
     try:
         for chunk in reply.open(outputs):
             yield event(chunk)
-        async for changed in _with_keep_alive(updates):
-            if changed is None:
-                yield b": keep-alive\n\n"
-                continue
-            yield b"".join(map(event, reply.chunks(changed)))
+        async for changed in updates:
+            yield b"".join(map(event, reply.chunks(changed))) if changed else _KEEP_ALIVE
         if options.include_usage:
             yield _event({**reply.envelope(), "choices": [], "usage": usage(outputs)})
     except Exception as error:
@@ -128,27 +125,6 @@ async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updat
             _LOG.exception("a stream failed")
         yield _event(problem.body())
     yield b"data: [DONE]\n\n"
-
-
-async def _with_keep_alive(updates: Updates) -> AsyncIterator[list[RequestOutput] | None]:
-    """The updates, with None for every pause in which a proxy might lose patience."""
-    while True:
-        coming = asyncio.ensure_future(anext(updates, _END))
-        try:
-            while not (await asyncio.wait({coming}, timeout=_KEEP_ALIVE_SECONDS))[0]:
-                yield None
-        finally:
-            if not coming.done():
-                coming.cancel()
-                with suppress(asyncio.CancelledError):
-                    await coming
-        changed = coming.result()
-        if changed is _END:
-            return
-        yield changed
-
-
-_END: list[RequestOutput] = []
 
 
 def _event(body: dict[str, Any]) -> bytes:
