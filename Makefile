@@ -25,8 +25,8 @@ test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
-	$(BIN)/ruff check src tests demo
-	$(BIN)/ruff format --check src tests demo
+	$(BIN)/ruff check src tests demo scripts
+	$(BIN)/ruff format --check src tests demo scripts
 
 types: install
 	$(BIN)/mypy
