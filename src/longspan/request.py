@@ -15,11 +15,12 @@ from longspan.errors import RequestError
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended, in OpenAI's words plus `abort`."""
+    """Why a completion ended, in OpenAI's words plus `abort` and `error`: this one could not be computed."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class TokenLogprobs:
 class SampledToken:
     """One token of one request, as a worker returns it: sampled, or one of the prompt's own, `scored`.
 
-    `position` is its index in the output, or in the prompt.
+    `position` is its index in the output, or in the prompt. With `error` there is no token: the request cannot go on.
     """
 
     request_id: int
@@ -119,6 +120,7 @@ class SampledToken:
     logprobs: TokenLogprobs | None = None
     position: int = field(default=0, compare=False)
     scored: bool = False
+    error: str | None = None
 
 
 @dataclass

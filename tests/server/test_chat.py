@@ -10,13 +10,12 @@ import pytest
 
 from longspan.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from longspan.server.async_engine import Job
-from longspan.server.chat import ChatBody, ChatReply
+from longspan.server.chat import ChatBody, ChatReply, Message
 from longspan.server.text import Text
 from tests.server.running import Running, ascii_tokenizer, expected
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 RENDERED = "system: Be brief.\nuser: Hello\nassistant: "
-ENDS = {"stop_token_ids": [96]}  # the tiny model's configuration names no end of text
 WEATHER = {
     "type": "function",
     "function": {
@@ -78,7 +77,7 @@ def test_an_answer_in_json_follows_its_schema(client, temperature):
         "required": ["a", "b"], "additionalProperties": False,
     }  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "pair", "schema": schema, "strict": True}}
-    answer = ask(client, response_format=form, temperature=temperature, n=3, seed=3, extra_body=ENDS)
+    answer = ask(client, response_format=form, temperature=temperature, n=3, seed=3)
     for choice in answer.choices:
         if choice.finish_reason == "stop":  # a random model may write spaces to the end
             found = json.loads(choice.message.content)
@@ -92,7 +91,7 @@ def test_an_answer_in_json_follows_its_schema(client, temperature):
 
 def test_a_tool_that_must_be_called_is_with_arguments_of_its_schema(client):
     choice = {"type": "function", "function": {"name": "weather"}}
-    fields = {"tools": [WEATHER], "tool_choice": choice, "temperature": 1, "seed": 1, "extra_body": ENDS}
+    fields = {"tools": [WEATHER], "tool_choice": choice, "temperature": 1, "seed": 1}
     whole = ask(client, **fields).choices[0]
     (call,) = whole.message.tool_calls
     assert (call.function.name, whole.finish_reason, whole.message.content) == ("weather", "tool_calls", None)
@@ -140,3 +139,39 @@ def test_tools_reach_the_template_unless_none_may_be_called(server):
         for choice in ("auto", "none")
     ]
     assert said == [len("[weather]" + RENDERED), len(RENDERED)]
+
+
+def test_arguments_of_earlier_calls_reach_the_template_as_objects():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    odd = {"id": "c2", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call, odd]})
+    arguments = [made["function"]["arguments"] for made in message.rendered("messages.0")["tool_calls"]]
+    assert arguments == [{"a": 1}, "{"]
+
+
+def test_token_ids_are_streamed_even_while_text_is_held_back():
+    reply, output = reply_to('<tool_call>{"name": "wea', return_token_ids=True)
+    output.outputs[0].finish_reason = None
+    reply.open([output])
+    output.outputs[0].text += "ther"
+    output.outputs[0].token_ids = [1, 2, 3]
+    (chunk,) = reply.chunks([output])
+    assert chunk["choices"][0]["token_ids"] == [1, 2, 3]
+    assert not chunk["choices"][0]["delta"]
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_tensors", "max_length", "tools"])
+def test_template_options_cannot_replace_the_template_or_what_it_returns(server, name):
+    body = {"messages": TALK, "max_tokens": 1, "chat_template_kwargs": {name: "x"}}
+    answer = server.post("/v1/chat/completions", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
+
+
+def test_a_grammar_that_fails_on_the_way_ends_its_own_request_only(server):
+    schema = {"type": "string", "pattern": "(.{0,300}a.{0,300}){1,30}"}  # fine at first, too large after some tokens
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": TALK, "logit_bias": {"65": 60.0}, "temperature": 0, "response_format": form}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 400, answer.text
+    assert "cannot be followed" in answer.json()["error"]["message"]
+    assert server.engine.restarts == 0

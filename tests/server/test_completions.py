@@ -111,6 +111,17 @@ def test_echo_gives_the_prompt_and_its_log_probabilities(server, max_tokens):
     assert answer["usage"]["completion_tokens"] == max_tokens
 
 
+def test_a_lone_token_is_echoed_without_a_log_probability(server):
+    lines = server.complete("a", 0, echo=True, logprobs=1)["choices"][0]["logprobs"]
+    assert (lines["tokens"], lines["token_logprobs"], lines["top_logprobs"]) == (["a"], [None], [None])
+
+
+def test_penalties_of_any_size_leave_a_token_to_sample(server):
+    answer = server.complete("hello", 5, repetition_penalty=1e-40, top_p=0.9, temperature=1)
+    assert answer["usage"]["completion_tokens"] == 5
+    assert server.engine.restarts == 0
+
+
 def test_a_biased_token_wins_and_a_banned_one_never_comes(server):
     text = expected("abc", 8)
     assert server.complete("abc", 8, logit_bias={"33": 100})["choices"][0]["text"] == "A" * 8

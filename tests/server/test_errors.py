@@ -29,7 +29,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [10**30]}, "prompt_token_ids", "is not in 0..96"),
     ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1}: "),
     ({"prompt": None}, "prompt", "prompt=None: "),
-    ({"logprobs": 101}, "logprobs", "must be in 0..100"),
+    ({"logprobs": 21}, "logprobs", "must be at most 20"),
     ({"stop": ""}, "stop", "must not hold an empty string"),
     ({"stop": 5}, "stop", "stop=5: "),
     ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias='x': is no token id"),
@@ -85,6 +85,12 @@ def test_a_chat_names_what_is_wrong_with_it_before_a_stream_begins(server: Runni
     error = refused(server.post("/v1/chat/completions", {"messages": TALK, "stream": stream, **fields}))
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_a_long_prompt_with_one_wrong_id_is_one_error(server: Running):
+    error = refused(server.post("/v1/completions", {"prompt": [*[1] * 200_000, "a"]}))
+    assert error["param"].startswith("prompt")
+    assert len(error["message"]) < 400
 
 
 BODIES = {

@@ -6,14 +6,18 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from longspan.server.options import ServeOptions
-from tests.server.running import Running, expected, running
+from tests.server.running import Running, ascii_folder, expected, running
 
 PATIENCE = 30.0
 NOTICE = 5.0  # seconds; the promise is 2, and the machine may be busy
@@ -105,6 +109,30 @@ def _fail() -> None:
     from longspan.errors import EngineError
 
     raise EngineError("made to fail")
+
+
+def test_a_core_that_cannot_start_again_fails_requests_until_it_can():
+    with running() as server:
+        folder = Path(ascii_folder())
+        away = folder.with_name("away")
+        folder.rename(away)
+        os.kill(server.engine.process_ids[0], signal.SIGKILL)
+        try:
+            until(lambda: server.client.get("/health").status_code == 503, "the server to notice")
+            answer = server.post("/v1/completions", {"prompt": "abc"})
+        finally:
+            away.rename(folder)
+        assert answer.status_code == 503
+        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
+        assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
+
+
+def test_a_core_whose_parent_is_gone_before_it_looks_ends_by_itself():
+    parent = subprocess.Popen(["sleep", "0"])
+    parent.wait()
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "longspan.server.core_process", folder, str(parent.pid)]
+        assert subprocess.run(command, timeout=PATIENCE, check=False, stderr=subprocess.DEVNULL).returncode == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

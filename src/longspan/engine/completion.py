@@ -41,6 +41,9 @@ class Completion:
 
     def take(self, outputs: TokenOutput) -> None:
         """Take the next tokens. A stop string ends it before its tokens do; what comes after is not its own."""
+        if outputs.finish_reason is FinishReason.ERROR:
+            self.end(FinishReason.ERROR, outputs.error)
+            return
         if not outputs.tokens:
             return
         if self._params.max_tokens == 0:  # only the prompt's scores were wanted; they come with a first token

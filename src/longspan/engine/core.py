@@ -43,7 +43,7 @@ class CoreRequest:
 class TokenOutput:
     """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
 
-    `scored` are tokens of the prompt, with their log-probabilities.
+    `scored` are tokens of the prompt, with their log-probabilities; `error` says why it could not go on.
     """
 
     number: int
@@ -51,6 +51,7 @@ class TokenOutput:
     finish_reason: FinishReason | None
     num_cached_tokens: int
     scored: tuple[SampledToken, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class _Ending:
     def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
         """Those of the tokens that still belong to it, and why it ended if it did."""
         for count, token in enumerate(tokens, 1):
+            if token.error is not None:
+                return tuple(tokens[: count - 1]), FinishReason.ERROR
             self._left -= 1
             if token.token_id in self._stops:
                 return tuple(tokens[:count]), FinishReason.STOP
@@ -200,7 +203,8 @@ class EngineCore:
         kept, reason = self._endings[number].take([token for token in tokens if not token.scored])
         if reason is not None:
             self.finish(number)
-        return TokenOutput(number, kept, reason, cached, scored)
+        error = next((token.error for token in tokens if token.error), None)
+        return TokenOutput(number, kept, reason, cached, scored, error)
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         rows = sum(segment.length for segment in plan.segments if not segment.prefill)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.errors import EngineError
+from longspan.errors import RequestError
 
 
 class Vocabulary:
@@ -24,38 +24,54 @@ class Vocabulary:
         self._tokens: Any = None
 
     def matcher(self, grammar: str) -> Matcher:
-        """A matcher at the start of an output. Raises `EngineError`."""
+        """A matcher at the start of an output; one that fails when it is asked, if the grammar cannot be read."""
         from llguidance import LLMatcher
 
-        if self._tokens is None:
-            self._tokens = self._read()
-        return Matcher(LLMatcher(self._tokens, grammar), self._size)
+        try:
+            if self._tokens is None:
+                self._tokens = self._read()
+            return Matcher(LLMatcher(self._tokens, grammar), self._size)
+        except Exception as error:  # whatever the library thinks of a tokenizer is this request's matter only
+            return Matcher(None, self._size, f"{type(error).__name__}: {error}")
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer
 
         tokenizer = self._load()
         if tokenizer is None:
-            raise EngineError("a grammar needs the model's tokenizer, and it has none")
+            raise RequestError("grammar", "...", "needs the model's tokenizer, and it has none", "leave it out")
         return from_tokenizer(tokenizer, n_vocab=max(self._size, len(tokenizer)), eos_token=self._eos or None)
 
 
 class Matcher:
     """One output under a grammar."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
+    def __init__(self, matcher: Any, size: int, failure: str = "") -> None:
         self._matcher = matcher
+        self._failure = failure
         self._size = size
         self._seen = 0
 
     def allowed(self, output_token_ids: Sequence[int]) -> Tensor:
-        """Bool [V]: the tokens that may follow the output, whose beginning is what it was when last asked."""
+        """Bool [V]: the tokens that may follow the output, whose beginning is what it was when last asked.
+
+        Raises `RequestError` if the grammar cannot be followed any further.
+        """
+        self._require(not self._failure, lambda: self._failure)
         fresh = list(output_token_ids[self._seen :])
         if fresh and not self._matcher.is_stopped():
             self._matcher.consume_tokens(fresh)
         self._seen = len(output_token_ids)
-        if self._matcher.is_error():
-            raise EngineError(f"the grammar cannot be followed: {self._matcher.get_error()}")
         words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._require(not self._matcher.is_error(), self._matcher.get_error)
         bits = words[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
-        return bits.reshape(-1)[: self._size].bool()
+        allowed = bits.reshape(-1)[: self._size].bool()
+        self._require(bool(allowed.any()), lambda: "no token may follow")
+        return allowed
+
+    def _require(self, ok: bool, problem: Callable[[], str]) -> None:
+        if not ok:
+            self._failure = problem()
+            raise RequestError(
+                "response_format", "...", f"cannot be followed ({self._failure})", "use a simpler schema"
+            )

@@ -16,7 +16,7 @@ from longspan.attention.attend import Attention
 from longspan.cache.pages import PageTable
 from longspan.engine.grammar import Matcher, Vocabulary
 from longspan.engine.sampler import SampleRow, sample, score
-from longspan.errors import EngineError
+from longspan.errors import EngineError, RequestError
 from longspan.models.decoder import DecoderModel
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
@@ -130,20 +130,28 @@ class Runner:
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> list[SampledToken]:
         rows: list[SampleRow] = []
-        for wanted in samples:
-            mirror = self._mirrors[wanted.request_id]
-            rows.append(
-                SampleRow(
-                    request_id=wanted.request_id,
-                    params=mirror.params,
-                    seed=mirror.seed,
-                    position=wanted.position,
-                    prompt_token_ids=mirror.history[: mirror.num_prompt],
-                    output_token_ids=mirror.output(wanted.position),
-                    allowed=mirror.matcher.allowed(mirror.output(wanted.position)) if mirror.matcher else None,
-                )
-            )
-        return sample(logits, rows)
+        kept: list[int] = []
+        failed: list[SampledToken] = []
+        for number, wanted in enumerate(samples):
+            try:
+                rows.append(self._row(wanted))
+                kept.append(number)
+            except RequestError as error:
+                failed.append(SampledToken(wanted.request_id, 0, position=wanted.position, error=str(error)))
+        return [*failed, *sample(logits[kept] if failed else logits, rows)]
+
+    def _row(self, wanted: SampleRequest) -> SampleRow:
+        mirror = self._mirrors[wanted.request_id]
+        output = mirror.output(wanted.position)
+        return SampleRow(
+            request_id=wanted.request_id,
+            params=mirror.params,
+            seed=mirror.seed,
+            position=wanted.position,
+            prompt_token_ids=mirror.history[: mirror.num_prompt],
+            output_token_ids=output,
+            allowed=mirror.matcher.allowed(output) if mirror.matcher else None,
+        )
 
     def _apply(self, plan: StepPlan) -> None:
         for request_id in plan.finished:

@@ -19,6 +19,7 @@ from longspan.request import SampledToken, SamplingParams, TokenLogprobs
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: dividing by less would only overflow."""
 
+_LARGEST = 1e38
 _MASK64 = (1 << 64) - 1
 
 
@@ -96,8 +97,9 @@ def penalise(logits: Tensor, row: SampleRow) -> Tensor:
     """
     params = row.params
     result = logits.clone()
-    for token, bias in params.logit_bias:
-        result[token] += bias
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        result.index_add_(0, _ids(tokens, result), torch.tensor(biases, dtype=result.dtype, device=result.device))
     output = _ids(row.output_token_ids, logits)
     if params.repetition_penalty != 1.0:
         seen = torch.cat((_ids(row.prompt_token_ids, logits), output))
@@ -107,6 +109,7 @@ def penalise(logits: Tensor, row: SampleRow) -> Tensor:
     if params.frequency_penalty or params.presence_penalty:
         counts = output.bincount(minlength=len(result))
         result -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    result.clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty makes infinities, and their differences NaN
     if row.allowed is not None:
         result.masked_fill_(~row.allowed.to(logits.device), float("-inf"))
     return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import SupportsIndex
 
@@ -64,9 +64,12 @@ class RequestTracker:
         tokens = self._check_tokens(prompt_token_ids)
         self._check_known("logit_bias", (token for token, _ in params.logit_bias))
         self._check_known("stop_token_ids", params.stop_token_ids)
+        params = self._under_grammar(params)
         max_tokens = self._setup.limits.check(len(tokens), params)
         completions = [self._completion(index, tokens, params) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None] * len(tokens)
         group = _Group(output, params, max_tokens, completions, completions[1:])
         if max_tokens == 0 and params.prompt_logprobs is None:
             for completion in completions:
@@ -128,6 +131,17 @@ class RequestTracker:
         self._check_known("prompt_token_ids", tokens)
         return tokens
 
+    def _under_grammar(self, params: SamplingParams) -> SamplingParams:
+        """A grammar's end is an end of text, even if the model's configuration names none."""
+        if params.grammar is None:
+            return params
+        if self._tokenizer is None:
+            raise RequestError("grammar", "...", "needs a tokenizer and this model has none", "leave it out")
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        if end is None or self._setup.model.eos_token_ids:
+            return params
+        return replace(params, stop_token_ids=(*params.stop_token_ids, int(end)))
+
     def _check_known(self, field_name: str, tokens: Iterable[int]) -> None:
         last = self._setup.model.vocab_size - 1
         for token in tokens:
@@ -153,8 +167,10 @@ class RequestTracker:
         group.unstarted = []
 
     def _core_request(self, group: _Group, completion: Completion) -> CoreRequest:
+        first = completion.index == 0  # the prompt is the same for all: one scores it
+        params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
-            completion.number, group.output.prompt_token_ids, group.params, completion.seed, max(group.max_tokens, 1),
+            completion.number, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
             tuple(completion.output.token_ids),
         )  # fmt: skip
 
@@ -170,8 +186,6 @@ class RequestTracker:
 
 
 def _keep_scores(output: RequestOutput, scored: Sequence[SampledToken]) -> None:
-    if scored and not output.prompt_logprobs:
-        output.prompt_logprobs = [None] * len(output.prompt_token_ids)
     for token in scored:
         output.prompt_logprobs[token.position] = token.logprobs
 

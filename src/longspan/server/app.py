@@ -110,6 +110,7 @@ def build_app(service: Service) -> FastAPI:
 def _add_generation(app: FastAPI, service: Service) -> None:
     def streams(body: GenerationBody) -> bool:
         service.check_model(body.model)
+        service.engine.check_room()
         return bool(body.stream)
 
     @app.post("/v1/completions", responses=_ANSWERS, tags=["OpenAI"])

@@ -6,9 +6,9 @@ It owns requests in flight, their bounds and their survival of the core's death;
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NoReturn
@@ -18,11 +18,12 @@ from longspan.engine.detokenizer import Tokenizer
 from longspan.engine.setup import EngineSetup
 from longspan.engine.tracker import Orders, RequestTracker
 from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
-from longspan.request import RequestOutput, SamplingParams
+from longspan.request import FinishReason, RequestOutput, SamplingParams
 from longspan.server.core_client import CoreProcess
 from longspan.server.messages import AskState, CoreState, Finish, Ready, Start, Tokens
 from longspan.server.metrics import Metrics
 
+_LOG = logging.getLogger("longspan.server")
 _MAX_STRIKES = 3  # deaths of the core that a request survives without a token in between
 _LONGEST_PAUSE = 5.0
 _STATE_SECONDS = 2.0
@@ -121,15 +122,22 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the core; requests in flight get `EngineUnavailable`."""
         self._draining = True
+        self.give_up()
         for task in self._tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        self._fail_all(EngineUnavailable("the server is shutting down; send the request again later"))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
         self._draining = True
+
+    def give_up(self) -> None:
+        """End all requests in flight with `EngineUnavailable`."""
+        self._fail_all(EngineUnavailable("the server is shutting down; send the request again later"))
+
+    def check_room(self, completions: int = 1) -> None:
+        """Raise `QueueFull` or `EngineUnavailable` before any work is put into a request that would be refused."""
+        self._make_room(completions)
 
     async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[list[RequestOutput], None]:
         """Complete prompts together; yields those whose outputs grew, until all have finished.
@@ -155,6 +163,8 @@ class AsyncEngine:
                     raise call.error
                 changed, call.changed = call.changed, {}
                 yield list(changed.values())
+                for output in changed.values():
+                    _raise_if_failed(output)
         finally:
             timer.cancel()
             for request_id in list(call.open):
@@ -166,12 +176,11 @@ class AsyncEngine:
         if not self._core or not self._ready.is_set():
             return None
         answer: asyncio.Future[CoreState] = asyncio.get_running_loop().create_future()
+        if not self._states:  # one question at a time, however many ask
+            self._core.send(AskState())
         self._states.append(answer)
-        self._core.send(AskState())
-        try:
-            return await asyncio.wait_for(answer, _STATE_SECONDS)
-        except TimeoutError:
-            return None
+        done, _ = await asyncio.wait({answer}, timeout=_STATE_SECONDS)
+        return answer.result() if done and not answer.cancelled() else None
 
     def _expire(self, call: _Call) -> None:
         call.error = RequestTimeout(
@@ -227,7 +236,7 @@ class AsyncEngine:
         if self._core is None:
             return
         if orders.start:
-            self._core.send(Start(orders.start))
+            self._core.send(Start.of(orders.start))
         if orders.finish:
             self._core.send(Finish(orders.finish))
 
@@ -241,7 +250,7 @@ class AsyncEngine:
         self._tracker.orders = Orders()
         requests = self._tracker.resume()
         if requests:
-            core.send(Start(requests))
+            core.send(Start.of(requests))
         self._ready.set()
 
     async def _supervise(self, core: CoreProcess) -> None:
@@ -253,15 +262,26 @@ class AsyncEngine:
                     if self._core is not core:
                         await self._welcome(core)
                     await self._listen(core)
-                except EngineError as error:
+                except Exception as error:  # whatever it is: requests wait for a core that works
                     pause = 0.0 if self._ready.is_set() else min(2 * pause + 0.1, _LONGEST_PAUSE)
+                    _LOG.warning("the engine has failed and starts again: %s: %s", type(error).__name__, error)
                     self._mourn(error)
                     core.kill()
                     await asyncio.sleep(pause)
-                    core = CoreProcess(self.setup.config)
+                    core = await self._new_core()
         finally:
             self._core = None
             await core.close()
+
+    async def _new_core(self) -> CoreProcess:
+        """A core, as soon as the machine has room for one."""
+        while True:
+            try:
+                return CoreProcess(self.setup.config)
+            except OSError as error:
+                _LOG.warning("the engine cannot be started: %s", error)
+                self._mourn(error)
+                await asyncio.sleep(_LONGEST_PAUSE)
 
     async def _listen(self, core: CoreProcess) -> NoReturn:
         while True:
@@ -278,12 +298,15 @@ class AsyncEngine:
                 case _:
                     raise EngineError(f"the core sent {type(message).__name__} out of turn")
 
-    def _mourn(self, error: EngineError) -> None:
+    def _mourn(self, error: Exception) -> None:
         """The core is dead: requests wait for the next one, but not for ever."""
         self._core = None
         self._ready.clear()
         self.restarts += 1
         self.metrics.restarted()
+        for answer in self._states:
+            answer.cancel()
+        self._states.clear()
         for request in self._tracker.resume():
             self._strikes[request.number] = self._strikes.get(request.number, 0) + 1
             output = self._tracker.request_of(request.number)
@@ -315,9 +338,11 @@ class AsyncEngine:
         self._flush()
 
     def _time(self, tokens: TokenOutput, output: RequestOutput, now: float) -> None:
+        self._strikes.pop(tokens.number, None)
+        if not tokens.tokens:  # scores of the prompt
+            return
         before = self._last_token.get(tokens.number)
         self._last_token[tokens.number] = now
-        self._strikes.pop(tokens.number, None)
         if before is None and not any(completion.token_ids for completion in output.outputs):
             call = self._calls[output.request_id]
             call.first[output.request_id] = now
@@ -341,3 +366,9 @@ class AsyncEngine:
                 if now - call.heard >= _PULSE_SECONDS:
                     call.heard = now
                     call.event.set()
+
+
+def _raise_if_failed(output: RequestOutput) -> None:
+    for completion in output.outputs:
+        if completion.finish_reason is FinishReason.ERROR:
+            raise RequestError("request", output.request_id, str(completion.stop_reason), "change the request")

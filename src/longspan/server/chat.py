@@ -5,8 +5,10 @@ It owns the body and the answer's shape; the template is the model's, the parsin
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,11 +44,23 @@ class Message(BaseModel):
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise RequestError(f"{place}.content", shortened(part), "is not text", "send text parts only")
             fields["content"] = "".join(part["text"] for part in self.content)
+        for call in fields.get("tool_calls") or ():
+            _parse_arguments(call)
         return {"content": "", **fields}
+
+
+def _parse_arguments(call: Any) -> None:
+    """Clients send arguments as JSON text, templates want the object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(ValueError):
+            function["arguments"] = json.loads(function["arguments"])
 
 
 class Function(Body):
     """A function a tool names."""
+
+    model_config = ConfigDict(extra="ignore")
 
     name: str
     description: str | None = None
@@ -56,6 +70,8 @@ class Function(Body):
 
 class Tool(Body):
     """A tool the model may call."""
+
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["function"] = "function"
     function: Function
@@ -89,6 +105,9 @@ class ChatBody(GenerationBody):
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
     metadata: dict[str, str] | None = Field(default=None, description="taken, not used")
     store: bool | None = Field(default=None, description="taken, not used")
+    reasoning_effort: str | None = Field(default=None, description="taken, not used")
+    verbosity: str | None = Field(default=None, description="taken, not used")
+    modalities: list[Literal["text"]] | None = None
 
     async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
         """The answer to be filled. Raises `RequestError`."""
@@ -154,7 +173,7 @@ class ChatReply:
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """See `Reply.open`."""
         (output,) = outputs
-        self._cursors = [Cursor(completion) for completion in output.outputs]
+        self._cursors = [Cursor(completion, bool(self._body.return_token_ids)) for completion in output.outputs]
         self._parsers = [_Calls(self._tool_format, self._forced) for _ in output.outputs]
         return [
             self._chunk(index, {"role": "assistant", "content": ""}, None, None) for index in range(len(output.outputs))
@@ -169,7 +188,8 @@ class ChatReply:
                 continue
             calls = self._parsers[completion.index]
             delta = calls.delta(news)
-            if delta or news.finish_reason or (news.logprobs and news.tokens):
+            wanted = news.logprobs is not None or self._body.return_token_ids
+            if delta or news.finish_reason or (wanted and news.tokens):
                 found.append(self._chunk(completion.index, delta, news, calls.reason(news.finish_reason)))
         return found
 

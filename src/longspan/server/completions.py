@@ -6,14 +6,14 @@ It owns the body and the answer's shape; sampling and streaming are common to al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from longspan.errors import RequestError
 from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
-from longspan.server.fields import GenerationBody
+from longspan.server.fields import GenerationBody, Ids
 from longspan.server.replies import Cursor, Identity, News, finish_reason, usage
 from longspan.server.text import Text
 
@@ -24,8 +24,11 @@ _MAX_PROMPTS = 1024
 class CompletionBody(GenerationBody):
     """The body of a completion."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="text, token ids, or a list of either")
+    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)] = (
+        Field(description="text, token ids, or a list of either")
+    )
     max_tokens: int | None = Field(default=None, description="default 16; 0 is allowed")
+    max_completion_tokens: int | None = Field(default=None, description="the chats' name of max_tokens")
     logprobs: int | None = Field(default=None, description="that many alternatives a token")
     echo: bool | None = Field(default=None, description="begin with the prompt")
     suffix: str | None = None
@@ -39,7 +42,8 @@ class CompletionBody(GenerationBody):
             raise RequestError("suffix", repr(self.suffix[:20]), "is not supported", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of", self.best_of, "is supported only if equal to n", "leave it out")
-        max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        given = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
         params = self.sampling(max_tokens, self.logprobs, prompt_logprobs=self.logprobs if self.echo else None)
         special = self.add_special_tokens is not False
         jobs: list[Job] = []
@@ -88,7 +92,7 @@ class CompletionReply:
         for output in outputs:
             self._first[output.request_id] = choices
             for completion in output.outputs:
-                self._cursors[choices + completion.index] = Cursor(completion)
+                self._cursors[choices + completion.index] = Cursor(completion, bool(self._body.return_token_ids))
             choices += len(output.outputs)
         return self.chunks([output for output in outputs if output.finished])
 

@@ -6,6 +6,7 @@ It owns the process and the sockets of one life of the core; it must not decide 
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,9 @@ class CoreProcess:
         self._outbox: zmq.Socket[bytes] = zmq.Context.shadow(self._context).socket(zmq.PUSH)
         self._outbox.set_hwm(0)  # what waits here are requests: bounded where they come in
         self._outbox.bind(f"ipc://{folder}/to-core")
-        command = [sys.executable, "-m", "longspan.server.core_process", str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR)
+        command = [sys.executable, "-m", "longspan.server.core_process", str(folder), str(os.getpid())]
+        below = {**os.environ, "TMPDIR": str(folder)}  # what it makes goes with the folder, however it ends
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, env=below)
         self.worker_ids: list[int] = []
 
     @property

@@ -1,4 +1,4 @@
-"""The main program of the core's process: `python -m longspan.server.core_process FOLDER`.
+"""The main program of the core's process: `python -m longspan.server.core_process FOLDER PARENT`.
 
 It owns the loop between messages and steps; it must not know of users, text or HTTP.
 """
@@ -39,11 +39,11 @@ _IDLE_MS = 500  # between looks at the ranks while there is nothing to do
 _SEQUENCES_SHOWN = 64
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, parent: int) -> None:
     """Serve until told to stop, or the parent is gone, or a rank has failed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(parent)
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.connect(f"ipc://{folder}/to-core")
@@ -66,10 +66,12 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromC
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
         tell(Ready(workers))
+        told = _load(core)
         while _obey(core, inbox, tell):
-            outputs = core.step()
-            if outputs:
-                tell(Tokens(outputs, _load(core)))
+            outputs, load = core.step(), _load(core)
+            if outputs or load != told:
+                tell(Tokens(outputs, load))
+            told = load
     finally:
         core.shutdown()
 
@@ -78,8 +80,8 @@ def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Callable[[FromCore],
     """Carry out every message that is there, waiting for one if there is nothing to compute; False: stop."""
     for message in _messages(core, inbox):
         match message:
-            case Start(requests):
-                for request in requests:
+            case Start():
+                for request in message.requests:
                     core.add(request)
             case Finish(numbers):
                 for number in numbers:
@@ -125,4 +127,4 @@ def _report(sequence: SequenceState, running: bool) -> SequenceReport:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

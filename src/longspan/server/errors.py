@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any
 
 from longspan.errors import (
@@ -20,6 +21,8 @@ from longspan.errors import (
 )
 
 _SHOWN = 80  # characters of a value
+_BRIEF = Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _SHOWN
 
 
 class HttpError(RequestError):
@@ -105,5 +108,5 @@ def _lowered(text: str) -> str:
 
 def shortened(value: object) -> str:
     """A value's text, cut to a length a message can hold."""
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

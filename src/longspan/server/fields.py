@@ -5,7 +5,7 @@ It owns names, types and defaults; ranges are checked by the sampling parameters
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,10 +14,15 @@ from longspan.request import SamplingParams
 from longspan.server.grammar import grammar_of
 
 _MAX_N = 128
+_MAX_LOGPROBS = 20
 _SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
+    "skip_special_tokens",
 )  # fmt: skip
+
+
+Ids = Annotated[list[int], Field(fail_fast=True)]  # a body may hold millions: one wrong id is one error
 
 
 class Body(BaseModel):
@@ -30,6 +35,7 @@ class StreamOptions(Body):
     """What a stream tells beside its text."""
 
     include_usage: bool = False
+    include_obfuscation: bool | None = Field(default=None, description="taken, not used")
     continuous_usage_stats: bool = False
 
 
@@ -73,14 +79,20 @@ class GenerationBody(Body):
     repetition_penalty: float | None = Field(default=None, description="not OpenAI's")
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, description="token id: added to its logit")
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = Field(
+        default=None, description="token id: added to its logit"
+    )
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, description="not OpenAI's")
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=256)] | None = Field(default=None, description="not OpenAI's")
     ignore_eos: bool | None = Field(default=None, description="not OpenAI's")
     include_stop_str_in_output: bool | None = Field(default=None, description="not OpenAI's")
     response_format: ResponseFormat | None = None
+    skip_special_tokens: bool | None = Field(default=None, description="not OpenAI's")
     user: str | None = Field(default=None, description="taken, not used")
+    safety_identifier: str | None = Field(default=None, description="taken, not used")
+    prompt_cache_key: str | None = Field(default=None, description="taken, not used")
+    service_tier: str | None = Field(default=None, description="taken, not used")
 
     @property
     def usage_in_stream(self) -> StreamOptions:
@@ -100,6 +112,8 @@ class GenerationBody(Body):
         given = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         if self.n is not None and self.n > _MAX_N:
             raise RequestError("n", self.n, f"must be at most {_MAX_N}", "send several requests")
+        if logprobs is not None and logprobs > _MAX_LOGPROBS:
+            raise RequestError("logprobs", logprobs, f"must be at most {_MAX_LOGPROBS}", "ask for fewer")
         if grammar is None and self.response_format is not None:
             grammar = self.response_format.grammar()
         return SamplingParams(

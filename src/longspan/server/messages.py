@@ -5,15 +5,37 @@ It owns the message types; it must not know how they travel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import msgspec
 
 from longspan.engine.core import CoreRequest, StepRecord, TokenOutput
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """Completions to begin with, or to go on with after a restart."""
+    """Completions to begin with, or to go on with after a restart; a prompt that several share is sent once."""
 
-    requests: list[CoreRequest]
+    prompts: list[list[int]]
+    completions: list[tuple[int, CoreRequest]]
+
+    @staticmethod
+    def of(requests: Sequence[CoreRequest]) -> Start:
+        """The message for requests, whose own prompts are left out."""
+        places: dict[int, int] = {}
+        prompts: list[list[int]] = []
+        completions: list[tuple[int, CoreRequest]] = []
+        for request in requests:
+            place = places.setdefault(id(request.prompt_token_ids), len(prompts))
+            if place == len(prompts):
+                prompts.append(list(request.prompt_token_ids))
+            completions.append((place, replace(request, prompt_token_ids=())))
+        return Start(prompts, completions)
+
+    @property
+    def requests(self) -> list[CoreRequest]:
+        """The requests with their prompts."""
+        return [replace(request, prompt_token_ids=self.prompts[place]) for place, request in self.completions]
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):

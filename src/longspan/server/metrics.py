@@ -84,6 +84,7 @@ class Metrics:
     def restarted(self) -> None:
         """The ranks were started again."""
         self._restarts.labels(self._model).inc()
+        self.load = Load(used_pages=(0,) * len(self._pages))
 
     def tick(self) -> None:
         """Add a second to the history."""

@@ -25,18 +25,20 @@ class News:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: str | None
     stop_reason: str | int | None
+    with_ids: bool = False
 
     @property
     def worth_sending(self) -> bool:
         """Whether a client would see a difference."""
-        return bool(self.text or self.finish_reason or (self.logprobs and self.tokens))
+        return bool(self.text or self.finish_reason or (self.tokens and (self.logprobs or self.with_ids)))
 
 
 class Cursor:
     """How much of one completion has been sent."""
 
-    def __init__(self, output: CompletionOutput) -> None:
+    def __init__(self, output: CompletionOutput, with_ids: bool) -> None:
         self._output = output
+        self._with_ids = with_ids
         self._text = 0
         self._tokens = 0
         self._ended = False
@@ -47,7 +49,7 @@ class Cursor:
         text, tokens = output.text[self._text :], tuple(output.token_ids[self._tokens :])
         logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens :])
         reason = None if output.finish_reason is None or self._ended else finish_reason(output.finish_reason)
-        found = News(text, tokens, logprobs, reason, output.stop_reason)
+        found = News(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
         if found.worth_sending:
             self._text, self._tokens, self._ended = len(output.text), len(output.token_ids), reason is not None
         return found

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -24,6 +26,7 @@ from longspan.server.text import Text
 from longspan.server.tools import TOOL_FORMATS, detect_format
 from longspan.weights.tokenizer import load_tokenizer
 
+_LAST_BYTES_SECONDS = 10.0
 _LOG = logging.getLogger("longspan.server")
 
 
@@ -42,6 +45,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See `uvicorn.Server`."""
         if self.should_exit:
+            self._engine.give_up()
             self.force_exit = True
         else:
             self._engine.drain()
@@ -62,18 +66,20 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
 
 async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
     """Serve until a signal. `on_ready` hears when every rank is ready and the port is open."""
-    await service.engine.start()
+    with _ended_by_sigterm():
+        await service.engine.start()
     options = service.options
     config = uvicorn.Config(
         build_app(service), host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=60,
     )  # fmt: skip
     server = Server(config, service.engine)
-    announcing = asyncio.create_task(_announce(server, on_ready))
+    tasks = [asyncio.create_task(_announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
     try:
         await server.serve()
     finally:
-        announcing.cancel()
+        for task in tasks:
+            task.cancel()
         await service.engine.close()
 
 
@@ -81,6 +87,28 @@ async def _announce(server: Server, on_ready: Callable[[Server], None]) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     on_ready(server)
+
+
+async def _end_drain(server: Server, engine: AsyncEngine) -> None:
+    """A client that has stopped reading must not keep a drained server alive."""
+    while not (server.should_exit and not len(engine.tracker)):
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(_LAST_BYTES_SECONDS)
+    server.force_exit = True
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While ranks load their weights a SIGTERM ends the server, cleanly; later it drains."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    on_main_thread = threading.current_thread() is threading.main_thread() and task is not None
+    if on_main_thread and task is not None:
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        if on_main_thread:
+            loop.remove_signal_handler(signal.SIGTERM)
 
 
 def _tool_format(options: ServeOptions, tokenizer: object) -> str | None:

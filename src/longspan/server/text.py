@@ -1,20 +1,25 @@
 """Text to tokens and back for the server: prompts, conversations, single tokens.
 
-It owns the tokenizer and the thread it encodes in, so that a long prompt never holds up the event loop.
+It owns the tokenizer and the threads it encodes in, so that a long prompt never holds up the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from longspan.errors import RequestError
 from longspan.server.errors import shortened
 
-T = TypeVar("T")
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "add_generation_prompt", "continue_final_message", "documents", "kwargs",
+}  # fmt: skip
 
 
 class Text:
@@ -22,7 +27,7 @@ class Text:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._thread = ThreadPoolExecutor(1, "longspan-tokenizer")
+        self._thread = ThreadPoolExecutor(2, "longspan-tokenizer")
         self.token = lru_cache(1 << 16)(self._token)
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
@@ -39,6 +44,9 @@ class Text:
     ) -> list[int]:
         """Token ids of a conversation under the model's template, ready for the answer. Raises `RequestError`."""
         tokenizer = self._require("messages", messages)
+        for name in options:
+            if name in _RESERVED:
+                raise RequestError(f"chat_template_kwargs.{name}", "...", "is not the template's own", "leave it out")
         if not tokenizer.chat_template:
             raise RequestError("messages", shortened(messages), "the model has no chat template", "use /v1/completions")
 

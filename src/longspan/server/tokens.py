@@ -9,7 +9,7 @@ from typing import Any
 
 from longspan.errors import RequestError
 from longspan.server.chat import Message, Tool
-from longspan.server.fields import Body
+from longspan.server.fields import Body, Ids
 from longspan.server.text import Text
 
 
@@ -42,4 +42,4 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids

@@ -12,9 +12,12 @@ from threading import Thread
 _WATCH_SECONDS = 0.5
 
 
-def end_with_parent() -> None:
-    """From now on this process ends within a second of its parent: no orphans, even deep in a collective."""
-    Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+def end_with_parent(parent: int) -> None:
+    """From now on this process ends within a second of its parent: no orphans, even deep in a collective.
+
+    `parent` is the parent's id as the parent itself gave it: it may be gone by now.
+    """
+    Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

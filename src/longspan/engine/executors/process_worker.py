@@ -1,4 +1,4 @@
-"""The main program of a worker process: `python -m longspan.engine.executors.process_worker FOLDER RANK`.
+"""The main program of a worker process: `python -m longspan.engine.executors.process_worker FOLDER RANK PARENT`.
 
 It owns the process's life: it starts from the configuration in FOLDER, answers the driver, and ends when
 told to or when the driver is gone.
@@ -27,10 +27,11 @@ from longspan.parallel.trace import Trace
 from longspan.plan import StepPlan
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, parent: int) -> None:
     """Serve the driver until it says stop or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
-    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the driver decides what they mean
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.connect(f"ipc://{folder}/rank-{rank}")
@@ -74,4 +75,4 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

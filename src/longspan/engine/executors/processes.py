@@ -5,6 +5,7 @@ It owns the processes, their start, their messages and their death; it must not 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,7 @@ class ProcessExecutor:
                     "longspan.engine.executors.process_worker",
                     str(folder),
                     str(rank),
+                    str(os.getpid()),
                 ]
                 self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
             measured = [ready.constants for ready in self._collect(Ready) if ready.constants]
