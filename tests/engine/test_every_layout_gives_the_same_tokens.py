@@ -105,11 +105,17 @@ def test_requests_that_share_a_beginning_see_their_own_continuation(tiny, layout
 
 
 @pytest.mark.parametrize(
-    ("model", "grid"), [("llama", (1, 3, 1)), ("llama", (4, 2, 2)), ("deepseek-v3", (2, 2, 2)), ("gpt-oss", (2, 3, 2))]
+    ("model", "grid"),
+    [
+        ("llama", (1, 3, 1, 1)),
+        ("llama-deep", (1, 2, 1, 2)),
+        ("deepseek-v3", (2, 2, 2, 1)),
+        ("gpt-oss", (2, 3, 2, 1)),
+    ],
 )
 def test_prefix_hits_of_every_length(tiny, grid, model):
-    tp, pcp, dcp = grid
-    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp)
+    tp, pcp, dcp, pp = grid
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, pp=pp)
     whole = prompt_of(33)
     llm.generate(whole, SamplingParams(temperature=0, max_tokens=1))
     for shared in range(34):

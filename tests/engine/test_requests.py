@@ -202,25 +202,8 @@ def test_a_local_request_lives_where_it_can_grow(tiny):
     assert tokens(output) == greedy(oracle("llama"), prompt_of(9), 40)[0]
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
-def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tiny, executor, monkeypatch):
-    llm = tiny(pcp=2, executor=executor)
-
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(llm.engine.executor, "collect", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(prompt_of(16), GREEDY)
-    monkeypatch.undo()
-    with pytest.raises(WorkerDied, match="start the engine again"):
-        llm.generate(prompt_of(16), GREEDY)
-
-
-@pytest.mark.parametrize("place", ["scheduler.commit", "_record"])
-def test_an_interrupt_between_steps_ends_the_engine_too(tiny, place, monkeypatch):
-    llm = tiny(pcp=2)
-    owner, name = (llm.engine.scheduler, "commit") if "." in place else (llm.engine.core, place)
+def interrupt(llm, owner, name, monkeypatch):
+    """Interrupt a generation where `owner.name` is called; later ones must not get its tokens."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -231,6 +214,19 @@ def test_an_interrupt_between_steps_ends_the_engine_too(tiny, place, monkeypatch
     monkeypatch.undo()
     with pytest.raises(WorkerDied, match="start the engine again"):
         llm.generate(prompt_of(16), GREEDY)
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_an_interrupted_step_ends_the_engine_rather_than_giving_stale_tokens(tiny, executor, monkeypatch):
+    llm = tiny(pcp=2, executor=executor)
+    interrupt(llm, llm.engine.executor, "collect", monkeypatch)
+
+
+@pytest.mark.parametrize("place", ["scheduler.commit", "_record"])
+def test_an_interrupt_between_steps_ends_the_engine_too(tiny, place, monkeypatch):
+    llm = tiny(pcp=2)
+    owner, name = (llm.engine.scheduler, "commit") if "." in place else (llm.engine.core, place)
+    interrupt(llm, owner, name, monkeypatch)
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])

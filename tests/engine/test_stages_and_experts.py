@@ -43,17 +43,6 @@ def test_any_page_size_and_chunk_size_over_stages(tiny, page_size, budget, sched
     assert tokens_of(llm, prompts()) == expected("llama-deep")
 
 
-def test_prefix_hits_of_every_length_over_stages(tiny):
-    llm = tiny("llama-deep", pp=2, pcp=2)
-    whole = prompt_of(33)
-    llm.generate(whole, SamplingParams(temperature=0, max_tokens=1))
-    for shared in range(34):
-        prompt = whole[:shared] + prompt_of(34, seed=1)[shared:]
-        (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4))
-        assert output.num_cached_tokens == shared // 4 * 4
-        assert output.outputs[0].token_ids == greedy(oracle("llama-deep"), prompt, 4)[0]
-
-
 def test_every_stage_has_a_step_to_work_on(tiny):
     llm = tiny("llama-deep", pp=4)
     for number in range(8):

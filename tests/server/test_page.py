@@ -92,6 +92,7 @@ SCENES: dict[str, list[State | None]] = {  # what the polls are answered; None i
     "idle": [None, empty()],
     "restarting": [lively(), restarting()],
     "lost": [lively(), None],
+    "locked": [lively()],
     "unseen": [lively()],
 }
 SCRIPTS = {"lively": POINT, "unseen": HIDE}  # what a scene's page has beside its own script
@@ -115,6 +116,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "internal/state":
             states = SCENES[scene]
             state = states[min(before, len(states) - 1)]
+            if scene == "locked":
+                self.reply(401, "application/json", "{}")
+                return
             self.reply(500 if state is None else 200, "application/json", json.dumps(state or {"detail": "no engine"}))
         else:
             page = PAGE.read_text().replace("</body>", SCRIPTS.get(scene, "") + "</body>")
@@ -276,6 +280,12 @@ def test_a_lost_connection_is_announced_and_the_last_figures_stay(scenes):
     page = scenes["lost"]
     assert page["banner"].text == "connection lost, retrying"
     assert len(rows(page)) == 8
+
+
+def test_a_server_with_a_key_asks_for_it(scenes):
+    assert scenes["locked"]["banner"].text == "this server has a key: enter it to see its state"
+    assert "hidden" not in scenes["locked"]["lock"].attributes
+    assert "hidden" in scenes["lively"]["lock"].attributes
 
 
 def test_a_connection_that_comes_back_clears_the_banner(scenes):

@@ -42,7 +42,7 @@ class CpuBackend:
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
-        """See `Backend.unmasked`."""
+        """See `Backend.attend`."""
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
         whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)

@@ -30,7 +30,7 @@ class ReferenceBackend:
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
-        """See `Backend.unmasked`."""
+        """See `Backend.attend`."""
         whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)
         for run in runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
