@@ -34,10 +34,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=120)
     parser.add_argument("--port", type=int, default=8790)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("rest", nargs="*", help="options of `longspan serve`, after --")
-    options = parser.parse_args()
+    own = sys.argv[1:]
+    rest = own[own.index("--") + 1 :] if "--" in own else []
+    options = parser.parse_args(own[: own.index("--")] if "--" in own else own)
     command = [sys.executable, "-c", _MAIN, "serve", options.model, "--port", str(options.port)]
-    server = subprocess.Popen([*command, *options.rest])
+    server = subprocess.Popen([*command, *rest])
     try:
         return asyncio.run(_Ordeal(options, server.pid).run())
     finally:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from longspan.attention.backends.batch import batches
 from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.heads import HeadBlock
 from longspan.cache.pages import Span
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
@@ -247,3 +249,26 @@ def test_partials_of_bf16_rows_are_fp32_with_a_natural_lse(method):
     assert part.out.dtype == part.lse.dtype == torch.float32
     score = (q.float() * k.float()).sum(-1)
     torch.testing.assert_close(part.lse, score, atol=1e-3, rtol=0)  # one key: the lse is its score, whatever the base
+
+
+def test_many_short_contexts_are_attended_together_as_they_are_alone():
+    """Lone queries over scattered spans of unlike lengths, NaN everywhere else: the batch against the reference."""
+    generator = torch.Generator().manual_seed(5)
+    kv = torch.full((2, 3, 4000, 8), float("nan"))
+    runs: list[QueryRun] = []
+    for row, tokens in enumerate((1, 700, 40, 41, 90, 33, 300, 5, 47, 44)):
+        cut = tokens // 3
+        spans = tuple(Span(row * 400 + at, n) for at, n in ((0, cut), (390 - (tokens - cut), tokens - cut)) if n > 0)
+        spans = (Span(row * 400, tokens),) if tokens > 380 else spans
+        for span in spans:
+            kv[:, :, span.slot : span.slot + span.length] = torch.randn(2, 3, span.length, 8, generator=generator)
+        runs.append(QueryRun(row, 1, spans))
+    q = torch.randn(len(runs), 12, 8, generator=generator)
+    blocks = (HeadBlock(0, 8, 0, 2), HeadBlock(8, 12, 2, 3))
+    together, alone = batches(tuple(runs))
+    assert sum(len(batch.rows) for batch in together) == 4
+    assert {run.row for run in alone} >= {1}
+    part = CpuBackend().attend(q, runs, kv, blocks, 0.3)
+    expected = ReferenceBackend().attend(q, runs, kv, blocks, 0.3)
+    torch.testing.assert_close(part.out, expected.out.to(part.out.dtype), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(part.lse, expected.lse.to(part.lse.dtype), atol=1e-5, rtol=1e-4)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, concatenate, merge
 from longspan.reach import QueryRun
@@ -46,7 +47,12 @@ class CpuBackend:
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
         whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)
-        for run in runs:
+        together, alone = batches(tuple(runs)) if kv.is_contiguous() else ((), runs)
+        for batch in together:
+            part = _join_heads([_batch_block(q[batch.rows], batch, kv, block, scale) for block in blocks])
+            whole.out[batch.rows] = part.out
+            whole.lse[batch.rows] = part.lse
+        for run in alone:
             stop = run.row + run.length
             part = _run(q[run.row : stop], run, kv, blocks, scale)
             whole.out[run.row : stop] = part.out
@@ -84,6 +90,21 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
     return Partial(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
+
+
+def _batch_block(q: Tensor, batch: Batch, kv: Tensor, block: HeadBlock, scale: float) -> Partial:
+    """Lone queries [B, H, D], each over its own slots of the pool [planes, Hkv, slots, D]."""
+    count, _, dim = q.shape
+    heads, (_, kv_heads, slots, _) = block.q_stop - block.q_start, kv.shape
+    first = torch.arange(block.kv_start, block.kv_stop)
+    planes = torch.tensor([0, kv.shape[0] - 1]) * kv_heads
+    places = (planes[:, None] + first)[..., None] * slots + batch.slots.reshape(-1)
+    copied = kv.view(-1, dim).index_select(0, places.reshape(-1))
+    keys, values = copied.view(2, len(first), count, -1, dim).transpose(1, 2)
+    packed = q[:, block.q_start : block.q_stop].reshape(count, block.kv_heads, block.group, dim)
+    mask = _additive(batch.seen, q)[:, None, None].expand(count, block.kv_heads, block.group, -1)
+    out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
+    return Partial(out.reshape(count, heads, dim).to(lse.dtype), lse.reshape(count, heads))
 
 
 def _causal_block(
