@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/python demo/ask_a_long_text.py
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check src tests demo scripts

@@ -12,9 +12,10 @@ from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.trace import TraceSpan
 from longspan.plan import Segment, StepPlan
-from longspan.request import SampledToken
+from longspan.request import SampledToken, TokenLogprobs
 
 _STRIDE = 7919  # a prime: neighbouring tokens differ, and so do their texts
+_CERTAIN = TokenLogprobs(0.0, (), ())
 
 
 class DryExecutor:
@@ -49,4 +50,4 @@ class DryExecutor:
 
     def _sampled(self, segment: Segment) -> list[SampledToken]:
         positions = range(segment.stop - segment.sample, segment.stop)
-        return [SampledToken(segment.request_id, p * _STRIDE % self._vocabulary, position=p) for p in positions]
+        return [SampledToken(segment.request_id, p * _STRIDE % self._vocabulary, _CERTAIN, p) for p in positions]
