@@ -26,7 +26,7 @@ from longspan.server.metrics import Metrics
 _LOG = logging.getLogger("longspan.server")
 _MAX_STRIKES = 3  # deaths of the core that a request survives without a token in between
 _LONGEST_PAUSE = 5.0
-_STATE_SECONDS = 2.0
+_STATE_SECONDS = 0.5
 _PULSE_SECONDS = 15.0
 _FOREVER = 1e8
 
@@ -83,6 +83,7 @@ class AsyncEngine:
         self._calls: dict[str, _Call] = {}
         self._last_token: dict[int, float] = {}
         self._strikes: dict[int, int] = {}
+        self._last_state: CoreState | None = None
         self._states: list[asyncio.Future[CoreState]] = []
         self._ids = count()
         self._ready = asyncio.Event()
@@ -172,7 +173,7 @@ class AsyncEngine:
             self._flush()
 
     async def state(self) -> CoreState | None:
-        """What the core reports of itself; None while it is not there or does not answer in time."""
+        """What the core reports of itself, or last reported if a step takes long; None while it is not there."""
         if not self._core or not self._ready.is_set():
             return None
         answer: asyncio.Future[CoreState] = asyncio.get_running_loop().create_future()
@@ -180,7 +181,7 @@ class AsyncEngine:
             self._core.send(AskState())
         self._states.append(answer)
         done, _ = await asyncio.wait({answer}, timeout=_STATE_SECONDS)
-        return answer.result() if done and not answer.cancelled() else None
+        return answer.result() if done and not answer.cancelled() else self._last_state
 
     def _expire(self, call: _Call) -> None:
         call.error = RequestTimeout(
@@ -291,6 +292,7 @@ class AsyncEngine:
                     self.metrics.load = load
                     self._deliver(outputs)
                 case CoreState():
+                    self._last_state = message
                     for answer in self._states:
                         if not answer.done():
                             answer.set_result(message)
@@ -300,7 +302,7 @@ class AsyncEngine:
 
     def _mourn(self, error: Exception) -> None:
         """The core is dead: requests wait for the next one, but not for ever."""
-        self._core = None
+        self._core = self._last_state = None
         self._ready.clear()
         self.restarts += 1
         self.metrics.restarted()
