@@ -16,14 +16,14 @@ def name(grid):
     return "pp{} tp{} pcp{} dcp{}".format(*grid)
 
 
-@pytest.mark.parametrize("grid", STAGES, ids=name)
+@pytest.mark.parametrize("grid", STAGES[::2], ids=name)
 def test_any_number_of_stages(tiny, grid):
     pp, tp, pcp, dcp = grid
     llm = tiny("llama-deep", pp=pp, tp=tp, pcp=pcp, dcp=dcp)
     assert tokens_of(llm, prompts()) == expected("llama-deep")
 
 
-@pytest.mark.parametrize("grid", [*STAGES[::3], *LARGE], ids=name)
+@pytest.mark.parametrize("grid", [*STAGES[1::4], *LARGE], ids=name)
 def test_any_number_of_stages_with_latents_and_experts(tiny, grid):
     pp, tp, pcp, dcp = grid
     llm = tiny("deepseek-v3-deep", pp=pp, tp=tp, pcp=pcp, dcp=dcp)
