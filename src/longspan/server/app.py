@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.resources import files
@@ -42,9 +41,8 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "content": _ERROR_BODY}
     for status, description in {
         400: "the request cannot be served", 401: "wrong key", 404: "no such model", 408: "it took too long",
-        413: "too large a body", 422: "not used", 429: "too many requests wait", 503: "the engine is not there",
+        413: "too large a body", 429: "too many requests wait", 503: "the engine is not there",
     }.items()
-    if status != 422
 }  # fmt: skip
 
 
@@ -87,14 +85,8 @@ class _StrictRequest(Request):
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application; it starts the engine when the server starts, and ends it with the server."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await service.engine.close()
-
-    app = FastAPI(title="Longspan", version=__version__, lifespan=lifespan, redoc_url=None)
+    """The application over an engine that somebody else starts and ends."""
+    app = FastAPI(title="Longspan", version=__version__, redoc_url=None)
     app.router.route_class = _Route
     _add_generation(app, service)
     _add_tokens(app, service)

@@ -39,11 +39,6 @@ class Job:
     params: SamplingParams
     prompt: str | None = None
 
-    @property
-    def completions(self) -> int:
-        """Completions it asks for."""
-        return self.params.n
-
 
 @dataclass(eq=False)
 class _Call:
@@ -134,11 +129,10 @@ class AsyncEngine:
 
     def give_up(self) -> None:
         """End all requests in flight with `EngineUnavailable`."""
-        self._fail_all(EngineUnavailable("the server is shutting down; send the request again later"))
-
-    def check_room(self, completions: int = 1) -> None:
-        """Raise `QueueFull` or `EngineUnavailable` before any work is put into a request that would be refused."""
-        self._make_room(completions)
+        for request_id, call in list(self._calls.items()):
+            call.error = _shutting_down()
+            call.event.set()
+            self._abort(request_id)
 
     async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[list[RequestOutput], None]:
         """Complete prompts together; yields those whose outputs grew, until all have finished.
@@ -148,7 +142,7 @@ class AsyncEngine:
 
         Raises `RequestError`, or `EngineUnavailable`.
         """
-        self._make_room(sum(job.completions for job in jobs))
+        self.check_room(sum(job.params.n for job in jobs))
         call = _Call(time.monotonic(), time.monotonic())
         timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, call)
         outputs: list[RequestOutput] = []
@@ -190,9 +184,13 @@ class AsyncEngine:
         )  # fmt: skip
         call.event.set()
 
-    def _make_room(self, wanted: int) -> None:
+    def check_room(self, wanted: int = 1) -> None:
+        """Raise `QueueFull`, or `EngineUnavailable` of a server that ends, if so many completions cannot be taken.
+
+        Called once more before a prompt is tokenised: no work goes into a request that would be refused.
+        """
         if self._draining:
-            raise EngineUnavailable("the server is shutting down; send the request again later")
+            raise _shutting_down()
         held = sum(len(self._tracker.numbers(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
             raise RequestError(
@@ -352,12 +350,6 @@ class AsyncEngine:
             self.metrics.first_token(output, now - call.arrived)
         self.metrics.tokens(len(tokens.tokens), None if before is None else now - before)
 
-    def _fail_all(self, error: EngineUnavailable) -> None:
-        for request_id, call in list(self._calls.items()):
-            call.error = error
-            call.event.set()
-            self._abort(request_id)
-
     async def _tick(self) -> None:
         """Once a second: history for the page, a pulse for calls that have heard nothing for long."""
         while True:
@@ -368,6 +360,10 @@ class AsyncEngine:
                 if now - call.heard >= _PULSE_SECONDS:
                     call.heard = now
                     call.event.set()
+
+
+def _shutting_down() -> EngineUnavailable:
+    return EngineUnavailable("the server is shutting down; send the request again later")
 
 
 def _raise_if_failed(output: RequestOutput) -> None:

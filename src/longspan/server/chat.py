@@ -19,7 +19,7 @@ from longspan.server.async_engine import Job
 from longspan.server.errors import shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.grammar import grammar_of
-from longspan.server.replies import Cursor, Identity, News, finish_reason, usage
+from longspan.server.replies import Cursor, Identity, News, usage
 from longspan.server.text import Text
 from longspan.server.tools import ToolCall, ToolParser
 
@@ -200,9 +200,7 @@ class ChatReply:
         return {**self._identity.envelope(), "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        reason = None if completion.finish_reason is None else finish_reason(completion.finish_reason)
-        logprobs = None if completion.logprobs is None else tuple(completion.logprobs)
-        news = News(completion.text, tuple(completion.token_ids), logprobs, reason, completion.stop_reason)
+        news = Cursor(completion, False).news()
         calls = _Calls(self._tool_format, self._forced)
         delta = calls.delta(news)
         made = [
@@ -214,7 +212,7 @@ class ChatReply:
             message["tool_calls"] = made
         return {
             "index": completion.index, "message": message, "logprobs": self._logprobs(news),
-            "finish_reason": calls.reason(reason), "stop_reason": news.stop_reason, **self._ids(news),
+            "finish_reason": calls.reason(news.finish_reason), "stop_reason": news.stop_reason, **self._ids(news),
         }  # fmt: skip
 
     def _chunk(self, index: int, delta: dict[str, Any], news: News | None, reason: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from longspan.errors import RequestError
 from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import GenerationBody, Ids
-from longspan.server.replies import Cursor, Identity, News, finish_reason, usage
+from longspan.server.replies import Cursor, Identity, News, usage
 from longspan.server.text import Text
 
 _DEFAULT_MAX_TOKENS = 16
@@ -110,7 +110,8 @@ class CompletionReply:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See `Reply.whole`."""
-        choices = [self._choice(index, output, _all(choice)) for index, (output, choice) in enumerate(_each(outputs))]
+        everything = [(output, Cursor(choice, False).news()) for output, choice in _each(outputs)]
+        choices = [self._choice(index, output, news) for index, (output, news) in enumerate(everything)]
         return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, index: int, output: RequestOutput, news: News) -> dict[str, Any]:
@@ -151,9 +152,3 @@ class CompletionReply:
 
 def _each(outputs: Sequence[RequestOutput]) -> list[tuple[RequestOutput, CompletionOutput]]:
     return [(output, completion) for output in outputs for completion in output.outputs]
-
-
-def _all(output: CompletionOutput) -> News:
-    reason = None if output.finish_reason is None else finish_reason(output.finish_reason)
-    logprobs = None if output.logprobs is None else tuple(output.logprobs)
-    return News(output.text, tuple(output.token_ids), logprobs, reason, output.stop_reason)

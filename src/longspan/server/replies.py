@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from longspan.request import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
+from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import StreamOptions
 
@@ -48,7 +48,7 @@ class Cursor:
         output = self._output
         text, tokens = output.text[self._text :], tuple(output.token_ids[self._tokens :])
         logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens :])
-        reason = None if output.finish_reason is None or self._ended else finish_reason(output.finish_reason)
+        reason = None if output.finish_reason is None or self._ended else output.finish_reason.value
         found = News(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
         if found.worth_sending:
             self._text, self._tokens, self._ended = len(output.text), len(output.token_ids), reason is not None
@@ -101,8 +101,3 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
     }
-
-
-def finish_reason(reason: FinishReason) -> str:
-    """In OpenAI's words."""
-    return reason.value
