@@ -16,6 +16,8 @@ KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
 EXECUTOR_NAMES = ("threads", "processes", "dry")
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -78,14 +80,19 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright."""
+    """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright.
+
+    `dtype` is that of its rows: the model's (`auto`), or quantised with a scale for each token and head.
+    """
 
     page_size: int = 16
     memory_bytes: int = 1 << 30
     pages_per_shard: tuple[int, ...] | None = None
     enable_prefix_caching: bool = True
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        require_choice("kv_cache_dtype", self.dtype, KV_DTYPE_NAMES)
         require(self.page_size >= 1, "page_size", self.page_size, "must be at least 1", "16 is the default")
         require(self.memory_bytes > 0, "memory_bytes", self.memory_bytes, "must be positive", "give bytes")
         for pages in self.pages_per_shard or (1,):
@@ -158,6 +165,7 @@ class EngineConfig:
 
     model: str
     dtype: str = "auto"
+    device: str = "auto"
     executor: str = "threads"
     seed: int = 0
     num_threads: int | None = None
@@ -170,6 +178,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)
+        require_choice("device", self.device, DEVICE_NAMES)
         require_choice("executor", self.executor, EXECUTOR_NAMES)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
         if self.num_threads is not None:

@@ -57,13 +57,15 @@ class LLM:
         speculative: str | None = None,
         executor: str = "threads",
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        device: str = "auto",
         seed: int = 0,
         num_threads: int | None = None,
         debug: bool = False,
         cost: CostConstants | None = None,
     ) -> None:
         config = EngineConfig(
-            model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+            model=model, dtype=dtype, device=device, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
                 pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
@@ -71,6 +73,7 @@ class LLM:
             cache=CacheConfig(
                 page_size, kv_cache_memory_bytes,
                 None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
+                kv_cache_dtype,
             ),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,

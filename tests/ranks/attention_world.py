@@ -21,6 +21,7 @@ from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
+from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import ContextGroup
 from longspan.cache.layout import KVLayout
 from longspan.cache.manager import CacheManager
@@ -56,6 +57,7 @@ class Layout:
     workspace_tokens: int = 1 << 20
     windows: tuple[int | None, ...] = (None,)
     ranks_per_node: int | None = None
+    cache_dtype: torch.dtype | None = None  # of a quantised cache
 
 
 @dataclass
@@ -99,14 +101,16 @@ class World:
         at, sharding = self.layout, self.shardings[rank]
         start, stop = sharding.kv_extent
         pool = KVPool(
-            KVLayout(1, stop - start, at.head_dim, 8),
+            KVLayout(1, stop - start, at.head_dim, 8, scale_groups=(at.head_dim,) if at.cache_dtype else ()),
             range(len(at.windows)),
             pages[self.grid.ranks[rank].shard],
             at.page_size,
-            self.dtype,
+            at.cache_dtype or self.dtype,
         )
-        for tensor in pool.layers.values():
-            tensor.fill_(float("nan"))  # whatever is read before it is written shows
+        for rows in pool.layers.values():
+            (rows.values if rows.scales is None else rows.scales).fill_(
+                float("nan")
+            )  # whatever is read before it is written shows
         members = self.grid.context_group(rank)
         by_member = tuple(sharding.blocks_of(member) for member in members)
         heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
@@ -180,7 +184,9 @@ class World:
         assert list(view.positions) == [position for _, position in rows]
         at = self.layout
         for row, (_, position) in enumerate(rows):
-            dense = _dense(self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position, window)
+            dense = _dense(
+                self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position, window, at.cache_dtype
+            )
             error = (out[row] - dense[slice(*sharding.q_extent)]).abs().max().item()
             assert error == error, f"NaN at position {position}"
             self.worst_error = max(self.worst_error, error)
@@ -202,14 +208,24 @@ def _qkv(
 
 @cache
 def _dense(
-    seed: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, position: int, window: int | None
+    seed: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    position: int,
+    window: int | None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Dense attention [Hq, D] of one position over all it sees."""
+    """Dense attention [Hq, D] of one position over all it sees, as the cache keeps it."""
     tensors = (seed, q_heads, kv_heads, head_dim, dtype)
     seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
     keys, values = (
         torch.stack([_qkv(*tensors, p)[part] for p in seen]).repeat_interleave(q_heads // kv_heads, dim=1)
         for part in (1, 2)
     )
+    if cache_dtype is not None:
+        like = CacheRows(keys.to(cache_dtype), keys, (head_dim,))
+        keys, values = through(keys, like), through(values, like)
     weights = torch.softmax(torch.einsum("hd,phd->hp", _qkv(*tensors, position)[0], keys) * head_dim**-0.5, -1)
     return torch.einsum("hp,phd->hd", weights, values)

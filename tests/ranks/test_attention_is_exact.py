@@ -7,6 +7,7 @@ from longspan.attention.backends.batch import batches
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.heads import HeadBlock
+from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.reach import QueryRun
@@ -150,7 +151,7 @@ def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
     world.run(steps=1)
     for rank, mirror in enumerate(world.mirrors):
         for span in mirror[0].table.spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
-            world.attentions[rank].pool.layers[0][:, :, span.slot : span.slot + span.length] = float("nan")
+            world.attentions[rank].pool.layers[0].values[:, :, span.slot : span.slot + span.length] = float("nan")
     world.run()
     assert world.worst_error < 1e-13
 
@@ -219,6 +220,30 @@ def test_the_cpu_backend_equals_the_reference_in_fp32():
         assert world.worst_error < 1e-5
 
 
+@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_quantised_cache_is_read_as_it_was_written_whatever_travels(schedule, cache_dtype):
+    """Dense attention over the quantised keys and values: chunks, pages, ranks and prefix hits change nothing."""
+    for grid in [(1, 1, 1), (1, 3, 1), (2, 2, 2)]:
+        world = World(Layout(*grid, 4, 2, budget=19, schedule=schedule, cache_dtype=cache_dtype))
+        world.add(0, [1] * 53, 4)
+        world.run()
+        world.add(1, [1] * 40, 3)  # begins with cached pages
+        world.run()
+        assert world.worst_error < 1e-13
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_cpu_backend_reads_a_quantised_cache_as_the_reference_does(cache_dtype):
+    for grid, windows in [((1, 1, 1), (None,)), ((2, 2, 2), (None, 9))]:
+        layout = Layout(*grid, 4, 2, budget=40, windows=windows, cache_dtype=cache_dtype)
+        world = World(layout, CpuBackend(), torch.float32)
+        for request in range(6):  # enough short ones for a batch
+            world.add(request, [1 + request] * (20 + request), 4)
+        world.run()
+        assert world.worst_error < 1e-5
+
+
 @pytest.mark.parametrize("method", ["causal", "unmasked"])
 def test_the_cpu_backend_takes_rows_of_any_strides(method):
     """The kernel reads the last dimension as adjacent, unchecked; a transposed product's is not."""
@@ -231,7 +256,7 @@ def test_the_cpu_backend_takes_rows_of_any_strides(method):
         backend = CpuBackend()
         if method == "causal":
             return backend.causal(q, k, v, blocks, 0.25)
-        return backend.attend(q, runs, pool, blocks, 0.25)
+        return backend.attend(q, runs, CacheRows(pool), blocks, 0.25)
 
     expected, found = attend(*adjacent), attend(*strided)
     torch.testing.assert_close(found.out, expected.out)
@@ -245,7 +270,11 @@ def test_partials_of_bf16_rows_are_fp32_with_a_natural_lse(method):
     pool = torch.stack([k, v]).transpose(1, 2).contiguous()
     runs, blocks = (QueryRun(0, 1, (Span(0, 1),)),), (HeadBlock(0, 2, 0, 1),)
     backend = CpuBackend()
-    part = backend.causal(q, k, v, blocks, 1.0) if method == "causal" else backend.attend(q, runs, pool, blocks, 1.0)
+    part = (
+        backend.causal(q, k, v, blocks, 1.0)
+        if method == "causal"
+        else backend.attend(q, runs, CacheRows(pool), blocks, 1.0)
+    )
     assert part.out.dtype == part.lse.dtype == torch.float32
     score = (q.float() * k.float()).sum(-1)
     torch.testing.assert_close(part.lse, score, atol=1e-3, rtol=0)  # one key: the lse is its score, whatever the base
@@ -268,7 +297,7 @@ def test_many_short_contexts_are_attended_together_as_they_are_alone():
     together, alone = batches(tuple(runs))
     assert sum(len(batch.rows) for batch in together) == 4
     assert {run.row for run in alone} >= {1}
-    part = CpuBackend().attend(q, runs, kv, blocks, 0.3)
-    expected = ReferenceBackend().attend(q, runs, kv, blocks, 0.3)
+    part = CpuBackend().attend(q, runs, CacheRows(kv), blocks, 0.3)
+    expected = ReferenceBackend().attend(q, runs, CacheRows(kv), blocks, 0.3)
     torch.testing.assert_close(part.out, expected.out.to(part.out.dtype), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(part.lse, expected.lse.to(part.lse.dtype), atol=1e-5, rtol=1e-4)

@@ -29,6 +29,7 @@ ENGINE_OPTIONS = {
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
+    "--kv-cache-dtype", "--device",
 }  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {

@@ -46,3 +46,11 @@ QWEN3_0_6B = {
 )
 def test_bytes_a_token_on_one_rank(values, tp, expected):
     assert cache_layout(Grid(ParallelConfig(tp)), load_config(values), BF16).bytes_per_token == expected
+
+
+@pytest.mark.parametrize(("values", "row"), [(LLAMA_3_405B, 128 + 4), (DEEPSEEK_V3, 576 + 8)], ids=["GQA", "MLA"])
+def test_a_quantised_row_takes_a_byte_an_element_and_four_a_scale(values, row):
+    """A scale for each token and KV head; of MLA one for the latent and one for the rotary key."""
+    layout = cache_layout(Grid(ParallelConfig(1)), load_config(values), 1, quantised=True)
+    assert layout.row_bytes == row
+    assert layout.bytes_per_token == layout.num_layers * layout.planes * layout.kv_heads * row

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from longspan.attention.backends.base import Writer
 from longspan.attention.forms import Form, Kernels
 from longspan.attention.layer import AttentionLayer
-from longspan.attention.partial import Partial, concatenate, merge, with_sink
-from longspan.attention.pool import KVPool, SlotWriter
+from longspan.attention.partial import Partial, concatenate, with_sink
+from longspan.attention.pool import KVPool
+from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.reach import Reach
 from longspan.view import ClassView, RankView
@@ -32,12 +34,13 @@ class Attention:
         self.windows = tuple(windows)
         self._kind_of = {window: kind for kind, window in enumerate(windows)}
         self._classes: Sequence[ClassView] = ()
-        self._writer = SlotWriter((), 0)
+        self._writer: Writer = kernels.backend.writer((), 0)
 
     def begin(self, view: RankView) -> None:
         """Prepare a step."""
         self._classes = view.classes
-        self._writer = SlotWriter(view.writes, len(view.positions))
+        self._kernels.backend.begin()
+        self._writer = self._kernels.backend.writer(view.writes, len(view.positions))
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
@@ -48,14 +51,16 @@ class Attention:
         for view in self._classes:
             rows = slice(view.start, view.stop)
             off = self._off_diagonal(view, view.kinds[kind], form, kv, q[rows])
-            diagonal = _diagonal(view, form, q[rows], k[rows], v[rows])
-            parts.append(merge([part for part in (diagonal, off) if part is not None]))
+            diagonal = (
+                _diagonal(view, form, q[rows], through(k[rows], kv), through(v[rows], kv)) if view.diagonal else None
+            )
+            parts.append(self._kernels.backend.merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
             return q.new_zeros(*q.shape[:-1], form.value_dim)
         whole = concatenate(parts)
         return (whole if layer.sink is None else with_sink(whole, layer.sink)).out.to(q.dtype)
 
-    def _off_diagonal(self, view: ClassView, reach: Reach, form: Form, kv: Tensor, q: Tensor) -> Partial | None:
+    def _off_diagonal(self, view: ClassView, reach: Reach, form: Form, kv: CacheRows, q: Tensor) -> Partial | None:
         """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
         local = q[: reach.travel]
         parts: list[Partial] = []
@@ -66,10 +71,8 @@ class Attention:
         return concatenate(parts) if parts else None
 
 
-def _diagonal(view: ClassView, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
-    """Every segment longer than one token of a class's rows against itself; None if there is none."""
-    if not view.diagonal:
-        return None
+def _diagonal(view: ClassView, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """Every segment longer than one token of a class's rows against itself."""
     parts: list[Partial] = []
     at = 0
     for row, length in view.diagonal:

@@ -16,7 +16,8 @@ from torch import Tensor
 from longspan.attention.cost import CostConstants, Fixed
 from longspan.attention.facts import AttentionShape
 from longspan.attention.forms import Kernels, PlainForm
-from longspan.attention.partial import Partial, merge
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.cache.pages import Span
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
@@ -56,6 +57,7 @@ class Calibration:
     place: Place
     shape: AttentionShape
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
 
     @property
     def group(self) -> Collectives:
@@ -101,34 +103,40 @@ class Calibration:
             shares=tuple(KeyShare((one,), 1) for _ in shards),
             key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
         )
-        kv = torch.randn(self.shape.planes, self.shape.kv_heads, 1, self.shape.head_dim).to(self.dtype)
-        q = torch.randn(int(busy_here), self.shape.q_heads, self.shape.head_dim).to(self.dtype)
+        kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
         join = Join(q, kv, reach, PlainForm(self.kernels, None), self.context)
         return self._together(lambda: SCHEDULES[name](join), _SCHEDULE_REPEATS)
 
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def _rows(self, tokens: int) -> CacheRows:
+        return CacheRows(self._random(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim))
+
     def _attention(self, rows: int, tokens: int) -> Callable[[], object]:
-        kv = torch.randn(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim).to(self.dtype)
-        q = torch.randn(rows, self.shape.q_heads, self.shape.head_dim).to(self.dtype)
+        kv, q = self._rows(tokens), self._random(rows, self.shape.q_heads, self.shape.head_dim)
         run = [QueryRun(0, rows, (Span(0, tokens),))]
         kernels = self.kernels
         return lambda: kernels.backend.attend(q, run, kv, kernels.heads.own, kernels.scale)
 
     def _copy(self) -> float:
         """Seconds a byte of partials that are merged."""
-        part = Partial.empty(_ROWS, self.shape.q_heads, self.shape.out_dim, torch.zeros(1, dtype=self.dtype))
+        part = Partial.empty(
+            _ROWS, self.shape.q_heads, self.shape.out_dim, torch.zeros(1, dtype=self.dtype, device=self.device)
+        )
         parts = [Partial(torch.randn_like(part.out), torch.randn_like(part.lse)) for _ in range(2)]
-        return self._together(lambda: merge(parts)) / (2 * _ROWS * self.shape.partial_bytes)
+        return self._together(lambda: self.kernels.backend.merge(parts)) / (2 * _ROWS * self.shape.partial_bytes)
 
     def _exchange(self) -> tuple[float, float]:
         """(seconds a collective, seconds a byte received)."""
-        small, large = torch.zeros(1), torch.zeros(_LARGE // 4)
+        small, large = torch.zeros(1, device=self.device), torch.zeros(_LARGE // 4, device=self.device)
         latency = self._together(lambda: self._all_gather(small))
         received = max(self.group.size - 1, 1) * _LARGE
         return latency, max(self._together(lambda: self._all_gather(large)) - latency, 0.0) / received
 
     def _hidden(self) -> float:
         """The part of the shorter of a transfer to the next member and of computing that goes on beside the other."""
-        large, work = torch.zeros(_LARGE // 4), torch.randn(256, 256)
+        large, work = torch.zeros(_LARGE // 4, device=self.device), torch.randn(256, 256, device=self.device)
         ring = [*range(self.group.rank, self.group.size), *range(self.group.rank)]
         peers = ring[1:]
 
@@ -153,21 +161,22 @@ class Calibration:
 
     def _alone(self, run: Callable[[], object]) -> float:
         """Median seconds on the first member while all others wait for it."""
-        own = torch.zeros(1, dtype=torch.float64)
+        own = torch.zeros(1, dtype=torch.float64, device=self.device)
         if self.group.rank == 0:
-            own += median(_seconds(run) for _ in range(_REPEATS))
+            own += median(self._seconds(run) for _ in range(_REPEATS))
         return float(self._all_gather(own)[0])
 
     def _together(self, run: Callable[[], object], repeats: int = _REPEATS) -> float:
         """Median seconds, every repetition started by all members together."""
         found: list[float] = []
         for _ in range(repeats):
-            self._all_gather(torch.zeros(1))
-            found.append(_seconds(run))
+            self._all_gather(torch.zeros(1, device=self.device))
+            found.append(self._seconds(run))
         return median(found)
 
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    def _seconds(self, run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started

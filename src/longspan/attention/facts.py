@@ -40,7 +40,10 @@ class ExpansionCost:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes."""
+    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes.
+
+    `row_bytes` are those of a cached row where they differ from a query's.
+    """
 
     q_heads: int
     kv_heads: int
@@ -49,6 +52,7 @@ class AttentionShape:
     planes: int = 2
     value_dim: int | None = None
     expansion: ExpansionCost = ExpansionCost()
+    row_bytes: int | None = None
 
     @property
     def out_dim(self) -> int:
@@ -73,7 +77,8 @@ class AttentionShape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        return self.planes * self.kv_heads * self.head_dim * self.element_bytes
+        row = self.head_dim * self.element_bytes if self.row_bytes is None else self.row_bytes
+        return self.planes * self.kv_heads * row
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from longspan.attention.backends.base import Backend
 from longspan.attention.facts import ExpansionCost
 from longspan.attention.heads import HeadBlock
 from longspan.attention.layer import AttentionLayer, Latent
-from longspan.attention.partial import Partial, merge
-from longspan.attention.pool import read_spans
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span, clip_spans
 from longspan.reach import QueryRun
 
@@ -64,24 +64,28 @@ class Form(Protocol):
         """One segment against itself: k and v as they are cached, [T, Hkv, D]."""
         ...
 
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
-        """Own queries against cache rows [planes, Hkv, slots, D], this rank's or brought here."""
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+        """Own queries against cache rows, this rank's or brought here."""
         ...
 
     def outgoing(self, q: Tensor) -> Tensor:
         """Own queries as they travel."""
         ...
 
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """Queries of the whole DCP group that came here, `travelling_dim` wide results for the way back."""
         ...
 
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
         """Queries of one member of the context group that came here, likewise."""
         ...
 
     def incoming(self, part: Partial) -> Partial:
         """Results that came back."""
+        ...
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
         ...
 
 
@@ -97,7 +101,7 @@ class PlainForm:
         """See `Form.diagonal`."""
         return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)
 
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """See `Form.own`."""
         return self._attend(q, runs, kv, self._kernels.heads.own)
 
@@ -105,11 +109,11 @@ class PlainForm:
         """See `Form.outgoing`."""
         return q
 
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """See `Form.visiting`."""
         return self._attend(q, runs, kv, self._kernels.heads.shard)
 
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
         """See `Form.visiting_member`."""
         return self._attend(q, runs, kv, self._kernels.heads.by_member[member])
 
@@ -117,7 +121,11 @@ class PlainForm:
         """See `Form.incoming`."""
         return part
 
-    def _attend(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock]) -> Partial:
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Form.merge`."""
+        return self._kernels.backend.merge(parts)
+
+    def _attend(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock]) -> Partial:
         return self._kernels.backend.attend(q, runs, kv, blocks, self._kernels.scale).columns(self.value_dim)
 
 
@@ -145,7 +153,7 @@ class LatentForm:
         part = kernels.backend.causal(absorbed, k, v, kernels.heads.own, kernels.scale, self._window)
         return self.incoming(part.columns(kernels.value_dim))
 
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """See `Form.own`."""
         absorbed: list[QueryRun] = []
         parts: list[Partial] = []
@@ -160,18 +168,18 @@ class LatentForm:
             kernels = self._kernels
             part = kernels.backend.attend(self._latent.absorb(q), absorbed, kv, kernels.heads.own, kernels.scale)
             parts.append(self.incoming(part.columns(kernels.value_dim)))
-        return merge(parts)
+        return self.merge(parts)
 
     def outgoing(self, q: Tensor) -> Tensor:
         """See `Form.outgoing`."""
         return self._latent.absorb(q)
 
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """See `Form.visiting`."""
         kernels = self._kernels
         return kernels.backend.attend(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
 
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, member: int) -> Partial:
+    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
         """See `Form.visiting_member`."""
         kernels = self._kernels
         part = kernels.backend.attend(q, runs, kv, kernels.heads.by_member[member], kernels.scale)
@@ -181,20 +189,24 @@ class LatentForm:
         """See `Form.incoming`."""
         return Partial(self._latent.values(part.out), part.lse)
 
-    def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: Tensor) -> Partial:
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Form.merge`."""
+        return self._kernels.backend.merge(parts)
+
+    def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """Runs that see prefixes of the first one's rows: a block is expanded once for all."""
         longest = sharers[0]
         parts: list[Partial] = []
         for start in range(0, longest.tokens, _EXPANDED_TOKENS):
-            rows = read_spans(kv, clip_spans(longest.spans, start, start + _EXPANDED_TOKENS))[0, 0]
+            rows = kv.take(clip_spans(longest.spans, start, start + _EXPANDED_TOKENS)).read(q.dtype)[0, 0]
             seen = [
                 QueryRun(run.row, run.length, (Span(0, min(run.tokens - start, len(rows))),))
                 for run in sharers
                 if run.tokens > start
             ]
-            expanded = self._latent.expand(rows)
+            expanded = CacheRows(self._latent.expand(rows))
             part = self._kernels.backend.attend(q, seen, expanded, _each_head(q), self._kernels.scale)
-            parts = [merge([*parts, part.columns(self.value_dim)])]
+            parts = [self.merge([*parts, part.columns(self.value_dim)])]
         return parts[0]
 
 

@@ -1,6 +1,6 @@
 """The KV pool of one rank: the tensors behind the pages.
 
-It owns storage, writing and reading of slots; it must not know which request a slot belongs to.
+It owns storage and the plain way of writing slots; it must not know which request a slot belongs to.
 """
 
 from __future__ import annotations
@@ -10,49 +10,63 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.layout import KVLayout
-from longspan.cache.pages import Span
 from longspan.view import WriteRun
 
 _FEW_RUNS = 4  # up to this many runs are written as slices, more through an index
 
 
 class SlotWriter:
-    """Where a step's rows go, prepared once and used by every layer."""
+    """A `Writer` of plain tensor operations."""
 
-    def __init__(self, writes: Sequence[WriteRun], rows: int) -> None:
+    def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
         self._runs = writes if len(writes) <= _FEW_RUNS else ()
         self._slots: Tensor | None = None
         self._rows: Tensor | None = None
         if not self._runs and writes:
             index = [row for run in writes for row in range(run.row, run.row + run.length)]
-            self._rows = torch.tensor(index) if len(index) < rows else None
+            self._rows = torch.tensor(index, device=device) if len(index) < rows else None
             slots = [slot for run in writes for slot in range(run.slot, run.slot + run.length)]
-            self._slots = torch.tensor(slots)
+            self._slots = torch.tensor(slots, device=device)
 
-    def write(self, pool: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store rows of k, v [T, Hkv, D] into pool [planes, Hkv, slots, D]; a pool of one plane takes k alone."""
-        for part, rows in zip(pool, (k, v), strict=False):
+    def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
+        """See `Writer.write`."""
+        for plane, rows in enumerate((k, v)[: len(cache.values)]):
             by_head = rows.transpose(0, 1)
-            for run in self._runs:
-                part[:, run.slot : run.slot + run.length] = by_head[:, run.row : run.row + run.length]
-            if self._slots is not None:
-                chosen = by_head if self._rows is None else by_head[:, self._rows]
-                part.index_copy_(1, self._slots, chosen)
+            if cache.scales is None:
+                self._store(cache.values[plane], by_head)
+                continue
+            values, scales = quantise(by_head, cache.values.dtype, cache.groups)
+            self._store(cache.values[plane].view(torch.uint8), values.view(torch.uint8))
+            self._store(cache.scales[plane], scales)
 
-
-def read_spans(pool: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The slots of `spans`, one behind the other: [planes, Hkv, tokens, D]."""
-    if not spans:
-        return pool[:, :, :0]
-    return torch.cat([pool[:, :, span.slot : span.slot + span.length] for span in spans], dim=2)
+    def _store(self, part: Tensor, by_head: Tensor) -> None:
+        """Rows by_head [Hkv, T, D] into part [Hkv, slots, D]."""
+        for run in self._runs:
+            part[:, run.slot : run.slot + run.length] = by_head[:, run.row : run.row + run.length]
+        if self._slots is not None:
+            chosen = by_head if self._rows is None else by_head[:, self._rows]
+            part.index_copy_(1, self._slots, chosen)
 
 
 class KVPool:
-    """Keys and values of the layers held here; memory is touched only when a page is first written."""
+    """Keys and values of the layers held here; on a CPU memory is touched only when a page is first written."""
 
     def __init__(
-        self, layout: KVLayout, layers: Iterable[int], num_pages: int, page_size: int, dtype: torch.dtype
+        self,
+        layout: KVLayout,
+        layers: Iterable[int],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         shape = layout.pool_shape(num_pages, page_size)
-        self.layers = {layer: torch.empty(shape, dtype=dtype) for layer in layers}
+        groups = layout.scale_groups
+
+        def rows() -> CacheRows:
+            scales = torch.empty(*shape[:3], len(groups), device=device) if groups else None
+            return CacheRows(torch.empty(shape, dtype=dtype, device=device), scales, groups)
+
+        self.layers = {layer: rows() for layer in layers}

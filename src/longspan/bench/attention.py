@@ -277,7 +277,7 @@ def _prepare(
     grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]
     layout = KVLayout(1, cell.kv_heads(rank), heads.head_dim, 4, heads.planes)
     pool = KVPool(layout, (0,), cell.situation.pages, cell.situation.page_size, torch.float32)
-    pool.layers[0].normal_()
+    pool.layers[0].values.normal_()
     context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), _WORKSPACE)
     place = Place(at.pcp, at.shard, grid.shards_of_pcp)
     attentions: dict[str, Attention] = {}

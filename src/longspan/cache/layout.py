@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+_SCALE_BYTES = 4
+
 
 @dataclass(frozen=True)
 class KVLayout:
     """The KV cache row of one token in one layer on one rank: keys and values of its KV heads; `num_layers` it holds.
 
     With `planes` 1 there is one row for both, a latent (MLA): a value is the first `value_dim` elements of its key.
+    A quantised row has an fp32 scale for each of `scale_groups`, runs of neighbouring elements of these widths.
     """
 
     num_layers: int
@@ -21,11 +24,17 @@ class KVLayout:
     head_dim: int
     element_bytes: int
     planes: int = 2
+    scale_groups: tuple[int, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row with its scales."""
+        return self.head_dim * self.element_bytes + len(self.scale_groups) * _SCALE_BYTES
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes on one rank over all layers."""
-        return self.num_layers * self.planes * self.kv_heads * self.head_dim * self.element_bytes
+        return self.num_layers * self.planes * self.kv_heads * self.row_bytes
 
     def with_kv_heads(self, kv_heads: int) -> KVLayout:
         """The layout of a rank with another number of KV heads."""

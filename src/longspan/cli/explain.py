@@ -80,7 +80,7 @@ class _Measure:
         from longspan.engine.worker import measure_cost
 
         setup = resolve(self.config)
-        return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)))
+        return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)), setup.device())
 
 
 def constants_line(constants: CostConstants) -> str:

@@ -71,6 +71,10 @@ Speculative = Annotated[
 ExecutorName = Annotated[
     str, typer.Option("--executor", help="threads, processes, or dry: no ranks, made-up tokens, to measure the rest")
 ]
+Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda")]
+CacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="auto (the model's), int8 or fp8_e4m3: a scale a token and head")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
@@ -101,6 +105,8 @@ def engine_config(
     speculative: Speculative = None,
     executor: ExecutorName = "threads",
     dtype: Dtype = "auto",
+    kv_cache_dtype: CacheDtype = "auto",
+    device: Device = "auto",
     seed: Seed = 0,
     num_threads: Threads = None,
     debug: Debug = False,
@@ -108,7 +114,7 @@ def engine_config(
 ) -> EngineConfig:
     """The options as a checked configuration. Raises `ConfigError`."""
     return EngineConfig(
-        model=model, dtype=dtype, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+        model=model, dtype=dtype, device=device, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
         parallel=ParallelConfig(
             tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
             pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
@@ -116,7 +122,7 @@ def engine_config(
         cache=CacheConfig(
             page_size, parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),
             None if pages_per_shard is None else parse_integers("pages_per_shard", pages_per_shard),
-            enable_prefix_caching,
+            enable_prefix_caching, kv_cache_dtype,
         ),
         scheduler=SchedulerConfig(
             max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,

@@ -127,7 +127,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             config.scheduler, self.cache, setup.grid,
             ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
-            root_key(setup.source.name, str(setup.dtype), cache.page_size), setup.model.kinds,
+            root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cache.page_size), setup.model.kinds,
         )  # fmt: skip
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         self._under_way: deque[tuple[StepPlan, float]] = deque()

@@ -47,7 +47,8 @@ class TensorStore:
     Loading is serial: one tensor is being converted at any time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:
+        self.device = device
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._tensors: dict[_Key, Tensor] = {}
@@ -70,7 +71,7 @@ class TensorStore:
         whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
         for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
             piece.read(self._checkpoint, out)
-        return whole
+        return whole.to(self.device)
 
 
 def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:
@@ -86,6 +87,11 @@ class RankLoader:
     def __init__(self, store: TensorStore, sharding: Sharding) -> None:
         self._store = store
         self._sharding = sharding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._store.device
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
         """(start, stop) of this rank's part of a logical axis."""

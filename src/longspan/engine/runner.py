@@ -6,7 +6,7 @@ reach it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,7 @@ class Runner:
         groups: Groups,
         page_size: int,
         debug: bool,
+        device: torch.device,
         vocabulary: Vocabulary,
     ) -> None:
         self._grid = grid
@@ -82,6 +83,7 @@ class Runner:
         self._groups = groups
         self._page_size = page_size
         self._debug = debug
+        self._device = device
         self._vocabulary = vocabulary
         self._mirrors: dict[int, _Mirror] = {}
 
@@ -97,7 +99,7 @@ class Runner:
         self._apply(plan)
         view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
         self._attention.begin(view)
-        hidden = self._model.layers(self._enter(view), torch.tensor(view.positions, dtype=torch.int64), self._attention)
+        hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
             self._groups.pipeline.send(hidden)
             return []
@@ -105,7 +107,7 @@ class Runner:
         scored = [token for rows in view.scored for token in self._score(hidden, rows, self._model.head, returns)]
         if not view.samples:
             return scored
-        logits = self._model.head(hidden[[wanted.row for wanted in view.samples]])
+        logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
         return [*scored, *(self._sample(logits, view.samples) if returns else [])]
 
     def _score(
@@ -124,9 +126,12 @@ class Runner:
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers."""
         if self._model.embedding is not None:
-            return self._model.embedding(torch.tensor(view.token_ids, dtype=torch.int64))
+            return self._model.embedding(self._integers(view.token_ids))
         shape = (len(view.token_ids), self._model.hidden_size)
         return self._groups.pipeline.receive(shape, self._model.dtype)
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> list[SampledToken]:
         rows: list[SampleRow] = []
@@ -172,7 +177,7 @@ class Runner:
 
     def _compare_digest(self, plan: StepPlan) -> None:
         """Debug: every rank of all groups must be about to take the same branches."""
-        mine = torch.frombuffer(bytearray(plan.digest()), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(plan.digest()), dtype=torch.uint8).to(self._device)
         for group in (self._groups.tp, self._groups.context):
             for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):
                 if not torch.equal(digest, mine):

@@ -24,6 +24,7 @@ from longspan.weights.source import ModelSource, resolve_model
 
 WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,22 @@ class EngineSetup:
     layout: KVLayout
     pages_per_shard: tuple[int, ...]
     max_model_len: int
+    device_type: str
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, activations and cache; `auto` is float32: CPUs without AVX-512 have no fast bf16."""
-        return _DTYPES.get(self.config.dtype, torch.float32)
+        """Dtype of weights and activations; `auto` is bfloat16 on a GPU, and float32 on a CPU: those without AVX-512
+        have no fast bf16."""
+        return _model_dtype(self.config, self.device_type)
+
+    def device(self, number: int = 0) -> torch.device:
+        """The device of that number on a machine; a CPU is one whatever the number."""
+        return torch.device(self.device_type, number) if self.device_type == "cuda" else torch.device("cpu")
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of the cache's rows."""
+        return _cache_dtype(self.config, self.device_type)
 
     @property
     def capacity_tokens(self) -> int:
@@ -74,10 +86,11 @@ class EngineSetup:
             q_heads=self.model.num_q_heads // self.grid.tp,
             kv_heads=self.layout.kv_heads,
             head_dim=self.layout.head_dim,
-            element_bytes=self.layout.element_bytes,
+            element_bytes=self.dtype.itemsize,
             planes=self.layout.planes,
             value_dim=self.model.cached_value_dim,
             expansion=self.expansion,
+            row_bytes=self.layout.row_bytes,
         )
 
     @property
@@ -107,6 +120,7 @@ class EngineSetup:
 
 def resolve(config: EngineConfig) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
+    device_type = resolve_device(config.device)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
     model = load_config(source.config)
@@ -114,8 +128,9 @@ def resolve(config: EngineConfig) -> EngineSetup:
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    element_bytes = _DTYPES.get(config.dtype, torch.float32).itemsize
-    layout = cache_layout(grid, model, element_bytes)
+    layout = cache_layout(
+        grid, model, _cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in _QUANTISED
+    )
     pages = _pages_per_shard(config, grid, layout)
     config = replace(config, scheduler=config.scheduler.on_shards(max(pages) * config.cache.page_size))
     limit = model.max_position_embeddings
@@ -125,7 +140,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, model, grid, layout, pages, length)
+    return EngineSetup(config, source, model, grid, layout, pages, length, device_type)
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
@@ -135,10 +150,32 @@ def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
     )  # fmt: skip
 
 
-def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int) -> KVLayout:
+def resolve_device(name: str) -> str:
+    """`cpu` or `cuda`. Raises `ConfigError` if a GPU is asked for and there is none."""
+    found = torch.cuda.is_available()
+    require(
+        name != "cuda" or found, "device", name, f"this PyTorch ({torch.__version__}) finds no GPU",
+        "use --device cpu, or install a CUDA build of PyTorch and check nvidia-smi",
+    )  # fmt: skip
+    return "cuda" if found and name != "cpu" else "cpu"
+
+
+def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
+    return _DTYPES.get(config.dtype, torch.bfloat16 if device_type == "cuda" else torch.float32)
+
+
+def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
+    return _QUANTISED.get(config.cache.dtype, _model_dtype(config, device_type))
+
+
+def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:
     """What a token costs on the rank that holds the most KV heads and layers; all ranks have as many pages."""
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
-    return KVLayout(max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes)
+    groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
+    return KVLayout(
+        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
+        groups if quantised else (),
+    )  # fmt: skip
 
 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
+from longspan.attention.backends.base import Backend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.calibrate import Calibration
 from longspan.attention.cost import CostConstants
@@ -82,20 +83,21 @@ def build_runner(
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
     model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    attention = _attention(setup, sharding, groups.context, store.device)
     runner = Runner(
-        grid, rank, model, _attention(setup, sharding, groups.context), groups, config.cache.page_size, config.debug,
+        grid, rank, model, attention, groups, config.cache.page_size, config.debug, store.device,
         Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
     )  # fmt: skip
-    return runner, measure_cost(setup, rank, groups.context) if setup.measures_cost else None
+    return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
 
 
-def measure_cost(setup: EngineSetup, rank: int, group: Collectives) -> CostConstants:
+def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:
     """The cost model's constants; all ranks of a context group must measure at the same time."""
     grid, model = setup.grid, setup.model
     place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-    kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads))
+    kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
     context = _context(setup, rank, group)
-    return Calibration(kernels, context, place, setup.attention_shape, setup.dtype).measure()
+    return Calibration(kernels, context, place, setup.attention_shape, setup.dtype, device).measure()
 
 
 def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
@@ -103,22 +105,27 @@ def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
     return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
 
 
-def _kernels(setup: EngineSetup, sharding: Sharding) -> Kernels:
+def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Kernels:
     members = setup.grid.context_group(sharding.rank)
     by_member = tuple(sharding.blocks_of(member) for member in members)
     heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
     model = setup.model
-    return Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, setup.expansion)
+    return Kernels(_backend(setup, device), heads, model.attention_scale, model.cached_value_dim, setup.expansion)
 
 
-def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives) -> Attention:
+def _backend(setup: EngineSetup, device: torch.device) -> Backend:
+    return CpuBackend()
+
+
+def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, device: torch.device) -> Attention:
     start, stop = sharding.kv_extent
     pool = KVPool(
         setup.layout.with_kv_heads(stop - start),
         range(*sharding.extent("layers", setup.model.num_layers)),
         setup.pages_per_shard[setup.grid.ranks[sharding.rank].shard],
         setup.config.cache.page_size,
-        setup.dtype,
+        setup.cache_dtype,
+        device,
     )
     context = _context(setup, sharding.rank, group)
-    return Attention(pool, _kernels(setup, sharding), context, setup.model.kinds)
+    return Attention(pool, _kernels(setup, sharding, device), context, setup.model.kinds)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
@@ -53,7 +54,10 @@ class Attend(Protocol):
 
 
 class Loader(Protocol):
-    """Weights by parameter: what is returned is the part this model instance is to hold."""
+    """Weights by parameter: what is returned is the part this model instance is to hold, on `device`."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def load(self, *params: Param) -> Tensor:
         """The parameter; several are concatenated along dim 0."""

@@ -112,7 +112,7 @@ class DecoderModel:
         self.embedding = Embedding(config, given) if first == 0 else None
         self._layers = [_Layer(config, layer, given) for layer in range(first, stop)]
         self.head = Head(config, given) if stop == config.num_layers else None
-        self._rotary = Rotary(config.rope, config.rotary_dim, dtype)
+        self._rotary = Rotary(config.rope, config.rotary_dim, dtype, given.loader.device)
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""

@@ -109,8 +109,9 @@ _SCALINGS: Mapping[str, Callable[[RopeConfig, Tensor, int], Frequencies]] = Mapp
 class Rotary:
     """cos and sin of a step's positions, computed once and used by every layer."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> None:
-        self._inverse, self._factor = rope_frequencies(rope, head_dim)
+    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        inverse, self._factor = rope_frequencies(rope, head_dim)
+        self._inverse = inverse.to(device)
         self._dtype = dtype
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:

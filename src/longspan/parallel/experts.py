@@ -40,7 +40,7 @@ class SharedExperts:
         wanted = [
             ((experts >= start) & (experts < stop)).any(-1).nonzero().squeeze(-1) for start, stop in self._extents
         ]
-        counts = self._swap([torch.tensor([len(rows)]) for rows in wanted], [1] * len(wanted))
+        counts = self._swap([torch.tensor([len(rows)], device=x.device) for rows in wanted], [1] * len(wanted))
         arriving = [int(count) for count in counts]
         rows = torch.cat(self._swap([x[rows] for rows in wanted], arriving))
         chosen = torch.cat(self._swap([experts[rows] for rows in wanted], arriving))

@@ -1,4 +1,4 @@
-"""What an attention backend must do: two calls that return `Partial`s.
+"""What an attention backend must do: attention that returns `Partial`s, their merge, and writing the cache.
 
 It owns the interface; a backend knows tensors and heads, never ranks or schedules.
 """
@@ -12,11 +12,29 @@ from torch import Tensor
 
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
 from longspan.reach import QueryRun
+from longspan.view import WriteRun
+
+
+class Writer(Protocol):
+    """Where a step's rows go, prepared once and used by every layer."""
+
+    def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
+        """Store rows of k, v [T, Hkv, D] in `cache`, quantised as it is; a cache of one plane takes k alone."""
+        ...
 
 
 class Backend(Protocol):
     """Attention over local tensors."""
+
+    def begin(self) -> None:
+        """A new step: what was prepared for the last one's runs may be forgotten."""
+        ...
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
+        """Of a step with `rows` rows; rows that no run names are not written."""
+        ...
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
@@ -28,10 +46,14 @@ class Backend(Protocol):
         ...
 
     def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
-        """The off-diagonal: each run's rows of q [T, Hq, D] against its spans of kv [planes, Hkv, slots, D].
+        """The off-diagonal: each run's rows of q [T, Hq, D] against its spans of `kv`: out [T, Hq, D].
 
         Rows of no run give the identity, and so do rows whose `lows` leave them nothing.
         """
+        ...
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """`partial.merge`, the same to rounding."""
         ...

@@ -15,15 +15,31 @@ from torch.nn import functional as F
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, concatenate, merge
+from longspan.attention.pool import SlotWriter
+from longspan.attention.rows import CacheRows
+from longspan.cache.pages import clip_spans
 from longspan.reach import QueryRun
+from longspan.view import WriteRun
 
 _SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats one kernel call for each
+_READ_TOKENS = 4096  # quantised rows read back at once
 _BAND_ROWS = 256  # rows of a windowed diagonal that share a mask
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuBackend:
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+        """See `Backend.writer`."""
+        return SlotWriter(writes, rows, torch.device("cpu"))
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
@@ -41,13 +57,13 @@ class CpuBackend:
         return concatenate(parts)
 
     def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
         """See `Backend.attend`."""
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)
-        together, alone = batches(tuple(runs)) if kv.is_contiguous() else ((), runs)
+        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        together, alone = batches(tuple(runs)) if kv.is_whole else ((), runs)
         for batch in together:
             part = _join_heads([_batch_block(q[batch.rows], batch, kv, block, scale) for block in blocks])
             whole.out[batch.rows] = part.out
@@ -60,16 +76,20 @@ class CpuBackend:
         return whole
 
 
-def _run(q: Tensor, run: QueryRun, kv: Tensor, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
     spans = run.spans
-    views = [kv[:, :, span.slot : span.slot + span.length] for span in spans]
     if run.lows is not None:
-        within = views[0] if len(views) == 1 else torch.cat(views, dim=2)
+        within = kv.take(spans).read(q.dtype)
         seen = torch.arange(run.tokens) >= torch.tensor(run.lows)[:, None]
         part = _join_heads([_dense_block(q, within, block, scale, _additive(seen, q)) for block in blocks])
         return Partial.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
-    if len(views) > 1 and sum(span.length for span in spans) < _SHORT_SPAN * len(spans):
-        views = [torch.cat(views, dim=2)]
+    if kv.scales is not None:
+        cut = range(0, run.tokens, _READ_TOKENS)
+        views = [kv.take(clip_spans(spans, at, at + _READ_TOKENS)).read(q.dtype) for at in cut]
+    elif len(spans) > 1 and run.tokens < _SHORT_SPAN * len(spans):
+        views = [kv.take(spans).values]
+    else:
+        views = [kv.at(span).values for span in spans]
     return merge([_join_heads([_dense_block(q, view, block, scale) for block in blocks]) for view in views])
 
 
@@ -92,14 +112,14 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
     return Partial(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
 
 
-def _batch_block(q: Tensor, batch: Batch, kv: Tensor, block: HeadBlock, scale: float) -> Partial:
-    """Lone queries [B, H, D], each over its own slots of the pool [planes, Hkv, slots, D]."""
+def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale: float) -> Partial:
+    """Lone queries [B, H, D], each over its own slots of the pool."""
     count, _, dim = q.shape
-    heads, (_, kv_heads, slots, _) = block.q_stop - block.q_start, kv.shape
+    heads, (planes_held, kv_heads, slots, _) = block.q_stop - block.q_start, kv.values.shape
     first = torch.arange(block.kv_start, block.kv_stop)
-    planes = torch.tensor([0, kv.shape[0] - 1]) * kv_heads
+    planes = torch.tensor([0, planes_held - 1]) * kv_heads
     places = (planes[:, None] + first)[..., None] * slots + batch.slots.reshape(-1)
-    copied = kv.view(-1, dim).index_select(0, places.reshape(-1))
+    copied = kv.select(places.reshape(-1), q.dtype)
     keys, values = copied.view(2, len(first), count, -1, dim).transpose(1, 2)
     packed = q[:, block.q_start : block.q_stop].reshape(count, block.kv_heads, block.group, dim)
     mask = _additive(batch.seen, q)[:, None, None].expand(count, block.kv_heads, block.group, -1)

@@ -11,12 +11,26 @@ import torch
 from torch import Tensor
 
 from longspan.attention.heads import HeadBlock
-from longspan.attention.partial import Partial
+from longspan.attention.partial import Partial, merge
+from longspan.attention.pool import SlotWriter
+from longspan.attention.rows import CacheRows
 from longspan.reach import QueryRun
+from longspan.view import WriteRun
 
 
 class ReferenceBackend:
     """softmax(q kᵀ · scale) v, one head after the other."""
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+        """See `Backend.writer`."""
+        return SlotWriter(writes, rows, torch.device("cpu"))
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
@@ -28,16 +42,17 @@ class ReferenceBackend:
         return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
 
     def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: Tensor, blocks: Sequence[HeadBlock], scale: float
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
     ) -> Partial:
         """See `Backend.attend`."""
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.shape[-1], q)
+        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        values = kv.read(q.dtype)
         for run in runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
             lows = torch.tensor(run.lows or (0,) * run.length)
             mask = torch.arange(len(slots)) >= lows[:, None]
-            part = _attend(q[rows], kv[0][:, slots], kv[-1][:, slots], blocks, scale, mask)
+            part = _attend(q[rows], values[0][:, slots], values[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
 

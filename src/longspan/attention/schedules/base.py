@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.forms import Form
-from longspan.attention.partial import Partial, merge
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
 from longspan.parallel.collectives import Collectives
 from longspan.reach import Reach
 
@@ -34,11 +35,11 @@ class ContextGroup:
 class Join:
     """One layer's travelling queries of one class on one rank, and the pages stored here.
 
-    q [T, Hq, D] are this rank's travelling rows, kv [planes, Hkv, slots, D] its pool.
+    q [T, Hq, D] are this rank's travelling rows, kv its pool.
     """
 
     q: Tensor
-    kv: Tensor
+    kv: CacheRows
     reach: Reach
     form: Form
     group: ContextGroup
@@ -78,7 +79,7 @@ class Join:
         """This rank's rows, from partials over all that they see."""
         if not len(self.q):
             return Partial.empty(0, self.q.shape[1], self.form.value_dim, self.q)
-        return self.form.incoming(merge([unpack(part) for part in packed]))
+        return self.form.incoming(self.form.merge([unpack(part) for part in packed]))
 
 
 def pack(part: Partial) -> Tensor:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.attention.partial import Partial, merge
-from longspan.attention.pool import read_spans
+from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join
 from longspan.cache.pages import Span, clip_spans
 from longspan.reach import KeyRun, QueryRun
@@ -25,14 +24,14 @@ def run(join: Join) -> Partial:
     parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
     for start in range(0, longest, span):
         stop = start + span
-        own = read_spans(join.kv, clip_spans(shares[group.collectives.rank].spans, start, stop))
+        own = join.kv.take(clip_spans(shares[group.collectives.rank].spans, start, stop)).packed()
         tokens = [min(max(share.tokens - start, 0), span) for share in shares]
         gathered = group.collectives.all_gather(own, tokens, _LABEL, dim=2)
         for shard, kv in enumerate(gathered):
             runs = runs_in_round(join.reach.key_runs, shard, start, stop)
             if runs:
-                parts.append(join.form.own(join.q, runs, kv))
-        parts = [merge(parts)]
+                parts.append(join.form.own(join.q, runs, join.kv.unpacked(kv)))
+        parts = [join.form.merge(parts)]
     return parts[0]
 
 

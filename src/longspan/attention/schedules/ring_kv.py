@@ -6,8 +6,7 @@ the rounds, which follow from the plan alone.
 
 from __future__ import annotations
 
-from longspan.attention.partial import Partial, merge
-from longspan.attention.pool import read_spans
+from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join
 from longspan.attention.schedules.gather_kv import runs_in_round
 from longspan.attention.schedules.ring import circulate
@@ -24,11 +23,11 @@ def run(join: Join) -> Partial:
     parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
     for start in range(0, max(share.tokens for share in shares), size):
         stop = start + size
-        own = read_spans(join.kv, clip_spans(shares[group.rank].spans, start, stop))
+        own = join.kv.take(clip_spans(shares[group.rank].spans, start, stop)).packed()
         tokens = [min(max(share.tokens - start, 0), size) for share in shares]
         shapes = [(*own.shape[:2], count, own.shape[3]) for count in tokens]
         for owner, kv in circulate(group, own, shapes, _LABEL):
             runs = runs_in_round(join.reach.key_runs, owner, start, stop)
             if runs:
-                parts = [merge([*parts, join.form.own(join.q, runs, kv)])]
+                parts = [join.form.merge([*parts, join.form.own(join.q, runs, join.kv.unpacked(kv))])]
     return parts[0]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.partial import Partial, merge
+from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, pack, unpack
 from longspan.parallel.collectives import Collectives
 
@@ -27,6 +27,9 @@ def run(join: Join) -> Partial:
     stands_for = {member: deputies(nodes, home, member) for member in home}
     mine = stands_for[group.rank]
 
+    def merged(parts: Sequence[Tensor]) -> Tensor:
+        return pack(join.form.merge([unpack(part) for part in parts]))
+
     queries = exchange(
         {deputy(node, nodes, group.rank): [group.rank] for node in nodes},
         {member: [member] for member in mine},
@@ -34,9 +37,9 @@ def run(join: Join) -> Partial:
     )
     queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
     partials = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
-    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), partials, _merged)
+    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), partials, merged)
     reps = [deputy(node, nodes, group.rank) for node in nodes]
-    home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, _merged)
+    home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
     return join.merged([home_again[group.rank]])
 
 
@@ -50,10 +53,6 @@ def deputies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
     """All members whose rows `member` handles inside its `node`, in member order."""
     everyone = sorted(other for home in nodes for other in home)
     return [other for other in everyone if deputy(node, nodes, other) == member]
-
-
-def _merged(parts: Sequence[Tensor]) -> Tensor:
-    return pack(merge([unpack(part) for part in parts]))
 
 
 class _Exchange:
