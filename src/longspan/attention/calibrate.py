@@ -145,9 +145,9 @@ class Calibration:
                 torch.mm(work, work)
 
         def transfer(meanwhile: Callable[[], None]) -> None:
-            arriving = [self.group.start_receive(tuple(large.shape), large.dtype, peer) for peer in peers[-1:]]
-            for peer in peers[:1]:
-                self.group.send(large, peer, _LABEL)
+            arriving = [
+                self.group.start_shift(large, peers[0], tuple(large.shape), peers[-1], _LABEL) for _ in peers[:1]
+            ]
             meanwhile()
             for arrived in arriving:
                 arrived()

@@ -79,7 +79,7 @@ def _receive(pipe: Connection) -> Any:
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction) -> None:
     torch.set_num_threads(share_of_cores(world_size))
-    join_world(rank, world_size, f"{folder}/store")
+    join_world(rank, world_size, f"{folder}/store", torch.device("cpu"))
     traffic = Traffic()
     with torch.inference_mode():
         pipe.send(function(rank, lambda group: DistributedCollectives(group, rank, traffic), traffic))

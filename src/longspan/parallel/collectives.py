@@ -83,6 +83,15 @@ class Collectives(ABC):
         """The same, under way while the caller computes; call what is returned for the tensor."""
         return self.traffic.trace.until_arrival("receive", self._start_receive(shape, dtype, member))
 
+    def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
+        """Send x to member `to` while taking in what `source` sends, of this shape and x's dtype: a step of a ring.
+
+        Call what is returned for the tensor; the caller may compute meanwhile.
+        """
+        arriving = self.start_receive(shape, x.dtype, source)
+        self.send(x, to, label)
+        return arriving
+
     def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
         """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""
         sent = sum(x.numel() * x.element_size() for x in sends)

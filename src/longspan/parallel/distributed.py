@@ -1,6 +1,7 @@
-"""Collectives between processes through torch.distributed (gloo on CPUs).
+"""Collectives between processes through torch.distributed.
 
-It owns the process group and point-to-point transfers; it must not know what the tensors mean.
+It owns the way into the world of processes, and point-to-point transfers over gloo (CPUs); it must not know what the
+tensors mean.
 """
 
 from __future__ import annotations
@@ -15,16 +16,33 @@ from torch import Tensor
 
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Arrival, Collectives, Traffic
+from longspan.parallel.nccl import NcclCollectives
 
 _TIMEOUT = timedelta(minutes=30)
 _MAX_LEAVING = 8  # sends to one group that may be under way
 
 
-def join_world(rank: int, world_size: int, store_path: str) -> None:
-    """Join the default process group, meeting the other ranks at a file all of them can open."""
+def join_world(rank: int, world_size: int, meet_at: str, device: torch.device) -> None:
+    """Join the default process group; ranks meet at a path all of them can open, or at `tcp://host:port`.
+
+    Processes on GPUs, a device each, talk over NCCL.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store_path}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=meet_at if "://" in meet_at else f"file://{meet_at}",
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
     )
+
+
+def open_group(group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> Collectives:
+    """This process's handle on a group of ranks that have joined."""
+    if device.type == "cuda":
+        return NcclCollectives(group, rank, traffic, device)
+    return DistributedCollectives(group, rank, traffic)
 
 
 def leave_world() -> None:

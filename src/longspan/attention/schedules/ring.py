@@ -27,8 +27,7 @@ def circulate(
             with group.traffic.trace.span(label, COMPUTE):
                 yield owner, current
             return
-        arriving = group.start_receive(shapes[following], current.dtype, ring[1])
-        group.send(current, ring[-1], label)
+        arriving = group.start_shift(current, ring[-1], shapes[following], ring[1], label)
         with group.traffic.trace.span(label, COMPUTE):
             yield owner, current
         current = arriving()

@@ -22,7 +22,7 @@ from longspan.engine.loading import TensorStore
 from longspan.engine.setup import resolve
 from longspan.engine.worker import build_runner, threads_per_rank
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
+from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.trace import Trace
 from longspan.plan import StepPlan
 
@@ -53,13 +53,14 @@ def main(folder: Path, rank: int, parent: int) -> None:
 def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[FromWorker], None]) -> None:
     setup = resolve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig))
     torch.set_num_threads(threads_per_rank(setup))
-    join_world(rank, setup.grid.world_size, str(folder / "store"))
+    device = setup.device(rank)
+    join_world(rank, setup.grid.world_size, str(folder / "store"), device)
     traffic = Traffic(trace=Trace(setup.config.trace))
 
-    def open_group(group: Sequence[int]) -> Collectives:
-        return DistributedCollectives(group, rank, traffic)
+    def make_group(group: Sequence[int]) -> Collectives:
+        return open_group(group, rank, traffic, device)
 
-    runner, constants = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype), open_group)
+    runner, constants = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype, device), make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(Ready(rank, constants))
     while True:

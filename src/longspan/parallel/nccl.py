@@ -1,0 +1,123 @@
+"""Collectives between processes with a GPU each, through torch.distributed's NCCL.
+
+It owns the communicator of a group and what is special to NCCL: transfers of one exchange start together, run on the
+communicator's own stream, and are waited for by that stream's events, not by the CPU. It runs over gloo too, for tests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.errors import WorkerDied
+from longspan.parallel.collectives import Arrival, Collectives, Traffic
+
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
+_MAX_LEAVING = 8  # sends to one group that may be under way
+
+
+class NcclCollectives(Collectives):
+    """A group of processes. Every member opens its groups in the same order."""
+
+    def __init__(self, group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> None:
+        super().__init__(group.index(rank), len(group), traffic)
+        self._group = tuple(group)
+        self._me = rank
+        self._device = device
+        self._members = dist.new_group(list(group), use_local_synchronization=True) if len(group) > 1 else None
+        self._leaving: deque[tuple[list[dist.Work], Tensor]] = deque()  # a tensor must live until it has arrived
+        if self._members is not None:  # transfers between some members need a communicator that all have joined
+            dist.all_reduce(torch.zeros(1, device=device), group=self._members)
+
+    def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
+        """See `Collectives.start_shift`: both directions in one call, or two members that send first would wait."""
+        self.traffic.count(label, x.numel() * x.element_size())
+        whole, arriving = x.contiguous(), torch.empty(shape, dtype=x.dtype, device=self._device)
+        work = self._start([(dist.isend, whole, to), (dist.irecv, arriving, source)])
+
+        def arrived() -> Tensor:
+            self._wait(work)
+            del whole_until_sent[:]
+            return arriving
+
+        whole_until_sent = [whole]
+        return self.traffic.trace.until_arrival("receive", arrived)
+
+    def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
+        """See `Collectives.all_gather`: one operation where all members bring as much."""
+        if self._members is None or len(set(rows)) > 1 or not x.numel():
+            return super().all_gather(x, rows, label, dim)
+        self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
+        gathered = torch.empty((self.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=self._device)
+        with self._lost_peers():
+            _ALL_GATHER(gathered, x.contiguous(), group=self._members)
+        return list(gathered.view(self.size, *x.shape))
+
+    def all_reduce(self, x: Tensor, label: str) -> Tensor:
+        """See `Collectives.all_reduce`: summed where it lies, in NCCL's order, the same bits on all members."""
+        if self._members is None or not x.numel():
+            return x
+        self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
+        with self._lost_peers():
+            dist.all_reduce(x, group=self._members)
+        return x
+
+    def _send(self, x: Tensor, member: int) -> None:
+        whole = x.contiguous()
+        self._leaving.append((self._start([(dist.isend, whole, member)]), whole))
+        while len(self._leaving) > _MAX_LEAVING:
+            self._wait(self._leaving.popleft()[0])
+
+    def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        work = self._start([(dist.irecv, x, member)])
+
+        def arrived() -> Tensor:
+            self._wait(work)
+            return x
+
+        return arrived
+
+    def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        received = [
+            sends[member] if member == self.rank else torch.empty(shape, dtype=sends[member].dtype, device=self._device)
+            for member, shape in enumerate(shapes)
+        ]
+        peers = [member for member in range(self.size) if member != self.rank]
+        whole = {member: sends[member].contiguous() for member in peers}
+        work = self._start(
+            [(dist.isend, whole[member], member) for member in peers]
+            + [(dist.irecv, received[member], member) for member in peers]
+        )
+        self._wait(work)
+        return received
+
+    def _start(self, transfers: Sequence[tuple[Callable[..., dist.Work | None], Tensor, int]]) -> list[dist.Work]:
+        """Of (direction, tensor, member) those that carry something, all at once."""
+        operations = [
+            dist.P2POp(direction, tensor, self._group[member], self._members)
+            for direction, tensor, member in transfers
+            if tensor.numel()
+        ]
+        if not operations:
+            return []
+        with self._lost_peers():
+            return list(dist.batch_isend_irecv(operations))
+
+    def _wait(self, work: Sequence[dist.Work]) -> None:
+        """On a GPU the current stream waits, not the caller."""
+        with self._lost_peers():
+            for one in work:
+                one.wait()
+
+    @contextmanager
+    def _lost_peers(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise WorkerDied(f"rank {self._me} lost a peer: {error}") from error

@@ -1,0 +1,111 @@
+"""The collectives of GPU processes, run over gloo: the same results and bytes as the plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.attention.schedules.ring import circulate
+from longspan.bench.ranks import run_on_ranks
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.nccl import NcclCollectives
+
+CPU = torch.device("cpu")
+SIZE = 3
+
+
+def _tensor(member: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(member))
+
+
+def _gather(group: Collectives) -> list[torch.Tensor]:
+    return group.all_gather(_tensor(group.rank, 4, 3), [4] * group.size, "x")
+
+
+def _gather_uneven(group: Collectives) -> list[torch.Tensor]:
+    return group.all_gather(_tensor(group.rank, group.rank, 3), list(range(group.size)), "x")
+
+
+def _all_to_all(group: Collectives) -> list[torch.Tensor]:
+    sends = [_tensor(10 * group.rank + to, to + group.rank, 2) for to in range(group.size)]
+    return group.all_to_all(sends, [(group.rank + source, 2) for source in range(group.size)], "x")
+
+
+def _reduce(group: Collectives) -> list[torch.Tensor]:
+    return [group.all_reduce(_tensor(group.rank, 5).double(), "x")]
+
+
+def _ring(group: Collectives) -> list[torch.Tensor]:
+    shapes = [(owner, 2) for owner in range(group.size)]  # the first has nothing
+    return [x.clone() for _, x in circulate(group, _tensor(group.rank, group.rank, 2), shapes, "x")]
+
+
+def _pass_on(group: Collectives) -> list[torch.Tensor]:
+    """A pipeline: several in a row from each member to the next."""
+    first, last = group.rank == 0, group.rank == group.size - 1
+    found = []
+    for number in range(12):
+        x = _tensor(number, 3) if first else group.receive((3,), torch.float32, group.rank - 1)
+        found.append(x)
+        if not last:
+            group.send(x + 1, group.rank + 1, "x")
+    return found
+
+
+OPERATIONS: dict[str, Callable[[Collectives], list[torch.Tensor]]] = {
+    "gather": _gather,
+    "uneven gather": _gather_uneven,
+    "all to all": _all_to_all,
+    "reduce": _reduce,
+    "ring": _ring,
+    "pipeline": _pass_on,
+}
+
+
+def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -> dict[str, Any]:
+    """Every operation on the group of all and on one of two, with both kinds of collectives."""
+    found: dict[str, Any] = {}
+    for members in ((0, 1, 2), (0, 2)):
+        if rank not in members:
+            continue
+        counted = Traffic()
+        grouped = NcclCollectives(members, rank, counted, CPU)
+        plain = make_group(members)
+        for name, operation in OPERATIONS.items():
+            counted.reset(), traffic.reset()
+            ours, expected = operation(grouped), operation(plain)
+            found[f"{name} of {len(members)}"] = (
+                [x.tolist() for x in ours], [x.tolist() for x in expected],
+                dict(counted.bytes_by_label), dict(traffic.bytes_by_label),
+            )  # fmt: skip
+    make_group((0, 1, 2)).all_reduce(torch.zeros(1), "nobody leaves before all are done")
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return run_on_ranks("processes", SIZE, _both)
+
+
+@pytest.mark.parametrize("members", [3, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_gives_what_the_plain_one_gives(results, name, members):
+    of_ranks = [found[f"{name} of {members}"] for found in results if f"{name} of {members}" in found]
+    assert len(of_ranks) == members
+    for ours, expected, sent, counted in of_ranks:
+        if name == "reduce":  # another order of summing
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected))
+        else:
+            assert ours == expected
+        assert sent == counted
+
+
+def test_a_group_of_one_moves_nothing():
+    group = NcclCollectives([5], 5, Traffic(), CPU)
+    x = torch.ones(2)
+    assert group.all_reduce(x, "x") is x
+    assert group.all_gather(x, [2], "x")[0] is x
+    assert not group.traffic.bytes_by_label.get("x")
