@@ -59,6 +59,11 @@ class ParallelConfig:
     enable_expert_parallel: bool = False
     ranks_per_node: int | None = None
 
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor_parallel_size * self.prefill_context_parallel_size * self.pipeline_parallel_size
+
     def __post_init__(self) -> None:
         for name in ("tensor", "prefill_context", "decode_context", "pipeline"):
             size = getattr(self, f"{name}_parallel_size")
@@ -82,19 +87,25 @@ class ParallelConfig:
 class CacheConfig:
     """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright.
 
+    Without `memory_bytes` it takes 1 GiB, or on a GPU what weights and workspace leave of `gpu_memory_utilization`.
     `dtype` is that of its rows: the model's (`auto`), or quantised with a scale for each token and head.
     """
 
     page_size: int = 16
-    memory_bytes: int = 1 << 30
+    memory_bytes: int | None = None
     pages_per_shard: tuple[int, ...] | None = None
     enable_prefix_caching: bool = True
     dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
 
     def __post_init__(self) -> None:
+        require(
+            0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization,
+            "must be in (0, 1]", "0.9 is the default",
+        )  # fmt: skip
         require_choice("kv_cache_dtype", self.dtype, KV_DTYPE_NAMES)
         require(self.page_size >= 1, "page_size", self.page_size, "must be at least 1", "16 is the default")
-        require(self.memory_bytes > 0, "memory_bytes", self.memory_bytes, "must be positive", "give bytes")
+        require((self.memory_bytes or 1) > 0, "memory_bytes", self.memory_bytes, "must be positive", "give bytes")
         for pages in self.pages_per_shard or (1,):
             require(pages >= 1, "pages_per_shard", pages, "must be at least 1", "give every shard a page")
 
@@ -105,7 +116,8 @@ class SchedulerConfig:
 
     `max_num_batched_tokens` is the number of new tokens a step computes over all ranks;
     contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
-    `schedule` forces what travels. `prompt_lookup` is how many tokens a decoding request drafts at most.
+    `schedule` forces what travels. `prompt_lookup` is how many tokens a decoding request drafts at most. With
+    `run_ahead` a step is planned and handed out while the one before it runs (None: on GPUs).
     """
 
     max_num_batched_tokens: int = 2048
@@ -114,6 +126,7 @@ class SchedulerConfig:
     local_context: int | None = None
     schedule: str = "auto"
     prompt_lookup: int = 0
+    run_ahead: bool | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -167,6 +180,7 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     executor: str = "threads"
+    attention_backend: str = "auto"
     seed: int = 0
     num_threads: int | None = None
     debug: bool = False

@@ -46,7 +46,8 @@ class LLM:
         enable_expert_parallel: bool = False,
         ranks_per_node: int | None = None,
         page_size: int = 16,
-        kv_cache_memory_bytes: int = 1 << 30,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         pages_per_shard: Sequence[int] | None = None,
         enable_prefix_caching: bool = True,
         max_num_batched_tokens: int = 2048,
@@ -55,17 +56,20 @@ class LLM:
         local_context: int | None = None,
         schedule: str = "auto",
         speculative: str | None = None,
+        run_ahead: bool | None = None,
         executor: str = "threads",
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         device: str = "auto",
+        attention_backend: str = "auto",
         seed: int = 0,
         num_threads: int | None = None,
         debug: bool = False,
         cost: CostConstants | None = None,
     ) -> None:
         config = EngineConfig(
-            model=model, dtype=dtype, device=device, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+            model=model, dtype=dtype, device=device, attention_backend=attention_backend,
+            executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
                 pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
@@ -73,11 +77,11 @@ class LLM:
             cache=CacheConfig(
                 page_size, kv_cache_memory_bytes,
                 None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
-                kv_cache_dtype,
+                kv_cache_dtype, gpu_memory_utilization,
             ),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
-                drafted_tokens(speculative),
+                drafted_tokens(speculative), run_ahead,
             ),
             cost=cost,
         )  # fmt: skip

@@ -38,15 +38,18 @@ class NewPages:
     pages: tuple[PageRef, ...]
 
 
+PENDING = -1
+"""In place of a token that the step before samples on the same ranks, and that nobody else knows yet."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    `prefill` is its class; `sample` asks for a token after each of that many last rows (one, or more to
-    verify drafts), `scores` for the
-    log-probabilities of prompt tokens after each. Some rank of the group lacks a page the
-    segment attends to in the first `travels` of the model's kinds of layers, which are in order of their windows,
-    widest first: what a narrow window needs from elsewhere, a wider one needs too.
+    One of the `token_ids` may be `PENDING`. `prefill` is its class; `sample` asks for a token after each of that many
+    last rows (one, or more to verify drafts), `scores` for the log-probabilities of prompt tokens after each. Some rank
+    of the group lacks a page the segment attends to in the first `travels` of the model's kinds of layers, which are in
+    order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
     """
 
     request_id: int

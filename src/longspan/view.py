@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from longspan.plan import Segment, StepPlan
+from longspan.plan import PENDING, Segment, StepPlan
 from longspan.reach import KnownRequest, Place, Reach, reach
 
 
@@ -57,7 +57,10 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class RankView:
-    """Everything one rank needs for a step."""
+    """Everything one rank needs for a step.
+
+    `pending` are (row, request) of tokens that this rank sampled in the step before; their `token_ids` say nothing.
+    """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -65,6 +68,7 @@ class RankView:
     classes: tuple[ClassView, ...]
     samples: tuple[SampleRequest, ...]
     scored: tuple[ScoredRows, ...]
+    pending: tuple[tuple[int, int], ...] = ()
 
 
 def rank_view(
@@ -92,11 +96,13 @@ def rank_view(
     writes: list[WriteRun] = []
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
+    pending: list[tuple[int, int]] = []
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
             writes.append(WriteRun(row + offset, span.slot, span.length))
         token_ids += segment.token_ids
+        pending += [(row + at, segment.request_id) for at, token in enumerate(segment.token_ids) if token == PENDING]
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt
@@ -105,7 +111,8 @@ def rank_view(
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
-        tuple(token_ids), tuple(positions), tuple(writes), tuple(classes), tuple(samples), tuple(scored)
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(classes), tuple(samples), tuple(scored),
+        tuple(pending),
     )  # fmt: skip
 
 

@@ -159,9 +159,9 @@ class EngineCore:
         return len(self._under_way)
 
     def step(self) -> list[TokenOutput]:
-        """Give every pipeline stage a step to work on and finish the oldest; what it gave to each completion."""
+        """Give the ranks as many steps as they work on at once and finish the oldest; returns what that one gave."""
         try:
-            while len(self._under_way) < self.setup.grid.pp and (plan := self.scheduler.schedule()):
+            while len(self._under_way) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
                 self._under_way.append((plan, time.perf_counter()))
             return self._deliver(self.executor.collect()) if self._under_way else []

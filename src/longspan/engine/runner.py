@@ -15,7 +15,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.cache.pages import PageTable
 from longspan.engine.grammar import Matcher, Vocabulary
-from longspan.engine.sampler import SampleRow, sample, score
+from longspan.engine.sampler import SampleRow, Sampling, score, start_sampling
 from longspan.errors import EngineError, RequestError
 from longspan.models.decoder import DecoderModel
 from longspan.parallel.collectives import Collectives
@@ -28,6 +28,7 @@ from longspan.request import SampledToken, SamplingParams
 from longspan.view import RankView, SampleRequest, ScoredRows, rank_view
 
 _SCORED_ROWS = 128
+Finish = Callable[[], list[SampledToken]]
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Runner:
         groups: Groups,
         page_size: int,
         debug: bool,
+        runs_ahead: bool,
         device: torch.device,
         vocabulary: Vocabulary,
     ) -> None:
@@ -85,15 +87,25 @@ class Runner:
         self._debug = debug
         self._device = device
         self._vocabulary = vocabulary
+        self._runs_ahead = runs_ahead
+        self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirrors: dict[int, _Mirror] = {}
 
-    @torch.inference_mode()
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `start` returns before its step is computed."""
+        return self._device.type == "cuda"
+
     def step(self, plan: StepPlan) -> list[SampledToken]:
         """Run one step; returns the tokens this rank is to hand over (others of its TP group: none)."""
-        with self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
-            return self._step(plan)
+        return self.start(plan)()
 
-    def _step(self, plan: StepPlan) -> list[SampledToken]:
+    def start(self, plan: StepPlan) -> Finish:
+        """Run one step up to its tokens, which the function returned waits for: a GPU may still be computing them."""
+        with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
+            return self._start(plan)
+
+    def _start(self, plan: StepPlan) -> Finish:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
@@ -102,13 +114,17 @@ class Runner:
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
             self._groups.pipeline.send(hidden)
-            return []
+            return list
         returns = self._grid.returns_tokens(self._rank)
         scored = [token for rows in view.scored for token in self._score(hidden, rows, self._model.head, returns)]
+        self._sampled.clear()
         if not view.samples:
-            return scored
+            return lambda: scored
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
-        return [*scored, *(self._sample(logits, view.samples) if returns else [])]
+        if not returns and not self._runs_ahead:
+            return lambda: scored
+        failed, sampling = self._sample(logits, view.samples)
+        return lambda: [*scored, *failed, *sampling.finish()] if returns else []
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
@@ -126,14 +142,23 @@ class Runner:
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers."""
         if self._model.embedding is not None:
-            return self._model.embedding(self._integers(view.token_ids))
+            return self._model.embedding(self._token_ids(view))
         shape = (len(view.token_ids), self._model.hidden_size)
         return self._groups.pipeline.receive(shape, self._model.dtype)
+
+    def _token_ids(self, view: RankView) -> Tensor:
+        """int64 [T]; tokens that nobody else knows yet are taken from where this rank sampled them."""
+        known = self._integers(view.token_ids)
+        if view.pending:
+            rows, requests = zip(*view.pending, strict=True)
+            known[self._integers(rows)] = torch.stack([self._sampled[request] for request in requests])
+        return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> list[SampledToken]:
+    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[list[SampledToken], Sampling]:
+        """Requests that cannot go on, and the sampling of the others."""
         rows: list[SampleRow] = []
         kept: list[int] = []
         failed: list[SampledToken] = []
@@ -143,7 +168,10 @@ class Runner:
                 kept.append(number)
             except RequestError as error:
                 failed.append(SampledToken(wanted.request_id, 0, position=wanted.position, error=str(error)))
-        return [*failed, *sample(logits[kept] if failed else logits, rows)]
+        sampling = start_sampling(logits[kept] if failed else logits, rows)
+        if self._runs_ahead:
+            self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
+        return failed, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
         mirror = self._mirrors[wanted.request_id]

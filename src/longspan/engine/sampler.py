@@ -7,7 +7,7 @@ or of which rows happen to share its batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,23 @@ class SampleRow:
         return _is_greedy(self.params) and not _changes_logits(self)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Tokens being sampled: `token_ids` [R] int64 on the device of the logits, and what remains to be read from it."""
+
+    token_ids: Tensor
+    finish: Callable[[], list[SampledToken]]
+
+
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    """`start_sampling`, waited for."""
+    return start_sampling(logits, rows).finish()
+
+
+def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     """One token for each row of `logits` [R, V] fp32, which is left as it was.
+
+    Where the largest logits are the tokens nothing is read from the device before `finish` is called.
 
     The order is vLLM's documented one: penalties, temperature, top-k, top-p, min-p, then a race of
     exponentials. Log-probabilities, where asked for, are of the logits before all of these. A row's
@@ -61,22 +76,23 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
             f"logits have shape {tuple(logits.shape)} for {len(rows)} tokens to sample; "
             f"give shape [{len(rows)}, vocabulary]"
         )
-    if not rows:
-        return []
-    _require_finite_peaks(logits, rows)
-    tokens = [0] * len(rows)
-    plain = [i for i, row in enumerate(rows) if row.is_plain]
-    if plain:
-        block = logits if len(plain) == len(rows) else logits[plain]
-        for i, token in zip(plain, block.argmax(dim=-1).tolist(), strict=True):
-            tokens[i] = token
-    generator = torch.Generator()
-    for i in sorted(set(range(len(rows))) - set(plain)):
-        tokens[i] = _sample_row(logits[i], rows[i], generator)
-    return [
-        SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs), row.position)
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
-    ]
+    peaks = logits.max(dim=-1) if rows else logits.new_empty(0, 1).max(dim=-1)
+    token_ids = peaks.indices
+    others = [i for i, row in enumerate(rows) if not row.is_plain]
+    if others:
+        _require_finite(peaks.values, rows)
+        generator = torch.Generator()
+        chosen = [_sample_row(logits[i], rows[i], generator) for i in others]
+        token_ids[_ids(others, logits)] = _ids(chosen, logits)
+
+    def finish() -> list[SampledToken]:
+        _require_finite(peaks.values, rows)
+        return [
+            SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs), row.position)
+            for i, (row, token) in enumerate(zip(rows, token_ids.tolist(), strict=True))
+        ]
+
+    return Sampling(token_ids, finish)
 
 
 def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[SampledToken]:
@@ -211,9 +227,8 @@ def _logprobs(logits: Tensor, i: int, token: int, count: int | None) -> TokenLog
     return TokenLogprobs(sampled, tuple(ids.tolist()), tuple((raw[ids] - normaliser).tolist()))
 
 
-def _require_finite_peaks(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+def _require_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> None:
     """NaN wins every maximum, so one reduction finds all rows that cannot be sampled."""
-    peaks = logits.amax(dim=-1)
     bad = (~peaks.isfinite()).nonzero().squeeze(1).tolist()
     if bad:
         i = bad[0]

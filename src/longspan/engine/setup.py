@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
 from longspan.attention.cost import CostConstants, CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
@@ -24,6 +25,7 @@ from longspan.weights.source import ModelSource, resolve_model
 
 WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_CACHE_BYTES = 1 << 30
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
@@ -39,6 +41,7 @@ class EngineSetup:
     pages_per_shard: tuple[int, ...]
     max_model_len: int
     device_type: str
+    backend: Choice
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +71,12 @@ class EngineSetup:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of this layout, each with the remedy."""
+        """What a user should know of this layout, each with the remedy, and of the backend."""
+        chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
+        return [*chosen, *self._layout_notes]
+
+    @property
+    def _layout_notes(self) -> list[str]:
         tp, kv_heads = self.grid.tp, self.model.num_kv_heads
         copies = self.grid.head_shards // kv_heads
         wider = self.config.parallel.decode_context_parallel_size * copies
@@ -128,11 +136,22 @@ def resolve(config: EngineConfig) -> EngineSetup:
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
+    config = _with_cache_bytes(config, model, device_type)
+    backend = choose_backend(
+        config.attention_backend, device_type,
+        BackendShape(
+            model.head_dim, model.cached_value_dim, model.kv_planes, config.cache.dtype in _QUANTISED,
+            _model_dtype(config, device_type),
+        ),
+    )  # fmt: skip
     layout = cache_layout(
         grid, model, _cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in _QUANTISED
     )
     pages = _pages_per_shard(config, grid, layout)
-    config = replace(config, scheduler=config.scheduler.on_shards(max(pages) * config.cache.page_size))
+    scheduler = config.scheduler.on_shards(max(pages) * config.cache.page_size)
+    if scheduler.run_ahead is None:
+        scheduler = replace(scheduler, run_ahead=device_type == "cuda")
+    config = replace(config, scheduler=scheduler)
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
     if length > limit:
@@ -140,7 +159,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, model, grid, layout, pages, length, device_type)
+    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend)
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
@@ -158,6 +177,21 @@ def resolve_device(name: str) -> str:
         "use --device cpu, or install a CUDA build of PyTorch and check nvidia-smi",
     )  # fmt: skip
     return "cuda" if found and name != "cpu" else "cpu"
+
+
+def _with_cache_bytes(config: EngineConfig, model: ModelConfig, device_type: str) -> EngineConfig:
+    """With the cache's memory settled; every rank gets the number found here."""
+    found = config.cache.memory_bytes or _CPU_CACHE_BYTES
+    if device_type == "cuda":
+        from longspan.engine.memory import cache_bytes
+
+        sharing = config.parallel.world_size if config.executor == "threads" else 1
+        free, _ = torch.cuda.mem_get_info()
+        found = cache_bytes(
+            config, model, _model_dtype(config, device_type).itemsize, _cache_dtype(config, device_type).itemsize,
+            free // sharing,
+        )  # fmt: skip
+    return replace(config, cache=replace(config.cache, memory_bytes=found))
 
 
 def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
@@ -181,7 +215,7 @@ def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:
     cache = config.cache
     if cache.pages_per_shard is None:
-        pages = layout.pages_in(cache.memory_bytes, cache.page_size)
+        pages = layout.pages_in(cache.memory_bytes or 0, cache.page_size)
         if not pages:
             need = layout.bytes_per_token * cache.page_size
             raise ConfigError(

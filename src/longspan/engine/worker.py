@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.backends.base import Backend
-from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.backends.choice import build_backend
 from longspan.attention.calibrate import Calibration
 from longspan.attention.cost import CostConstants
 from longspan.attention.forms import Heads, Kernels
@@ -85,7 +84,8 @@ def build_runner(
     model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
     runner = Runner(
-        grid, rank, model, attention, groups, config.cache.page_size, config.debug, store.device,
+        grid, rank, model, attention, groups, config.cache.page_size, config.debug, bool(config.scheduler.run_ahead),
+        store.device,
         Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
     )  # fmt: skip
     return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
@@ -110,11 +110,13 @@ def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Ke
     by_member = tuple(sharding.blocks_of(member) for member in members)
     heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
     model = setup.model
-    return Kernels(_backend(setup, device), heads, model.attention_scale, model.cached_value_dim, setup.expansion)
-
-
-def _backend(setup: EngineSetup, device: torch.device) -> Backend:
-    return CpuBackend()
+    return Kernels(
+        build_backend(setup.backend, device, model.cached_value_dim),
+        heads,
+        model.attention_scale,
+        model.cached_value_dim,
+        setup.expansion,
+    )
 
 
 def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, device: torch.device) -> Attention:

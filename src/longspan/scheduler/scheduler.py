@@ -44,7 +44,8 @@ class Scheduler:
     waiting prompts that fit whole, so a short prompt passes a long one.
 
     With pipeline stages as many steps as stages are under way at once: each takes its share of the budget and of the
-    decoding requests, and `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
+    decoding requests. With `run_ahead` a second step is under way beside the one that samples its tokens. In both cases
+    `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
     pages may change hands while earlier steps still use them.
     """
 
@@ -71,6 +72,8 @@ class Scheduler:
         self.accepted = 0
         self._finished: list[int] = []
         self._step = 0
+        self._runs_ahead = bool(config.run_ahead) and grid.pp == 1 and not config.prompt_lookup
+        self.steps_at_once = 2 if self._runs_ahead else grid.pp
 
     def add(
         self,
@@ -113,6 +116,10 @@ class Scheduler:
             sequence = self._sequences[request_id]
             sequence.computed = stop
             sequence.in_flight += 1
+        for segment in step.segments if self._runs_ahead else ():
+            sequence = self._sequences[segment.request_id]
+            if segment.sample and sequence.may_run_ahead:
+                sequence.pending, sequence.sampled_on = sequence.pending + 1, segment.pcp
         self._step += 1
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
@@ -139,6 +146,7 @@ class Scheduler:
             right = _right(tokens_of.get(request_id, []), drafts)
             accepted += right
             sequence.tokens += [token.token_id for token in right]
+            sequence.pending = max(0, sequence.pending - len(right))
             if drafts:  # the slots of wrong ones are written again
                 stop -= len(drafts) + 1 - len(right)
                 sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
@@ -168,7 +176,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and step.budget and rows:
             sequence = self.running[index]
-            if sequence.remaining != 1:
+            if sequence.remaining != 1 or not step.can_follow(sequence):
                 index += 1
             elif step.add_decode(sequence, sequence.draft(min(self.config.prompt_lookup, step.budget - rows))):
                 index += 1

@@ -17,9 +17,10 @@ class SequenceState:
     """A request's tokens (prompt, then output), page table and progress.
 
     `computed` counts tokens whose KV is stored or will be by the steps under way, of which `in_flight` have this
-    request; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the request was first
-    admitted (None before), `published` the pages other requests can find. `home` is the one shard a short context
-    lives on, None once it spreads.
+    request; `pending` counts tokens that they sample, the last on pcp index `sampled_on`, and that may be computed
+    before they are known; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the
+    request was first admitted (None before), `published` the pages other requests can find. `home` is the one shard a
+    short context lives on, None once it spreads.
     """
 
     def __init__(
@@ -42,19 +43,26 @@ class SequenceState:
         self.max_stored = max_stored
         self.published = 0
         self.in_flight = 0
+        self.pending = 0
+        self.sampled_on = 0
         self.home: int | None = None
         self.lookup = PromptLookup()
         self._keys: list[Key] = []
 
     @property
+    def length(self) -> int:
+        """Its tokens, with those that are pending."""
+        return len(self.tokens) + self.pending
+
+    @property
     def remaining(self) -> int:
         """Tokens not yet computed: 1 for a request that decodes, less while its next ones are under way."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def pages_missing(self) -> int:
         """Pages its present tokens still need."""
-        return max(0, -(-len(self.tokens) // self.table.page_size) - len(self.table.pages))
+        return max(0, -(-self.length // self.table.page_size) - len(self.table.pages))
 
     @property
     def max_pages(self) -> int:
@@ -66,10 +74,17 @@ class SequenceState:
         room = min(count, self.max_stored - len(self.tokens))
         return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the token it samples next may be computed before it is known: nothing looks back at it, and it is not
+        the last one by length."""
+        return not self.params.needs_history and self.params.grammar is None and self.length < self.max_stored
+
     def restart(self, new_table: Callable[[], PageTable]) -> None:
         """Forget the pages: the request is computed again from its first token (or a prefix hit)."""
         self.table = new_table()
         self.computed = 0
+        self.pending = 0
         self.published = 0
         self.home = None
 

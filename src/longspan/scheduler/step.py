@@ -15,7 +15,7 @@ from longspan.cache.placement import home_shard, shard_for_decode, shard_for_pag
 from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
-from longspan.plan import Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
+from longspan.plan import PENDING, Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 
@@ -71,6 +71,14 @@ class StepBuilder:
             self._rows[piece.pcp] += piece.stop - piece.start
             self._add_segment(sequence, piece, prefill=False, drafts=drafts)
         return bool(pieces)
+
+    def can_follow(self, sequence: SequenceState) -> bool:
+        """Whether the ranks that sample a pending token are those that will compute it; a new page may be anywhere."""
+        if not sequence.pending or self._grid.pcp == 1:
+            return True
+        table = sequence.table
+        has_page = sequence.computed < len(table.pages) * table.page_size
+        return has_page and self._grid.pcp_of_shard[table.shard_of(sequence.computed)] == sequence.sampled_on
 
     def add_chunk(self, sequence: SequenceState, tokens: int) -> None:
         """Compute up to `tokens` of the request's remaining tokens, as far as there are pages for them."""
@@ -145,11 +153,15 @@ class StepBuilder:
             Segment(
                 request_id=sequence.request_id,
                 start=piece.start,
-                token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
+                token_ids=(
+                    *sequence.tokens[piece.start : piece.stop],
+                    *(PENDING,) * min(sequence.pending, max(0, piece.stop - len(sequence.tokens))),
+                    *_cut(drafts, piece, len(sequence.tokens)),
+                ),
                 pcp=piece.pcp,
                 prefill=prefill,
                 travels=travels,
-                sample=min(length, max(0, piece.stop + 1 - len(sequence.tokens))),
+                sample=min(length, max(0, piece.stop + 1 - sequence.length)),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
             )
         )

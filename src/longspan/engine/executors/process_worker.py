@@ -18,6 +18,7 @@ import zmq
 from longspan.config import EngineConfig
 from longspan.engine.executors.lifetime import end_with_parent
 from longspan.engine.executors.messages import FromWorker, Ready, Stepped, TraceReport, TrafficReport, failure
+from longspan.engine.executors.steps import StepLoop
 from longspan.engine.loading import TensorStore
 from longspan.engine.setup import resolve
 from longspan.engine.worker import build_runner, threads_per_rank
@@ -63,16 +64,19 @@ def _serve(folder: Path, rank: int, inbox: zmq.Socket[bytes], answer: Callable[[
     runner, constants = build_runner(setup, rank, TensorStore(setup.source.checkpoint, setup.dtype, device), make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(Ready(rank, constants))
+    loop = StepLoop(runner, lambda tokens: answer(Stepped(rank, tokens)), lambda: bool(inbox.poll(0)))
     while True:
         message = inbox.recv()
         if message == b"stop":
             return
+        if message in (b"traffic", b"trace"):
+            loop.flush()
         if message == b"traffic":
             answer(TrafficReport(rank, traffic.bytes_by_label, traffic.calls_by_label))
         elif message == b"trace":
             answer(TraceReport(rank, traffic.trace.spans))
         else:
-            answer(Stepped(rank, runner.step(StepPlan.decode(message))))
+            loop.take(StepPlan.decode(message))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostConstants
 from longspan.engine.executors.base import require_open
+from longspan.engine.executors.steps import StepLoop
 from longspan.engine.loading import TensorStore
 from longspan.engine.runner import Runner
 from longspan.engine.setup import EngineSetup
@@ -114,10 +115,12 @@ class ThreadExecutor:
         except BaseException as error:
             self._outcomes.put((rank, error))
             return
-        while (plan := self._inboxes[rank].get()) is not None:
+        inbox = self._inboxes[rank]
+        loop = StepLoop(runner, lambda tokens: self._outcomes.put((rank, tokens)), lambda: not inbox.empty())
+        while (plan := inbox.get()) is not None:
             try:
                 torch.set_num_threads(self._threads_for(rank, plan, share))
-                self._outcomes.put((rank, runner.step(plan)))
+                loop.take(plan)
             except BaseException as error:
                 self._outcomes.put((rank, error))
 

@@ -1,0 +1,108 @@
+"""Attention in plain tensor operations, on any device and in any dtype: the fallback without kernels, and their twin.
+
+It owns the blocks that bound the memory of scores; it must not know about ranks, schedules or pages beyond the spans
+it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.attention.heads import HeadBlock
+from longspan.attention.partial import Partial, merge
+from longspan.attention.pool import SlotWriter
+from longspan.attention.rows import CacheRows
+from longspan.cache.pages import clip_spans
+from longspan.reach import QueryRun
+from longspan.view import WriteRun
+
+_SCORES = 1 << 24  # held at once, of all heads
+_ROWS = 256  # query tokens of a block
+
+
+class TorchBackend:
+    """softmax(q kᵀ · scale) v block by block, in fp32 or wider whatever the inputs are."""
+
+    def __init__(self, device: torch.device, max_scores: int = _SCORES) -> None:
+        self._device = device
+        self._max_scores = max_scores
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+        """See `Backend.writer`."""
+        return SlotWriter(writes, rows, self._device)
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return merge(parts)
+
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
+        """See `Backend.causal`."""
+        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        numbers = torch.arange(q.shape[0], device=q.device)
+        for rows in _cut(0, q.shape[0], _ROWS):
+            first = 0 if window is None else max(0, rows.start + 1 - window)
+            parts: list[Partial] = []
+            for at in _cut(first, rows.stop, self._keys_at_once(q[rows])):
+                back = numbers[rows, None] - numbers[at]
+                seen = back >= 0 if window is None else (back >= 0) & (back < window)
+                part = _attend(q[rows], keys[:, at], values[:, at], blocks, scale, seen)
+                parts = [merge([*parts, part])]
+            whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
+        return whole
+
+    def attend(
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
+    ) -> Partial:
+        """See `Backend.attend`."""
+        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        for run in runs:
+            lows = None if run.lows is None else torch.tensor(run.lows, device=q.device)
+            for rows in _cut(run.row, run.row + run.length, _ROWS):
+                parts = [Partial(whole.out[rows], whole.lse[rows])]
+                for at in _cut(0, run.tokens, self._keys_at_once(q[rows])):
+                    within = kv.take(clip_spans(run.spans, at.start, at.stop)).read(q.dtype)
+                    seen = None
+                    if lows is not None:
+                        numbers = torch.arange(at.start, at.stop, device=q.device)
+                        seen = numbers >= lows[rows.start - run.row : rows.stop - run.row, None]
+                    parts = [merge([*parts, _attend(q[rows], within[0], within[-1], blocks, scale, seen)])]
+                whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
+        return whole
+
+    def _keys_at_once(self, q: Tensor) -> int:
+        return max(1, self._max_scores // (q.shape[0] * q.shape[1]))
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    """[start, stop) in pieces of `size`."""
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[HeadBlock], scale: float, seen: Tensor | None
+) -> Partial:
+    """q [T, H, D] against keys, values [Hkv, L, D]; `seen` [T, L]. The query heads of a KV head are packed as rows."""
+    part = Partial.empty(q.shape[0], q.shape[1], values.shape[-1], q)
+    wide = part.out.dtype
+    for block in blocks:
+        heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+        packed = q[:, heads].reshape(len(q), block.kv_heads, block.group, -1).transpose(0, 1).flatten(1, 2).to(wide)
+        scores = torch.bmm(packed, keys[held].to(wide).transpose(1, 2)).mul_(scale)
+        if seen is not None:
+            scores.masked_fill_(~seen.repeat_interleave(block.group, dim=0), float("-inf"))
+        lse = torch.logsumexp(scores, -1)
+        base = torch.where(torch.isneginf(lse), 0.0, lse)[..., None]  # a row that sees nothing: weights of 0, no NaN
+        out = torch.bmm(scores.sub_(base).exp_(), values[held].to(wide))
+        shape = (block.kv_heads, len(q), block.group)
+        part.out[:, heads] = out.view(*shape, -1).transpose(0, 1).flatten(1, 2)
+        part.lse[:, heads] = lse.view(shape).transpose(0, 1).flatten(1, 2)
+    return part

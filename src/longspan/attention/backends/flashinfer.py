@@ -1,0 +1,179 @@
+"""Attention through the FlashInfer library, over the page pool in place.
+
+It owns the page tables, with every slot as a page of one token: whatever the page size, our layout is then one of
+the library's, by strides alone. It also owns the form of results: log base 2 becomes natural.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.attention.backends.dense import TorchBackend
+from longspan.attention.heads import HeadBlock
+from longspan.attention.partial import Partial
+from longspan.attention.pool import SlotWriter
+from longspan.attention.rows import CacheRows
+from longspan.cache.pages import Span, clip_spans
+from longspan.reach import QueryRun
+from longspan.view import WriteRun
+
+_WORKSPACE_BYTES = 128 << 20  # what the library asks for
+_DIMS = (64, 128, 256)
+_LATENT, _ROPE = 512, 64
+
+
+class FlashInferBackend:
+    """Plans are made once for a step's runs and used by all layers; shapes the library lacks go to plain operations.
+
+    `library` stands for the imported package, in tests.
+    """
+
+    def __init__(self, device: torch.device, library: Any = None) -> None:
+        self._library = library or import_module("flashinfer")
+        self._plain = TorchBackend(device)
+        self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._tables: dict[tuple[QueryRun, ...], _Table] = {}
+        self._plans: dict[tuple[object, ...], Any] = {}
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+        self._tables.clear()
+        self._plans.clear()
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+        """See `Backend.writer`."""
+        return self._plain.writer(writes, rows)
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return self._plain.merge(parts)
+
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
+        """See `Backend.causal`."""
+        if q.element_size() != 2 or q.shape[-1] not in _DIMS or v.shape[-1] != q.shape[-1]:
+            return self._plain.causal(q, k, v, blocks, scale, window)
+        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+        left = -1 if window is None else window - 1
+        for block in blocks:
+            heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+            keys, values = k[:, held].contiguous(), v[:, held].contiguous()
+            out, lse = self._library.single_prefill_with_kv_cache(
+                q[:, heads].contiguous(), keys, values,
+                causal=True, kv_layout="NHD", sm_scale=scale, window_left=left, return_lse=True,
+            )  # fmt: skip
+            part = _natural(out, lse)
+            whole.out[:, heads], whole.lse[:, heads] = part.out, part.lse
+        return whole
+
+    def attend(
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
+    ) -> Partial:
+        """See `Backend.attend`."""
+        latent = len(kv.values) == 1 and kv.width == _LATENT + _ROPE
+        if kv.scales is not None or q.element_size() != 2 or not (latent or _is_plain(kv)):
+            return self._plain.attend(q, runs, kv, blocks, scale)
+        whole = Partial.empty(q.shape[0], q.shape[1], _LATENT if latent else kv.width, q)
+        key = tuple(runs)
+        if key not in self._tables:
+            self._tables[key] = _table(key, q.device)
+        table = self._tables[key]
+        if not len(table.rows):
+            return whole
+        for block in blocks:
+            heads = slice(block.q_start, block.q_stop)
+            queries = q[:, heads][table.rows]
+            call = self._latent if latent else self._paged
+            part = _natural(*call(queries, table, kv, block, scale))
+            whole.out[table.rows, heads], whole.lse[table.rows, heads] = part.out, part.lse
+        return whole
+
+    def _paged(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
+        key = (table, q.shape[1], block.kv_heads, kv.width, scale, q.dtype, kv.values.dtype)
+        if key not in self._plans:
+            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+            wrapper.plan(
+                table.row_starts, table.slot_starts, table.slots, torch.ones_like(table.counts),
+                q.shape[1], block.kv_heads, kv.width, 1,
+                causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
+            )  # fmt: skip
+            self._plans[key] = wrapper
+        held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [planes, slots, 1, Hkv, D]
+        found: tuple[Tensor, Tensor] = self._plans[key].run(q, (held[0], held[1]), return_lse=True)
+        return found
+
+    def _latent(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
+        key = (table, q.shape[1], scale, q.dtype, kv.values.dtype)
+        if key not in self._plans:
+            wrapper = self._library.mla.BatchMLAPagedAttentionWrapper(self._workspace)
+            wrapper.plan(
+                qo_indptr=table.row_starts, kv_indptr=table.slot_starts, kv_indices=table.slots,
+                kv_len_arr=table.counts, num_heads=q.shape[1], head_dim_ckv=_LATENT, head_dim_kpe=_ROPE,
+                page_size=1, causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
+            )  # fmt: skip
+            self._plans[key] = wrapper
+        held = kv.values[0, block.kv_start][:, None]  # [slots, 1, D]
+        found: tuple[Tensor, Tensor] = self._plans[key].run(
+            q_nope=q[..., :_LATENT].contiguous(), q_pe=q[..., _LATENT:].contiguous(),
+            ckv_cache=held[..., :_LATENT], kpe_cache=held[..., _LATENT:], return_lse=True,
+        )  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Rows of q [N] and the slots they see, in the library's form: starts [R + 1] and counts [R] of R runs, int32.
+
+    Starts and counts stay on the host, where the library plans.
+    """
+
+    rows: Tensor
+    row_starts: Tensor
+    slots: Tensor
+    slot_starts: Tensor
+    counts: Tensor
+
+
+def _table(runs: Sequence[QueryRun], device: torch.device) -> _Table:
+    seeing = [run for given in runs for run in _without_mask(given) if run.tokens]
+    rows = [torch.arange(run.row, run.row + run.length) for run in seeing]
+    slots = [torch.arange(s.slot, s.slot + s.length, dtype=torch.int32) for run in seeing for s in run.spans]
+    counts = torch.tensor([run.tokens for run in seeing], dtype=torch.int32)
+    return _Table(
+        torch.cat(rows or [torch.arange(0)]).to(device),
+        _starts(torch.tensor([run.length for run in seeing], dtype=torch.int32)),
+        torch.cat(slots or [torch.arange(0, dtype=torch.int32)]).to(device),
+        _starts(counts),
+        counts,
+    )
+
+
+def _without_mask(run: QueryRun) -> Iterator[QueryRun]:
+    """Rows under a window become runs of one row: page tables can say what a mask would."""
+    if run.lows is None:
+        yield run
+        return
+    for number, low in enumerate(run.lows):
+        spans: tuple[Span, ...] = tuple(clip_spans(run.spans, low, run.tokens))
+        yield QueryRun(run.row + number, 1, spans)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+
+
+def _is_plain(kv: CacheRows) -> bool:
+    return len(kv.values) == 2 and kv.width in _DIMS
+
+
+def _natural(out: Tensor, lse: Tensor) -> Partial:
+    """The library's logarithms are to base 2."""
+    return Partial.normalised(out.float(), lse.float() * math.log(2))

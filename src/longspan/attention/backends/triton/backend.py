@@ -1,0 +1,195 @@
+"""Attention on a GPU through kernels written in Triton.
+
+It owns the step from heads and cache rows to launches; it must not know about ranks or schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
+from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.merge import merge_parts
+from longspan.attention.backends.triton.plan import (
+    ITEM_FIELDS,
+    SPLIT_FIELDS,
+    StaticRuns,
+    StepPlans,
+    WorkPlan,
+    identities,
+)
+from longspan.attention.backends.triton.work import Slots, Tiling, plan_work, sights_of_diagonal, sights_of_runs
+from longspan.attention.backends.triton.write import TritonWriter
+from longspan.attention.heads import HeadBlock
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
+from longspan.reach import QueryRun
+from longspan.view import WriteRun
+
+_INTERPRETED_PROCESSORS = 4  # where there is no device to ask
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Keys and values [Hkv, slots, D] and their scales [Hkv, slots, G], strides as the tensors have them."""
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+    shape: Shape
+
+
+class TritonBackend:
+    """Decode, prefill off the diagonal and the diagonal are one kernel over different work.
+
+    `value_dim` is the width of the values in a cache of one plane. Plans are kept from `begin` to `begin`, for runs
+    that are the same objects. For a captured graph take `static(...)`, pass it to `attend` as its runs, once before
+    the capture and in it, and `fill` it before each replay.
+    """
+
+    def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
+        self._device = device
+        self._value_dim = value_dim
+        self._processors = processors or _processors(device)
+        self._plans = StepPlans()
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+        self._plans.clear()
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> TritonWriter:
+        """See `Backend.writer`."""
+        return TritonWriter(writes, rows, self._device)
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return merge_parts(parts)
+
+    def static(self, rows: int, longest: int = 1, index: int = 0) -> StaticRuns:
+        """Runs to be refilled: `rows` rows, `longest` of them in a run, `index` slots in spans too short for a range.
+
+        Longer runs are right, but not cut for speed.
+        """
+        return StaticRuns(rows, longest, index, self._device)
+
+    def causal(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+    ) -> Partial:
+        """See `Backend.causal`."""
+        tokens = q.shape[0]
+        k, v = _unit_stride(k).transpose(0, 1), _unit_stride(v).transpose(0, 1)
+        shape = shape_of(k.shape[2], v.shape[2], (), False, _wide(q))
+
+        def plan(tiling: Tiling) -> WorkPlan:
+            return self._plans.get(
+                (tokens, window, tiling),
+                None,
+                lambda: WorkPlan(plan_work(sights_of_diagonal(tokens, window), Slots(), tokens, tiling), self._device),
+            )
+
+        return self._attend(q, _Keys(k, v, k, k, shape), blocks, scale, tokens, plan)
+
+    def attend(
+        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
+    ) -> Partial:
+        """See `Backend.attend`; `out` is as wide as the values' part of a row of one plane."""
+        rows = q.shape[0]
+        if isinstance(runs, StaticRuns):
+            if runs.rows != rows:
+                raise ValueError(f"{rows} rows for static runs of {runs.rows}")
+            return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, runs.longest, runs.plan)
+        names = identities(runs)
+
+        def plan(tiling: Tiling) -> WorkPlan:
+            def make() -> WorkPlan:
+                sights, index = sights_of_runs(runs)
+                return WorkPlan(plan_work(sights, index, rows, tiling), self._device)
+
+            return self._plans.get((names, rows, tiling), tuple(runs), make)
+
+        longest = max((run.length for run in runs), default=1)
+        return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, longest, plan)
+
+    def _cached(self, kv: CacheRows, wide: bool) -> _Keys:
+        values = _unit_stride(kv.values)
+        scales = values if kv.scales is None else _unit_stride(kv.scales)
+        shared = values.shape[0] == 1
+        groups = () if kv.scales is None else kv.groups or (kv.width,)
+        shape = shape_of(kv.width, self._value_dim if shared else kv.width, groups, shared, wide)
+        return _Keys(values[0], values[-1], scales[0], scales[-1], shape)
+
+    def _attend(
+        self,
+        q: Tensor,
+        keys: _Keys,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        longest: int,
+        plan_of: Callable[[Tiling], WorkPlan],
+    ) -> Partial:
+        if q.dtype == torch.float64 or not q.is_cuda:  # the kernels sum in fp32; their interpreter multiplies no bf16
+            q = q.float()
+        q = _unit_stride(q)
+        tokens, heads, _ = q.shape
+        width = keys.shape.value[0] + keys.shape.value[2]
+        whole = Partial(
+            torch.empty((tokens, heads, width), dtype=torch.float32, device=q.device),
+            torch.empty((tokens, heads), dtype=torch.float32, device=q.device),
+        )
+        for block in blocks if tokens else ():
+            config = config_for(keys.shape, longest * block.group)
+            programs = self._processors * config.resident
+            tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
+            _launch(q, keys, block, scale, config, plan_of(tiling), whole, longest * block.group)
+        return whole
+
+
+def _launch(
+    q: Tensor, keys: _Keys, block: HeadBlock, scale: float, config: Config, plan: WorkPlan, whole: Partial, rows: int
+) -> None:
+    """The heads of one block: items over adjacent slots, over gathered ones, then rows that several items share."""
+    heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
+    part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
+    part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
+    shape, out_strides = keys.shape, (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0))
+    for items, count, gathered in (
+        (plan.adjacent, room.adjacent, False), (plan.gathered, room.gathered, True),
+    ):  # fmt: skip
+        if count:
+            attend_kernel[(count, heads)](
+                items, plan.bounds, plan.index, q, (keys.keys, keys.values, keys.key_scales, keys.value_scales),
+                whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
+                tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
+                (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
+                KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
+                STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=gathered,
+                FLIP=config.flip, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+    if room.splits:
+        reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
+            plan.splits, whole.out, whole.lse, part_out, part_lse, out_strides, block.q_start, block.group, heads,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
+            FIELDS=SPLIT_FIELDS, num_warps=4,
+        )  # fmt: skip
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _wide(q: Tensor) -> bool:
+    return q.element_size() > 2
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernel takes elements of a row as neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,77 @@
+"""The merge of partials as one pass over memory.
+
+It owns the kernel and the reading of partials where they lie; it must not know where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.attention.partial import Partial
+
+_MAX_PARTS = 16  # of one launch: each has two pointers among the kernel's arguments
+_ELEMENTS = 1024  # of the result, computed by one program: 8 a thread, so that every part has loads in flight
+_WARPS = 4
+
+
+def merge_parts(parts: Sequence[Partial]) -> Partial:
+    """`partial.merge` in fp32: parts are read once, where they are, if their rows [T, H] have one stride."""
+    while len(parts) > _MAX_PARTS:
+        groups = [parts[at : at + _MAX_PARTS] for at in range(0, len(parts), _MAX_PARTS)]
+        parts = [merge_parts(group) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    tokens, heads, width = parts[0].out.shape
+    out = torch.empty((tokens, heads, width), dtype=torch.float32, device=parts[0].out.device)
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=out.device)
+    if not out.numel():
+        return Partial(out, lse)
+    outs = tuple(_rows(part.out.reshape(-1, width)) for part in parts)
+    lses = tuple(part.lse.reshape(-1) for part in parts)
+    strides = tuple((o.stride(0), s.stride(0)) for o, s in zip(outs, lses, strict=True))
+    columns = triton.next_power_of_2(width)
+    rows = max(1, _ELEMENTS // columns)
+    grid = (triton.cdiv(tokens * heads, rows),)
+    _merge_kernel[grid](
+        outs, lses, strides, out, lse, tokens * heads, WIDTH=width, COLUMNS=columns, ROWS=rows, num_warps=_WARPS
+    )
+    return Partial(out, lse)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The kernel takes elements of a row as neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def _merge_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
+    outs, lses, strides, out_ptr, lse_ptr, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    valid = row < total
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    for part in tl.static_range(len(outs)):
+        seen = tl.load(lses[part] + row * strides[part][1], mask=valid, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, seen)
+    base = tl.where(top == float("-inf"), 0.0, top)  # where nobody saw anything: weights of 0, no NaN
+    total_weight = tl.zeros((ROWS,), tl.float32)
+    mixed = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for part in tl.static_range(len(outs)):
+        seen = tl.load(lses[part] + row * strides[part][1], mask=valid, other=float("-inf")).to(tl.float32)
+        weight = tl.exp(seen - base)
+        wanted = (weight > 0)[:, None] & (column < WIDTH)[None, :]  # a part of weight 0 is not even read
+        values = tl.load(outs[part] + row[:, None] * strides[part][0] + column[None, :], mask=wanted, other=0.0)
+        mixed += weight[:, None] * values.to(tl.float32)
+        total_weight += weight
+    nothing = total_weight == 0.0
+    total_weight = tl.where(nothing, 1.0, total_weight)
+    mixed /= total_weight[:, None]
+    inside = valid[:, None] & (column < WIDTH)[None, :]
+    tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], mixed, mask=inside)
+    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), base + tl.log(total_weight)), mask=valid)

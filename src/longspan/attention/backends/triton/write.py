@@ -1,0 +1,107 @@
+"""Writing a step's rows into the cache, quantised on the way, in one launch a layer.
+
+It owns the kernel and the table of slots; it must not know whose rows they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longspan.attention.rows import CacheRows
+from longspan.view import WriteRun
+
+_ELEMENTS = 2048  # written by one program: 16 a thread
+_WARPS = 4
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+class TritonWriter:
+    """Where a step's rows go: a slot for each of `rows` rows in device memory, -1 for none.
+
+    `refill` puts other runs into the same memory, so that a captured launch can be replayed for another step.
+    """
+
+    def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
+        self._rows = rows
+        self._slots = torch.empty(rows, dtype=torch.int32, device=device)
+        self.refill(writes)
+
+    def refill(self, writes: Sequence[WriteRun]) -> None:
+        """Other runs for the same number of rows; rows that no run names write nothing."""
+        slots = [-1] * self._rows
+        for run in writes:
+            slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
+        on_host = torch.tensor(slots, dtype=torch.int32, pin_memory=self._slots.is_cuda)
+        self._slots.copy_(on_host, non_blocking=True)  # the allocator keeps pinned memory until the copy is over
+
+    def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
+        """See `Writer.write`. Raises `ValueError` if k has another number of rows than this was made for."""
+        if len(k) != self._rows:
+            raise ValueError(f"{len(k)} rows for a writer of {self._rows}")
+        planes, heads, _, width = cache.values.shape
+        if not self._rows:
+            return
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v if planes > 1 else k))
+        quantised = cache.scales is not None
+        widths = cache.groups if quantised else _power_and_rest(width)
+        scales = cache.values if cache.scales is None else cache.scales
+        rows = max(1, _ELEMENTS // triton.next_power_of_2(max(widths)))
+        _write_kernel[(triton.cdiv(self._rows * heads, rows), planes)](
+            self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
+            cache.values.stride()[:3], scales.stride()[:3], self._rows * heads, heads,
+            WIDTHS=widths, LARGEST=_LARGEST[cache.values.dtype] if quantised else 0.0,
+            ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _power_and_rest(width: int) -> tuple[int, ...]:
+    """576 as 512 + 64: tiles are powers of two wide, and lanes beyond a row's end idle."""
+    power = 1 << (width.bit_length() - 1)
+    return (power,) if power == width else (power, width - power)
+
+
+@triton.jit
+def _write_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
+    slots, k, v, values, scales, source_strides, value_strides, scale_strides, units, heads,
+    WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program writes `ROWS` pairs of (row, head) of one plane."""
+    unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, head = unit // heads, (unit % heads).to(tl.int64)
+    slot = tl.load(slots + row, mask=unit < units, other=-1).to(tl.int64)
+    plane = tl.program_id(1).to(tl.int64)
+    to = values + plane * value_strides[0] + head * value_strides[1] + slot * value_strides[2]
+    scale_to = scales + plane * scale_strides[0] + head * scale_strides[1] + slot * scale_strides[2]
+    row = row.to(tl.int64)
+    if plane == 0:
+        source = k + row * source_strides[0] + head * source_strides[1]
+        _write_rows(source, to, scale_to, slot >= 0, WIDTHS, LARGEST, ROUND)
+    else:
+        source = v + row * source_strides[2] + head * source_strides[3]
+        _write_rows(source, to, scale_to, slot >= 0, WIDTHS, LARGEST, ROUND)
+
+
+@triton.jit
+def _write_rows(  # type: ignore[no-untyped-def]
+    source, to, scale_to, wanted, WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr
+):
+    """Rows at the pointers `source` go to those at `to`, group by group, each with its scale."""
+    first = 0
+    for group in tl.static_range(len(WIDTHS)):
+        column = tl.arange(0, triton.next_power_of_2(WIDTHS[group]))
+        mask = wanted[:, None] & (column < WIDTHS[group])[None, :]
+        x = tl.load(source[:, None] + first + column[None, :], mask=mask, other=0.0)
+        if LARGEST > 0:
+            x = x.to(tl.float32)
+            scale = tl.div_rn(tl.max(tl.abs(x), axis=1), LARGEST)
+            tl.store(scale_to + group, scale, mask=wanted)
+            x = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38)[:, None])  # the least normal number, as the twin
+            if ROUND:
+                x = (x + 12582912.0) - 12582912.0  # 1.5 · 2^23: what is left has no fraction, rounded half to even
+        tl.store(to[:, None] + first + column[None, :], x.to(to.dtype.element_ty), mask=mask)
+        first += WIDTHS[group]

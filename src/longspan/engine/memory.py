@@ -1,0 +1,66 @@
+"""What a GPU's free memory leaves for the KV cache, and whether the rest fits at all.
+
+It owns this sum, with the planner's formulas; it must not allocate anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from longspan.config import EngineConfig, ParallelConfig
+from longspan.errors import ConfigError
+from longspan.hardware import Hardware
+from longspan.models.config import ModelConfig
+from longspan.planner.deployment import Deployment
+from longspan.planner.formats import WeightFormat
+from longspan.planner.layouts import layouts
+
+_GIB = 1 << 30
+_MOST_NAMED = 4
+_MOST_RANKS = 64
+
+
+def cache_bytes(
+    config: EngineConfig, model: ModelConfig, element_bytes: int, cache_element_bytes: int, free: int
+) -> int:
+    """Bytes for the cache of a rank whose device has `free` bytes: what was asked for, or what is left.
+
+    Raises `ConfigError` with needed and free GiB, and layouts that would fit, if it is not enough.
+    """
+    utilisation = config.cache.gpu_memory_utilization
+    device = Hardware(tflops=1, memory_gb=free / _GIB, memory_tb_s=1, intra_gb_s=1, inter_gb_s=1)
+    here = Deployment(
+        model, device, config.parallel, WeightFormat(*(element_bytes,) * 4), cache_element_bytes,
+        config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_num_seqs=config.scheduler.max_num_seqs,
+    )  # fmt: skip
+    least = config.cache.memory_bytes or here.kv_bytes_per_token * config.cache.page_size
+    if here.cache_bytes >= least:
+        return config.cache.memory_bytes or int(here.cache_bytes)
+    needed = here.weight_bytes + here.workspace_bytes + least
+    raise ConfigError(
+        "gpu_memory_utilization", utilisation,
+        f"a rank needs {needed / _GIB:.1f} GiB (weights {here.weight_bytes / _GIB:.1f}, cache {least / _GIB:.1f}); "
+        f"{free / _GIB:.1f} GiB are free, {free * utilisation / _GIB:.1f} of them to be used",
+        _remedy(here, least),
+    )  # fmt: skip
+
+
+def _remedy(here: Deployment, least: int) -> str:
+    for ranks in range(here.grid.world_size, _MOST_RANKS + 1):
+        fitting = [layout for layout in layouts(ranks) if _fits(here, layout, least)]
+        if fitting:
+            named = ", ".join(
+                f"-tp {one.tensor_parallel_size} -pcp {one.prefill_context_parallel_size} "
+                f"-dcp {one.decode_context_parallel_size} -pp {one.pipeline_parallel_size}"
+                for one in fitting[:_MOST_NAMED]
+            )
+            return f"on {ranks} such GPUs these fit: {named}"
+    return "give the cache less, use a smaller dtype, or a GPU with more memory"
+
+
+def _fits(here: Deployment, layout: ParallelConfig, least: int) -> bool:
+    try:
+        return replace(here, parallel=layout).cache_bytes >= least
+    except ConfigError:  # not a layout for this model
+        return False

@@ -1,0 +1,84 @@
+"""A step planned while the one before it runs: the same tokens, of which the ranks learn first."""
+
+from __future__ import annotations
+
+import pytest
+
+from longspan import SamplingParams
+from longspan.plan import PENDING
+from tests.oracle import greedy, oracle, prompt_of
+
+PROMPTS = [prompt_of(61), prompt_of(5, 3), prompt_of(33, 9)]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+LAYOUTS = [{}, {"pcp": 3}, {"tp": 2}, {"tp": 4, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}]
+
+
+def tokens_of(llm, params=GREEDY, prompts=PROMPTS):
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def watch_plans(llm):
+    """Every plan that is handed out from now on."""
+    plans, submit = [], llm.engine.executor.submit
+    llm.engine.executor.submit = lambda plan: (plans.append(plan), submit(plan))
+    return plans
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+def test_tokens_are_those_of_the_oracle(tiny, model, layout):
+    llm = tiny(model, run_ahead=True, **layout)
+    plans = watch_plans(llm)
+    assert tokens_of(llm) == [greedy(oracle(model), prompt, 24)[0] for prompt in PROMPTS]
+    assert any(PENDING in segment.token_ids for plan in plans for segment in plan.segments)
+    llm.engine.scheduler.check_integrity()
+
+
+def test_sampled_tokens_are_those_without(tiny):
+    params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=24)
+    assert tokens_of(tiny(run_ahead=True, tp=2, dcp=2), params) == tokens_of(tiny(), params)
+
+
+def test_penalties_wait_for_the_tokens_they_look_back_at(tiny):
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=24)
+    ahead = tiny(run_ahead=True)
+    plans = watch_plans(ahead)
+    assert tokens_of(ahead, params) == tokens_of(tiny(), params)
+    assert not any(PENDING in segment.token_ids for plan in plans for segment in plan.segments)
+
+
+def test_what_was_computed_behind_an_end_is_dropped(tiny):
+    """The stop token is known a step late: nothing of that step is delivered, and its pages are free."""
+    llm = tiny(run_ahead=True, pcp=2)
+    expected = greedy(oracle("llama"), PROMPTS[0], 24)[0]
+    stop = expected[7]
+    cut = expected.index(stop) + 1
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=(stop,))
+    assert tokens_of(llm, params, [PROMPTS[0]]) == [expected[:cut]]
+    assert tokens_of(llm, GREEDY, [PROMPTS[1]]) == [greedy(oracle("llama"), PROMPTS[1], 24)[0]]
+    assert not llm.engine.has_unfinished
+    llm.engine.scheduler.check_integrity()
+
+
+def test_no_step_is_computed_for_tokens_beyond_the_last(tiny):
+    llm = tiny(run_ahead=True)
+    plans = watch_plans(llm)
+    assert len(tokens_of(llm, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), [PROMPTS[1]])[0]) == 5
+    assert sum(segment.sample for plan in plans for segment in plan.segments) == 5
+
+
+def test_preempted_requests_give_the_same_tokens(tiny):
+    """Pages for little more than one of them: a request is preempted while its token is under way."""
+    llm = tiny(run_ahead=True, pages_per_shard=(24,))
+    assert tokens_of(llm, SamplingParams(temperature=0, max_tokens=30)) == [
+        greedy(oracle("llama"), prompt, 30)[0] for prompt in PROMPTS
+    ]
+    assert llm.engine.stats().scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("options", [{"pp": 2}, {"speculative": "prompt-lookup:3"}], ids=str)
+def test_stages_and_drafts_do_not_run_ahead(tiny, options):
+    llm = tiny(run_ahead=True, **options)
+    plans = watch_plans(llm)
+    assert tokens_of(llm) == [greedy(oracle("llama"), prompt, 24)[0] for prompt in PROMPTS]
+    assert not any(PENDING in segment.token_ids for plan in plans for segment in plan.segments)

@@ -1,0 +1,101 @@
+"""Compiles the attention kernel for an H100 or H200 without one, and says what it takes, one JSON object a variant.
+
+`python -m tests.gpu.compile_attend [variant]...`, without the variable that asks for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longspan.attention.backends.triton.attend import attend_kernel
+from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.plan import ITEM_FIELDS
+
+LATENT = (512, 64)
+VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a run, what is cached, gathered slots
+    "decode 64": (shape_of(64, 64, (), False, False), 8, "bf16", False),
+    "decode 128": (shape_of(128, 128, (), False, False), 8, "bf16", False),
+    "decode 128 gathered": (shape_of(128, 128, (), False, False), 8, "bf16", True),
+    "decode 128 int8": (shape_of(128, 128, (128,), False, False), 8, "i8", False),
+    "decode 128 fp8": (shape_of(128, 128, (128,), False, False), 8, "fp8e4nv", False),
+    "decode 256": (shape_of(256, 256, (), False, False), 8, "bf16", False),
+    "decode latent, 16 heads": (shape_of(576, 512, (), True, False), 16, "bf16", False),
+    "decode latent, 128 heads": (shape_of(576, 512, (), True, False), 128, "bf16", False),
+    "decode latent fp8, 16 heads": (shape_of(576, 512, LATENT, True, False), 16, "fp8e4nv", False),
+    "decode latent fp8, 128 heads": (shape_of(576, 512, LATENT, True, False), 128, "fp8e4nv", False),
+    "verify 128": (shape_of(128, 128, (), False, False), 64, "bf16", False),
+    "prefill 64": (shape_of(64, 64, (), False, False), 4096, "bf16", False),
+    "prefill 128": (shape_of(128, 128, (), False, False), 4096, "bf16", False),
+    "prefill 128 int8": (shape_of(128, 128, (128,), False, False), 4096, "i8", False),
+    "prefill 256": (shape_of(256, 256, (), False, False), 4096, "bf16", False),
+    "diagonal of expanded latents": (shape_of(192, 128, (), False, False), 4096, "bf16", False),
+    "decode 128 fp32": (shape_of(128, 128, (), False, True), 8, "fp32", False),
+    "decode latent fp32": (shape_of(576, 512, (), True, True), 128, "fp32", False),
+}
+
+
+def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool):
+    """The kernel for sm_90, told what a launch would tell of it: pointers and strides are multiples of 16."""
+    scales = "*fp32" if shape.groups else f"*{cached}"
+    key, value = shape.key[0] + shape.key[2], shape.value[0] + shape.value[2]
+    constants = {
+        "KEY": shape.key, "VALUE": shape.value, "SHARED": shape.shared, "GROUPS": shape.groups,
+        "STRIDES": (key, key if shape.shared else value, max(1, shape.groups)), "GATHERED": gathered,
+        "FLIP": config.flip, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "FIELDS": ITEM_FIELDS,
+    }  # fmt: skip
+    types: dict[str, object] = {
+        **dict.fromkeys(("items", "bounds", "index"), "*i32"),
+        "q": "*fp32" if shape.wide else "*bf16",
+        "kv": (f"*{cached}", f"*{cached}", scales, scales),
+        **dict.fromkeys(("out", "lse", "part_out", "part_lse"), "*fp32"),
+        "q_strides": ("i32",) * 2, "head_strides": ("i32",) * 3, "out_strides": ("i32",) * 3,
+        "first_heads": ("i32",) * 2, "group": "i32", "heads": "i32", "scale": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    names = attend_kernel.arg_names
+    plain = ["items", "bounds", "index", "q", "out", "lse", "part_out", "part_lse"]
+    aligned = [(names.index(name),) for name in plain]
+    tuples = {"kv": 4, "q_strides": 2, "head_strides": 2 if shape.groups else 3, "out_strides": 2}
+    aligned += [(names.index(name), at) for name, count in tuples.items() for at in range(count)]
+    source = ASTSource(
+        attend_kernel,
+        {name: types[name] for name in names},
+        {(names.index(name),): constant for name, constant in constants.items()},
+        {at: [["tt.divisibility", 16]] for at in aligned},
+    )
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers a thread, bytes of stack a thread (spills), bytes of shared memory, matrix instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or VARIANTS:
+        shape, rows, cached, gathered = VARIANTS[name]
+        config = config_for(shape, rows)
+        found = resources(compile_variant(shape, config, cached, gathered))
+        print(json.dumps({"variant": name, **vars(config), **found}), flush=True)

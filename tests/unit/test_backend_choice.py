@@ -1,0 +1,89 @@
+"""Which backend a rank uses: by device, by what is installed, by the shape of the cache."""
+
+import pytest
+import torch
+
+from longspan.attention.backends.choice import BACKEND_NAMES, BackendShape, Choice, build_backend, choose_backend
+from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.backends.dense import TorchBackend
+from longspan.errors import ConfigError
+
+GQA = BackendShape(head_dim=128, value_dim=128, planes=2, quantised=False, dtype=torch.bfloat16)
+MLA = BackendShape(head_dim=576, value_dim=512, planes=1, quantised=False, dtype=torch.bfloat16)
+QUANTISED = BackendShape(head_dim=128, value_dim=128, planes=2, quantised=True, dtype=torch.bfloat16)
+
+
+def everything(package):
+    return True
+
+
+def nothing(package):
+    return False
+
+
+def shape(**changes):
+    return BackendShape(**{**GQA.__dict__, **changes})
+
+
+@pytest.mark.parametrize("shape", [GQA, MLA, QUANTISED])
+@pytest.mark.parametrize(
+    "device, is_installed, name",
+    [
+        ("cpu", everything, "cpu"),
+        ("cuda", everything, "triton"),
+        ("cuda", nothing, "torch"),
+        ("mps", everything, "torch"),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_there(device, is_installed, name, shape):
+    assert choose_backend("auto", device, shape, is_installed).name == name
+
+
+def test_auto_says_why_it_falls_back():
+    choice = choose_backend("auto", "cuda", GQA, nothing)
+    assert choice.reason == "triton needs the package triton, which is not installed"
+
+
+def test_auto_falls_back_when_triton_cannot_hold_the_rows():
+    assert choose_backend("auto", "cuda", shape(head_dim=1024, value_dim=1024), everything).name == "torch"
+
+
+@pytest.mark.parametrize("name", BACKEND_NAMES[1:])
+def test_a_backend_asked_for_by_name_is_taken(name):
+    device = "cpu" if name == "cpu" else "cuda"
+    assert choose_backend(name, device, GQA, everything) == Choice(name, "asked for")
+
+
+@pytest.mark.parametrize(
+    "name, device, cache, message",
+    [
+        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, torch"),
+        ("cpu", "cuda", GQA, "attention_backend=cpu: needs a cpu device, not cuda"),
+        ("triton", "cpu", GQA, "needs a cuda device, not cpu"),
+        ("flashinfer", "cuda", QUANTISED, "cannot read a cache with a scale for each row"),
+        ("flash_attn", "cuda", MLA, "cannot read a cache of latents"),
+        ("flash_attn", "cuda", shape(head_dim=320), "heads of up to 256 elements, a multiple of 8, not 320"),
+        ("flashinfer", "cuda", shape(head_dim=80), "takes heads of 64, 128, 256 elements, not 80"),
+        ("flashinfer", "cuda", shape(planes=1), "takes latents of 576 elements with 512 of values"),
+        ("flashinfer", "cuda", shape(dtype=torch.float32), "computes in bfloat16 or float16, not float32"),
+    ],
+)
+def test_a_backend_that_cannot_be_used_is_an_error_that_says_why(name, device, cache, message):
+    with pytest.raises(ConfigError) as error:
+        choose_backend(name, device, cache, everything)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["triton", "flashinfer", "flash_attn"])
+def test_a_backend_that_is_not_installed_is_an_error(name):
+    with pytest.raises(ConfigError, match=f"needs the package {name}, which is not installed"):
+        choose_backend(name, "cuda", GQA, nothing)
+
+
+def test_latents_are_no_obstacle_to_flashinfer():
+    assert choose_backend("flashinfer", "cuda", MLA, everything).name == "flashinfer"
+
+
+@pytest.mark.parametrize("name, kind", [("cpu", CpuBackend), ("torch", TorchBackend)])
+def test_the_backend_of_a_choice(name, kind):
+    assert isinstance(build_backend(Choice(name, ""), torch.device("cpu"), 128), kind)
