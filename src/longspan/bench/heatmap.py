@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from longspan.bench.attention import Cell, CellResult
+from longspan.bench.schedules import Cell, CellResult
 
 _COLOURS = {
     "gather_q": "#4c78a8", "gather_q_rs": "#9ecae9", "ring_q": "#59a14f", "tree_q": "#8cd17d",

@@ -1,4 +1,4 @@
-"""`longspan bench attention`: every schedule in the same situations, and what the automatic choice loses.
+"""`longspan bench schedules`: every schedule in the same situations, and what the automatic choice loses.
 
 It owns the options, the table and the files; tables and progress go to stderr, one JSON object to stdout.
 """
@@ -22,7 +22,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads
 
 if TYPE_CHECKING:
-    from longspan.bench.attention import CellResult
+    from longspan.bench.schedules import CellResult
 
 _WIDTH = 150
 _Q_HEADS = 8  # of every head shape
@@ -33,7 +33,7 @@ Iterations = Annotated[int, typer.Option("--iterations", help="counted repetitio
 Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the map of winners")]
 
 
-def attention(
+def schedules(
     new: NewList = "1,8,64,512",
     cached: CachedList = "256,2048,16384",
     layouts: Layouts = "1.2.1,1.4.1,2.2.2",
@@ -49,7 +49,7 @@ def attention(
     lengths = parse_integers("new", new), parse_integers("cached", cached)
     for name, found in zip(("new", "cached"), lengths, strict=True):
         require(min(found) >= 1, name, min(found), "must be at least 1", "give numbers of tokens")
-    from longspan.bench.attention import HEAD_SHAPES, Cell, run_attention
+    from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 
     cells = [
         Cell(heads, *size, new_tokens, cached_tokens)

@@ -1,0 +1,204 @@
+"""Attention kernels: decode over cached rows, long prefill off the diagonal, and one context over several shards.
+
+It owns the cases and what they must move and compute at least; it must not know how a backend works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from longspan.attention.backends.base import Backend
+from longspan.attention.backends.choice import BackendShape
+from longspan.attention.heads import HeadBlock
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
+from longspan.bench.kernels.bed import Bed, Row
+from longspan.bench.kernels.clock import Timing
+from longspan.cache.pages import Span
+from longspan.reach import QueryRun
+
+FORMATS = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_SCALE = 0.05
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A model's heads: query and KV heads, elements of a row, of which `value_dim` are values, planes of a cache."""
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    planes: int
+
+    @property
+    def blocks(self) -> tuple[HeadBlock, ...]:
+        """All of them in one block."""
+        return (HeadBlock(0, self.q_heads, 0, self.kv_heads),)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """What shares a scale where rows are quantised."""
+        rest = self.head_dim - self.value_dim
+        return (self.value_dim, rest) if self.planes == 1 and rest else (self.head_dim,)
+
+    def shape(self, bed: Bed, quantised: bool) -> BackendShape:
+        """For the choice of backends."""
+        return BackendShape(self.head_dim, self.value_dim, self.planes, quantised, bed.dtype)
+
+
+HEADS = {
+    heads.name: heads
+    for heads in (
+        Heads("gqa", 64, 8, 128, 128, 2),
+        Heads("mla", 128, 1, 576, 512, 1),
+        Heads("mha", 16, 16, 128, 128, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`batch` requests with `new` query tokens each, over `cached` tokens of their own in a cache of some format."""
+
+    heads: Heads
+    format: str
+    batch: int
+    new: int
+    cached: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows."""
+        return self.batch * self.new
+
+    def row_bytes(self, bed: Bed) -> int:
+        """One cached token's."""
+        quantised = FORMATS[self.format] is not None
+        size = 1 if quantised else bed.dtype.itemsize
+        scales = 4 * len(self.heads.groups) if quantised else 0
+        return self.heads.planes * self.heads.kv_heads * (self.heads.head_dim * size + scales)
+
+    def size(self, bed: Bed) -> tuple[int, int]:
+        """Bytes that must move and operations that must be done."""
+        heads = self.heads
+        queries = heads.head_dim * bed.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
+        moved = self.batch * self.cached * self.row_bytes(bed) + self.rows * heads.q_heads * queries
+        return moved, 2 * self.rows * self.cached * heads.q_heads * (heads.head_dim + heads.value_dim)
+
+    def case(self, what: str) -> dict[str, str | int]:
+        """Its name in a table."""
+        return {
+            "kernel": what, "heads": self.heads.name, "format": self.format,
+            "batch": self.batch, "new": self.new, "cached": self.cached,
+        }  # fmt: skip
+
+    def runs(self) -> tuple[QueryRun, ...]:
+        """Each request over its part of the cache."""
+        return tuple(
+            QueryRun(number * self.new, self.new, (Span(number * self.cached, self.cached),))
+            for number in range(self.batch)
+        )
+
+    def tensors(self, bed: Bed) -> tuple[Tensor, CacheRows]:
+        """Random queries and a random cache."""
+        q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=bed.device, dtype=bed.dtype)
+        shape = (self.heads.planes, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
+        stored = FORMATS[self.format]
+        if stored is None:
+            return q, CacheRows(torch.randn(shape, device=bed.device, dtype=bed.dtype))
+        values = torch.empty(shape, dtype=stored, device=bed.device)
+        for plane in values.flatten(0, 1):  # a head at a time: what is random is larger than what is stored
+            plane.copy_(torch.randn(plane.shape, device=bed.device, dtype=bed.dtype).mul_(30).to(stored))
+        scales = torch.rand(*shape[:3], len(self.heads.groups), device=bed.device) / 30
+        return q, CacheRows(values, scales, self.heads.groups)
+
+
+def run_scenes(bed: Bed, what: str, scenes: Iterable[Scene]) -> list[Row]:
+    """Every backend on every scene."""
+    found: list[Row] = []
+    for scene in scenes:
+        lacking = bed.lacks(scene.batch * scene.cached * scene.row_bytes(bed))
+        if lacking:
+            found.append(Row(scene.case(what), "-", *scene.size(bed), None, lacking))
+            continue
+        q, cache = scene.tensors(bed)
+        runs = scene.runs()
+        for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
+            found.append(bed.measure(scene.case(what), name, scene.size(bed), _attend(backend, q, runs, cache, scene)))
+        del q, cache
+    return found
+
+
+def _attend(
+    backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: Scene
+) -> Callable[[], Partial]:
+    return lambda: backend.attend(q, runs, cache, scene.heads.blocks, _SCALE)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One context whole, and cut over shards: seconds of the whole, of each shard, of merging the shards' results."""
+
+    whole: float
+    shards: tuple[float, ...]
+    merge: float
+
+    @property
+    def slowest_share(self) -> float:
+        """The slowest shard's part of the whole's time: 1 / shards at best."""
+        return max(self.shards) / self.whole
+
+    @property
+    def merge_share(self) -> float:
+        """The merge's part of the whole's time."""
+        return self.merge / self.whole
+
+
+def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str, Shared]]:
+    """A scene of one request on `shards` virtual ranks, one after the other on this device, and the merge."""
+    lacking = bed.lacks(scene.cached * scene.row_bytes(bed))
+    if lacking:
+        return [Row(scene.case("whole"), "-", *scene.size(bed), None, lacking)], {}
+    q, cache = scene.tensors(bed)
+    bounds = [scene.cached * number // shards for number in range(shards + 1)]
+    spans = [Span(start, stop - start) for start, stop in pairwise(bounds)]
+    found: list[Row] = []
+    shared: dict[str, Shared] = {}
+    for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
+        rows = [
+            bed.measure(scene.case("whole"), name, scene.size(bed), _attend(backend, q, scene.runs(), cache, scene))
+        ]
+        parts: list[Partial] = []
+        for number, span in enumerate(spans):
+            runs = (QueryRun(0, scene.new, (span,)),)
+            part = Scene(scene.heads, scene.format, 1, scene.new, span.length)
+            case = {**part.case("shard"), "shard": number}
+            rows.append(bed.measure(case, name, part.size(bed), _attend(backend, q, runs, cache, scene)))
+            if rows[-1].timing is not None:
+                parts.append(backend.attend(q, runs, cache, scene.heads.blocks, _SCALE).columns(scene.heads.value_dim))
+        if len(parts) == shards:
+            rows.append(_merge_row(bed, name, backend, parts, scene))
+        found += rows
+        times = [row.timing for row in rows]
+        if len(rows) == shards + 2 and all(times):
+            shared[name] = _shared([time for time in times if time is not None])
+    return found, shared
+
+
+def _merge_row(bed: Bed, name: str, backend: Backend, parts: list[Partial], scene: Scene) -> Row:
+    travelled = [torch.cat([part.out, part.lse[..., None]], dim=-1) for part in parts]
+    arrived = [Partial(packed[..., :-1], packed[..., -1]) for packed in travelled]
+    moved = 4 * travelled[0].numel() * (len(parts) + 1)
+    return bed.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
+
+
+def _shared(times: list[Timing]) -> Shared:
+    whole, *shards, merge = (time.median for time in times)
+    return Shared(whole, tuple(shards), merge)

@@ -1,0 +1,78 @@
+"""Kernels that only move memory: the merge of partials, and writing new rows into the cache.
+
+It owns the cases and the bytes they must move; it must not know how a backend works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from longspan.attention.backends.base import Writer
+from longspan.attention.partial import Partial
+from longspan.attention.rows import CacheRows
+from longspan.bench.kernels.attention import FORMATS, Heads, Scene
+from longspan.bench.kernels.bed import Bed, Row
+from longspan.view import WriteRun
+
+_SPREAD = 4  # slots in the pool for each that is written
+
+
+def run_merges(bed: Bed, heads: Heads, tokens: Iterable[int], parts: int) -> list[Row]:
+    """Merging `parts` partials of so many tokens, as they arrive (out and lse packed) and as kernels return them."""
+    found: list[Row] = []
+    for count in tokens:
+        width = heads.value_dim + 1
+        moved = 4 * count * heads.q_heads * width * (parts + 1)
+        for layout in ("packed", "whole"):
+            case: dict[str, str | int] = {
+                "kernel": "merge", "layout": layout, "heads": heads.name, "parts": parts, "tokens": count,
+            }  # fmt: skip
+            lacking = bed.lacks(2 * moved)
+            if lacking:
+                found.append(Row(case, "-", moved, 0, None, lacking))
+                continue
+            packed = torch.randn(parts, count, heads.q_heads, width, device=bed.device)
+            given = [Partial(part[..., :-1], part[..., -1]) for part in packed]
+            if layout == "whole":
+                given = [Partial(part.out.contiguous(), part.lse.contiguous()) for part in given]
+            for name, backend in bed.contestants(heads.shape(bed, quantised=False)).items():
+                found.append(bed.measure(case, name, (moved, 0), _merge(backend.merge, given)))
+            del packed, given
+    return found
+
+
+def _merge(merge: Callable[[list[Partial]], Partial], given: list[Partial]) -> Callable[[], object]:
+    return lambda: merge(given)
+
+
+def run_writes(bed: Bed, heads: Heads, formats: Iterable[str], rows: Iterable[int]) -> list[Row]:
+    """Writing so many rows into the cache, stored in each format: rows read once, values and scales written once."""
+    found: list[Row] = []
+    for count in rows:
+        k, v = torch.randn(2, count, heads.kv_heads, heads.head_dim, device=bed.device, dtype=bed.dtype)
+        runs = _scattered(count)
+        for name in formats:
+            scene = Scene(heads, name, 1, 1, count * _SPREAD)
+            read = count * heads.planes * heads.kv_heads * heads.head_dim * bed.dtype.itemsize
+            moved = read + count * scene.row_bytes(bed)
+            case: dict[str, str | int] = {"kernel": "kv-write", "heads": heads.name, "format": name, "rows": count}
+            lacking = bed.lacks(2 * moved)
+            if lacking:
+                found.append(Row(case, "-", moved, 0, None, lacking))
+                continue
+            _, cache = scene.tensors(bed)
+            for backend_name, backend in bed.contestants(heads.shape(bed, FORMATS[name] is not None)).items():
+                work = _write(backend.writer(runs, count), cache, k, v)
+                found.append(bed.measure(case, backend_name, (moved, 0), work))
+    return found
+
+
+def _write(writer: Writer, cache: CacheRows, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+    return lambda: writer.write(cache, k, v)
+
+
+def _scattered(rows: int) -> tuple[WriteRun, ...]:
+    """Pages of 16 rows with as many free slots between them as make them spread over the pool."""
+    return tuple(WriteRun(at, at * _SPREAD, min(16, rows - at)) for at in range(0, rows, 16))

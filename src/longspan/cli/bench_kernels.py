@@ -1,0 +1,224 @@
+"""`longspan bench attention|merge|kv-write`: kernels alone, against what the device can do.
+
+It owns the options and the tables; tables and progress go to stderr, and with `--json` one object goes to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longspan.cli.options import Json, parse_integers
+from longspan.config import require, require_choice
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.bench.kernels.attention import Heads, Shared
+    from longspan.bench.kernels.bed import Bed, Row
+
+_WIDTH = 150
+_SIZES = {  # of each device, where the user gives none
+    "cpu": {
+        "batch": "1,4", "cached": "1024,8192", "prefill": "256x2048", "whole": 8192,
+        "tokens": "1,256", "rows": "1,1024",
+    },
+    "cuda": {
+        "batch": "1,8,64", "cached": "8192,131072,1048576", "prefill": "16384x131072", "whole": 1 << 20,
+        "tokens": "1,64,1024,4096", "rows": "1,64,2048,16384",
+    },
+}  # fmt: skip
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
+Backends = Annotated[str, typer.Option("--backends", help="those to compare, the first against the others, or all")]
+HeadNames = Annotated[str, typer.Option("--heads", help="gqa (64/8 x 128), mla (128 over a latent of 576), mha")]
+Formats = Annotated[str, typer.Option("--kv-cache-dtype", help="formats of the cache: auto, fp8, int8")]
+Batch = Annotated[str | None, typer.Option("--batch", help="requests that decode, as in 1,64; empty: no decode")]
+Cached = Annotated[str | None, typer.Option("--cached", help="tokens each of them has in the cache")]
+Prefill = Annotated[str | None, typer.Option("--prefill", help="new x cached tokens, as in 256x2048; empty: none")]
+Whole = Annotated[int | None, typer.Option("--shared-context", help="tokens of the context cut over shards; 0: none")]
+Shards = Annotated[int, typer.Option("--shards", help="virtual shards of that context")]
+Parts = Annotated[int, typer.Option("--parts", help="partials merged")]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="query tokens of a partial, as in 1,1024")]
+Rows = Annotated[str | None, typer.Option("--rows", help="rows written, as in 1,1024")]
+Seconds = Annotated[float, typer.Option("--seconds", help="time for the repetitions of one case")]
+
+
+def attention_kernel(
+    device: Device = "cpu",
+    backends: Backends = "all",
+    heads: HeadNames = "gqa,mla",
+    formats: Formats = "auto",
+    batch: Batch = None,
+    cached: Cached = None,
+    prefill: Prefill = None,
+    shared_context: Whole = None,
+    shards: Shards = 8,
+    seconds: Seconds = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Decode, prefill off the diagonal, and one context over virtual shards, in every backend."""
+    sizes = _sizes(device)
+    found = _heads(heads)
+    stored = tuple(formats.split(","))
+    for name in stored:
+        require_choice("kv_cache_dtype", name, ("auto", "fp8", "int8"))
+    batches, contexts = _integers("batch", batch, sizes["batch"]), _integers("cached", cached, sizes["cached"])
+    pairs = _pairs(sizes["prefill"] if prefill is None else prefill)
+    whole = sizes["whole"] if shared_context is None else shared_context
+    require(shards >= 1, "shards", shards, "must be at least 1", "give 1 or more")
+    require(whole == 0 or whole >= shards, "shared_context", whole, "is less than a token a shard", "give more, or 0")
+    from longspan.bench.kernels.attention import Scene, run_scenes, run_shards
+
+    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
+        rows: list[Row] = []
+        shared: dict[str, Any] = {}
+        for of in found:
+            for name in stored:
+                rows += run_scenes(bed, "decode", [Scene(of, name, b, 1, c) for c in contexts for b in batches])
+                rows += run_scenes(bed, "prefill", [Scene(of, name, 1, new, c) for new, c in pairs])
+                if whole:
+                    parts, shares = run_shards(bed, Scene(of, name, 1, 1, whole), shards)
+                    rows += parts
+                    shared |= {f"{of.name} {name} {backend}": _plain(share) for backend, share in shares.items()}
+        return rows, {"shards": shards, "shared": shared}
+
+    _run(device, backends, seconds, as_json, "Attention kernels", measure)
+
+
+def merge(
+    device: Device = "cpu",
+    backends: Backends = "all",
+    heads: HeadNames = "gqa",
+    tokens: Tokens = None,
+    parts: Parts = 8,
+    seconds: Seconds = 0.3,
+    as_json: Json = False,
+) -> None:
+    """The merge of partials, as they arrive from other ranks and as kernels return them."""
+    found, counts = _heads(heads), _integers("tokens", tokens, _sizes(device)["tokens"])
+    require(parts >= 2, "parts", parts, "leaves nothing to merge", "give 2 or more")
+    from longspan.bench.kernels.movement import run_merges
+
+    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
+        return [row for of in found for row in run_merges(bed, of, counts, parts)], {}
+
+    _run(device, backends, seconds, as_json, f"Merge of {parts} partials", measure)
+
+
+def kv_write(
+    device: Device = "cpu",
+    backends: Backends = "all",
+    heads: HeadNames = "gqa,mla",
+    formats: Formats = "auto,fp8,int8",
+    rows: Rows = None,
+    seconds: Seconds = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Writing new rows into the cache, as they are and quantised."""
+    found, counts = _heads(heads), _integers("rows", rows, _sizes(device)["rows"])
+    stored = tuple(formats.split(","))
+    for name in stored:
+        require_choice("kv_cache_dtype", name, ("auto", "fp8", "int8"))
+    from longspan.bench.kernels.movement import run_writes
+
+    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
+        return [row for of in found for row in run_writes(bed, of, stored, counts)], {}
+
+    _run(device, backends, seconds, as_json, "Writing the cache", measure)
+
+
+def _run(
+    device: str, backends: str, seconds: float, as_json: bool, title: str,
+    measure: Callable[[Bed], tuple[list[Row], dict[str, Any]]],
+) -> None:  # fmt: skip
+    require(seconds > 0, "seconds", seconds, "must be positive", "give 0.3, say")
+    from longspan.bench.kernels.bed import as_json as plain
+    from longspan.bench.kernels.bed import make_bed
+
+    console = Console(stderr=True, width=_WIDTH)
+    with console.status("starting") as status:
+        bed = make_bed(device, () if backends == "all" else backends.split(","), seconds, status.update)
+        rows, more = measure(bed)
+    found = [plain(row, bed.ceilings) for row in rows]
+    console.print(f"copy {bed.ceilings.copy / 1e12:.3f} TB/s, matrix product {bed.ceilings.matmul / 1e12:.2f} TFLOP/s")
+    _show(console, title, found)
+    for name, share in more.get("shared", {}).items():
+        console.print(
+            f"{name}: slowest of {more['shards']} shards {share['slowest_share']:.3f} of the whole, "
+            f"merge {share['merge_share']:.3f}"
+        )
+    if as_json:
+        print(json.dumps({"device": _name(device), "ceilings": asdict(bed.ceilings), "rows": found, **more}))
+
+
+def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """`to first` is the first backend's time over this one's on the same case. Single shards are in the JSON only."""
+    table = Table(title=title)
+    for column in ("case", "backend", "µs", "best", "TB/s", "of copy", "TFLOP/s", "of matmul", "to first"):
+        table.add_column(column, justify="left" if column in ("case", "backend") else "right")
+    first: dict[str, float] = {}
+    for row in rows:
+        if row["kernel"] == "shard":
+            continue
+        case = _case(row)
+        if "problem" in row:
+            table.add_row(case, row["backend"], row["problem"])
+            continue
+        ratio = first.setdefault(case, row["median"]) / row["median"]
+        table.add_row(
+            case, row["backend"], f"{row['median'] * 1e6:,.1f}", f"{row['best'] * 1e6:,.1f}",
+            f"{row['bytes_per_s'] / 1e12:.3f}", f"{row['share_of_copy']:.0%}",
+            f"{row['flops_per_s'] / 1e12:.2f}", f"{row['share_of_matmul']:.0%}", f"{ratio:.2f}x",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _case(row: dict[str, Any]) -> str:
+    numbers = ("batch", "new", "cached", "parts", "tokens", "rows")
+    words = [str(row[name]) for name in ("kernel", "heads", "layout", "format") if name in row]
+    return " ".join([*words, *(f"{name} {row[name]:,}" for name in numbers if name in row)])
+
+
+def _plain(share: Shared) -> dict[str, Any]:
+    return {**asdict(share), "slowest_share": share.slowest_share, "merge_share": share.merge_share}
+
+
+def _name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def _sizes(device: str) -> dict[str, Any]:
+    require_choice("device", device, tuple(_SIZES))
+    return _SIZES[device]
+
+
+def _heads(names: str) -> list[Heads]:
+    from longspan.bench.kernels.attention import HEADS
+
+    for name in names.split(","):
+        require_choice("heads", name, tuple(HEADS))
+    return [HEADS[name] for name in names.split(",")]
+
+
+def _integers(field: str, given: str | None, default: str) -> tuple[int, ...]:
+    text = default if given is None else given
+    found = parse_integers(field, text) if text else ()
+    require(all(number >= 1 for number in found), field, text, "must be at least 1", "give positive numbers")
+    return found
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for part in text.split(",") if text else ():
+        numbers = part.split("x")
+        if len(numbers) != 2 or not all(number.isdigit() and int(number) for number in numbers):
+            raise ConfigError("prefill", text, "is not new x cached tokens", "write it as 256x2048")
+        found.append((int(numbers[0]), int(numbers[1])))
+    return found

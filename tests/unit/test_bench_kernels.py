@@ -1,0 +1,199 @@
+"""`longspan bench attention|merge|kv-write`: backends on small cases, what is counted, what cannot be measured."""
+
+import json
+
+import pytest
+import torch
+
+from longspan.bench.kernels.attention import HEADS, Scene
+from longspan.bench.kernels.bed import Bed, as_json
+from longspan.bench.kernels.clock import Ceilings, CpuClock, Timing
+from longspan.bench.kernels.summary import main as summarise
+from longspan.bench.kernels.summary import targets
+from longspan.cli import bench_kernels
+from longspan.errors import ConfigError
+
+CEILINGS = Ceilings(copy=2e12, matmul=4e12)
+SMALL = {"heads": "mha", "seconds": 0.001, "as_json": True}
+
+
+class OneSecond:
+    """A clock that runs the function once and says a second."""
+
+    def time(self, function):
+        function()
+        return Timing(1.0, 1.0, 1)
+
+
+def bed(dtype=torch.bfloat16):
+    return Bed(torch.device("cpu"), dtype, OneSecond(), CEILINGS, (), lambda text: None)
+
+
+def report(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_attention_measures_decode_prefill_and_shards_in_every_backend(capsys):
+    bench_kernels.attention_kernel(batch="1,2", cached="24", prefill="4x16", shared_context=40, shards=3, **SMALL)
+    found = report(capsys)
+    assert {row["backend"] for row in found["rows"]} == {"cpu", "torch"}
+    kernels = [row["kernel"] for row in found["rows"] if row["backend"] == "torch"]
+    assert kernels == ["decode", "decode", "prefill", "whole", "shard", "shard", "shard", "merge"]
+    assert all(row["median"] >= row["best"] > 0 for row in found["rows"])
+    assert found["ceilings"]["copy"] > 0 and found["ceilings"]["matmul"] > 0
+    shared = found["shared"]["mha auto cpu"]
+    assert len(shared["shards"]) == 3
+    assert shared["slowest_share"] == max(shared["shards"]) / shared["whole"]
+
+
+def test_attention_reads_quantised_caches_and_latents(capsys):
+    bench_kernels.attention_kernel(
+        heads="mla", formats="fp8,int8", batch="1", cached="8", prefill="", shared_context=0, backends="torch",
+        seconds=0.001, as_json=True,
+    )  # fmt: skip
+    assert [(row["format"], row["heads"]) for row in report(capsys)["rows"]] == [("fp8", "mla"), ("int8", "mla")]
+
+
+def test_merge_measures_partials_as_they_arrive_and_as_they_are_made(capsys):
+    bench_kernels.merge(tokens="2", parts=3, backends="cpu,torch", **SMALL)
+    rows = report(capsys)["rows"]
+    assert [(row["layout"], row["backend"]) for row in rows] == [
+        ("packed", "cpu"), ("packed", "torch"), ("whole", "cpu"), ("whole", "torch"),
+    ]  # fmt: skip
+    assert rows[0]["bytes"] == 4 * (3 + 1) * 2 * 16 * 129
+
+
+def test_kv_write_measures_every_format(capsys):
+    bench_kernels.kv_write(rows="20", backends="cpu", **SMALL)
+    rows = report(capsys)["rows"]
+    assert [row["format"] for row in rows] == ["auto", "fp8", "int8"]
+    elements = 20 * 2 * 16 * 128
+    assert rows[0]["bytes"] == elements * (4 + 4)
+    assert rows[1]["bytes"] == elements * (4 + 1) + 20 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("format, row_bytes", [("auto", 2 * 8 * 128 * 2), ("fp8", 2 * 8 * (128 + 4))])
+def test_decode_counts_the_cache_the_queries_and_the_results(format, row_bytes):
+    moved, operations = Scene(HEADS["gqa"], format, 3, 1, 100).size(bed())
+    assert moved == 3 * 100 * row_bytes + 3 * 64 * (128 * 2 + 129 * 4)
+    assert operations == 3 * 100 * 64 * 2 * (128 + 128)
+
+
+def test_latents_are_counted_once():
+    moved, operations = Scene(HEADS["mla"], "auto", 1, 1, 1000).size(bed())
+    assert moved == 1000 * 576 * 2 + 128 * (576 * 2 + 513 * 4)
+    assert operations == 1000 * 128 * 2 * (576 + 512)
+
+
+def test_a_row_tells_rates_and_shares_of_the_ceilings():
+    row = bed().measure({"kernel": "merge"}, "torch", (10**12, 10**12), lambda: None)
+    plain = as_json(row, CEILINGS)
+    assert plain["bytes_per_s"] == 1e12
+    assert plain["share_of_copy"] == 0.5
+    assert plain["share_of_matmul"] == 0.25
+
+
+def test_a_kernel_that_fails_is_a_row_that_says_so():
+    def fails():
+        raise RuntimeError("out of registers")
+
+    plain = as_json(bed().measure({"kernel": "merge"}, "torch", (1, 1), fails), CEILINGS)
+    assert plain["problem"] == "RuntimeError: out of registers"
+    assert "median" not in plain
+
+
+def test_a_case_larger_than_the_memory_is_a_row_that_says_so(capsys):
+    bench_kernels.attention_kernel(batch="64", cached=str(1 << 30), prefill="", shared_context=0, **SMALL)
+    (row,) = report(capsys)["rows"]
+    assert row["problem"].startswith("needs 1")
+    assert row["problem"].endswith("are free")
+
+
+def test_the_clock_stays_within_its_budget_and_repeats_three_times_at_least():
+    calls = []
+    assert CpuClock(0.0).time(lambda: calls.append(1)).runs == 3
+    assert CpuClock(1.0).time(lambda: None).runs == 100
+
+
+@pytest.mark.parametrize(
+    "command, options, message",
+    [
+        (bench_kernels.merge, {"device": "tpu"}, "device=tpu: unknown choice"),
+        (bench_kernels.merge, {"backends": "fast"}, "backends=fast: is unknown"),
+        (bench_kernels.merge, {"backends": "triton"}, "attention_backend=triton: needs a cuda device, not cpu"),
+        (bench_kernels.merge, {"parts": 1}, "parts=1: leaves nothing to merge"),
+        (bench_kernels.merge, {"tokens": "0"}, "tokens=0: must be at least 1"),
+        (bench_kernels.merge, {"heads": "many"}, "heads=many: unknown choice"),
+        (bench_kernels.merge, {"seconds": 0.0}, "seconds=0.0: must be positive"),
+        (bench_kernels.kv_write, {"formats": "int2"}, "kv_cache_dtype=int2: unknown choice"),
+        (bench_kernels.attention_kernel, {"prefill": "12"}, "prefill=12: is not new x cached tokens"),
+        (bench_kernels.attention_kernel, {"shared_context": 3}, "shared_context=3: is less than a token a shard"),
+    ],
+)
+def test_options_that_cannot_be(command, options, message):
+    with pytest.raises(ConfigError) as error:
+        command(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there():
+    with pytest.raises(ConfigError, match="device=cuda: PyTorch sees no such device"):
+        bench_kernels.merge(device="cuda")
+
+
+def row(kernel, of_copy, of_matmul=0.1, moved=2e9, **more):
+    shares = {"share_of_copy": of_copy, "share_of_matmul": of_matmul, "bytes": moved, "median": 1e-3}
+    rates = {"bytes_per_s": 1e12, "flops_per_s": 1e12}
+    return {"kernel": kernel, "backend": "triton", "format": "auto", "heads": "gqa", **shares, **rates, **more}
+
+
+def reported(rows, **more):
+    return {"part": {"device": "some", "ceilings": {"copy": 4e12, "matmul": 8e14}, "rows": rows, **more}}
+
+
+def met(rows, **more):
+    return {target.name: (target.measured, target.met) for target in targets(reported(rows, **more))}
+
+
+def test_targets_hold_the_worst_case_to_account():
+    found = met(
+        [
+            row("decode", 0.9), row("decode", 0.8), row("decode", 0.1, moved=1e6),
+            row("decode", 0.5, 0.9, heads="mla"), row("decode", 0.0, backend="torch"),
+            row("merge", 0.1, layout="packed", tokens=1), row("merge", 0.85, layout="packed", tokens=9),
+            row("prefill", 0.0, 0.7),
+        ]
+    )  # fmt: skip
+    assert found == {
+        "gqa decode over 1 GB: share of its ceiling": (0.8, "no"),
+        "mla decode over 1 GB: share of its ceiling": (0.9, "yes"),
+        "merge at the largest batch: share of copy": (0.85, "yes"),
+        "prefill off the diagonal: share of matmul": (0.7, "yes"),
+    }
+
+
+def test_a_case_that_failed_misses_its_target():
+    failed = {"kernel": "prefill", "heads": "gqa", "backend": "triton", "bytes": 1, "problem": "out of registers"}
+    found = met([row("prefill", 0.0, 0.7), failed])
+    assert found["prefill off the diagonal: share of matmul"] == (0.0, "no")
+
+
+def test_targets_of_shards_are_upper_bounds():
+    shares = {"gqa auto triton": {"slowest_share": 0.14, "merge_share": 0.01}}
+    found = met([], shards=8, shared=shares)
+    assert found["gqa auto triton: slowest of 8 shards, of the whole"] == (0.14, "no")
+    assert found["gqa auto triton: merge, of the whole"] == (0.01, "yes")
+    assert found["prefill off the diagonal: share of matmul"] == (None, "-")
+
+
+def test_a_folder_of_reports_becomes_one_page_without_the_parts_that_failed(tmp_path, capsys):
+    failed = {"kernel": "prefill", "backend": "torch", "problem": "no | such\nthing"}
+    (tmp_path / "decode.json").write_text(json.dumps(reported([row("decode", 0.9), failed])["part"]))
+    (tmp_path / "merge.json").write_text("")
+    (tmp_path / "other.json").write_text("[1]")
+    summarise(tmp_path)
+    page = (tmp_path / "kernels.md").read_text()
+    assert "## decode" in page and "## merge" not in page
+    assert "| prefill | torch | no / such thing |" in page
+    assert "decode over 1 GB" in capsys.readouterr().out
