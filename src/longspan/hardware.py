@@ -1,54 +1,189 @@
-"""Accelerators by name, and what the cost model makes of them.
+"""Machines by name or from a file: what they can do at best, and what of it is achieved.
 
-It owns the table's file and the efficiencies; it must not know models or layouts.
+It owns the table's file, the file's form and the constants' defaults; it must not know models or layouts.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
+
+import msgspec
+import yaml
 
 from longspan.attention.cost import CostConstants
 from longspan.errors import ConfigError
 
-_ATTENTION_EFFICIENCY = 0.6  # of the peak, FlashAttention-3 on long prompts
-_MEMORY_EFFICIENCY = 0.8
-_LINK_EFFICIENCY = 0.5  # point to point between machines: 20-26 of 50 GB/s in the million-token paper
-_INTRA_EFFICIENCY = 0.8
-_KERNEL_S, _MESSAGE_S = 3e-6, 1e-5
+_GIB = 1 << 30
+_SUFFIXES = (".yaml", ".yml")
+_POSITIVE = (
+    "tflops", "memory_gb", "memory_tb_s", "intra_gb_s", "inter_gb_s", "matmul", "fp8_matmul", "attention", "memory",
+    "intra_link", "inter_link", "tile_rows",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator: dense bf16 TFLOP/s, memory in GB and TB/s, links in GB/s in one direction."""
+    """One device, and what links it to others.
+
+    At best: `tflops` dense bf16 products (fp32 on a CPU) and `fp8_tflops` (0: as bf16), `exp_tera_s` exponentials in
+    10^12 a second (0: they cost nothing), memory in GB (of 2^30 bytes, as vendors count) and TB/s, links in GB/s in
+    one direction, inside a machine and between machines.
+
+    Achieved, as a fraction of that: `matmul` and `fp8_matmul` by large products, `attention` by its products,
+    `memory` by whatever is read once, `intra_link` and `inter_link`. In seconds: `kernel_s` a kernel, `message_s` a
+    collective inside a machine, `cross_message_s` one between machines, `step_s` a step on the host beside all
+    kernels, `prompt_token_s` a token of context on the host before a prefill begins.
+
+    `tile_rows`: rows of a product are rounded up to these. `product_s`: seconds a weight element takes by number of
+    rows, as (rows, seconds) in order of rows, measured; in place of `tflops` and `memory_tb_s`, except in attention.
+    `attention_cost` are measured constants of attention and exchange, in place of those above. `parallelism`: how many
+    ranks' worth of computing the machine does at once where ranks share it (0: each rank has a device of its own).
+    With `calls_per_segment` attention is a call for each segment and shard, else one for all.
+    """
 
     tflops: float
     memory_gb: float
     memory_tb_s: float
     intra_gb_s: float
     inter_gb_s: float
+    fp8_tflops: float = 0.0
+    exp_tera_s: float = 0.0
+    matmul: float = 0.75
+    fp8_matmul: float = 0.65
+    attention: float = 1.0
+    memory: float = 0.8
+    intra_link: float = 0.8
+    inter_link: float = 0.5
+    kernel_s: float = 3e-6
+    message_s: float = 1e-5
+    cross_message_s: float = 4e-5
+    step_s: float = 5e-4
+    prompt_token_s: float = 0.0
+    tile_rows: int = 128
+    parallelism: float = 0.0
+    calls_per_segment: bool = False
+    product_s: tuple[tuple[int, float], ...] = ()
+    attention_cost: CostConstants | None = None
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of a device."""
+        return self.memory_gb * _GIB
+
+    @property
+    def read_s(self) -> float:
+        """Seconds a byte of memory takes to be read."""
+        return 1 / (self.memory_tb_s * 1e12 * self.memory)
+
+    @property
+    def byte_s(self) -> float:
+        """Seconds a byte from a device of the same machine takes."""
+        return 1 / (self.intra_gb_s * 1e9 * self.intra_link)
+
+    @property
+    def cross_byte_s(self) -> float:
+        """Seconds a byte from another machine takes."""
+        return 1 / (self.inter_gb_s * 1e9 * self.inter_link)
 
     @property
     def cost(self) -> CostConstants:
-        """Constants at the efficiencies others have reached; a transfer hides behind computing altogether."""
-        memory = 1 / (self.memory_tb_s * 1e12 * _MEMORY_EFFICIENCY)
+        """Constants of the cost model of attention; a transfer hides behind computing altogether."""
+        if self.attention_cost is not None:
+            return self.attention_cost
         return CostConstants(
-            call_s=_KERNEL_S,
-            flop_s=1 / (self.tflops * 1e12 * _ATTENTION_EFFICIENCY),
-            read_s=memory,
-            copy_s=memory,
-            message_s=_MESSAGE_S,
-            byte_s=1 / (self.intra_gb_s * 1e9 * _INTRA_EFFICIENCY),
-            cross_message_s=_MESSAGE_S,
-            cross_byte_s=1 / (self.inter_gb_s * 1e9 * _LINK_EFFICIENCY),
+            call_s=2 * self.kernel_s,  # attend in splits, combine them
+            flop_s=1 / (self.tflops * 1e12 * self.attention),
+            pair_s=1e-12 / self.exp_tera_s if self.exp_tera_s else 0.0,
+            read_s=self.read_s,
+            copy_s=self.read_s,
+            message_s=self.message_s,
+            byte_s=self.byte_s,
+            cross_message_s=self.cross_message_s,
+            cross_byte_s=self.cross_byte_s,
             hidden=1.0,
+            parallelism=self.parallelism,
         )
 
 
 def hardware(name: str) -> Hardware:
-    """The accelerator of that name; raises `ConfigError` with the names there are."""
-    table = tomllib.loads(files("longspan").joinpath("hardware.toml").read_text())
+    """The device of that name, or of a YAML file; raises `ConfigError` with the names that are near."""
+    if name.endswith(_SUFFIXES):
+        return hardware_from_yaml(name)
+    table = hardware_table()
     if name not in table:
-        raise ConfigError("hardware", name, "is not in the table", f"use one of {', '.join(table)}")
-    return Hardware(**table[name])
+        near = get_close_matches(name, table, 3, 0.4) or list(table)
+        raise ConfigError("hardware", name, "is not in the table", f"use one of {', '.join(near)}, or a .yaml file")
+    return table[name]
+
+
+def hardware_table() -> dict[str, Hardware]:
+    """Every device of the table in the package."""
+    table = tomllib.loads(files("longspan").joinpath("hardware.toml").read_text())
+    return {name: Hardware(**values) for name, values in table.items()}
+
+
+def hardware_from_yaml(path: str | Path) -> Hardware:
+    """A machine from a file that `hardware_to_yaml` made, or a user, who may leave out what has a default.
+
+    Raises `ConfigError` with line and column, and what was expected there.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError("hardware", path, f"cannot be read ({error.strerror})", "give a file's path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "no text"
+        raise ConfigError("hardware", path, f"{place}{problem}", "write fields as `tflops: 989`") from error
+    if not isinstance(values, Mapping):
+        raise _at(path, "", "", "no fields", "write fields as `tflops: 989`")
+    known = [entry.name for entry in fields(Hardware)]
+    for name in map(str, values):
+        if name not in known:
+            near = get_close_matches(name, known, 1) or known
+            raise _at(path, text, name, "is no field of a machine", f"a field is expected: {', '.join(near)}")
+    try:
+        found = msgspec.convert(values, Hardware, strict=False)
+    except msgspec.ValidationError as error:
+        named = re.search(r"\$\.(\w+)", str(error))
+        raise _at(path, text, named[1] if named else "", str(error), "correct it") from error
+    _check(path, text, found)
+    return found
+
+
+def _check(path: str | Path, text: str, found: Hardware) -> None:
+    for name in _POSITIVE:
+        if not getattr(found, name) > 0:
+            raise _at(path, text, name, f"{getattr(found, name)} given", "a positive number is expected")
+    for entry in fields(Hardware):
+        value = getattr(found, entry.name)
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise _at(path, text, entry.name, f"{value} given", "a number that is not negative is expected")
+    rows = [rows for rows, _ in found.product_s]
+    if rows != sorted(set(rows)) or any(row < 1 or not seconds > 0 for row, seconds in found.product_s):
+        raise _at(path, text, "product_s", "not in order of rows", "pairs [rows, positive seconds] are expected")
+
+
+def _at(path: str | Path, text: str, name: str, problem: str, remedy: str) -> ConfigError:
+    """An error in a field, at its place in the file."""
+    lines = text.splitlines() or [""]
+    line = next((n for n, one in enumerate(lines) if name and one.lstrip().startswith(name)), 0)
+    column = len(lines[line]) - len(lines[line].lstrip())
+    about = f"{name}: " if name else ""
+    return ConfigError("hardware", path, f"line {line + 1}, column {column + 1}: {about}{problem}", remedy)
+
+
+def hardware_to_yaml(machine: Hardware) -> str:
+    """The text that `hardware_from_yaml` reads."""
+    values = {name: value for name, value in asdict(machine).items() if value is not None}
+    values["product_s"] = [list(entry) for entry in machine.product_s]
+    return str(yaml.safe_dump(values, sort_keys=False))

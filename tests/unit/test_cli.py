@@ -29,7 +29,8 @@ ENGINE_OPTIONS = {
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
-    "--kv-cache-dtype", "--device",
+    "--kv-cache-dtype", "--device", "--run-ahead", "--no-run-ahead", "--gpu-memory-utilization",
+    "--attention-backend",
 }  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {
@@ -37,7 +38,27 @@ OPTIONS = {
         "--min-p", "--stop", "--ignore-eos", "--n", "--trace",
     },
     ("explain",): ENGINE_OPTIONS | {"--new", "--cached", "--hardware"},
+    ("plan",): {
+        "--concurrency", "--context", "--decode-context-parallel-size", "-dcp", "--dtype", "--enable-expert-parallel",
+        "--gpus", "--hardware", "--help", "--json", "--kv-cache-dtype", "--max-num-batched-tokens", "--memory-fraction",
+        "--new", "--nodes", "--objective", "--output", "--pipeline-parallel-size", "-pp", "--plot",
+        "--prefill-context-parallel-size", "-pcp", "--tensor-parallel-size", "-tp", "--weight-dtype",
+    },
+    ("predict",): {
+        "--batch", "--cached-tokens", "--dcp", "--dtype", "--gpus", "--gpus-per-node", "--hardware", "--help", "--id",
+        "--json", "--kv-cache-dtype", "--memory-fraction", "--model", "--new-tokens", "--pcp", "--pp", "--quantity",
+        "--rows", "--schedule", "--tp", "--unit", "--value", "--weight-dtype", "-tp", "-pcp", "-dcp", "-pp", "--cached",
+        "--new",
+    },
     ("bench", "attention"): {
+        "--backends", "--batch", "--cached", "--device", "--heads", "--help", "--json", "--kv-cache-dtype", "--prefill",
+        "--seconds", "--shards", "--shared-context",
+    },
+    ("bench", "merge"): {"--backends", "--device", "--heads", "--help", "--json", "--parts", "--seconds", "--tokens"},
+    ("bench", "kv-write"): {
+        "--backends", "--device", "--heads", "--help", "--json", "--kv-cache-dtype", "--rows", "--seconds",
+    },
+    ("bench", "schedules"): {
         "--new", "--cached", "--layouts", "--executor", "--iterations", "--plot", "--json", "--help",
     },
     ("bench", "mixed"): ENGINE_OPTIONS | {

@@ -7,8 +7,8 @@ import pytest
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostConstants, CostModel, Fixed, ScheduleChooser
 from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
-from longspan.bench.attention import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.heatmap import heatmap
+from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
 from longspan.errors import ConfigError

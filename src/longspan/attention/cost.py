@@ -7,7 +7,7 @@ a named machine, and must not know where they come from, nor which rank asks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from longspan.attention.facts import (
@@ -35,15 +35,17 @@ class Fixed:
 class CostConstants:
     """How fast one rank is, in seconds. The defaults are of no machine: a plausible CPU, for tests.
 
-    `call_s` an attention call, `flop_s` a floating-point operation of attention with many rows, `read_s` a byte of keys
-    and values attended, `copy_s` a byte of tensors packed or merged; `message_s` a collective, whatever its size,
-    `byte_s` a byte received, `cross_message_s` and `cross_byte_s` the same between machines; `hidden` the part of a
-    transfer that goes on beside computing; `parallelism` how many ranks' worth of computing the machine does at once
+    `call_s` an attention call, `flop_s` a floating-point operation of attention with many rows, `pair_s` what a pair of
+    query and key takes for each head beside its products, `read_s` a byte of keys and values attended, `copy_s` a byte
+    of tensors packed or merged; `message_s` a collective, whatever its size, `byte_s` a byte received,
+    `cross_message_s` and `cross_byte_s` the same between machines; `hidden` the part of a transfer that goes on beside
+    computing; `parallelism` how many ranks' worth of computing the machine does at once
     (0: all). `fixed` has what was measured of whole schedules; without it that is put together from calls and messages.
     """
 
     call_s: float = 5e-5
     flop_s: float = 4e-11
+    pair_s: float = 0.0
     read_s: float = 1e-10
     copy_s: float = 2e-10
     message_s: float = 1e-4
@@ -88,7 +90,11 @@ class CostModel:
     def estimates(self, facts: ClassFacts) -> list[Estimate]:
         """Every schedule that could carry out the step."""
         totals = facts.totals(self.group.members)
-        return [estimate(self, totals) for estimate in _FORMULAS.values()]
+        return [self.estimate(schedule, totals) for schedule in _FORMULAS]
+
+    def estimate(self, schedule: str, totals: ClassTotals) -> Estimate:
+        """One schedule, or `local`: nothing travels."""
+        return _FORMULAS.get(schedule, _local)(self, totals)
 
     def fixed(self, schedule: str, facts: ClassTotals, messages: int, more_calls: int) -> float:
         """Seconds that do not depend on sizes: latencies, and `more_calls` than one for each row and shard."""
@@ -99,12 +105,15 @@ class CostModel:
         share = (busy - 1) / max(len(facts.rows) - 1, 1)
         return measured.one + share * (measured.all - measured.one) + max(more_calls, 0) * at.call_s
 
-    def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1) -> float:
-        """Seconds until the busiest rank has attended, with `heads` query heads each."""
+    def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1, visitors: bool = False) -> float:
+        """Seconds until the busiest rank has attended, with `heads` query heads each; visitors stay absorbed."""
         at, shape, seconds = self.constants, self.shape, []
+        width, row = shape.head_dim + shape.out_dim, shape.kv_bytes * at.read_s
+        expansion = ExpansionCost() if visitors else shape.expansion
         for load in loads:
-            products = load.pairs * (shape.head_dim + shape.out_dim) - shape.expansion.saved(load.pairs, load.reads)
-            seconds.append(2 * products * heads * at.flop_s + load.reads * shape.kv_bytes * at.read_s)
+            products = load.pairs * width - expansion.saved(load.pairs, load.reads)
+            pairs = 2 * products * at.flop_s + load.pairs * at.pair_s
+            seconds.append(pairs * heads + load.reads * row)
         together = sum(seconds) * ranks_per_load / (at.parallelism or self.group.members)
         return max(*seconds, together)
 
@@ -114,6 +123,12 @@ class CostModel:
         outside = max(members - len(node) for node in self.group.nodes)
         crossing = received * outside / max(members - 1, 1)
         return max((received - crossing) * at.byte_s, crossing * at.cross_byte_s)
+
+
+def _local(model: CostModel, facts: ClassTotals) -> Estimate:
+    calls = max(max(load.calls for load in facts.by_pcp), 1)
+    compute = model.compute(facts.by_pcp, model.shape.q_heads, model.group.members_per_pcp)
+    return Estimate("local", 0, calls * model.constants.call_s, compute, 0.0, 0.0)
 
 
 def _queries(model: CostModel, facts: ClassTotals) -> tuple[float, float, float]:
@@ -129,8 +144,7 @@ def _queries(model: CostModel, facts: ClassTotals) -> tuple[float, float, float]
 
 def _query_compute(model: CostModel, facts: ClassTotals) -> float:
     """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
-    absorbed = replace(model, shape=replace(model.shape, expansion=ExpansionCost()))
-    return absorbed.compute(facts.by_shard, model.shape.q_heads * model.group.members_per_pcp)
+    return model.compute(facts.by_shard, model.shape.q_heads * model.group.members_per_pcp, visitors=True)
 
 
 def _query_calls(facts: ClassTotals) -> int:

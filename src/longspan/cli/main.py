@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from longspan.cli import bench, bench_attention, bench_serve, explain, generate, serve
+from longspan.cli import bench, bench_kernels, bench_schedules, bench_serve, explain, generate, plan, predict, serve
 from longspan.cli import eval as evaluation
 from longspan.cli.options import takes_engine_options
 from longspan.errors import LongspanError
@@ -34,13 +34,20 @@ def build_app() -> typer.Typer:
     )
     app.command("generate", help="Complete one prompt.")(takes_engine_options(generate.generate))
     app.command("explain", help="What each schedule would take, and the choice.")(takes_engine_options(explain.explain))
+    app.command("plan", help="What every layout of a cluster will do.")(plan.plan)
+    app.command("predict", help="One measured setup, predicted.")(predict.predict)
     app.command("serve", help="Serve a model over OpenAI's API.")(takes_engine_options(serve.serve))
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
     benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))
     benches.command("mixed", help="Short chats beside long contexts.")(takes_engine_options(bench.mixed))
     benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
-    benches.command("attention", help="Every schedule in the same situations.")(bench_attention.attention)
+    benches.command("schedules", help="Every schedule in the same situations.")(bench_schedules.schedules)
+    benches.command("attention", help="Attention kernels, against what the device can do.")(
+        bench_kernels.attention_kernel
+    )
+    benches.command("merge", help="Merging partial results, likewise.")(bench_kernels.merge)
+    benches.command("kv-write", help="Writing the cache, likewise.")(bench_kernels.kv_write)
     benches.command("serve", help="Load on any OpenAI-compatible server.")(bench_serve.serve)
     app.add_typer(benches, name="bench")
     evals = typer.Typer(help="Measure how right a model's answers are.", no_args_is_help=True, rich_markup_mode=None)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from longspan.attention.backends.choice import BACKEND_NAMES
 from longspan.attention.cost import CostConstants
 from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, drafted_tokens
 from longspan.errors import ConfigError
@@ -45,8 +46,16 @@ RanksPerNode = Annotated[
 ]
 PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page")]
 CacheMemory = Annotated[
-    str, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank in bytes; k, M, G are 1024-based")
+    str | None,
+    typer.Option(
+        "--kv-cache-memory-bytes",
+        help="KV cache of a rank in bytes; k, M, G are 1024-based; default: 1G, or what is left of a GPU",
+    ),
 ]
+Utilization = Annotated[
+    float, typer.Option("--gpu-memory-utilization", help="part of a GPU's free memory that is used in all")
+]
+AttentionBackend = Annotated[str, typer.Option("--attention-backend", help=", ".join(BACKEND_NAMES))]
 PagesPerShard = Annotated[
     str | None, typer.Option("--pages-per-shard", help="pages of each shard, as in 100,80, instead of the memory")
 ]
@@ -67,6 +76,10 @@ LocalContext = Annotated[
 Schedule = Annotated[str, typer.Option("--schedule", help=f"what travels: {', '.join(SCHEDULE_NAMES)}")]
 Speculative = Annotated[
     str | None, typer.Option("--speculative", help="prompt-lookup:K drafts K tokens from the text itself")
+]
+RunAhead = Annotated[
+    bool | None,
+    typer.Option("--run-ahead/--no-run-ahead", help="plan a step while the one before it runs; default: on GPUs"),
 ]
 ExecutorName = Annotated[
     str, typer.Option("--executor", help="threads, processes, or dry: no ranks, made-up tokens, to measure the rest")
@@ -94,7 +107,8 @@ def engine_config(
     enable_expert_parallel: ExpertParallel = False,
     ranks_per_node: RanksPerNode = None,
     page_size: PageSize = 16,
-    kv_cache_memory_bytes: CacheMemory = "1G",
+    kv_cache_memory_bytes: CacheMemory = None,
+    gpu_memory_utilization: Utilization = 0.9,
     pages_per_shard: PagesPerShard = None,
     enable_prefix_caching: PrefixCaching = True,
     max_num_batched_tokens: BatchedTokens = 2048,
@@ -103,10 +117,12 @@ def engine_config(
     local_context: LocalContext = None,
     schedule: Schedule = "auto",
     speculative: Speculative = None,
+    run_ahead: RunAhead = None,
     executor: ExecutorName = "threads",
     dtype: Dtype = "auto",
     kv_cache_dtype: CacheDtype = "auto",
     device: Device = "auto",
+    attention_backend: AttentionBackend = "auto",
     seed: Seed = 0,
     num_threads: Threads = None,
     debug: Debug = False,
@@ -114,19 +130,21 @@ def engine_config(
 ) -> EngineConfig:
     """The options as a checked configuration. Raises `ConfigError`."""
     return EngineConfig(
-        model=model, dtype=dtype, device=device, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+        model=model, dtype=dtype, device=device, attention_backend=attention_backend,
+        executor=executor, seed=seed, num_threads=num_threads, debug=debug,
         parallel=ParallelConfig(
             tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
             pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
         ),
         cache=CacheConfig(
-            page_size, parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),
+            page_size,
+            None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),
             None if pages_per_shard is None else parse_integers("pages_per_shard", pages_per_shard),
-            enable_prefix_caching, kv_cache_dtype,
+            enable_prefix_caching, kv_cache_dtype, gpu_memory_utilization,
         ),
         scheduler=SchedulerConfig(
             max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
-            drafted_tokens(speculative),
+            drafted_tokens(speculative), run_ahead,
         ),
         cost=None if cost_constants is None else read_constants(cost_constants),
     )  # fmt: skip

@@ -1,0 +1,100 @@
+"""`longspan predict`: what the planner says of published setups, beside what was measured.
+
+It owns the options, which are named like the columns of the file of rows, and what is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from longspan.cli.options import Json
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.planner.predict import Prediction
+
+Rows = Annotated[str | None, typer.Option("--rows", help="CSV file of rows, in place of the options for one")]
+RowId = Annotated[str, typer.Option("--id", help="the row's name")]
+Model = Annotated[str | None, typer.Option("--model", help="built-in name, folder, config.json or hub id")]
+HardwareName = Annotated[str | None, typer.Option("--hardware", help="a machine's name, or a .yaml file")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="devices in all; default: tp x pcp x pp")]
+Tensor = Annotated[int, typer.Option("--tp", "-tp", help="ranks the heads are split over")]
+Prefill = Annotated[int, typer.Option("--pcp", "-pcp", help="ranks a prompt's tokens are split over")]
+Decode = Annotated[int, typer.Option("--dcp", "-dcp", help="ranks of a TP group that split the context")]
+Pipeline = Annotated[int, typer.Option("--pp", "-pp", help="stages the layers are split over")]
+Schedule = Annotated[str, typer.Option("--schedule", help="what travels; default: keys to fill in, queries to decode")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", "--new_tokens", help="new tokens of a request")]
+CachedTokens = Annotated[int, typer.Option("--cached-tokens", "--cached_tokens", help="tokens of it in the cache")]
+Batch = Annotated[int, typer.Option("--batch", help="requests alike")]
+Quantity = Annotated[str, typer.Option("--quantity", help="ttft, ttit or kv_tokens")]
+Value = Annotated[float | None, typer.Option("--value", help="what was measured")]
+Unit = Annotated[str, typer.Option("--unit", help="ms, s, us or tokens")]
+Dtype = Annotated[str, typer.Option("--dtype", help="of activations and embedding: bf16, fp16 or fp32")]
+WeightDtype = Annotated[str | None, typer.Option("--weight-dtype", help="default: the model's own")]
+CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp8 or fp32")]
+MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
+PerNode = Annotated[int, typer.Option("--gpus-per-node", help="devices in a machine")]
+
+
+def predict(
+    rows: Rows = None,
+    id: RowId = "",  # the column's name
+    model: Model = None,
+    hardware: HardwareName = None,
+    gpus: Gpus = None,
+    tp: Tensor = 1,
+    pcp: Prefill = 1,
+    dcp: Decode = 1,
+    pp: Pipeline = 1,
+    schedule: Schedule = "",
+    new_tokens: NewTokens = 0,
+    cached_tokens: CachedTokens = 0,
+    batch: Batch = 1,
+    quantity: Quantity = "ttft",
+    value: Value = None,
+    unit: Unit = "",
+    dtype: Dtype = "bf16",
+    weight_dtype: WeightDtype = None,
+    kv_cache_dtype: CacheDtype = "auto",
+    memory_fraction: MemoryFraction = 0.9,
+    gpus_per_node: PerNode = 8,
+    as_json: Json = False,
+) -> None:
+    """Predicted beside measured, in the rows' units."""
+    from longspan.planner.formats import element_bytes
+    from longspan.planner.predict import Assumed, predict_all
+    from longspan.planner.predict import predict as predict_row
+    from longspan.planner.rows import Row, read_rows
+
+    stored = element_bytes("kv_cache_dtype", dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
+    assumed = Assumed(dtype, weight_dtype, int(stored), memory_fraction, gpus_per_node)
+    if rows is not None:
+        found = predict_all(read_rows(rows), assumed)
+    elif model is None or hardware is None:
+        raise ConfigError("model" if model is None else "hardware", "", "is missing",
+                          "give --model and --hardware, or --rows FILE.csv")  # fmt: skip
+    else:
+        world = tp * pcp * pp if gpus is None else gpus
+        row = Row(id, model, hardware, world, tp, pcp, dcp, pp, quantity, schedule, new_tokens, cached_tokens,
+                  batch, value, unit)  # fmt: skip
+        found = [predict_row(row, assumed)]
+    if as_json:
+        print(json.dumps({"rows": [{"id": p.id, "predicted": p.predicted, "value": p.value, "error": p.error}
+                                   for p in found]}))  # fmt: skip
+        return
+    Console(stderr=True).print(_table(found))
+
+
+def _table(found: list[Prediction]) -> Table:
+    table = Table()
+    for name in ("id", "predicted", "value", "error"):
+        table.add_column(name, justify="left" if name == "id" else "right", no_wrap=True)
+    for one in found:
+        value = "" if one.value is None else f"{one.value:,.2f}"
+        table.add_row(one.id, f"{one.predicted:,.2f}", value, "" if one.error is None else f"{one.error:+.1%}")
+    return table

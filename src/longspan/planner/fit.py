@@ -1,0 +1,153 @@
+"""Achieved constants of a machine from what was measured on it, and how well rows left out are foretold.
+
+It owns the fit: `python -m longspan.planner.fit ROWS.csv` prints constants and the leave-one-out table as Markdown.
+It must not know formulas.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from longspan.errors import ConfigError, LongspanError
+from longspan.hardware import Hardware, hardware
+from longspan.planner.deployment import Deployment
+from longspan.planner.predict import Assumed, deployment, step_time
+from longspan.planner.rows import Row, read_rows
+
+_ROUNDS, _STEP, _TRUST = 30, 1e-4, 0.1  # of Gauss and Newton; of a difference; damping
+_EXPECTED_ERROR, _EXPECTED_SPREAD = 0.05, 0.5  # of a row; of a constant about its default, as a logarithm
+_FITTED: Mapping[str, tuple[float, float, float]] = {
+    "fp8_matmul": (0.65, 0.3, 0.9),
+    "attention": (1.0, 0.5, 1.0),
+    "memory": (0.8, 0.5, 0.95),
+    "intra_link": (0.8, 0.3, 0.95),
+    "inter_link": (0.5, 0.2, 0.95),
+    "message_s": (1e-5, 3e-6, 1e-4),
+    "cross_message_s": (4e-5, 5e-6, 2e-4),
+    "prompt_token_s": (1e-6, 1e-8, 1e-5),
+}  # default, least and most
+CONSTANTS: Mapping[str, Sequence[str]] = {
+    "h100-meta": ("fp8_matmul", "memory", "inter_link", "message_s", "cross_message_s", "prompt_token_s"),
+    "h20-96": ("fp8_matmul",),
+    "rtx-pro-5000": ("fp8_matmul", "attention", "intra_link"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measured time, and what it was measured of."""
+
+    row: Row
+    deployed: Deployment
+    seconds: float
+
+    @staticmethod
+    def of(row: Row) -> Sample:
+        """Of a row that has a time."""
+        return Sample(row, deployment(row, Assumed(), None), (row.value or 0.0) / row.scale)
+
+    def error(self, machine: Hardware) -> float:
+        """Relative."""
+        return step_time(self.row, self.deployed.on(machine)).seconds / self.seconds - 1
+
+
+def fit(machine: Hardware, names: Sequence[str], samples: Sequence[Sample]) -> Hardware:
+    """The machine with those constants that make squared errors least, held near their defaults and within bounds."""
+    at = [math.log(_FITTED[name][0]) for name in names]
+
+    def residuals(point: Sequence[float]) -> list[float]:
+        tried = _machine(machine, names, point)
+        strayed = [
+            (value - math.log(_FITTED[name][0])) / _EXPECTED_SPREAD
+            for name, value in zip(names, point, strict=True) if name != "prompt_token_s"
+        ]  # fmt: skip
+        return [sample.error(tried) / _EXPECTED_ERROR for sample in samples] + strayed
+
+    found = _least_squares(residuals, at, [[math.log(x) for x in _FITTED[name][1:]] for name in names])
+    return _machine(machine, names, found)
+
+
+def _machine(machine: Hardware, names: Sequence[str], point: Sequence[float]) -> Hardware:
+    return replace(machine, **{name: math.exp(value) for name, value in zip(names, point, strict=True)})  # type: ignore[arg-type]
+
+
+def _least_squares(
+    residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float], bounds: Sequence[Sequence[float]]
+) -> list[float]:
+    """Levenberg and Marquardt's way down, with steps cut off at the bounds."""
+    at, trust = list(start), _TRUST
+    now = residuals(at)
+    for _ in range(_ROUNDS):
+        slopes = []
+        for n in range(len(at)):
+            moved = [*at[:n], at[n] + _STEP, *at[n + 1 :]]
+            slopes.append([(b - a) / _STEP for a, b in zip(now, residuals(moved), strict=True)])
+        normal = [[_dot(a, b) * (1 + trust * (a is b)) + 1e-9 * (a is b) for b in slopes] for a in slopes]
+        step = _solve(normal, [-_dot(slope, now) for slope in slopes])
+        tried = [min(max(x + dx, low), high) for x, dx, (low, high) in zip(at, step, bounds, strict=True)]
+        then = residuals(tried)
+        gain = _dot(now, now) - _dot(then, then)
+        if gain > 0:
+            at, now, trust = tried, then, trust / 3
+        else:
+            trust *= 4
+        if 0 <= gain < 1e-6 * _dot(now, now):
+            break
+    return at
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """Gauss's elimination of a positive definite system."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for n, pivot in enumerate(rows):
+        for row in rows[n + 1 :]:
+            factor = row[n] / pivot[n]
+            row[n:] = [a - factor * b for a, b in zip(row[n:], pivot[n:], strict=True)]
+    found = [0.0] * len(rows)
+    for n in reversed(range(len(rows))):
+        found[n] = (rows[n][-1] - _dot(rows[n][n + 1 : -1], found[n + 1 :])) / rows[n][n]
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Each machine's constants and, for each of its rows, the error with the row and of a fit without it."""
+    lines: list[str] = []
+    left_out: list[float] = []
+    for name, constants in CONSTANTS.items():
+        samples = [Sample.of(row) for row in rows if row.hardware == name and row.value and row.quantity != "kv_tokens"]
+        start = hardware(name)
+        fitted = fit(start, constants, samples)
+        values = ", ".join(f"{constant} = {getattr(fitted, constant):.3g}" for constant in constants)
+        lines += [f"`{name}`, {len(samples)} rows: {values}", "", "| row | fitted | left out |", "|---|---|---|"]
+        for sample in samples:
+            others = [other for other in samples if other is not sample]
+            left_out.append(sample.error(fit(start, constants, others)))
+            lines.append(f"| {sample.row.id} | {sample.error(fitted):+.1%} | {left_out[-1]:+.1%} |")
+        lines.append("")
+    sizes = [abs(error) for error in left_out]
+    lines.append(
+        f"Left out: median {median(sizes):.1%}, worst {max(sizes):.1%}." if sizes else "No row is of a machine."
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the tables for the file named."""
+    if len(arguments) != 1:
+        raise ConfigError("arguments", " ".join(arguments), "one file is expected", "give ROWS.csv")
+    print(markdown(read_rows(arguments[0])))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except LongspanError as error:
+        sys.exit(f"longspan: error: {error}")

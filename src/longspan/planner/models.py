@@ -1,0 +1,94 @@
+"""From what a user calls a model to its description: a built-in name, a folder, a config.json, or a hub id.
+
+It owns finding the configuration; unlike the engine it needs no weights beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import ModelError, ModelNotFound
+from longspan.models.config import ModelConfig
+from longspan.models.registry import load_config
+from longspan.planner.formats import WeightFormat
+
+_KV_HEADS = re.compile(r"(.+) with (\d+) kv heads?")
+
+
+def builtin_names() -> list[str]:
+    """Models that need no file."""
+    folder = files("longspan.planner").joinpath("data/models")
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def find_config(name: str) -> Mapping[str, Any]:
+    """The config.json of a model; `NAME with N kv heads` is NAME with that one number changed.
+
+    Raises `ModelNotFound` with the names that are near, or `ModelError` for a file that cannot be read.
+    """
+    changed = _KV_HEADS.fullmatch(name.strip())
+    if changed:
+        return {**find_config(changed[1]), "num_key_value_heads": int(changed[2])}
+    short = name.rsplit("/", 1)[-1].lower()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise ModelNotFound(f"model={name}: no config.json in it; give the folder that holds it")
+    if path.is_file():
+        return _read(path)
+    if short in builtin_names():
+        return _read(Path(str(files("longspan.planner").joinpath(f"data/models/{short}.json"))))
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return _download(name)
+    near = get_close_matches(short, builtin_names(), 3, 0.4) or builtin_names()
+    raise ModelNotFound(
+        f"model={name}: no such folder or built-in model; use one of {', '.join(near)}, "
+        "a folder with config.json, or a hub id (org/name)"
+    )
+
+
+def find_model(name: str, dtype: str = "bf16", weight_dtype: str | None = None) -> tuple[ModelConfig, WeightFormat]:
+    """The model and the format of its weights: `weight_dtype`, or what its configuration says."""
+    values = find_config(name)
+    weights = WeightFormat.of(values, dtype) if weight_dtype is None else WeightFormat.named(weight_dtype, dtype)
+    return load_config(values), weights
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".gguf":
+        from longspan.weights.gguf import GGUFCheckpoint
+        from longspan.weights.gguf_config import gguf_config
+
+        return gguf_config(GGUFCheckpoint(path))
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; correct the JSON") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); give a config.json") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: line 1, column 1: holds no JSON object; give a model's config.json")
+    return values
+
+
+def _download(name: str) -> Mapping[str, Any]:
+    from huggingface_hub import hf_hub_download  # slow to import, and needed for hub ids alone
+
+    try:
+        return _read(Path(hf_hub_download(name, "config.json")))
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's many network, name and permission errors
+        near = get_close_matches(name.rsplit("/", 1)[-1].lower(), builtin_names(), 3, 0.4)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelNotFound(
+            f"model={name}: fetching its config.json from the hub failed ({reason}); check the name and the network"
+            + (f", or use one of {', '.join(near)}" if near else "")
+        ) from error

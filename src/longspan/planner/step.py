@@ -1,0 +1,175 @@
+"""How long one step of the engine takes.
+
+It owns the counting of a step's attention and the sum of all parts; attention's own cost is the engine's cost model.
+It must not know how steps are scheduled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+
+from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
+from longspan.attention.facts import ClassTotals, GroupShape, Load
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from longspan.planner.deployment import Deployment
+from longspan.planner.linear import LinearTime, Seconds
+
+_REMEMBERED = 4096  # numbers of rows
+Bounds = tuple[float, float, float, float]  # seconds of compute, memory, link and latency
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One request's new tokens in a step; a decoding request has one.
+
+    `cached_tokens` are those before the chunk, in total; `rows_by_pcp` its new tokens on each pcp index;
+    `tokens_by_shard` the tokens it attends to on each shard of the context group, with the step's own.
+    """
+
+    new_tokens: int
+    cached_tokens: int
+    rows_by_pcp: tuple[int, ...]
+    tokens_by_shard: tuple[int, ...]
+    prefill: bool
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step and of its parts, and what bounds it: compute, memory, link or latency.
+
+    With pipeline stages it is the way through all of them: each is busy for its share of it, and as many steps as
+    stages are under way at once.
+    """
+
+    seconds: float
+    parts: Mapping[str, float]
+    bound: str
+
+
+class StepModel:
+    """The time of a step under one deployment."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        grid, cost = deployment.grid, deployment.hardware.cost
+        group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
+        together = replace(cost, parallelism=cost.parallelism / grid.head_shards)
+        self.model = CostModel(deployment.attention_shape, group, together, deployment.travelling_tokens)
+        self.chooser = ScheduleChooser(self.model)
+        self._linear = LinearTime(deployment)
+        self._around: dict[tuple[int, int, int], tuple[Mapping[str, float], Bounds]] = {}
+        self._prompt_token_s = deployment.hardware.prompt_token_s
+        self._per_segment = deployment.hardware.calls_per_segment
+        model = deployment.model
+        self._kinds = [
+            (kind, sum(model.window(layer) == kind for layer in range(model.num_layers))) for kind in model.kinds
+        ]
+
+    def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
+        """The step that computes `chunks`, from its start to its tokens; a schedule may be `auto`: the cheapest."""
+        prefills = [chunk for chunk in chunks if chunk.prefill]
+        decodes = chunks if not prefills else [chunk for chunk in chunks if not chunk.prefill]
+        rows = _sums("rows_by_pcp", chunks)
+        busiest = max(rows)
+        parts, (compute, memory, link, latency) = self._outside(busiest, sum(rows), min(busiest, len(chunks)))
+        attention = exchange = 0.0
+        for of_class, schedule in ((decodes, decode_schedule), (prefills, prefill_schedule)):
+            for window, layers in self._kinds if of_class else ():
+                estimate, reading = self._attention(of_class, window, schedule)
+                computed, copied = layers * estimate.compute, layers * estimate.copies
+                moved, fixed = layers * (estimate.transfer - estimate.hidden), layers * estimate.fixed
+                compute, memory = (compute, memory + computed) if reading else (compute + computed, memory)
+                memory, link, latency = memory + copied, link + moved, latency + fixed
+                own = estimate.schedule == "local"
+                attention += computed + copied + own * fixed
+                exchange += moved + (not own) * fixed
+        prompt = self._prompt_token_s and self._prompt_token_s * sum(c.cached_tokens + c.new_tokens for c in prefills)
+        found = {**parts, "host": parts["host"] + prompt, "attention": attention, "exchange": exchange}
+        latency += prompt
+        bounds = {"compute": compute, "memory": memory, "link": link, "latency": latency}
+        return StepTime(compute + memory + link + latency, found, max(bounds, key=bounds.__getitem__))
+
+    def _outside(self, rows: int, all_rows: int, sampled: int) -> tuple[Mapping[str, float], Bounds]:
+        """Everything but attention; remembered, since decoding asks for the same again and again."""
+        key = (rows, all_rows, sampled)
+        if key not in self._around:
+            if len(self._around) >= _REMEMBERED:
+                self._around.clear()
+            linear, sums = self._linear.layers(rows, all_rows), self._linear.sums(rows)
+            head, host = self._linear.head(sampled), self.deployment.hardware.step_s
+            parts = {"linear": linear.total, "tp": sums.total, "head": head.total, "host": host}
+            total = linear + sums + head + Seconds(latency=host)
+            self._around[key] = parts, (total.compute, total.memory, total.link, total.latency)
+        return self._around[key]
+
+    def _attention(self, chunks: Sequence[Chunk], window: int | None, schedule: str) -> tuple[Estimate, bool]:
+        """One layer of a kind, and whether reading keys and values takes most of its computing."""
+        totals = self._totals(chunks, window)
+        if schedule == "auto":
+            every = (*QUERY_SCHEDULES, *KEY_SCHEDULES) if len(totals.needed) != 1 else ("local",)
+            estimate = min((self.model.estimate(name, totals) for name in every), key=lambda e: e.seconds)
+        else:
+            estimate = self.model.estimate(schedule, totals)
+        loads = totals.by_shard if estimate.schedule in QUERY_SCHEDULES else totals.by_pcp
+        reading = max([load.reads for load in loads]) * self.model.shape.kv_bytes * self.model.constants.read_s
+        return estimate, 2 * reading > estimate.compute
+
+    def _totals(self, chunks: Sequence[Chunk], window: int | None) -> ClassTotals:
+        """What the cost model counts. A chunk's causal half is taken off all shards alike."""
+        members = self.model.group.members
+        rows = _sums("rows_by_pcp", chunks)
+        busy = len(rows) - rows.count(0)
+        if window is None and not chunks[0].prefill and sum(rows) == len(chunks):
+            needed = _sums("tokens_by_shard", chunks)
+            calls = len(chunks) if self._per_segment else busy
+            by_shard = [Load(calls, reads, reads) for reads in needed]
+            each = [len(chunks), sum(needed), sum(needed)]
+            by_pcp = [each] if len(rows) == 1 else _by_pcp(chunks, len(rows))
+        else:
+            needed, by_shard, by_pcp = self._general(chunks, window, len(rows))
+        at_pcp = [
+            Load((count if self._per_segment else min(count, 1)) * members, int(reads), int(pairs))
+            for count, reads, pairs in by_pcp
+        ]
+        return ClassTotals(rows, needed, tuple(by_shard), tuple(at_pcp))
+
+    def _general(
+        self, chunks: Sequence[Chunk], window: int | None, places: int
+    ) -> tuple[tuple[int, ...], list[Load], list[list[int]]]:
+        """Tokens needed of each shard, loads by shard, and (segments, reads, pairs) by pcp index, of any chunks."""
+        reads, pairs = [0.0] * self.model.group.members, [0.0] * self.model.group.members
+        by_pcp = [[0, 0, 0] for _ in range(places)]
+        for chunk in chunks:
+            new, total = chunk.new_tokens, chunk.cached_tokens + chunk.new_tokens
+            seen, of_chunk = 1.0, new * (chunk.cached_tokens + (new + 1) / 2)
+            if window is not None:
+                seen, of_chunk = min(1.0, (window + new - 1) / total), min(of_chunk, float(new * window))
+            for shard, tokens in enumerate(chunk.tokens_by_shard):
+                reads[shard] += tokens * seen
+                pairs[shard] += of_chunk * tokens / total
+            for place, own in zip(by_pcp, chunk.rows_by_pcp, strict=True):
+                if own:
+                    place[0] += 1
+                    place[1] += round(total * seen)
+                    place[2] += round(of_chunk * own / new)
+        calls = len(chunks) if self._per_segment else sum(place[0] != 0 for place in by_pcp)
+        loads = [Load(calls, round(read), round(pair)) for read, pair in zip(reads, pairs, strict=True)]
+        return tuple(map(round, reads)), loads, by_pcp
+
+
+def _sums(field: str, chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """The chunks' tuples of that name added up."""
+    return tuple(map(sum, zip(*map(attrgetter(field), chunks), strict=True)))
+
+
+def _by_pcp(chunks: Sequence[Chunk], places: int) -> list[list[int]]:
+    """(segments, reads, pairs) of chunks of one row by pcp index."""
+    found = [[0, 0, 0] for _ in range(places)]
+    for chunk in chunks:
+        place = found[chunk.rows_by_pcp.index(1)]
+        place[0] += 1
+        place[1] += chunk.cached_tokens + 1
+        place[2] += chunk.cached_tokens + 1
+    return found

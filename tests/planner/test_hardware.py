@@ -1,0 +1,88 @@
+"""Machines from the table and from a user's file, and constants fitted to measurements."""
+
+from dataclasses import replace
+
+import pytest
+
+from longspan.attention.cost import CostConstants, Fixed
+from longspan.errors import ConfigError
+from longspan.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml
+from longspan.planner.fit import Sample, fit, markdown
+from longspan.planner.predict import Assumed, deployment, step_time
+from longspan.planner.rows import Row
+
+LEAST = "tflops: 900\nmemory_gb: 80\nmemory_tb_s: 3\nintra_gb_s: 400\ninter_gb_s: 50\n"
+
+
+def test_a_machine_comes_back_from_its_file(tmp_path):
+    machine = Hardware(
+        0.1, 16, 0.02, 10, 10, parallelism=1.5, calls_per_segment=True, product_s=((1, 1e-10), (8, 2e-10)),
+        attention_cost=CostConstants(call_s=1e-5, fixed={"ring_q": Fixed(1e-4, 2e-4)}),
+    )  # fmt: skip
+    path = tmp_path / "here.yaml"
+    path.write_text(hardware_to_yaml(machine))
+    assert hardware_from_yaml(path) == machine
+
+
+def test_a_file_may_leave_out_what_has_a_default_and_write_exponents(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text(LEAST + "kernel_s: 2e-6\n")
+    assert hardware(str(path)) == Hardware(900, 80, 3, 400, 50, kernel_s=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LEAST.replace("80", "much"), "line 2, column 1: memory_gb: Expected `float`"),
+        (LEAST.replace("80", "0"), "line 2, column 1: memory_gb: 0.0 given; a positive number is expected"),
+        (LEAST + "kernel_s: -1\n", "line 6, column 1: kernel_s: -1.0 given"),
+        (LEAST.replace("memory_gb", "memory_bg"), "line 2, column 1: memory_bg: is no field .* memory_gb"),
+        (LEAST + "product_s: [[8, 1.0], [1, 2.0]]\n", "line 6, column 1: product_s: not in order"),
+        ("tflops: 900\n", "missing required field `memory_gb`"),
+        ("tflops: 900\n a: b: c\n", "line 2, column 3"),
+        ("900\n", "line 1, column 1: no fields"),
+    ],
+)
+def test_a_malformed_file_names_the_place_and_what_was_expected(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        hardware_from_yaml(path)
+
+
+def test_a_missing_file_and_an_unknown_name_are_told():
+    with pytest.raises(ConfigError, match="cannot be read"):
+        hardware("nowhere.yaml")
+    with pytest.raises(ConfigError, match="h2000: is not in the table; use one of h200"):
+        hardware("h2000")
+
+
+def test_no_machine_of_the_table_does_better_than_its_best():
+    for name, machine in hardware_table().items():
+        fractions = (machine.matmul, machine.fp8_matmul, machine.attention, machine.memory, machine.intra_link)
+        assert all(0 < fraction <= 1 for fraction in (*fractions, machine.inter_link)), name
+
+
+def test_fitting_finds_the_constants_that_made_the_times():
+    true = replace(hardware("h100"), fp8_matmul=0.5, memory=0.7)
+    rows = [
+        Row("", "qwq-32b-fp8", "h100", 1, 1, 1, 1, 1, quantity, "", new, cached)
+        for quantity, new, cached in (("ttft", 8192, 0), ("ttft", 32768, 0), ("ttit", 1, 100), ("ttit", 1, 32768))
+    ]
+    samples = [
+        Sample(row, deployment(row, Assumed(), true), step_time(row, deployment(row, Assumed(), true)).seconds)
+        for row in rows
+    ]
+    found = fit(hardware("h100"), ("fp8_matmul", "memory"), samples)
+    assert found.fp8_matmul == pytest.approx(0.5, rel=0.01)
+    assert found.memory == pytest.approx(0.7, rel=0.01)
+
+
+def test_the_table_of_a_fit_has_a_row_for_each_measurement():
+    rows = [
+        Row(f"X{n}", "qwq-32b-fp8", "rtx-pro-5000", 1, 1, 1, 1, 1, "ttft", "", n * 1024, value=n * 180.0, unit="ms")
+        for n in (1, 2, 4)
+    ]
+    text = markdown(rows)
+    assert all(f"| X{n} |" in text for n in (1, 2, 4))
+    assert "Left out: median" in text

@@ -1,0 +1,94 @@
+"""The search for layouts: all that are valid and no other, in the order asked for, with a way out where none fits."""
+
+from dataclasses import replace
+
+import pytest
+
+from longspan.config import ParallelConfig
+from longspan.errors import ConfigError
+from longspan.hardware import hardware
+from longspan.planner.deployment import Deployment, layout_name
+from longspan.planner.layouts import Fixed, layouts, plan_layouts
+from longspan.planner.models import find_model
+from longspan.planner.outlook import Load, outlook, time_to_first_token
+from longspan.planner.step import StepModel
+
+LOAD = Load(32768, concurrency=4)
+
+
+def base(name: str = "llama-3-70b", machine: str = "h200") -> Deployment:
+    model, weights = find_model(name)
+    return Deployment(model, hardware(machine), ParallelConfig(), weights, 2)
+
+
+def test_every_layout_of_eight_devices_is_tried_once():
+    found = [layout_name(parallel) for parallel in layouts(8)]
+    assert len(found) == len(set(found)) == 20
+    assert {"tp=8,pcp=1,dcp=8,pp=1", "tp=2,pcp=2,dcp=2,pp=2", "tp=1,pcp=8,dcp=1,pp=1"} <= set(found)
+
+
+def test_sizes_that_do_not_divide_the_heads_are_left_out():
+    found = plan_layouts(base(), 6, Fixed(), LOAD, "ttft")
+    assert {one.parallel.tensor_parallel_size for one in found} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("objective", "value"),
+    [
+        ("ttft", lambda one: one.ttft.seconds), ("tpot", lambda one: one.tpot.seconds),
+        ("throughput", lambda one: -one.throughput_per_gpu), ("capacity", lambda one: -one.capacity_tokens),
+    ],
+)  # fmt: skip
+def test_layouts_are_in_the_order_of_the_objective(objective, value):
+    found = [one for one in plan_layouts(base(), 8, Fixed(), LOAD, objective) if one.running]
+    assert [value(one) for one in found] == sorted(map(value, found))
+
+
+def test_layouts_without_room_come_last_and_say_what_is_missing():
+    found = plan_layouts(base(), 8, Fixed(), LOAD, "ttft")
+    assert found[-1].parallel == ParallelConfig(1, 8)
+    assert found[-1].missing_bytes > 0 == found[-1].running
+
+
+def test_a_fixed_size_is_kept():
+    assert all(
+        one.parallel.decode_context_parallel_size == 4 for one in plan_layouts(base(), 8, Fixed(dcp=4), LOAD, "ttft")
+    )
+
+
+def test_an_impossible_size_names_layouts_that_are_possible():
+    with pytest.raises(ConfigError, match=r"layout=tp=3: is not possible on 8 devices .* use one of tp=8"):
+        plan_layouts(base(), 8, Fixed(tp=3), LOAD, "ttft")
+
+
+def test_a_fixed_layout_without_room_names_those_that_have_it():
+    with pytest.raises(ConfigError, match=r"a rank lacks \d+\.\d GB .* on 8 devices there is room with tp=8"):
+        plan_layouts(base(), 8, Fixed(tp=1, pcp=8), LOAD, "ttft")
+
+
+def test_too_few_devices_name_how_many_would_do():
+    with pytest.raises(ConfigError, match="on 4 devices there is room"):
+        plan_layouts(base("llama-3-405b"), 2, Fixed(), LOAD, "ttft")
+
+
+def test_concurrency_is_no_more_than_fits():
+    deployed = replace(base(), parallel=ParallelConfig(8))
+    found = outlook(deployed, Load(1_000_000, concurrency=1000))
+    assert found.running == found.requests == int(deployed.capacity_tokens / Load(1_000_000).tokens)
+
+
+def test_a_cached_prefix_shortens_the_first_token():
+    model = StepModel(replace(base(), parallel=ParallelConfig(8)))
+    assert time_to_first_token(model, 65536, 1024).seconds < time_to_first_token(model, 65536, 65536).seconds / 10
+
+
+def test_a_pipeline_waits_while_it_fills_and_its_parts_are_the_whole():
+    found = time_to_first_token(StepModel(replace(base(), parallel=ParallelConfig(2, 1, 1, 4))), 65536, 65536)
+    assert found.parts["bubble"] > 0
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize("bad", [{"context": 0}, {"new": 0}, {"new": 200}, {"output": 0}, {"concurrency": 0}])
+def test_an_impossible_load_is_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Load(**{"context": 100, **bad})

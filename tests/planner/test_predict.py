@@ -1,0 +1,83 @@
+"""Published measurements: what the planner says of them, and mistakes in the file that holds them."""
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from longspan.errors import ConfigError
+from longspan.planner.predict import Assumed, Prediction, predict, predict_all
+from longspan.planner.rows import Row, read_rows
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+HEADER = "id,model,hardware,gpus,tp,pcp,dcp,pp,quantity,new_tokens,value,unit\n"
+GOOD = "A,llama-3-70b,h100,8,8,1,1,1,ttft,8192,100,ms\n"
+
+
+@pytest.fixture(scope="module")
+def predictions() -> dict[str, Prediction]:
+    return {found.id: found for found in predict_all(read_rows(str(PUBLISHED)), Assumed())}
+
+
+def test_times_are_near_what_was_published(predictions):
+    errors = [abs(found.error) for name, found in predictions.items() if not name.startswith("K")]
+    assert len(errors) == 28
+    assert median(errors) < 0.05
+    assert max(errors) < 0.15
+
+
+def test_capacities_are_near_where_the_setup_is_complete(predictions):
+    assert all(abs(predictions[name].error) < 0.03 for name in ("K01", "K02", "K03", "K04"))
+
+
+@pytest.mark.parametrize(("tokens", "seconds"), [(131_072, 3.8), (1_000_000, 77.0)])
+def test_sixteen_machines_are_foretold_from_up_to_four(tokens, seconds):
+    row = Row("", "llama-3-405b", "h100-meta", 128, 8, 16, 1, 1, "ttft", "ring_kv", tokens, value=seconds, unit="s")
+    assert abs(predict(row).error) < 0.1
+
+
+def rows(tmp_path: Path, text: str) -> list[Row]:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    return read_rows(str(path))
+
+
+def test_comments_blank_lines_and_missing_values_are_read(tmp_path):
+    (row,) = rows(tmp_path, f"# a comment\n{HEADER}\n{GOOD.replace(',100,', ',,')}")
+    assert (row.id, row.new_tokens, row.value) == ("A", 8192, None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (GOOD.replace(",8,8,", ",8,x,"), "line 3: column tp: 'x'; a whole number"),
+        (GOOD.replace("100,ms", "fast,ms"), "line 3: column value: 'fast'; a number"),
+        (GOOD.replace("ttft", "latency"), "line 3: column quantity=latency: unknown; use one of ttft"),
+        (GOOD.replace(",8,8,", ",16,8,"), "line 3: column gpus=16: tp x pcp x pp = 8"),
+        (GOOD.replace("8,8,1,1,1", "8,8,1,3,1"), "line 3: column dcp=3: must divide tensor_parallel_size=8"),
+        (GOOD.replace(",ms", ",tokens"), "line 3: column unit=tokens"),
+        (GOOD.replace(",ms", ""), "line 3: 11 cells, 12 columns"),
+    ],
+)
+def test_a_malformed_row_names_line_and_column(tmp_path, bad, message):
+    with pytest.raises(ConfigError) as caught:
+        rows(tmp_path, HEADER + GOOD + bad)
+    assert message in str(caught.value).replace(", line", ": line")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (HEADER.replace("hardware,", ""), "column hardware is missing"),
+        (HEADER.replace("unit", "units"), "column units is unknown"),
+        ("", "line 1: no header"),
+    ],
+)
+def test_a_malformed_header_names_the_column(tmp_path, header, message):
+    with pytest.raises(ConfigError, match=message):
+        rows(tmp_path, header)
+
+
+def test_an_unknown_machine_in_a_file_names_the_row_and_those_that_are_near(tmp_path):
+    with pytest.raises(ConfigError, match=r"row=A: hardware=h10: .* h100"):
+        predict_all(rows(tmp_path, HEADER + GOOD.replace("h100", "h10")), Assumed())
