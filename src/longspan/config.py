@@ -172,8 +172,8 @@ class SchedulerConfig:
 class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
-    `cost` fixes the constants of the cost model, which are measured when the engine starts otherwise. With `trace`
-    ranks record when they compute and transfer.
+    With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the constants of the cost model,
+    which are measured when the engine starts otherwise. With `trace` ranks record when they compute and transfer.
     """
 
     model: str
@@ -181,6 +181,7 @@ class EngineConfig:
     device: str = "auto"
     executor: str = "threads"
     attention_backend: str = "auto"
+    enforce_eager: bool = False
     seed: int = 0
     num_threads: int | None = None
     debug: bool = False

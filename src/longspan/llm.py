@@ -62,6 +62,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         device: str = "auto",
         attention_backend: str = "auto",
+        enforce_eager: bool = False,
         seed: int = 0,
         num_threads: int | None = None,
         debug: bool = False,
@@ -69,6 +70,7 @@ class LLM:
     ) -> None:
         config = EngineConfig(
             model=model, dtype=dtype, device=device, attention_backend=attention_backend,
+            enforce_eager=enforce_eager,
             executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,

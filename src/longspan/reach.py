@@ -48,7 +48,7 @@ class Block:
     """The travelling query rows of one pcp index, and what each of its segments sees on this shard."""
 
     rows: int
-    runs: tuple[QueryRun, ...]
+    runs: Sequence[QueryRun]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Reach:
 
     schedule: str
     travel: int
-    own: tuple[QueryRun, ...]
+    own: Sequence[QueryRun]
     blocks: tuple[Block, ...]
     shares: tuple[KeyShare, ...]
     key_runs: tuple[KeyRun, ...]

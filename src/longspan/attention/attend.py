@@ -29,7 +29,7 @@ class Attention:
 
     def __init__(self, pool: KVPool, kernels: Kernels, group: ContextGroup, windows: Sequence[int | None]) -> None:
         self.pool = pool
-        self._kernels = kernels
+        self.kernels = kernels
         self._group = group
         self.windows = tuple(windows)
         self._kind_of = {window: kind for kind, window in enumerate(windows)}
@@ -39,14 +39,19 @@ class Attention:
     def begin(self, view: RankView) -> None:
         """Prepare a step."""
         self._classes = view.classes
-        self._kernels.backend.begin()
-        self._writer = self._kernels.backend.writer(view.writes, len(view.positions))
+        self.kernels.backend.begin()
+        self._writer = self.kernels.backend.writer(view.writes, len(view.positions))
+
+    def resume(self, classes: Sequence[ClassView], writer: Writer) -> None:
+        """Prepare a step whose rows and slots are where a recording looks for them."""
+        self._classes = classes
+        self._writer = writer
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
         kv = self.pool.layers[layer.index]
         self._writer.write(kv, k, v)
-        form, kind = self._kernels.form(layer), self._kind_of[layer.window]
+        form, kind = self.kernels.form(layer), self._kind_of[layer.window]
         parts: list[Partial] = []
         for view in self._classes:
             rows = slice(view.start, view.stop)
@@ -54,7 +59,7 @@ class Attention:
             diagonal = (
                 _diagonal(view, form, q[rows], through(k[rows], kv), through(v[rows], kv)) if view.diagonal else None
             )
-            parts.append(self._kernels.backend.merge([part for part in (diagonal, off) if part is not None]))
+            parts.append(self.kernels.backend.merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
             return q.new_zeros(*q.shape[:-1], form.value_dim)
         whole = concatenate(parts)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend
+from longspan.attention.backends.base import Backend, StaticRuns
 from longspan.attention.facts import ExpansionCost
 from longspan.attention.heads import HeadBlock
 from longspan.attention.layer import AttentionLayer, Latent
@@ -155,6 +155,8 @@ class LatentForm:
 
     def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """See `Form.own`."""
+        if isinstance(runs, StaticRuns):  # one token each: never worth expanding
+            return self._absorbed(q, runs, kv)
         absorbed: list[QueryRun] = []
         parts: list[Partial] = []
         for sharers in _sharers(runs):
@@ -165,9 +167,7 @@ class LatentForm:
             else:
                 absorbed += sharers
         if absorbed or not parts:
-            kernels = self._kernels
-            part = kernels.backend.attend(self._latent.absorb(q), absorbed, kv, kernels.heads.own, kernels.scale)
-            parts.append(self.incoming(part.columns(kernels.value_dim)))
+            parts.append(self._absorbed(q, absorbed, kv))
         return self.merge(parts)
 
     def outgoing(self, q: Tensor) -> Tensor:
@@ -192,6 +192,11 @@ class LatentForm:
     def merge(self, parts: Sequence[Partial]) -> Partial:
         """See `Form.merge`."""
         return self._kernels.backend.merge(parts)
+
+    def _absorbed(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+        kernels = self._kernels
+        part = kernels.backend.attend(self._latent.absorb(q), runs, kv, kernels.heads.own, kernels.scale)
+        return self.incoming(part.columns(kernels.value_dim))
 
     def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: CacheRows) -> Partial:
         """Runs that see prefixes of the first one's rows: a block is expanded once for all."""

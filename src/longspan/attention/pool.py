@@ -69,4 +69,5 @@ class KVPool:
             scales = torch.empty(*shape[:3], len(groups), device=device) if groups else None
             return CacheRows(torch.empty(shape, dtype=dtype, device=device), scales, groups)
 
+        self.device = device
         self.layers = {layer: rows() for layer in layers}

@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.cache.pages import PageTable
 from longspan.engine.grammar import Matcher, Vocabulary
+from longspan.engine.recorded import Recordings, of_one_kind, recordable
 from longspan.engine.sampler import SampleRow, Sampling, score, start_sampling
 from longspan.errors import EngineError, RequestError
 from longspan.models.decoder import DecoderModel
@@ -90,6 +91,17 @@ class Runner:
         self._runs_ahead = runs_ahead
         self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirrors: dict[int, _Mirror] = {}
+        self.recordings: Recordings | None = None
+
+    @property
+    def model(self) -> DecoderModel:
+        """This rank's part of the model."""
+        return self._model
+
+    @property
+    def attention(self) -> Attention:
+        """This rank's attention."""
+        return self._attention
 
     @property
     def is_asynchronous(self) -> bool:
@@ -109,6 +121,8 @@ class Runner:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
+        if self.recordings is not None and recordable(plan):
+            return self._replay(of_one_kind(plan), self.recordings)
         view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
         self._attention.begin(view)
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
@@ -117,11 +131,23 @@ class Runner:
             return list
         returns = self._grid.returns_tokens(self._rank)
         scored = [token for rows in view.scored for token in self._score(hidden, rows, self._model.head, returns)]
-        self._sampled.clear()
         if not view.samples:
-            return lambda: scored
+            return self._finish(view, hidden, scored)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
-        if not returns and not self._runs_ahead:
+        return self._finish(view, logits, scored)
+
+    def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
+        """A decode step through a recording, in which every row is sampled."""
+        view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
+        rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
+        logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
+        return self._finish(view, logits, [])
+
+    def _finish(self, view: RankView, logits: Tensor, scored: list[SampledToken]) -> Finish:
+        """Sample `logits` [samples, vocab]; on ranks that do not return tokens only if the next step may need them."""
+        self._sampled.clear()
+        returns = self._grid.returns_tokens(self._rank)
+        if not view.samples or (not returns and not self._runs_ahead):
             return lambda: scored
         failed, sampling = self._sample(logits, view.samples)
         return lambda: [*scored, *failed, *sampling.finish()] if returns else []

@@ -112,6 +112,14 @@ class EngineSetup:
         )
 
     @property
+    def records_decode(self) -> bool:
+        """Whether decode steps become CUDA graphs: not with experts, whose rows depend on their tokens, nor with ranks
+        that are threads of one process."""
+        plain = self.model.moe is None and self.grid.pp == 1 and not self.config.enforce_eager
+        alone = self.grid.world_size == 1 or self.config.executor != "threads"
+        return plain and alone and self.backend.name == "triton" and self.device_type == "cuda"
+
+    @property
     def measures_cost(self) -> bool:
         """Whether a schedule is chosen by constants that have to be measured; a lone shard has nothing to choose."""
         chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1

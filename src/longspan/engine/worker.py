@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
+from longspan.attention.backends.base import StaticBackend
 from longspan.attention.backends.choice import build_backend
 from longspan.attention.calibrate import Calibration
 from longspan.attention.cost import CostConstants
@@ -20,6 +21,7 @@ from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
 from longspan.engine.grammar import Vocabulary
 from longspan.engine.loading import RankLoader, TensorStore
+from longspan.engine.recorded import CudaRecorder, Recordings
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
 from longspan.models.context import ExpertParallel, Provided
@@ -88,6 +90,9 @@ def build_runner(
         store.device,
         Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
     )  # fmt: skip
+    backend = attention.kernels.backend
+    if setup.records_decode and isinstance(backend, StaticBackend):
+        runner.recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
     return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
 
 

@@ -5,8 +5,9 @@ It owns the interface; a backend knows tensors and heads, never ranks or schedul
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -56,4 +57,33 @@ class Backend(Protocol):
 
     def merge(self, parts: Sequence[Partial]) -> Partial:
         """`partial.merge`, the same to rounding."""
+        ...
+
+
+class StaticRuns(Sequence[QueryRun]):
+    """Runs of one token that stay at one address in device memory: what a recorded step attends to."""
+
+    @abstractmethod
+    def fill(self, runs: Sequence[QueryRun]) -> bool:
+        """Attend to `runs` from now on. False, and nothing done, if they need more room than there is."""
+
+
+class StaticWriter(Writer, Protocol):
+    """Slots that stay at one address."""
+
+    def refill(self, writes: Sequence[WriteRun]) -> None:
+        """Other runs for the same number of rows."""
+        ...
+
+
+@runtime_checkable
+class StaticBackend(Protocol):
+    """A backend whose calls can be recorded: `attend` takes `StaticRuns` where it takes runs."""
+
+    def static(self, rows: int) -> StaticRuns:
+        """Runs to be filled, for `rows` query rows."""
+        ...
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> StaticWriter:
+        """See `Backend.writer`."""
         ...

@@ -18,7 +18,7 @@ from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import (
     ITEM_FIELDS,
     SPLIT_FIELDS,
-    StaticRuns,
+    StaticPlans,
     StepPlans,
     WorkPlan,
     identities,
@@ -71,12 +71,12 @@ class TritonBackend:
         """See `Backend.merge`."""
         return merge_parts(parts)
 
-    def static(self, rows: int, longest: int = 1, index: int = 0) -> StaticRuns:
+    def static(self, rows: int, longest: int = 1, index: int = 0) -> StaticPlans:
         """Runs to be refilled: `rows` rows, `longest` of them in a run, `index` slots in spans too short for a range.
 
         Longer runs are right, but not cut for speed.
         """
-        return StaticRuns(rows, longest, index, self._device)
+        return StaticPlans(rows, longest, index, self._device)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
@@ -100,7 +100,7 @@ class TritonBackend:
     ) -> Partial:
         """See `Backend.attend`; `out` is as wide as the values' part of a row of one plane."""
         rows = q.shape[0]
-        if isinstance(runs, StaticRuns):
+        if isinstance(runs, StaticPlans):
             if runs.rows != rows:
                 raise ValueError(f"{rows} rows for static runs of {runs.rows}")
             return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, runs.longest, runs.plan)

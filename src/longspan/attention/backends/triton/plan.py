@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from longspan.attention.backends.base import StaticRuns
 from longspan.attention.backends.triton.work import (
     Item,
     Slots,
@@ -85,7 +86,7 @@ class WorkPlan:
         return True
 
 
-class StaticRuns(Sequence[QueryRun]):
+class StaticPlans(StaticRuns):
     """Runs whose plans stay at one address: what a captured graph attends to, refilled before each replay.
 
     Pass it to `TritonBackend.attend` in place of runs. A first call outside the capture makes the buffers that the

@@ -1,0 +1,142 @@
+"""Decode steps of fixed size: the same tokens as steps of any shape, whether they are recorded or run anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longspan import SamplingParams
+from longspan.attention.backends.base import StaticRuns
+from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.pool import SlotWriter
+from longspan.engine.recorded import EagerRecorder, Recordings, padded_rows
+from tests.oracle import greedy, oracle, prompt_of
+
+PROMPTS = [prompt_of(21), prompt_of(5, 3), prompt_of(13, 9)]
+GREEDY = SamplingParams(temperature=0, max_tokens=9)
+
+
+class Runs(StaticRuns):
+    """Runs at one place; the next `fill` shows in whatever holds them."""
+
+    def __init__(self, has_room=True):
+        self.runs, self.has_room = (), has_room
+
+    def fill(self, runs):
+        self.runs = tuple(runs) if self.has_room else self.runs
+        return self.has_room
+
+    def __len__(self):
+        return len(self.runs)
+
+    def __getitem__(self, at):
+        return self.runs[at]
+
+
+class Writer:
+    """Slots at one place."""
+
+    def __init__(self, writes, rows):
+        self.rows = rows
+        self.refill(writes)
+
+    def refill(self, writes):
+        self.writer = SlotWriter(writes, self.rows, torch.device("cpu"))
+
+    def write(self, cache, k, v):
+        self.writer.write(cache, k, v)
+
+
+class StaticCpu(CpuBackend):
+    """The CPU's kernels over runs and slots that are refilled."""
+
+    has_room = True
+
+    def static(self, rows):
+        return Runs(self.has_room)
+
+    def writer(self, writes, rows):
+        return Writer(writes, rows)
+
+
+class Counting(EagerRecorder):
+    """Runs the work anew, and counts how often."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def record(self, work):
+        replay = super().record(work)
+        self.recorded += 1
+
+        def counted():
+            self.replayed += 1
+            return replay()
+
+        return counted
+
+
+def record(llm, has_room=True):
+    """Let every rank decode by recordings; what counts them."""
+    recorder = Counting()
+    for runner in llm.engine.executor.runners:
+        backend = StaticCpu()
+        backend.has_room = has_room
+        runner.attention.kernels = replace(runner.attention.kernels, backend=backend)
+        runner.recordings = Recordings(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)
+    return recorder
+
+
+def expected_of(model):
+    return [greedy(oracle(model), prompt, 9)[0] for prompt in PROMPTS]
+
+
+def tokens_of(llm):
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize("layout", [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}], ids=str)
+def test_tokens_are_those_of_the_oracle(tiny, model, layout):
+    """Contexts of 8 tokens stay at home, so that rows of both kinds meet in a step."""
+    llm = tiny(model, schedule="gather_q", **layout)
+    recorder = record(llm)
+    assert tokens_of(llm) == expected_of(model)
+    assert recorder.replayed >= 8
+
+
+def test_other_schedules_are_not_recorded(tiny):
+    llm = tiny(pcp=2, local_context=0, schedule="ring_q")
+    recorder = record(llm)
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorder.replayed == 0
+
+
+def test_a_recording_serves_all_steps_of_its_size(tiny):
+    llm = tiny()
+    recorder = record(llm)
+    tokens_of(llm)
+    first = recorder.recorded
+    tokens_of(llm)
+    assert recorder.recorded == first <= 3
+
+
+def test_a_context_too_scattered_for_the_buffers_is_attended_all_the_same(tiny):
+    """On one rank or all: the shapes of what travels are those of the recording."""
+    llm = tiny(pcp=2, local_context=0, schedule="gather_q")
+    recorder = record(llm, has_room=False)
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorder.replayed == 0
+
+
+def test_a_step_planned_ahead_is_recorded_too(tiny):
+    llm = tiny(pcp=2, schedule="gather_q", run_ahead=True)
+    recorder = record(llm)
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorder.replayed > 0
+
+
+def test_sizes_have_room_and_are_few():
+    assert [padded_rows(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 250)] == [1, 2, 4, 4, 8, 8, 16, 256]
