@@ -41,7 +41,11 @@ bench decode-quantised 50 attention --backends triton --kv-cache-dtype fp8,int8 
     --prefill "" --shared-context 0
 bench prefill 50 attention --heads gqa --batch "" --shared-context 0
 
-# Parts that need a model come here: step time of decode with CUDA graphs against its floor and against transformers;
-# tokens that fit and agreement of tokens with an fp8 cache.
+# A Llama of random weights: a decode step with and without CUDA graphs, against its floor and against transformers.
+timeout 60 "$python" scripts/random_llama.py "$folder/llama" 2>"$folder/llama.log"
+part model-decode 120 "$python" scripts/measure_decode.py "$folder/llama" --batch 1,32 --context 8192
+rm -rf "$folder/llama"
+# With MODEL=a folder of SmolLM2: tokens that fit and agree with a quantised cache.
+[ -z "${MODEL:-}" ] || part kv-dtypes 60 "$python" scripts/measure_kv_dtypes.py "$MODEL" docs/architecture.md
 
 "$python" -m longspan.bench.kernels.summary "$folder" | tee -a "$folder/parts.txt"

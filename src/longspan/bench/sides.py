@@ -68,18 +68,24 @@ class TransformersSide:
 
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
-        model = transformers_twin(setup.source, setup.dtype)
+        device = setup.device()
+        model = transformers_twin(setup.source, setup.dtype).to(device)
+
+        def now() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter()
 
         @torch.inference_mode()
         def run(prompts: Prompts, output_len: int) -> Timing:
-            started = time.perf_counter()
-            out = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+            started = now()
+            out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            first = time.perf_counter()
+            first = now()
             for _ in range(output_len - 1):
                 out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            return Timing(first - started, time.perf_counter() - first, len(prompts) * (output_len - 1))
+            return Timing(first - started, now() - first, len(prompts) * (output_len - 1))
 
         return run
 

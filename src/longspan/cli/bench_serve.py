@@ -104,7 +104,7 @@ def serve(
     console = Console(stderr=True)
     reports = _run_all(console, target, prompts, limits)
     notes = [*prompts.notes(len(limits)), *_warnings(reports)]
-    _show(console, f"{target.model} at {target.root}", reports, notes)
+    show_reports(console, f"{target.model} at {target.root}", reports, notes)
     if as_json:
         runs = [asdict(report) for report in reports]
         print(json.dumps({**target.options(), **asdict(load), "concurrency": limits, "notes": notes, "runs": runs}))
@@ -154,7 +154,7 @@ def _warnings(reports: Sequence[RunReport]) -> list[str]:
     ]
 
 
-def _show(console: Console, title: str, reports: Sequence[RunReport], notes: Sequence[str]) -> None:
+def show_reports(console: Console, title: str, reports: Sequence[RunReport], notes: Sequence[str]) -> None:
     rates = Table(title=title)
     latencies = Table(title="Latency, ms")
     for column in ("at once", "completed", "failed", "seconds", "requests/s", "output tokens/s", "all tokens/s"):

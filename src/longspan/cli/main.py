@@ -11,7 +11,19 @@ from typing import Any
 
 import typer
 
-from longspan.cli import bench, bench_kernels, bench_schedules, bench_serve, explain, generate, plan, predict, serve
+from longspan.cli import (
+    bench,
+    bench_kernels,
+    bench_schedules,
+    bench_serve,
+    calibrate,
+    explain,
+    generate,
+    plan,
+    predict,
+    serve,
+    simulate,
+)
 from longspan.cli import eval as evaluation
 from longspan.cli.options import takes_engine_options
 from longspan.errors import LongspanError
@@ -36,6 +48,8 @@ def build_app() -> typer.Typer:
     app.command("explain", help="What each schedule would take, and the choice.")(takes_engine_options(explain.explain))
     app.command("plan", help="What every layout of a cluster will do.")(plan.plan)
     app.command("predict", help="One measured setup, predicted.")(predict.predict)
+    app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
+    app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
     app.command("serve", help="Serve a model over OpenAI's API.")(takes_engine_options(serve.serve))
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))

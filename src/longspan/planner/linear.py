@@ -88,8 +88,6 @@ class LinearTime:
         self._tp = Links.of(self._hardware, grid.nodes(grid.tp_group(0)))
         self._experts = Links.of(self._hardware, grid.nodes(grid.expert_group(0)))
         self._stages = Links.of(self._hardware, grid.nodes(grid.pipeline_group(0)))
-        shared = self._hardware.parallelism
-        self._crowding = max(1.0, grid.world_size / grid.pp / shared) if shared else 1.0
 
     def layers(self, rows: int, all_rows: int) -> Seconds:
         """All layers, where the busiest rank has `rows` and all pcp indices together `all_rows`."""
@@ -101,7 +99,7 @@ class LinearTime:
             found += self._product(at.ffn, rows).times(at.model.num_layers - mixed)
         if mixed:
             found += self._mixture(rows, all_rows).times(mixed)
-        return found.times(self._crowding)
+        return found.times(self._crowding(all_rows / max(rows, 1)))
 
     def _passes(self, rows: int) -> Seconds:
         model, grid = self._at.model, self._at.grid
@@ -137,10 +135,15 @@ class LinearTime:
         found = self._tp.all_reduce(size).times(2 * self._at.model.num_layers + 1)
         return found + self._stages.send(size).times(self._stages.members - 1)
 
-    def head(self, rows: int) -> Seconds:
-        """Logits of `rows`, gathered."""
+    def _crowding(self, busy: float) -> float:
+        """How much longer work takes that `busy` pcp indices do at once, where ranks share a machine's cores."""
+        ranks = self._at.grid.tp * min(self._at.grid.pcp, busy)
+        return max(1.0, ranks / self._hardware.parallelism) if self._hardware.parallelism else 1.0
+
+    def head(self, rows: int, all_rows: int) -> Seconds:
+        """Logits of `rows` on the busiest rank, `all_rows` on all pcp indices, gathered."""
         size = rows * self._at.model.vocab_size * 4
-        return self._product(self._at.head, rows).times(self._crowding) + self._tp.send(size)
+        return self._product(self._at.head, rows).times(self._crowding(all_rows / max(rows, 1))) + self._tp.send(size)
 
     def _product(self, part: Part, rows: int) -> Seconds:
         if not part.products:

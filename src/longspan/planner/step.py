@@ -98,7 +98,7 @@ class StepModel:
             if len(self._around) >= _REMEMBERED:
                 self._around.clear()
             linear, sums = self._linear.layers(rows, all_rows), self._linear.sums(rows)
-            head, host = self._linear.head(sampled), self.deployment.hardware.step_s
+            head, host = self._linear.head(sampled, sampled * all_rows // max(rows, 1)), self.deployment.hardware.step_s
             parts = {"linear": linear.total, "tp": sums.total, "head": head.total, "host": host}
             total = linear + sums + head + Seconds(latency=host)
             self._around[key] = parts, (total.compute, total.memory, total.link, total.latency)

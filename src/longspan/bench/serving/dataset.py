@@ -133,7 +133,7 @@ def open_dataset(load: Load) -> Dataset:
     path = Path(load.dataset_path)
     try:
         if load.dataset == "trace":
-            return TracePrompts(load, _read_trace(path, load.num_prompts))
+            return TracePrompts(load, read_trace(path, load.num_prompts))
         texts = _read_sharegpt(path) if load.dataset == "sharegpt" else _read_gsm8k(path)
     except OSError as error:
         raise ConfigError("dataset_path", path, f"cannot be read ({error})", "name a file") from error
@@ -259,7 +259,7 @@ def _read_gsm8k(path: Path) -> list[str]:
     return [row.question for _, row in _json_lines(path, _Problem, "gsm8k")]
 
 
-def _read_trace(path: Path, most: int) -> list[_TraceRow]:
+def read_trace(path: Path, most: int) -> list[_TraceRow]:
     rows = []
     for (where, row), _ in zip(_json_lines(path, _TraceRow, "trace"), range(most), strict=False):
         needed = -(-row.input_length // BLOCK_TOKENS)

@@ -1,0 +1,185 @@
+"""`longspan simulate`: a trace played to engines that exist on paper, and the latencies they would have.
+
+It owns the options, the tables and the files; tables and progress go to stderr, one JSON object to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from longspan.cli.bench_serve import show_reports
+from longspan.cli.options import BatchedTokens, Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
+from longspan.config import ParallelConfig, SchedulerConfig, require
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.planner.deployment import Deployment
+    from longspan.planner.simulate.asks import Ask
+    from longspan.planner.simulate.instance import InstanceConfig
+    from longspan.planner.simulate.run import Simulation
+    from longspan.scheduler.limits import Limits
+
+_LAYOUT = {
+    "tp": "tensor_parallel_size", "pcp": "prefill_context_parallel_size",
+    "dcp": "decode_context_parallel_size", "pp": "pipeline_parallel_size",
+}  # fmt: skip
+_REFRESHES = 4  # progress bar, a second: drawing takes the simulation's time
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id or built-in name", show_default=False)]
+HardwareName = Annotated[
+    str, typer.Option("--hardware", help="a machine's name, as in h200, or a .yaml file, as calibrate writes")
+]
+Layout = Annotated[str, typer.Option("--layout", help="ranks of an instance, as in tp=8,dcp=8; also pcp and pp")]
+Trace = Annotated[str, typer.Option("--trace", help="file of requests, as bench serve reads with --dataset trace")]
+Instances = Annotated[int, typer.Option("--instances", help="engines that share the requests")]
+NumRequests = Annotated[int | None, typer.Option("--num-requests", help="the trace's first; default: all")]
+TimeScale = Annotated[float, typer.Option("--time-scale", help="of the gaps between requests: 0.5 is twice the load")]
+MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="longer prompts are cut to this")]
+ModelLength = Annotated[
+    int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the longest request's")
+]
+PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page; smaller ones take longer")]
+Dtype = Annotated[str, typer.Option("--dtype", help="of activations and of weights: bf16, fp32 ...")]
+WeightDtype = Annotated[
+    str | None, typer.Option("--weight-dtype", help="bf16, fp8, int4 ...; default: what the model's configuration says")
+]
+KVDtype = Annotated[str | None, typer.Option("--kv-cache-dtype", help="default: that of activations")]
+CacheMemory = Annotated[
+    str | None, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank; default: what the machine has left")
+]
+MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
+GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", help="ranks that share a machine")]
+Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the KV pages of every shard over time")]
+
+
+def simulate(
+    model: ModelName,
+    hardware: HardwareName,
+    trace: Trace,
+    layout: Layout = "tp=1",
+    instances: Instances = 1,
+    num_requests: NumRequests = None,
+    time_scale: TimeScale = 1.0,
+    max_input_len: MaxInputLen = None,
+    max_model_len: ModelLength = None,
+    page_size: PageSize = 512,
+    max_num_batched_tokens: BatchedTokens = 8192,
+    max_num_seqs: NumSeqs = 256,
+    local_context: LocalContext = None,
+    schedule: Schedule = "auto",
+    enable_prefix_caching: PrefixCaching = True,
+    dtype: Dtype = "bf16",
+    weight_dtype: WeightDtype = None,
+    kv_cache_dtype: KVDtype = None,
+    kv_cache_memory_bytes: CacheMemory = None,
+    memory_fraction: MemoryFraction = 0.9,
+    gpus_per_node: GpusPerNode = 8,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """A trace through the real scheduler and cache of engines on any machine, step by step on a clock of its own."""
+    from longspan.hardware import hardware as machine
+    from longspan.planner.deployment import Deployment, layout_name
+    from longspan.planner.formats import element_bytes
+    from longspan.planner.models import find_model
+    from longspan.planner.simulate.asks import read_asks
+    from longspan.planner.simulate.setup import instance_config, limits_of
+
+    require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
+    require(page_size >= 1, "page_size", page_size, "must be at least 1", "512 is the default")
+    if plot is not None:
+        require(Path(plot).parent.is_dir(), "plot", plot, "its folder does not exist", "make the folder first")
+    scheduler = SchedulerConfig(max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule)
+    shape, weights = find_model(model, dtype, weight_dtype)
+    deployment = Deployment(
+        shape, machine(hardware), parse_layout(layout), weights,
+        int(element_bytes("kv_cache_dtype", kv_cache_dtype or dtype)), page_size, memory_fraction, gpus_per_node,
+        max_num_batched_tokens, max_num_seqs,
+    )  # fmt: skip
+    memory = None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes)
+    config = instance_config(deployment, scheduler, memory, enable_prefix_caching)
+    asks = read_asks(trace, num_requests, time_scale, max_input_len)
+    result = _play(config, asks, instances, limits_of(config, max_model_len, asks))
+    title = f"{model} on {instances} x {layout_name(deployment.parallel)} of {hardware}, simulated"
+    notes = _notes(deployment, asks, num_requests)
+    _show(title, result, notes)
+    if as_json:
+        options = {
+            "model": model, "hardware": hardware, "layout": layout_name(deployment.parallel), "trace": trace,
+            "instances": instances, "num_requests": len(asks), "time_scale": time_scale,
+            "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes,
+        }  # fmt: skip
+        print(json.dumps({**options, **asdict(result)}))
+    _write_plot(plot, result, title)
+
+
+def parse_layout(text: str) -> ParallelConfig:
+    """`tp=8,dcp=8` as a configuration. Raises `ConfigError`."""
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in _LAYOUT or not value.isdecimal():
+            raise ConfigError("layout", text, f"{part.strip()!r} is no size", "write it as tp=8,pcp=1,dcp=8,pp=1")
+        values[_LAYOUT[name]] = int(value)
+    return ParallelConfig(**values)
+
+
+def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:
+    from longspan.planner.simulate.run import simulate as play
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+        task = progress.add_task("requests", total=len(asks))
+        return play(config, asks, instances, limits, lambda done: progress.update(task, completed=done))
+
+
+def _notes(deployment: Deployment, asks: Sequence[Ask], asked: int | None) -> list[str]:
+    """What a reader of the results must know."""
+    positions = deployment.model.max_position_embeddings
+    beyond = sum(ask.prompt_tokens + ask.max_tokens > positions for ask in asks)
+    return [
+        *([f"the trace has {len(asks)} requests, {asked} were asked for"] if asked and len(asks) < asked else []),
+        *([f"{beyond} requests exceed the {positions:,} positions the model was made for"] if beyond else []),
+    ]
+
+
+def _show(title: str, result: Simulation, notes: Sequence[str]) -> None:
+    console = Console(stderr=True)
+    show_reports(console, title, [result.report], notes)
+    table = Table(title="KV pages in use, % of a shard's")
+    for column in ("instance", "requests", "mean", "mean of the fullest shard", "peak of the fullest shard"):
+        table.add_column(column, justify="right")
+    pages = result.memory.pages_per_shard
+    for number, used in enumerate(result.memory.used):
+        means = [fmean(row) / size for row, size in zip(used, pages, strict=True)]
+        peak = max(most / size for most, size in zip(result.memory.peak[number], pages, strict=True))
+        cells = (f"{part:.1%}" for part in (fmean(means), max(means), peak))
+        table.add_row(str(number), str(result.requests_by_instance[number]), *cells)
+    console.print(table)
+    known = result.cached_tokens / max(result.report.prompt_tokens, 1)
+    console.print(
+        f"{result.steps:,} steps, {result.preemptions:,} preemptions; {known:.1%} of the prompts' tokens were cached",
+        highlight=False,
+    )
+
+
+def _write_plot(plot: str | None, result: Simulation, title: str) -> None:
+    if plot is None:
+        return
+    from longspan.planner.simulate.plot import memory_plot
+
+    try:
+        Path(plot).write_text(memory_plot(result.memory, title))
+    except OSError as error:
+        raise ConfigError("plot", plot, f"cannot be written ({error})", "name another file") from error

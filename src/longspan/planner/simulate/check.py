@@ -1,0 +1,217 @@
+"""Predicted against measured: the same batches and the same trace through the real engine and through a simulation.
+
+It owns the situations and what is compared; predictions are the simulation's, measurements the engine's.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median
+
+import torch
+
+from longspan.bench.measure import run_batch
+from longspan.bench.serving.client import Finished, Outcome
+from longspan.bench.serving.report import RunReport, summarise
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig
+from longspan.engine.engine import Engine
+from longspan.hardware import Hardware
+from longspan.planner.deployment import Deployment
+from longspan.planner.models import find_model
+from longspan.planner.simulate.asks import Ask
+from longspan.planner.simulate.instance import Instance, InstanceConfig
+from longspan.planner.simulate.run import simulate
+from longspan.planner.simulate.setup import instance_config, limits_of
+from longspan.request import SamplingParams
+
+PREFILLS = (512, 1024, 2048, 4096, 8192)
+BATCHES = (1, 2, 4, 8, 16)
+LAYOUTS = (ParallelConfig(), ParallelConfig(1, 2, 1))
+_CONTEXT, _OUTPUT = 512, 24  # of a decoding request
+_ONCE = 4096  # prompts from this length on are measured once
+_REQUESTS, _RATE, _SEED = 40, 1.5, 0
+_VOCABULARY = 100  # token ids of prompts lie below it
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One situation: seconds predicted, and measured twice (long ones once). `kind` is prefill (size: tokens) or decode (requests)."""
+
+    kind: str
+    size: int
+    ranks: int
+    predicted_s: float
+    measured_s: float
+    again_s: float
+
+    @property
+    def error(self) -> float:
+        """Relative, against the lower of both."""
+        return self.predicted_s / min(self.measured_s, self.again_s) - 1
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two measurements differ by at most a tenth."""
+        return max(self.measured_s, self.again_s) <= 1.1 * min(self.measured_s, self.again_s)
+
+
+@dataclass(frozen=True)
+class TraceCheck:
+    """The same requests simulated and real."""
+
+    simulated: RunReport
+    real: RunReport
+
+    @property
+    def throughput_error(self) -> float:
+        """Of output tokens a second."""
+        return self.simulated.output_tokens_per_s / self.real.output_tokens_per_s - 1
+
+    @property
+    def ttft_error(self) -> float:
+        """Of the median time to first token."""
+        if self.simulated.ttft_s is None or self.real.ttft_s is None:
+            return 0.0
+        return self.simulated.ttft_s.median / self.real.ttft_s.median - 1
+
+
+@dataclass(frozen=True)
+class Checks:
+    """All comparisons of one model on one machine."""
+
+    rows: tuple[Row, ...]
+    trace: TraceCheck
+
+    @property
+    def median_error(self) -> float:
+        """Of all rows, without sign."""
+        return median(abs(row.error) for row in self.rows)
+
+
+def run_checks(model: str, machine: Hardware, executor: str, report: Report) -> Checks:
+    """Every situation and the trace, for a model with weights. Takes some minutes."""
+    rows: list[Row] = []
+    for layout in _layouts():
+        config = _engine_config(model, executor, layout)
+        simulated = _simulated(config, machine)
+        with Engine(config) as engine:
+            _measured(engine, 1, 64, 4)
+            for size in PREFILLS:
+                report(_told(rows, f"prefill of {size} tokens on {engine.setup.grid.world_size} ranks"))
+                rows.append(_row(engine, simulated, "prefill", size))
+            for size in BATCHES:
+                report(_told(rows, f"decode of {size} requests on {engine.setup.grid.world_size} ranks"))
+                rows.append(_row(engine, simulated, "decode", size))
+    config = _engine_config(model, executor, LAYOUTS[0])
+    report("a trace")
+    return Checks(tuple(rows), check_trace(config, machine, small_trace()))
+
+
+def _told(rows: Sequence[Row], following: str) -> str:
+    """What goes on, and how the last comparison came out."""
+    return f"{following} (the last one: {rows[-1].error:+.1%})" if rows else following
+
+
+def _layouts() -> tuple[ParallelConfig, ...]:
+    """Those that this machine can run: ranks share cores, but no GPU."""
+    return LAYOUTS[: torch.cuda.device_count()] if torch.cuda.is_available() else LAYOUTS
+
+
+def small_trace() -> list[Ask]:
+    """Short requests at random times."""
+    generator = random.Random(_SEED)
+    arrivals = accumulate((generator.expovariate(_RATE) for _ in range(_REQUESTS - 1)), initial=0.0)
+    return [
+        Ask(number, arrival, generator.randrange(32, 512), generator.randrange(8, 48), (number,))
+        for number, arrival in enumerate(arrivals)
+    ]
+
+
+def check_trace(config: EngineConfig, machine: Hardware, asks: Sequence[Ask]) -> TraceCheck:
+    """Play the requests to the engine at their times, and to a simulation of it."""
+    simulated = _simulated(config, machine)
+    expected = simulate(simulated, asks, 1, limits_of(simulated, None, asks), lambda _: None)
+    with Engine(config) as engine:
+        _measured(engine, 1, 64, 4)
+        return TraceCheck(expected.report, _play(engine, asks))
+
+
+def _engine_config(model: str, executor: str, layout: ParallelConfig) -> EngineConfig:
+    return EngineConfig(model, executor=executor, parallel=layout, cache=CacheConfig(enable_prefix_caching=False))
+
+
+def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
+    """The same engine on paper."""
+    shape, weights = find_model(config.model, "bf16" if torch.cuda.is_available() else "fp32")
+    scheduler = config.scheduler
+    deployment = Deployment(
+        shape, machine, config.parallel, weights, int(weights.embedding), config.cache.page_size,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs,
+    )  # fmt: skip
+    return instance_config(deployment, scheduler, config.cache.memory_bytes, config.cache.enable_prefix_caching)
+
+
+def _row(engine: Engine, simulated: InstanceConfig, kind: str, size: int) -> Row:
+    longest = engine.setup.max_model_len - 2
+    requests, prompt, output = (1, min(size, longest), 2) if kind == "prefill" else (size, _CONTEXT, _OUTPUT)
+    first = _measured(engine, requests, prompt, output)
+    second = first if prompt >= _ONCE else _measured(engine, requests, prompt, output)
+    expected = _predicted(simulated, requests, prompt, output)
+    part = 0 if kind == "prefill" else 1
+    return Row(kind, size, engine.setup.grid.world_size, expected[part], first[part], second[part])
+
+
+def _measured(engine: Engine, requests: int, prompt: int, output: int) -> tuple[float, float]:
+    """(seconds to the last first token, seconds a step after it)."""
+    generator = random.Random(_SEED)
+    prompts = [generator.choices(range(_VOCABULARY), k=prompt) for _ in range(requests)]
+    found = run_batch(engine, prompts, SamplingParams(temperature=0, max_tokens=output, ignore_eos=True))
+    return found.ttft_s, found.decode_s / max(found.decode_tokens, 1) * requests
+
+
+def _predicted(simulated: InstanceConfig, requests: int, prompt: int, output: int) -> tuple[float, float]:
+    """The same of a simulation."""
+    instance = Instance(simulated)
+    completions = [instance.add(number, prompt, output, (), 0.0) for number in range(requests)]
+    instance.advance(float("inf"))
+    begun = max(completion.token_times[0] for completion in completions)
+    ended = max(completion.token_times[-1] for completion in completions)
+    tokens = sum(at > begun for completion in completions for at in completion.token_times)
+    return begun, (ended - begun) / max(tokens, 1) * requests
+
+
+def _play(engine: Engine, asks: Sequence[Ask]) -> RunReport:
+    """The real engine, with requests handed over between steps once they are due."""
+    generator = random.Random(_SEED)
+    prompts = [generator.choices(range(_VOCABULARY), k=ask.prompt_tokens) for ask in asks]
+    times: dict[str, list[float]] = {str(ask.number): [] for ask in asks}
+    todo, peak, running = list(zip(asks, prompts, strict=True)), 0, 0
+    began = time.perf_counter()
+    while todo or engine.has_unfinished:
+        now = time.perf_counter() - began
+        while todo and todo[0][0].arrival_s <= now:
+            ask, prompt = todo.pop(0)
+            params = SamplingParams(temperature=0, max_tokens=ask.max_tokens, ignore_eos=True)
+            engine.add_request(str(ask.number), prompt, params)
+            running += 1
+        peak = max(peak, running)
+        if not engine.has_unfinished:
+            time.sleep(max(0.0, todo[0][0].arrival_s - now))
+            continue
+        for output in engine.step():
+            times[output.request_id] += [time.perf_counter() - began] * (
+                len(output.outputs[0].token_ids) - len(times[output.request_id])
+            )
+            running -= output.finished
+    outcomes = tuple(
+        Outcome(ask.arrival_s, ask.arrival_s, tuple(times[str(ask.number)]), ask.prompt_tokens, ask.max_tokens,
+                ask.max_tokens, False, None)
+        for ask in asks
+    )  # fmt: skip
+    return summarise(Finished(outcomes, time.perf_counter() - began, peak, 0.0), None)

@@ -1,0 +1,100 @@
+"""Constants measured here are a machine the planner can read, and the engine is compared with its predictions."""
+
+import json
+
+import pytest
+
+from longspan.cli.calibrate import calibrate as command
+from longspan.config import CacheConfig, EngineConfig
+from longspan.engine.engine import Engine
+from longspan.errors import ConfigError
+from longspan.hardware import Hardware, hardware_from_yaml
+from longspan.planner import calibrate as measuring
+from longspan.planner.models import find_config
+from longspan.planner.simulate import check
+from longspan.planner.simulate.asks import Ask
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A model whose measuring takes a moment; its folder, without weights."""
+    values = {
+        **find_config("smollm2-135m"), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    sizes = {"_FEW_ROWS": (1, 4), "_MANY_ROWS": (64,), "_STREAM_BYTES": 1 << 20, "_CHUNK": 64, "_PROBE_STEPS": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(measuring, name, value)
+    return tmp_path
+
+
+@pytest.fixture
+def machine():
+    return Hardware(0.1, 16, 0.02, 10, 10, parallelism=1.0, product_s=((1, 1e-9), (64, 4e-9)))
+
+
+def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
+    file = quick / "here.yaml"
+    command(output=str(file), model=str(quick))
+    found = hardware_from_yaml(file)
+    assert [rows for rows, _ in found.product_s] == [1, 4, 64] and all(seconds > 0 for _, seconds in found.product_s)
+    assert found.attention_cost.flop_s > 0 and set(found.attention_cost.fixed) >= {"gather_q", "ring_kv"}
+    assert found.parallelism == 1 and found.calls_per_segment and found.memory_gb > 1
+    assert not capsys.readouterr().out
+
+
+def test_two_timings_that_differ_by_more_than_a_tenth_are_noted():
+    bench = measuring._Bench(measuring.torch.device("cpu"), lambda what: None)
+    assert bench.agreed("a", 1.0, 1.09) == 1.0 and not bench.notes
+    assert bench.agreed("b", 1.2, 1.0) == 1.0
+    (note,) = bench.notes
+    assert note.startswith("b: two timings differ by 20%")
+
+
+def test_the_probe_is_a_model_the_engine_runs_with_the_vocabulary_of_another(quick):
+    cache = CacheConfig(pages_per_shard=(8,))
+    with measuring._probe(find_config(str(quick))) as folder, Engine(EngineConfig(folder, cache=cache)) as engine:
+        assert engine.setup.model.vocab_size == 512 and engine.setup.model.num_layers == 1
+        assert check._measured(engine, 2, 5, 3)[0] > 0
+
+
+def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, machine):
+    asks = [Ask(n, 0.01 * n, 20 + n, 6, (n,)) for n in range(5)]
+    with measuring._probe(find_config(str(quick))) as folder:
+        config = EngineConfig(folder, cache=CacheConfig(pages_per_shard=(64,), enable_prefix_caching=False))
+        found = check.check_trace(config, machine, asks)
+    for report in (found.simulated, found.real):
+        assert report.completed == 5 and report.output_tokens == 30 and report.prompt_tokens == 110
+        assert report.duration_s >= 0.04 and report.ttft_s.median > 0
+    assert found.throughput_error == found.simulated.output_tokens_per_s / found.real.output_tokens_per_s - 1
+
+
+def test_predictions_follow_the_definitions_of_what_is_measured(machine):
+    config = EngineConfig("smollm2-135m", cache=CacheConfig(enable_prefix_caching=False))
+    simulated = check._simulated(config, machine)
+    begun, each = check._predicted(simulated, 1, 512, 10)
+    assert begun > 10 * each > 0
+    assert check._predicted(simulated, 4, 512, 10)[0] > 3 * begun
+
+
+def test_an_error_is_against_the_faster_of_two_runs_and_a_doubt_is_seen():
+    row = check.Row("prefill", 512, 1, 1.1, 1.0, 1.05)
+    assert row.error == pytest.approx(0.1) and row.agrees
+    assert not check.Row("prefill", 512, 1, 1.1, 1.0, 1.2).agrees
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"output": "here.json"}, "output=here.json"),
+        ({"output": "/nowhere/here.yaml"}, "output=/nowhere/here.yaml"),
+        ({"executor": "dry"}, "executor=dry"),
+        ({"hardware": "here.yaml"}, "add --check"),
+        ({"hardware": "h201", "check": "smollm2"}, "h200"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(options, named):
+    with pytest.raises(ConfigError) as error:
+        command(**options)
+    assert named in str(error.value)

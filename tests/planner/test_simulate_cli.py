@@ -1,0 +1,83 @@
+"""`longspan simulate`: from options to a report, a picture, or one line that says what is wrong."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from longspan.cli.simulate import parse_layout, simulate
+from longspan.config import ParallelConfig
+from longspan.errors import ConfigError, LongspanError
+from longspan.planner.simulate.plot import memory_plot
+from longspan.planner.simulate.run import Memory
+
+
+@pytest.fixture
+def trace(tmp_path):
+    rows = [
+        {"timestamp": 300 * n, "input_length": 1000 + 10 * n, "output_length": 30, "hash_ids": [0, n + 1, n + 50]}
+        for n in range(20)
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_a_trace_on_two_instances_gives_what_bench_serve_gives_and_memory(trace, tmp_path, capsys):
+    plot = tmp_path / "memory.svg"
+    simulate("llama-3-70b", "h200", trace, "tp=8,dcp=8", instances=2, plot=str(plot), as_json=True)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["report"]["completed"] == 20 and found["report"]["output_tokens"] == 600
+    assert 0 < found["report"]["ttft_s"]["median"] < found["report"]["e2e_s"]["median"]
+    assert sum(found["requests_by_instance"]) == 20
+    assert [len(shards) for shards in found["memory"]["used"]] == [8, 8]
+    assert "first token" in err and "KV pages in use" in err
+    assert ElementTree.fromstring(plot.read_text()).tag.endswith("svg")
+
+
+def test_without_json_nothing_goes_to_stdout(trace, capsys):
+    simulate("llama-3-70b", "h200", trace, "tp=8", num_requests=2)
+    assert not capsys.readouterr().out
+
+
+def test_a_trace_shorter_than_asked_and_requests_beyond_the_models_positions_are_noted(trace, capsys):
+    simulate("smollm2-135m", "h200", trace, num_requests=30, as_json=True)
+    assert json.loads(capsys.readouterr().out)["notes"] == ["the trace has 20 requests, 30 were asked for"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model": "llama-3-71b"}, "llama-3-70b"),
+        ({"hardware": "h201"}, "h200"),
+        ({"layout": "tp=8,dpc=2"}, "dpc=2"),
+        ({"layout": "tp=8,dcp=3"}, "decode_context_parallel_size=3"),
+        ({"layout": "tp=7"}, "tensor_parallel_size=7"),
+        ({"layout": "tp=1"}, "GB"),
+        ({"instances": 0}, "instances=0"),
+        ({"kv_cache_dtype": "int5"}, "kv_cache_dtype=int5"),
+        ({"trace": "/nowhere/trace.jsonl"}, "trace=/nowhere/trace.jsonl"),
+        ({"plot": "/nowhere/plot.svg"}, "plot=/nowhere/plot.svg"),
+    ],
+)
+def test_bad_input_names_the_field_and_the_remedy(trace, changed, named):
+    options = {"model": "llama-3-70b", "hardware": "h200", "trace": trace, "layout": "tp=8,dcp=8", **changed}
+    with pytest.raises(LongspanError) as error:
+        simulate(**options)
+    assert named in str(error.value)
+
+
+def test_a_layout_is_sizes_by_short_names():
+    assert parse_layout("tp=8, dcp=4") == ParallelConfig(8, 1, 4)
+    for bad in ("tp", "tp=x", "cp=2", ""):
+        with pytest.raises(ConfigError, match="layout="):
+            parse_layout(bad)
+
+
+def test_the_picture_has_a_box_for_each_run_of_equal_use():
+    memory = Memory(1.0, (10, 10), (((0, 5, 5, 10), (0, 0, 0, 0)),), ((10, 0),))
+    root = ElementTree.fromstring(memory_plot(memory, "<title>"))
+    group = next(child for child in root if child.tag.endswith("g"))
+    filled = [child for child in group if child.tag.endswith("rect") and child.get("fill") != "none"]
+    assert [float(box.get("width")) for box in filled] == [400.0, 200.0]
