@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.engine.sampler import SampleRow, best, filter_tokens, mix, penalise, sample
+from longspan.engine.noise import mix, uniform
+from longspan.engine.race import sample_together
+from longspan.engine.sampler import SampleRow, best, filter_tokens, penalise, sample
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
@@ -370,3 +372,52 @@ def test_logits_that_do_not_fit_the_rows_are_refused() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.zeros(0, 4), []) == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.9, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.1, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
+        {"temperature": 0.8, "top_p": 1e-6},
+        {"temperature": 0.8, "top_k": 10_000},
+    ],
+    ids=str,
+)
+def test_rows_sampled_together_are_those_sampled_one_by_one(fields):
+    """What a GPU does with a batch, against the sampler's rows; logits of few values, so that many are tied."""
+    logits = torch.randint(-8, 8, (40, 300), generator=torch.Generator().manual_seed(3)).float() / 2
+    params = SamplingParams(**fields)
+    rows = [SampleRow(i, params, seed=i // 3, position=i % 3) for i in range(40)]
+    expected = [token.token_id for token in sample(logits, rows)]
+    found = sample_together(logits, [params] * 40, [(row.seed, row.position) for row in rows])
+    assert found.tolist() == expected
+    assert len(set(expected)) > 1 or "top_p" in fields
+
+
+def test_a_batch_may_mix_filters():
+    logits = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    params = [
+        SamplingParams(temperature=t, **f)
+        for t, f in ((0.5, {}), (1.0, {"top_k": 3}), (1.5, {"top_p": 0.5}), (2.0, {"min_p": 0.2}))
+    ]
+    rows = [SampleRow(i, one, seed=9, position=i) for i, one in enumerate(params)]
+    found = sample_together(logits, params, [(9, i) for i in range(4)])
+    assert found.tolist() == [token.token_id for token in sample(logits, rows)]
+
+
+def test_noise_is_even_and_of_no_relation_to_its_neighbours():
+    noise = uniform([mix(seed, 0) for seed in range(64)], torch.arange(4096))
+    assert 0 < float(noise.min()) < float(noise.max()) < 1
+    counts = torch.histc(noise.float(), 16, 0, 1)
+    assert ((counts - 16384).abs() < 6 * 16384**0.5).all()
+    correlations = torch.corrcoef(noise)
+    assert (correlations - torch.eye(64)).abs().max() < 6 / 64
+
+
+def test_noise_of_a_token_does_not_depend_on_which_others_are_asked_for():
+    seeds = [mix(5, 7)]
+    assert torch.equal(uniform(seeds, torch.arange(1000))[0, [3, 999, 3]], uniform(seeds, torch.tensor([3, 999, 3]))[0])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.engine.noise import mix, uniform
+from longspan.engine.race import sample_together
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams, TokenLogprobs
 
@@ -20,7 +22,6 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: dividing by less would only overflow."""
 
 _LARGEST = 1e38
-_MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,9 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     token_ids = peaks.indices
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        _require_finite(peaks.values, rows)
-        generator = torch.Generator()
-        chosen = [_sample_row(logits[i], rows[i], generator) for i in others]
-        token_ids[_ids(others, logits)] = _ids(chosen, logits)
+        if logits.device.type == "cpu":
+            _require_finite(peaks.values, rows)
+        token_ids[_ids(others, logits)] = _sample_rows(logits, others, rows)
 
     def finish() -> list[SampledToken]:
         _require_finite(peaks.values, rows)
@@ -167,24 +167,19 @@ def best(values: Tensor, k: int) -> Tensor:
     return ids[values[ids].sort(descending=True, stable=True).indices]
 
 
-def mix(seed: int, position: int) -> int:
-    """The noise's 64-bit seed: splitmix64 of (splitmix64 of `seed`) xor `position`.
-
-    Neighbouring seeds and positions must not give related noise. `torch.Generator` on the CPU reads the
-    low 32 bits only, which the mix has made depend on all bits of both.
-    """
-    return _splitmix64(_splitmix64(seed & _MASK64) ^ position)
-
-
-def _splitmix64(state: int) -> int:
-    """Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014)."""
-    z = (state + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
+def _sample_rows(logits: Tensor, chosen: Sequence[int], rows: Sequence[SampleRow]) -> Tensor:
+    """Token ids of those rows of logits [R, V] that are not plain; on a GPU together: a row at a time would wait."""
+    if logits.device.type == "cpu":
+        return _ids([_sample_row(logits[i], rows[i]) for i in chosen], logits)
+    changed = torch.stack([penalise(logits[i], rows[i]) if _changes_logits(rows[i]) else logits[i] for i in chosen])
+    greedy = torch.tensor([_is_greedy(rows[i].params) for i in chosen], device=logits.device)
+    drawn = sample_together(
+        changed, [rows[i].params for i in chosen], [(rows[i].seed, rows[i].position) for i in chosen]
+    )
+    return torch.where(greedy, changed.argmax(-1), drawn)
 
 
-def _sample_row(logits: Tensor, row: SampleRow, generator: torch.Generator) -> int:
+def _sample_row(logits: Tensor, row: SampleRow) -> int:
     if _changes_logits(row):
         logits = penalise(logits, row)
     if _is_greedy(row.params):
@@ -192,14 +187,12 @@ def _sample_row(logits: Tensor, row: SampleRow, generator: torch.Generator) -> i
     ids, scaled = filter_tokens(logits, row.params)
     # Noise belongs to token ids, not to ranks in the sorted row: where two ranks' arithmetic differs in
     # the last bit and swaps two candidates, the winner stays the same.
-    generator.manual_seed(mix(row.seed, row.position))
-    noise = torch.empty(len(logits), dtype=torch.float64).uniform_(generator=generator).to(logits.device)
-    if ids is not None:
-        noise = noise[ids]
+    tokens = torch.arange(len(logits), device=logits.device) if ids is None else ids
+    noise = uniform([mix(row.seed, row.position)], tokens)[0]
     # -log(noise) is Exp(1), and argmax of p / Exp(1) is taken in logarithms; fp64, so that no probability
     # is rounded to 0; in place, because fresh memory for a whole vocabulary costs more than the arithmetic.
     winner = (scaled - noise.log_().neg_().log_()).argmax()
-    return int(winner if ids is None else ids[winner])
+    return int(tokens[winner])
 
 
 def _nucleus(scaled: Tensor, top_p: float) -> Tensor:

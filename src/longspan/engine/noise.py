@@ -1,0 +1,52 @@
+"""The noise behind sampling: a hash of seed, position and token id, the same on every device.
+
+It owns the hash; it must not know what is sampled with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def mix(seed: int, position: int) -> int:
+    """The noise's 64-bit seed: splitmix64 of (splitmix64 of `seed`) xor `position`.
+
+    Neighbouring seeds and positions must not give related noise.
+    """
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ position)
+
+
+def uniform(seeds: Sequence[int], ids: Tensor) -> Tensor:
+    """fp64 [seeds, K] in (0, 1) for int64 `ids` [K]: number ids[k] of the splitmix64 sequence that a row's seed begins.
+
+    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014), in wrapping 64-bit integers.
+    """
+    starts = torch.tensor([_signed(seed) for seed in seeds], device=ids.device)
+    state = (ids + 1).mul_(_signed(_GAMMA)) + starts[:, None]
+    state = (state ^ _shifted(state, 30)).mul_(_signed(_FIRST))
+    state = (state ^ _shifted(state, 27)).mul_(_signed(_SECOND))
+    state = state ^ _shifted(state, 31)
+    return _shifted(state, 11).double().add_(0.5).mul_(2.0**-53)
+
+
+def _splitmix64(state: int) -> int:
+    z = (state + _GAMMA) & _MASK64
+    z = ((z ^ (z >> 30)) * _FIRST) & _MASK64
+    z = ((z ^ (z >> 27)) * _SECOND) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed integer."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shifted right, with zeros moving in."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
