@@ -25,6 +25,8 @@ from longspan.hardware import Hardware
 from longspan.planner.deployment import Deployment
 from longspan.planner.formats import WeightFormat
 
+CACHE_BYTES = 12 << 30  # of each side: they share the device
+
 
 def step_bytes(setup: EngineSetup, batch: int, context: int) -> float:
     """What a decode step must read: every weight of a product once, every cached token of every request once."""
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64)
     options = parser.parse_args()
     config = EngineConfig(
-        options.model, device=options.device, cache=CacheConfig(enable_prefix_caching=False),
+        options.model, device=options.device, cache=CacheConfig(memory_bytes=CACHE_BYTES, enable_prefix_caching=False),
         scheduler=SchedulerConfig(max_num_batched_tokens=8192),
     )  # fmt: skip
     setup = resolve(config)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from longspan.attention.cost import CostConstants
+from longspan.disaggregation.options import TransferConfig
 from longspan.errors import ConfigError
 
 QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
-EXECUTOR_NAMES = ("threads", "processes", "dry")
+EXECUTOR_NAMES = ("threads", "processes", "ray", "external", "dry")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
@@ -49,7 +50,8 @@ class ParallelConfig:
     """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group.
 
     With `enable_expert_parallel` the experts of a mixture are split over tp · pcp ranks, else over tp. Each run of
-    `ranks_per_node` ranks shares a machine; None means that all do.
+    `ranks_per_node` ranks shares a machine; None means that all do, or what `node_of_rank` says: the machine of every
+    rank as the executor found it.
     """
 
     tensor_parallel_size: int = 1
@@ -58,6 +60,7 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     enable_expert_parallel: bool = False
     ranks_per_node: int | None = None
+    node_of_rank: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -84,11 +87,32 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class OffloadConfig:
+    """Where pages go that the prefix cache has no room for: host memory, then disk; sizes are for all ranks together.
+
+    On disk it is a file in the folder `disk`, of at most `disk_bytes` (None: half of what is free there). `memory_file`
+    and `disk_file` are what the driver has opened.
+    """
+
+    memory_bytes: int | None = None
+    disk: str | None = None
+    disk_bytes: int | None = None
+    memory_file: str | None = None
+    disk_file: str | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any page is offloaded."""
+        return self.memory_bytes is not None or self.disk is not None
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright.
 
     Without `memory_bytes` it takes 1 GiB, or on a GPU what weights and workspace leave of `gpu_memory_utilization`.
-    `dtype` is that of its rows: the model's (`auto`), or quantised with a scale for each token and head.
+    `memory_settled` says that `memory_bytes` was found to fit: other processes take it as it is. `dtype` is that of its
+    rows: the model's (`auto`), or quantised with a scale for each token and head.
     """
 
     page_size: int = 16
@@ -97,8 +121,14 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    memory_settled: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            self.enable_prefix_caching or not self.offload.is_on, "enable_prefix_caching", False,
+            "offloaded pages are found by the prefix cache", "leave out --no-enable-prefix-caching or --kv-offload-*",
+        )  # fmt: skip
         require(
             0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization,
             "must be in (0, 1]", "0.9 is the default",
@@ -169,6 +199,23 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """Ranks on other machines.
+
+    `ray_address` is the Ray cluster to join, `host:port`; None starts one on this machine. At `listen`,
+    `tcp://host:port`, ranks report that the user has started. `timeout` is how many seconds machines and ranks are
+    waited for.
+    """
+
+    ray_address: str | None = None
+    listen: str = "tcp://127.0.0.1:7850"
+    timeout: float = 120.0
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, "cluster_timeout", self.timeout, "must be positive", "give seconds")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
@@ -188,8 +235,10 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     cost: CostConstants | None = None
     trace: bool = False
+    transfer: TransferConfig | None = None
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)

@@ -11,7 +11,15 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from longspan.attention.cost import CostConstants
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, drafted_tokens
+from longspan.config import (
+    CacheConfig,
+    ClusterConfig,
+    EngineConfig,
+    OffloadConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    drafted_tokens,
+)
 from longspan.engine.core import EngineStats
 from longspan.engine.engine import Engine
 from longspan.engine.setup import resolve
@@ -50,6 +58,9 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         pages_per_shard: Sequence[int] | None = None,
         enable_prefix_caching: bool = True,
+        kv_offload_memory: int | None = None,
+        kv_offload_disk: str | None = None,
+        kv_offload_disk_bytes: int | None = None,
         max_num_batched_tokens: int = 2048,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
@@ -58,6 +69,7 @@ class LLM:
         speculative: str | None = None,
         run_ahead: bool | None = None,
         executor: str = "threads",
+        cluster: ClusterConfig | None = None,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         device: str = "auto",
@@ -80,12 +92,13 @@ class LLM:
                 page_size, kv_cache_memory_bytes,
                 None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
                 kv_cache_dtype, gpu_memory_utilization,
+                OffloadConfig(kv_offload_memory, kv_offload_disk, kv_offload_disk_bytes),
             ),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
                 drafted_tokens(speculative), run_ahead,
             ),
-            cost=cost,
+            cost=cost, cluster=cluster or ClusterConfig(),
         )  # fmt: skip
         self._start(config)
 

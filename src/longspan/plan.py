@@ -11,7 +11,9 @@ from hashlib import blake2b
 
 import msgspec
 
+from longspan.cache.offload import PageLoad, PageSave
 from longspan.cache.pages import PageRef
+from longspan.disaggregation.layout_map import Source
 from longspan.request import SamplingParams
 
 
@@ -38,8 +40,25 @@ class NewPages:
     pages: tuple[PageRef, ...]
 
 
+@dataclass(frozen=True)
+class Fetch:
+    """Positions [start, stop) of a request are filled by what another instance has computed, each rank its own part.
+
+    Nothing else touches them until all ranks have said that they have theirs of fetch `number`.
+    """
+
+    number: int
+    request_id: int
+    start: int
+    stop: int
+    source: Source
+
+
 PENDING = -1
 """In place of a token that the step before samples on the same ranks, and that nobody else knows yet."""
+
+LOST = -2
+"""In place of a request in a step's results: the load of that number (in place of a token) found no intact page."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +114,20 @@ def unmasked_until(start: int, stop: int) -> int:
 class StepPlan:
     """One step of the engine, the same on every rank. Applied in the order of its fields.
 
-    Schedules are one for each kind of layer.
+    Copies between the device and other tiers come first. Without segments there is nothing to compute. Schedules are
+    one for each kind of layer.
     """
 
     step: int
+    saves: tuple[PageSave, ...]
+    loads: tuple[PageLoad, ...]
     finished: tuple[int, ...]
     admitted: tuple[Admission, ...]
     new_pages: tuple[NewPages, ...]
     segments: tuple[Segment, ...]
     decode_schedules: tuple[str, ...]
     prefill_schedules: tuple[str, ...]
+    fetches: tuple[Fetch, ...] = ()
 
     def encode(self) -> bytes:
         """The plan as msgpack bytes."""

@@ -16,21 +16,23 @@ import typer
 from longspan.bench.twin import transformers_twin
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
+from longspan.cli.options import offload_config
 from longspan.cli.reference import reference
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, OffloadConfig
 from longspan.request import CompletionOutput, RequestOutput
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
+    "--ray-address", "--listen", "--cluster-timeout",
     "--tensor-parallel-size", "-tp", "--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size",
     "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "--ranks-per-node", "--cost-constants",
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
     "--kv-cache-dtype", "--device", "--run-ahead", "--no-run-ahead", "--gpu-memory-utilization",
-    "--attention-backend", "--enforce-eager",
+    "--attention-backend", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
 }  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {
@@ -50,6 +52,15 @@ OPTIONS = {
         "--rows", "--schedule", "--tp", "--unit", "--value", "--weight-dtype", "-tp", "-pcp", "-dcp", "-pp", "--cached",
         "--new",
     },
+    ("simulate",): {
+        "--dtype", "--enable-prefix-caching", "--gpus-per-node", "--hardware", "--help", "--instances",
+        "--json", "--kv-cache-dtype", "--kv-cache-memory-bytes", "--layout", "--local-context", "--max-input-len",
+        "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--memory-fraction",
+        "--no-enable-prefix-caching", "--num-requests", "--page-size", "--plot", "--schedule", "--time-scale",
+        "--trace", "--weight-dtype",
+    },
+    ("route",): {"--api-key", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill", "--wait"},
+    ("calibrate",): {"--check", "--executor", "--hardware", "--help", "--json", "--model", "--output"},
     ("bench", "attention"): {
         "--backends", "--batch", "--cached", "--device", "--heads", "--help", "--json", "--kv-cache-dtype", "--prefill",
         "--seconds", "--shards", "--shared-context",
@@ -72,7 +83,7 @@ OPTIONS = {
     },
     ("serve",): ENGINE_OPTIONS - {"--json"} | {
         "--host", "--port", "--api-key", "--served-model-name", "--max-queued-requests", "--max-body-bytes",
-        "--request-timeout", "--tool-call-parser",
+        "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
     },
     ("eval", "gsm8k"): ENGINE_OPTIONS | {
         "--data", "--shots", "--shots-data", "--limit", "--max-tokens", "--base-url", "--api-key", "--concurrency",
@@ -251,6 +262,13 @@ MISTAKES = {
     "pages for the wrong shards": (["--prompt-ids", "1", "--pages-per-shard", "1,2"], r"pages_per_shard=\(1, 2\): na"),
     "no size": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "12Q"], r"kv_cache_memory_bytes=12Q: is not a size"),
     "too little memory": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "1"], r"kv_cache_memory_bytes=1: one page"),
+    "no size to offload to": (
+        ["--prompt-ids", "1", "--kv-offload-memory", "much"], r"kv_offload_memory=much: is not a size"
+    ),
+    "no size of a disk": (["--prompt-ids", "1", "--kv-offload-disk", "/tmp:9x"], r"kv_offload_disk=9x: is not a size"),
+    "a disk that is none": (
+        ["--prompt-ids", "1", "--kv-offload-disk", "/nowhere"], r"kv_offload_disk=/nowhere: cannot be written"
+    ),
     "an unknown option": (["--prompt-ids", "1", "--nope"], r"--nope"),
 }  # fmt: skip
 
@@ -357,3 +375,11 @@ def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
 def test_a_page_of_no_tokens_is_refused_by_the_scheduler_benchmark(run):
     code, _, err = run("bench", "scheduler", "--page-size", "0")
     assert (code, "page_size=0: must be at least 1" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "folder", "size"),
+    [("/a/b", "/a/b", None), ("/a/b:2k", "/a/b", 2048), ("/a:b", "/a:b", None), ("/a:b:1.5M", "/a:b", 3 << 19)],
+)
+def test_a_disk_is_a_folder_and_may_have_a_size(text, folder, size):
+    assert offload_config(None, text) == OffloadConfig(disk=folder, disk_bytes=size)

@@ -17,7 +17,7 @@ import torch
 from longspan.engine.worker import share_of_cores
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.distributed import DistributedCollectives, join_world, leave_world
+from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 
 MakeGroup = Callable[[Sequence[int]], Collectives]
@@ -29,9 +29,11 @@ class RankFunction(Protocol):
     def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> Any: ...
 
 
-def run_on_ranks(executor: str, world_size: int, function: RankFunction) -> list[Any]:
+def run_on_ranks(executor: str, world_size: int, function: RankFunction, device_type: str = "cpu") -> list[Any]:
     """What each rank returned, in rank order."""
-    return _as_threads(world_size, function) if executor == "threads" else _as_processes(world_size, function)
+    if executor == "threads":
+        return _as_threads(world_size, function)
+    return _as_processes(world_size, function, device_type)
 
 
 def _as_threads(world_size: int, function: RankFunction) -> list[Any]:
@@ -51,13 +53,15 @@ def _as_threads(world_size: int, function: RankFunction) -> list[Any]:
         return list(pool.map(serve, range(world_size)))
 
 
-def _as_processes(world_size: int, function: RankFunction) -> list[Any]:
+def _as_processes(world_size: int, function: RankFunction, device_type: str) -> list[Any]:
     context = get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, folder, theirs, function), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, folder, theirs, function, device_type), daemon=True
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -77,10 +81,11 @@ def _receive(pipe: Connection) -> Any:
         raise EngineError("a rank of the benchmark ended unexpectedly; its message is above") from None
 
 
-def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction) -> None:
+def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction, device_type: str) -> None:
     torch.set_num_threads(share_of_cores(world_size))
-    join_world(rank, world_size, f"{folder}/store", torch.device("cpu"))
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    join_world(rank, world_size, f"{folder}/store", device)
     traffic = Traffic()
     with torch.inference_mode():
-        pipe.send(function(rank, lambda group: DistributedCollectives(group, rank, traffic), traffic))
+        pipe.send(function(rank, lambda group: open_group(group, rank, traffic, device), traffic))
     leave_world()

@@ -6,8 +6,9 @@ shard a page goes (placement does) nor know about ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from longspan.cache.offload import OffloadIndex, PageLoad, PageSave
 from longspan.cache.pages import PagePool, PageRef, PageTable
 from longspan.cache.prefix import Key, PrefixCache
 from longspan.errors import EngineError
@@ -16,15 +17,23 @@ from longspan.errors import EngineError
 class CacheManager:
     """Pools, reference counts and prefix cache of one context group.
 
-    `pages_per_shard` may differ between shards. All methods are O(pages touched).
+    `pages_per_shard` may differ between shards; `offload` is where evicted pages go. All methods are O(pages touched).
     """
 
-    def __init__(self, page_size: int, pages_per_shard: Sequence[int], enable_prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        pages_per_shard: Sequence[int],
+        enable_prefix_caching: bool,
+        offload: OffloadIndex | None = None,
+    ) -> None:
         self.page_size = page_size
         self.pools = [PagePool(pages) for pages in pages_per_shard]
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix = PrefixCache(len(self.pools))
+        self.offload = offload
         self._holders: dict[PageRef, int] = {}
+        self._loading: set[PageRef] = set()
 
     @property
     def num_shards(self) -> int:
@@ -56,7 +65,10 @@ class CacheManager:
         """Take a page of `shard`, adjacent to `after` if possible, evicting the oldest idle one if need be."""
         pool = self.pools[shard]
         if not pool.num_free:
-            pool.release(self.prefix.evict(shard).index)
+            evicted = self.prefix.evict(shard)
+            if self.offload:
+                self.offload.evicted(evicted)
+            pool.release(evicted.index)
         page = PageRef(shard, pool.allocate(after))
         self._holders[page] = 1
         return page
@@ -75,6 +87,43 @@ class CacheManager:
         """Let other requests find a whole, computed page by its content."""
         if self.enable_prefix_caching:
             self.prefix.register(key, page)
+            if self.offload and self.prefix.holds(page):
+                self.offload.published(key, page)
+
+    @property
+    def copies_waiting(self) -> bool:
+        """Whether the next step has pages to save or to load."""
+        return self.offload is not None and self.offload.copies_waiting
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether pages are being loaded, by a step under way or the next one."""
+        return bool(self._loading)
+
+    def load(self, key: Key, shard: int, after: int | None) -> PageRef:
+        """Take a page of `shard` and have the next step fill it with a key that the offload index has."""
+        if self.offload is None:
+            raise EngineError("no page can be loaded: nothing is offloaded")
+        tier, slot = self.offload.hold(key)  # before allocating, which may evict it
+        page = self.allocate(shard, after)
+        self._loading.add(page)
+        self.offload.load(PageLoad(page, tier, slot, key))
+        return page
+
+    def take_copies(self) -> tuple[tuple[PageSave, ...], tuple[PageLoad, ...]]:
+        """What the next step must copy between the device and other tiers."""
+        return self.offload.take() if self.offload else ((), ())
+
+    def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
+        """A step has made these copies, except the `lost` loads: publish what it loaded."""
+        if self.offload:
+            self.offload.settle(saves, loads, lost)
+        for number, load in enumerate(loads):
+            if number not in lost:
+                self.publish(load.key, load.page)
+        pages = [load.page for load in loads]
+        self._loading.difference_update(pages)
+        self.release(pages)
 
     def release(self, pages: Iterable[PageRef]) -> None:
         """Let go of pages; give them in position order: the last ones are evicted first."""
@@ -90,12 +139,12 @@ class CacheManager:
 
     def check_integrity(self, tables: Iterable[PageTable]) -> None:
         """Raise `EngineError` unless every page is held as the tables say, or idle, or free: one of the three."""
-        expected: dict[PageRef, int] = {}
+        expected: dict[PageRef, int] = dict.fromkeys(self._loading, 1)
         for table in tables:
             for page in table.pages:
                 expected[page] = expected.get(page, 0) + 1
         if expected != self._holders:
-            raise EngineError(f"page holders {self._holders} differ from the page tables' {expected}")
+            raise EngineError(f"page holders {self._holders} differ from page tables and loads: {expected}")
         idle = self.prefix.idle_pages()
         for shard, pool in enumerate(self.pools):
             free = {PageRef(shard, index) for index in pool.free_pages()}

@@ -46,7 +46,9 @@ def explain(
     if constants is None:
         from longspan.attention.calibrate import combine
 
-        constants = combine(run_on_ranks(config.executor, setup.grid.world_size, _Measure(setup.config)))
+        constants = combine(
+            run_on_ranks(config.executor, setup.grid.world_size, _Measure(setup.config), setup.device_type)
+        )
     situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.kinds)
     tables = estimates(situation, setup.cost_model(constants))
     if as_json:
@@ -80,7 +82,12 @@ class _Measure:
         from longspan.engine.worker import measure_cost
 
         setup = resolve(self.config)
-        return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)), setup.device())
+        return measure_cost(
+            setup,
+            rank,
+            make_group(setup.grid.context_group(rank)),
+            setup.device(rank if self.config.executor == "processes" else 0),
+        )
 
 
 def constants_line(constants: CostConstants) -> str:

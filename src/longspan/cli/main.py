@@ -21,6 +21,7 @@ from longspan.cli import (
     generate,
     plan,
     predict,
+    route,
     serve,
     simulate,
 )
@@ -51,6 +52,7 @@ def build_app() -> typer.Typer:
     app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
     app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
     app.command("serve", help="Serve a model over OpenAI's API.")(takes_engine_options(serve.serve))
+    app.command("route", help="One front for prefill and decode instances.")(route.route)
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
     benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))

@@ -16,7 +16,16 @@ import typer
 
 from longspan.attention.backends.choice import BACKEND_NAMES
 from longspan.attention.cost import CostConstants
-from longspan.config import SCHEDULE_NAMES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, drafted_tokens
+from longspan.config import (
+    SCHEDULE_NAMES,
+    CacheConfig,
+    ClusterConfig,
+    EngineConfig,
+    OffloadConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    drafted_tokens,
+)
 from longspan.errors import ConfigError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -62,6 +71,20 @@ PagesPerShard = Annotated[
 PrefixCaching = Annotated[
     bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="share pages of equal prefixes")
 ]
+OffloadMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-offload-memory", metavar="SIZE", help="host memory, for all ranks, that keeps pages the KV cache gives up"
+    ),
+]
+OffloadDisk = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-offload-disk",
+        metavar="PATH[:SIZE]",
+        help="folder for pages that memory gives up; default size: half of what is free there",
+    ),
+]
 BatchedTokens = Annotated[
     int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes over all ranks")
 ]
@@ -82,12 +105,21 @@ RunAhead = Annotated[
     typer.Option("--run-ahead/--no-run-ahead", help="plan a step while the one before it runs; default: on GPUs"),
 ]
 ExecutorName = Annotated[
-    str, typer.Option("--executor", help="threads, processes, or dry: no ranks, made-up tokens, to measure the rest")
+    str, typer.Option("--executor", help="threads, processes, ray, external, or dry: no ranks, made-up tokens")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda")]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="never record decode steps as CUDA graphs")]
 CacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="auto (the model's), int8 or fp8_e4m3: a scale a token and head")
+]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", help="Ray cluster to join, HOST:PORT; default: start one here")
+]
+Listen = Annotated[
+    str, typer.Option("--listen", help="where ranks report that you start with torchrun (--executor external)")
+]
+ClusterTimeout = Annotated[
+    float, typer.Option("--cluster-timeout", help="seconds to wait for machines and ranks of a cluster")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
@@ -112,6 +144,8 @@ def engine_config(
     gpu_memory_utilization: Utilization = 0.9,
     pages_per_shard: PagesPerShard = None,
     enable_prefix_caching: PrefixCaching = True,
+    kv_offload_memory: OffloadMemory = None,
+    kv_offload_disk: OffloadDisk = None,
     max_num_batched_tokens: BatchedTokens = 2048,
     max_num_seqs: NumSeqs = 256,
     max_model_len: ModelLength = None,
@@ -120,6 +154,9 @@ def engine_config(
     speculative: Speculative = None,
     run_ahead: RunAhead = None,
     executor: ExecutorName = "threads",
+    ray_address: RayAddress = None,
+    listen: Listen = ClusterConfig.listen,
+    cluster_timeout: ClusterTimeout = ClusterConfig.timeout,
     dtype: Dtype = "auto",
     kv_cache_dtype: CacheDtype = "auto",
     device: Device = "auto",
@@ -144,11 +181,13 @@ def engine_config(
             None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes),
             None if pages_per_shard is None else parse_integers("pages_per_shard", pages_per_shard),
             enable_prefix_caching, kv_cache_dtype, gpu_memory_utilization,
+            offload_config(kv_offload_memory, kv_offload_disk),
         ),
         scheduler=SchedulerConfig(
             max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
             drafted_tokens(speculative), run_ahead,
         ),
+        cluster=ClusterConfig(ray_address, listen, cluster_timeout),
         cost=None if cost_constants is None else read_constants(cost_constants),
     )  # fmt: skip
 
@@ -177,6 +216,17 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     with_options.__doc__, with_options.__name__ = command.__doc__, command.__name__
     return with_options
+
+
+def offload_config(memory: str | None, disk: str | None) -> OffloadConfig:
+    """The two options of KV offload. Raises `ConfigError`."""
+    folder, colon, size = (disk or "").rpartition(":")
+    sized = colon and re.fullmatch(r"\d.*", size)
+    return OffloadConfig(
+        None if memory is None else parse_bytes("kv_offload_memory", memory),
+        folder if sized else disk,
+        parse_bytes("kv_offload_disk", size) if sized else None,
+    )
 
 
 def parse_bytes(field: str, text: str) -> int:

@@ -6,6 +6,7 @@ It owns the options and what is said at start; serving is the server's.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from longspan.cli.options import parse_bytes
 from longspan.config import EngineConfig
+from longspan.disaggregation.options import TransferConfig
 
 Host = Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 is every one")]
 Port = Annotated[int, typer.Option("--port", help="0 takes a free one")]
@@ -26,6 +28,14 @@ Timeout = Annotated[float | None, typer.Option("--request-timeout", help="second
 ToolParser = Annotated[
     str | None, typer.Option("--tool-call-parser", help="form of tool calls; default: what the chat template tells")
 ]
+Role = Annotated[
+    str | None,
+    typer.Option("--role", help="prefill or decode: one side of a pair, see `longspan route`; default: both"),
+]
+TransferHost = Annotated[
+    str | None, typer.Option("--transfer-host", help="address for other instances and all ranks; default: --host")
+]
+TransferPort = Annotated[int, typer.Option("--transfer-port", help="port for other instances; 0 takes a free one")]
 
 
 def serve(
@@ -38,6 +48,9 @@ def serve(
     max_body_bytes: BodyBytes = "64M",
     request_timeout: Timeout = None,
     tool_call_parser: ToolParser = None,
+    role: Role = None,
+    transfer_host: TransferHost = None,
+    transfer_port: TransferPort = 0,
 ) -> None:
     """Serve a model until a signal; the first one drains, the second stops at once."""
     import uvloop
@@ -51,6 +64,8 @@ def serve(
         host, port, api_key, served_model_name, max_queued_requests, parse_bytes("max_body_bytes", max_body_bytes),
         request_timeout, tool_call_parser,
     )  # fmt: skip
+    if role is not None:
+        config = replace(config, transfer=TransferConfig(role, transfer_host or host, transfer_port))
     logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
     console = Console(stderr=True)
     for warning in options.warnings:

@@ -9,15 +9,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longspan.attention.cost import CostConstants, ScheduleChooser
 from longspan.cache.manager import CacheManager
+from longspan.cache.offload import OffloadCounters, OffloadIndex
 from longspan.cache.prefix import root_key
+from longspan.disaggregation.layout_map import Source, is_for_others
+from longspan.disaggregation.roles import PREFILL_ONLY, open_role
 from longspan.engine.executors.base import Executor
 from longspan.engine.executors.dry import DryExecutor
+from longspan.engine.executors.external import ExternalExecutor
 from longspan.engine.executors.processes import ProcessExecutor
+from longspan.engine.executors.ray import RayExecutor
 from longspan.engine.executors.threads import ThreadExecutor
+from longspan.engine.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
@@ -25,11 +31,15 @@ from longspan.request import FinishReason, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
 _STEPS_REMEMBERED = 60
+_PATIENCE_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class CoreRequest:
-    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them."""
+    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them.
+
+    `prefill_at` are instances that can compute its prompt, to be asked in this order.
+    """
 
     number: int
     prompt_token_ids: Sequence[int]
@@ -37,6 +47,7 @@ class CoreRequest:
     seed: int
     max_tokens: int
     output_token_ids: Sequence[int] = ()
+    prefill_at: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class EngineStats:
     decode_schedule: str
     scheduler: SchedulerCounters
     traffic: Traffic
+    offload: OffloadCounters = field(default_factory=OffloadCounters)
 
 
 def create_executor(setup: EngineSetup) -> Executor:
@@ -86,6 +98,8 @@ def create_executor(setup: EngineSetup) -> Executor:
     kinds: dict[str, Callable[[EngineSetup], Executor]] = {
         "threads": ThreadExecutor,
         "processes": ProcessExecutor,
+        "ray": RayExecutor,
+        "external": ExternalExecutor,
         "dry": DryExecutor,
     }
     return kinds[setup.config.executor](setup)
@@ -119,34 +133,68 @@ class EngineCore:
     """
 
     def __init__(self, setup: EngineSetup) -> None:
-        self.setup = setup
         config, cache = setup.config, setup.config.cache
-        self.cache = CacheManager(cache.page_size, setup.pages_per_shard, cache.enable_prefix_caching)
-        self.executor = create_executor(setup)
+        self._offload = OffloadFiles(setup) if cache.offload.is_on else None
+        index = OffloadIndex(self._offload.memory_slots, self._offload.disk_slots) if self._offload else None
+        self.setup = setup = self._offload.setup if self._offload else setup
+        self.cache = CacheManager(cache.page_size, setup.pages_per_shard, cache.enable_prefix_caching, index)
+        root = root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cache.page_size)
+        self.role, self.setup = open_role(setup, self.cache, root)
+        try:
+            self.executor = create_executor(self.setup)
+            self.setup = setup = self.executor.setup
+        except BaseException:
+            self._free_offload()
+            if self.role:
+                self.role.close()
+            raise
         self.constants = config.cost or self.executor.constants or CostConstants()
         self.scheduler = Scheduler(
             config.scheduler, self.cache, setup.grid,
             ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
-            root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cache.page_size), setup.model.kinds,
+            root, setup.model.kinds,
         )  # fmt: skip
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
-        self._under_way: deque[tuple[StepPlan, float]] = deque()
+        self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[int, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * self.cache.num_shards
+        if self.role:
+            self.role.start(self, setup.grid.world_size)
 
     def add(self, request: CoreRequest) -> None:
         """Queue a completion that `Limits.check` has passed."""
         self._endings[request.number] = _Ending(request, self.setup.model.eos_token_ids)
+        if self.role is None or not self.role.add(request):
+            self.begin(request, None)
+
+    def begin(self, request: CoreRequest, source: Source | None) -> None:
+        """See `Desk.begin`."""
         self.scheduler.add(
             request.number, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
-            request.output_token_ids,
+            request.output_token_ids, source,
         )  # fmt: skip
+
+    def prefill(self, number: int, token_ids: Sequence[int]) -> None:
+        """See `Desk.prefill`."""
+        self.add(CoreRequest(number, token_ids, PREFILL_ONLY, 0, 1))
+
+    def leave(self, number: int) -> None:
+        """See `Desk.leave`."""
+        if is_for_others(number):
+            self._endings.pop(number, None)
+        self.scheduler.finish(number)
+
+    def arrived(self, number: int) -> None:
+        """See `Desk.arrived`."""
+        self.scheduler.arrived(number)
 
     def finish(self, number: int) -> None:
         """End a completion now; its pages are free for the next step. Unknown numbers are ignored."""
         self._endings.pop(number, None)
         self.scheduler.finish(number)
+        if self.role:
+            self.role.finish(number)
 
     @property
     def has_unfinished(self) -> bool:
@@ -161,13 +209,21 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """Give the ranks as many steps as they work on at once and finish the oldest; returns what that one gave."""
         try:
+            if self.role:
+                self.role.exchange()
             while len(self._under_way) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
-                self._under_way.append((plan, time.perf_counter()))
-            return self._deliver(self.executor.collect()) if self._under_way else []
+                if self.role:
+                    self.role.submitted(plan)
+                self._under_way.append((plan, time.perf_counter(), not self._under_way))
+            if self._under_way:
+                return self._deliver(self.executor.collect())
+            if self.role and self._endings:  # they wait for other instances
+                self.role.wait(_PATIENCE_SECONDS)
+            return []
         except BaseException:  # an interrupt too: ranks, scheduler and outputs no longer agree on what was computed
             self._under_way.clear()
-            self.executor.shutdown()
+            self.shutdown()
             raise
 
     def stats(self) -> EngineStats:
@@ -182,33 +238,48 @@ class EngineCore:
             decode_schedule=self._schedules["decode"],
             scheduler=self.scheduler.counters(),
             traffic=self.executor.traffic(),
+            offload=self.cache.offload.counters if self.cache.offload else OffloadCounters(),
         )
 
     def shutdown(self) -> None:
         """End every rank; safe to call again."""
         self.executor.shutdown()
+        self._free_offload()
+        if self.role:
+            self.role.close()
+
+    def _free_offload(self) -> None:
+        if self._offload:
+            self._offload.close()
 
     def _deliver(self, sampled: Sequence[SampledToken]) -> list[TokenOutput]:
         """Commit the oldest step under way."""
-        plan, submitted = self._under_way.popleft()
+        plan, submitted, alone = self._under_way.popleft()
         tokens_of: dict[int, list[SampledToken]] = {}
         for token in self.scheduler.commit(plan, sampled):
             tokens_of.setdefault(token.request_id, []).append(token)
-        self._record(plan, time.perf_counter() - submitted)
-        return [self._output(number, tokens) for number, tokens in tokens_of.items()]
+        seconds = time.perf_counter() - submitted
+        self._record(plan, seconds)
+        if alone and self.cache.offload:
+            self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
+        outputs = [self._output(number, tokens) for number, tokens in tokens_of.items()]
+        return [output for output in outputs if not is_for_others(output.number)]
 
     def _output(self, number: int, tokens: Sequence[SampledToken]) -> TokenOutput:
         cached = self.scheduler.cached_tokens(number)
         scored = tuple(token for token in tokens if token.scored)
         kept, reason = self._endings[number].take([token for token in tokens if not token.scored])
-        if reason is not None:
-            self.finish(number)
         error = next((token.error for token in tokens if token.error), None)
-        return TokenOutput(number, kept, reason, cached, scored, error)
+        output = TokenOutput(number, kept, reason, cached, scored, error)
+        if reason is not None and self.role and self.role.keeps(output):
+            self._endings.pop(number, None)
+            self.scheduler.hold(number)
+        elif reason is not None:
+            self.finish(number)
+        return output
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
-        rows = sum(segment.length for segment in plan.segments if not segment.prefill)
-        chunk = sum(segment.length for segment in plan.segments if segment.prefill)
+        chunk, rows = _tokens(plan)
         self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]
         self._schedules["prefill"] = plan.prefill_schedules[0] if chunk else self._schedules["prefill"]
         self.recent.append(
@@ -216,3 +287,9 @@ class EngineCore:
         )
         for shard in range(self.cache.num_shards):
             self._peak[shard] = max(self._peak[shard], self.cache.used(shard))
+
+
+def _tokens(plan: StepPlan) -> tuple[int, int]:
+    """Tokens a step prefills and decodes."""
+    prefilled = sum(segment.length for segment in plan.segments if segment.prefill)
+    return prefilled, sum(segment.length for segment in plan.segments) - prefilled

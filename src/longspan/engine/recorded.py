@@ -34,12 +34,12 @@ class Recorder(Protocol):
 
 
 class EagerRecorder:
-    """The slow twin: runs the work anew."""
+    """The slow twin: runs the work anew, and like a graph leaves its result where the last one was."""
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Recorder.record`."""
-        work()
-        return work
+        result = work()
+        return lambda: result.copy_(work())
 
 
 class CudaRecorder:
@@ -57,7 +57,7 @@ class CudaRecorder:
             work()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
 
         def replay() -> Tensor:
@@ -125,6 +125,7 @@ class _Recording:
         self._model = model
         self._attention = attention
         self._rows = size.rows
+        self._backend = backend
         device = attention.pool.device
         self._token_ids = torch.zeros(size.rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(size.rows, dtype=torch.int64, device=device)
@@ -153,6 +154,7 @@ class _Recording:
         ]
         if all(filled):
             return self._replay()
+        self._backend.begin()  # forget the plans of the last step that was not recorded
         return self._compute_with(self._padded(wanted))  # too scattered for the buffers: the same shapes, unrecorded
 
     def _runs_of(self, reach: Reach) -> list[Sequence[QueryRun]]:

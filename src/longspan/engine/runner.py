@@ -14,7 +14,9 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.cache.pages import PageTable
+from longspan.disaggregation.worker import TransferThread
 from longspan.engine.grammar import Matcher, Vocabulary
+from longspan.engine.page_store import PageStore
 from longspan.engine.recorded import Recordings, of_one_kind, recordable
 from longspan.engine.sampler import SampleRow, Sampling, score, start_sampling
 from longspan.errors import EngineError, RequestError
@@ -23,7 +25,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan import Admission, Segment, StepPlan
+from longspan.plan import LOST, Admission, Segment, StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.view import RankView, SampleRequest, ScoredRows, rank_view
@@ -92,6 +94,8 @@ class Runner:
         self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirrors: dict[int, _Mirror] = {}
         self.recordings: Recordings | None = None
+        self.store: PageStore | None = None
+        self.transfer: TransferThread | None = None
 
     @property
     def model(self) -> DecoderModel:
@@ -115,12 +119,30 @@ class Runner:
     def start(self, plan: StepPlan) -> Finish:
         """Run one step up to its tokens, which the function returned waits for: a GPU may still be computing them."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
-            return self._start(plan)
+            lost = self._copy_pages(plan)
+            finish = self._start(plan)
+        if self.transfer is not None:
+            self.transfer.computed(plan)
+        return (lambda: [*lost, *finish()]) if lost else finish
+
+    def close(self) -> None:
+        """End what runs beside its steps."""
+        if self.transfer is not None:
+            self.transfer.close()
+
+    def _copy_pages(self, plan: StepPlan) -> list[SampledToken]:
+        """Between the pool and other tiers; returns the loads that found no intact page."""
+        if self.store is None:
+            return []
+        self.store.save(plan.saves)
+        return [SampledToken(LOST, number) for number in self.store.load(plan.loads)]
 
     def _start(self, plan: StepPlan) -> Finish:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
+        if not plan.segments:
+            return list
         if self.recordings is not None and recordable(plan):
             return self._replay(of_one_kind(plan), self.recordings)
         view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
@@ -181,7 +203,10 @@ class Runner:
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        found = torch.tensor(values, dtype=torch.int64)
+        if self._device.type == "cpu":
+            return found
+        return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step under way
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[list[SampledToken], Sampling]:
         """Requests that cannot go on, and the sampling of the others."""
@@ -221,6 +246,8 @@ class Runner:
             self._mirrors[new.request_id].table.extend(new.pages)
         for segment in plan.segments:
             self._mirrors[segment.request_id].remember(segment)
+        if self.transfer is not None:
+            self.transfer.apply(plan, lambda request_id: self._mirrors[request_id].table)
 
     def _mirror(self, admission: Admission) -> _Mirror:
         table = PageTable(self._page_size, self._grid.num_shards)

@@ -85,20 +85,42 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
             _require_finite(peaks.values, rows)
         token_ids[_ids(others, logits)] = _sample_rows(logits, others, rows)
 
+    described = {i: logits[i].clone() for i, row in enumerate(rows) if row.params.logprobs is not None}
+    arrived = _on_its_way(token_ids, peaks.values)
+
     def finish() -> list[SampledToken]:
-        _require_finite(peaks.values, rows)
+        tokens, highest = arrived()
+        _require_finite(highest, rows)
         return [
-            SampledToken(row.request_id, token, _logprobs(logits, i, token, row.params.logprobs), row.position)
-            for i, (row, token) in enumerate(zip(rows, token_ids.tolist(), strict=True))
-        ]
+            SampledToken(
+                row.request_id, token, _logprobs(described[i], token, row.params.logprobs) if i in described else None,
+                row.position,
+            )
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
+        ]  # fmt: skip
 
     return Sampling(token_ids, finish)
+
+
+def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Copies for the CPU that start now, behind what computes them and before anything that is launched later."""
+    if tensors[0].device.type == "cpu":
+        return lambda: list(tensors)
+    copies = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def arrived() -> list[Tensor]:
+        done.synchronize()
+        return copies
+
+    return arrived
 
 
 def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[SampledToken]:
     """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
     return [
-        SampledToken(request_id, token, _logprobs(logits, row, token, count), position + row, scored=True)
+        SampledToken(request_id, token, _logprobs(logits[row], token, count), position + row, scored=True)
         for row, token in enumerate(tokens)
     ]
 
@@ -207,11 +229,10 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     return ids[: int((mass < top_p).sum()) + 1]
 
 
-def _logprobs(logits: Tensor, i: int, token: int, count: int | None) -> TokenLogprobs | None:
-    """Of row `i` of raw `logits` [R, V]: the sampled token's, and those of the `count` most likely."""
+def _logprobs(raw: Tensor, token: int, count: int | None) -> TokenLogprobs | None:
+    """Of raw logits [V]: the sampled token's, and those of the `count` most likely."""
     if count is None:
         return None
-    raw = logits[i]
     normaliser = raw.logsumexp(dim=0)
     sampled = float(raw[token] - normaliser)
     if count == 0:

@@ -26,6 +26,7 @@ from longspan.weights.source import ModelSource, resolve_model
 WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
+_FP8_CAPABILITY = (8, 9)
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
@@ -73,7 +74,14 @@ class EngineSetup:
     def notes(self) -> list[str]:
         """What a user should know of this layout, each with the remedy, and of the backend."""
         chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
-        return [*chosen, *self._layout_notes]
+        return [*chosen, *self._virtual_notes, *self._layout_notes]
+
+    @property
+    def _virtual_notes(self) -> list[str]:
+        ranks, threads = self.grid.world_size, self.config.executor == "threads"
+        if self.device_type != "cuda" or ranks == 1 or not threads:
+            return []
+        return [f"all {ranks} ranks share one GPU; --executor processes gives each a GPU of its own"]
 
     @property
     def _layout_notes(self) -> list[str]:
@@ -137,6 +145,7 @@ class EngineSetup:
 def resolve(config: EngineConfig) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
+    _check_gpus(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
     model = load_config(source.config)
@@ -188,7 +197,9 @@ def resolve_device(name: str) -> str:
 
 
 def _with_cache_bytes(config: EngineConfig, model: ModelConfig, device_type: str) -> EngineConfig:
-    """With the cache's memory settled; every rank gets the number found here."""
+    """With the cache's memory settled; every rank gets the number found here, by the first process that asks."""
+    if config.cache.memory_settled:
+        return config
     found = config.cache.memory_bytes or _CPU_CACHE_BYTES
     if device_type == "cuda":
         from longspan.engine.memory import cache_bytes
@@ -199,7 +210,23 @@ def _with_cache_bytes(config: EngineConfig, model: ModelConfig, device_type: str
             config, model, _model_dtype(config, device_type).itemsize, _cache_dtype(config, device_type).itemsize,
             free // sharing,
         )  # fmt: skip
-    return replace(config, cache=replace(config.cache, memory_bytes=found))
+    return replace(config, cache=replace(config.cache, memory_bytes=found, memory_settled=True))
+
+
+def _check_gpus(config: EngineConfig, device_type: str) -> None:
+    """Raise `ConfigError` where this machine's GPUs cannot hold the ranks, or read the cache."""
+    if device_type != "cuda":
+        return
+    ranks, gpus = config.parallel.world_size, torch.cuda.device_count()
+    require(
+        config.executor != "processes" or ranks <= gpus, "executor", config.executor,
+        f"needs a GPU a rank: {ranks} ranks, {gpus} GPUs", "use fewer ranks, or threads: virtual ranks of one GPU",
+    )  # fmt: skip
+    require(
+        _QUANTISED.get(config.cache.dtype) != torch.float8_e4m3fn
+        or torch.cuda.get_device_capability() >= _FP8_CAPABILITY,
+        "kv_cache_dtype", config.cache.dtype, "needs a GPU of compute capability 8.9 or more", "use int8",
+    )  # fmt: skip
 
 
 def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:

@@ -39,6 +39,7 @@ class _Group:
     max_tokens: int
     completions: list[Completion]
     unstarted: list[Completion]
+    prefill_at: tuple[str, ...] = ()
 
 
 class RequestTracker:
@@ -56,7 +57,12 @@ class RequestTracker:
         return len(self._groups)
 
     def add(
-        self, request_id: str, prompt_token_ids: Sequence[SupportsIndex], params: SamplingParams, prompt: str | None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[SupportsIndex],
+        params: SamplingParams,
+        prompt: str | None,
+        prefill_at: tuple[str, ...] = (),
     ) -> RequestOutput:
         """Take a request; its output, which is kept up to date. Raises `RequestError` if it can never be served."""
         if request_id in self._groups:
@@ -70,7 +76,7 @@ class RequestTracker:
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(tokens)
-        group = _Group(output, params, max_tokens, completions, completions[1:])
+        group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at)
         if max_tokens == 0 and params.prompt_logprobs is None:
             for completion in completions:
                 completion.end(FinishReason.LENGTH)
@@ -171,7 +177,7 @@ class RequestTracker:
         params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
             completion.number, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
-            tuple(completion.output.token_ids),
+            tuple(completion.output.token_ids), group.prefill_at,
         )  # fmt: skip
 
     def _drop(self, completion: Completion, known: bool = False) -> None:

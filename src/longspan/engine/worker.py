@@ -19,8 +19,10 @@ from longspan.attention.cost import CostConstants
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
+from longspan.disaggregation.rank import open_transfer
 from longspan.engine.grammar import Vocabulary
 from longspan.engine.loading import RankLoader, TensorStore
+from longspan.engine.page_store import PageStore
 from longspan.engine.recorded import CudaRecorder, Recordings
 from longspan.engine.runner import Groups, Runner
 from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
@@ -93,6 +95,10 @@ def build_runner(
     backend = attention.kernels.backend
     if setup.records_decode and isinstance(backend, StaticBackend):
         runner.recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+    if config.transfer is not None:
+        runner.transfer = open_transfer(config.transfer, setup, rank, attention.pool)
+    if config.cache.offload.is_on:
+        runner.store = PageStore(setup, rank, attention.pool)
     return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
 
 

@@ -6,6 +6,7 @@ tensors mean.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -29,6 +30,7 @@ def join_world(rank: int, world_size: int, meet_at: str, device: torch.device) -
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # a rank may replay a step that its peer runs eagerly
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=meet_at if "://" in meet_at else f"file://{meet_at}",

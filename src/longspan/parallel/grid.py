@@ -96,11 +96,11 @@ class Grid:
         return tuple(p.rank for p in self.ranks if (p.pcp, p.tp) == (mine.pcp, mine.tp))
 
     def nodes(self, group: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The members of a group (by their place in it) that share a machine, in rank order."""
-        size = self.parallel.ranks_per_node or self.world_size
-        machines = [range(first, first + size) for first in range(0, self.world_size, size)]
-        found = [tuple(place for place, rank in enumerate(group) if rank in machine) for machine in machines]
-        return tuple(node for node in found if node)
+        """The members of a group (by their place in it) that share a machine, machine by machine."""
+        run = self.parallel.ranks_per_node or self.world_size
+        of_rank = self.parallel.node_of_rank or [rank // run for rank in range(self.world_size)]
+        nodes = [of_rank[rank] for rank in group]
+        return tuple(tuple(place for place, node in enumerate(nodes) if node == one) for one in dict.fromkeys(nodes))
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
         """Ranks of the stage that hold other tokens and, under expert parallelism, other experts; in pcp order."""

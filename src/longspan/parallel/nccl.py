@@ -89,7 +89,8 @@ class NcclCollectives(Collectives):
             for member, shape in enumerate(shapes)
         ]
         peers = [member for member in range(self.size) if member != self.rank]
-        whole = {member: sends[member].contiguous() for member in peers}
+        copies = {id(x): x.contiguous() for x in sends}  # one for all peers where all get the same
+        whole = {member: copies[id(sends[member])] for member in peers}
         work = self._start(
             [(dist.isend, whole[member], member) for member in peers]
             + [(dist.irecv, received[member], member) for member in peers]
@@ -119,5 +120,7 @@ class NcclCollectives(Collectives):
     def _lost_peers(self) -> Iterator[None]:
         try:
             yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own trouble
+            raise
         except RuntimeError as error:
             raise WorkerDied(f"rank {self._me} lost a peer: {error}") from error

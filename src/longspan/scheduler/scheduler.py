@@ -16,9 +16,11 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
+from longspan.disaggregation.layout_map import Source
 from longspan.parallel.grid import Grid
-from longspan.plan import Segment, StepPlan
+from longspan.plan import LOST, Segment, StepPlan
 from longspan.request import SampledToken, SamplingParams
+from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
 
@@ -64,9 +66,13 @@ class Scheduler:
         self.chooser = chooser
         self.root_key = root_key
         self.windows = windows
+        self._loader = PageLoader(config, cache, grid)
         self._sequences: dict[int, SequenceState] = {}
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
+        self._fetching: dict[int, SequenceState] = {}
+        self._held: dict[int, SequenceState] = {}
+        self._fetches = 0
         self.preemptions = 0
         self.drafted = 0
         self.accepted = 0
@@ -83,10 +89,14 @@ class Scheduler:
         seed: int,
         max_tokens: int,
         output: Sequence[int] = (),
+        source: Source | None = None,
     ) -> None:
-        """Queue a request that `Limits.check` has passed; `max_tokens` is what it returned, `output` tokens it has."""
+        """Queue a request that `Limits.check` has passed; `max_tokens` is what it returned, `output` tokens it has.
+
+        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`.
+        """
         max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
-        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored)
+        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored, source)
         sequence.tokens += output
         self.waiting.append(sequence)
         self._sequences[request_id] = sequence
@@ -94,11 +104,29 @@ class Scheduler:
     def finish(self, request_id: int) -> None:
         """End a request, wherever it is: its pages are free for the next step. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return
         if sequence in self.running:
             self.running.remove(sequence)
-            self._release(sequence)
-        elif sequence is not None:
+        elif not self._fetching.pop(request_id, None) and not self._held.pop(request_id, None):
             self.waiting.remove(sequence)
+            return
+        self._release(sequence)
+
+    def hold(self, request_id: int) -> None:
+        """Compute no more of a running request, but keep its pages until it is finished. Unknown ids are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.running.remove(sequence)
+            self._held[request_id] = sequence
+
+    def arrived(self, request_id: int) -> None:
+        """What a request was waiting for is in its pages: from now on it decodes."""
+        sequence = self._fetching.pop(request_id)
+        sequence.source = None
+        sequence.computed = len(sequence.tokens) - 1
+        self.running.append(sequence)
+        self._publish(sequence, sequence.computed)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
@@ -107,10 +135,11 @@ class Scheduler:
             step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
             self._decode(step)
             self._prefill(step)
-            if step.segments or not self.running or any(sequence.in_flight for sequence in self.running):
+            busy = self.cache.is_loading or any(sequence.in_flight for sequence in self.running)
+            if step.segments or step.fetches or not self.running or busy:
                 break
             self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest starts over
-        if not step.segments:
+        if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
         for request_id, (stop, _) in _progress(step.segments).items():
             sequence = self._sequences[request_id]
@@ -129,6 +158,8 @@ class Scheduler:
 
         Returns the tokens that count: of requests that have not ended meanwhile, and up to the first wrong draft.
         """
+        lost = {token.token_id for token in sampled if token.request_id == LOST}
+        self.cache.settle(plan.saves, plan.loads, lost)
         accepted: list[SampledToken] = []
         tokens_of: dict[int, list[SampledToken]] = {}
         for token in sampled:
@@ -161,11 +192,17 @@ class Scheduler:
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and preemptions."""
-        return SchedulerCounters(len(self.waiting), len(self.running), self.preemptions, self.drafted, self.accepted)
+        waiting = len(self.waiting) + len(self._fetching)
+        return SchedulerCounters(waiting, len(self.running), self.preemptions, self.drafted, self.accepted)
 
     def check_integrity(self) -> None:
         """Raise `EngineError` unless every page is accounted for exactly once."""
-        self.cache.check_integrity(sequence.table for sequence in self.running)
+        holding = (*self.running, *self._fetching.values(), *self._held.values())
+        self.cache.check_integrity(sequence.table for sequence in holding)
+
+    @property
+    def _num_active(self) -> int:
+        return len(self.running) + len(self._fetching)
 
     def _micro_batch(self, amount: int) -> int:
         """The share of one step when every pipeline stage works on a step of its own."""
@@ -207,20 +244,28 @@ class Scheduler:
         """Start waiting prompts in order. Behind a prefill in progress only those that fit whole start;
         a prompt the cache has no room for holds back all behind it, or it might wait for ever."""
         passed: list[SequenceState] = []
-        reserved = sum(sequence.pages_missing for sequence in self.running)
-        while self.waiting and step.budget and len(self.running) < self.config.max_num_seqs:
+        reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
+        while self.waiting and step.budget and self._num_active < self.config.max_num_seqs:
             sequence = self.waiting.popleft()
             if sequence.in_flight:  # preempted, but a step under way will still give it a token
                 passed.append(sequence)
                 continue
             self._match_prefix(sequence)
-            whole = sequence.remaining <= step.budget
+            whole = sequence.source is not None or sequence.remaining <= step.budget
             room = self._has_room(sequence, reserved)
-            if room and (whole or not prefilling):
-                self.running.append(sequence)
+            if room and self._must_load(sequence):
+                reserved += sequence.pages_missing
+            elif room and (whole or not prefilling):
                 if sequence.cached_tokens is None:
                     sequence.cached_tokens = sequence.computed
                 step.admit(sequence)
+                if sequence.source is not None:
+                    self._fetches += 1
+                    self._fetching[sequence.request_id] = sequence
+                    step.add_fetch(sequence, self._fetches, sequence.source)
+                    reserved += sequence.pages_missing
+                    continue
+                self.running.append(sequence)
                 step.add_chunk(sequence, min(sequence.remaining, step.budget))
                 reserved += sequence.pages_missing
                 prefilling = prefilling or not whole
@@ -244,14 +289,23 @@ class Scheduler:
 
     def _match_prefix(self, sequence: SequenceState) -> None:
         """Take cached pages; at least one token is left to compute, since it gives the first logits."""
-        scores = sequence.params.prompt_logprobs is not None  # every prompt token must be computed
-        whole = 0 if scores else (len(sequence.tokens) - 1) // self.cache.page_size
-        pages = self.cache.match(sequence.page_keys(0, whole, self.root_key))
+        pages = self.cache.match(self._reusable(sequence, 0))
         if self.config.schedule == "local":
             pages = self._on_one_shard(pages, sequence)
         sequence.table.extend(pages)
         sequence.computed = len(pages) * self.cache.page_size
         sequence.published = len(pages)
+
+    def _must_load(self, sequence: SequenceState) -> bool:
+        """Whether it has to wait for pages that come from elsewhere behind those it has."""
+        offloads = self.cache.offload is not None
+        return offloads and self._loader.must_wait(sequence, self._reusable(sequence, len(sequence.table.pages)))
+
+    def _reusable(self, sequence: SequenceState, first: int) -> Sequence[Key]:
+        """Keys of the pages from number `first` on that need not be computed if they are found."""
+        scores = sequence.params.prompt_logprobs is not None  # every prompt token must be computed
+        whole = 0 if scores else (len(sequence.tokens) - 1) // self.cache.page_size
+        return sequence.page_keys(first, whole, self.root_key)
 
     def _on_one_shard(self, pages: list[PageRef], sequence: SequenceState) -> list[PageRef]:
         """The hit's leading pages on its first shard, or none if the request could not live there."""

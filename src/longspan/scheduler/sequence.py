@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key
+from longspan.disaggregation.layout_map import Source
 from longspan.request import SamplingParams
 from longspan.scheduler.lookup import PromptLookup
 
@@ -20,7 +21,7 @@ class SequenceState:
     request; `pending` counts tokens that they sample, the last on pcp index `sampled_on`, and that may be computed
     before they are known; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the
     request was first admitted (None before), `published` the pages other requests can find. `home` is the one shard a
-    short context lives on, None once it spreads.
+    short context lives on, None once it spreads; `source` the instance that computes its prompt, None if this one does.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class SequenceState:
         seed: int,
         table: PageTable,
         max_stored: int,
+        source: Source | None = None,
     ) -> None:
         self.request_id = request_id
         self.tokens = list(prompt)
@@ -41,6 +43,7 @@ class SequenceState:
         self.computed = 0
         self.cached_tokens: int | None = None
         self.max_stored = max_stored
+        self.source = source
         self.published = 0
         self.in_flight = 0
         self.pending = 0

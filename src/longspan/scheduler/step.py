@@ -13,9 +13,10 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
 from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
+from longspan.disaggregation.layout_map import Source
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
-from longspan.plan import PENDING, Admission, NewPages, Segment, StepPlan, unmasked_until, window_start
+from longspan.plan import PENDING, Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 
@@ -37,6 +38,7 @@ class StepBuilder:
         self._load = [0] * grid.pcp
         self._admitted: list[Admission] = []
         self._new_pages: dict[int, list[PageRef]] = {}
+        self.fetches: list[Fetch] = []
         self._windows = windows
         self._facts = {prefill: [ClassFacts(grid.pcp) for _ in windows] for prefill in (False, True)}
 
@@ -94,16 +96,32 @@ class StepBuilder:
         for piece in pieces:
             self._add_segment(sequence, piece, prefill=True)
 
+    def add_fetch(self, sequence: SequenceState, number: int, source: Source) -> None:
+        """Place pages for all tokens but the last, to be filled from elsewhere."""
+        table, stop = sequence.table, len(sequence.tokens) - 1
+        while len(table.pages) * table.page_size < stop:
+            home = sequence.home
+            shards = range(self._cache.num_shards) if home is None else (home,)
+            shard = shard_for_page(self._cache, table, shards)
+            if shard is None:
+                raise EngineError(f"no room on shards {shards} for {stop} fetched tokens")
+            self._place(sequence, shard)
+        self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
+
     def build(self, step: int, finished: tuple[int, ...], chooser: ScheduleChooser) -> StepPlan:
         """The finished plan, with what travels chosen for each class and kind of layer."""
+        saves, loads = self._cache.take_copies()
         return StepPlan(
             step=step,
+            saves=saves,
+            loads=loads,
             finished=finished,
             admitted=tuple(self._admitted),
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
             decode_schedules=tuple(map(chooser.choose, self._facts[False])),
             prefill_schedules=tuple(map(chooser.choose, self._facts[True])),
+            fetches=tuple(self.fetches),
         )
 
     def _choose_home(self, sequence: SequenceState, held: set[int]) -> int | None:

@@ -109,7 +109,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
         stream = streams(body)
-        return await respond(service.engine, await body.reply(service.text, service.model), request, stream)
+        reply = await body.reply(service.text, service.model)
+        return await respond(service.engine, reply, request, stream)
 
     @app.post("/v1/chat/completions", responses=_ANSWERS, tags=["OpenAI"])
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -174,6 +175,13 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         """Prometheus' exposition text."""
         text = service.engine.metrics.render(await service.engine.state())
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/internal/peer", include_in_schema=False)
+    async def peer() -> Response:
+        load = service.engine.metrics.load
+        card = service.engine.peer if service.engine.is_ready else None
+        state = {"waiting": load.waiting, "running": load.running, "transfer": load.transfer}
+        return Json({"card": card, "model": service.model, **state})
 
     @app.get("/internal/state", include_in_schema=False)
     async def state() -> Response:

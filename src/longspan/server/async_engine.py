@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NoReturn
 
+from longspan.disaggregation.driver import PeerCard
 from longspan.engine.core import TokenOutput
 from longspan.engine.detokenizer import Tokenizer
 from longspan.engine.setup import EngineSetup
@@ -33,11 +34,12 @@ _FOREVER = 1e8
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to complete."""
+    """One prompt to complete; `prefill_at` are instances that can compute it."""
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     prompt: str | None = None
+    prefill_at: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class AsyncEngine:
         self.setup = setup
         self.metrics = metrics
         self.restarts = 0
+        self.peer: PeerCard | None = None
         self._tracker = RequestTracker(setup, tokenizer)
         self._capacity = setup.config.scheduler.max_num_seqs + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
@@ -207,7 +210,7 @@ class AsyncEngine:
 
     def _add(self, job: Job, call: _Call) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
-        output = self._tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt)
+        output = self._tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
         if output.finished:
             self.metrics.ended(output, 0.0)
         else:
@@ -245,6 +248,7 @@ class AsyncEngine:
         if not isinstance(message, Ready):
             raise EngineError(f"the core began with {type(message).__name__} instead of Ready")
         core.worker_ids = message.worker_ids
+        self.peer = message.peer
         self._core = core
         self._tracker.orders = Orders()
         requests = self._tracker.resume()

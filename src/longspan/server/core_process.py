@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import msgspec
 import zmq
 
 from longspan.config import EngineConfig
+from longspan.disaggregation.driver import Role, wait_for
 from longspan.engine.core import EngineCore
 from longspan.engine.executors.lifetime import end_with_parent
 from longspan.engine.executors.processes import ProcessExecutor
@@ -65,7 +67,7 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromC
     core = EngineCore(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(Ready(workers))
+        tell(Ready(workers, core.role.card if core.role else None))
         told = _load(core)
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
@@ -94,12 +96,21 @@ def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Callable[[FromCore],
 
 
 def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[ToCore]:
-    while not inbox.poll(0 if core.has_unfinished else _IDLE_MS):
+    role = core.role
+    while not (inbox.poll(0) if core.has_unfinished else _wait(inbox, role)):
         if core.has_unfinished:
             return
         core.executor.check()
+        if role:
+            role.exchange()
     while inbox.poll(0):
         yield msgspec.msgpack.decode(inbox.recv(), type=ToCore)
+
+
+def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
+    """Whether something has come for the core while it has nothing to compute; wakes for other instances too."""
+    wait_for([inbox, *(role.sockets if role else ())], _IDLE_MS / 1000)
+    return bool(inbox.poll(0))
 
 
 def _load(core: EngineCore) -> Load:
@@ -107,7 +118,7 @@ def _load(core: EngineCore) -> Load:
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
     return Load(
         counters.waiting, counters.running, counters.preemptions, counters.drafted_tokens, counters.accepted_tokens,
-        used,
+        used, replace(core.role.counters) if core.role else None,
     )  # fmt: skip
 
 

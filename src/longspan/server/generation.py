@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from longspan.disaggregation.driver import PREFILL_HEADER
 from longspan.request import RequestOutput
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.errors import problem_of
@@ -30,7 +32,8 @@ Updates = AsyncGenerator[list[RequestOutput], None]
 
 async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: bool) -> Response:
     """Complete the reply's jobs. What cannot be served raises here, before anything is sent."""
-    updates = engine.generate(reply.jobs)
+    peers = tuple(filter(None, request.headers.get(PREFILL_HEADER, "").replace(" ", "").split(",")))
+    updates = engine.generate([replace(job, prefill_at=peers) for job in reply.jobs] if peers else reply.jobs)
     outputs = await anext(updates)
     if stream:
         return EventStream(_events(reply, outputs, updates), updates)

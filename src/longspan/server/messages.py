@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
+from longspan.disaggregation.driver import PeerCard, TransferCounters
 from longspan.engine.core import CoreRequest, StepRecord, TokenOutput
 
 
@@ -56,13 +57,17 @@ ToCore = Start | Finish | AskState | Stop
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Every rank has loaded its weights; `worker_ids` are the processes of the ranks, if they have any."""
+    """Every rank has loaded its weights; `worker_ids` are the processes of the ranks, if they have any.
+
+    `peer` is what others of a pair must know of it, if it has a role.
+    """
 
     worker_ids: list[int]
+    peer: PeerCard | None = None
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What the scheduler has before it, sent with every step's tokens."""
+    """What the scheduler has before it, sent with every step's tokens; with what a role has moved."""
 
     waiting: int = 0
     running: int = 0
@@ -70,6 +75,7 @@ class Load(msgspec.Struct, frozen=True):
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     used_pages: tuple[int, ...] = ()
+    transfer: TransferCounters | None = None
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):

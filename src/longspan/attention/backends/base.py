@@ -80,6 +80,10 @@ class StaticWriter(Writer, Protocol):
 class StaticBackend(Protocol):
     """A backend whose calls can be recorded: `attend` takes `StaticRuns` where it takes runs."""
 
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+        ...
+
     def static(self, rows: int) -> StaticRuns:
         """Runs to be filled, for `rows` query rows."""
         ...

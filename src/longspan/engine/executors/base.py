@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from longspan.attention.cost import CostConstants
+from longspan.engine.setup import EngineSetup
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.trace import TraceSpan
@@ -22,7 +23,12 @@ def require_open(closed: bool) -> None:
 
 
 class Executor(Protocol):
-    """All ranks of an engine. Steps run in the order they were submitted, and are collected in it."""
+    """All ranks of an engine. Steps run in the order they were submitted, and are collected in it.
+
+    `setup` is the one it was made with, and knows on which machine every rank is.
+    """
+
+    setup: EngineSetup
 
     @property
     def constants(self) -> CostConstants | None:

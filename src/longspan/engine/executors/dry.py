@@ -22,6 +22,7 @@ class DryExecutor:
     """See `Executor`."""
 
     def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
         self.constants: CostConstants | None = None
         self._vocabulary = setup.model.vocab_size
         self._done: deque[list[SampledToken]] = deque()

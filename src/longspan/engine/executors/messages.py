@@ -1,4 +1,4 @@
-"""What a worker process tells its driver.
+"""What a driver and its ranks tell each other, but for plans.
 
 It owns the message types; it must not know how they travel.
 """
@@ -9,9 +9,37 @@ import msgspec
 
 from longspan import errors
 from longspan.attention.cost import CostConstants
+from longspan.config import EngineConfig
 from longspan.errors import EngineError, LongspanError, WorkerDied
 from longspan.parallel.trace import TraceSpan
 from longspan.request import SampledToken
+
+THERE = b""  # the driver looks whether a rank is still there: no answer is wanted
+STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # whatever else comes once a rank is ready is a plan
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A rank's first word. Rank 0 keeps the store at `store_port` of its host where all ranks meet."""
+
+    rank: int
+    world_size: int
+    version: str
+    host: str
+    store_port: int
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """All ranks are there: what to run, the `tcp://host:port` where they meet, and how many share this one's host."""
+
+    config: EngineConfig
+    meet_at: str
+    ranks_here: int
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """The driver has no place for the rank."""
+
+    reason: str
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -52,7 +80,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     lost_peer: bool
 
 
-FromWorker = Ready | Stepped | TrafficReport | TraceReport | Failed
+ToWorker = Begin | Refused
+FromWorker = Hello | Ready | Stepped | TrafficReport | TraceReport | Failed
 
 
 def failure(rank: int, error: BaseException) -> Failed:

@@ -36,7 +36,7 @@ class ThreadExecutor:
 
     def __init__(self, setup: EngineSetup) -> None:
         size = setup.grid.world_size
-        self._setup = setup
+        self.setup = setup
         self._closed = False
         self._fabric = ThreadFabric(size)
         self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
@@ -103,10 +103,10 @@ class ThreadExecutor:
             thread.join()
 
     def _serve(self, rank: int) -> None:
-        share = threads_per_rank(self._setup)
+        share = threads_per_rank(self.setup)
         torch.set_num_threads(share)
         try:
-            runner, constants = build_runner(self._setup, rank, self._store, lambda group: self._open(group, rank))
+            runner, constants = build_runner(self.setup, rank, self._store, lambda group: self._open(group, rank))
             self._traffic[rank].reset()  # what was measured with is not the engine's
             self._runners[rank] = runner
             if constants:
@@ -123,10 +123,11 @@ class ThreadExecutor:
                 loop.take(plan)
             except BaseException as error:
                 self._outcomes.put((rank, error))
+        runner.close()
 
     def _threads_for(self, rank: int, plan: StepPlan, share: int) -> int:
         """A rank's share of the cores, and that of ranks whose PCP index has no tokens in this step."""
-        grid = self._setup.grid
+        grid = self.setup.grid
         busy = {segment.pcp for segment in plan.segments}
         return share * grid.pcp // len(busy) if grid.ranks[rank].pcp in busy else share
 

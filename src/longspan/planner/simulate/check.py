@@ -41,7 +41,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One situation: seconds predicted, and measured twice (long ones once). `kind` is prefill (size: tokens) or decode (requests)."""
+    """One situation: seconds predicted, and measured twice (long prompts once).
+
+    `kind` is prefill (size: tokens) or decode (requests).
+    """
 
     kind: str
     size: int

@@ -31,6 +31,7 @@ from longspan.attention.rows import CacheRows
 from longspan.reach import QueryRun
 from longspan.view import WriteRun
 
+_GATHERED_SLOTS = 2048  # room for a row's short spans: a prefix hit and what follows it
 _INTERPRETED_PROCESSORS = 4  # where there is no device to ask
 
 
@@ -71,12 +72,12 @@ class TritonBackend:
         """See `Backend.merge`."""
         return merge_parts(parts)
 
-    def static(self, rows: int, longest: int = 1, index: int = 0) -> StaticPlans:
+    def static(self, rows: int, longest: int = 1, index: int | None = None) -> StaticPlans:
         """Runs to be refilled: `rows` rows, `longest` of them in a run, `index` slots in spans too short for a range.
 
         Longer runs are right, but not cut for speed.
         """
-        return StaticPlans(rows, longest, index, self._device)
+        return StaticPlans(rows, longest, _GATHERED_SLOTS * rows if index is None else index, self._device)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -1,0 +1,112 @@
+"""A decode instance's line to one prefill instance.
+
+It owns the socket and what is known of the other side's life; it must not know of requests.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from longspan.disaggregation.driver import keep_alive, reachable
+from longspan.disaggregation.layout_map import Source
+from longspan.disaggregation.messages import Format, Hello, Refused, ToDecode, ToPrefill, Welcome, encode
+from longspan.disaggregation.worker import decoded
+
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_BRIEF_PAUSE, _LONG_PAUSE = 2.0, 30.0
+
+
+class Connection:
+    """One address. It is opened when it is needed; after a loss it rests for a while, so that requests do not wait for
+    it one after the other.
+
+    `source` is where its pages are, once it has answered; `problem` why it cannot be used now, None if it can.
+    """
+
+    def __init__(self, address: str, form: Format, patience: float, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.address = address
+        self.source: Source | None = None
+        self.problem: str | None = None
+        self._form = form
+        self._patience = patience
+        self._context = context
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._opened = 0.0
+        self._rests_until = 0.0
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """To listen to."""
+        return [socket for socket in (self._socket, self._monitor) if socket is not None]
+
+    def open(self) -> bool:
+        """Whether messages can be sent, though nobody may have answered yet."""
+        now = time.monotonic()
+        if self._socket is not None or now < self._rests_until:
+            return self._socket is not None
+        self.problem, self.source = None, None
+        self._opened = now
+        socket = self._context.socket(zmq.DEALER)
+        socket.set_hwm(0)  # prompts: bounded where they come in
+        keep_alive(socket)
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(_LOST)
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            self._lose(f"is no address ({error})", _LONG_PAUSE)
+            return False
+        self.send(Hello(self._form))
+        return True
+
+    def send(self, message: ToPrefill) -> None:
+        """Hand a message over; it is lost if the connection is."""
+        if self._socket is not None:
+            self._socket.send(encode(message))
+
+    def receive(self) -> list[ToDecode]:
+        """What has come since the last call; look at `problem` afterwards."""
+        found: list[ToDecode] = []
+        while self._socket is not None and self._socket.poll(0):
+            match decoded(self._socket.recv(), ToDecode):
+                case Welcome(source):
+                    addresses = tuple(reachable(address, self.address) for address in source.addresses)
+                    self.source = replace(source, addresses=addresses)
+                case Refused(reason):
+                    self._lose(f"refuses this instance: {reason}", _LONG_PAUSE)
+                case None:
+                    self._lose("speaks another language", _LONG_PAUSE)
+                case message:
+                    found.append(message)  # type: ignore[arg-type]
+        self._look()
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            self._socket.close(linger=100)
+        if self._monitor is not None:
+            self._monitor.close(linger=0)
+        self._socket = self._monitor = self.source = None
+
+    def refuse(self, reason: str) -> None:
+        """Do not use it for a while."""
+        self._lose(reason, _LONG_PAUSE)
+
+    def _look(self) -> None:
+        while self._monitor is not None and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self._lose("closed the connection" if self.source else "does not answer", _BRIEF_PAUSE)
+        if self._socket is not None and self.source is None and time.monotonic() - self._opened > self._patience:
+            self._lose(f"did not answer for {self._patience:g} s", _BRIEF_PAUSE)
+
+    def _lose(self, problem: str, pause: float) -> None:
+        self.close()
+        self.problem = problem
+        self._rests_until = time.monotonic() + pause

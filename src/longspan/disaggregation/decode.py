@@ -1,0 +1,235 @@
+"""The decode instance's role: has prompts computed elsewhere, and falls back to others, at last to itself.
+
+It owns where each prompt is computed and what happens when that fails; placing and filling pages is the scheduler's and
+the ranks' business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TYPE_CHECKING
+
+import zmq
+
+from longspan.disaggregation.connection import Connection
+from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
+from longspan.disaggregation.layout_map import Part, Source, cells
+from longspan.disaggregation.messages import (
+    Accepted,
+    Arrived,
+    Computed,
+    Ended,
+    Format,
+    Moving,
+    Prefill,
+    Release,
+    ToDecode,
+)
+from longspan.disaggregation.options import TransferConfig
+from longspan.plan import Fetch, StepPlan
+
+if TYPE_CHECKING:
+    from longspan.engine.core import CoreRequest, TokenOutput
+
+_MAX_CONNECTIONS = 64
+_LOG = logging.getLogger("longspan.disaggregation")
+CachedTokens = Callable[["CoreRequest"], int]
+
+
+@dataclass(eq=False)
+class _Remote:
+    """A request whose prompt is computed at `connection`, under the number `sent`; `others` can be asked next.
+
+    `fetch` is what the ranks carry out, of which `arrived` have all; `heard` is when something moved last, in
+    `time.monotonic()`, once the prompt is `computed`.
+    """
+
+    request: CoreRequest
+    others: list[str]
+    connection: Connection | None = None
+    sent: int = 0
+    accepted: bool = False
+    computed: bool = False
+    heard: float = 0.0
+    fetch: Fetch | None = None
+    arrived: set[int] = field(default_factory=set)
+    received: int = 0
+
+
+class DecodeRole:
+    """See `Role`. `cached` says how many of a request's tokens need not be computed anywhere."""
+
+    def __init__(
+        self, config: TransferConfig, form: Format, parts: tuple[Part, ...], cached: CachedTokens, page_size: int
+    ) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._mailbox = Mailbox(config, self._context)
+        self.config = self._mailbox.config
+        self.card = PeerCard(config.role, self._mailbox.address, form)
+        self.counters = TransferCounters()
+        self._parts = parts
+        self._cached = cached
+        self._page_size = page_size
+        self._desk: Desk | None = None
+        self._ranks = 0
+        self._connections: dict[str, Connection] = {}
+        self._remotes: dict[int, _Remote] = {}
+        self._by_sent: dict[int, _Remote] = {}
+        self._by_fetch: dict[int, _Remote] = {}
+        self._numbers = count(1)
+
+    def start(self, desk: Desk, ranks: int) -> None:
+        """See `Role.start`."""
+        self._desk, self._ranks = desk, ranks
+
+    def add(self, request: CoreRequest) -> bool:
+        """See `Role.add`: what is new to the cache by a page or less is computed here."""
+        known = len(request.prompt_token_ids) + len(request.output_token_ids) - 1
+        scored = request.params.prompt_logprobs is not None  # every token is wanted, not only its KV
+        if not request.prefill_at or scored or known - self._cached(request) <= self._page_size:
+            return False
+        remote = self._remotes[request.number] = _Remote(request, list(request.prefill_at))
+        self._ask(remote)
+        return True
+
+    def submitted(self, plan: StepPlan) -> None:
+        """See `Role.submitted`: requests of which the scheduler has placed the pages are being fetched."""
+        for fetch in plan.fetches:
+            remote = self._remotes[fetch.request_id]
+            remote.fetch, remote.heard = fetch, time.monotonic()
+            self._by_fetch[fetch.number] = remote
+
+    def finish(self, number: int) -> None:
+        """See `Role.finish`."""
+        remote = self._remotes.pop(number, None)
+        if remote is not None:
+            self._leave(remote)
+
+    def keeps(self, output: TokenOutput) -> bool:
+        """See `Role.keeps`: never."""
+        return False
+
+    def exchange(self) -> None:
+        """See `Role.exchange`."""
+        for _, message in self._mailbox.messages():
+            match message:
+                case Moving(fetch) if fetch in self._by_fetch:
+                    self._by_fetch[fetch].heard = time.monotonic()
+                case Arrived(rank, fetch, received) if fetch in self._by_fetch:
+                    self._arrived(self._by_fetch[fetch], rank, received)
+        for connection in list(self._connections.values()):
+            self._hear(connection)
+        now = time.monotonic()
+        for remote in list(self._remotes.values()):
+            if remote.computed and remote.fetch and now - remote.heard > self.config.patience_seconds:
+                self._retry(remote, f"sent nothing for {self.config.patience_seconds:g} s")
+
+    def wait(self, seconds: float) -> None:
+        """See `Role.wait`."""
+        wait_for(self.sockets, seconds)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """See `Role.sockets`."""
+        return [self._mailbox.socket, *(s for connection in self._connections.values() for s in connection.sockets)]
+
+    def close(self) -> None:
+        """See `Role.close`."""
+        for connection in self._connections.values():
+            connection.close()
+        self._context.destroy(linger=100)
+
+    def _ask(self, remote: _Remote) -> None:
+        """Have the prompt computed by the next instance that may be there, at last by this one."""
+        request = remote.request
+        while remote.others:
+            connection = self._connection(remote.others.pop(0))
+            if connection.open():
+                remote.connection, remote.sent = connection, next(self._numbers)
+                self._by_sent[remote.sent] = remote
+                tokens = [*request.prompt_token_ids, *request.output_token_ids][:-1]
+                connection.send(Prefill(remote.sent, tokens))
+                return
+        del self._remotes[request.number]
+        if self._desk is not None:
+            self._desk.begin(request, None)
+
+    def _connection(self, address: str) -> Connection:
+        if address not in self._connections:
+            if len(self._connections) >= _MAX_CONNECTIONS:
+                used = {remote.connection for remote in self._remotes.values()}
+                for idle in [known for known, connection in self._connections.items() if connection not in used]:
+                    self._connections.pop(idle).close()
+            form = self.card.format
+            self._connections[address] = Connection(address, form, self.config.patience_seconds, self._context)
+        return self._connections[address]
+
+    def _hear(self, connection: Connection) -> None:
+        unknown = connection.source is None
+        messages = connection.receive()
+        if unknown and connection.source is not None and (problem := self._misfit(connection.source)):
+            connection.refuse(problem)
+        for message in messages:
+            self._obey(connection, message)
+        if connection.problem is not None:
+            problem, connection.problem = connection.problem, None
+            _LOG.warning("prefill instance %s %s", connection.address, problem)
+            for remote in [r for r in self._remotes.values() if r.connection is connection]:
+                self._retry(remote, problem)
+
+    def _misfit(self, source: Source) -> str | None:
+        """Why pages from there cannot be put together here."""
+        try:
+            for part in self._parts:
+                cells(part, source.parts)
+        except ValueError as error:
+            return f"has another model: {error}"
+        return None
+
+    def _obey(self, connection: Connection, message: ToDecode) -> None:
+        remote = self._by_sent.get(getattr(message, "number", 0))
+        if remote is None:
+            return
+        match message:
+            case Accepted(_, request) if connection.source is not None and self._desk is not None:
+                remote.accepted = True
+                self._desk.begin(remote.request, replace(connection.source, request=request))
+            case Computed():
+                remote.computed, remote.heard = True, time.monotonic()
+            case Ended(_, reason):
+                self._retry(remote, reason)
+
+    def _arrived(self, remote: _Remote, rank: int, received: int) -> None:
+        remote.arrived.add(rank)
+        remote.received += received
+        remote.heard = time.monotonic()
+        if len(remote.arrived) < self._ranks or remote.fetch is None or self._desk is None:
+            return
+        self.counters.fetched += 1
+        self.counters.tokens += remote.fetch.stop - remote.fetch.start
+        self.counters.bytes += remote.received
+        self._desk.arrived(remote.request.number)
+        del self._remotes[remote.request.number]
+        self._leave(remote)
+
+    def _retry(self, remote: _Remote, reason: str) -> None:
+        """Begin again elsewhere: what has arrived is given up with its pages."""
+        _LOG.warning("request %d: its prompt is computed elsewhere: %s", remote.request.number, reason)
+        self.counters.retried += 1
+        self._leave(remote)
+        if remote.accepted and self._desk is not None:
+            self._desk.leave(remote.request.number)
+        again = self._remotes[remote.request.number] = _Remote(remote.request, remote.others)
+        self._ask(again)
+
+    def _leave(self, remote: _Remote) -> None:
+        """The prefill instance can let go of it."""
+        if remote.connection is not None:
+            remote.connection.send(Release(remote.sent))
+        self._by_sent.pop(remote.sent, None)
+        if remote.fetch is not None:
+            self._by_fetch.pop(remote.fetch.number, None)

@@ -1,0 +1,188 @@
+"""What the two roles share beside the engine's core: the mailbox, and the words of the ranks.
+
+It owns the socket that ranks and other instances write to; what they say is the roles' business.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import zmq
+
+from longspan.disaggregation.layout_map import Source
+from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
+from longspan.disaggregation.options import TransferConfig
+from longspan.disaggregation.worker import decoded
+from longspan.errors import ConfigError, EngineError
+from longspan.plan import StepPlan
+
+if TYPE_CHECKING:
+    from longspan.engine.core import CoreRequest, TokenOutput
+
+PREFILL_HEADER = "x-longspan-prefill"
+"""Of a request to a decode instance: addresses of prefill instances, to be asked in this order."""
+
+_HEARTBEAT_MS = 1000
+_SILENCE_MS = 5000
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class PeerCard:
+    """What an instance says of itself to who puts pairs together; `address` is where decode instances reach it."""
+
+    role: str
+    address: str
+    format: Format
+
+
+class Desk(Protocol):
+    """The core, as a role uses it."""
+
+    def begin(self, request: CoreRequest, source: Source | None) -> None:
+        """Queue a request whose prompt is computed here, or fetched."""
+        ...
+
+    def prefill(self, number: int, token_ids: Sequence[int]) -> None:
+        """Compute a prompt for another instance, and keep its pages."""
+        ...
+
+    def leave(self, number: int) -> None:
+        """Take a request out of the scheduler; its pages are free."""
+        ...
+
+    def arrived(self, number: int) -> None:
+        """All pages of a fetched prompt are filled."""
+        ...
+
+
+@dataclass
+class TransferCounters:
+    """What a role has done so far. A prefill instance counts prompts `sent`; a decode instance those `fetched`, their
+    `tokens` and `bytes`, and how often another instance had to be asked, or none was left: `retried`."""
+
+    sent: int = 0
+    fetched: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    retried: int = 0
+
+
+class Role(Protocol):
+    """One side of pairs, beside a core; called between steps."""
+
+    counters: TransferCounters
+    card: PeerCard
+
+    def start(self, desk: Desk, ranks: int) -> None:
+        """The core's ranks are ready."""
+        ...
+
+    def add(self, request: CoreRequest) -> bool:
+        """Whether the role takes a new request in charge."""
+        ...
+
+    def finish(self, number: int) -> None:
+        """A request has ended in the core."""
+        ...
+
+    def submitted(self, plan: StepPlan) -> None:
+        """The ranks will hear of a plan."""
+        ...
+
+    def keeps(self, output: TokenOutput) -> bool:
+        """Whether an ended request's pages stay; its output is then nobody's."""
+        ...
+
+    def exchange(self) -> None:
+        """Read what has come, answer, and look after what takes too long."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Until something comes, or so long."""
+        ...
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """Those to listen to while the core has nothing to do."""
+        ...
+
+    def close(self) -> None:
+        """End all connections."""
+        ...
+
+
+class Mailbox:
+    """A socket that ranks and decode instances write to. Raises `ConfigError` for an address that cannot be taken."""
+
+    def __init__(self, config: TransferConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.set_hwm(0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        keep_alive(self.socket)
+        try:
+            self.socket.bind(f"tcp://{config.host}:{config.port or '*'}")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                "transfer_port", f"{config.host}:{config.port}", f"cannot be listened at ({error})",
+                "give another --transfer-host or --transfer-port",
+            ) from error  # fmt: skip
+        endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = endpoint
+        self.config = replace(config, mailbox=endpoint.replace("//0.0.0.0:", "//127.0.0.1:"), life=secrets.token_hex(8))
+
+    def messages(self) -> Iterator[tuple[bytes, object]]:
+        """What has come, each with its sender; raises `EngineError` if a rank can move no more pages.
+
+        A rank shows that it is one by the instance's life, which others know only once they are welcome.
+        """
+        while self.socket.poll(0):
+            sender, *frames, data = self.socket.recv_multipart()
+            message = decoded(data, FromRank if frames == [self.config.life.encode()] else ToPrefill)
+            if isinstance(message, Broken):
+                raise EngineError(f"rank {message.rank} can move no more pages: {message.reason}")
+            yield sender, message
+
+    def addresses(self, ranks: int) -> tuple[str, ...]:
+        """Where the ranks answer, in rank order, once all have said so."""
+        found: dict[int, str] = {}
+        deadline = time.monotonic() + _START_SECONDS
+        while len(found) < ranks:
+            if not self.socket.poll(1000) and time.monotonic() > deadline:
+                raise EngineError(f"{ranks - len(found)} ranks did not open their page servers")
+            for _, message in self.messages():
+                if isinstance(message, Serving):
+                    found[message.rank] = message.address
+        return tuple(found[rank] for rank in sorted(found))
+
+    def send(self, receiver: bytes, message: ToDecode) -> bool:
+        """Whether the receiver is still there."""
+        try:
+            self.socket.send_multipart([receiver, encode(message)], zmq.DONTWAIT)
+        except zmq.ZMQError:
+            return False
+        return True
+
+
+def keep_alive(socket: zmq.Socket[bytes]) -> None:
+    """A machine that is gone without a word counts as disconnected after some seconds of silence."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+
+
+def wait_for(sockets: Sequence[zmq.Socket[bytes]], seconds: float) -> bool:
+    """Whether one of the sockets has something to read before the time is over."""
+    poller = zmq.Poller()
+    for socket in sockets:
+        poller.register(socket, zmq.POLLIN)
+    return bool(poller.poll(int(1000 * seconds)))
+
+
+def reachable(address: str, known: str) -> str:
+    """`tcp://0.0.0.0:5000`, heard from an instance known as `tcp://host:4000`, is `tcp://host:5000`."""
+    host = known.removeprefix("tcp://").rpartition(":")[0]
+    return address.replace("//0.0.0.0:", f"//{host}:")

@@ -1,0 +1,80 @@
+"""What two instances must agree on before a page of one can be a page of the other, and what they tell of themselves.
+
+It owns the fingerprints and the comparison; it must not know how the words travel.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import msgspec
+import torch
+
+from longspan.disaggregation.layout_map import Part
+from longspan.disaggregation.messages import Format
+from longspan.engine.setup import EngineSetup
+from longspan.parallel.sharding import Sharding
+from longspan.weights.checkpoint import Checkpoint
+
+PROTOCOL = 1
+_SAMPLED_TENSORS = 64
+_SAMPLED_ELEMENTS = 64
+_NAMES = {
+    "protocol": "protocol (another version of Longspan)",
+    "model": "model configuration",
+    "weights": "weights (another model or revision)",
+    "dtype": "dtype",
+    "kv_cache_dtype": "kv_cache_dtype",
+    "planes": "planes of a cache row",
+    "row_bytes": "bytes of a cache row",
+}
+
+
+def format_of(setup: EngineSetup) -> Format:
+    """What an instance's pages mean. Reads a little of some weights, to tell revisions apart."""
+    return Format(
+        PROTOCOL, _digest(repr(setup.model).encode()), _weights(setup.source.checkpoint), str(setup.dtype),
+        setup.config.cache.dtype, setup.layout.planes, setup.layout.row_bytes,
+    )  # fmt: skip
+
+
+def difference(decode: Format, prefill: Format) -> str | None:
+    """Why pages of the one are no pages of the other, with the remedy; None if they are."""
+    ours, theirs = msgspec.structs.asdict(decode), msgspec.structs.asdict(prefill)
+    for field, name in _NAMES.items():
+        if ours[field] != theirs[field]:
+            return (
+                f"{name}: the decode instance has {ours[field]}, the prefill instance {theirs[field]}; "
+                "start both with the same model, --dtype and --kv-cache-dtype"
+            )
+    return None
+
+
+def parts_of(setup: EngineSetup) -> tuple[Part, ...]:
+    """What each rank stores, in rank order."""
+    grid, model = setup.grid, setup.model
+    found: list[Part] = []
+    for place in grid.ranks:
+        sharding = Sharding(grid, place.rank, model.num_q_heads, model.num_kv_heads)
+        layers = sharding.extent("layers", model.num_layers)
+        found.append(Part(place.rank, place.shard, layers, sharding.kv_extent))
+    return tuple(found)
+
+
+def _weights(checkpoint: Checkpoint) -> str:
+    """Of all names and shapes, and of a few numbers of a few tensors: revisions differ in most of theirs."""
+    names = sorted(checkpoint.names())
+    digest = blake2b(digest_size=8)
+    for name in names:
+        digest.update(f"{name}{checkpoint.shape(name)}".encode())
+    for name in names[:: max(1, len(names) // _SAMPLED_TENSORS)]:
+        shape = checkpoint.shape(name)
+        sizes = [1] * len(shape[:-1]) + [min(_SAMPLED_ELEMENTS, size) for size in shape[-1:]]
+        sample = torch.empty(sizes)
+        checkpoint.read(name, tuple(slice(0, size) for size in sizes), sample)
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,133 @@
+"""The instances behind a router: who is there, and whether they fit together.
+
+It owns their addresses and the questions put to them at start and once a second; it must not forward requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+import msgspec
+
+from longspan.disaggregation.driver import PeerCard, reachable
+from longspan.disaggregation.handshake import difference
+from longspan.errors import ConfigError
+
+_ASK_SECONDS = 2.0
+_PAUSE_SECONDS = 1.0
+_LOG = logging.getLogger("longspan.disaggregation")
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What an instance says of itself; without a `card` it is not ready, or has no role."""
+
+    card: PeerCard | None
+    model: str
+    waiting: int
+    running: int
+
+
+@dataclass
+class Instance:
+    """One server. `answer` is its latest, None while it is not there."""
+
+    role: str
+    url: str
+    answer: Answer | None = None
+
+    @property
+    def address(self) -> str:
+        """Where other instances reach it; '' while it is not there."""
+        if self.answer is None or self.answer.card is None:
+            return ""
+        host = self.url.split("://", 1)[1].split("/")[0].rpartition(":")[0]
+        return reachable(self.answer.card.address, f"tcp://{host}:0")
+
+
+class Instances:
+    """All of them. `session` must send what they want for a key."""
+
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        self.all = [Instance("prefill", url.rstrip("/")) for url in prefill]
+        self.all += [Instance("decode", url.rstrip("/")) for url in decode]
+        for instance in self.all:
+            if not instance.url.startswith(("http://", "https://")):
+                raise ConfigError(instance.role, instance.url, "is no URL", "give one like http://127.0.0.1:8000")
+
+    def alive(self, role: str) -> list[Instance]:
+        """Those that can be used now."""
+        return [instance for instance in self.all if instance.role == role and instance.answer]
+
+    async def wait(self, session: aiohttp.ClientSession, seconds: float) -> None:
+        """Until all have answered. Raises `ConfigError` for one that does not, or does not fit the others."""
+        deadline = time.monotonic() + seconds
+        while missing := [instance for instance in self.all if not instance.answer]:
+            problems = await asyncio.gather(*(self._ask(instance, session) for instance in missing))
+            if time.monotonic() > deadline and any(problems):
+                instance, problem = next((i, p) for i, p in zip(missing, problems, strict=True) if p)
+                raise ConfigError(
+                    instance.role, instance.url, f"{problem} (waited {seconds:g} s)",
+                    f"start it with `longspan serve MODEL --role {instance.role}`, or correct the URL",
+                )  # fmt: skip
+            if any(problems):
+                await asyncio.sleep(min(_PAUSE_SECONDS, seconds))
+        for instance in self.all:
+            misfit = self.misfit(instance)
+            if misfit:
+                raise ConfigError(instance.role, instance.url, misfit, "every instance must serve the same model")
+
+    async def watch(self, session: aiohttp.ClientSession) -> None:
+        """Ask everyone once a second, for ever."""
+        while True:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
+
+    def lost(self, instance: Instance, problem: str) -> None:
+        """It did not answer a request: use it again when it answers a question."""
+        if instance.answer is not None:
+            _LOG.warning("%s instance %s: %s", instance.role, instance.url, problem)
+        instance.answer = None
+
+    def misfit(self, instance: Instance) -> str | None:
+        """Why an instance that has answered cannot work with the first one."""
+        answer, first = instance.answer, next((other.answer for other in self.all if other.answer), None)
+        if answer is None or answer.card is None or first is None or first.card is None:
+            return None
+        if answer.card.role != instance.role:
+            return f"is a {answer.card.role} instance"
+        if answer.model != first.model:
+            return f"serves {answer.model!r}, another one {first.model!r}"
+        ours, theirs = (answer, first) if instance.role == "decode" else (first, answer)
+        if ours.card is None or theirs.card is None:
+            return None
+        return difference(ours.card.format, theirs.card.format)
+
+    async def _look_after(self, instance: Instance, session: aiohttp.ClientSession) -> None:
+        problem = await self._ask(instance, session) or self.misfit(instance)
+        if problem:
+            self.lost(instance, problem)
+
+    async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
+        """What is wrong with it, None if it has answered."""
+        timeout = aiohttp.ClientTimeout(_ASK_SECONDS)
+        try:
+            async with session.get(f"{instance.url}/internal/peer", timeout=timeout) as response:
+                body = await response.read()
+            if response.status == 401:
+                return "refuses the key given with --api-key"
+            if response.status != 200:
+                return f"answers with status {response.status}"
+            answer = msgspec.json.decode(body, type=Answer)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return f"nobody answers there ({type(error).__name__})"
+        except msgspec.MsgspecError:
+            return "is no server of this kind"
+        if answer.card is None:
+            return "is not ready, or was started without --role"
+        instance.answer = answer
+        return None

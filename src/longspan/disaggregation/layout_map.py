@@ -1,0 +1,102 @@
+"""Which rank of one instance has what a rank of another needs: layers × KV heads × tokens.
+
+It owns this mapping as pure functions of what ranks say of themselves; it must not know of sizes of groups, page sizes
+or how bytes travel: both sides speak of tokens by their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from longspan.cache.pages import PageTable
+
+Extent = tuple[int, int]
+"""[start, stop) of layers, heads or positions."""
+
+FIRST_FOR_OTHERS = 1 << 62
+"""From here on requests are numbered that are computed for other instances; below are a server's own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank stores of every page of its shard."""
+
+    rank: int
+    shard: int
+    layers: Extent
+    heads: Extent
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the KV of a prompt is to be had: ranks' `addresses` and `parts`, both in rank order.
+
+    `request` is the prompt's number there, in that `life` of the instance.
+    """
+
+    life: str
+    addresses: tuple[str, ...]
+    parts: tuple[Part, ...]
+    request: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Layers × heads of one rank's part that come together; `ranks[s]` has them of what is on the source's shard s."""
+
+    layers: Extent
+    heads: Extent
+    ranks: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Cache rows of one token, in one plane."""
+        return (self.layers[1] - self.layers[0]) * (self.heads[1] - self.heads[0])
+
+
+def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
+    """Cut `mine` so that each cell lies whole on one rank of every source shard; replicas share the work.
+
+    Raises ValueError if nobody has a piece of it.
+    """
+    found: list[Cell] = []
+    for layers in _overlaps(mine.layers, [part.layers for part in theirs]):
+        stage = [part for part in theirs if part.layers[0] <= layers[0] and layers[1] <= part.layers[1]]
+        if not stage:
+            raise ValueError(f"no rank holds layers {layers[0]}..{layers[1] - 1}")
+        shards = sorted({part.shard for part in stage})
+        head = mine.heads[0]
+        while head < mine.heads[1]:
+            chosen = [_furthest([p for p in stage if p.shard == shard], head, mine.rank) for shard in shards]
+            stop = min(mine.heads[1], *(part.heads[1] for part in chosen))
+            found.append(Cell(layers, (head, stop), tuple(part.rank for part in chosen)))
+            head = stop
+    return found
+
+
+def runs_on(table: PageTable, shard: int, start: int, stop: int) -> list[Extent]:
+    """Positions [start, stop) of a request that lie on `shard`, as runs of adjacent slots."""
+    return [(start + offset, start + offset + span.length) for offset, span in table.slots(shard, start, stop)]
+
+
+def is_for_others(request_id: int) -> bool:
+    """Whether a request is computed for another instance."""
+    return request_id >= FIRST_FOR_OTHERS
+
+
+def _overlaps(mine: Extent, theirs: Sequence[Extent]) -> list[Extent]:
+    """`mine`, cut where one of theirs ends."""
+    cuts = sorted({*mine, *(cut for extent in theirs for cut in extent if mine[0] < cut < mine[1])})
+    return list(pairwise(cuts))
+
+
+def _furthest(parts: Sequence[Part], head: int, spread: int) -> Part:
+    """The part that holds `head` and most heads behind it; one of several by `spread`."""
+    having = [part for part in parts if part.heads[0] <= head < part.heads[1]]
+    if not having:
+        raise ValueError(f"no rank of the shard holds KV head {head}")
+    stop = max(part.heads[1] for part in having)
+    best = [part for part in having if part.heads[1] == stop]
+    return best[spread % len(best)]

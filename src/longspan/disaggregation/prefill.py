@@ -1,0 +1,164 @@
+"""The prefill instance's role: computes prompts for decode instances and keeps their pages until they are fetched.
+
+It owns whose prompt is whose; computing is the core's, sending pages the ranks'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING
+
+import zmq
+
+from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
+from longspan.disaggregation.handshake import difference
+from longspan.disaggregation.layout_map import FIRST_FOR_OTHERS, Part, Source
+from longspan.disaggregation.messages import (
+    Accepted,
+    Computed,
+    Ended,
+    Format,
+    Hello,
+    Prefill,
+    Pulse,
+    Refused,
+    Release,
+    Welcome,
+)
+from longspan.disaggregation.options import TransferConfig
+from longspan.plan import StepPlan
+
+if TYPE_CHECKING:
+    from longspan.engine.core import CoreRequest, TokenOutput
+
+_PULSE_SECONDS = 1.0
+CheckPrompt = Callable[[list[int]], str | None]
+
+
+@dataclass
+class _Prompt:
+    """A decode instance's prompt: `number` there; `computed` when, in `time.monotonic()`."""
+
+    peer: bytes
+    number: int
+    computed: float | None = None
+
+
+class PrefillRole:
+    """See `Role`. `check` says what is wrong with a prompt, None if it can be computed."""
+
+    def __init__(self, config: TransferConfig, form: Format, parts: tuple[Part, ...], check: CheckPrompt) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._mailbox = Mailbox(config, self._context)
+        self.config = self._mailbox.config
+        self.card = PeerCard(config.role, self._mailbox.address, form)
+        self.counters = TransferCounters()
+        self._source = Source(self.config.life, (), parts)
+        self._check = check
+        self._desk: Desk | None = None
+        self._welcome: set[bytes] = set()
+        self._prompts: dict[int, _Prompt] = {}
+        self._request_of: dict[tuple[bytes, int], int] = {}
+        self._numbers = count(FIRST_FOR_OTHERS)
+        self._pulsed = time.monotonic()
+
+    def start(self, desk: Desk, ranks: int) -> None:
+        """See `Role.start`."""
+        self._desk = desk
+        self._source = replace(self._source, addresses=self._mailbox.addresses(ranks))
+
+    def add(self, request: CoreRequest) -> bool:
+        """See `Role.add`: users' requests are computed like anywhere."""
+        return False
+
+    def finish(self, number: int) -> None:
+        """See `Role.finish`."""
+
+    def submitted(self, plan: StepPlan) -> None:
+        """See `Role.submitted`: a prefill instance fetches nothing."""
+
+    def keeps(self, output: TokenOutput) -> bool:
+        """See `Role.keeps`."""
+        prompt = self._prompts.get(output.number)
+        if prompt is None:
+            return False
+        if output.error is not None:
+            self._end(output.number, output.error)
+        else:
+            prompt.computed = time.monotonic()
+            self._mailbox.send(prompt.peer, Computed(prompt.number))
+        return True
+
+    def exchange(self) -> None:
+        """See `Role.exchange`."""
+        for peer, message in self._mailbox.messages():
+            match message:
+                case Hello(form):
+                    self._greet(peer, form)
+                case Prefill(number, token_ids):
+                    self._take(peer, number, token_ids)
+                case Release(number):
+                    request = self._request_of.get((peer, number))
+                    if request is not None:
+                        self.counters.sent += self._prompts[request].computed is not None
+                        self._drop(request)
+        now = time.monotonic()
+        if now - self._pulsed >= _PULSE_SECONDS:
+            self._pulsed = now
+            self._look_after(now)
+
+    def wait(self, seconds: float) -> None:
+        """See `Role.wait`."""
+        wait_for(self.sockets, seconds)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """See `Role.sockets`."""
+        return [self._mailbox.socket]
+
+    def close(self) -> None:
+        """See `Role.close`."""
+        self._context.destroy(linger=100)
+
+    def _greet(self, peer: bytes, form: Format) -> None:
+        reason = difference(form, self.card.format)
+        if reason is None:
+            self._welcome.add(peer)
+            self._mailbox.send(peer, Welcome(self._source))
+        else:
+            self._mailbox.send(peer, Refused(reason))
+
+    def _take(self, peer: bytes, number: int, token_ids: list[int]) -> None:
+        reason = self._check(token_ids) if peer in self._welcome else "this instance was not greeted, or refused"
+        if reason is not None or self._desk is None:
+            self._mailbox.send(peer, Ended(number, reason or "not ready yet"))
+            return
+        request = next(self._numbers)
+        self._prompts[request] = _Prompt(peer, number)
+        self._request_of[peer, number] = request
+        self._desk.prefill(request, token_ids)
+        self._mailbox.send(peer, Accepted(number, request))
+
+    def _look_after(self, now: float) -> None:
+        """Drop prompts of instances that are gone, and pages that nobody fetches."""
+        gone = {peer for peer in self._welcome if not self._mailbox.send(peer, Pulse())}
+        self._welcome -= gone
+        for request, prompt in list(self._prompts.items()):
+            if prompt.peer in gone:
+                self._drop(request)
+            elif prompt.computed is not None and now - prompt.computed > self.config.hold_seconds:
+                self._end(request, f"its pages were not fetched for {self.config.hold_seconds:g} s")
+
+    def _end(self, request: int, reason: str) -> None:
+        prompt = self._prompts[request]
+        self._mailbox.send(prompt.peer, Ended(prompt.number, reason))
+        self._drop(request)
+
+    def _drop(self, request: int) -> None:
+        prompt = self._prompts.pop(request)
+        del self._request_of[prompt.peer, prompt.number]
+        if self._desk is not None:
+            self._desk.leave(request)

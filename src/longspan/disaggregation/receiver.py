@@ -1,0 +1,194 @@
+"""A decode rank's side of a transfer: asks for the tokens it is to store, and puts them into its pool.
+
+It owns what is under way to this rank and its bound; it must not decide what is fetched nor from whom.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+import zmq
+
+from longspan.cache.pages import PageTable, Span
+from longspan.disaggregation.layout_map import Part, cells, runs_on
+from longspan.disaggregation.messages import (
+    Arrived,
+    Ask,
+    Block,
+    Have,
+    Missing,
+    Moving,
+    ToReceiver,
+    Unwatch,
+    Watch,
+    encode,
+)
+from longspan.disaggregation.options import TransferConfig
+from longspan.disaggregation.pool_access import PoolAccess
+from longspan.disaggregation.pulls import Pull, Pulls
+from longspan.disaggregation.worker import TableOf, TransferThread, decoded
+from longspan.plan import Fetch, StepPlan
+
+_MOVING_SECONDS = 1.0
+_MAX_SOCKETS = 256
+
+
+@dataclass(eq=False)
+class _Fetching:
+    """One fetch: `pulls` says what is missing, `table` where it goes."""
+
+    fetch: Fetch
+    table: PageTable
+    pulls: Pulls
+    received: int = 0
+    told: float = field(default_factory=time.monotonic)
+
+
+class PageReceiver(TransferThread):
+    """See `TransferThread`. It writes only slots of requests that are being fetched, which no step touches; what ends
+    a fetch waits for the block that is being written."""
+
+    def __init__(self, part: Part, access: PoolAccess, config: TransferConfig) -> None:
+        super().__init__(part, access, config)
+        self.received = 0  # bytes of KV
+        self._new: list[_Fetching] = []
+        self._live: dict[int, _Fetching] = {}  # by the request's number: what may still be written
+        self._active: dict[tuple[str, int], _Fetching] = {}  # by the source's life and request
+        self._under_way: dict[int, tuple[_Fetching, Pull]] = {}
+        self._blocks = count()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self._woken, zmq.POLLIN)
+        self._thread.start()
+
+    def apply(self, plan: StepPlan, table_of: TableOf) -> None:
+        """See `TransferThread.apply`."""
+        with self._lock:
+            ended = [self._live.pop(request_id, None) for request_id in plan.finished]
+            for fetch in plan.fetches:
+                started = self._start(fetch, table_of(fetch.request_id))
+                self._live[fetch.request_id] = started
+                self._new.append(started)
+        if plan.fetches or any(ended):
+            self._access.mark()
+            self.wake()
+
+    def computed(self, plan: StepPlan) -> None:
+        """See `TransferThread.computed`: nothing is asked of this side."""
+
+    def _start(self, fetch: Fetch, table: PageTable) -> _Fetching:
+        parts = cells(self._part, fetch.source.parts)
+        limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
+        return _Fetching(fetch, table, Pulls(parts, runs_on(table, self._part.shard, fetch.start, fetch.stop), limits))
+
+    def _woke(self) -> None:
+        with self._lock:
+            new, self._new = self._new, []
+            live = set(map(id, self._live.values()))
+        for fetching in [f for f in self._active.values() if id(f) not in live]:
+            self._forget(fetching)
+            self._close([a for a in fetching.fetch.source.addresses if a not in self._used()])
+        for fetching in new:
+            if id(fetching) not in live:
+                continue
+            source = fetching.fetch.source
+            self._active[source.life, source.request] = fetching
+            for rank in fetching.pulls.ranks:
+                self._socket(source.addresses[rank]).send(encode(Watch(source.life, source.request)))
+            self._end_if_done(fetching)
+        self._ask()
+
+    def _listen(self) -> None:
+        self._poller.poll()
+        for address, socket in list(self._sockets.items()):
+            while socket.poll(0):
+                self._take(address, socket.recv_multipart(copy=False))
+        self._ask()
+
+    def _take(self, address: str, frames: Sequence[zmq.Frame]) -> None:
+        match decoded(frames[0].bytes, ToReceiver):
+            case Have(life, request, runs):
+                fetching = self._active.get((life, request))
+                if fetching is not None and address in fetching.fetch.source.addresses:
+                    fetching.pulls.offer(fetching.fetch.source.addresses.index(address), runs)
+            case Block(block) if len(frames) == 2:
+                self._store(block, frames[1])
+            case Missing(block) if block in self._under_way:
+                fetching, pull = self._under_way.pop(block)
+                fetching.pulls.refused(pull)
+
+    def _store(self, block: int, frame: zmq.Frame) -> None:
+        if block not in self._under_way:  # its fetch has ended
+            return
+        fetching, pull = self._under_way.pop(block)
+        rows = (pull.layers[1] - pull.layers[0]) * (pull.heads[1] - pull.heads[0]) * pull.tokens
+        if len(frame) != rows * self._access.token_bytes:  # whatever it is, it is not what was asked for
+            fetching.pulls.refused(pull)
+            return
+        whole = torch.frombuffer(bytearray(frame.buffer), dtype=torch.uint8)
+        with self._lock:
+            if self._live.get(fetching.fetch.request_id) is not fetching:
+                return
+            self._access.write(pull.layers, pull.heads, self._spans(fetching.table, pull), whole)
+        fetching.received += whole.numel()
+        self.received += whole.numel()
+        fetching.pulls.arrived(pull)
+        if time.monotonic() - fetching.told > _MOVING_SECONDS:
+            fetching.told = time.monotonic()
+            self._tell(Moving(fetching.fetch.number))
+        self._end_if_done(fetching)
+
+    def _spans(self, table: PageTable, pull: Pull) -> list[Span]:
+        return [span for start, stop in pull.runs for _, span in table.slots(self._part.shard, start, stop)]
+
+    def _ask(self) -> None:
+        """As many blocks as may be under way, for the oldest fetches that have something to ask for."""
+        for fetching in self._active.values():
+            source = fetching.fetch.source
+            while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
+                block = next(self._blocks)
+                self._under_way[block] = (fetching, pull)
+                ask = Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
+                self._socket(source.addresses[pull.rank]).send(encode(ask))
+
+    def _end_if_done(self, fetching: _Fetching) -> None:
+        if fetching.pulls.done:
+            self._forget(fetching)
+            with self._lock:
+                if self._live.get(fetching.fetch.request_id) is fetching:
+                    del self._live[fetching.fetch.request_id]
+            self._tell(Arrived(self._part.rank, fetching.fetch.number, fetching.received))
+
+    def _forget(self, fetching: _Fetching) -> None:
+        """Its blocks under way count no more: they may never come."""
+        source = fetching.fetch.source
+        if self._active.get((source.life, source.request)) is fetching:
+            del self._active[source.life, source.request]
+        self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}
+        for rank in fetching.pulls.ranks:
+            self._socket(source.addresses[rank]).send(encode(Unwatch(source.life, source.request)))
+
+    def _socket(self, address: str) -> zmq.Socket[bytes]:
+        if address not in self._sockets:
+            if len(self._sockets) >= _MAX_SOCKETS:  # instances come and go
+                self._close([a for a in self._sockets if a not in self._used()])
+            socket = self._context.socket(zmq.DEALER)
+            socket.set_hwm(0)  # questions only, and a bounded number
+            socket.connect(address)
+            self._poller.register(socket, zmq.POLLIN)
+            self._sockets[address] = socket
+        return self._sockets[address]
+
+    def _used(self) -> set[str]:
+        return {address for fetching in self._active.values() for address in fetching.fetch.source.addresses}
+
+    def _close(self, addresses: Sequence[str]) -> None:
+        for address in addresses:
+            socket = self._sockets.pop(address, None)
+            if socket is not None:
+                self._poller.unregister(socket)
+                socket.close(linger=0)

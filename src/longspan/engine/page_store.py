@@ -1,0 +1,242 @@
+"""Pages outside the device: the driver's files for host memory and disk, and what each rank copies from and to them.
+
+It owns bytes, slots and checksums; which page goes where is the plan's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from longspan.attention.pool import KVPool
+from longspan.cache.offload import PageLoad, PageSave, Tier
+from longspan.cache.prefix import Key
+from longspan.config import require
+from longspan.engine.setup import EngineSetup
+from longspan.errors import ConfigError, EngineError
+from longspan.parallel.sharding import Sharding
+
+_KEY_BYTES = 16
+_HEADER_BYTES = 32  # key, checksum, nothing: what is behind it stays aligned
+_MEMORY_INFO = Path("/proc/meminfo")
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a slot of `slot_bytes` a rank's record of a page is: `record_bytes` from `start`.
+
+    Ranks of one stage and head shard have the same part, so that each can read what another of them wrote.
+    """
+
+    start: int
+    record_bytes: int
+    slot_bytes: int
+
+
+def parts_of_a_slot(setup: EngineSetup) -> list[Part]:
+    """Every rank's part, in rank order."""
+    model, grid = setup.model, setup.grid
+    sizes: dict[tuple[int, int], int] = {}
+    for place in grid.ranks:
+        sharding = Sharding(grid, place.rank, model.num_q_heads, model.num_kv_heads)
+        layers, heads = sharding.extent("layers", model.num_layers), sharding.kv_extent
+        own = replace(setup.layout, num_layers=layers[1] - layers[0], kv_heads=heads[1] - heads[0])
+        sizes[place.pp, place.head_shard] = _HEADER_BYTES + own.bytes_per_token * setup.config.cache.page_size
+    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+    keys = [(place.pp, place.head_shard) for place in grid.ranks]
+    return [Part(ends[key] - sizes[key], sizes[key], sum(sizes.values())) for key in keys]
+
+
+class OffloadFiles:
+    """The driver's side: opens a file for each tier, and knows how many pages they hold. Raises `ConfigError`.
+
+    No folder names them: ranks open them through this process, as `setup` says, and whatever ends it frees them.
+    """
+
+    def __init__(self, setup: EngineSetup) -> None:
+        offload = setup.config.cache.offload
+        self._files: list[IO[bytes]] = []
+        self._slot_bytes = parts_of_a_slot(setup)[0].slot_bytes
+        several = len(setup.grid.nodes(tuple(range(setup.grid.world_size)))) > 1
+        require(
+            not several, "kv_offload", "on", "ranks on several machines cannot share its files",
+            "leave it out, or leave out --ranks-per-node",
+        )  # fmt: skip
+        try:
+            memory_file, self.memory_slots = self._memory(offload.memory_bytes)
+            disk_file, self.disk_slots = self._disk(offload.disk, offload.disk_bytes)
+        except BaseException:
+            self.close()
+            raise
+        opened = replace(offload, memory_file=memory_file, disk_file=disk_file)
+        self.setup = replace(setup, config=replace(setup.config, cache=replace(setup.config.cache, offload=opened)))
+
+    def close(self) -> None:
+        """Free them; safe to call again."""
+        for file in self._files:
+            file.close()
+
+    def _memory(self, size: int | None) -> tuple[str | None, int]:
+        if size is None:
+            return None, 0
+        slots = self._slots("kv_offload_memory", size, _free_memory())
+        file = os.fdopen(os.memfd_create("longspan-kv"), "r+b", buffering=0)
+        file.truncate(slots * self._slot_bytes)
+        return self._keep(file), slots
+
+    def _disk(self, folder: str | None, size: int | None) -> tuple[str | None, int]:
+        if folder is None:
+            return None, 0
+        try:
+            path = self._keep(TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
+            found = os.statvfs(folder)
+        except OSError as error:
+            raise ConfigError(
+                "kv_offload_disk", folder, f"cannot be written ({error.strerror})", "name a folder that can be"
+            ) from error
+        free = found.f_bavail * found.f_frsize
+        return path, self._slots("kv_offload_disk", free // 2 if size is None else size, free)
+
+    def _slots(self, field: str, size: int, free: int) -> int:
+        least = self._slot_bytes
+        require(size >= least, field, size, f"one page takes {least} bytes on all ranks", f"give at least {least}")
+        require(size <= free, field, size, f"only {free} bytes are free", "give less")
+        return size // least
+
+    def _keep(self, file: IO[bytes]) -> str:
+        self._files.append(file)
+        return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def _free_memory() -> int:
+    """Bytes the host has left, at most what the container this runs in may use."""
+    lines = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        free = min(free, int(_MEMORY_LIMIT.read_text()))
+    return free
+
+
+class PageStore:
+    """One rank's copies between its pool and its part of the slots.
+
+    A record is a header (the page's key, and on disk a checksum) and what the rank holds of the page.
+    """
+
+    def __init__(self, setup: EngineSetup, rank: int, pool: KVPool) -> None:
+        offload, page_size = setup.config.cache.offload, setup.config.cache.page_size
+        self._part = parts_of_a_slot(setup)[rank]
+        self._shard = setup.grid.ranks[rank].shard
+        caches = list(pool.layers.values())
+        values, scales = [cache.values for cache in caches], [c.scales for c in caches if c.scales is not None]
+        self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in (values, scales) if kind]
+        self._sizes = [sum(page[:, :, 0].numel() for page in pages) for pages in self._pages]
+        self._scratch = torch.empty(self._part.record_bytes, dtype=torch.uint8)
+        self._memory = self._scratch if offload.memory_file is None else _mapped(offload.memory_file)
+        self._disk = None if offload.disk_file is None else _unbuffered(offload.disk_file)
+
+    def save(self, saves: Sequence[PageSave]) -> None:
+        """Carry out this rank's share. What cannot be written is noticed when it is loaded."""
+        for save in saves:
+            if save.page.shard != self._shard:
+                continue
+            record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
+            if save.spill:
+                self._write(save.spill.slot, save.spill.key, record)
+            self._gather(save.page.index, record[_HEADER_BYTES:])
+            if save.tier is Tier.MEMORY:
+                _buffer(record)[:_KEY_BYTES] = save.key
+            else:
+                self._write(save.slot, save.key, record)
+
+    def load(self, loads: Sequence[PageLoad]) -> list[int]:
+        """Carry out this rank's share; returns the numbers of pages that are not as they were saved."""
+        lost: list[int] = []
+        for number, load in enumerate(loads):
+            if load.page.shard != self._shard:
+                continue
+            if load.tier is Tier.MEMORY:
+                record = self._in_memory(load.slot)
+                intact = _buffer(record)[:_KEY_BYTES] == load.key
+            else:
+                record = self._scratch
+                intact = self._read(load.slot, load.key, record)
+            if intact:
+                self._scatter(load.page.index, record[_HEADER_BYTES:])
+            else:
+                lost.append(number)
+        return lost
+
+    def _in_memory(self, slot: int) -> Tensor:
+        at = self._offset(slot)
+        return self._memory[at : at + self._part.record_bytes]
+
+    def _offset(self, slot: int) -> int:
+        return slot * self._part.slot_bytes + self._part.start
+
+    def _write(self, slot: int, key: Key, record: Tensor) -> None:
+        data = _buffer(record)[_HEADER_BYTES:]
+        with suppress(OSError):
+            os.pwritev(self._on_disk, [_header(key, data), data], self._offset(slot))
+
+    def _read(self, slot: int, key: Key, record: Tensor) -> bool:
+        """Whether it is what was written."""
+        whole = _buffer(record)
+        try:
+            read = os.preadv(self._on_disk, [whole], self._offset(slot))
+        except OSError:
+            return False
+        return read == len(whole) and whole[:_HEADER_BYTES] == _header(key, whole[_HEADER_BYTES:])
+
+    @property
+    def _on_disk(self) -> int:
+        if self._disk is None:
+            raise EngineError("a plan names the disk, and no --kv-offload-disk was given")
+        return self._disk.fileno()
+
+    def _gather(self, index: int, data: Tensor) -> None:
+        """Page `index` of every layer into one run of bytes: all values, then all scales."""
+        for pages, part in zip(self._pages, torch.split(data, self._sizes), strict=True):
+            part.copy_(torch.stack([page[:, :, index] for page in pages]).flatten())
+
+    def _scatter(self, index: int, data: Tensor) -> None:
+        """The inverse of `_gather`."""
+        for pages, part in zip(self._pages, torch.split(data, self._sizes), strict=True):
+            layers = part.to(pages[0].device).view(len(pages), *pages[0][:, :, index].shape)
+            for page, layer in zip(pages, layers, strict=True):
+                page[:, :, index] = layer
+
+
+def _by_page(rows: Tensor, page_size: int) -> Tensor:
+    """Rows [planes, Hkv, slots, D] as bytes [planes, Hkv, pages, bytes of a page]."""
+    planes, heads, slots, _ = rows.shape
+    return rows.view(torch.uint8).view(planes, heads, slots // page_size, -1)
+
+
+def _mapped(path: str) -> Tensor:
+    with _unbuffered(path) as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+
+
+def _unbuffered(path: str) -> IO[bytes]:
+    return Path(path).open("r+b", buffering=0)
+
+
+def _buffer(data: Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
+def _header(key: Key, data: memoryview) -> bytes:
+    return (key + crc32(data).to_bytes(4, "little")).ljust(_HEADER_BYTES, b"\0")

@@ -1,0 +1,79 @@
+"""Pages of a waiting request that come back from memory or disk before it is admitted.
+
+It owns which pages are worth loading and the shards they come to; it must not know how they are copied nor which
+requests run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longspan.cache.manager import CacheManager
+from longspan.cache.offload import OffloadIndex
+from longspan.cache.placement import home_shard, shard_for_page
+from longspan.cache.prefix import Key
+from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
+from longspan.parallel.grid import Grid
+from longspan.scheduler.sequence import SequenceState
+
+
+@dataclass(frozen=True)
+class PageLoader:
+    """Loads pages in steps of their own, as far as the request that wants them is concerned.
+
+    What is loaded joins the prefix cache when its step is committed, and is matched there like any other page. So a
+    page that proves lost is simply not found, and nothing was computed from it. A step loads no more tokens than it
+    may compute: decodes do not wait for long loads.
+    """
+
+    config: SchedulerConfig
+    cache: CacheManager
+    grid: Grid
+
+    def must_wait(self, sequence: SequenceState, keys: Sequence[Key]) -> bool:
+        """Whether the pages behind those of `sequence`, whose `keys` these are, are being loaded or from now on."""
+        offload = self.cache.offload
+        if offload is None or not keys:
+            return False
+        if offload.is_busy(keys[0]):
+            return True
+        most = max(1, self.config.max_num_batched_tokens // self.cache.page_size) - offload.loads_waiting
+        wanted = self._worth_loading(offload, keys[: max(1, most)])
+        return bool(wanted) and (most <= 0 or self._load(offload, sequence, wanted))
+
+    def _worth_loading(self, offload: OffloadIndex, keys: Sequence[Key]) -> Sequence[Key]:
+        """The leading keys that are not on the device, and cheaper to load than to compute."""
+        for count, key in enumerate(keys):
+            tier = offload.find(key)
+            if tier is None or offload.is_busy(key) or next(self.cache.prefix.lookup([key]), None):
+                return keys[:count]
+            if not offload.rates.pays(tier, self.cache.page_size):
+                return keys[:count]
+        return keys
+
+    def _load(self, offload: OffloadIndex, sequence: SequenceState, keys: Sequence[Key]) -> bool:
+        shards = self._shards_for(sequence)
+        table = self.cache.new_table()
+        table.extend(sequence.table.pages)
+        for key in keys:
+            shard = shard_for_page(self.cache, table, shards)
+            if shard is None or not self._worth_loading(offload, [key]):  # making room may have evicted it
+                break
+            table.append(self.cache.load(key, shard, table.last_index(shard)))
+        return len(table.pages) > len(sequence.table.pages)
+
+    def _shards_for(self, sequence: SequenceState) -> Sequence[int]:
+        """One shard for a context that will stay local, else all."""
+        everywhere = range(self.cache.num_shards)
+        local = DEFAULT_LOCAL_CONTEXT if self.config.local_context is None else self.config.local_context
+        strict = self.config.schedule == "local"
+        if not strict and len(sequence.tokens) > local:
+            return everywhere
+        held = {page.shard for page in sequence.table.pages}
+        if len(held) == 1:
+            return tuple(held)
+        least = sequence.max_pages if strict else 0
+        idle = [0] * self.grid.pcp
+        home = home_shard(self.cache, self.grid.pcp_of_shard, idle, sequence.pages_missing, least)
+        return everywhere if home is None else (home,)

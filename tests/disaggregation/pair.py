@@ -1,0 +1,162 @@
+"""Two engines in this process, each stepped by a thread of its own, and what transformers says of the same prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from threading import Event, Thread
+from typing import Any
+
+from longspan.attention.cost import CostConstants
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.disaggregation.options import TransferConfig
+from longspan.engine.core import CoreRequest, EngineCore, TokenOutput
+from longspan.engine.setup import resolve
+from longspan.request import FinishReason, SamplingParams
+from tests.oracle import greedy, oracle, tiny_folder
+
+PATIENCE = 60.0
+SIZES = {
+    "tp": "tensor_parallel_size", "pcp": "prefill_context_parallel_size", "dcp": "decode_context_parallel_size",
+    "pp": "pipeline_parallel_size",
+}  # fmt: skip
+
+
+def config_of(
+    model: str = "llama", page_size: int = 4, executor: str = "threads", kv: str = "auto", budget: int = 48,
+    transfer: TransferConfig | None = None, memory: int = 1 << 20, dtype: str = "auto", **sizes: int,
+) -> EngineConfig:  # fmt: skip
+    """A tiny engine; sizes are tp, pcp, dcp, pp."""
+    return EngineConfig(
+        tiny_folder(model), executor=executor, num_threads=1, debug=True, dtype=dtype,
+        parallel=ParallelConfig(**{SIZES[name]: size for name, size in sizes.items()}),
+        cache=CacheConfig(page_size, memory, dtype=kv),
+        scheduler=SchedulerConfig(budget, 8, None, 8), cost=CostConstants(), transfer=transfer,
+    )  # fmt: skip
+
+
+class Running:
+    """A core that a thread steps, as a server's process does."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.core = EngineCore(resolve(config))
+        self.outputs: dict[int, list[int]] = {}
+        self.cached: dict[int, int] = {}
+        self.ended: dict[int, Event] = {}
+        self.failure: BaseException | None = None
+        self._todo: list[Any] = []
+        self._stop = False
+        self.pause_when: Callable[[], bool] = lambda: False
+        self._thread = Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return self.core.role.card.address
+
+    def call(self, action: Any) -> None:
+        """Have the stepping thread do something."""
+        self._todo.append(action)
+
+    def start(self, number: int, prompt: Sequence[int], tokens: int, prefill_at: Sequence[str] = (), **params: Any):
+        self.ended[number] = Event()
+        self.outputs[number] = []
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, **params)
+        request = CoreRequest(number, list(prompt), sampling, 0, tokens, prefill_at=tuple(prefill_at))
+        self.call(lambda: self.core.add(request))
+
+    def result(self, number: int) -> list[int]:
+        deadline = time.monotonic() + PATIENCE
+        while not self.ended[number].wait(0.05):
+            assert self.failure is None, self.failure
+            assert time.monotonic() < deadline, "no result"
+        return self.outputs[number]
+
+    def settle(self) -> None:
+        """Until everything asked of it is done, and no page is held or lost."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.ask(self._idle):
+            assert time.monotonic() < deadline, "pages are still held"
+            time.sleep(0.01)
+
+    def ask(self, question: Any) -> Any:
+        """The stepping thread's answer."""
+        done: Event = Event()
+        answers: list[Any] = []
+        self.call(lambda: (answers.append(question()), done.set()))
+        assert done.wait(PATIENCE)
+        return answers[0]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.005)
+
+    @property
+    def bytes_here(self) -> int:
+        """What has arrived in the pools."""
+        return sum(runner.transfer.received for runner in self.core.executor.runners)
+
+    def close(self) -> None:
+        self._stop = True
+        self._thread.join(PATIENCE)
+        self.core.shutdown()
+
+    def _idle(self) -> bool:
+        self.core.scheduler.check_integrity()
+        return not self.core.has_unfinished and not sum(map(self.core.cache.used, range(self.core.cache.num_shards)))
+
+    def _loop(self) -> None:
+        try:
+            while not self._stop:
+                while self._todo:
+                    self._todo.pop(0)()
+                paused = self.pause_when()
+                for output in () if paused else self.core.step():
+                    self._take(output)
+                if paused or not self.core.has_unfinished:
+                    time.sleep(0.002)
+        except BaseException as error:
+            self.failure = error
+
+    def _take(self, output: TokenOutput) -> None:
+        self.outputs[output.number] += [token.token_id for token in output.tokens]
+        self.cached[output.number] = output.num_cached_tokens
+        if output.finish_reason is not None:
+            assert output.finish_reason is not FinishReason.ERROR, output.error
+            self.ended[output.number].set()
+
+
+@dataclass(frozen=True)
+class Pair:
+    prefill: Running
+    decode: Running
+
+    def complete(self, number: int, prompt: Sequence[int], tokens: int = 8, **params: Any) -> list[int]:
+        """Through both sides."""
+        self.decode.start(number, prompt, tokens, (self.prefill.address,), **params)
+        return self.decode.result(number)
+
+
+@contextmanager
+def pair(prefill: EngineConfig, decode: EngineConfig, **options: Any) -> Iterator[Pair]:
+    """Both sides, started; ended with the block."""
+    options = {"block_bytes": 4096, **options}
+    sides: list[Running] = []
+    try:
+        for role, config in (("prefill", prefill), ("decode", decode)):
+            sides.append(Running(replace(config, transfer=TransferConfig(role, **options))))
+        yield Pair(*sides)
+    finally:
+        for side in sides:
+            side.close()
+
+
+@cache
+def expected(model: str, prompt: tuple[int, ...], tokens: int = 8) -> list[int]:
+    """What transformers says."""
+    return greedy(oracle(model), prompt, tokens)[0]

@@ -1,0 +1,213 @@
+"""The router alone: which instance it chooses, what it does when one fails. Instances are stand-ins."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from longspan.disaggregation.balance import Balance, blocks_of
+from longspan.disaggregation.instances import Instances
+from longspan.disaggregation.router import RouteOptions, route
+from longspan.errors import ConfigError
+
+FORMAT = {
+    "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "planes": 2,
+    "row_bytes": 256,
+}  # fmt: skip
+BODY = {"prompt": "p" * 1000}
+
+
+class Fake:
+    """Stands in for an instance: says who it is, remembers what it is asked."""
+
+    def __init__(self, role: str, answer=None, **differences: object) -> None:
+        self.role, self.answer, self.asked = role, answer, []
+        self.format = {**FORMAT, **differences}
+        self.url = ""
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[Route("/internal/peer", self._peer), Route("/{path:path}", self._asked, methods=["POST"])]
+        )
+
+    async def _peer(self, _: Request) -> JSONResponse:
+        card = {"role": self.role, "address": f"tcp://0.0.0.0:{id(self) % 1000}", "format": self.format}
+        return JSONResponse({"card": card, "model": "tiny", "waiting": 0, "running": 0})
+
+    async def _asked(self, request: Request):
+        self.asked.append((dict(request.headers), await request.json()))
+        return self.answer() if self.answer else JSONResponse({"by": self.url})
+
+
+@contextmanager
+def served(app: Starlette) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = server.force_exit = True
+    thread.join(20)
+
+
+@contextmanager
+def fakes(*instances: Fake) -> Iterator[tuple[Fake, ...]]:
+    if not instances:
+        yield ()
+        return
+    with served(instances[0].app()) as url, fakes(*instances[1:]) as others:
+        instances[0].url = url
+        yield (instances[0], *others)
+
+
+@contextmanager
+def front(*instances: Fake, more: tuple[str, ...] = (), **options) -> Iterator[httpx.Client]:
+    """A router over instances; raises what keeps it from starting."""
+    started, found, failed = Event(), [], []
+    prefill = [fake.url for fake in instances if fake.role == "prefill"]
+    decode = [*(fake.url for fake in instances if fake.role == "decode"), *more]
+
+    def ready(server: uvicorn.Server) -> None:
+        found.append(server)
+        started.set()
+
+    def run() -> None:
+        try:
+            options.setdefault("wait_seconds", 0)
+            asyncio.run(route(Instances(prefill, decode), RouteOptions(port=0, **options), ready))
+        except BaseException as error:
+            failed.append(error)
+            started.set()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(30)
+    if failed:
+        raise failed[0]
+    port = found[0].servers[0].sockets[0].getsockname()[1]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        yield client
+    found[0].should_exit = found[0].force_exit = True
+    thread.join(20)
+
+
+def test_the_decode_instance_hears_of_all_prefill_instances_where_it_can_reach_them():
+    with (
+        fakes(Fake("prefill"), Fake("prefill"), Fake("decode")) as (first, second, decode),
+        front(first, second, decode) as client,
+    ):
+        assert client.post("/v1/completions", json=BODY, headers={"x-longspan-prefill": "tcp://evil:1"}).json()
+        ((headers, body),) = decode.asked
+        assert body == BODY
+        assert set(headers["x-longspan-prefill"].split(",")) == {
+            f"tcp://127.0.0.1:{id(fake) % 1000}" for fake in (first, second)
+        }
+
+
+def test_other_requests_go_to_a_decode_instance_without_more():
+    with fakes(Fake("prefill"), Fake("decode")) as both, front(*both) as client:
+        client.post("/tokenize", json=BODY)
+        assert "x-longspan-prefill" not in both[1].asked[0][0]
+
+
+def test_a_decode_instance_that_is_gone_is_replaced():
+    prefill, first, second = Fake("prefill"), Fake("decode"), Fake("decode")
+    with fakes(prefill, second), ExitStack() as opened:
+        first.url = opened.enter_context(served(first.app()))
+        with front(prefill, first, second) as client:
+            opened.close()  # before the router can notice by itself
+            for _ in range(3):
+                assert client.post("/v1/completions", json=BODY).json() == {"by": second.url}
+
+
+def test_without_a_decode_instance_the_answer_says_so():
+    prefill, decode = Fake("prefill"), Fake("decode")
+    with fakes(prefill), ExitStack() as opened:
+        decode.url = opened.enter_context(served(decode.app()))
+        with front(prefill, decode) as client:
+            assert client.get("/health").status_code == 200
+            opened.close()
+            answer = client.post("/v1/completions", json=BODY)
+            assert answer.status_code == 503
+            assert "no decode instance is there" in answer.json()["error"]["message"]
+            assert client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (Fake("decode", weights="v"), "weights .another model or revision.: the decode instance has v"),
+        (Fake("decode", dtype="bfloat16"), "dtype: the decode instance has bfloat16, the prefill instance float32"),
+        (Fake("decode", kv_cache_dtype="int8"), "kv_cache_dtype: the decode instance has int8"),
+    ],
+)
+def test_instances_that_do_not_fit_are_refused_at_the_start(other, problem):
+    with fakes(Fake("prefill"), other) as both, pytest.raises(ConfigError, match=problem), front(*both):
+        pass
+
+
+def test_an_instance_under_the_wrong_role_is_refused():
+    with (
+        fakes(Fake("prefill"), Fake("prefill")) as (first, second),
+        pytest.raises(ConfigError, match="is a prefill instance"),
+        front(first, more=(second.url,)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ConfigError, match="is no URL"):
+        Instances([url], [])
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error():
+    async def events():
+        yield b"data: {}\n\n"
+        raise RuntimeError
+
+    def breaking():
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    with fakes(Fake("prefill"), Fake("decode", breaking)) as both, front(*both) as client:
+        text = client.post("/v1/completions", json=BODY).text
+        assert text.startswith("data: {}\n\n")
+        assert "the decode instance ended within the answer" in text
+        assert text.endswith("data: [DONE]\n\n")
+
+
+def test_what_begins_alike_shares_blocks():
+    first, second = blocks_of(b"a" * 1000), blocks_of(b"a" * 600 + b"b" * 400)
+    assert len(first) == 3
+    assert [x == y for x, y in zip(first, second, strict=True)] == [True, True, False]
+
+
+def test_a_prompt_goes_where_its_beginning_was_seen():
+    balance, prompt = Balance(10), b"a" * 4096
+    balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
+    assert balance.ranked(["idle", "busy"], prompt, blocks_of(prompt)) == ["busy", "idle"]
+
+
+def test_a_prompt_does_not_wait_behind_others_for_the_sake_of_its_beginning():
+    balance, prompt, other = Balance(10), b"a" * 4096, b"b" * 9000
+    balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
+    balance.begin("busy", other, blocks_of(other))
+    assert balance.ranked(["busy", "idle"], prompt, blocks_of(prompt)) == ["idle", "busy"]
+
+
+def test_requests_spread_over_equal_instances():
+    balance = Balance(10)
+    chosen = []
+    for _ in range(6):
+        chosen.append(balance.ranked(["x", "y", "z"], b"", [])[0])
+        balance.begin(chosen[-1], b"", [])
+    assert sorted(chosen) == ["x", "x", "y", "y", "z", "z"]

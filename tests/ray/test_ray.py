@@ -1,0 +1,130 @@
+"""Ranks as Ray actors: the same tokens, room that is asked for and given back, and an end that is noticed.
+
+One small cluster in this process serves all tests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from longspan import LLM, ConfigError, SamplingParams, WorkerDied
+from longspan.config import ClusterConfig
+from tests.engine.conftest import DEFAULTS, SHORT
+from tests.oracle import prompt_of, tiny_folder
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+PATIENCE = 20.0
+CPUS = 4
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+DRIVER = """
+import sys
+from longspan import LLM
+from longspan.config import ClusterConfig
+from tests.engine.conftest import DEFAULTS
+llm = LLM(sys.argv[1], executor="ray", cluster=ClusterConfig(sys.argv[2]), prefill_context_parallel_size=2, **DEFAULTS)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[str]:
+    """Its address."""
+    context = ray.init(
+        "local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        namespace="tests",
+    )  # fmt: skip
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+def start(**options):
+    named = {SHORT.get(name, name): value for name, value in options.items()}
+    return LLM(tiny_folder("llama"), **{**DEFAULTS, "executor": "ray", **named})
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate([prompt_of(n) for n in (1, 16, 100)], GREEDY)]
+
+
+def rank_ids() -> list[int]:
+    """Process ids of the cluster's actors that live."""
+    return [actor["Pid"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+
+
+def until(condition, what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}])
+def test_tokens_and_bytes_equal_those_of_threads(layout):
+    with start(**layout) as llm:
+        found, traffic = tokens(llm), llm.stats().traffic
+    with start(executor="threads", **layout) as twin:
+        assert tokens(twin) == found
+        assert twin.stats().traffic == traffic
+
+
+def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_tokens():
+    with start(executor="threads") as twin:
+        expected = tokens(twin)
+    llm = start(pcp=2)
+    stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
+    next(stream)
+    os.kill(rank_ids()[0], signal.SIGKILL)
+    killed = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"rank \d ended: .*died"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - killed < PATIENCE
+    until(lambda: not rank_ids(), "the other actor's end")
+    with start(pcp=2) as again:
+        assert tokens(again) == expected
+
+
+def test_room_in_use_is_waited_for_and_shutdown_gives_it_back():
+    llm = start(pcp=3)
+    assert len(rank_ids()) == 3
+    with pytest.raises(ConfigError, match="have 4 that others use; wait for them"):
+        start(pcp=2, cluster=ClusterConfig(timeout=0.5))
+    llm.shutdown()
+    llm.shutdown()
+    until(lambda: ray.available_resources().get("CPU") == CPUS, "the room")
+
+
+def test_a_killed_driver_leaves_no_actor_behind(cluster):
+    command = [sys.executable, "-c", DRIVER, tiny_folder("llama"), cluster]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout.readline() == b"ready\n"
+        assert len(rank_ids()) == 2
+        driver.kill()
+    until(lambda: not rank_ids(), "the end of the actors")
+    until(lambda: ray.available_resources().get("CPU") == CPUS, "the room")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 6}, r"needs 6 CPUs in runs of 6 on one machine.* have 4; use --tensor-parallel-size 4"),
+        ({"tp": 2, "pcp": 3}, r"needs 6 CPUs in runs of 2 on one machine.* have 4; use --prefill-.*-size 2"),
+    ],
+)
+def test_too_little_room_says_how_much_there_is_and_what_fits(layout, message):
+    with pytest.raises(ConfigError, match=message):
+        start(**layout, cluster=ClusterConfig(timeout=0.5))
+
+
+def test_ray_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"executor=ray: Ray is not installed .*pip install 'longspan\[ray\]'"):
+        start()
