@@ -17,6 +17,7 @@ KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
 EXECUTOR_NAMES = ("threads", "processes", "ray", "external", "dry")
+_SEVERAL_MACHINES = ("ray", "external")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
@@ -243,6 +244,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)
         require_choice("device", self.device, DEVICE_NAMES)
+        require(
+            not self.cache.offload.is_on or self.executor not in _SEVERAL_MACHINES,
+            "executor", self.executor, "may have ranks on other machines, which cannot reach offloaded pages",
+            "use processes, or leave out --kv-offload-memory and --kv-offload-disk",
+        )  # fmt: skip
         require_choice("executor", self.executor, EXECUTOR_NAMES)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
         if self.num_threads is not None:

@@ -15,7 +15,7 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.offload import LoadRates, OffloadIndex, PageLoad, PageSave, Spill, Tier
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import page_key, root_key
-from longspan.config import CacheConfig, OffloadConfig, ParallelConfig, SchedulerConfig
+from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan import LOST, StepPlan
 from longspan.request import SampledToken, SamplingParams
@@ -399,3 +399,9 @@ def test_only_steps_that_did_one_thing_teach_what_it_costs():
 def test_offload_needs_the_prefix_cache():
     with pytest.raises(ConfigError, match=r"enable_prefix_caching=False: offloaded pages are found by the prefix"):
         CacheConfig(enable_prefix_caching=False, offload=OffloadConfig(memory_bytes=1))
+
+
+@pytest.mark.parametrize("executor", ["ray", "external"])
+def test_pages_on_one_machine_are_not_promised_to_ranks_on_others(executor):
+    with pytest.raises(ConfigError, match=r"cannot reach offloaded pages; use processes"):
+        EngineConfig("m", executor=executor, cache=CacheConfig(offload=OffloadConfig(memory_bytes=1 << 20)))
