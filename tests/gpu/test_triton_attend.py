@@ -217,7 +217,7 @@ def test_static_runs_refilled_give_what_fresh_runs_give():
 def test_static_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are():
     q, kv = decode_rows()
     engine = backend()
-    static = engine.static(rows=4)
+    static = engine.static(rows=4, index=0)
     engine.attend(q, static, kv, heads(2, 1), 0.25)
     assert static.fill(DECODES[0])
     before = engine.attend(q, static, kv, heads(2, 1), 0.25)
