@@ -74,7 +74,9 @@ PrefixCaching = Annotated[
 OffloadMemory = Annotated[
     str | None,
     typer.Option(
-        "--kv-offload-memory", metavar="SIZE", help="host memory, for all ranks, that keeps pages the KV cache gives up"
+        "--kv-offload-memory",
+        metavar="SIZE",
+        help="host memory, for all ranks, for pages the KV cache gives up, as in 8G",
     ),
 ]
 OffloadDisk = Annotated[
@@ -82,7 +84,7 @@ OffloadDisk = Annotated[
     typer.Option(
         "--kv-offload-disk",
         metavar="PATH[:SIZE]",
-        help="folder for pages that memory gives up; default size: half of what is free there",
+        help="folder for pages that memory gives up, or folder:size; default: half of what is free there",
     ),
 ]
 BatchedTokens = Annotated[
