@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan.cache.pages import Span
 
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SCALE_BYTES = 4
 
 
@@ -89,7 +89,7 @@ class CacheRows:
 def quantise(x: Tensor, dtype: torch.dtype, groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x [..., D] as (values [..., D] of `dtype`, scales [..., G] fp32): a group's largest magnitude is the dtype's."""
     parts = torch.split(x.float(), list(groups), dim=-1)
-    scales = torch.stack([part.abs().amax(-1) for part in parts], dim=-1) / _LARGEST[dtype]
+    scales = torch.stack([part.abs().amax(-1) for part in parts], dim=-1) / LARGEST[dtype]
     scaled = x.float() / _spread(scales.clamp_min(torch.finfo(torch.float32).tiny), groups)
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scales
 

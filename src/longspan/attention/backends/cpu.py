@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.attention.backends.batch import Batch, batches
+from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, concatenate, merge
-from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import clip_spans
 from longspan.reach import QueryRun
-from longspan.view import WriteRun
 
 _SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats one kernel call for each
 _READ_TOKENS = 4096  # quantised rows read back at once
@@ -27,19 +26,8 @@ _BAND_ROWS = 256  # rows of a windowed diagonal that share a mask
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-class CpuBackend:
+class CpuBackend(PlainBackend):
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
-
-    def begin(self) -> None:
-        """See `Backend.begin`."""
-
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
-        """See `Backend.writer`."""
-        return SlotWriter(writes, rows, torch.device("cpu"))
-
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Backend.merge`."""
-        return merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -11,35 +11,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, merge
-from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import clip_spans
 from longspan.reach import QueryRun
-from longspan.view import WriteRun
 
 _SCORES = 1 << 24  # held at once, of all heads
 _ROWS = 256  # query tokens of a block
 
 
-class TorchBackend:
+class TorchBackend(PlainBackend):
     """softmax(q kᵀ · scale) v block by block, in fp32 or wider whatever the inputs are."""
 
     def __init__(self, device: torch.device, max_scores: int = _SCORES) -> None:
-        self._device = device
+        super().__init__(device)
         self._max_scores = max_scores
-
-    def begin(self) -> None:
-        """See `Backend.begin`."""
-
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
-        """See `Backend.writer`."""
-        return SlotWriter(writes, rows, self._device)
-
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Backend.merge`."""
-        return merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -15,37 +15,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.attention.backends.dense import TorchBackend
+from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
-from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows
 from longspan.reach import QueryRun
-from longspan.view import WriteRun
 
 _WIDEST = 256
 _EVERYTHING = (-1, -1)
 
 
-class FlashAttnBackend:
+class FlashAttnBackend(PlainBackend):
     """One call for each run; what the library cannot do (masks by row, MLA's widths) plain operations do.
 
     `library` stands for the imported package, in tests.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
+        super().__init__(device)
         self._library = library or import_module("flash_attn")
         self._plain = TorchBackend(device)
-
-    def begin(self) -> None:
-        """See `Backend.begin`."""
-
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
-        """See `Backend.writer`."""
-        return self._plain.writer(writes, rows)
-
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Backend.merge`."""
-        return self._plain.merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.dense import TorchBackend
+from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
-from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span, clip_spans
 from longspan.reach import QueryRun
-from longspan.view import WriteRun
 
 _WORKSPACE_BYTES = 128 << 20  # what the library asks for
 _DIMS = (64, 128, 256)
 _LATENT, _ROPE = 512, 64
 
 
-class FlashInferBackend:
+class FlashInferBackend(PlainBackend):
     """Plans are made once for a step's runs and used by all layers; shapes the library lacks go to plain operations.
 
     `library` stands for the imported package, in tests.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
+        super().__init__(device)
         self._library = library or import_module("flashinfer")
         self._plain = TorchBackend(device)
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -46,14 +46,6 @@ class FlashInferBackend:
         """See `Backend.begin`."""
         self._tables.clear()
         self._plans.clear()
-
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
-        """See `Backend.writer`."""
-        return self._plain.writer(writes, rows)
-
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Backend.merge`."""
-        return self._plain.merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -10,27 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.heads import HeadBlock
-from longspan.attention.partial import Partial, merge
-from longspan.attention.pool import SlotWriter
+from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.reach import QueryRun
-from longspan.view import WriteRun
 
 
-class ReferenceBackend:
+class ReferenceBackend(PlainBackend):
     """softmax(q kᵀ · scale) v, one head after the other."""
-
-    def begin(self) -> None:
-        """See `Backend.begin`."""
-
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
-        """See `Backend.writer`."""
-        return SlotWriter(writes, rows, torch.device("cpu"))
-
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Backend.merge`."""
-        return merge(parts)
 
     def causal(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.attention.rows import CacheRows
+from longspan.attention.rows import LARGEST, CacheRows
 from longspan.view import WriteRun
 
 _ELEMENTS = 2048  # written by one program: 16 a thread
 _WARPS = 4
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class TritonWriter:
@@ -54,7 +53,7 @@ class TritonWriter:
         _write_kernel[(triton.cdiv(self._rows * heads, rows), planes)](
             self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
             cache.values.stride()[:3], scales.stride()[:3], self._rows * heads, heads,
-            WIDTHS=widths, LARGEST=_LARGEST[cache.values.dtype] if quantised else 0.0,
+            WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,
             ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS,
         )  # fmt: skip
 

@@ -1,0 +1,32 @@
+"""What backends of plain tensor operations have in common: writing slots and merging partials.
+
+It owns these two; how queries meet keys is each backend's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from longspan.attention.partial import Partial, merge
+from longspan.attention.pool import SlotWriter
+from longspan.view import WriteRun
+
+
+class PlainBackend:
+    """All of a `Backend` but attention, on any device."""
+
+    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
+        self._device = device
+
+    def begin(self) -> None:
+        """See `Backend.begin`."""
+
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+        """See `Backend.writer`."""
+        return SlotWriter(writes, rows, self._device)
+
+    def merge(self, parts: Sequence[Partial]) -> Partial:
+        """See `Backend.merge`."""
+        return merge(parts)
