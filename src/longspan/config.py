@@ -19,6 +19,7 @@ DEFAULT_LOCAL_CONTEXT = 512
 EXECUTOR_NAMES = ("threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
+QUANTIZATION_NAMES = ("auto", "fp8", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -220,8 +221,10 @@ class ClusterConfig:
 class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
-    With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the constants of the cost model,
-    which are measured when the engine starts otherwise. With `trace` ranks record when they compute and transfer.
+    `quantization` says whether FP8 weights are kept: `auto` where PyTorch multiplies them as they are, `fp8`
+    everywhere, `none` nowhere. With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the
+    constants of the cost model, which are measured when the engine starts otherwise. With `trace` ranks record when
+    they compute and transfer.
     """
 
     model: str
@@ -229,6 +232,7 @@ class EngineConfig:
     device: str = "auto"
     executor: str = "threads"
     attention_backend: str = "auto"
+    quantization: str = "auto"
     enforce_eager: bool = False
     seed: int = 0
     num_threads: int | None = None
@@ -244,6 +248,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)
         require_choice("device", self.device, DEVICE_NAMES)
+        require_choice("quantization", self.quantization, QUANTIZATION_NAMES)
         require(
             not self.cache.offload.is_on or self.executor not in _SEVERAL_MACHINES,
             "executor", self.executor, "may have ranks on other machines, which cannot reach offloaded pages",

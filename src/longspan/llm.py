@@ -74,6 +74,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         device: str = "auto",
         attention_backend: str = "auto",
+        quantization: str = "auto",
         enforce_eager: bool = False,
         seed: int = 0,
         num_threads: int | None = None,
@@ -82,7 +83,7 @@ class LLM:
     ) -> None:
         config = EngineConfig(
             model=model, dtype=dtype, device=device, attention_backend=attention_backend,
-            enforce_eager=enforce_eager,
+            quantization=quantization, enforce_eager=enforce_eager,
             executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,

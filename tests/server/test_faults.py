@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from longspan.config import OffloadConfig
 from longspan.server.options import ServeOptions
 from tests.server.running import Running, ascii_folder, expected, running
 
@@ -197,6 +198,22 @@ def test_health_and_metrics_tell_what_happened(server):
         'longspan:inter_token_latency_seconds_bucket{le="0.001",model_name="tiny"}',
     ):
         assert line in text, line
+
+
+def test_metrics_count_pages_that_were_offloaded_and_came_back():
+    with running(pages=40, offload=OffloadConfig(1 << 20)) as server:
+        for prompt in ("a" * 120, "b" * 120, "a" * 120):
+            server.complete(prompt, 4)
+        counts = metric(server, "longspan:kv_offload_pages")
+    assert counts['event="saved"'] > 10
+    assert counts['event="loaded_from_memory"'] > 10
+    assert counts['event="lost"'] == counts['event="loaded_from_disk"'] == 0
+
+
+def metric(server: Running, name: str) -> dict[str, float]:
+    """A metric's values by what stands beside the model's name."""
+    lines = [line for line in server.client.get("/metrics").text.splitlines() if line.startswith(name + "{")]
+    return {line[line.index("{") + 1 : line.index(",model")]: float(line.split()[-1]) for line in lines}
 
 
 def test_the_state_shows_where_a_running_request_lies(server):

@@ -32,7 +32,7 @@ ENGINE_OPTIONS = {
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
     "--kv-cache-dtype", "--device", "--run-ahead", "--no-run-ahead", "--gpu-memory-utilization",
-    "--attention-backend", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
+    "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
 }  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {

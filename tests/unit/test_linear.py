@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longspan.models.layers import Linear, RMSNorm, table_product
+from longspan.models.layers import DenseLinear, RMSNorm, table_product
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 17, 300])
@@ -14,14 +14,14 @@ def test_a_packed_weight_gives_the_plain_product(rows, bias):
     x, weight = torch.randn(rows, 24), torch.randn(40, 24)
     offset = torch.randn(40) if bias else None
     with torch.inference_mode():
-        plain, packed = Linear(weight, pack=False), Linear(weight)
+        plain, packed = DenseLinear(weight, pack=False), DenseLinear(weight)
         torch.testing.assert_close(packed(x, offset), plain(x, offset), atol=1e-5, rtol=1e-5)
 
 
 def test_a_packed_weight_takes_rows_of_any_strides():
     x, weight = torch.randn(24, 6).t(), torch.randn(40, 24)
     with torch.inference_mode():
-        torch.testing.assert_close(Linear(weight)(x), F.linear(x, weight), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(DenseLinear(weight)(x), F.linear(x, weight), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 4, 5])

@@ -110,6 +110,14 @@ ExecutorName = Annotated[
     str, typer.Option("--executor", help="threads, processes, ray, external, or dry: no ranks, made-up tokens")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda")]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization",
+        "-q",
+        help="a checkpoint's FP8 weights: auto (kept where the GPU multiplies them), fp8 (kept), none (multiplied out)",
+    ),
+]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="never record decode steps as CUDA graphs")]
 CacheDtype = Annotated[
     str, typer.Option("--kv-cache-dtype", help="auto (the model's), int8 or fp8_e4m3: a scale a token and head")
@@ -163,6 +171,7 @@ def engine_config(
     kv_cache_dtype: CacheDtype = "auto",
     device: Device = "auto",
     attention_backend: AttentionBackend = "auto",
+    quantization: Quantization = "auto",
     enforce_eager: EnforceEager = False,
     seed: Seed = 0,
     num_threads: Threads = None,
@@ -172,7 +181,7 @@ def engine_config(
     """The options as a checked configuration. Raises `ConfigError`."""
     return EngineConfig(
         model=model, dtype=dtype, device=device, attention_backend=attention_backend,
-        enforce_eager=enforce_eager,
+        quantization=quantization, enforce_eager=enforce_eager,
         executor=executor, seed=seed, num_threads=num_threads, debug=debug,
         parallel=ParallelConfig(
             tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,

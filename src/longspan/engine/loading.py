@@ -13,8 +13,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from longspan.models.layers import Linear
+from longspan.engine.scaled_weights import ScaledWeights
+from longspan.models.context import Linear
+from longspan.models.layers import DenseLinear
 from longspan.models.params import Param
+from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
 
@@ -35,22 +38,37 @@ class Piece(NamedTuple):
         sizes = tuple(stop - start for start, stop in self.bounds)
         return sizes[:0:-1] if self.stacked else sizes
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The slice of each dimension."""
+        return tuple(slice(start, stop) for start, stop in self.bounds)
+
+    @property
+    def is_whole_blocks(self) -> bool:
+        """Whether no block with a scale of its own is cut."""
+        return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
+
     def read(self, checkpoint: Checkpoint, out: Tensor) -> None:
         """Into `out`, which has `shape`."""
         target = out.permute(*reversed(range(out.dim())))[None] if self.stacked else out
-        checkpoint.read(self.name, tuple(slice(start, stop) for start, stop in self.bounds), target)
+        checkpoint.read(self.name, self.slices, target)
 
 
 class TensorStore:
     """Tensors by name and slice: ranks of one process that need the same slice share one copy.
 
-    Loading is serial: one tensor is being converted at any time.
+    Loading is serial: one tensor is being converted at any time. Weights of products that are in `scaled`, in whole
+    blocks, are kept as they are there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu"),
+        scaled: ScaledWeights | None = None,
+    ) -> None:  # fmt: skip
         self.device = device
         self._checkpoint = checkpoint
         self._dtype = dtype
+        self._scaled = scaled
         self._tensors: dict[_Key, Tensor] = {}
         self._linears: dict[_Key, Linear] = {}
         self._lock = Lock()
@@ -64,7 +82,13 @@ class TensorStore:
     def linear(self, pieces: Sequence[Piece]) -> Linear:
         """The slices as the weight of products; the plain tensor is dropped once it is packed."""
         with self._lock:
-            return _once(self._linears, pieces, lambda wanted: Linear(self._read(wanted, self._dtype)))
+            return _once(self._linears, pieces, self._linear)
+
+    def _linear(self, pieces: Sequence[Piece]) -> Linear:
+        kept = self._scaled
+        if kept and all(piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces):
+            return BlockScaledLinear(self._read_scaled(kept, pieces), kept.fused)
+        return DenseLinear(self._read(pieces, self._dtype))
 
     def _read(self, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
         rows = [piece.shape[0] for piece in pieces]
@@ -72,6 +96,15 @@ class TensorStore:
         for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
             piece.read(self._checkpoint, out)
         return whole.to(self.device)
+
+    def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[Piece]) -> BlockScaled:
+        rows, columns = [piece.shape[0] for piece in pieces], pieces[0].shape[1]
+        values = torch.empty(sum(rows), columns, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(sum(rows) // BLOCK, columns // BLOCK)
+        blocks = torch.split(scales, [count // BLOCK for count in rows])
+        for piece, part, part_scales in zip(pieces, torch.split(values, rows), blocks, strict=True):
+            kept.checkpoint.read_scaled(piece.name, piece.slices, part, part_scales)
+        return BlockScaled(values.to(self.device), scales.to(self.device))
 
 
 def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:

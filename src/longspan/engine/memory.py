@@ -5,9 +5,15 @@ It owns this sum, with the planner's formulas; it must not allocate anything.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
 
 from longspan.config import EngineConfig, ParallelConfig
+from longspan.engine.scaled_weights import ScaledChoice
 from longspan.errors import ConfigError
 from longspan.hardware import Hardware
 from longspan.models.config import ModelConfig
@@ -15,13 +21,20 @@ from longspan.planner.deployment import Deployment
 from longspan.planner.formats import WeightFormat
 from longspan.planner.layouts import layouts
 
+_FORMATS = MappingProxyType({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"})
 _GIB = 1 << 30
 _MOST_NAMED = 4
 _MOST_RANKS = 64
 
 
+def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledChoice) -> WeightFormat:
+    """Bytes of the weights of a model whose config.json has `values`: its own if they are kept, else `dtype`'s."""
+    name = _FORMATS[dtype]
+    return WeightFormat.named(name, name) if scaled.weights is None else WeightFormat.of(values, name)
+
+
 def cache_bytes(
-    config: EngineConfig, model: ModelConfig, element_bytes: int, cache_element_bytes: int, free: int
+    config: EngineConfig, model: ModelConfig, weights: WeightFormat, cache_element_bytes: int, free: int
 ) -> int:
     """Bytes for the cache of a rank whose device has `free` bytes: what was asked for, or what is left.
 
@@ -30,7 +43,7 @@ def cache_bytes(
     utilisation = config.cache.gpu_memory_utilization
     device = Hardware(tflops=1, memory_gb=free / _GIB, memory_tb_s=1, intra_gb_s=1, inter_gb_s=1)
     here = Deployment(
-        model, device, config.parallel, WeightFormat(*(element_bytes,) * 4), cache_element_bytes,
+        model, device, config.parallel, weights, cache_element_bytes,
         config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_num_seqs=config.scheduler.max_num_seqs,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from longspan.attention.cost import CostConstants, CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import EngineConfig, require
+from longspan.engine.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import check_checkpoint, load_config
@@ -43,6 +44,7 @@ class EngineSetup:
     max_model_len: int
     device_type: str
     backend: Choice
+    scaled: ScaledChoice
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +76,7 @@ class EngineSetup:
     def notes(self) -> list[str]:
         """What a user should know of this layout, each with the remedy, and of the backend."""
         chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
-        return [*chosen, *self._virtual_notes, *self._layout_notes]
+        return [*chosen, *self.scaled.notes, *self._virtual_notes, *self._layout_notes]
 
     @property
     def _virtual_notes(self) -> list[str]:
@@ -153,7 +155,8 @@ def resolve(config: EngineConfig) -> EngineSetup:
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    config = _with_cache_bytes(config, model, device_type)
+    scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
+    config = _with_cache_bytes(config, source, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type,
         BackendShape(
@@ -176,7 +179,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend)
+    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend, scaled)
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
@@ -196,19 +199,21 @@ def resolve_device(name: str) -> str:
     return "cuda" if found and name != "cpu" else "cpu"
 
 
-def _with_cache_bytes(config: EngineConfig, model: ModelConfig, device_type: str) -> EngineConfig:
+def _with_cache_bytes(
+    config: EngineConfig, source: ModelSource, model: ModelConfig, scaled: ScaledChoice, device_type: str
+) -> EngineConfig:
     """With the cache's memory settled; every rank gets the number found here, by the first process that asks."""
     if config.cache.memory_settled:
         return config
     found = config.cache.memory_bytes or _CPU_CACHE_BYTES
     if device_type == "cuda":
-        from longspan.engine.memory import cache_bytes
+        from longspan.engine.memory import cache_bytes, weight_format
 
         sharing = config.parallel.world_size if config.executor == "threads" else 1
         free, _ = torch.cuda.mem_get_info()
         found = cache_bytes(
-            config, model, _model_dtype(config, device_type).itemsize, _cache_dtype(config, device_type).itemsize,
-            free // sharing,
+            config, model, weight_format(source.config, _model_dtype(config, device_type), scaled),
+            _cache_dtype(config, device_type).itemsize, free // sharing,
         )  # fmt: skip
     return replace(config, cache=replace(config.cache, memory_bytes=found, memory_settled=True))
 

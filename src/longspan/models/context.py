@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
-from longspan.models.layers import Linear
 from longspan.models.params import Param
 
 
@@ -50,6 +49,17 @@ class Attend(Protocol):
 
         In a latent layer k and v are its cache rows, as wide as `layer.latent.absorb` makes queries.
         """
+        ...
+
+
+class Linear(Protocol):
+    """The weight of a product, in whatever form it is kept."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
         ...
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
-from longspan.models.context import Loader
-from longspan.models.layers import Linear
+from longspan.models.context import Linear, Loader
 from longspan.models.params import Param
 
 _SWISH_SLOPE = 1.702  # of gpt-oss's gate

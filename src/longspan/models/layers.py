@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Linear:
+class DenseLinear:
     """x [T, in] → x · weight [out, in]ᵀ + bias [out].
 
     On a CPU an fp32 weight is repacked into oneDNN's blocked layout where this PyTorch has it. Measured on two

@@ -35,7 +35,7 @@ from longspan.engine.worker import measure_cost
 from longspan.hardware import Hardware
 from longspan.models.config import ModelConfig
 from longspan.models.decoder import decoder_params
-from longspan.models.layers import Linear, RMSNorm, table_product
+from longspan.models.layers import DenseLinear, RMSNorm, table_product
 from longspan.models.registry import load_config
 from longspan.models.rope import Rotary, apply_rope
 from longspan.parallel.grid import Grid
@@ -178,7 +178,7 @@ def _products(bench: _Bench, shape: ModelConfig) -> tuple[tuple[int, float], ...
     sizes = ((q + 2 * kv, hidden), (hidden, q), (2 * wide, hidden), (hidden, wide))
     each = sum(out * into for out, into in sizes)
     layers = max(2, min(shape.num_layers, _MOST_LAYERS_BYTES // (each * bench.dtype.itemsize)))
-    weights = [[Linear(bench.tensor(*size)) for size in sizes] for _ in range(layers)]
+    weights = [[DenseLinear(bench.tensor(*size)) for size in sizes] for _ in range(layers)]
     head = bench.tensor(shape.vocab_size, hidden)
     found: list[tuple[int, float]] = []
     for rows in (*_FEW_ROWS, *_MANY_ROWS):
@@ -194,7 +194,7 @@ def _products(bench: _Bench, shape: ModelConfig) -> tuple[tuple[int, float], ...
     return tuple(found)
 
 
-def _layer(linears: Sequence[Linear], inputs: Sequence[Tensor]) -> None:
+def _layer(linears: Sequence[DenseLinear], inputs: Sequence[Tensor]) -> None:
     for linear, x in zip(linears, inputs, strict=True):
         linear(x)
 

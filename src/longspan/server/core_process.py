@@ -119,6 +119,7 @@ def _load(core: EngineCore) -> Load:
     return Load(
         counters.waiting, counters.running, counters.preemptions, counters.drafted_tokens, counters.accepted_tokens,
         used, replace(core.role.counters) if core.role else None,
+        replace(core.cache.offload.counters) if core.cache.offload else None,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
+from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import PeerCard, TransferCounters
 from longspan.engine.core import CoreRequest, StepRecord, TokenOutput
 
@@ -67,7 +68,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What the scheduler has before it, sent with every step's tokens; with what a role has moved."""
+    """What the scheduler has before it, sent with every step's tokens; with what offload and a role have moved."""
 
     waiting: int = 0
     running: int = 0
@@ -76,6 +77,7 @@ class Load(msgspec.Struct, frozen=True):
     accepted_tokens: int = 0
     used_pages: tuple[int, ...] = ()
     transfer: TransferCounters | None = None
+    offload: OffloadCounters | None = None
 
 
 class Tokens(msgspec.Struct, tag=True, frozen=True):

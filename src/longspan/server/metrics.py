@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -34,6 +35,10 @@ class Metrics:
         self._drafted = self._gauge("spec_decode_num_draft_tokens", "tokens drafted since the ranks started")
         self._accepted = self._gauge("spec_decode_num_accepted_tokens", "of these, tokens that were right")
         self._moved = self._gauge("bytes_moved", "bytes between ranks since they started, by schedule", "schedule")
+        self._offload = self._gauge(
+            "kv_offload_pages", "pages since the ranks started, by what became of them", "event"
+        )
+        self._transfer = self._gauge("kv_transfer", "of prompts between instances, since the ranks started", "what")
         self._restarts = self._counter("engine_restarts", "times the ranks were started again")
         self._prompt = self._counter("prompt_tokens", "prompt tokens of requests that began to generate")
         self._cached = self._counter("prefix_cache_hits", "prompt tokens the prefix cache had")
@@ -115,6 +120,9 @@ class Metrics:
         self._accepted.labels(self._model).set(self.load.accepted_tokens)
         for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
             self._kv_usage.labels(self._model, str(shard)).set(used / pages)
+        for gauge, counters in ((self._offload, self.load.offload), (self._transfer, self.load.transfer)):
+            for name, count in asdict(counters).items() if counters else ():
+                gauge.labels(self._model, name).set(count)
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:

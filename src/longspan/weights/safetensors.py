@@ -28,7 +28,7 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path, scale_block: tuple[int, int] = (128, 128)) -> None:
-        self._scale_block = scale_block
+        self.scale_block = scale_block
         self._file_of: dict[str, Any] = {}
         for path in _files(folder):
             handle = _open(path)
@@ -45,9 +45,21 @@ class SafetensorsCheckpoint:
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """See `Checkpoint.read`."""
         part = self._slice(name)[index]
-        if name + _SCALE in self._file_of:
+        if self.has_scales(name):
             part = part.float() * self._scales(name, index)
         out.copy_(part)
+
+    def has_scales(self, name: str) -> bool:
+        """Whether a tensor is in FP8 with a scale a block."""
+        return name + _SCALE in self._file_of
+
+    def read_scaled(self, name: str, index: tuple[slice, ...], values: Tensor, scales: Tensor) -> None:
+        """Copy a slice of such a tensor as it is, and the scales of its blocks, whose edges the slice's are."""
+        blocks = tuple(
+            slice(part.start // size, -(-part.stop // size)) for part, size in zip(index, self.scale_block, strict=True)
+        )
+        values.copy_(self._slice(name)[index])
+        scales.copy_(self._slice(name + _SCALE)[blocks])
 
     def _is_scale(self, name: str) -> bool:
         return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
@@ -55,12 +67,12 @@ class SafetensorsCheckpoint:
     def _scales(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """One scale for each element of the slice, [rows, columns] fp32."""
         scales: Tensor = self._slice(name + _SCALE)[:].float()
-        for dim, (part, size) in enumerate(zip(index, self._scale_block, strict=True)):
+        for dim, (part, size) in enumerate(zip(index, self.scale_block, strict=True)):
             blocks = torch.arange(part.start, part.stop) // size
             if part.stop > scales.shape[dim] * size:
                 raise WeightError(
                     f"{name + _SCALE}: shape {tuple(scales.shape)} has too few scales for {self.shape(name)} in blocks "
-                    f"of {self._scale_block}; the config.json's weight_block_size is another model's"
+                    f"of {self.scale_block}; the config.json's weight_block_size is another model's"
                 )
             scales = scales.index_select(dim, blocks)
         return scales

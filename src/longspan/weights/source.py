@@ -25,12 +25,16 @@ _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model found and opened: its files, its configuration as a Hugging Face config.json has it."""
+    """A model found and opened: its files, its configuration as a Hugging Face config.json has it.
+
+    `block_scaled` are the same files where their weights are in FP8 with a scale a block.
+    """
 
     name: str
     path: Path
     config: dict[str, Any]
     checkpoint: Checkpoint
+    block_scaled: SafetensorsCheckpoint | None = None
 
 
 def resolve_model(model: str) -> ModelSource:
@@ -62,21 +66,22 @@ def _folder(name: str, path: Path) -> ModelSource:
     if (path / "generation_config.json").is_file():
         generation = _json(path / "generation_config.json")
         config["eos_token_id"] = sorted({*_ids(config), *_ids(generation)})
-    return ModelSource(name, path, config, _open_folder(name, path, config))
+    return _open_folder(name, path, config)
 
 
-def _open_folder(name: str, path: Path, config: dict[str, Any]) -> Checkpoint:
+def _open_folder(name: str, path: Path, config: dict[str, Any]) -> ModelSource:
     """The folder's tensors; raises `UnsupportedModel` for any quantisation but block-scaled FP8 and MXFP4."""
     quantisation = config.get("quantization_config") or {}
     method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size", [128, 128])
     if method == "mxfp4":
-        return Mxfp4Checkpoint(SafetensorsCheckpoint(path))
+        return ModelSource(name, path, config, Mxfp4Checkpoint(SafetensorsCheckpoint(path)))
     if method != "fp8" or not isinstance(block, list) or len(block) != 2:
         raise UnsupportedModel(
             f"model={name}: quantization_config (quant_method={method}, weight_block_size={block}) is not supported; "
             "use the unquantised model, one in block-scaled FP8 or MXFP4, or a GGUF file"
         )
-    return SafetensorsCheckpoint(path, (block[0], block[1]))
+    files = SafetensorsCheckpoint(path, (block[0], block[1]))
+    return ModelSource(name, path, config, files, files if quantisation else None)
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

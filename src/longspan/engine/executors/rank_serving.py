@@ -94,7 +94,7 @@ def _serve(begin: Begin, rank: int, number: int, line: zmq.Socket[bytes], answer
     def make_group(group: Sequence[int]) -> Collectives:
         return open_group(group, rank, traffic, device)
 
-    store = TensorStore(setup.source.checkpoint, setup.dtype, device)
+    store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
     runner, constants = build_runner(setup, rank, store, make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(Ready(rank, constants))

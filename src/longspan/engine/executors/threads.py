@@ -43,7 +43,7 @@ class ThreadExecutor:
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
         self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
-        self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device())
+        self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
         self._threads = [
