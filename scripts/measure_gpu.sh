@@ -41,6 +41,9 @@ bench decode-quantised 50 attention --backends triton --kv-cache-dtype fp8,int8 
     --prefill "" --shared-context 0
 bench prefill 50 attention --heads gqa --batch "" --shared-context 0
 
+# What torch.compile and FP8 products would win in a layer of 8 billion parameters.
+part layers 80 "$python" scripts/measure_layers.py
+
 # A Llama of random weights: a decode step with and without CUDA graphs, against its floor and against transformers.
 timeout 60 "$python" scripts/random_llama.py "$folder/llama" 2>"$folder/llama.log"
 part model-decode 120 "$python" scripts/measure_decode.py "$folder/llama" --batch 1,32 --context 8192

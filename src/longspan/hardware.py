@@ -26,6 +26,7 @@ _POSITIVE = (
     "tflops", "memory_gb", "memory_tb_s", "intra_gb_s", "inter_gb_s", "matmul", "fp8_matmul", "attention", "memory",
     "intra_link", "inter_link", "tile_rows",
 )  # fmt: skip
+_TABLES = ("product_s", "sharing")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Hardware:
     `tile_rows`: rows of a product are rounded up to these. `product_s`: seconds a weight element takes by number of
     rows, as (rows, seconds) in order of rows, measured; in place of `tflops` and `memory_tb_s`, except in attention.
     `attention_cost` are measured constants of attention and exchange, in place of those above. `parallelism`: how many
-    ranks' worth of computing the machine does at once where ranks share it (0: each rank has a device of its own).
+    ranks' worth of computing the machine does at once where ranks share it (0: each rank has a device of its own). With
+    `sharing` a layer takes so many times as long, by rows, when each of `cores` computes one of its own, as when all
+    compute one; between one layer at once and so many, in proportion.
     With `calls_per_segment` attention is a call for each segment and shard, else one for all.
     """
 
@@ -68,6 +71,8 @@ class Hardware:
     prompt_token_s: float = 0.0
     tile_rows: int = 128
     parallelism: float = 0.0
+    cores: int = 0
+    sharing: tuple[tuple[int, float], ...] = ()
     calls_per_segment: bool = False
     product_s: tuple[tuple[int, float], ...] = ()
     attention_cost: CostConstants | None = None
@@ -168,9 +173,11 @@ def _check(path: str | Path, text: str, found: Hardware) -> None:
         value = getattr(found, entry.name)
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise _at(path, text, entry.name, f"{value} given", "a number that is not negative is expected")
-    rows = [rows for rows, _ in found.product_s]
-    if rows != sorted(set(rows)) or any(row < 1 or not seconds > 0 for row, seconds in found.product_s):
-        raise _at(path, text, "product_s", "not in order of rows", "pairs [rows, positive seconds] are expected")
+    for name in _TABLES:
+        table = getattr(found, name)
+        rows = [rows for rows, _ in table]
+        if rows != sorted(set(rows)) or any(row < 1 or not value > 0 for row, value in table):
+            raise _at(path, text, name, "not in order of rows", "pairs [rows, positive number] are expected")
 
 
 def _at(path: str | Path, text: str, name: str, problem: str, remedy: str) -> ConfigError:
@@ -185,5 +192,6 @@ def _at(path: str | Path, text: str, name: str, problem: str, remedy: str) -> Co
 def hardware_to_yaml(machine: Hardware) -> str:
     """The text that `hardware_from_yaml` reads."""
     values = {name: value for name, value in asdict(machine).items() if value is not None}
-    values["product_s"] = [list(entry) for entry in machine.product_s]
+    for name in _TABLES:
+        values[name] = [list(entry) for entry in getattr(machine, name)]
     return str(yaml.safe_dump(values, sort_keys=False))

@@ -1,8 +1,10 @@
 """Constants measured here are a machine the planner can read, and the engine is compared with its predictions."""
 
 import json
+from itertools import groupby
 
 import pytest
+import torch
 
 from longspan.cli.calibrate import calibrate as command
 from longspan.config import CacheConfig, EngineConfig
@@ -10,9 +12,11 @@ from longspan.engine.engine import Engine
 from longspan.errors import ConfigError
 from longspan.hardware import Hardware, hardware_from_yaml
 from longspan.planner import calibrate as measuring
+from longspan.planner import measured_engine, measured_layers
 from longspan.planner.models import find_config
 from longspan.planner.simulate import check
 from longspan.planner.simulate.asks import Ask
+from longspan.planner.timing import Bench, typical
 
 
 @pytest.fixture
@@ -23,9 +27,14 @@ def quick(monkeypatch, tmp_path):
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
-    sizes = {"_FEW_ROWS": (1, 4), "_MANY_ROWS": (64,), "_STREAM_BYTES": 1 << 20, "_CHUNK": 64, "_PROBE_STEPS": 8}
-    for name, value in sizes.items():
-        monkeypatch.setattr(measuring, name, value)
+    sizes = {
+        measuring: {"_STREAM_BYTES": 1 << 20},
+        measured_layers: {"_FEW_ROWS": (1, 4), "_MANY_ROWS": (64,), "_PASSED_ROWS": 64, "_SHARED_ROWS": (1, 64)},
+        measured_engine: {"_CHUNK": 256, "_BRIEF": 16, "_SHORT": 16, "_LONG": 64, "_STEPS": 4, "_MANY": 2, "_CACHE_BYTES": 1 << 22},
+    }
+    for module, values in sizes.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     return tmp_path
 
 
@@ -40,28 +49,47 @@ def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
     found = hardware_from_yaml(file)
     assert [rows for rows, _ in found.product_s] == [1, 4, 64] and all(seconds > 0 for _, seconds in found.product_s)
     assert found.attention_cost.flop_s > 0 and set(found.attention_cost.fixed) >= {"gather_q", "ring_kv"}
-    assert found.parallelism == 1 and found.calls_per_segment and found.memory_gb > 1
+    assert [rows for rows, _ in found.sharing] == [1, 64] and all(factor >= 1 for _, factor in found.sharing)
+    assert found.parallelism == 1 and found.cores >= 1 and found.calls_per_segment and found.memory_gb > 1
     assert not capsys.readouterr().out
 
 
 def test_two_timings_that_differ_by_more_than_a_tenth_are_noted():
-    bench = measuring._Bench(measuring.torch.device("cpu"), lambda what: None)
-    assert bench.agreed("a", 1.0, 1.09) == 1.0 and not bench.notes
-    assert bench.agreed("b", 1.2, 1.0) == 1.0
+    bench = Bench(torch.device("cpu"), 1, lambda what: None)
+    assert bench.agreed("a", 1.0, 1.09) == pytest.approx(1.045) and not bench.notes
+    assert bench.agreed("b", 1.2, 1.0) == pytest.approx(1.1)
     (note,) = bench.notes
     assert note.startswith("b: two timings differ by 20%")
 
 
-def test_the_probe_is_a_model_the_engine_runs_with_the_vocabulary_of_another(quick):
+def test_everything_is_timed_once_before_anything_is_timed_again():
+    order: list[str] = []
+    bench = Bench(torch.device("cpu"), 1, lambda what: None)
+    found = bench.rounds({name: lambda name=name: order.append(name) for name in "ab"})
+    assert set(found) == {"a", "b"} and all(seconds >= 0 for seconds in found.values())
+    assert [name for name, _ in groupby(order)] == ["a", "b", "a", "b"]
+
+
+def test_the_typical_time_is_the_lower_quartile():
+    assert typical([9.0, 1.0, 2.0, 3.0, 8.0, 4.0, 7.0, 5.0]) == 3.0
+    assert typical([2.0]) == 2.0
+
+
+@pytest.mark.parametrize("width", [None, 16])
+def test_a_made_up_model_is_one_the_engine_runs_with_the_vocabulary_of_another(quick, width):
     cache = CacheConfig(pages_per_shard=(8,))
-    with measuring._probe(find_config(str(quick))) as folder, Engine(EngineConfig(folder, cache=cache)) as engine:
-        assert engine.setup.model.vocab_size == 512 and engine.setup.model.num_layers == 1
-        assert check._measured(engine, 2, 5, 3)[0] > 0
+    with (
+        measured_engine.plain_folder(find_config(str(quick)), 3, width) as folder,
+        Engine(EngineConfig(folder, cache=cache)) as engine,
+    ):
+        model = engine.setup.model
+        assert (model.vocab_size, model.num_layers, model.hidden_size) == (512, 3, width or 64)
+        assert measured_engine.decode_step(engine, 2, 5, 3) > 0
 
 
 def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, machine):
     asks = [Ask(n, 0.01 * n, 20 + n, 6, (n,)) for n in range(5)]
-    with measuring._probe(find_config(str(quick))) as folder:
+    with measured_engine.plain_folder(find_config(str(quick)), 1, 16) as folder:
         config = EngineConfig(folder, cache=CacheConfig(pages_per_shard=(64,), enable_prefix_caching=False))
         found = check.check_trace(config, machine, asks)
     for report in (found.simulated, found.real):
@@ -78,9 +106,10 @@ def test_predictions_follow_the_definitions_of_what_is_measured(machine):
     assert check._predicted(simulated, 4, 512, 10)[0] > 3 * begun
 
 
-def test_an_error_is_against_the_faster_of_two_runs_and_a_doubt_is_seen():
-    row = check.Row("prefill", 512, 1, 1.1, 1.0, 1.05)
-    assert row.error == pytest.approx(0.1) and row.agrees
+def test_an_error_is_against_the_mean_of_two_runs_and_a_doubt_is_seen():
+    row = check.Row("prefill", 512, 1, 1.1, 0.95, 1.0499)
+    assert row.error == pytest.approx(0.1, abs=1e-3) and not row.agrees
+    assert check.Row("prefill", 512, 1, 1.1, 1.0, 1.05).agrees
     assert not check.Row("prefill", 512, 1, 1.1, 1.0, 1.2).agrees
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.hardware import Hardware
+from longspan.models.config import ModelConfig
 from longspan.planner.deployment import Deployment, Part
 
 _LEAST_ROWS = 16  # of a tensor core's tile
@@ -99,12 +100,10 @@ class LinearTime:
             found += self._product(at.ffn, rows).times(at.model.num_layers - mixed)
         if mixed:
             found += self._mixture(rows, all_rows).times(mixed)
-        return found.times(self._crowding(all_rows / max(rows, 1)))
+        return found.times(self._crowding(rows, all_rows))
 
     def _passes(self, rows: int) -> Seconds:
-        model, grid = self._at.model, self._at.grid
-        inner = (model.num_q_heads * model.head_dim + model.intermediate_size) / grid.tp
-        elements = rows * (_HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * inner)
+        elements = rows * passed_elements(self._at.model, self._at.grid.tp)
         memory = elements * self._at.weights.embedding * self._hardware.read_s
         return Seconds(memory=memory, latency=_SMALL_KERNELS * self._hardware.kernel_s)
 
@@ -135,15 +134,22 @@ class LinearTime:
         found = self._tp.all_reduce(size).times(2 * self._at.model.num_layers + 1)
         return found + self._stages.send(size).times(self._stages.members - 1)
 
-    def _crowding(self, busy: float) -> float:
-        """How much longer work takes that `busy` pcp indices do at once, where ranks share a machine's cores."""
-        ranks = self._at.grid.tp * min(self._at.grid.pcp, busy)
-        return max(1.0, ranks / self._hardware.parallelism) if self._hardware.parallelism else 1.0
+    def _crowding(self, rows: int, all_rows: int) -> float:
+        """How much longer work on `rows` takes where ranks share a machine's cores, `all_rows` of it at once."""
+        machine, grid = self._hardware, self._at.grid
+        if not machine.parallelism:
+            return 1.0
+        at_once = grid.tp * min(grid.pcp, all_rows / max(rows, 1))
+        if not machine.sharing:
+            return max(1.0, at_once / machine.parallelism)
+        beside = max(0.0, min(at_once, machine.cores) - 1) / max(machine.cores - 1, 1)
+        full = 1 + (_between(machine.sharing, rows) - 1) * beside
+        return full * max(1.0, at_once / machine.cores)
 
     def head(self, rows: int, all_rows: int) -> Seconds:
         """Logits of `rows` on the busiest rank, `all_rows` on all pcp indices, gathered."""
         size = rows * self._at.model.vocab_size * 4
-        return self._product(self._at.head, rows).times(self._crowding(all_rows / max(rows, 1))) + self._tp.send(size)
+        return self._product(self._at.head, rows).times(self._crowding(rows, all_rows)) + self._tp.send(size)
 
     def _product(self, part: Part, rows: int) -> Seconds:
         if not part.products:
@@ -171,13 +177,22 @@ class LinearTime:
         return math.ceil(rows / tile) * tile
 
 
+def passed_elements(model: ModelConfig, ranks: int = 1) -> float:
+    """How many elements norms, sums and activations of a dense layer read and write for a row, on one of so many."""
+    inner = (model.num_q_heads * model.head_dim + model.intermediate_size) / ranks
+    return _HIDDEN_PASSES * model.hidden_size + _INNER_PASSES * inner
+
+
 def measured(table: Sequence[tuple[int, float]], rows: float) -> float:
     """Seconds for `rows` from a table in order of rows: between two entries in proportion, beyond the last too."""
+    return _between(table, rows) * max(1.0, rows / table[-1][0])
+
+
+def _between(table: Sequence[tuple[int, float]], rows: float) -> float:
+    """What a table says for `rows`, its ends beyond them."""
     n = bisect_left(table, (rows, 0.0))
-    if n == 0:
-        return table[0][1]
-    if n == len(table):
-        return table[-1][1] * rows / table[-1][0]
+    if n in (0, len(table)):
+        return table[n and -1][1]
     (below, least), (above, most) = table[n - 1], table[n]
     return least + (most - least) * (rows - below) / (above - below)
 

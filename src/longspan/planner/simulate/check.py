@@ -21,11 +21,13 @@ from longspan.config import CacheConfig, EngineConfig, ParallelConfig
 from longspan.engine.engine import Engine
 from longspan.hardware import Hardware
 from longspan.planner.deployment import Deployment
+from longspan.planner.measured_engine import decode_step
 from longspan.planner.models import find_model
 from longspan.planner.simulate.asks import Ask
 from longspan.planner.simulate.instance import Instance, InstanceConfig
 from longspan.planner.simulate.run import simulate
 from longspan.planner.simulate.setup import instance_config, limits_of
+from longspan.planner.timing import typical
 from longspan.request import SamplingParams
 
 PREFILLS = (512, 1024, 2048, 4096, 8192)
@@ -33,7 +35,7 @@ BATCHES = (1, 2, 4, 8, 16)
 LAYOUTS = (ParallelConfig(), ParallelConfig(1, 2, 1))
 _CONTEXT, _OUTPUT = 512, 24  # of a decoding request
 _ONCE = 4096  # prompts from this length on are measured once
-_REQUESTS, _RATE, _SEED = 40, 1.5, 0
+_REQUESTS, _RATE, _SEED = 40, 1.0, 0
 _VOCABULARY = 100  # token ids of prompts lie below it
 
 Report = Callable[[str], None]
@@ -41,7 +43,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One situation: seconds predicted, and measured twice (long prompts once).
+    """One situation: seconds predicted, and measured twice with all others between (long prompts once).
 
     `kind` is prefill (size: tokens) or decode (requests).
     """
@@ -55,8 +57,8 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Relative, against the lower of both."""
-        return self.predicted_s / min(self.measured_s, self.again_s) - 1
+        """Relative, against the mean of both."""
+        return self.predicted_s / ((self.measured_s + self.again_s) / 2) - 1
 
     @property
     def agrees(self) -> bool:
@@ -105,20 +107,10 @@ def run_checks(model: str, machine: Hardware, executor: str, report: Report) -> 
         simulated = _simulated(config, machine)
         with Engine(config) as engine:
             _measured(engine, 1, 64, 4)
-            for size in PREFILLS:
-                report(_told(rows, f"prefill of {size} tokens on {engine.setup.grid.world_size} ranks"))
-                rows.append(_row(engine, simulated, "prefill", size))
-            for size in BATCHES:
-                report(_told(rows, f"decode of {size} requests on {engine.setup.grid.world_size} ranks"))
-                rows.append(_row(engine, simulated, "decode", size))
+            rows += _rows(engine, simulated, report)
     config = _engine_config(model, executor, LAYOUTS[0])
     report("a trace")
     return Checks(tuple(rows), check_trace(config, machine, small_trace()))
-
-
-def _told(rows: Sequence[Row], following: str) -> str:
-    """What goes on, and how the last comparison came out."""
-    return f"{following} (the last one: {rows[-1].error:+.1%})" if rows else following
 
 
 def _layouts() -> tuple[ParallelConfig, ...]:
@@ -160,14 +152,25 @@ def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
     return instance_config(deployment, scheduler, config.cache.memory_bytes, config.cache.enable_prefix_caching)
 
 
-def _row(engine: Engine, simulated: InstanceConfig, kind: str, size: int) -> Row:
-    longest = engine.setup.max_model_len - 2
-    requests, prompt, output = (1, min(size, longest), 2) if kind == "prefill" else (size, _CONTEXT, _OUTPUT)
-    first = _measured(engine, requests, prompt, output)
-    second = first if prompt >= _ONCE else _measured(engine, requests, prompt, output)
-    expected = _predicted(simulated, requests, prompt, output)
-    part = 0 if kind == "prefill" else 1
-    return Row(kind, size, engine.setup.grid.world_size, expected[part], first[part], second[part])
+def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[Row]:
+    """All situations of one layout, measured in two rounds: a shared machine's speed changes within seconds."""
+    ranks, longest = engine.setup.grid.world_size, engine.setup.max_model_len - 2
+    loads = {("prefill", size): (1, min(size, longest), 2) for size in PREFILLS}
+    loads |= {("decode", size): (size, _CONTEXT, _OUTPUT) for size in BATCHES}
+    found: dict[tuple[str, int], list[float]] = {situation: [] for situation in loads}
+    for number in range(2):
+        for (kind, size), (requests, prompt, _) in loads.items():
+            report(f"{kind} of {size} {'tokens' if kind == 'prefill' else 'requests'} on {ranks} ranks")
+            if kind == "decode":
+                found[kind, size].append(decode_step(engine, requests, prompt, _OUTPUT))
+            elif number == 0 or prompt < _ONCE:
+                again = range(max(1, _ONCE // prompt // 2))
+                found[kind, size].append(typical([_measured(engine, 1, prompt, 1)[0] for _ in again]))
+    return [
+        Row(kind, size, ranks, _predicted(simulated, *load)[kind == "decode"], found[kind, size][0],
+            found[kind, size][-1])
+        for (kind, size), load in loads.items()
+    ]  # fmt: skip
 
 
 def _measured(engine: Engine, requests: int, prompt: int, output: int) -> tuple[float, float]:

@@ -1,0 +1,205 @@
+"""What attention and the host take in the engine's own steps, with models that are little else.
+
+It owns these models and the steps that are timed; a difference of two depths leaves what a layer takes. It must not
+know how times are predicted from that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from longspan.attention.cost import Fixed
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.engine.engine import Engine
+from longspan.models.decoder import decoder_params
+from longspan.models.registry import load_config
+from longspan.planner.measured_layers import LayerBench
+from longspan.planner.timing import Bench, typical
+from longspan.request import SamplingParams
+
+_WIDTH = 64
+_DEPTHS = (1, 9)
+_SHORT, _LONG = 448, 4096  # tokens before a decode step
+_CHUNK, _CHUNKS = 2048, 2  # new tokens of a prompt in a step, and steps
+_BRIEF = 512  # tokens of a prompt
+_STEPS = 24
+_PROMPTS = 3
+_MANY = 8  # requests
+_LEAST = 1e-12
+_CACHE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class EngineTimes:
+    """Seconds of the host a step; of a layer in the engine beside its kernels; of an attention call; of a byte of keys
+    and values; of an operation of attention; of a row of it beside its operations."""
+
+    step_s: float
+    layer_s: float
+    call_s: float
+    read_s: float
+    flop_s: float
+    row_s: float
+
+
+class EngineBench:
+    """Engines with made-up models: thin ones, in which attention takes most, and one as wide as another model."""
+
+    def __init__(self, bench: Bench, values: Mapping[str, Any], executor: str, layers: LayerBench) -> None:
+        self._bench, self._values, self._executor, self._layers = bench, values, executor, layers
+        self._thin = load_config(plain(values, 1, _WIDTH))
+        self._long = min(_LONG, self._thin.max_position_embeddings - 2 * _STEPS)
+        self._step_s = self._context_s = 0.0
+
+    def measure(self, row_bytes: int) -> EngineTimes:
+        """Of one rank that has the machine; a token's keys and values take `row_bytes` in a layer."""
+        shape = self._thin
+        layers = LayerBench(self._bench, shape)
+        (first, far, quick, slow), (deep, deep_far, deep_quick, deep_slow) = map(self._thin_steps, _DEPTHS)
+        short, long = ((more - less) / (_DEPTHS[1] - _DEPTHS[0]) for less, more in ((first, deep), (far, deep_far)))
+        self._step_s = max(first - short - layers.logits(1), 0.0)
+        brief, whole = (
+            (more - less) / (_DEPTHS[1] - _DEPTHS[0]) - each
+            for less, more, each in (
+                (quick, deep_quick, layers.each_layer(_BRIEF)),
+                (slow, deep_slow, _CHUNKS * layers.each_layer(_CHUNK)),
+            )
+        )
+        pairs, brief_pairs = (tokens * (tokens + 1) // 2 for tokens in (_CHUNKS * _CHUNK, _BRIEF))
+        times = _CHUNKS * _CHUNK / _BRIEF
+        pair = max(whole - times * brief, _LEAST) / (pairs - times * brief_pairs)
+        kernels = [self._kernels(rows) for rows in (1, _MANY)]
+        with self._engine(self._layers.deep, None) as wide:
+            one, many = (self._beside(wide, n, own) for n, own in zip((1, _MANY), kernels, strict=True))
+        read = max(long - short, _LEAST) / ((self._long - _SHORT) * row_bytes)
+        self._context_s = _SHORT * row_bytes * read
+        call = max((many - one) / (_MANY - 1) - self._context_s, _LEAST)
+        return EngineTimes(
+            step_s=self._step_s,
+            layer_s=max(one - call - self._context_s, 0.0),
+            call_s=call,
+            read_s=read,
+            flop_s=pair / (4 * shape.num_q_heads * shape.head_dim),
+            row_s=max(brief - pair * brief_pairs, 0.0) / _BRIEF,
+        )
+
+    def fixed(self, alone: Mapping[str, Fixed], layer_s: float, crowding: float) -> dict[str, Fixed]:
+        """What attention of a layer takes whatever the sizes under each schedule, on two ranks that share the machine.
+
+        `alone` has the same of schedules by themselves: it tells them apart, and the engine's steps say what is on top
+        of all of them. With both ranks computing, everything else takes `crowding` times as long.
+        """
+        ones: list[float] = []
+        boths: list[float] = []
+        for schedule, own in alone.items():
+            kernels = self._kernels(1)
+            with self._engine(self._layers.deep, None, self._executor, 2, schedule) as engine:
+                one, both = self._beside(engine, 1, kernels), self._beside(engine, 2, crowding * kernels)
+            ones.append(one - layer_s - self._context_s - own.one)
+            boths.append(both - crowding * layer_s - 2 * self._context_s - own.all)
+        more_one, more_both = max(median(ones), 0.0), max(median(boths), 0.0)
+        return {schedule: Fixed(own.one + more_one, own.all + more_both) for schedule, own in alone.items()}
+
+    def _kernels(self, rows: int) -> float:
+        """Seconds of a step's layers and logits, by themselves: no engine may be there, see `Bench`."""
+        return self._layers.each_layer(rows) * self._layers.deep + self._layers.logits(rows)
+
+    def _beside(self, engine: Engine, requests: int, kernels: float) -> float:
+        """Seconds a layer of decode steps beside their kernels."""
+        what = f"steps of {requests} requests, {engine.setup.config.scheduler.schedule}"
+        self._bench.report(what)
+        step = self._bench.agreed(what, *(decode_step(engine, requests, _SHORT, _STEPS) for _ in range(2)))
+        return (step - self._step_s - kernels) / self._layers.deep
+
+    def _thin_steps(self, depth: int) -> tuple[float, float, float, float]:
+        """Seconds of a thin engine's decode steps after a short and a long prompt, and of a brief and a long prompt.
+
+        One engine at a time, see `Bench`.
+        """
+        self._bench.report(f"steps of {depth} thin layers")
+        with self._engine(depth, _WIDTH) as engine:
+            short, long = (
+                self._bench.agreed(f"steps after {n} tokens", *(decode_step(engine, 1, n, _STEPS) for _ in range(2)))
+                for n in (_SHORT, self._long)
+            )
+            brief, whole = (typical([_prompt(engine, n) for _ in range(_PROMPTS)]) for n in (_BRIEF, _CHUNKS * _CHUNK))
+        return short, long, brief, whole
+
+    @contextmanager
+    def _engine(
+        self, depth: int, width: int | None, executor: str = "threads", ranks: int = 1, schedule: str = "auto"
+    ) -> Iterator[Engine]:  # fmt: skip
+        with plain_folder(self._values, depth, width) as folder:
+            config = EngineConfig(
+                folder, executor=executor, parallel=ParallelConfig(1, ranks, 1),
+                cache=CacheConfig(memory_bytes=_CACHE_BYTES, enable_prefix_caching=False),
+                scheduler=SchedulerConfig(_CHUNK, schedule=schedule, local_context=0),  # spread from the first token on
+            )  # fmt: skip
+            with Engine(config) as engine:
+                yield engine
+
+
+def decode_step(engine: Engine, requests: int, context: int, steps: int) -> float:
+    """Seconds of a step in which so many requests decode, each after a prompt of `context` tokens."""
+    params = SamplingParams(temperature=0, max_tokens=steps + requests + 1, ignore_eos=True)
+    for number in range(requests):
+        engine.add_request(str(number), [1 + number] * context, params)
+    begun: set[str] = set()
+    while len(begun) < requests:
+        begun |= {output.request_id for output in engine.step()}
+    seconds = typical([_step(engine) for _ in range(steps)])
+    while engine.has_unfinished:
+        engine.step()
+    return seconds
+
+
+def _prompt(engine: Engine, tokens: int) -> float:
+    """Seconds of all steps of a prompt."""
+    engine.add_request("prompt", [1] * tokens, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    seconds = 0.0
+    while engine.has_unfinished:
+        seconds += _step(engine)
+    return seconds
+
+
+def _step(engine: Engine) -> float:
+    started = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - started
+
+
+def plain(values: Mapping[str, Any], layers: int, width: int | None) -> dict[str, Any]:
+    """A config.json of plain layers with the heads and the vocabulary of another, as wide as that or narrower."""
+    heads = values["num_attention_heads"]
+    found = {
+        "head_dim": values["hidden_size"] // heads, **values, "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers, "attention_bias": False,
+    }  # fmt: skip
+    found.pop("quantization_config", None)
+    return found if width is None else {**found, "hidden_size": width, "intermediate_size": width}
+
+
+@contextmanager
+def plain_folder(values: Mapping[str, Any], layers: int, width: int | None) -> Iterator[str]:
+    """A folder with such a model."""
+    config = plain(values, layers, width)
+    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        tensors = {
+            param.name: torch.randn(param.shape) / math.sqrt(param.shape[-1])
+            for param in decoder_params(load_config(config))
+        }
+        save_file(tensors, Path(folder, "model.safetensors"))
+        yield folder

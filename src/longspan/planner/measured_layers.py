@@ -1,0 +1,187 @@
+"""What a model's layers take outside attention on this machine, by rows: timed as the engine runs them.
+
+It owns the models that are made up for it and how their time is told apart; it must not know attention or ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from longspan.attention.layer import AttentionLayer
+from longspan.models.config import ModelConfig
+from longspan.models.context import Linear, Provided
+from longspan.models.decoder import DecoderModel
+from longspan.models.layers import DenseLinear, table_product
+from longspan.models.params import Param
+from longspan.models.registry import build_model
+from longspan.parallel.experts import OwnExperts
+from longspan.planner.linear import passed_elements
+from longspan.planner.timing import Bench, Run
+
+_FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_MANY_ROWS = (128, 256, 512, 1024, 2048)
+_PASSED_ROWS = 512
+_SHARED_ROWS = (1, 4, 16, 64, 512)
+_MOST_LAYERS_BYTES = 1 << 30
+_FEW_LAYERS = 2  # are enough where arithmetic binds
+KERNELS_A_LAYER = 10  # as the planner counts: six small ones, and four products whose own time is in the table
+_LEAST_SHARE = 0.05  # of what a layer takes, that its products must
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds a byte that norms and activations pass over, seconds a kernel, and a weight element by rows."""
+
+    read_s: float
+    kernel_s: float
+    product_s: tuple[tuple[int, float], ...]
+
+
+class _Alone:
+    """A TP group of one."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _MadeUp:
+    """A loader of random weights: all of each layer, of all layers but the first and the last."""
+
+    def __init__(self, bench: Bench, layers: int) -> None:
+        self.device = bench.device
+        self._bench = bench
+        self._layers = layers
+
+    def load(self, *params: Param) -> Tensor:
+        """See `Loader.load`."""
+        shape = (sum(param.shape[0] for param in params), *params[0].shape[1:])
+        weight = self._bench.tensor(*shape) / math.sqrt(shape[-1])
+        return weight.float() if any(param.exact for param in params) else weight
+
+    def linear(self, *params: Param) -> Linear:
+        """See `Loader.linear`."""
+        return DenseLinear(self.load(*params))
+
+    def extent(self, axis: str, size: int) -> tuple[int, int]:
+        """See `Loader.extent`."""
+        return (1, 1 + self._layers) if axis == "layers" else (0, size)
+
+
+def _no_attention(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_zeros(q.shape[0], q.shape[1], layer.latent.value_dim if layer.latent else v.shape[-1])
+
+
+class LayerBench:
+    """A model's layers and its logits with random weights.
+
+    Few rows go through more layers than caches hold, and through the head: a decoding batch does.
+    """
+
+    def __init__(self, bench: Bench, shape: ModelConfig) -> None:
+        self._bench, self._shape = bench, replace(shape, moe=None)
+        self._sizes = _product_sizes(shape)
+        self._each = sum(out * into for out, into in self._sizes)
+        most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
+        self._deep = max(_FEW_LAYERS, min(shape.num_layers, most))
+        self._models = {count: self._model(count) for count in (self._deep, _FEW_LAYERS)}
+        self._head = bench.tensor(shape.vocab_size, shape.hidden_size)
+
+    def measure(self) -> LayerTimes:
+        """The products alone are timed too, so that what comes on top, at one row and at many, is told apart: it grows
+        with the hidden size, not with the weights."""
+        every = (*_FEW_ROWS, *_MANY_ROWS)
+        runs = {f"layers of {rows} rows": self.layers(rows) for rows in every}
+        runs |= {f"logits of {rows} rows": self._logits(rows) for rows in _FEW_ROWS}
+        runs |= {f"products of {rows} rows": self._products(rows) for rows in (1, _PASSED_ROWS)}
+        found = self._bench.rounds(runs)
+        taken = {rows: found[f"layers of {rows} rows"] / self._count(rows) for rows in every}
+        alone = {rows: found[f"products of {rows} rows"] / self._count(rows) for rows in (1, _PASSED_ROWS)}
+        kernel = max((taken[1] - alone[1]) / KERNELS_A_LAYER, 0.0)
+        above = taken[_PASSED_ROWS] - alone[_PASSED_ROWS] - KERNELS_A_LAYER * kernel
+        passed = passed_elements(self._shape) * self._bench.dtype.itemsize
+        read = max(above, _LEAST_SHARE * taken[_PASSED_ROWS]) / (_PASSED_ROWS * passed)
+        table: list[tuple[int, float]] = []
+        for rows, seconds in taken.items():
+            products = seconds - KERNELS_A_LAYER * kernel - rows * passed * read
+            products, elements = max(products, _LEAST_SHARE * seconds) * self._deep, self._deep * self._each
+            if rows in _FEW_ROWS:
+                products, elements = products + found[f"logits of {rows} rows"], elements + self._head.numel()
+            table.append((rows, products / elements))
+        return LayerTimes(read, kernel, tuple(table))
+
+    def sharing(self) -> tuple[tuple[int, float], ...]:
+        """How many times longer a pass takes when each core computes one of its own than when all compute one."""
+        cores = self._bench.cores
+        found: list[tuple[int, float]] = []
+        for rows in _SHARED_ROWS:
+            together = self._bench.seconds(f"layers of {rows} rows", self.layers(rows))
+            with ThreadPoolExecutor(cores, initializer=partial(torch.set_num_threads, 1)) as pool:
+                passes = partial(_at_once, pool, [self.layers(rows) for _ in range(cores)])
+                apart = self._bench.seconds(f"layers of {rows} rows on each core", passes)
+            found.append((rows, max(1.0, apart / together)))
+        return tuple(found)
+
+    def layers(self, rows: int) -> Run:
+        """A pass of that many rows."""
+        model = self._models[self._count(rows)]
+        x, positions = self._bench.tensor(rows, self._shape.hidden_size), torch.arange(rows, device=self._bench.device)
+        return lambda: model.layers(x, positions, _no_attention)
+
+    def each_layer(self, rows: int) -> float:
+        """Seconds of one layer."""
+        return self._bench.seconds(f"layers of {rows} rows", self.layers(rows)) / self._count(rows)
+
+    def logits(self, rows: int) -> float:
+        """Seconds of the logits of that many rows."""
+        return self._bench.seconds(f"logits of {rows} rows", self._logits(rows))
+
+    @property
+    def deep(self) -> int:
+        """How many layers few rows go through."""
+        return self._deep
+
+    def _count(self, rows: int) -> int:
+        return self._deep if rows <= _FEW_ROWS[-1] else _FEW_LAYERS
+
+    def _logits(self, rows: int) -> Run:
+        return partial(table_product, self._bench.tensor(rows, self._shape.hidden_size), self._head)
+
+    def _model(self, layers: int) -> DecoderModel:
+        """Layers between the first and the last, so that there are no ends."""
+        given = Provided(_MadeUp(self._bench, layers), _Alone(), OwnExperts())
+        return build_model(replace(self._shape, num_layers=layers + 2), given, self._bench.dtype)
+
+    def _products(self, rows: int) -> Run:
+        """Every layer's products in turn."""
+        layers = range(self._count(rows))
+        weights = [[DenseLinear(self._bench.tensor(*size)) for size in self._sizes] for _ in layers]
+        inputs = [self._bench.tensor(rows, into) for _, into in self._sizes]
+
+        def run() -> None:
+            for layer in weights:
+                for linear, x in zip(layer, inputs, strict=True):
+                    linear(x)
+
+        return run
+
+
+def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
+    for done in [pool.submit(torch.inference_mode()(run)) for run in runs]:
+        done.result()
+
+
+def _product_sizes(shape: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of the weights of a dense layer's products, those that share an input as one."""
+    q, kv = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    return [(q + 2 * kv, hidden), (hidden, q), (2 * wide, hidden), (hidden, wide)]
