@@ -6,8 +6,9 @@ a named machine, and must not know where they come from, nor which rank asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from longspan.attention.facts import (
@@ -89,12 +90,16 @@ class CostModel:
 
     def estimates(self, facts: ClassFacts) -> list[Estimate]:
         """Every schedule that could carry out the step."""
-        totals = facts.totals(self.group.members)
-        return [self.estimate(schedule, totals) for schedule in _FORMULAS]
+        return self.estimates_of(_FORMULAS, facts.totals(self.group.members))
+
+    def estimates_of(self, schedules: Iterable[str], totals: ClassTotals) -> list[Estimate]:
+        """Several schedules; `local`: nothing travels."""
+        step = _Step(self, totals)
+        return [_FORMULAS.get(schedule, _local)(step) for schedule in schedules]
 
     def estimate(self, schedule: str, totals: ClassTotals) -> Estimate:
-        """One schedule, or `local`: nothing travels."""
-        return _FORMULAS.get(schedule, _local)(self, totals)
+        """One of them."""
+        return self.estimates_of((schedule,), totals)[0]
 
     def fixed(self, schedule: str, facts: ClassTotals, messages: int, more_calls: int) -> float:
         """Seconds that do not depend on sizes: latencies, and `more_calls` than one for each row and shard."""
@@ -125,61 +130,89 @@ class CostModel:
         return max((received - crossing) * at.byte_s, crossing * at.cross_byte_s)
 
 
-def _local(model: CostModel, facts: ClassTotals) -> Estimate:
-    calls = max(max(load.calls for load in facts.by_pcp), 1)
-    compute = model.compute(facts.by_pcp, model.shape.q_heads, model.group.members_per_pcp)
-    return Estimate("local", 0, calls * model.constants.call_s, compute, 0.0, 0.0)
+class _Step:
+    """A step's totals under a model, and what several formulas need of them, each worked out once."""
+
+    def __init__(self, model: CostModel, facts: ClassTotals) -> None:
+        self.model, self.facts = model, facts
+
+    @cached_property
+    def queries(self) -> tuple[float, float, float]:
+        """(bytes of queries the busiest member takes in, of partials, of partials it packs and merges)."""
+        shape, members, rows = self.model.shape, self.model.group.members, self.facts.rows
+        each, most = self.model.group.members_per_pcp, max(rows)
+        arriving = (sum(rows) * each - min(rows)) * shape.query_bytes
+        returning = (members - 1) * most * shape.partial_bytes
+        handled = sum(rows) * each * shape.partial_bytes + members * most * shape.partial_bytes
+        return arriving, returning, handled
+
+    @cached_property
+    def query_compute(self) -> float:
+        """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
+        heads = self.model.shape.q_heads * self.model.group.members_per_pcp
+        return self.model.compute(self.facts.by_shard, heads, visitors=True)
+
+    @cached_property
+    def query_calls(self) -> int:
+        """Calls on the busiest shard beyond one for each pcp index with rows."""
+        return max(load.calls for load in self.facts.by_shard) - sum(rows != 0 for rows in self.facts.rows)
+
+    @cached_property
+    def key_compute(self) -> float:
+        """Of the busiest rank when keys come to it."""
+        return self.model.compute(self.facts.by_pcp, self.model.shape.q_heads, self.model.group.members_per_pcp)
+
+    @cached_property
+    def key_calls(self) -> int:
+        """Calls of the busiest rank beyond one for each shard."""
+        return max(load.calls for load in self.facts.by_pcp) - self.model.group.members
+
+    def keys(self, block: int) -> tuple[int, float, float, int]:
+        """(bytes, those the busiest member takes in, bytes copied and merged, rounds) when keys travel in blocks."""
+        shape, members, needed = self.model.shape, self.model.group.members, self.facts.needed
+        rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
+        arriving = (sum(needed) - min(needed)) * shape.kv_bytes
+        merged = rounds * members * 2 * max(self.facts.rows) * shape.partial_bytes
+        own = max(needed) * shape.kv_bytes
+        return gather_kv_bytes(shape, sum(needed), members), arriving, own + merged, rounds
 
 
-def _queries(model: CostModel, facts: ClassTotals) -> tuple[float, float, float]:
-    """(bytes of queries the busiest member takes in, of partials, of partials it packs and merges)."""
-    shape, members = model.shape, model.group.members
-    each = model.group.members_per_pcp
-    rows = max(facts.rows)
-    arriving = (sum(facts.rows) * each - min(facts.rows)) * shape.query_bytes
-    returning = (members - 1) * rows * shape.partial_bytes
-    handled = sum(facts.rows) * each * shape.partial_bytes + members * rows * shape.partial_bytes
-    return arriving, returning, handled
+def _local(step: _Step) -> Estimate:
+    calls = max(max(load.calls for load in step.facts.by_pcp), 1)
+    return Estimate("local", 0, calls * step.model.constants.call_s, step.key_compute, 0.0, 0.0)
 
 
-def _query_compute(model: CostModel, facts: ClassTotals) -> float:
-    """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
-    return model.compute(facts.by_shard, model.shape.q_heads * model.group.members_per_pcp, visitors=True)
-
-
-def _query_calls(facts: ClassTotals) -> int:
-    """Calls on the busiest shard beyond one for each pcp index with rows."""
-    return max(load.calls for load in facts.by_shard) - sum(rows != 0 for rows in facts.rows)
-
-
-def _gather_q(model: CostModel, facts: ClassTotals) -> Estimate:
-    arriving, returning, handled = _queries(model, facts)
+def _gather_q(step: _Step) -> Estimate:
+    model, facts = step.model, step.facts
+    arriving, returning, handled = step.queries
     return Estimate(
         "gather_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("gather_q", facts, 2, _query_calls(facts)),
-        _query_compute(model, facts),
+        model.fixed("gather_q", facts, 2, step.query_calls),
+        step.query_compute,
         model.exchange(arriving) + model.exchange(returning),
         handled * model.constants.copy_s,
     )
 
 
-def _gather_q_rs(model: CostModel, facts: ClassTotals) -> Estimate:
-    arriving, returning, handled = _queries(model, facts)
+def _gather_q_rs(step: _Step) -> Estimate:
+    model, facts = step.model, step.facts
+    arriving, returning, handled = step.queries
     members, each = model.group.members, model.group.members_per_pcp
     lse = (members - 1) * sum(facts.rows) * each * model.shape.lse_bytes
     return Estimate(
         "gather_q_rs",
         gather_q_rs_bytes(model.shape, facts.rows, each),
-        model.fixed("gather_q_rs", facts, 3, _query_calls(facts)),
-        _query_compute(model, facts),
+        model.fixed("gather_q_rs", facts, 3, step.query_calls),
+        step.query_compute,
         model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
         handled * model.constants.copy_s,
     )
 
 
-def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
+def _tree_q(step: _Step) -> Estimate:
     """Between machines one copy a machine; two exchanges each way."""
+    model, facts = step.model, step.facts
     shape, at, nodes = model.shape, model.constants, model.group.nodes
     each, rows = model.group.members_per_pcp, max(facts.rows)
     widest = max(map(len, nodes))
@@ -192,25 +225,26 @@ def _tree_q(model: CostModel, facts: ClassTotals) -> Estimate:
     return Estimate(
         "tree_q",
         gather_q_bytes(shape, facts.rows, each),
-        model.fixed("tree_q", facts, 4, _query_calls(facts)),
-        _query_compute(model, facts),
+        model.fixed("tree_q", facts, 4, step.query_calls),
+        step.query_compute,
         inside + crossing,
         handled * at.copy_s,
     )
 
 
-def _ring_q(model: CostModel, facts: ClassTotals) -> Estimate:
+def _ring_q(step: _Step) -> Estimate:
     """Members of a DCP group come one by one, so a shard is read once for each."""
-    arriving, returning, handled = _queries(model, facts)
+    model, facts = step.model, step.facts
+    arriving, returning, handled = step.queries
     hops = model.group.members - 1
     again = model.group.members_per_pcp - 1
     reread = max(load.reads for load in facts.by_shard) * again * model.shape.kv_bytes * model.constants.read_s
-    compute = _query_compute(model, facts) + reread
+    compute = step.query_compute + reread
     circulating = model.exchange(arriving)
     return Estimate(
         "ring_q",
         gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("ring_q", facts, hops + 1, (again + 1) * _query_calls(facts)),
+        model.fixed("ring_q", facts, hops + 1, (again + 1) * step.query_calls),
         compute,
         circulating + model.exchange(returning),
         handled * model.constants.copy_s,
@@ -224,39 +258,25 @@ def _hidden(model: CostModel, compute: float, circulating: float) -> float:
     return model.constants.hidden * min(compute * (members - 1) / members, circulating)
 
 
-def _keys(model: CostModel, facts: ClassTotals, block: int) -> tuple[int, float, float, float, int]:
-    """(bytes, compute, bytes the busiest member takes in, bytes copied and merged, rounds) when keys travel."""
-    shape, members = model.shape, model.group.members
-    needed = facts.needed
-    rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
-    compute = model.compute(facts.by_pcp, shape.q_heads, model.group.members_per_pcp)
-    arriving = (sum(needed) - min(needed)) * shape.kv_bytes
-    merged = rounds * members * 2 * max(facts.rows) * shape.partial_bytes
-    own = max(needed) * shape.kv_bytes
-    return gather_kv_bytes(shape, sum(needed), members), compute, arriving, own + merged, rounds
-
-
-def _key_calls(model: CostModel, facts: ClassTotals) -> int:
-    """Calls of the busiest rank beyond one for each shard."""
-    return max(load.calls for load in facts.by_pcp) - model.group.members
-
-
-def _gather_kv(model: CostModel, facts: ClassTotals) -> Estimate:
-    sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // model.group.members)
+def _gather_kv(step: _Step) -> Estimate:
+    model = step.model
+    sent, arriving, handled, rounds = step.keys(model.workspace_tokens // model.group.members)
     copies = handled * model.constants.copy_s
-    fixed = rounds * model.fixed("gather_kv", facts, 1, _key_calls(model, facts))
-    return Estimate("gather_kv", sent, fixed, compute, model.exchange(arriving), copies)
+    fixed = rounds * model.fixed("gather_kv", step.facts, 1, step.key_calls)
+    return Estimate("gather_kv", sent, fixed, step.key_compute, model.exchange(arriving), copies)
 
 
-def _ring_kv(model: CostModel, facts: ClassTotals) -> Estimate:
-    sent, compute, arriving, handled, rounds = _keys(model, facts, model.workspace_tokens // 2)
-    fixed = rounds * model.fixed("ring_kv", facts, model.group.members - 1, _key_calls(model, facts))
+def _ring_kv(step: _Step) -> Estimate:
+    model = step.model
+    sent, arriving, handled, rounds = step.keys(model.workspace_tokens // 2)
+    fixed = rounds * model.fixed("ring_kv", step.facts, model.group.members - 1, step.key_calls)
     moving = model.exchange(arriving)
     copies = handled * model.constants.copy_s
-    return Estimate("ring_kv", sent, fixed, compute, moving, copies, _hidden(model, compute, moving))
+    hidden = _hidden(model, step.key_compute, moving)
+    return Estimate("ring_kv", sent, fixed, step.key_compute, moving, copies, hidden)
 
 
-_FORMULAS: Mapping[str, Callable[[CostModel, ClassTotals], Estimate]] = MappingProxyType(
+_FORMULAS: Mapping[str, Callable[[_Step], Estimate]] = MappingProxyType(
     {
         "gather_q": _gather_q,
         "gather_q_rs": _gather_q_rs,

@@ -109,7 +109,7 @@ class StepModel:
         totals = self._totals(chunks, window)
         if schedule == "auto":
             every = (*QUERY_SCHEDULES, *KEY_SCHEDULES) if len(totals.needed) != 1 else ("local",)
-            estimate = min((self.model.estimate(name, totals) for name in every), key=lambda e: e.seconds)
+            estimate = min(self.model.estimates_of(every, totals), key=attrgetter("seconds"))
         else:
             estimate = self.model.estimate(schedule, totals)
         loads = totals.by_shard if estimate.schedule in QUERY_SCHEDULES else totals.by_pcp
