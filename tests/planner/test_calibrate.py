@@ -30,10 +30,12 @@ def quick(monkeypatch, tmp_path):
     sizes = {
         measuring: {"_STREAM_BYTES": 1 << 20},
         measured_layers: {"_FEW_ROWS": (1, 4), "_MANY_ROWS": (64,), "_PASSED_ROWS": 64, "_SHARED_ROWS": (1, 64)},
-        measured_engine: {"_CHUNK": 256, "_BRIEF": 16, "_SHORT": 16, "_LONG": 64, "_STEPS": 4, "_MANY": 2, "_CACHE_BYTES": 1 << 22},
-    }
-    for module, values in sizes.items():
-        for name, value in values.items():
+        measured_engine: {
+            "_CHUNK": 256, "_BRIEF": 16, "_SHORT": 16, "_LONG": 512, "_STEPS": 4, "_MANY": 2, "_CACHE_BYTES": 1 << 22,
+        },
+    }  # fmt: skip
+    for module, changed in sizes.items():
+        for name, value in changed.items():
             monkeypatch.setattr(module, name, value)
     return tmp_path
 

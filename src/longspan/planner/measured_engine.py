@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +54,22 @@ class EngineTimes:
     row_s: float
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Seconds of a decode step after a short and after a long prompt, and of all steps of a brief and a whole one."""
+
+    short: float
+    long: float
+    brief: float
+    whole: float
+
+    def a_layer(self, deeper: _Steps) -> _Steps:
+        """What a layer takes, by another engine with more of them."""
+        layers = _DEPTHS[1] - _DEPTHS[0]
+        both = zip(astuple(self), astuple(deeper), strict=True)
+        return _Steps(*((more - less) / layers for less, more in both))
+
+
 class EngineBench:
     """Engines with made-up models: thin ones, in which attention takes most, and one as wide as another model."""
 
@@ -61,39 +77,40 @@ class EngineBench:
         self._bench, self._values, self._executor, self._layers = bench, values, executor, layers
         self._thin = load_config(plain(values, 1, _WIDTH))
         self._long = min(_LONG, self._thin.max_position_embeddings - 2 * _STEPS)
+        self._chunk = min(_CHUNK, self._long // _CHUNKS)
         self._step_s = self._context_s = 0.0
 
     def measure(self, row_bytes: int) -> EngineTimes:
         """Of one rank that has the machine; a token's keys and values take `row_bytes` in a layer."""
-        shape = self._thin
-        layers = LayerBench(self._bench, shape)
-        (first, far, quick, slow), (deep, deep_far, deep_quick, deep_slow) = map(self._thin_steps, _DEPTHS)
-        short, long = ((more - less) / (_DEPTHS[1] - _DEPTHS[0]) for less, more in ((first, deep), (far, deep_far)))
-        self._step_s = max(first - short - layers.logits(1), 0.0)
-        brief, whole = (
-            (more - less) / (_DEPTHS[1] - _DEPTHS[0]) - each
-            for less, more, each in (
-                (quick, deep_quick, layers.each_layer(_BRIEF)),
-                (slow, deep_slow, _CHUNKS * layers.each_layer(_CHUNK)),
-            )
-        )
-        pairs, brief_pairs = (tokens * (tokens + 1) // 2 for tokens in (_CHUNKS * _CHUNK, _BRIEF))
-        times = _CHUNKS * _CHUNK / _BRIEF
-        pair = max(whole - times * brief, _LEAST) / (pairs - times * brief_pairs)
+        layers = LayerBench(self._bench, self._thin)
+        shallow, deep = map(self._thin_steps, _DEPTHS)
+        layer = shallow.a_layer(deep)
+        read = max(layer.long - layer.short, _LEAST) / ((self._long - _SHORT) * row_bytes)
+        self._step_s = max(shallow.short - layer.short - layers.logits(1), 0.0)
+        self._context_s = _SHORT * row_bytes * read
+        pair, row = self._prompt_rates(layer, layers)
         kernels = [self._kernels(rows) for rows in (1, _MANY)]
         with self._engine(self._layers.deep, None) as wide:
             one, many = (self._beside(wide, n, own) for n, own in zip((1, _MANY), kernels, strict=True))
-        read = max(long - short, _LEAST) / ((self._long - _SHORT) * row_bytes)
-        self._context_s = _SHORT * row_bytes * read
         call = max((many - one) / (_MANY - 1) - self._context_s, _LEAST)
         return EngineTimes(
             step_s=self._step_s,
             layer_s=max(one - call - self._context_s, 0.0),
             call_s=call,
             read_s=read,
-            flop_s=pair / (4 * shape.num_q_heads * shape.head_dim),
-            row_s=max(brief - pair * brief_pairs, 0.0) / _BRIEF,
+            flop_s=pair / (4 * self._thin.num_q_heads * self._thin.head_dim),
+            row_s=row,
         )
+
+    def _prompt_rates(self, layer: _Steps, layers: LayerBench) -> tuple[float, float]:
+        """Seconds of a pair of query and key, and of a row beside that, from attention of two lengths of prompt."""
+        tokens = _CHUNKS * self._chunk
+        whole = layer.whole - _CHUNKS * layers.each_layer(self._chunk)
+        brief = layer.brief - layers.each_layer(_BRIEF)
+        pairs, brief_pairs = tokens * (tokens + 1) // 2, _BRIEF * (_BRIEF + 1) // 2
+        times = tokens / _BRIEF
+        pair = max(whole - times * brief, _LEAST) / (pairs - times * brief_pairs)
+        return pair, max(brief - pair * brief_pairs, 0.0) / _BRIEF
 
     def fixed(self, alone: Mapping[str, Fixed], layer_s: float, crowding: float) -> dict[str, Fixed]:
         """What attention of a layer takes whatever the sizes under each schedule, on two ranks that share the machine.
@@ -123,19 +140,19 @@ class EngineBench:
         step = self._bench.agreed(what, *(decode_step(engine, requests, _SHORT, _STEPS) for _ in range(2)))
         return (step - self._step_s - kernels) / self._layers.deep
 
-    def _thin_steps(self, depth: int) -> tuple[float, float, float, float]:
-        """Seconds of a thin engine's decode steps after a short and a long prompt, and of a brief and a long prompt.
-
-        One engine at a time, see `Bench`.
-        """
+    def _thin_steps(self, depth: int) -> _Steps:
+        """Of a thin engine, one at a time: see `Bench`."""
         self._bench.report(f"steps of {depth} thin layers")
         with self._engine(depth, _WIDTH) as engine:
             short, long = (
                 self._bench.agreed(f"steps after {n} tokens", *(decode_step(engine, 1, n, _STEPS) for _ in range(2)))
                 for n in (_SHORT, self._long)
             )
-            brief, whole = (typical([_prompt(engine, n) for _ in range(_PROMPTS)]) for n in (_BRIEF, _CHUNKS * _CHUNK))
-        return short, long, brief, whole
+            brief, whole = (
+                typical([_prompt(engine, tokens) for _ in range(_PROMPTS)])
+                for tokens in (_BRIEF, _CHUNKS * self._chunk)
+            )
+        return _Steps(short, long, brief, whole)
 
     @contextmanager
     def _engine(
@@ -145,7 +162,7 @@ class EngineBench:
             config = EngineConfig(
                 folder, executor=executor, parallel=ParallelConfig(1, ranks, 1),
                 cache=CacheConfig(memory_bytes=_CACHE_BYTES, enable_prefix_caching=False),
-                scheduler=SchedulerConfig(_CHUNK, schedule=schedule, local_context=0),  # spread from the first token on
+                scheduler=SchedulerConfig(self._chunk, schedule=schedule, local_context=0),  # all spread
             )  # fmt: skip
             with Engine(config) as engine:
                 yield engine
