@@ -2,6 +2,7 @@
 
 import json
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from longspan.config import CacheConfig, EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError
 from longspan.hardware import Hardware, hardware_from_yaml
+from longspan.models.registry import load_config
 from longspan.planner import calibrate as measuring
 from longspan.planner import measured_engine, measured_layers
 from longspan.planner.models import find_config
 from longspan.planner.simulate import check
 from longspan.planner.simulate.asks import Ask
 from longspan.planner.timing import Bench, typical
+from tests.oracle import tiny_folder
 
 
 @pytest.fixture
@@ -54,6 +57,13 @@ def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
     assert [rows for rows, _ in found.sharing] == [1, 64] and all(factor >= 1 for _, factor in found.sharing)
     assert found.parallelism == 1 and found.cores >= 1 and found.calls_per_segment and found.memory_gb > 1
     assert not capsys.readouterr().out
+
+
+def test_layers_with_latent_attention_are_timed_too(quick):
+    values = json.loads(Path(tiny_folder("deepseek-v3"), "config.json").read_text())
+    found = measured_layers.LayerBench(Bench(torch.device("cpu"), 1, lambda what: None), load_config(values)).measure()
+    assert [rows for rows, _ in found.product_s] == [1, 4, 64] and all(seconds > 0 for _, seconds in found.product_s)
+    assert found.read_s > 0
 
 
 def test_two_timings_that_differ_by_more_than_a_tenth_are_noted():

@@ -19,7 +19,6 @@ from longspan.config import CacheConfig, EngineConfig, ParallelConfig
 from longspan.engine.setup import resolve
 from longspan.engine.worker import measure_cost
 from longspan.hardware import Hardware
-from longspan.models.config import ModelConfig
 from longspan.models.registry import load_config
 from longspan.planner.linear import passed_elements
 from longspan.planner.measured_engine import EngineBench, EngineTimes, plain_folder
@@ -51,12 +50,14 @@ def calibrate(model: str, executor: str, report: Report) -> Calibrated:
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0))
     bench = Bench(torch.device("cuda" if gpu else "cpu"), cores, report)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see `Bench`
     stream = _stream(bench)
     made = LayerBench(bench, shape)
     layers = made.measure()
     sharing = () if gpu else made.sharing()
     cost, engine = _attention(bench, values, executor, made, sharing[0][1] if sharing else 1.0)
+    torch.set_num_threads(threads)
     link = _DEFAULT_LINK_GB_S if gpu else min(1e-9 / max(cost.byte_s, 1e-15), 1e-12 / stream * 1e3)
     machine = Hardware(
         tflops=max(2 * rows / seconds for rows, seconds in layers.product_s) / 1e12,
@@ -106,7 +107,7 @@ def _attention(
 ) -> tuple[CostConstants, EngineTimes]:
     """Of one rank that has the machine; of exchange, of two that share it, unless there is but one device."""
     engines = EngineBench(bench, values, executor, layers)
-    found = engines.measure(_row_bytes(load_config(values), bench))
+    found = engines.measure()
     with plain_folder(values, 1, None) as folder:
         one = _cost(folder, "threads", 1)
         own = replace(one, call_s=found.call_s, flop_s=found.flop_s, read_s=found.read_s)
@@ -118,11 +119,6 @@ def _attention(
         cross_byte_s=two.cross_byte_s, hidden=two.hidden, parallelism=1.0,
         fixed=engines.fixed(two.fixed, found.layer_s, crowding),
     ), found  # fmt: skip
-
-
-def _row_bytes(shape: ModelConfig, bench: Bench) -> int:
-    """Keys and values of a token in a layer of the thin model, which has plain heads."""
-    return 2 * shape.num_kv_heads * shape.head_dim * bench.dtype.itemsize
 
 
 def _cost(folder: str, executor: str, ranks: int) -> CostConstants:

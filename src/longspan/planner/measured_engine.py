@@ -80,8 +80,9 @@ class EngineBench:
         self._chunk = min(_CHUNK, self._long // _CHUNKS)
         self._step_s = self._context_s = 0.0
 
-    def measure(self, row_bytes: int) -> EngineTimes:
-        """Of one rank that has the machine; a token's keys and values take `row_bytes` in a layer."""
+    def measure(self) -> EngineTimes:
+        """Of one rank that has the machine."""
+        row_bytes = 2 * self._thin.num_kv_heads * self._thin.head_dim * self._bench.dtype.itemsize
         layers = LayerBench(self._bench, self._thin)
         shallow, deep = map(self._thin_steps, _DEPTHS)
         layer = shallow.a_layer(deep)

@@ -17,7 +17,7 @@ from torch import Tensor
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig
 from longspan.models.context import Linear, Provided
-from longspan.models.decoder import DecoderModel
+from longspan.models.decoder import DecoderModel, decoder_params
 from longspan.models.layers import DenseLinear, table_product
 from longspan.models.params import Param
 from longspan.models.registry import build_model
@@ -89,7 +89,7 @@ class LayerBench:
 
     def __init__(self, bench: Bench, shape: ModelConfig) -> None:
         self._bench, self._shape = bench, replace(shape, moe=None)
-        self._sizes = _product_sizes(shape)
+        self._sizes = _product_sizes(self._shape)
         self._each = sum(out * into for out, into in self._sizes)
         most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
         self._deep = max(_FEW_LAYERS, min(shape.num_layers, most))
@@ -181,7 +181,10 @@ def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
 
 
 def _product_sizes(shape: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of the weights of a dense layer's products, those that share an input as one."""
+    """Rows and columns of the weights of a dense layer's products, those that share an input as one but in MLA."""
+    if shape.mla:
+        params = decoder_params(replace(shape, num_layers=1))
+        return [(p.shape[0], p.shape[1]) for p in params if ".layers." in p.name and len(p.shape) > 1]
     q, kv = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     hidden, wide = shape.hidden_size, shape.intermediate_size
     return [(q + 2 * kv, hidden), (hidden, q), (2 * wide, hidden), (hidden, wide)]
