@@ -77,7 +77,9 @@ class EngineBench:
         self._bench, self._values, self._executor, self._layers = bench, values, executor, layers
         self._thin = load_config(plain(values, 1, _WIDTH))
         self._long = min(_LONG, self._thin.max_position_embeddings - 2 * _STEPS)
+        self._short = min(_SHORT, self._long // 2)
         self._chunk = min(_CHUNK, self._long // _CHUNKS)
+        self._brief = min(_BRIEF, self._chunk // 2)
         self._step_s = self._context_s = 0.0
 
     def measure(self) -> EngineTimes:
@@ -86,9 +88,9 @@ class EngineBench:
         layers = LayerBench(self._bench, self._thin)
         shallow, deep = map(self._thin_steps, _DEPTHS)
         layer = shallow.a_layer(deep)
-        read = max(layer.long - layer.short, _LEAST) / ((self._long - _SHORT) * row_bytes)
+        read = max(layer.long - layer.short, _LEAST) / ((self._long - self._short) * row_bytes)
         self._step_s = max(shallow.short - layer.short - layers.logits(1), 0.0)
-        self._context_s = _SHORT * row_bytes * read
+        self._context_s = self._short * row_bytes * read
         pair, row = self._prompt_rates(layer, layers)
         kernels = [self._kernels(rows) for rows in (1, _MANY)]
         with self._engine(self._layers.deep, None) as wide:
@@ -107,11 +109,11 @@ class EngineBench:
         """Seconds of a pair of query and key, and of a row beside that, from attention of two lengths of prompt."""
         tokens = _CHUNKS * self._chunk
         whole = layer.whole - _CHUNKS * layers.each_layer(self._chunk)
-        brief = layer.brief - layers.each_layer(_BRIEF)
-        pairs, brief_pairs = tokens * (tokens + 1) // 2, _BRIEF * (_BRIEF + 1) // 2
-        times = tokens / _BRIEF
+        brief = layer.brief - layers.each_layer(self._brief)
+        pairs, brief_pairs = tokens * (tokens + 1) // 2, self._brief * (self._brief + 1) // 2
+        times = tokens / self._brief
         pair = max(whole - times * brief, _LEAST) / (pairs - times * brief_pairs)
-        return pair, max(brief - pair * brief_pairs, 0.0) / _BRIEF
+        return pair, max(brief - pair * brief_pairs, 0.0) / self._brief
 
     def fixed(self, alone: Mapping[str, Fixed], layer_s: float, crowding: float) -> dict[str, Fixed]:
         """What attention of a layer takes whatever the sizes under each schedule, on two ranks that share the machine.
@@ -138,7 +140,7 @@ class EngineBench:
         """Seconds a layer of decode steps beside their kernels."""
         what = f"steps of {requests} requests, {engine.setup.config.scheduler.schedule}"
         self._bench.report(what)
-        step = self._bench.agreed(what, *(decode_step(engine, requests, _SHORT, _STEPS) for _ in range(2)))
+        step = self._bench.agreed(what, *(decode_step(engine, requests, self._short, _STEPS) for _ in range(2)))
         return (step - self._step_s - kernels) / self._layers.deep
 
     def _thin_steps(self, depth: int) -> _Steps:
@@ -147,11 +149,11 @@ class EngineBench:
         with self._engine(depth, _WIDTH) as engine:
             short, long = (
                 self._bench.agreed(f"steps after {n} tokens", *(decode_step(engine, 1, n, _STEPS) for _ in range(2)))
-                for n in (_SHORT, self._long)
+                for n in (self._short, self._long)
             )
             brief, whole = (
                 typical([_prompt(engine, tokens) for _ in range(_PROMPTS)])
-                for tokens in (_BRIEF, _CHUNKS * self._chunk)
+                for tokens in (self._brief, _CHUNKS * self._chunk)
             )
         return _Steps(short, long, brief, whole)
 
@@ -163,7 +165,7 @@ class EngineBench:
             config = EngineConfig(
                 folder, executor=executor, parallel=ParallelConfig(1, ranks, 1),
                 cache=CacheConfig(memory_bytes=_CACHE_BYTES, enable_prefix_caching=False),
-                scheduler=SchedulerConfig(self._chunk, schedule=schedule, local_context=0),  # all spread
+                scheduler=SchedulerConfig(self._chunk, 2 * _MANY, schedule=schedule, local_context=0),  # all spread
             )  # fmt: skip
             with Engine(config) as engine:
                 yield engine
