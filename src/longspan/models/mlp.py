@@ -6,10 +6,10 @@ It owns its three projections; it must not know how wide its slice is.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Provided
+from longspan.models.experts import swiglu
 from longspan.models.params import Param
 
 
@@ -41,6 +41,5 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        gate, up = self._gate_up(x, self._gate_up_bias).chunk(2, dim=-1)
-        summed = self._tp.all_reduce(self._down(F.silu(gate).mul_(up)))
+        summed = self._tp.all_reduce(self._down(swiglu(self._gate_up(x, self._gate_up_bias))))
         return summed if self._down_bias is None else summed + self._down_bias

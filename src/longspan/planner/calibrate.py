@@ -26,7 +26,6 @@ from longspan.planner.measured_layers import KERNELS_A_LAYER, LayerBench
 from longspan.planner.models import find_config
 from longspan.planner.timing import Bench, Report
 
-DEFAULT_MODEL = "smollm2-135m"
 _STREAM_BYTES = 1 << 28  # more than caches hold
 _DEFAULT_LINK_GB_S = 25.0  # of a GPU whose links are not measured
 

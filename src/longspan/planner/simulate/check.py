@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -27,7 +27,7 @@ from longspan.planner.simulate.asks import Ask
 from longspan.planner.simulate.instance import Instance, InstanceConfig
 from longspan.planner.simulate.run import simulate
 from longspan.planner.simulate.setup import instance_config, limits_of
-from longspan.planner.timing import typical
+from longspan.planner.timing import Report, typical
 from longspan.request import SamplingParams
 
 PREFILLS = (512, 1024, 2048, 4096, 8192)
@@ -37,8 +37,6 @@ _CONTEXT, _OUTPUT = 512, 24  # of a decoding request
 _ONCE = 4096  # prompts from this length on are measured once
 _REQUESTS, _RATE, _SEED = 40, 1.0, 0
 _VOCABULARY = 100  # token ids of prompts lie below it
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
