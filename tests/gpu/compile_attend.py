@@ -11,16 +11,50 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longspan.attention.backends.triton import backend
 from longspan.attention.backends.triton.attend import attend_kernel
+from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.plan import ITEM_FIELDS
+from longspan.attention.facts import ExpansionCost
+from longspan.attention.forms import Heads, Kernels, LatentForm
+from longspan.attention.heads import HeadBlock
 
 LATENT = (512, 64)
+
+
+class Latents:
+    """Rows as wide as DeepSeek-V3's, and maps of the right shapes: no numbers matter here."""
+
+    value_dim = 128
+
+    def absorb(self, q: Tensor) -> Tensor:
+        return q.new_zeros(*q.shape[:2], sum(LATENT))
+
+    def values(self, latents: Tensor) -> Tensor:
+        return latents[..., : self.value_dim]
+
+
+def diagonal_of_latents(heads: int) -> tuple[Shape, int, str, bool]:
+    """What the engine launches for a segment of two tokens against itself: asked of its own code, not repeated here."""
+    blocks = (HeadBlock(0, heads, 0, 1),)
+    cpu = torch.device("cpu")
+    kernels = Kernels(TritonBackend(cpu, LATENT[0]), Heads(blocks, blocks, ()), 0.1, LATENT[0], ExpansionCost())
+    q, row = (torch.zeros(2, count, width, dtype=torch.bfloat16) for count, width in ((heads, 192), (1, sum(LATENT))))
+    with patch.object(backend, "_launch") as launch:
+        LatentForm(kernels, None, Latents()).diagonal(q, row, row)
+    _, keys, *_, rows = launch.call_args.args
+    return keys.shape, rows, "bf16", False
+
+
 VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a run, what is cached, gathered slots
     "decode 64": (shape_of(64, 64, (), False, False), 8, "bf16", False),
     "decode 128": (shape_of(128, 128, (), False, False), 8, "bf16", False),
@@ -32,11 +66,16 @@ VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a ru
     "decode latent, 128 heads": (shape_of(576, 512, (), True, False), 128, "bf16", False),
     "decode latent fp8, 16 heads": (shape_of(576, 512, LATENT, True, False), 16, "fp8e4nv", False),
     "decode latent fp8, 128 heads": (shape_of(576, 512, LATENT, True, False), 128, "fp8e4nv", False),
+    "diagonal of latents, 8 heads": diagonal_of_latents(8),
+    "diagonal of latents, 128 heads": diagonal_of_latents(128),
+    "verify 256": (shape_of(256, 256, (), False, False), 64, "bf16", False),
     "verify 128": (shape_of(128, 128, (), False, False), 64, "bf16", False),
     "prefill 64": (shape_of(64, 64, (), False, False), 4096, "bf16", False),
     "prefill 128": (shape_of(128, 128, (), False, False), 4096, "bf16", False),
     "prefill 128 int8": (shape_of(128, 128, (128,), False, False), 4096, "i8", False),
+    "prefill 192": (shape_of(192, 192, (), False, False), 4096, "bf16", False),
     "prefill 256": (shape_of(256, 256, (), False, False), 4096, "bf16", False),
+    "prefill 256 int8": (shape_of(256, 256, (256,), False, False), 4096, "i8", False),
     "diagonal of expanded latents": (shape_of(192, 128, (), False, False), 4096, "bf16", False),
     "decode 128 fp32": (shape_of(128, 128, (), False, True), 8, "fp32", False),
     "decode latent fp32": (shape_of(576, 512, (), True, True), 128, "fp32", False),

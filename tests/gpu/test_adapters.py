@@ -176,6 +176,17 @@ def test_latents(make):
     assert_close(part, q, kv, LATENT)
 
 
+@FAKES
+@pytest.mark.parametrize("width", [576, 64])
+def test_the_diagonal_of_latents(make, width):
+    q, kv = inputs(kv_heads=1, dim=width, planes=1)
+    k = kv.values[0, :, :9].transpose(0, 1)
+    part = make().causal(q, k, None, LATENT, SCALE)
+    expected = ReferenceBackend().causal(q.double(), k.double(), None, LATENT, SCALE)
+    assert (part.out - expected.out).abs().max() < 0.03
+    assert torch.allclose(part.lse.double(), expected.lse, atol=2e-2)
+
+
 def test_flashinfer_plans_once_a_step_for_all_layers():
     q, kv = inputs()
     backend, before = flashinfer_fake(), FakePaged.plans

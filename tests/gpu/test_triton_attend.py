@@ -189,6 +189,25 @@ def test_the_diagonal_of_expanded_latents_has_narrower_values():
     check(part, reference)
 
 
+@pytest.mark.parametrize(
+    "tokens, query, dim, value_dim",
+    [(1, 16, 576, 512), (2, 16, 576, 512), (17, 16, 576, 512), (2, 128, 576, 512), (341, 2, 576, 512), (17, 4, 48, 40)],
+)
+def test_the_diagonal_of_latents_reads_keys_and_values_from_the_same_rows(tokens, query, dim, value_dim):
+    q, k = rand(tokens, query, dim), rand(tokens, 1, dim, seed=1)
+    reference = ReferenceBackend().causal(q.double(), k.double(), None, heads(query, 1), dim**-0.5)
+    part = backend(value_dim).causal(q.to(DEVICE), k.to(DEVICE), None, heads(query, 1), dim**-0.5)
+    assert value_dim <= part.out.shape[-1] <= dim
+    check(part, reference)
+
+
+@pytest.mark.parametrize("window", [1, 5, 500])
+def test_the_diagonal_of_latents_under_a_window(window):
+    q, k = rand(20, 4, 96), rand(20, 1, 96, seed=1)
+    reference = ReferenceBackend().causal(q.double(), k.double(), None, heads(4, 1), 0.1, window)
+    check(backend(64).causal(q.to(DEVICE), k.to(DEVICE), None, heads(4, 1), 0.1, window), reference)
+
+
 DECODES = (
     (run(0, 1, (3, 300)), run(1, 1, (310, 40)), run(2, 1, (360, 130))),
     (run(0, 1, (50, 10), (90, 30), (70, 5)), run(2, 1, (0, 490))),
@@ -285,3 +304,13 @@ def test_shapes_of_real_models_on_a_gpu(query, kv, dim, planes, value_dim, lengt
         q.to(DEVICE), runs, CacheRows(cache.to(DEVICE)), heads(query, kv), dim**-0.5
     )
     check(part, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("query", [8, 16, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 341])
+def test_the_diagonal_of_deepseek_latents_on_a_gpu(tokens, query):
+    q, k = rand(tokens, query, 576).bfloat16(), rand(tokens, 1, 576, seed=1).bfloat16()
+    reference = ReferenceBackend().causal(q.double(), k.double(), None, heads(query, 1), 192**-0.5)
+    check(TritonBackend(DEVICE, 512).causal(q.to(DEVICE), k.to(DEVICE), None, heads(query, 1), 192**-0.5), reference)

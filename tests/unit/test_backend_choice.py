@@ -44,8 +44,9 @@ def test_auto_says_why_it_falls_back():
     assert choice.reason == "triton needs the package triton, which is not installed"
 
 
-def test_auto_falls_back_when_triton_cannot_hold_the_rows():
-    assert choose_backend("auto", "cuda", shape(head_dim=1024, value_dim=1024), everything).name == "torch"
+@pytest.mark.parametrize("head_dim, planes", [(320, 2), (512, 2), (640, 1)])
+def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, planes):
+    assert choose_backend("auto", "cuda", shape(head_dim=head_dim, planes=planes), everything).name == "torch"
 
 
 @pytest.mark.parametrize("name", BACKEND_NAMES[1:])
@@ -61,6 +62,7 @@ def test_a_backend_asked_for_by_name_is_taken(name):
         ("cpu", "cuda", GQA, "attention_backend=cpu: needs a cpu device, not cuda"),
         ("triton", "cpu", GQA, "needs a cuda device, not cpu"),
         ("flashinfer", "cuda", QUANTISED, "cannot read a cache with a scale for each row"),
+        ("triton", "cuda", shape(head_dim=512), "heads of up to 256 elements and latents of up to 576, not 512"),
         ("flash_attn", "cuda", MLA, "cannot read a cache of latents"),
         ("flash_attn", "cuda", shape(head_dim=320), "heads of up to 256 elements, a multiple of 8, not 320"),
         ("flashinfer", "cuda", shape(head_dim=80), "takes heads of 64, 128, 256 elements, not 80"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.heads import HeadBlock, head_blocks
@@ -60,6 +61,17 @@ def test_the_diagonal_is_causal_and_values_may_be_narrower(window, max_scores):
     part = TorchBackend(CPU, max_scores).causal(q, k, v, GQA, SCALE, window)
     assert part.out.shape == (19, 6, 5)
     assert_same(part, ReferenceBackend().causal(q, k, v, GQA, SCALE, window))
+
+
+@pytest.mark.parametrize(
+    "backend", [ReferenceBackend(), TorchBackend(CPU), CpuBackend()], ids=lambda b: type(b).__name__
+)
+@pytest.mark.parametrize("window", [None, 5])
+def test_without_values_the_rows_of_keys_are_values_too(backend, window):
+    q, kv = inputs(tokens=19, kv_heads=1)
+    k, heads = kv.values[0, :, :19].transpose(0, 1), (HeadBlock(0, 6, 0, 1),)
+    part = backend.causal(q, k, None, heads, SCALE, window)
+    assert_same(part, ReferenceBackend().causal(q, k, k, heads, SCALE, window))
 
 
 def test_more_rows_than_a_block_holds():

@@ -150,7 +150,7 @@ class LatentForm:
             values = values[..., : self.value_dim]
             return kernels.backend.causal(q, keys, values, _each_head(q), kernels.scale, self._window)
         absorbed = self._latent.absorb(q)
-        part = kernels.backend.causal(absorbed, k, v, kernels.heads.own, kernels.scale, self._window)
+        part = kernels.backend.causal(absorbed, k, None, kernels.heads.own, kernels.scale, self._window)
         return self.incoming(part.columns(kernels.value_dim))
 
     def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:

@@ -38,11 +38,18 @@ class Backend(Protocol):
         ...
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """The diagonal: q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal.
 
-        Under a window a row sees as many tokens, its own with them.
+        Without v the rows of k are keys and values, as in a cache of one plane, and a result is as wide as that of
+        `attend` over such a cache. Under a window a row sees as many tokens, its own with them.
         """
         ...
 

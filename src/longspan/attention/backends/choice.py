@@ -17,7 +17,8 @@ from longspan.errors import ConfigError
 BACKEND_NAMES = ("auto", "cpu", "torch", "triton", "flashinfer", "flash_attn")
 _LIBRARIES = ("triton", "flashinfer", "flash_attn")  # backends named like the packages they need
 _HALF = (torch.bfloat16, torch.float16)
-_TRITON_WIDEST = 576  # elements of a row: MLA's latent and its rope part
+_TRITON_WIDEST = 256  # elements of a head: of keys and values wider than this no two tiles fit shared memory
+_TRITON_WIDEST_LATENT = 576  # MLA's latent and its rope part: one tile is keys and values
 _FLASHINFER_DIMS = (64, 128, 256)
 _FLASHINFER_LATENT = (576, 512)
 _FLASH_ATTN_WIDEST = 256
@@ -110,9 +111,12 @@ def _problem(name: str, device_type: str, shape: BackendShape, is_installed: Cal
 
 
 def _triton_problem(shape: BackendShape) -> str | None:
-    if shape.head_dim > _TRITON_WIDEST:
-        return f"takes rows of up to {_TRITON_WIDEST} elements, not {shape.head_dim}"
-    return None
+    if shape.head_dim <= (_TRITON_WIDEST_LATENT if shape.planes == 1 else _TRITON_WIDEST):
+        return None
+    return (
+        f"takes heads of up to {_TRITON_WIDEST} elements and latents of up to {_TRITON_WIDEST_LATENT}, "
+        f"not {shape.head_dim}"
+    )
 
 
 def _flashinfer_problem(shape: BackendShape) -> str | None:

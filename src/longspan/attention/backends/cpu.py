@@ -30,9 +30,16 @@ class CpuBackend(PlainBackend):
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
+        v = k if v is None else v
         if window is None or q.shape[0] <= window:
             return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
         parts: list[Partial] = []

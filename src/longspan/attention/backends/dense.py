@@ -30,9 +30,16 @@ class TorchBackend(PlainBackend):
         self._max_scores = max_scores
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
+        v = k if v is None else v
         whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
         keys, values = k.transpose(0, 1), v.transpose(0, 1)
         numbers = torch.arange(q.shape[0], device=q.device)

@@ -37,9 +37,16 @@ class FlashAttnBackend(PlainBackend):
         self._plain = TorchBackend(device)
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
+        v = k if v is None else v
         if not _fits(q):
             return self._plain.causal(q, k, v, blocks, scale, window)
         sees = _EVERYTHING if window is None else (window - 1, 0)

@@ -48,9 +48,16 @@ class FlashInferBackend(PlainBackend):
         self._plans.clear()
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
+        v = k if v is None else v
         if q.element_size() != 2 or q.shape[-1] not in _DIMS or v.shape[-1] != q.shape[-1]:
             return self._plain.causal(q, k, v, blocks, scale, window)
         whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)

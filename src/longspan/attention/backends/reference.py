@@ -21,9 +21,16 @@ class ReferenceBackend(PlainBackend):
     """softmax(q kᵀ · scale) v, one head after the other."""
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
+        v = k if v is None else v
         mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
         if window is not None:
             mask = mask.triu(1 - window)

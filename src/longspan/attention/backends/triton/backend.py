@@ -80,12 +80,19 @@ class TritonBackend:
         return StaticPlans(rows, longest, _GATHERED_SLOTS * rows if index is None else index, self._device)
 
     def causal(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        window: int | None = None,
     ) -> Partial:
         """See `Backend.causal`."""
-        tokens = q.shape[0]
-        k, v = _unit_stride(k).transpose(0, 1), _unit_stride(v).transpose(0, 1)
-        shape = shape_of(k.shape[2], v.shape[2], (), False, _wide(q))
+        tokens, shared = q.shape[0], v is None
+        keys = _unit_stride(k).transpose(0, 1)
+        values = keys if v is None else _unit_stride(v).transpose(0, 1)
+        shape = shape_of(keys.shape[2], self._value_dim if shared else values.shape[2], (), shared, _wide(q))
 
         def plan(tiling: Tiling) -> WorkPlan:
             return self._plans.get(
@@ -94,7 +101,7 @@ class TritonBackend:
                 lambda: WorkPlan(plan_work(sights_of_diagonal(tokens, window), Slots(), tokens, tiling), self._device),
             )
 
-        return self._attend(q, _Keys(k, v, k, k, shape), blocks, scale, tokens, plan)
+        return self._attend(q, _Keys(keys, values, keys, keys, shape), blocks, scale, tokens, plan)
 
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
