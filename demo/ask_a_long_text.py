@@ -94,7 +94,7 @@ def main() -> None:
     """Read, ask, show."""
     console = Console()
     with console.status(f"loading SmolLM2-135M on {RANKS} context-parallel ranks"):
-        llm = LLM("smollm2", prefill_context_parallel_size=RANKS, max_num_batched_tokens=1024)
+        llm = LLM("smollm2", prefill_context_parallel_size=RANKS, max_num_batched_tokens=1024, executor="threads")
     with llm:
         prompt, stats = build_prompt(llm), llm.stats()
         console.print(

@@ -16,7 +16,7 @@ QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
-EXECUTOR_NAMES = ("threads", "processes", "ray", "external", "dry")
+EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 QUANTIZATION_NAMES = ("auto", "fp8", "none")
@@ -222,7 +222,8 @@ class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
     `quantization` says whether FP8 weights are kept: `auto` where PyTorch multiplies them as they are, `fp8`
-    everywhere, `none` nowhere. With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the
+    everywhere, `none` nowhere. `executor` is `auto` until `setup.resolve` has chosen: `processes` for several ranks on
+    GPUs, else `threads`. With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the
     constants of the cost model, which are measured when the engine starts otherwise. With `trace` ranks record when
     they compute and transfer.
     """
@@ -230,7 +231,7 @@ class EngineConfig:
     model: str
     dtype: str = "auto"
     device: str = "auto"
-    executor: str = "threads"
+    executor: str = "auto"
     attention_backend: str = "auto"
     quantization: str = "auto"
     enforce_eager: bool = False

@@ -68,7 +68,7 @@ class LLM:
         schedule: str = "auto",
         speculative: str | None = None,
         run_ahead: bool | None = None,
-        executor: str = "threads",
+        executor: str = "auto",
         cluster: ClusterConfig | None = None,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",

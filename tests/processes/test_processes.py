@@ -35,7 +35,7 @@ def test_tokens_and_bytes_equal_those_of_threads(layout):
         outputs = llm.generate(prompts, params)
         traffic = llm.stats().traffic
     named = {SHORT.get(name, name): value for name, value in layout.items()}
-    with LLM(tiny_folder("llama"), **{**DEFAULTS, **named}) as twin:
+    with LLM(tiny_folder("llama"), executor="threads", **{**DEFAULTS, **named}) as twin:
         twin.generate(prompts, params)
         assert twin.stats().traffic == traffic
     for prompt, output in zip(prompts, outputs, strict=True):

@@ -163,6 +163,15 @@ def test_explain_names_every_schedule_and_the_choice(run):
     assert out.count(" *") == 2  # one choice for each kind of layer
 
 
+def test_explain_from_published_figures_takes_layouts_of_more_ranks_than_there_are_gpus(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--hardware", "h100")
+    assert code == 0
+    assert "gather_kv" in out
+
+
 def test_constants_that_explain_prints_can_be_given_back(run, generate, tmp_path):
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "2", "--new", "8", "--cached", "64", "--json")
     report = json.loads(out)

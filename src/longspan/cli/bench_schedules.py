@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from longspan.cli.options import ExecutorName, Json, parse_integers
-from longspan.config import EXECUTOR_NAMES, ParallelConfig, require, require_choice
+from longspan.cli.options import Json, parse_integers
+from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads
@@ -29,6 +29,7 @@ _Q_HEADS = 8  # of every head shape
 NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, as in 1,64")]
 CachedList = Annotated[str, typer.Option("--cached", help="tokens in the cache")]
 Layouts = Annotated[str, typer.Option("--layouts", help="tp.pcp.dcp of each layout, as in 1.2.1,2.2.2")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="what ranks are: threads or processes")]
 Iterations = Annotated[int, typer.Option("--iterations", help="counted repetitions of each schedule")]
 Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the map of winners")]
 
@@ -43,7 +44,7 @@ def schedules(
     as_json: Json = False,
 ) -> None:
     """Time, bytes and estimate of every schedule, and the regret of the automatic choice."""
-    require_choice("executor", executor, EXECUTOR_NAMES)
+    require_choice("executor", executor, ("threads", "processes"))
     require(iterations >= 1, "iterations", iterations, "must be at least 1", "give 1 or more")
     sizes = [_layout(text) for text in layouts.split(",")]
     lengths = parse_integers("new", new), parse_integers("cached", cached)

@@ -41,13 +41,15 @@ def explain(
     if hardware is not None:
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         config = replace(config, cost=accelerator(hardware).cost, dtype=dtype)
+    if config.cost is not None:
+        config = replace(config, executor="dry")  # nothing runs, so a layout may have more ranks than there are GPUs
     setup = resolve(config)
     constants = config.cost
     if constants is None:
         from longspan.attention.calibrate import combine
 
         constants = combine(
-            run_on_ranks(config.executor, setup.grid.world_size, _Measure(setup.config), setup.device_type)
+            run_on_ranks(setup.config.executor, setup.grid.world_size, _Measure(setup.config), setup.device_type)
         )
     situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.kinds)
     tables = estimates(situation, setup.cost_model(constants))

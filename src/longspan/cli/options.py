@@ -107,7 +107,12 @@ RunAhead = Annotated[
     typer.Option("--run-ahead/--no-run-ahead", help="plan a step while the one before it runs; default: on GPUs"),
 ]
 ExecutorName = Annotated[
-    str, typer.Option("--executor", help="threads, processes, ray, external, or dry: no ranks, made-up tokens")
+    str,
+    typer.Option(
+        "--executor",
+        help="auto (processes for several ranks on GPUs, else threads), threads, processes, ray, external, "
+        "or dry: no ranks, made-up tokens",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu or cuda")]
 Quantization = Annotated[
@@ -163,7 +168,7 @@ def engine_config(
     schedule: Schedule = "auto",
     speculative: Speculative = None,
     run_ahead: RunAhead = None,
-    executor: ExecutorName = "threads",
+    executor: ExecutorName = "auto",
     ray_address: RayAddress = None,
     listen: Listen = ClusterConfig.listen,
     cluster_timeout: ClusterTimeout = ClusterConfig.timeout,

@@ -83,7 +83,7 @@ class EngineSetup:
         ranks, threads = self.grid.world_size, self.config.executor == "threads"
         if self.device_type != "cuda" or ranks == 1 or not threads:
             return []
-        return [f"all {ranks} ranks share one GPU; --executor processes gives each a GPU of its own"]
+        return [f"all {ranks} ranks share one GPU; without --executor threads each has a GPU of its own"]
 
     @property
     def _layout_notes(self) -> list[str]:
@@ -147,7 +147,10 @@ class EngineSetup:
 def resolve(config: EngineConfig) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
-    _check_gpus(config, device_type)
+    gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
+    config = replace(config, executor=executor)
+    _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
     model = load_config(source.config)
@@ -218,15 +221,27 @@ def _with_cache_bytes(
     return replace(config, cache=replace(config.cache, memory_bytes=found, memory_settled=True))
 
 
-def _check_gpus(config: EngineConfig, device_type: str) -> None:
-    """Raise `ConfigError` where this machine's GPUs cannot hold the ranks, or read the cache."""
+def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str:
+    """The executor's name, never `auto`, for a machine with `gpus` GPUs.
+
+    Ranks on a CPU share one process and its weights; on GPUs each rank has a process and a device of its own. Raises
+    `ConfigError` if there are fewer devices than that takes.
+    """
+    chosen = wanted
+    if wanted == "auto":
+        chosen = "processes" if device_type == "cuda" and ranks > 1 else "threads"
+    require(
+        chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,
+        f"gives each of the {ranks} ranks a GPU of its own, and this machine has {gpus}",
+        "use --executor threads (virtual ranks that share one GPU), fewer ranks, or ray or external with more machines",
+    )  # fmt: skip
+    return chosen
+
+
+def _check_cache_dtype(config: EngineConfig, device_type: str) -> None:
+    """Raise `ConfigError` where the GPU cannot read the cache."""
     if device_type != "cuda":
         return
-    ranks, gpus = config.parallel.world_size, torch.cuda.device_count()
-    require(
-        config.executor != "processes" or ranks <= gpus, "executor", config.executor,
-        f"needs a GPU a rank: {ranks} ranks, {gpus} GPUs", "use fewer ranks, or threads: virtual ranks of one GPU",
-    )  # fmt: skip
     require(
         _QUANTISED.get(config.cache.dtype) != torch.float8_e4m3fn
         or torch.cuda.get_device_capability() >= _FP8_CAPABILITY,

@@ -33,7 +33,7 @@ from longspan.engine.executors.messages import (
 )
 from longspan.engine.executors.steps import StepLoop
 from longspan.engine.loading import TensorStore
-from longspan.engine.setup import resolve
+from longspan.engine.setup import resolve, resolve_device
 from longspan.engine.worker import build_runner, share_of_cores
 from longspan.errors import ConfigError
 from longspan.parallel.collectives import Collectives, Traffic
@@ -85,6 +85,8 @@ def _use_interface(host: str) -> None:
 
 
 def _serve(begin: Begin, rank: int, number: int, line: zmq.Socket[bytes], answer: Callable[[FromWorker], None]) -> None:
+    if resolve_device(begin.config.device) == "cuda":
+        torch.cuda.set_device(number)  # first: what allocates later, as `resolve` does, would open a context on GPU 0
     setup = resolve(begin.config)
     device = setup.device(number)
     torch.set_num_threads(setup.config.num_threads or share_of_cores(begin.ranks_here))

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: the default on a CPU.
+"""Ranks as threads of this process: the default on a CPU and for one rank on a GPU.
 
 It owns the threads, their inboxes and their failures; tensors change hands by reference, and ranks
 that hold the same slice of a weight share one copy.

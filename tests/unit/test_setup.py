@@ -1,0 +1,115 @@
+"""What a configuration becomes on a machine: here, which executor has its ranks."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longspan import LLM
+from longspan.config import EngineConfig, ParallelConfig
+from longspan.engine.executors import process_worker, rank_serving
+from longspan.engine.executors.messages import Begin
+from longspan.engine.setup import choose_executor, resolve
+from longspan.errors import ConfigError
+from tests.oracle import tiny_folder
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """`gpus(8)`: the machine looks as if it had that many; the list has the devices that were made current."""
+    current = []
+
+    def have(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
+
+    return have
+
+
+def config(**fields):
+    return EngineConfig(tiny_folder("llama"), parallel=ParallelConfig(tensor_parallel_size=2), **fields)
+
+
+@pytest.mark.parametrize(
+    "device, ranks, gpus, chosen",
+    [
+        ("cpu", 1, 0, "threads"),
+        ("cpu", 8, 0, "threads"),
+        ("cuda", 1, 1, "threads"),
+        ("cuda", 1, 8, "threads"),
+        ("cuda", 2, 2, "processes"),
+        ("cuda", 8, 8, "processes"),
+        ("cuda", 4, 8, "processes"),
+    ],
+)
+def test_auto_gives_each_of_several_ranks_a_process_and_a_gpu(device, ranks, gpus, chosen):
+    assert choose_executor("auto", device, ranks, gpus) == chosen
+
+
+@pytest.mark.parametrize("wanted", ["auto", "processes"])
+def test_more_ranks_than_gpus_are_refused_with_both_numbers_and_the_remedies(wanted):
+    with pytest.raises(ConfigError) as error:
+        choose_executor(wanted, "cuda", 8, 4)
+    message = str(error.value)
+    for part in (f"executor={wanted}:", "8 ranks", "has 4", "--executor threads", "fewer ranks", "ray or external"):
+        assert part in message
+
+
+@pytest.mark.parametrize("wanted", ["threads", "ray", "external", "dry"])
+def test_an_executor_asked_for_may_have_more_ranks_than_this_machine_has_gpus(wanted):
+    assert choose_executor(wanted, "cuda", 8, 1) == wanted
+
+
+def test_processes_on_a_cpu_need_no_gpu():
+    assert choose_executor("processes", "cpu", 8, 0) == "processes"
+
+
+def test_auto_is_the_default_and_is_settled_when_the_configuration_is_resolved():
+    assert config().executor == "auto"
+    assert resolve(config(device="cpu")).config.executor == "threads"
+
+
+def test_two_ranks_on_two_gpus_become_processes(gpus):
+    gpus(2)
+    setup = resolve(config())
+    assert setup.config.executor == "processes"
+    assert not [note for note in setup.notes if "share one GPU" in note]
+
+
+def test_two_ranks_on_one_gpu_are_refused_unless_they_are_to_share_it(gpus):
+    gpus(1)
+    with pytest.raises(ConfigError, match=r"executor=auto: gives each of the 2 ranks a GPU of its own, .* has 1"):
+        resolve(config())
+    setup = resolve(config(executor="threads"))
+    assert any("all 2 ranks share one GPU; without --executor threads" in note for note in setup.notes)
+
+
+def test_the_python_interface_chooses_the_executor_too():
+    with LLM(tiny_folder("llama"), device="cpu", num_threads=1) as llm:
+        assert llm.engine.setup.config.executor == "threads"
+
+
+def test_the_number_of_a_process_is_that_of_its_gpu(monkeypatch):
+    served = []
+    monkeypatch.setattr(process_worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(process_worker, "end_with_parent", lambda parent: None)
+    monkeypatch.setattr(process_worker, "serve_driver", lambda *given: served.append(given))
+    process_worker.main("ipc://driver", 5, 8, os.getpid())
+    assert served == [("ipc://driver", 5, 8, 5)]
+
+
+def test_a_rank_takes_its_gpu_before_anything_can_open_a_context_on_another(gpus, monkeypatch):
+    current, seen = gpus(8), []
+
+    def resolve_seeing(config):
+        seen.append(list(current))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rank_serving, "resolve", resolve_seeing)
+    with pytest.raises(KeyboardInterrupt):
+        rank_serving._serve(Begin(config(device="cuda"), "", 8), 5, 5, SimpleNamespace(), print)
+    assert seen == [[5]]
