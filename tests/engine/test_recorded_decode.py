@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from longspan import SamplingParams
 from longspan.attention.backends.base import StaticRuns
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
-from longspan.engine.recorded import EagerRecorder, Recordings, padded_rows
+from longspan.engine.recorded import CudaRecorder, EagerRecorder, Recordings, padded_rows
 from tests.oracle import greedy, oracle, prompt_of
 
 PROMPTS = [prompt_of(21), prompt_of(5, 3), prompt_of(13, 9)]
@@ -140,3 +142,18 @@ def test_a_step_planned_ahead_is_recorded_too(tiny):
 
 def test_sizes_have_room_and_are_few():
     assert [padded_rows(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 250)] == [1, 2, 4, 4, 8, 8, 16, 256]
+
+
+def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspace(monkeypatch):
+    """Of PyTorch's calls: there is no device to ask how much memory streams hold."""
+    streams, captured = [], []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(MagicMock()) or streams[-1])
+    for name in ("graph_pool_handle", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, stream=None, **__: captured.append(stream) or nullcontext())
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    for _ in range(3):
+        recorder.record(lambda: torch.zeros(1))
+    assert len(streams) == 1
+    assert captured == streams * 3
