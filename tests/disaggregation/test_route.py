@@ -1,9 +1,14 @@
 """`longspan serve --role` and `longspan route` as a user starts them."""
 
+import os
+import sys
+
 import httpx
 import openai
 import pytest
 
+from longspan.cli.main import main
+from longspan.cli.transfer import transfer_config, warnings
 from tests.disaggregation.servers import ROUTE, SERVE, ended, serve_arguments, start
 from tests.server.running import ascii_folder, expected
 
@@ -17,11 +22,19 @@ def completed(url: str, prompt: str, tokens: int = 12) -> str:
     return answer.json()["choices"][0]["text"]
 
 
-def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_instance():
-    prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2"))
-    decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2"))
+@pytest.fixture
+def token(tmp_path):
+    """The options that give a process the secret which all share."""
+    file = tmp_path / "transfer-token"
+    file.write_text("a secret of some length\n")
+    return "--transfer-token-file", str(file)
+
+
+def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_instance(token):
+    prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2", *token))
+    decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2", *token))
     with ended(prefill, decode):
-        front = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0"])
+        front = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *token])
         with ended(front):
             url = front.url()
             assert completed(url, PROMPT) == expected(PROMPT, 12)
@@ -49,3 +62,33 @@ def test_an_instance_that_does_not_answer_is_named():
     with ended(front):
         front.process.wait(60)
     assert "prefill=http://127.0.0.1:9: nobody answers there" in front.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--role", "decode", "--prefill-peers", "http://a:1"), "prefill_peers=http://a:1: is no transfer address"),
+        (("--prefill-peers", "tcp://a:1"), "prefill_peers=tcp://a:1: means nothing without a role"),
+        (("--role", "decode", "--transfer-token-file", "/nowhere"), "transfer_token_file=/nowhere: cannot be read"),
+        (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; put a secret into it"),
+    ],
+)
+def test_peers_and_tokens_that_cannot_be_are_named_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longspan", "serve", "no-such-model", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert problem in capsys.readouterr().err
+
+
+def test_a_token_in_the_environment_is_taken_unless_a_file_is_given(monkeypatch, token):
+    monkeypatch.setenv("LONGSPAN_TRANSFER_TOKEN", "another secret of that kind")
+    assert transfer_config("decode", "127.0.0.1", 0, None, None).token == "another secret of that kind"
+    assert transfer_config("decode", "127.0.0.1", 0, None, token[1]).token == "a secret of some length"
+    assert transfer_config(None, "127.0.0.1", 0, None, None) is None
+
+
+def test_a_decode_instance_that_can_use_nobody_says_so(monkeypatch):
+    monkeypatch.delenv("LONGSPAN_TRANSFER_TOKEN", raising=False)
+    (warning,) = warnings(transfer_config("decode", "127.0.0.1", 0, None, None))
+    assert "compute every prompt itself" in warning
+    assert not warnings(transfer_config("decode", "127.0.0.1", 0, "tcp://a:1, tcp://b:1", None))

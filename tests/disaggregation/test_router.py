@@ -1,6 +1,8 @@
 """The router alone: which instance it chooses, what it does when one fails. Instances are stand-ins."""
 
 import asyncio
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Event, Thread
@@ -15,35 +17,49 @@ from starlette.routing import Route
 
 from longspan.disaggregation.balance import Balance, blocks_of
 from longspan.disaggregation.instances import Instances
+from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.router import RouteOptions, route
-from longspan.errors import ConfigError
+from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers, token_digest
+from longspan.errors import ConfigError, RequestError
 
 FORMAT = {
     "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "planes": 2,
     "row_bytes": 256,
 }  # fmt: skip
 BODY = {"prompt": "p" * 1000}
+TOKEN = "a secret of some length"
 
 
 class Fake:
     """Stands in for an instance: says who it is, remembers what it is asked."""
 
-    def __init__(self, role: str, answer=None, **differences: object) -> None:
+    def __init__(self, role: str, answer=None, token: str = TOKEN, peers=(), **differences: object) -> None:
         self.role, self.answer, self.asked = role, answer, []
+        self.token, self.peers, self.paths, self.bodies = token, peers, [], []
         self.format = {**FORMAT, **differences}
         self.url = ""
 
     def app(self) -> Starlette:
         return Starlette(
-            routes=[Route("/internal/peer", self._peer), Route("/{path:path}", self._asked, methods=["POST"])]
+            routes=[Route("/internal/peer", self._peer), Route("/{path:path}", self._asked, methods=["GET", "POST"])]
         )
 
+    @property
+    def address(self) -> str:
+        """Where the router takes it to listen for other instances."""
+        return f"tcp://127.0.0.1:{1 + id(self) % 1000}"
+
     async def _peer(self, _: Request) -> JSONResponse:
-        card = {"role": self.role, "address": f"tcp://0.0.0.0:{id(self) % 1000}", "format": self.format}
+        card = {
+            "role": self.role, "address": self.address.replace("127.0.0.1", "0.0.0.0"), "format": self.format,
+            "token": token_digest(self.token), "prefill_peers": self.peers,
+        }  # fmt: skip
         return JSONResponse({"card": card, "model": "tiny", "waiting": 0, "running": 0})
 
     async def _asked(self, request: Request):
-        self.asked.append((dict(request.headers), await request.json()))
+        self.paths.append(request.scope["raw_path"].decode())
+        self.bodies.append(await request.body())
+        self.asked.append((dict(request.headers), await request.json() if self.bodies[-1] else None))
         return self.answer() if self.answer else JSONResponse({"by": self.url})
 
 
@@ -70,7 +86,7 @@ def fakes(*instances: Fake) -> Iterator[tuple[Fake, ...]]:
 
 
 @contextmanager
-def front(*instances: Fake, more: tuple[str, ...] = (), **options) -> Iterator[httpx.Client]:
+def front(*instances: Fake, more: tuple[str, ...] = (), token: str = TOKEN, **options) -> Iterator[httpx.Client]:
     """A router over instances; raises what keeps it from starting."""
     started, found, failed = Event(), [], []
     prefill = [fake.url for fake in instances if fake.role == "prefill"]
@@ -83,7 +99,7 @@ def front(*instances: Fake, more: tuple[str, ...] = (), **options) -> Iterator[h
     def run() -> None:
         try:
             options.setdefault("wait_seconds", 0)
-            asyncio.run(route(Instances(prefill, decode), RouteOptions(port=0, **options), ready))
+            asyncio.run(route(Instances(prefill, decode, token), RouteOptions(port=0, **options), ready))
         except BaseException as error:
             failed.append(error)
             started.set()
@@ -105,12 +121,102 @@ def test_the_decode_instance_hears_of_all_prefill_instances_where_it_can_reach_t
         fakes(Fake("prefill"), Fake("prefill"), Fake("decode")) as (first, second, decode),
         front(first, second, decode) as client,
     ):
-        assert client.post("/v1/completions", json=BODY, headers={"x-longspan-prefill": "tcp://evil:1"}).json()
+        evil = {PREFILL_HEADER: "tcp://evil:1", SIGNATURE_HEADER: "1.2"}
+        assert client.post("/v1/completions", json=BODY, headers=evil).json()
         ((headers, body),) = decode.asked
         assert body == BODY
-        assert set(headers["x-longspan-prefill"].split(",")) == {
-            f"tcp://127.0.0.1:{id(fake) % 1000}" for fake in (first, second)
-        }
+        assert set(headers[PREFILL_HEADER].split(",")) == {first.address, second.address}
+
+
+def test_what_the_router_names_it_signs_for_this_body():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+        client.post("/v1/completions", json=BODY)
+        ((headers, _),), (body,) = decode.asked, decode.bodies
+        shared, other = (TransferConfig("decode", token=token) for token in (TOKEN, "another secret of that kind"))
+        said = headers[PREFILL_HEADER], headers[SIGNATURE_HEADER]
+        assert named_peers(shared, *said, body, time.time()) == (prefill.address,)
+        for config, sent in ((other, body), (shared, body + b" ")):
+            with pytest.raises(RequestError, match="no valid signature"):
+                named_peers(config, *said, sent, time.time())
+
+
+def test_configured_peers_are_named_without_a_token():
+    with fakes(Fake("prefill", token="")) as (prefill,), fakes(Fake("decode", token="", peers=(prefill.address,))) as (
+        decode,
+    ), front(prefill, decode, token="") as client:  # fmt: skip
+        client.post("/v1/completions", json=BODY)
+        ((headers, _),) = decode.asked
+        assert headers[PREFILL_HEADER] == prefill.address
+        assert SIGNATURE_HEADER not in headers
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "problem"),
+    [
+        ("", TOKEN, "was not told of the prefill instance tcp.*same --transfer-token-file.*--prefill-peers tcp"),
+        (TOKEN, "", "was not told of the prefill instance"),
+        ("another secret of that kind", TOKEN, "has another transfer token than the router"),
+    ],
+    ids=["none there", "none here", "another"],
+)
+def test_a_decode_instance_that_would_refuse_the_router_is_named_at_the_start(theirs, ours, problem):
+    with (
+        fakes(Fake("prefill"), Fake("decode", token=theirs)) as both,
+        pytest.raises(ConfigError, match=problem),
+        front(*both, token=ours),
+    ):
+        pass
+
+
+def ask(client: httpx.Client, target: str, host: str, method: str = "POST") -> bytes:
+    """The status line of an answer; what is sent is what is written here."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as line:
+        line.sendall(
+            f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        )
+        return line.makefile("rb").readline()
+
+
+@pytest.mark.parametrize("target", ["/version", "/docs", "/openapi.json"])
+def test_a_host_that_looks_like_a_path_leads_nowhere_else(target):
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode, api_key="k") as client:
+        assert b"200" in ask(client, target, "x/v1/completions?", "GET")
+        assert decode.paths == [target]
+        assert b"401" in ask(client, "/v1/completions", "x/health?")
+        assert decode.paths == [target]
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", "/internal/state"), ("GET", "/internal/peer"), ("GET", "/metrics"), ("GET", "/v1/completions"),
+        ("POST", "/v1/models"), ("PUT", "/v1/completions"), ("POST", "//internal/peer"), ("POST", "/v1/embeddings"),
+    ],
+)  # fmt: skip
+def test_only_listed_paths_are_forwarded(method, target):
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+        status = ask(client, target, "x", method)
+        assert b"404" in status or b"405" in status
+        assert not decode.paths
+
+
+def test_what_is_not_forwarded_is_answered_with_what_is():
+    with fakes(Fake("prefill"), Fake("decode")) as both, front(*both) as client:
+        problem = client.get("/metrics").json()["error"]["message"]
+        assert "GET /metrics is nothing that the router forwards; it takes POST of /v1/completions" in problem
+
+
+@pytest.mark.parametrize("name", ["org/model", "..%2F..%2Finternal%2Fpeer", "a%3Fb%23c", "../../internal/peer"])
+def test_the_name_of_a_model_stays_one(name):
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+        ask(client, f"/v1/models/{name}?x=1", "x", "GET")
+        assert decode.paths == ["/v1/models/" + name.replace("/", "%2F")]
+
+
+def test_the_query_goes_along():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+        client.get("/v1/models", params={"a": "b c"})
+        assert decode.paths == ["/v1/models"]
 
 
 def test_other_requests_go_to_a_decode_instance_without_more():

@@ -59,7 +59,10 @@ OPTIONS = {
         "--no-enable-prefix-caching", "--num-requests", "--page-size", "--plot", "--schedule", "--time-scale",
         "--trace", "--weight-dtype",
     },
-    ("route",): {"--api-key", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill", "--wait"},
+    ("route",): {
+        "--api-key", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill", "--transfer-token-file",
+        "--wait",
+    },
     ("calibrate",): {"--check", "--executor", "--hardware", "--help", "--json", "--model", "--output"},
     ("bench", "attention"): {
         "--backends", "--batch", "--cached", "--device", "--heads", "--help", "--json", "--kv-cache-dtype", "--prefill",
@@ -84,6 +87,7 @@ OPTIONS = {
     ("serve",): ENGINE_OPTIONS - {"--json"} | {
         "--host", "--port", "--api-key", "--served-model-name", "--max-queued-requests", "--max-body-bytes",
         "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
+        "--prefill-peers", "--transfer-token-file",
     },
     ("eval", "gsm8k"): ENGINE_OPTIONS | {
         "--data", "--shots", "--shots-data", "--limit", "--max-tokens", "--base-url", "--api-key", "--concurrency",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from longspan.cli.options import parse_bytes
 from longspan.cli.serve import ApiKey, BodyBytes, Host, Port
+from longspan.cli.transfer import TransferTokenFile, read_token
 from longspan.config import require
 
 Prefill = Annotated[list[str], typer.Option("--prefill", help="URL of a prefill instance; again for more")]
@@ -28,6 +29,7 @@ def route(
     api_key: ApiKey = None,
     max_body_bytes: BodyBytes = "64M",
     wait: Wait = 60.0,
+    transfer_token_file: TransferTokenFile = None,
 ) -> None:
     """Serve OpenAI's API through prefill and decode instances until a signal."""
     import uvicorn
@@ -39,7 +41,7 @@ def route(
 
     require(wait >= 0, "wait", wait, "must not be negative", "give seconds")
     require(0 <= port < 1 << 16, "port", port, "is no port", "give 0..65535; 0 takes a free one")
-    instances = Instances(prefill, decode)
+    instances = Instances(prefill, decode, read_token(transfer_token_file))
     options = RouteOptions(host, port, api_key, wait, parse_bytes("max_body_bytes", max_body_bytes))
     logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
     console = Console(stderr=True)

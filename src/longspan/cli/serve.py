@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from longspan.cli import transfer
 from longspan.cli.options import parse_bytes
 from longspan.config import EngineConfig
-from longspan.disaggregation.options import TransferConfig
 
 Host = Annotated[str, typer.Option("--host", help="address to listen on; 0.0.0.0 is every one")]
 Port = Annotated[int, typer.Option("--port", help="0 takes a free one")]
@@ -28,14 +28,6 @@ Timeout = Annotated[float | None, typer.Option("--request-timeout", help="second
 ToolParser = Annotated[
     str | None, typer.Option("--tool-call-parser", help="form of tool calls; default: what the chat template tells")
 ]
-Role = Annotated[
-    str | None,
-    typer.Option("--role", help="prefill or decode: one side of a pair, see `longspan route`; default: both"),
-]
-TransferHost = Annotated[
-    str | None, typer.Option("--transfer-host", help="address for other instances and all ranks; default: --host")
-]
-TransferPort = Annotated[int, typer.Option("--transfer-port", help="port for other instances; 0 takes a free one")]
 
 
 def serve(
@@ -48,9 +40,11 @@ def serve(
     max_body_bytes: BodyBytes = "64M",
     request_timeout: Timeout = None,
     tool_call_parser: ToolParser = None,
-    role: Role = None,
-    transfer_host: TransferHost = None,
-    transfer_port: TransferPort = 0,
+    role: transfer.Role = None,
+    transfer_host: transfer.TransferHost = None,
+    transfer_port: transfer.TransferPort = 0,
+    prefill_peers: transfer.PrefillPeers = None,
+    transfer_token_file: transfer.TransferTokenFile = None,
 ) -> None:
     """Serve a model until a signal; the first one drains, the second stops at once."""
     import uvloop
@@ -64,11 +58,11 @@ def serve(
         host, port, api_key, served_model_name, max_queued_requests, parse_bytes("max_body_bytes", max_body_bytes),
         request_timeout, tool_call_parser,
     )  # fmt: skip
-    if role is not None:
-        config = replace(config, transfer=TransferConfig(role, transfer_host or host, transfer_port))
+    pairing = transfer.transfer_config(role, transfer_host or host, transfer_port, prefill_peers, transfer_token_file)
+    config = replace(config, transfer=pairing)
     logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
     console = Console(stderr=True)
-    for warning in options.warnings:
+    for warning in (*options.warnings, *transfer.warnings(pairing)):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     with console.status("starting"):
         service = make_service(config, options)

@@ -6,34 +6,42 @@ It owns the socket and what is known of the other side's life; it must not know 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from longspan.disaggregation.driver import keep_alive, reachable
+from longspan.disaggregation.addresses import is_address, reachable
+from longspan.disaggregation.driver import keep_alive
 from longspan.disaggregation.layout_map import Source
 from longspan.disaggregation.messages import Format, Hello, Refused, ToDecode, ToPrefill, Welcome, encode
 from longspan.disaggregation.worker import decoded
 
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _BRIEF_PAUSE, _LONG_PAUSE = 2.0, 30.0
+_SHOWN = 300  # characters of what the other side says
+CheckSource = Callable[[Source], str | None]
 
 
 class Connection:
     """One address. It is opened when it is needed; after a loss it rests for a while, so that requests do not wait for
     it one after the other.
 
-    `source` is where its pages are, once it has answered; `problem` why it cannot be used now, None if it can.
+    `source` is where its pages are, once it has answered and `check` has found nothing wrong; `problem` why it cannot
+    be used now, None if it can.
     """
 
-    def __init__(self, address: str, form: Format, patience: float, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(
+        self, address: str, form: Format, patience: float, context: zmq.Context[zmq.Socket[bytes]], check: CheckSource
+    ) -> None:
         self.address = address
         self.source: Source | None = None
         self.problem: str | None = None
         self._form = form
         self._patience = patience
         self._context = context
+        self._check = check
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._opened = 0.0
@@ -51,6 +59,9 @@ class Connection:
             return self._socket is not None
         self.problem, self.source = None, None
         self._opened = now
+        if not is_address(self.address):
+            self._lose("is no address", _LONG_PAUSE)
+            return False
         socket = self._context.socket(zmq.DEALER)
         socket.set_hwm(0)  # prompts: bounded where they come in
         keep_alive(socket)
@@ -75,10 +86,9 @@ class Connection:
         while self._socket is not None and self._socket.poll(0):
             match decoded(self._socket.recv(), ToDecode):
                 case Welcome(source):
-                    addresses = tuple(reachable(address, self.address) for address in source.addresses)
-                    self.source = replace(source, addresses=addresses)
+                    self._welcome(source)
                 case Refused(reason):
-                    self._lose(f"refuses this instance: {reason}", _LONG_PAUSE)
+                    self._lose(f"refuses this instance: {one_line(reason)}", _LONG_PAUSE)
                 case None:
                     self._lose("speaks another language", _LONG_PAUSE)
                 case message:
@@ -99,6 +109,14 @@ class Connection:
         """Do not use it for a while."""
         self._lose(reason, _LONG_PAUSE)
 
+    def _welcome(self, source: Source) -> None:
+        source = replace(source, addresses=tuple(reachable(address, self.address) for address in source.addresses))
+        problem = self._check(source)
+        if problem is None:
+            self.source = source
+        else:
+            self._lose(one_line(problem), _LONG_PAUSE)
+
     def _look(self) -> None:
         while self._monitor is not None and self._monitor.poll(0):
             recv_monitor_message(self._monitor)
@@ -110,3 +128,8 @@ class Connection:
         self.close()
         self.problem = problem
         self._rests_until = time.monotonic() + pause
+
+
+def one_line(text: str) -> str:
+    """What another instance says, fit for a log."""
+    return " ".join(text.split())[:_SHOWN]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from longspan.disaggregation.connection import Connection
+from longspan.disaggregation.connection import Connection, one_line
 from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
-from longspan.disaggregation.layout_map import Part, Source, cells
+from longspan.disaggregation.layout_map import Part, is_for_others, problem_of
 from longspan.disaggregation.messages import (
     Accepted,
     Arrived,
     Computed,
     Ended,
+    FetchFailed,
     Format,
     Moving,
     Prefill,
@@ -42,19 +44,20 @@ CachedTokens = Callable[["CoreRequest"], int]
 
 @dataclass(eq=False)
 class _Remote:
-    """A request whose prompt is computed at `connection`, under the number `sent`; `others` can be asked next.
-
-    `fetch` is what the ranks carry out, of which `arrived` have all; `heard` is when something moved last, in
-    `time.monotonic()`, once the prompt is `computed`.
-    """
+    """A request whose prompt is computed elsewhere."""
 
     request: CoreRequest
+    # addresses that can be asked next
     others: list[str]
+    # where it is computed, and under which of our numbers
     connection: Connection | None = None
     sent: int = 0
-    accepted: bool = False
+    # the prompt's number there, None until it is told
+    accepted: int | None = None
     computed: bool = False
+    # when something moved last, in `time.monotonic()`, once the prompt is computed
     heard: float = 0.0
+    # what the ranks carry out, those that have all of theirs, and the bytes of these
     fetch: Fetch | None = None
     arrived: set[int] = field(default_factory=set)
     received: int = 0
@@ -69,9 +72,10 @@ class DecodeRole:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._mailbox = Mailbox(config, self._context)
         self.config = self._mailbox.config
-        self.card = PeerCard(config.role, self._mailbox.address, form)
+        self.card = PeerCard.of(config, self._mailbox.address, form)
         self.counters = TransferCounters()
         self._parts = parts
+        self._own_peers = deque(config.prefill_peers)
         self._cached = cached
         self._page_size = page_size
         self._desk: Desk | None = None
@@ -87,12 +91,18 @@ class DecodeRole:
         self._desk, self._ranks = desk, ranks
 
     def add(self, request: CoreRequest) -> bool:
-        """See `Role.add`: what is new to the cache by a page or less is computed here."""
+        """See `Role.add`: what is new to the cache by a page or less is computed here.
+
+        A request that names no instances goes to the configured ones in turn.
+        """
         known = len(request.prompt_token_ids) + len(request.output_token_ids) - 1
         scored = request.params.prompt_logprobs is not None  # every token is wanted, not only its KV
-        if not request.prefill_at or scored or known - self._cached(request) <= self._page_size:
+        peers = request.prefill_at or self._own_peers
+        if not peers or scored or known - self._cached(request) <= self._page_size:
             return False
-        remote = self._remotes[request.number] = _Remote(request, list(request.prefill_at))
+        remote = self._remotes[request.number] = _Remote(request, list(peers))
+        if peers is self._own_peers:
+            self._own_peers.rotate(-1)
         self._ask(remote)
         return True
 
@@ -121,6 +131,8 @@ class DecodeRole:
                     self._by_fetch[fetch].heard = time.monotonic()
                 case Arrived(rank, fetch, received) if fetch in self._by_fetch:
                     self._arrived(self._by_fetch[fetch], rank, received)
+                case FetchFailed(rank, fetch, reason) if fetch in self._by_fetch:
+                    self._retry(self._by_fetch[fetch], f"rank {rank}: {one_line(reason)}")
         for connection in list(self._connections.values()):
             self._hear(connection)
         now = time.monotonic()
@@ -164,16 +176,17 @@ class DecodeRole:
                 used = {remote.connection for remote in self._remotes.values()}
                 for idle in [known for known, connection in self._connections.items() if connection not in used]:
                     self._connections.pop(idle).close()
-            form = self.card.format
-            self._connections[address] = Connection(address, form, self.config.patience_seconds, self._context)
+            self._connections[address] = Connection(
+                address,
+                self.card.format,
+                self.config.patience_seconds,
+                self._context,
+                lambda source: problem_of(source, self._parts),
+            )
         return self._connections[address]
 
     def _hear(self, connection: Connection) -> None:
-        unknown = connection.source is None
-        messages = connection.receive()
-        if unknown and connection.source is not None and (problem := self._misfit(connection.source)):
-            connection.refuse(problem)
-        for message in messages:
+        for message in connection.receive():
             self._obey(connection, message)
         if connection.problem is not None:
             problem, connection.problem = connection.problem, None
@@ -181,27 +194,22 @@ class DecodeRole:
             for remote in [r for r in self._remotes.values() if r.connection is connection]:
                 self._retry(remote, problem)
 
-    def _misfit(self, source: Source) -> str | None:
-        """Why pages from there cannot be put together here."""
-        try:
-            for part in self._parts:
-                cells(part, source.parts)
-        except ValueError as error:
-            return f"has another model: {error}"
-        return None
-
     def _obey(self, connection: Connection, message: ToDecode) -> None:
         remote = self._by_sent.get(getattr(message, "number", 0))
-        if remote is None:
+        if remote is None or remote.connection is not connection:
             return
         match message:
             case Accepted(_, request) if connection.source is not None and self._desk is not None:
-                remote.accepted = True
+                taken = {r.accepted for r in self._remotes.values() if r.connection is connection}
+                if remote.accepted is not None or request in taken or not is_for_others(request):
+                    connection.refuse(f"numbers a prompt {request}, which cannot be")
+                    return
+                remote.accepted = request
                 self._desk.begin(remote.request, replace(connection.source, request=request))
             case Computed():
                 remote.computed, remote.heard = True, time.monotonic()
             case Ended(_, reason):
-                self._retry(remote, reason)
+                self._retry(remote, one_line(reason))
 
     def _arrived(self, remote: _Remote, rank: int, received: int) -> None:
         remote.arrived.add(rank)
@@ -221,7 +229,7 @@ class DecodeRole:
         _LOG.warning("request %d: its prompt is computed elsewhere: %s", remote.request.number, reason)
         self.counters.retried += 1
         self._leave(remote)
-        if remote.accepted and self._desk is not None:
+        if remote.accepted is not None and self._desk is not None:
             self._desk.leave(remote.request.number)
         again = self._remotes[remote.request.number] = _Remote(remote.request, remote.others)
         self._ask(again)

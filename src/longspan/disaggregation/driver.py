@@ -16,15 +16,13 @@ import zmq
 from longspan.disaggregation.layout_map import Source
 from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
 from longspan.disaggregation.options import TransferConfig
+from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError
 from longspan.plan import StepPlan
 
 if TYPE_CHECKING:
     from longspan.engine.core import CoreRequest, TokenOutput
-
-PREFILL_HEADER = "x-longspan-prefill"
-"""Of a request to a decode instance: addresses of prefill instances, to be asked in this order."""
 
 _HEARTBEAT_MS = 1000
 _SILENCE_MS = 5000
@@ -33,11 +31,21 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class PeerCard:
-    """What an instance says of itself to who puts pairs together; `address` is where decode instances reach it."""
+    """What an instance says of itself to who puts pairs together."""
 
     role: str
+    # where decode instances reach it
     address: str
     format: Format
+    # prefill instances that it takes work of, whoever names them
+    prefill_peers: tuple[str, ...] = ()
+    # which transfer token it has, see `token_digest`
+    token: str = ""
+
+    @staticmethod
+    def of(config: TransferConfig, address: str, form: Format) -> PeerCard:
+        """The card of an instance that listens at `address`."""
+        return PeerCard(config.role, address, form, config.prefill_peers, token_digest(config.token))
 
 
 class Desk(Protocol):
@@ -133,7 +141,9 @@ class Mailbox:
             ) from error  # fmt: skip
         endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.address = endpoint
-        self.config = replace(config, mailbox=endpoint.replace("//0.0.0.0:", "//127.0.0.1:"), life=secrets.token_hex(8))
+        mailbox = endpoint.replace("//0.0.0.0:", "//127.0.0.1:")
+        # ranks need no token, and with some executors their configuration crosses a network
+        self.config = replace(config, mailbox=mailbox, life=secrets.token_hex(8), token="")
 
     def messages(self) -> Iterator[tuple[bytes, object]]:
         """What has come, each with its sender; raises `EngineError` if a rank can move no more pages.
@@ -180,9 +190,3 @@ def wait_for(sockets: Sequence[zmq.Socket[bytes]], seconds: float) -> bool:
     for socket in sockets:
         poller.register(socket, zmq.POLLIN)
     return bool(poller.poll(int(1000 * seconds)))
-
-
-def reachable(address: str, known: str) -> str:
-    """`tcp://0.0.0.0:5000`, heard from an instance known as `tcp://host:4000`, is `tcp://host:5000`."""
-    host = known.removeprefix("tcp://").rpartition(":")[0]
-    return address.replace("//0.0.0.0:", f"//{host}:")

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
-from longspan.disaggregation.driver import PeerCard, reachable
+from longspan.disaggregation.addresses import reachable
+from longspan.disaggregation.driver import PeerCard
 from longspan.disaggregation.handshake import difference
+from longspan.disaggregation.signature import token_digest
 from longspan.errors import ConfigError
 
 _ASK_SECONDS = 2.0
@@ -34,11 +36,14 @@ class Answer(msgspec.Struct, frozen=True):
 
 @dataclass
 class Instance:
-    """One server. `answer` is its latest, None while it is not there."""
+    """One server."""
 
     role: str
     url: str
+    # its latest, None while it is not there
     answer: Answer | None = None
+    # of a decode instance: what was last wrong with naming it prefill instances
+    refusal: str | None = None
 
     @property
     def address(self) -> str:
@@ -50,9 +55,11 @@ class Instance:
 
 
 class Instances:
-    """All of them. `session` must send what they want for a key."""
+    """All of them. `session` must send what they want for a key; with `token` decode instances are named prefill
+    instances that they were not told of."""
 
-    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str], token: str = "") -> None:
+        self.token = token
         self.all = [Instance("prefill", url.rstrip("/")) for url in prefill]
         self.all += [Instance("decode", url.rstrip("/")) for url in decode]
         for instance in self.all:
@@ -80,12 +87,26 @@ class Instances:
             misfit = self.misfit(instance)
             if misfit:
                 raise ConfigError(instance.role, instance.url, misfit, "every instance must serve the same model")
+        for instance in self.alive("decode"):
+            if refusal := self._refusal(instance):
+                raise ConfigError(
+                    instance.role, instance.url, refusal,
+                    "give the router and all instances the same --transfer-token-file, or the decode instance "
+                    f"--prefill-peers {','.join(prefill.address for prefill in self.alive('prefill'))}",
+                )  # fmt: skip
 
     async def watch(self, session: aiohttp.ClientSession) -> None:
         """Ask everyone once a second, for ever."""
         while True:
             await asyncio.sleep(_PAUSE_SECONDS)
             await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
+
+    def accepts(self, decode: Instance, prefill: Instance) -> bool:
+        """Whether a decode instance lets the router name it this prefill instance."""
+        card = decode.answer.card if decode.answer else None
+        if card is None:
+            return False
+        return prefill.address in card.prefill_peers or (card.token != "" and card.token == token_digest(self.token))
 
     def lost(self, instance: Instance, problem: str) -> None:
         """It did not answer a request: use it again when it answers a question."""
@@ -111,6 +132,20 @@ class Instances:
         problem = await self._ask(instance, session) or self.misfit(instance)
         if problem:
             self.lost(instance, problem)
+        elif instance.role == "decode":
+            refusal, instance.refusal = instance.refusal, self._refusal(instance)
+            if instance.refusal not in (None, refusal):
+                _LOG.warning("decode instance %s %s, and computes prompts itself", instance.url, instance.refusal)
+
+    def _refusal(self, decode: Instance) -> str | None:
+        """Why a decode instance would not use some prefill instance that the router names, None if it would."""
+        refused = [prefill.address for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
+        card = decode.answer.card if decode.answer else None
+        if not refused or card is None:
+            return None
+        if self.token and card.token:
+            return "has another transfer token than the router"
+        return f"was not told of the prefill instance {refused[0]}"
 
     async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
         """What is wrong with it, None if it has answered."""

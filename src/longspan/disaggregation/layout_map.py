@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from longspan.cache.pages import PageTable
+from longspan.disaggregation.addresses import is_address
 
 Extent = tuple[int, int]
 """[start, stop) of layers, heads or positions."""
+
+_MAX_RANKS = 1 << 12  # of another instance
 
 FIRST_FOR_OTHERS = 1 << 62
 """From here on requests are numbered that are computed for other instances; below are a server's own."""
@@ -62,11 +65,11 @@ def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
     Raises ValueError if nobody has a piece of it.
     """
     found: list[Cell] = []
+    shards = sorted({part.shard for part in theirs})
     for layers in _overlaps(mine.layers, [part.layers for part in theirs]):
         stage = [part for part in theirs if part.layers[0] <= layers[0] and layers[1] <= part.layers[1]]
         if not stage:
             raise ValueError(f"no rank holds layers {layers[0]}..{layers[1] - 1}")
-        shards = sorted({part.shard for part in stage})
         head = mine.heads[0]
         while head < mine.heads[1]:
             chosen = [_furthest([p for p in stage if p.shard == shard], head, mine.rank) for shard in shards]
@@ -74,6 +77,37 @@ def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
             found.append(Cell(layers, (head, stop), tuple(part.rank for part in chosen)))
             head = stop
     return found
+
+
+def problem_of(source: Source, ours: Sequence[Part]) -> str | None:
+    """Why what another instance says of itself cannot be, or cannot be put together by ranks that hold `ours`, all
+    parts of a model; None if it can."""
+    parts, num_shards = source.parts, len({part.shard for part in source.parts})
+    if not 0 < len(parts) <= _MAX_RANKS or len(source.addresses) != len(parts):
+        return f"speaks of {len(parts)} ranks at {len(source.addresses)} addresses"
+    for address in source.addresses:
+        if not is_address(address):
+            return f"has a rank at {address!r}, which is not of the form tcp://HOST:PORT"
+    num_layers, num_heads = max(part.layers[1] for part in ours), max(part.heads[1] for part in ours)
+    for rank, part in enumerate(parts):
+        if part.rank != rank or not 0 <= part.shard < num_shards:
+            return (
+                f"speaks of rank {part.rank} with shard {part.shard} where rank {rank} of {num_shards} shards belongs"
+            )
+        for name, (start, stop), size in (("layers", part.layers, num_layers), ("KV heads", part.heads, num_heads)):
+            if not 0 <= start < stop <= size:
+                return f"has another model: rank {rank} has {name} {start}..{stop - 1} of {size}"
+    try:
+        for part in ours:
+            cells(part, parts)
+    except ValueError as error:
+        return f"has another model: {error}"
+    return None
+
+
+def are_in_order(runs: Sequence[Extent]) -> bool:
+    """Whether runs of positions have some each, do not overlap and go upwards."""
+    return all(before <= start < stop for before, (start, stop) in zip((0, *(r[1] for r in runs)), runs, strict=False))
 
 
 def runs_on(table: PageTable, shard: int, start: int, stop: int) -> list[Extent]:

@@ -104,6 +104,14 @@ class Arrived(msgspec.Struct, tag=True, frozen=True):
     received: int
 
 
+class FetchFailed(msgspec.Struct, tag=True, frozen=True):
+    """A rank cannot have its part of one fetch; others go on."""
+
+    rank: int
+    fetch: int
+    reason: str
+
+
 class Broken(msgspec.Struct, tag=True, frozen=True):
     """A rank can move no more pages."""
 
@@ -111,7 +119,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-FromRank = Serving | Moving | Arrived | Broken
+FromRank = Serving | Moving | Arrived | FetchFailed | Broken
 
 
 class Watch(msgspec.Struct, tag=True, frozen=True):

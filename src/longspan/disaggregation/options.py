@@ -1,36 +1,42 @@
-"""What makes an engine one side of a pair: its role, its address, its bounds.
+"""What makes an engine one side of a pair: its role, its address, its peers, its bounds.
 
 It owns the fields and their checks; pure, it must not open anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from longspan.disaggregation.addresses import is_address
 from longspan.errors import ConfigError
 
 ROLE_NAMES = ("prefill", "decode")
+_SHORTEST_TOKEN = 16
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """How an instance of one `role` hands pages to others, or takes them.
+    """How an instance hands pages to others, or takes them."""
 
-    `host` and `port` are where it listens for other instances (0: a free port). A message carries `block_bytes` of KV
-    at most, and a rank has `max_blocks` on their way to it. A prefill instance keeps computed pages for `hold_seconds`
-    if nobody fetches them; a decode instance waits `patience_seconds` for an answer, or for pages that are computed.
-    Without `overlap` pages leave when the whole prompt is computed. `mailbox` and `life` are for the ranks: where their
-    driver listens, and which start of the instance they belong to.
-    """
-
+    # prefill or decode
     role: str
+    # where it listens for other instances; port 0 is a free one
     host: str = "127.0.0.1"
     port: int = 0
+    # the most bytes of KV in one message, and the most messages on their way to one rank
     block_bytes: int = 1 << 21
     max_blocks: int = 8
+    # a prefill instance keeps computed pages so long if nobody fetches them
     hold_seconds: float = 120.0
+    # a decode instance waits so long for an answer, or for pages that are computed
     patience_seconds: float = 30.0
+    # whether pages leave while the rest of the prompt is computed
     overlap: bool = True
+    # prefill instances that a decode instance may use whoever asks for it, as tcp://HOST:PORT
+    prefill_peers: tuple[str, ...] = ()
+    # the secret that instances and routers share; '' for none. A decode instance believes what is signed with it
+    token: str = field(default="", repr=False)
+    # for the ranks: where their driver listens, and which start of the instance they belong to
     mailbox: str = ""
     life: str = ""
 
@@ -42,3 +48,18 @@ class TransferConfig:
         for name in ("block_bytes", "max_blocks", "hold_seconds", "patience_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(name, getattr(self, name), "must be positive", "leave it out for the default")
+        for address in self.prefill_peers:
+            if not is_address(address):
+                raise ConfigError(
+                    "prefill_peers", address, "is no transfer address", "give tcp://HOST:PORT, with commas between them"
+                )
+        if self.prefill_peers and self.role != "decode":
+            raise ConfigError(
+                "prefill_peers", ",".join(self.prefill_peers), f"means nothing to a {self.role} instance",
+                "give it to the decode instances",
+            )  # fmt: skip
+        if self.token and len(self.token) < _SHORTEST_TOKEN:
+            raise ConfigError(
+                "transfer_token", f"({len(self.token)} characters)", "can be guessed",
+                f"take {_SHORTEST_TOKEN} or more, as from `openssl rand -hex 32`",
+            )  # fmt: skip

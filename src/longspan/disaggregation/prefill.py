@@ -54,7 +54,7 @@ class PrefillRole:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._mailbox = Mailbox(config, self._context)
         self.config = self._mailbox.config
-        self.card = PeerCard(config.role, self._mailbox.address, form)
+        self.card = PeerCard.of(config, self._mailbox.address, form)
         self.counters = TransferCounters()
         self._source = Source(self.config.life, (), parts)
         self._check = check
@@ -132,7 +132,12 @@ class PrefillRole:
             self._mailbox.send(peer, Refused(reason))
 
     def _take(self, peer: bytes, number: int, token_ids: list[int]) -> None:
-        reason = self._check(token_ids) if peer in self._welcome else "this instance was not greeted, or refused"
+        if (peer, number) in self._request_of:
+            reason: str | None = "this number is in use"
+        elif peer not in self._welcome:
+            reason = "this instance was not greeted, or refused"
+        else:
+            reason = self._check(token_ids)
         if reason is not None or self._desk is None:
             self._mailbox.send(peer, Ended(number, reason or "not ready yet"))
             return

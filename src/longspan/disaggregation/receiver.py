@@ -6,7 +6,8 @@ It owns what is under way to this rank and its bound; it must not decide what is
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -14,11 +15,12 @@ import torch
 import zmq
 
 from longspan.cache.pages import PageTable, Span
-from longspan.disaggregation.layout_map import Part, cells, runs_on
+from longspan.disaggregation.layout_map import Extent, Part, are_in_order, cells, runs_on
 from longspan.disaggregation.messages import (
     Arrived,
     Ask,
     Block,
+    FetchFailed,
     Have,
     Missing,
     Moving,
@@ -50,14 +52,14 @@ class _Fetching:
 
 class PageReceiver(TransferThread):
     """See `TransferThread`. It writes only slots of requests that are being fetched, which no step touches; what ends
-    a fetch waits for the block that is being written."""
+    a fetch waits for the block that is being written. What goes wrong with a fetch ends that fetch alone."""
 
     def __init__(self, part: Part, access: PoolAccess, config: TransferConfig) -> None:
         super().__init__(part, access, config)
         self.received = 0  # bytes of KV
-        self._new: list[_Fetching] = []
-        self._live: dict[int, _Fetching] = {}  # by the request's number: what may still be written
-        self._active: dict[tuple[str, int], _Fetching] = {}  # by the source's life and request
+        self._new: list[tuple[Fetch, PageTable]] = []
+        self._live: dict[int, int] = {}  # by the request's number, its fetch: what may still be written
+        self._active: dict[int, _Fetching] = {}  # by the fetch's number
         self._under_way: dict[int, tuple[_Fetching, Pull]] = {}
         self._blocks = count()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
@@ -70,10 +72,9 @@ class PageReceiver(TransferThread):
         with self._lock:
             ended = [self._live.pop(request_id, None) for request_id in plan.finished]
             for fetch in plan.fetches:
-                started = self._start(fetch, table_of(fetch.request_id))
-                self._live[fetch.request_id] = started
-                self._new.append(started)
-        if plan.fetches or any(ended):
+                self._live[fetch.request_id] = fetch.number
+                self._new.append((fetch, table_of(fetch.request_id)))
+        if plan.fetches or any(number is not None for number in ended):
             self._access.mark()
             self.wake()
 
@@ -88,50 +89,69 @@ class PageReceiver(TransferThread):
     def _woke(self) -> None:
         with self._lock:
             new, self._new = self._new, []
-            live = set(map(id, self._live.values()))
-        for fetching in [f for f in self._active.values() if id(f) not in live]:
+            live = set(self._live.values())
+        for fetching in [f for f in self._active.values() if f.fetch.number not in live]:
             self._forget(fetching)
-            self._close([a for a in fetching.fetch.source.addresses if a not in self._used()])
-        for fetching in new:
-            if id(fetching) not in live:
-                continue
-            source = fetching.fetch.source
-            self._active[source.life, source.request] = fetching
-            for rank in fetching.pulls.ranks:
-                self._socket(source.addresses[rank]).send(encode(Watch(source.life, source.request)))
-            self._end_if_done(fetching)
+            self._close_unused(fetching.fetch)
+        for fetch, table in new:
+            if fetch.number in live:
+                with self._failing_alone(fetch):
+                    self._begin(fetch, table)
         self._ask()
+
+    def _begin(self, fetch: Fetch, table: PageTable) -> None:
+        source = fetch.source
+        fetching = self._active[fetch.number] = self._start(fetch, table)
+        for rank in fetching.pulls.ranks:
+            self._socket(source.addresses[rank]).send(encode(Watch(source.life, source.request)))
+        self._end_if_done(fetching)
 
     def _listen(self) -> None:
         self._poller.poll()
         for address, socket in list(self._sockets.items()):
-            while socket.poll(0):
+            while self._sockets.get(address) is socket and socket.poll(0):
                 self._take(address, socket.recv_multipart(copy=False))
         self._ask()
 
     def _take(self, address: str, frames: Sequence[zmq.Frame]) -> None:
         match decoded(frames[0].bytes, ToReceiver):
             case Have(life, request, runs):
-                fetching = self._active.get((life, request))
-                if fetching is not None and address in fetching.fetch.source.addresses:
-                    fetching.pulls.offer(fetching.fetch.source.addresses.index(address), runs)
-            case Block(block) if len(frames) == 2:
-                self._store(block, frames[1])
-            case Missing(block) if block in self._under_way:
+                for fetching in self._from(address):
+                    if (life, request) == (fetching.fetch.source.life, fetching.fetch.source.request):
+                        with self._failing_alone(fetching.fetch):
+                            self._offer(fetching, address, runs)
+            case Block(block) if len(frames) == 2 and self._was_asked(address, block):
+                fetching, pull = self._under_way.pop(block)
+                with self._failing_alone(fetching.fetch):
+                    self._store(fetching, pull, frames[1])
+            case Missing(block) if self._was_asked(address, block):
                 fetching, pull = self._under_way.pop(block)
                 fetching.pulls.refused(pull)
+            case None:
+                for fetching in self._from(address):
+                    self._fail(fetching.fetch, f"{address} speaks another language")
 
-    def _store(self, block: int, frame: zmq.Frame) -> None:
-        if block not in self._under_way:  # its fetch has ended
-            return
-        fetching, pull = self._under_way.pop(block)
+    def _from(self, address: str) -> list[_Fetching]:
+        """The fetches that a rank has to do with."""
+        return [fetching for fetching in self._active.values() if address in fetching.fetch.source.addresses]
+
+    def _was_asked(self, address: str, block: int) -> bool:
+        """Whether a block is still wanted, and of that rank."""
+        fetching, pull = self._under_way.get(block, (None, None))
+        return fetching is not None and pull is not None and fetching.fetch.source.addresses[pull.rank] == address
+
+    def _offer(self, fetching: _Fetching, address: str, runs: Sequence[Extent]) -> None:
+        if not are_in_order(runs):
+            raise ValueError(f"{address} offers positions that cannot be")
+        fetching.pulls.offer(fetching.fetch.source.addresses.index(address), runs)
+
+    def _store(self, fetching: _Fetching, pull: Pull, frame: zmq.Frame) -> None:
         rows = (pull.layers[1] - pull.layers[0]) * (pull.heads[1] - pull.heads[0]) * pull.tokens
-        if len(frame) != rows * self._access.token_bytes:  # whatever it is, it is not what was asked for
-            fetching.pulls.refused(pull)
-            return
+        if len(frame) != rows * self._access.token_bytes:
+            raise ValueError(f"{len(frame)} bytes came where {rows * self._access.token_bytes} were asked for")
         whole = torch.frombuffer(bytearray(frame.buffer), dtype=torch.uint8)
         with self._lock:
-            if self._live.get(fetching.fetch.request_id) is not fetching:
+            if self._live.get(fetching.fetch.request_id) != fetching.fetch.number:
                 return
             self._access.write(pull.layers, pull.heads, self._spans(fetching.table, pull), whole)
         fetching.received += whole.numel()
@@ -147,30 +167,52 @@ class PageReceiver(TransferThread):
 
     def _ask(self) -> None:
         """As many blocks as may be under way, for the oldest fetches that have something to ask for."""
-        for fetching in self._active.values():
-            source = fetching.fetch.source
-            while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
-                block = next(self._blocks)
-                self._under_way[block] = (fetching, pull)
-                ask = Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
-                self._socket(source.addresses[pull.rank]).send(encode(ask))
+        for fetching in list(self._active.values()):
+            with self._failing_alone(fetching.fetch):
+                self._ask_for(fetching)
+
+    def _ask_for(self, fetching: _Fetching) -> None:
+        source = fetching.fetch.source
+        while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
+            block = next(self._blocks)
+            self._under_way[block] = (fetching, pull)
+            ask = Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
+            self._socket(source.addresses[pull.rank]).send(encode(ask))
 
     def _end_if_done(self, fetching: _Fetching) -> None:
         if fetching.pulls.done:
-            self._forget(fetching)
-            with self._lock:
-                if self._live.get(fetching.fetch.request_id) is fetching:
-                    del self._live[fetching.fetch.request_id]
+            self._end(fetching.fetch)
             self._tell(Arrived(self._part.rank, fetching.fetch.number, fetching.received))
+
+    @contextmanager
+    def _failing_alone(self, fetch: Fetch) -> Iterator[None]:
+        """Whatever goes wrong within is the failure of this fetch."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(fetch, f"{type(error).__name__}: {error}")
+
+    def _fail(self, fetch: Fetch, reason: str) -> None:
+        self._end(fetch)
+        self._close_unused(fetch)
+        self._tell(FetchFailed(self._part.rank, fetch.number, reason))
+
+    def _end(self, fetch: Fetch) -> None:
+        """Write no more of it."""
+        with self._lock:
+            if self._live.get(fetch.request_id) == fetch.number:
+                del self._live[fetch.request_id]
+        fetching = self._active.get(fetch.number)
+        if fetching is not None:
+            self._forget(fetching)
 
     def _forget(self, fetching: _Fetching) -> None:
         """Its blocks under way count no more: they may never come."""
         source = fetching.fetch.source
-        if self._active.get((source.life, source.request)) is fetching:
-            del self._active[source.life, source.request]
+        del self._active[fetching.fetch.number]
         self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}
-        for rank in fetching.pulls.ranks:
-            self._socket(source.addresses[rank]).send(encode(Unwatch(source.life, source.request)))
+        for address in {source.addresses[rank] for rank in fetching.pulls.ranks} & self._sockets.keys():
+            self._sockets[address].send(encode(Unwatch(source.life, source.request)))
 
     def _socket(self, address: str) -> zmq.Socket[bytes]:
         if address not in self._sockets:
@@ -178,10 +220,18 @@ class PageReceiver(TransferThread):
                 self._close([a for a in self._sockets if a not in self._used()])
             socket = self._context.socket(zmq.DEALER)
             socket.set_hwm(0)  # questions only, and a bounded number
-            socket.connect(address)
+            try:
+                socket.connect(address)
+            except zmq.ZMQError:
+                socket.close(linger=0)
+                raise
             self._poller.register(socket, zmq.POLLIN)
             self._sockets[address] = socket
         return self._sockets[address]
+
+    def _close_unused(self, fetch: Fetch) -> None:
+        """Its instance may be gone for good."""
+        self._close([address for address in fetch.source.addresses if address not in self._used()])
 
     def _used(self) -> set[str]:
         return {address for fetching in self._active.values() for address in fetching.fetch.source.addresses}

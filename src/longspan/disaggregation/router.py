@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive
+from yarl import URL
 
 from longspan.disaggregation.balance import Balance, blocks_of
-from longspan.disaggregation.driver import PREFILL_HEADER
 from longspan.disaggregation.instances import Instance, Instances
+from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, sign
 from longspan.errors import EngineUnavailable
-from longspan.server.errors import problem_of
+from longspan.server.errors import Problem, problem_of
 from longspan.server.generation import Json
 from longspan.server.middleware import BodyLimit, KeyCheck
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
+_POSTED = (*_GENERATING, "/tokenize", "/detokenize")
+_READ = ("/v1/models", "/version", "/openapi.json", "/docs")
+_MODEL = "/v1/models/"
 _HOP_BY_HOP = {
     "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length",
-    PREFILL_HEADER,
+    PREFILL_HEADER, SIGNATURE_HEADER,
 }  # fmt: skip
 _PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # bytes of prompt that a request counts for
 _CLIENT_GONE = 499
@@ -64,20 +71,20 @@ class Router:
     async def forward(self, request: Request) -> Response:
         """The answer of a decode instance."""
         body = await request.body()
-        prompt = _prompt(body) if request.url.path in _GENERATING else b""
+        prompt = _prompt(body) if request.scope["path"] in _GENERATING else b""
         blocks = blocks_of(prompt)
         decoders = {instance.url: instance for instance in self._instances.alive("decode")}
         prefillers = {instance.url: instance for instance in self._instances.alive("prefill")}
         order = self._prefill.ranked(prefillers, prompt, blocks)
         headers = {name: value for name, value in request.headers.items() if name not in _HOP_BY_HOP}
-        if prompt and order:
-            headers[PREFILL_HEADER] = ",".join(prefillers[url].address for url in order)
         for url in self._decode.ranked(decoders, prompt, blocks):
+            named = [name for name in order if prompt and self._instances.accepts(decoders[url], prefillers[name])]
             added = self._decode.begin(url, prompt, blocks)
-            ahead = (order[0], self._prefill.begin(order[0], prompt, blocks)) if prompt and order else None
+            ahead = (named[0], self._prefill.begin(named[0], prompt, blocks)) if named else None
             ended = self._ends(url, added, ahead)
+            peers = self._peers([prefillers[name].address for name in named], body)
             try:
-                return await self._answer(decoders[url], request, body, headers, ended)
+                return await self._answer(decoders[url], request, body, {**headers, **peers}, ended)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 ended(False)
                 self._instances.lost(decoders[url], f"did not answer a request ({type(error).__name__})")
@@ -101,6 +108,14 @@ class Router:
         """Whether requests can be served."""
         return bool(self._instances.alive("decode"))
 
+    def _peers(self, addresses: list[str], body: bytes) -> dict[str, str]:
+        """The headers that name prefill instances to a decode instance."""
+        if not addresses:
+            return {}
+        token = self._instances.token
+        signed = {SIGNATURE_HEADER: sign(token, addresses, body, time.time())} if token else {}
+        return {PREFILL_HEADER: ",".join(addresses), **signed}
+
     def _ends(self, url: str, added: float, ahead: tuple[str, float] | None) -> Callable[[bool], None]:
         """To be called with True when the answer begins, so the prompt is computed, and with False at its end."""
         open_parts = {"decode": True, "prefill": ahead is not None}
@@ -120,13 +135,10 @@ class Router:
         ended: Callable[[bool], None],
     ) -> Response:  # fmt: skip
         """What the instance answers, as it comes. Raises what keeps it from answering at all."""
-        query = f"?{request.url.query}" if request.url.query else ""
+        url = URL(f"{instance.url}{_target(request)}", encoded=True)
         asking = asyncio.create_task(
-            self._session.request(
-                request.method, f"{instance.url}{request.url.path}{query}", data=body or None, headers=headers,
-                allow_redirects=False,
-            )
-        )  # fmt: skip
+            self._session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
+        )
         gone = asyncio.create_task(_until_gone(request.receive))
         try:
             await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -175,11 +187,21 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
     async def forward(request: Request) -> Response:
         return await router.forward(request)
 
+    async def failed(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = (
+            f"{request.method} {request.scope['path']} is nothing that the router forwards; it takes POST of "
+            f"{', '.join(_POSTED)} and GET of {', '.join(_READ)}; ask the instance itself for the rest"
+        )
+        return Json(Problem(status, message).body(), status)
+
     app = Starlette(
         routes=[
             Route("/health", health), Route("/internal/instances", state),
-            Route("/{path:path}", forward, methods=["GET", "POST"]),
-        ]
+            *(Route(path, forward, methods=["POST"]) for path in _POSTED),
+            *(Route(path, forward, methods=["GET"]) for path in (*_READ, f"{_MODEL}{{name:path}}")),
+        ],
+        exception_handlers={404: failed, 405: failed},
     )  # fmt: skip
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     if options.api_key:
@@ -216,6 +238,14 @@ async def _announce(server: uvicorn.Server, on_ready: Callable[[uvicorn.Server],
     while not server.started:
         await asyncio.sleep(0.01)
     on_ready(server)
+
+
+def _target(request: Request) -> str:
+    """What to ask an instance for, from the scope: `request.url` can contain a path of the Host header."""
+    name = request.path_params.get("name")
+    path = request.scope["path"] if name is None else f"{_MODEL}{quote(name, safe='')}"
+    query = request.scope["query_string"].decode("latin-1")
+    return f"{path}?{query}" if query else path
 
 
 async def _until_gone(receive: Receive) -> None:

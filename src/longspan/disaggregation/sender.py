@@ -5,13 +5,14 @@ It owns the requests that others may ask for; it must not know who computes them
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import zmq
 
 from longspan.cache.pages import PageTable, Span
-from longspan.disaggregation.layout_map import Part, is_for_others, runs_on
+from longspan.disaggregation.layout_map import Part, are_in_order, is_for_others, runs_on
 from longspan.disaggregation.messages import (
     Ask,
     Block,
@@ -30,6 +31,7 @@ from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan import StepPlan
 
 _MAX_WATCHERS = 1 << 16
+_LOG = logging.getLogger("longspan.disaggregation")
 
 
 @dataclass
@@ -127,9 +129,13 @@ class PageSender(TransferThread):
             self._send(peer, Have(self._config.life, request, runs))
 
     def _answer(self, peer: bytes, ask: Ask) -> None:
-        with self._lock:
-            spans = self._spans(ask)
-            block = self._access.read(ask.layers, ask.heads, spans) if spans else None
+        block = None
+        try:
+            with self._lock:
+                spans = self._spans(ask)
+                block = self._access.read(ask.layers, ask.heads, spans) if spans else None
+        except Exception as error:  # of one question: others go on
+            _LOG.warning("request %d: a block cannot be read: %s: %s", ask.request, type(error).__name__, error)
         if block is None:
             self._send(peer, Missing(ask.block))
         else:
@@ -140,11 +146,11 @@ class PageSender(TransferThread):
         served = self._served.get(ask.request)
         (low, high), (first, last) = self._part.layers, self._part.heads
         inside = low <= ask.layers[0] < ask.layers[1] <= high and first <= ask.heads[0] < ask.heads[1] <= last
-        if served is None or ask.life != self._config.life or not inside:
+        if served is None or ask.life != self._config.life or not inside or not are_in_order(ask.runs):
             return []
         found: list[Span] = []
         for start, stop in ask.runs:
-            if not 0 <= start < stop <= served.computed:
+            if stop > served.computed:
                 return []
             spans = [span for _, span in served.table.slots(self._part.shard, start, stop)]
             if sum(span.length for span in spans) != stop - start:

@@ -94,9 +94,9 @@ class TransferThread(ABC):
 
 
 def decoded(data: bytes, kind: object) -> msgspec.Struct | None:
-    """A message; None for bytes that are none."""
+    """A message; None for bytes that are none, whoever made them up."""
     try:
         message: msgspec.Struct = msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return message

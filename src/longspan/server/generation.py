@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from longspan.disaggregation.driver import PREFILL_HEADER
+from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers
+from longspan.errors import RequestError
 from longspan.request import RequestOutput
 from longspan.server.async_engine import AsyncEngine
-from longspan.server.errors import problem_of
+from longspan.server.errors import HttpError, problem_of
 from longspan.server.replies import Reply, usage
 
 _KEEP_ALIVE = b": keep-alive\n\n"  # for proxies that lose patience in a long prefill
@@ -32,12 +34,26 @@ Updates = AsyncGenerator[list[RequestOutput], None]
 
 async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: bool) -> Response:
     """Complete the reply's jobs. What cannot be served raises here, before anything is sent."""
-    peers = tuple(filter(None, request.headers.get(PREFILL_HEADER, "").replace(" ", "").split(",")))
+    peers = await _named_peers(engine, request)
     updates = engine.generate([replace(job, prefill_at=peers) for job in reply.jobs] if peers else reply.jobs)
     outputs = await anext(updates)
     if stream:
         return EventStream(_events(reply, outputs, updates), updates)
     return await _whole(reply, outputs, updates, request)
+
+
+async def _named_peers(engine: AsyncEngine, request: Request) -> tuple[str, ...]:
+    """The prefill instances that a request to a decode instance names. Raises `HttpError` if it may not name them."""
+    config, named = engine.setup.config.transfer, request.headers.get(PREFILL_HEADER)
+    if named is None or config is None or config.role != "decode":
+        return ()
+    signature, body = request.headers.get(SIGNATURE_HEADER, ""), await request.body()
+    try:
+        return named_peers(config, named, signature, body, time.time())
+    except RequestError as error:
+        raise HttpError(
+            403, "prefill_refused", error.field, error.value, error.problem, error.remedy
+        ) from error  # fmt: skip
 
 
 class Json(Response):

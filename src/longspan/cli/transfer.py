@@ -1,0 +1,73 @@
+"""Options of `serve` and `route` that join prefill and decode instances.
+
+It owns where the transfer token comes from; what it is good for is disaggregation's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.config import require
+from longspan.disaggregation.options import TransferConfig
+from longspan.errors import ConfigError
+
+TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"
+
+Role = Annotated[
+    str | None,
+    typer.Option("--role", help="prefill or decode: one side of a pair, see `longspan route`; default: both"),
+]
+TransferHost = Annotated[
+    str | None, typer.Option("--transfer-host", help="address for other instances and all ranks; default: --host")
+]
+TransferPort = Annotated[int, typer.Option("--transfer-port", help="port for other instances; 0 takes a free one")]
+PrefillPeers = Annotated[
+    str | None,
+    typer.Option("--prefill-peers", help="transfer addresses a decode instance may use: tcp://HOST:PORT,..."),
+]
+TransferTokenFile = Annotated[
+    str | None,
+    typer.Option(
+        "--transfer-token-file",
+        help=f"secret that instances and routers share; default: the variable {TOKEN_VARIABLE}, if any",
+    ),
+]
+
+
+def read_token(file: str | None) -> str:
+    """The transfer token, '' for none. Raises `ConfigError` for a file that has none."""
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    remedy = f"put a secret into it, as with `openssl rand -hex 32 > {file}`"
+    try:
+        token = Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("transfer_token_file", file, f"cannot be read ({type(error).__name__})", remedy) from error
+    require(token != "", "transfer_token_file", file, "is empty", remedy)
+    return token
+
+
+def transfer_config(
+    role: str | None, host: str, port: int, prefill_peers: str | None, token_file: str | None
+) -> TransferConfig | None:
+    """What makes an instance one side of a pair, None without a role. Raises `ConfigError`."""
+    if role is None:
+        for name, value in (("prefill_peers", prefill_peers), ("transfer_token_file", token_file)):
+            require(value is None, name, value, "means nothing without a role", "give --role prefill or --role decode")
+        return None
+    peers = tuple(filter(None, (prefill_peers or "").replace(" ", "").split(",")))
+    return TransferConfig(role, host, port, prefill_peers=peers, token=read_token(token_file))
+
+
+def warnings(config: TransferConfig | None) -> list[str]:
+    """What a user should know of a configuration that does less than it seems to."""
+    if config is None or config.role != "decode" or config.prefill_peers or config.token:
+        return []
+    return [
+        "this decode instance will compute every prompt itself; "
+        "give --prefill-peers, or --transfer-token-file here and to `longspan route`"
+    ]

@@ -1,0 +1,108 @@
+"""A prefill instance that does not compute: it says what a test has it say, and sends zeros for keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from threading import Thread
+from typing import Any
+
+import msgspec
+import zmq
+
+from longspan.disaggregation.handshake import parts_of
+from longspan.disaggregation.layout_map import FIRST_FOR_OTHERS, Part, Source
+from longspan.disaggregation.messages import (
+    Accepted,
+    Ask,
+    Block,
+    Computed,
+    Have,
+    Hello,
+    Prefill,
+    ToPrefill,
+    ToSender,
+    Watch,
+    Welcome,
+    encode,
+)
+from longspan.engine.setup import EngineSetup
+
+LIFE = "fake"
+
+
+@dataclass
+class FakePeer:
+    """What it answers, and what it has been told. `greetings` counts those who have connected and spoken."""
+
+    parts: tuple[Part, ...]
+    token_bytes: int
+    welcome: Callable[[Source], Source | bytes] = lambda source: source
+    accept: Callable[[int, int], list[Any]] = lambda number, request: [Accepted(number, request)]
+    have: Callable[[int], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
+    block: Callable[[bytes], bytes] = lambda zeros: zeros
+    greetings: int = 0
+    address: str = ""
+    source: Source = field(init=False)
+
+    def serve(self, context: zmq.Context) -> None:
+        driver, rank = (context.socket(zmq.ROUTER) for _ in range(2))
+        self.address, there = (f"tcp://127.0.0.1:{s.bind_to_random_port('tcp://127.0.0.1')}" for s in (driver, rank))
+        self.source = Source(LIFE, (there,) * len(self.parts), self.parts)
+        Thread(target=self._run, args=(driver, rank), daemon=True).start()
+
+    def _run(self, driver: zmq.Socket, rank: zmq.Socket) -> None:
+        poller, requests = zmq.Poller(), count(FIRST_FOR_OTHERS)
+        for socket in (driver, rank):
+            poller.register(socket, zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll())
+                for socket, answers in ((driver, lambda data: self._told(data, requests)), (rank, self._asked)):
+                    if socket in ready:
+                        peer, data = socket.recv_multipart()
+                        for answer in answers(data):
+                            socket.send_multipart([peer, *answer])
+        except zmq.ZMQError:  # the test is over
+            for socket in (driver, rank):
+                socket.close(linger=0)
+
+    def _told(self, data: bytes, requests: Iterator[int]) -> Iterator[list[bytes]]:
+        match msgspec.msgpack.decode(data, type=ToPrefill):
+            case Hello():
+                self.greetings += 1
+                said = self.welcome(self.source)
+                yield [said if isinstance(said, bytes) else encode(Welcome(said))]
+            case Prefill(number):
+                for message in (*self.accept(number, next(requests)), Computed(number)):
+                    yield [encode(message)]
+
+    def _asked(self, data: bytes) -> Iterator[list[bytes]]:
+        match msgspec.msgpack.decode(data, type=ToSender):
+            case Watch(_, request):
+                said = self.have(request)
+                yield [said if isinstance(said, bytes) else encode(said)]
+            case Ask(_, block, _, layers, heads, runs):
+                rows = (layers[1] - layers[0]) * (heads[1] - heads[0]) * sum(stop - start for start, stop in runs)
+                yield [encode(Block(block)), self.block(bytes(rows * self.token_bytes))]
+
+
+@contextmanager
+def fake_peer(setup: EngineSetup, **answers: Any) -> Iterator[FakePeer]:
+    """It listens within the block, as an instance of one rank that would fit an engine."""
+    whole = parts_of(setup)
+    part = Part(0, 0, (0, max(p.layers[1] for p in whole)), (0, max(p.heads[1] for p in whole)))
+    peer = FakePeer((part,), setup.layout.planes * setup.layout.row_bytes, **answers)
+    context = zmq.Context()
+    try:
+        peer.serve(context)
+        yield peer
+    finally:
+        context.destroy(linger=0)
+
+
+def with_part(source: Source, **values: Any) -> Source:
+    """The source with its one part changed."""
+    return replace(source, parts=(replace(source.parts[0], **values),))
