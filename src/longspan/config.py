@@ -218,6 +218,26 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class LivenessConfig:
+    """When a process that exists but does not go on counts as dead; all in seconds."""
+
+    # of one step, once the engine has warmed up; None: the larger of `step_floor` and 20 times what recent steps let
+    # expect
+    step_timeout: float | None = None
+    step_floor: float = 60.0  # a limit that nobody has given is never shorter
+    heartbeat_interval: float = 1.0  # between two signs of life of a core or a rank
+    heartbeat_late: float = 3.0  # silence after which `/health` says 503
+    heartbeat_timeout: float = 10.0  # silence after which a core or rank that was ready counts as dead
+    start_timeout: float = 300.0  # the same for a core that is not ready yet: C code may hold the interpreter for long
+    # a token, as measured by the engine before this one if a step of it hung; this one then has limits from the start
+    pace: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value is None or value > 0, name, value, "must be positive", "give seconds, or leave it out")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything an engine and its workers need to start; plain data, so it travels to processes.
 
@@ -242,6 +262,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
     cost: CostConstants | None = None
     trace: bool = False
     transfer: TransferConfig | None = None

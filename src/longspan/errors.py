@@ -13,7 +13,8 @@ It owns the types only; it knows nothing of what raises them.
     │   ├── QueueFull          too many requests wait already
     │   └── RequestTimeout     it took longer than the server allows
     └── EngineError        the engine itself failed
-        ├── WorkerDied         a rank's process or thread ended
+        ├── WorkerDied         a rank's process or thread ended, or does not answer
+        ├── StepTimeout        a step does not end
         └── EngineUnavailable  the engine cannot serve now
 """
 
@@ -77,7 +78,11 @@ class EngineError(LongspanError):
 
 
 class WorkerDied(EngineError):
-    """A rank's process or thread ended while the engine needed it."""
+    """A rank's process or thread ended, or no longer answers, while the engine needed it."""
+
+
+class StepTimeout(EngineError):
+    """A step has taken longer than its limit: a rank hangs, or the limit is too low."""
 
 
 class EngineUnavailable(EngineError):

@@ -15,6 +15,7 @@ from longspan.config import (
     CacheConfig,
     ClusterConfig,
     EngineConfig,
+    LivenessConfig,
     OffloadConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -38,6 +39,10 @@ class LLM:
 
     `model` is a Hugging Face folder, a hub id, a `.gguf` file or `smollm2`. A prompt is text or token ids; text needs
     a tokenizer beside the weights. Use it in a `with` block, or call `shutdown` to end its ranks.
+
+    A step that takes longer than `step_timeout` seconds raises `StepTimeout` and ends the ranks. The limit is the
+    larger of 60 and 20 times what recent steps let expect by default; the first 8 steps, which compile, have none.
+    Ranks as threads (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
 
     >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
@@ -70,6 +75,7 @@ class LLM:
         run_ahead: bool | None = None,
         executor: str = "auto",
         cluster: ClusterConfig | None = None,
+        step_timeout: float | None = None,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         device: str = "auto",
@@ -99,7 +105,7 @@ class LLM:
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
                 drafted_tokens(speculative), run_ahead,
             ),
-            cost=cost, cluster=cluster or ClusterConfig(),
+            cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
         )  # fmt: skip
         self._start(config)
 

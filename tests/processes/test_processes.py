@@ -4,10 +4,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from threading import Event
 
 import pytest
 
 from longspan import LLM, ConfigError, SamplingParams, WorkerDied
+from longspan.attention.cost import CostConstants
+from longspan.config import EngineConfig, LivenessConfig
+from longspan.errors import StepTimeout
 from tests.engine.conftest import DEFAULTS, SHORT
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
@@ -64,6 +68,52 @@ def test_shutdown_leaves_no_process_and_may_be_repeated():
     llm.shutdown()
     llm.shutdown()
     assert not any(alive(worker) for worker in workers)
+
+
+def test_a_stopped_worker_ends_the_generation_by_the_time_of_a_step():
+    llm = start(pcp=2, step_timeout=1.0)
+    workers = llm.engine.executor.process_ids
+    stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
+    for _ in range(10):  # the first eight steps have no limit
+        next(stream)
+    os.kill(workers[1], signal.SIGSTOP)
+    with pytest.raises(StepTimeout, match=r"step \d+ \(1 tokens\) has not ended .* limit is 1\.0 s \(step_timeout\)"):
+        for _ in stream:
+            pass
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_a_worker_stopped_between_steps_is_noticed_by_whoever_looks():
+    config = EngineConfig(
+        tiny_folder("llama"), executor="processes", cost=CostConstants(),
+        liveness=LivenessConfig(heartbeat_interval=0.1, heartbeat_late=0.5, heartbeat_timeout=2.0),
+    )  # fmt: skip
+    with LLM.from_config(config) as llm:
+        executor = llm.engine.executor
+        for _ in range(10):
+            executor.check()
+        assert executor.late() is None
+        os.kill(executor.process_ids[0], signal.SIGSTOP)
+        said = set()
+        with pytest.raises(WorkerDied, match=r"rank 0 has not answered for .*: its process is stopped or hangs"):
+            while True:
+                executor.check()
+                said.add(executor.late())
+                time.sleep(0.05)
+        assert any("rank 0 has not answered" in late for late in said if late)
+
+
+def test_a_thread_that_hangs_ends_the_generation_by_the_time_of_a_step():
+    llm = LLM(tiny_folder("llama"), prefill_context_parallel_size=2, step_timeout=1.0, **DEFAULTS)
+    stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
+    for _ in range(10):
+        next(stream)
+    released = Event()
+    llm.engine.executor.runners[1].start = lambda plan: released.wait()
+    with pytest.raises(StepTimeout, match="a rank hangs"):
+        for _ in stream:
+            pass
+    released.set()
 
 
 def test_a_worker_killed_between_steps_is_noticed_at_the_next():

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longspan.attention.cost import CostConstants
-from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig, SchedulerConfig
+from longspan.config import CacheConfig, EngineConfig, LivenessConfig, OffloadConfig, ParallelConfig, SchedulerConfig
 from longspan.disaggregation.options import TransferConfig
 from longspan.server.app import Service
 from longspan.server.async_engine import AsyncEngine
@@ -102,6 +102,7 @@ def running(
     executor: str = "threads",
     offload: OffloadConfig | None = None,
     transfer: TransferConfig | None = None,
+    liveness: LivenessConfig | None = None,
     **parallel: int,
 ) -> Iterator[Running]:
     """Started, and ended with everything it started."""
@@ -110,6 +111,7 @@ def running(
         cache=CacheConfig(page_size=4, pages_per_shard=None, memory_bytes=pages * 4 * 2 * 2 * 4 * 4 * 4,
                           offload=offload or OffloadConfig()),
         scheduler=SchedulerConfig(64, 16, None, 8), cost=CostConstants(), transfer=transfer,
+        liveness=liveness or LivenessConfig(),
     )  # fmt: skip
     options = options or ServeOptions(port=0, served_model_name="tiny")
     service = make_service(config, options)

@@ -25,7 +25,7 @@ from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
-    "--ray-address", "--listen", "--cluster-timeout",
+    "--ray-address", "--listen", "--cluster-timeout", "--step-timeout",
     "--tensor-parallel-size", "-tp", "--prefill-context-parallel-size", "-pcp", "--decode-context-parallel-size",
     "-dcp", "--pipeline-parallel-size", "-pp", "--enable-expert-parallel", "--ranks-per-node", "--cost-constants",
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",

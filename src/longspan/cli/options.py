@@ -21,6 +21,7 @@ from longspan.config import (
     CacheConfig,
     ClusterConfig,
     EngineConfig,
+    LivenessConfig,
     OffloadConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -136,6 +137,14 @@ Listen = Annotated[
 ClusterTimeout = Annotated[
     float, typer.Option("--cluster-timeout", help="seconds to wait for machines and ranks of a cluster")
 ]
+StepTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--step-timeout",
+        help="seconds a step may take, but for the first 8 after a start, which compile; "
+        "default: the larger of 60 and 20 times what recent steps let expect",
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Seed = Annotated[int, typer.Option("--seed", help="of requests that bring none")]
 Threads = Annotated[int | None, typer.Option("--num-threads", help="CPU threads a rank; default: an even share")]
@@ -172,6 +181,7 @@ def engine_config(
     ray_address: RayAddress = None,
     listen: Listen = ClusterConfig.listen,
     cluster_timeout: ClusterTimeout = ClusterConfig.timeout,
+    step_timeout: StepTimeout = None,
     dtype: Dtype = "auto",
     kv_cache_dtype: CacheDtype = "auto",
     device: Device = "auto",
@@ -185,9 +195,8 @@ def engine_config(
 ) -> EngineConfig:
     """The options as a checked configuration. Raises `ConfigError`."""
     return EngineConfig(
-        model=model, dtype=dtype, device=device, attention_backend=attention_backend,
-        quantization=quantization, enforce_eager=enforce_eager,
-        executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+        model=model, dtype=dtype, device=device, attention_backend=attention_backend, debug=debug,
+        quantization=quantization, enforce_eager=enforce_eager, executor=executor, seed=seed, num_threads=num_threads,
         parallel=ParallelConfig(
             tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
             pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
@@ -203,7 +212,7 @@ def engine_config(
             max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
             drafted_tokens(speculative), run_ahead,
         ),
-        cluster=ClusterConfig(ray_address, listen, cluster_timeout),
+        cluster=ClusterConfig(ray_address, listen, cluster_timeout), liveness=LivenessConfig(step_timeout),
         cost=None if cost_constants is None else read_constants(cost_constants),
     )  # fmt: skip
 

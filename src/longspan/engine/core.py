@@ -25,6 +25,7 @@ from longspan.engine.executors.ray import RayExecutor
 from longspan.engine.executors.threads import ThreadExecutor
 from longspan.engine.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
+from longspan.engine.step_watch import StepWatch
 from longspan.parallel.collectives import Traffic
 from longspan.plan import StepPlan
 from longspan.request import FinishReason, SampledToken, SamplingParams
@@ -154,6 +155,7 @@ class EngineCore:
             ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
             root, setup.model.kinds,
         )  # fmt: skip
+        self.watch = StepWatch(config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[int, _Ending] = {}
@@ -208,6 +210,7 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Give the ranks as many steps as they work on at once and finish the oldest; returns what that one gave."""
+        self.watch.begin()
         try:
             if self.role:
                 self.role.exchange()
@@ -217,7 +220,8 @@ class EngineCore:
                     self.role.submitted(plan)
                 self._under_way.append((plan, time.perf_counter(), not self._under_way))
             if self._under_way:
-                return self._deliver(self.executor.collect())
+                self.watch.wait_for(self._under_way[0][0].step, self._tokens_under_way())
+                return self._deliver(self.executor.collect(self.watch.check))
             if self.role and self._endings:  # they wait for other instances
                 self.role.wait(_PATIENCE_SECONDS)
             return []
@@ -225,6 +229,8 @@ class EngineCore:
             self._under_way.clear()
             self.shutdown()
             raise
+        finally:
+            self.watch.end()
 
     def stats(self) -> EngineStats:
         """What is in use and what has travelled so far."""
@@ -251,6 +257,11 @@ class EngineCore:
     def _free_offload(self) -> None:
         if self._offload:
             self._offload.close()
+
+    def _tokens_under_way(self) -> int:
+        """Those that are computed or loaded in steps under way."""
+        page_size = self.cache.page_size
+        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
 
     def _deliver(self, sampled: Sequence[SampledToken]) -> list[TokenOutput]:
         """Commit the oldest step under way."""
@@ -280,6 +291,7 @@ class EngineCore:
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         chunk, rows = _tokens(plan)
+        self.watch.measured(chunk + rows, seconds)
         self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]
         self._schedules["prefill"] = plan.prefill_schedules[0] if chunk else self._schedules["prefill"]
         self.recent.append(

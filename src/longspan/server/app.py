@@ -161,9 +161,11 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses=_ANSWERS, tags=["probes"])
     async def health() -> Response:
-        """200 once every rank is ready, else 503."""
-        ready = service.engine.is_ready
-        return Json({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
+        """200 while every rank is ready and answers, however long a step takes; else 503 with the reason."""
+        trouble = service.engine.trouble
+        if trouble is None:
+            return Json({"status": "ready"})
+        return Json({"status": "not ready", "reason": trouble}, status_code=503)
 
     @app.get("/version", tags=["probes"])
     async def version() -> Response:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import NoReturn
 
+from longspan.config import EngineConfig
 from longspan.disaggregation.driver import PeerCard
 from longspan.engine.core import TokenOutput
 from longspan.engine.detokenizer import Tokenizer
@@ -58,8 +59,8 @@ class _Call:
 class AsyncEngine:
     """Supervises a core in a process of its own.
 
-    When the core dies it is started again, and every request goes on from the tokens it has; a request that sees
-    three deaths without a token in between gets `EngineUnavailable`.
+    When the core dies or hangs it is started again, and every request goes on from the tokens it has; a request that
+    sees three deaths without a token in between gets `EngineUnavailable`.
     """
 
     def __init__(
@@ -87,11 +88,21 @@ class AsyncEngine:
         self._ready = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
+        self._last_error: Exception | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether every rank is, and new requests are welcome."""
         return self._ready.is_set() and not self._draining
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not served now, or may not be for long; None if they are."""
+        if self._draining:
+            return "the server is shutting down"
+        if self._core is None or not self._ready.is_set():
+            return f"the engine starts again, after: {self._last_error}"
+        return self._core.trouble
 
     @property
     def tracker(self) -> RequestTracker:
@@ -271,16 +282,16 @@ class AsyncEngine:
                     self._mourn(error)
                     core.kill()
                     await asyncio.sleep(pause)
-                    core = await self._new_core()
+                    core = await self._new_core(core.config_after(error))
         finally:
             self._core = None
             await core.close()
 
-    async def _new_core(self) -> CoreProcess:
+    async def _new_core(self, config: EngineConfig) -> CoreProcess:
         """A core, as soon as the machine has room for one."""
         while True:
             try:
-                return CoreProcess(self.setup.config)
+                return CoreProcess(config)
             except OSError as error:
                 _LOG.warning("the engine cannot be started: %s", error)
                 self._mourn(error)
@@ -305,6 +316,7 @@ class AsyncEngine:
     def _mourn(self, error: Exception) -> None:
         """The core is dead: requests wait for the next one, but not for ever."""
         self._core = self._last_state = None
+        self._last_error = error
         self._ready.clear()
         self.restarts += 1
         self.metrics.restarted()

@@ -1,4 +1,4 @@
-"""The core's process as the server sees it: started, spoken to, noticed when it ends.
+"""The core's process as the server sees it: started, spoken to, noticed when it ends or hangs.
 
 It owns the process and the sockets of one life of the core; it must not decide what happens after its death.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,8 +21,9 @@ import zmq.asyncio
 
 from longspan import errors
 from longspan.config import EngineConfig
-from longspan.errors import EngineError, LongspanError, WorkerDied
-from longspan.server.messages import Failed, FromCore, Stop, ToCore
+from longspan.engine.executors.heartbeat import Silence
+from longspan.errors import EngineError, LongspanError, StepTimeout, WorkerDied
+from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
 
 _POLL_MS = 200
 _STDERR = 2
@@ -42,13 +45,34 @@ class CoreProcess:
         self._outbox.bind(f"ipc://{folder}/to-core")
         command = [sys.executable, "-m", "longspan.server.core_process", str(folder), str(os.getpid())]
         below = {**os.environ, "TMPDIR": str(folder)}  # what it makes goes with the folder, however it ends
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, env=below)
+        # a group of its own, with its ranks: a rank that is stopped cannot see that the core has ended
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, env=below, process_group=0)
         self.worker_ids: list[int] = []
+        self._config = config
+        self._pace: float | None = None
+        self._silence = Silence()
+        self._longest_silence = config.liveness.start_timeout  # until it is ready
+        self._late: str | None = None
 
     @property
     def process_id(self) -> int:
         """Of the core itself; its ranks may have their own, which are in `worker_ids`."""
         return self._process.pid
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it may not go on, if there is a sign of that: it, or one of its ranks, has said nothing for seconds."""
+        silent = self._silence.seconds > self._config.liveness.heartbeat_late
+        return self._silent() if silent else self._late
+
+    def config_after(self, error: Exception) -> EngineConfig:
+        """The configuration of the core that follows when this one has ended with an error.
+
+        After one whose step hung it has that one's pace, and so no warm-up: a request that hangs every core by its
+        first step is seen to each time.
+        """
+        pace = self._pace if isinstance(error, StepTimeout) else None
+        return replace(self._config, liveness=replace(self._config.liveness, pace=pace))
 
     def send(self, message: ToCore) -> None:
         """Hand a message over; it is lost if the core has ended, which `receive` will say."""
@@ -56,28 +80,45 @@ class CoreProcess:
             self._outbox.send(msgspec.msgpack.encode(message), zmq.DONTWAIT)
 
     async def receive(self) -> FromCore:
-        """The next message. Raises the error the core reports, or `WorkerDied` if it ends without a word."""
+        """The next message. Raises the error the core reports, or `WorkerDied` if it ends or hangs without a word."""
+        while True:
+            message = await self._next()
+            match message:
+                case Failed():
+                    raise _error(message)
+                case Beat(late, pace):
+                    self._late, self._pace = late, pace
+                    continue
+                case Ready():
+                    self._longest_silence = self._config.liveness.heartbeat_timeout
+            return message
+
+    async def _next(self) -> FromCore:
         while not await self._inbox.poll(_POLL_MS):
             if self._process.poll() is not None and not await self._inbox.poll(0):
                 raise WorkerDied(f"the engine's process {self._process.pid} ended with code {self._process.returncode}")
+            if self._silence.look() > self._longest_silence:
+                raise WorkerDied(self._silent())
+        self._silence.heard()
         message: FromCore = msgspec.msgpack.decode(await self._inbox.recv(), type=FromCore)
-        if isinstance(message, Failed):
-            raise _error(message)
         return message
+
+    def _silent(self) -> str:
+        seconds = self._silence.seconds
+        return f"the engine's process {self._process.pid} has been silent for {seconds:.1f} s: it is stopped or hangs"
 
     async def close(self) -> None:
         """End the process, politely first; safe to call again."""
         if self._process.poll() is None:
             self.send(Stop())
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(self._process.wait, _STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
         self.kill()
 
     def kill(self) -> None:
-        """End the process at once and clean up."""
-        self._process.kill()
+        """End the process and its ranks at once and clean up."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._outbox.close(linger=0)
         self._context.destroy(linger=0)

@@ -18,12 +18,15 @@ import zmq
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import Role, wait_for
 from longspan.engine.core import EngineCore
+from longspan.engine.executors.heartbeat import Heartbeat
 from longspan.engine.executors.lifetime import end_with_parent
 from longspan.engine.executors.processes import ProcessExecutor
 from longspan.engine.setup import resolve
+from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
 from longspan.server.messages import (
     AskState,
+    Beat,
     CoreState,
     Failed,
     Finish,
@@ -51,20 +54,47 @@ def main(folder: Path, parent: int) -> None:
     inbox.connect(f"ipc://{folder}/to-core")
     outbox = context.socket(zmq.PUSH)
     outbox.connect(f"ipc://{folder}/from-core")
+    pulse = _Pulse()
 
     def tell(message: FromCore) -> None:
         outbox.send(msgspec.msgpack.encode(message))
 
     try:
-        _serve(msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig), inbox, tell)
+        config = msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig)
+        line = context.socket(zmq.PUSH)
+        line.connect(f"ipc://{folder}/from-core")
+        heartbeat = Heartbeat(line, pulse.word, config.liveness.heartbeat_interval)
+        try:
+            _serve(config, inbox, tell, pulse)
+        finally:
+            heartbeat.stop()
     except BaseException as error:
         tell(Failed(type(error).__name__, str(error)))
     finally:
         context.destroy(linger=1000)
 
 
-def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None]) -> None:
-    core = EngineCore(resolve(config))
+class _Pulse:
+    """What the heartbeat says, while the main thread may be anywhere."""
+
+    def __init__(self) -> None:
+        self.core: EngineCore | None = None  # once its ranks are ready
+
+    def word(self) -> bytes:
+        return msgspec.msgpack.encode(self._message())
+
+    def _message(self) -> FromCore:
+        if self.core is None:
+            return Beat()
+        try:
+            self.core.watch.check()
+        except StepTimeout as error:  # the main thread says so too, unless it hangs itself
+            return Failed(type(error).__name__, str(error))
+        return Beat(self.core.executor.late(), self.core.watch.pace)
+
+
+def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None], pulse: _Pulse) -> None:
+    core = pulse.core = EngineCore(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
         tell(Ready(workers, core.role.card if core.role else None))

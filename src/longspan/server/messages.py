@@ -67,6 +67,13 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     peer: PeerCard | None = None
 
 
+class Beat(msgspec.Struct, tag=True, frozen=True):
+    """The core's process runs."""
+
+    late: str | None = None  # which of its ranks has not answered for some seconds
+    pace: float | None = None  # its `StepWatch.pace`
+
+
 class Load(msgspec.Struct, frozen=True):
     """What the scheduler has before it, sent with every step's tokens; with what offload and a role have moved."""
 
@@ -113,4 +120,4 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-FromCore = Ready | Tokens | CoreState | Failed
+FromCore = Ready | Beat | Tokens | CoreState | Failed

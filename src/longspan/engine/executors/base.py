@@ -5,6 +5,7 @@ It owns the interface; an executor must not look into a plan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from longspan.attention.cost import CostConstants
@@ -39,12 +40,19 @@ class Executor(Protocol):
         """Start a step on every rank, behind those under way; raises `WorkerDied` if the ranks are gone."""
         ...
 
-    def collect(self) -> list[SampledToken]:
-        """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it."""
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+        """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it.
+
+        `look` is called several times a second meanwhile; what it raises ends the ranks, as far as that is possible.
+        """
         ...
 
     def check(self) -> None:
         """Raise `WorkerDied` if a rank has ended: for times when nothing is under way."""
+        ...
+
+    def late(self) -> str | None:
+        """Which rank has not answered for some seconds, and how long; None if all have. Any thread may ask."""
         ...
 
     def traffic(self) -> Traffic:

@@ -19,16 +19,18 @@ from longspan.engine.executors.lifetime import ConnectionWatch
 from longspan.errors import ConfigError
 
 _HEARTBEAT_MS = 1000
-_SILENT_MS = 5000  # of a host that vanished without closing its connections
 _REACH_SECONDS = 120.0
 _POLL_MS = 200
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
-def watch_peers(line: zmq.Socket[bytes]) -> None:
-    """Make a socket notice within seconds that a peer's host has gone or was cut off."""
+def watch_peers(line: zmq.Socket[bytes], seconds: float) -> None:
+    """Make a socket notice that a peer has been silent for so long: it is stopped, or its host was cut off.
+
+    ZeroMQ's own thread beats and answers, so it does not matter what the program does.
+    """
     line.heartbeat_ivl = _HEARTBEAT_MS
-    line.heartbeat_timeout = line.heartbeat_ttl = _SILENT_MS
+    line.heartbeat_timeout = int(1000 * seconds)
 
 
 def meet_driver(line: zmq.Socket[bytes], address: str, hello: bytes) -> tuple[bytes, ConnectionWatch]:

@@ -6,6 +6,7 @@ It owns the made-up tokens; it must not load weights nor pretend to any result.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from longspan.attention.cost import CostConstants
 from longspan.engine.setup import EngineSetup
@@ -31,12 +32,16 @@ class DryExecutor:
         """See `Executor.submit`."""
         self._done.append([token for segment in plan.segments for token in self._sampled(segment)])
 
-    def collect(self) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
         """See `Executor.collect`."""
         return self._done.popleft()
 
     def check(self) -> None:
         """See `Executor.check`."""
+
+    def late(self) -> str | None:
+        """See `Executor.late`."""
+        return None
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""

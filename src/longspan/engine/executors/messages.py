@@ -15,6 +15,7 @@ from longspan.parallel.trace import TraceSpan
 from longspan.request import SampledToken
 
 THERE = b""  # the driver looks whether a rank is still there: no answer is wanted
+ASK = b"alive?"  # of a rank's heartbeat, which answers with `Alive`
 STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # whatever else comes once a rank is ready is a plan
 
 
@@ -49,6 +50,12 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     constants: CostConstants | None
 
 
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """The rank's process runs; from a connection of its heartbeat's own."""
+
+    rank: int
+
+
 class Stepped(msgspec.Struct, tag=True, frozen=True):
     """A step is done."""
 
@@ -81,7 +88,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 ToWorker = Begin | Refused
-FromWorker = Hello | Ready | Stepped | TrafficReport | TraceReport | Failed
+FromWorker = Hello | Ready | Alive | Stepped | TrafficReport | TraceReport | Failed
 
 
 def failure(rank: int, error: BaseException) -> Failed:

@@ -14,12 +14,16 @@ import torch
 import zmq
 
 from longspan import __version__
+from longspan.config import LivenessConfig
 from longspan.engine.executors.connection import interface_of, meet_driver, open_store, own_address, watch_peers
+from longspan.engine.executors.heartbeat import Heartbeat
 from longspan.engine.executors.messages import (
+    ASK,
     STOP,
     THERE,
     TRACE,
     TRAFFIC,
+    Alive,
     Begin,
     FromWorker,
     Hello,
@@ -55,7 +59,8 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         context = zmq.Context()
         leaving.callback(context.destroy, linger=1000)
         line = context.socket(zmq.DEALER)
-        watch_peers(line)
+        line.set_hwm(0)  # a full inbox would not let ZeroMQ's heartbeats through: a long step would be taken for an end
+        watch_peers(line, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
         store = open_store(host) if rank == 0 else None
         hello = Hello(rank, world_size, __version__, host, store.port if store else 0)
@@ -68,6 +73,8 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         def answer(message: FromWorker) -> None:
             line.send(msgspec.msgpack.encode(message))
 
+        heartbeat = _open_heartbeat(context, address, rank, begin.config.liveness.heartbeat_interval)
+        leaving.callback(heartbeat.stop)
         try:
             _use_interface(host)
             _serve(begin, rank, device, line, answer)
@@ -75,6 +82,25 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
             answer(failure(rank, error))
             return False
         return True
+
+
+def _open_heartbeat(context: zmq.Context[zmq.Socket[bytes]], address: str, rank: int, seconds: float) -> Heartbeat:
+    """Introduce a second connection to the driver, on which a thread answers whenever it is asked.
+
+    It answers only then: words that nobody reads would fill the memory of a driver that has nothing to do.
+    """
+    line = context.socket(zmq.DEALER)
+    line.connect(address)
+    word = msgspec.msgpack.encode(Alive(rank))
+    line.send(word)
+
+    def answer() -> bytes | None:
+        asked = False
+        while line.poll(0):
+            asked = line.recv() == ASK
+        return word if asked else None
+
+    return Heartbeat(line, answer, seconds)
 
 
 def _use_interface(host: str) -> None:

@@ -10,7 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -22,11 +22,14 @@ from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostConstants
 from longspan.engine.executors.base import require_open
 from longspan.engine.executors.connection import watch_peers
+from longspan.engine.executors.heartbeat import Silence
 from longspan.engine.executors.messages import (
+    ASK,
     STOP,
     THERE,
     TRACE,
     TRAFFIC,
+    Alive,
     Begin,
     Failed,
     FromWorker,
@@ -55,7 +58,8 @@ M = TypeVar("M", Ready, Stepped, TrafficReport, TraceReport)
 
 
 class RemoteExecutor(ABC):
-    """One process a rank. A rank that ends is noticed within a fraction of a second, a host that vanishes in seconds.
+    """One process a rank. A rank that ends is noticed within a fraction of a second, one that is stopped or whose host
+    vanishes after the seconds of the configuration's `liveness`.
 
     `listen` is where ranks report; those that have not within `patience` seconds are not waited for any longer.
     `setup` has the machines of the ranks as they turned out.
@@ -66,13 +70,15 @@ class RemoteExecutor(ABC):
         self.constants: CostConstants | None = None
         self._closed = False
         self._ranks: dict[bytes, int] = {}  # by the name of their connection
+        self._heartbeats: dict[bytes, int] = {}  # ranks by the name of their heartbeat's connection
+        self._silences: dict[int, Silence] = {}  # of ranks that are ready: C code may hold the interpreter before
         self._failed: dict[int, Failed] = {}
         self._answers: list[deque[FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
         self._context = zmq.Context()
         self._line = self._context.socket(zmq.ROUTER)
         self._line.router_mandatory = True  # a message to a rank that is gone must not vanish in silence
         self._line.set_hwm(0)
-        watch_peers(self._line)
+        watch_peers(self._line, setup.config.liveness.heartbeat_timeout)
         try:
             self._bind(listen)
             self._launch(self._line.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -100,15 +106,22 @@ class RemoteExecutor(ABC):
         """See `Executor.submit`."""
         self._broadcast(plan.encode())
 
-    def collect(self) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
         """See `Executor.collect`."""
         require_open(self._closed)
-        return [token for message in self._collect(Stepped) for token in message.tokens]
+        return [token for message in self._collect(Stepped, look) for token in message.tokens]
 
     def check(self) -> None:
         """See `Executor.check`."""
         require_open(self._closed)
+        while self._line.poll(0):
+            self._receive()
         self._check_alive()
+
+    def late(self) -> str | None:
+        """See `Executor.late`."""
+        rank, seconds = self._longest_silence()
+        return _silent(rank, seconds) if seconds > self.setup.config.liveness.heartbeat_late else None
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
@@ -191,13 +204,18 @@ class RemoteExecutor(ABC):
             return False
         return True
 
-    def _collect(self, kind: type[M]) -> list[M]:
-        """The oldest message of a kind from every rank; raises as soon as one failed or died."""
+    def _collect(self, kind: type[M], look: Callable[[], None] = lambda: None) -> list[M]:
+        """The oldest message of a kind from every rank; raises as soon as one failed or died, or `look` raises."""
         while True:
             oldest = [next((m for m in answers if isinstance(m, kind)), None) for answers in self._answers]
             if None not in oldest:
                 break
             self._receive()
+            try:
+                look()
+            except BaseException:
+                self._abandon()
+                raise
         found = [message for message in oldest if message is not None]
         for answers, message in zip(self._answers, found, strict=True):
             answers.remove(message)
@@ -207,12 +225,21 @@ class RemoteExecutor(ABC):
         name, message = self._next()
         if message is None:
             self._check_alive()
+        elif isinstance(message, Alive):
+            self._hear(name, message.rank)
         elif name not in self._ranks:  # a rank of an engine before this one, or one too many
             return
         elif isinstance(message, Failed):
             self._fail(message)
         else:
+            if isinstance(message, Ready):
+                self._silences[message.rank] = Silence()
             self._answers[self._ranks[name]].append(message)
+
+    def _hear(self, heartbeat: bytes, rank: int) -> None:
+        self._heartbeats[heartbeat] = rank
+        if rank in self._silences:
+            self._silences[rank].heard()
 
     def _next(self) -> tuple[bytes, FromWorker | None]:
         """The next message and who sent it, or None if there is none for a while."""
@@ -229,11 +256,29 @@ class RemoteExecutor(ABC):
         if end is None:
             lost = [rank for name, rank in self._ranks.items() if not self._reaches(name, THERE)]
             silent = [rank for rank in lost if rank not in self._failed]
-            if not silent:
-                return
-            end = self._explained() or f"rank {silent[0]} has ended, or its host cannot be reached"
+            if silent:
+                end = self._explained() or f"rank {silent[0]} has ended, or its host cannot be reached"
+            else:
+                end = self._long_silent()
+        if end is None:
+            return
         self._abandon()
         raise WorkerDied(f"{end}; requests in flight are lost, start the engine again")
+
+    def _long_silent(self) -> str | None:
+        """Ask every rank's heartbeat; what is to be said of one that has not answered for too long."""
+        for name in self._heartbeats:
+            self._reaches(name, ASK)
+        for silence in self._silences.values():
+            silence.look()
+        rank, seconds = self._longest_silence()
+        return _silent(rank, seconds) if seconds > self.setup.config.liveness.heartbeat_timeout else None
+
+    def _longest_silence(self) -> tuple[int, float]:
+        """The rank that has been silent for longest, and the seconds."""
+        return max(
+            ((rank, s.seconds) for rank, s in self._silences.items()), key=lambda pair: pair[1], default=(0, 0.0)
+        )
 
     def _known_end(self) -> str | None:
         """The end of the first rank that has ended without telling why itself."""
@@ -289,6 +334,10 @@ class _Patience:
                 f"seconds have passed, and rank {missing} of {self._size} has not reported to {self._address}",
                 "look at the output of that rank, and for a firewall between the hosts",
             )  # fmt: skip
+
+
+def _silent(rank: int, seconds: float) -> str:
+    return f"rank {rank} has not answered for {seconds:.1f} s: its process is stopped or hangs"
 
 
 def _placed(setup: EngineSetup, hosts: Sequence[str]) -> EngineSetup:

@@ -6,9 +6,10 @@ that hold the same slice of a weight share one copy.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
-from queue import SimpleQueue
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 import torch
@@ -28,6 +29,8 @@ from longspan.parallel.trace import Trace, TraceSpan
 from longspan.plan import StepPlan
 from longspan.request import SampledToken
 
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 5.0  # for threads of which one hangs
 _Outcome = list[SampledToken] | BaseException
 
 
@@ -37,7 +40,7 @@ class ThreadExecutor:
     def __init__(self, setup: EngineSetup) -> None:
         size = setup.grid.world_size
         self.setup = setup
-        self._closed = False
+        self._closed = self._hangs = False
         self._fabric = ThreadFabric(size)
         self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
@@ -51,7 +54,7 @@ class ThreadExecutor:
         ]
         for thread in self._threads:
             thread.start()
-        self.collect()
+        self.collect(lambda: None)
         self.constants = combine(self._measured) if self._measured else None
 
     @property
@@ -65,11 +68,15 @@ class ThreadExecutor:
         for inbox in self._inboxes:
             inbox.put(plan)
 
-    def collect(self) -> list[SampledToken]:
-        """See `Executor.collect`. The first failure ends all ranks and is raised."""
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+        """See `Executor.collect`. The first failure ends all ranks and is raised; a thread that hangs stays."""
         require_open(self._closed)
         while not all(self._done):
-            rank, outcome = self._outcomes.get()
+            try:
+                rank, outcome = self._outcomes.get(timeout=_POLL_SECONDS)
+            except Empty:
+                self._look(look)
+                continue
             if isinstance(outcome, BaseException):
                 self.shutdown()
                 if isinstance(outcome, LongspanError):
@@ -81,6 +88,10 @@ class ThreadExecutor:
     def check(self) -> None:
         """See `Executor.check`."""
         require_open(self._closed)
+
+    def late(self) -> str | None:
+        """See `Executor.late`."""
+        return None
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
@@ -99,8 +110,17 @@ class ThreadExecutor:
         self._fabric.abort()
         for inbox in self._inboxes:
             inbox.put(None)
+        deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()) if self._hangs else None)
+
+    def _look(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except BaseException:
+            self._hangs = True  # and cannot be ended, nor waited for
+            self.shutdown()
+            raise
 
     def _serve(self, rank: int) -> None:
         share = threads_per_rank(self.setup)
