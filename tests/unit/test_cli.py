@@ -146,6 +146,11 @@ def test_json_holds_one_object_with_exactly_the_documented_keys(generate):
     assert "KV cache size" in err
 
 
+def test_a_small_step_alone_is_enough(generate):
+    code, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "--max-num-batched-tokens", "193")
+    assert code == 0, err
+
+
 def test_the_kv_cache_line_reports_pages_times_page_size(generate):
     _, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "-pcp", "2", "--pages-per-shard", "40,24")
     line = " ".join(err.split())
