@@ -50,7 +50,7 @@ OPTIONS = {
         "--batch", "--cached-tokens", "--dcp", "--dtype", "--gpus", "--gpus-per-node", "--hardware", "--help", "--id",
         "--json", "--kv-cache-dtype", "--memory-fraction", "--model", "--new-tokens", "--pcp", "--pp", "--quantity",
         "--rows", "--schedule", "--tp", "--unit", "--value", "--weight-dtype", "-tp", "-pcp", "-dcp", "-pp", "--cached",
-        "--new",
+        "--new", "--max-num-batched-tokens",
     },
     ("simulate",): {
         "--dtype", "--enable-prefix-caching", "--gpus-per-node", "--hardware", "--help", "--instances",
