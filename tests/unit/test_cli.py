@@ -185,7 +185,7 @@ def test_the_measured_constants_are_printed(generate):
     assert re.search(r"cost model: attention .* GFLOP/s, keys read at .* GB/s, merged at", " ".join(err.split()))
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
     file = tmp_path / "trace.json"
     code, _, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
@@ -329,6 +329,7 @@ def test_the_throughput_benchmark_counts_every_token(run):
     assert report["output_tokens"] >= 5
 
 
+@pytest.mark.slow
 def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
     code, out, _ = run(
         "bench", "latency", tiny_folder("llama"), "--input-len", "40", "--output-len", "4", "--iterations", "2",
@@ -344,6 +345,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
     command = [
         sys.executable, "-c", "from longspan.cli.main import main; main()", "generate", tiny_folder("llama"),

@@ -3,6 +3,7 @@
 import pytest
 
 from longspan import LLM
+from longspan.attention.cost import CostConstants
 from longspan.cli.options import engine_config
 from longspan.config import SchedulerConfig
 from longspan.errors import ConfigError
@@ -39,6 +40,8 @@ def test_a_batch_of_nothing_is_refused(name):
 
 
 def test_an_engine_starts_with_a_small_step_alone():
-    with LLM(tiny_folder("llama"), max_num_batched_tokens=5, kv_cache_memory_bytes=1 << 20, num_threads=1) as llm:
+    with LLM(
+        tiny_folder("llama"), max_num_batched_tokens=5, kv_cache_memory_bytes=1 << 20, cost=CostConstants()
+    ) as llm:
         outputs = llm.generate([[1, 2, 3]] * 7)
     assert [len(one.outputs[0].token_ids) for one in outputs] == [16] * 7
