@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types clean
+.PHONY: install demo quick test check lint types clean
 
 install: $(STAMP)
 
@@ -20,6 +20,11 @@ $(STAMP): pyproject.toml
 
 demo: install
 	$(BIN)/python demo/ask_a_long_text.py
+
+# What breaks first when code changes, in less than 90 s on two cores; without the cases marked `slow`.
+quick: install
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not exhaustive and not slow' \
+		tests/unit tests/ranks tests/models tests/test_architecture.py tests/test_snapshot.py
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist worksteal

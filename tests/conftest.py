@@ -1,4 +1,8 @@
-"""Without a GPU, Triton's kernels run in its interpreter, and tests that need the device are skipped."""
+"""Without a GPU, Triton's kernels run in its interpreter, and tests that need the device are skipped.
+
+PyTorch computes with one thread: tests' tensors are tiny, and several threads that wait for each other on busy cores
+make some tests ten times slower. Engines set their own number.
+"""
 
 import os
 
@@ -7,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own switch, read when a kernel is defined
+
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

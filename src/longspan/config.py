@@ -16,6 +16,7 @@ QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
 SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
+DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
 EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
@@ -146,14 +147,15 @@ class CacheConfig:
 class SchedulerConfig:
     """How work is batched.
 
-    `max_num_batched_tokens` is the number of new tokens a step computes over all ranks;
-    contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
+    `max_num_batched_tokens` is the number of new tokens a step computes over all ranks, `max_num_seqs` how many
+    requests run at once; None adapts to the other one, and `step_tokens` and `running_limit` are what holds.
+    Contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
     `schedule` forces what travels. `prompt_lookup` is how many tokens a decoding request drafts at most. With
     `run_ahead` a step is planned and handed out while the one before it runs (None: on GPUs).
     """
 
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
     max_model_len: int | None = None
     local_context: int | None = None
     schedule: str = "auto"
@@ -166,7 +168,8 @@ class SchedulerConfig:
         )
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
-            require(value >= 1, name, value, "must be at least 1", "give a positive number")
+            if value is not None:
+                require(value >= 1, name, value, "must be at least 1", "give a positive number")
         if self.max_model_len is not None:
             require(
                 self.max_model_len >= 1,
@@ -182,12 +185,26 @@ class SchedulerConfig:
             )  # fmt: skip
         require_choice("schedule", self.schedule, SCHEDULE_NAMES)
         require(
-            self.max_num_seqs <= self.max_num_batched_tokens,
+            self.running_limit <= self.step_tokens,
             "max_num_seqs",
-            self.max_num_seqs,
-            f"exceeds max_num_batched_tokens={self.max_num_batched_tokens}, so a full batch could not decode",
-            "lower max_num_seqs or raise max_num_batched_tokens",
+            self.running_limit,
+            f"exceeds max_num_batched_tokens={self.step_tokens}, so a full batch could not decode",
+            "lower max_num_seqs, raise max_num_batched_tokens, or leave one of them out",
         )
+
+    @property
+    def step_tokens(self) -> int:
+        """New tokens a step computes at most: what was asked for, or 2048, or enough for all requests to decode."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return max(DEFAULT_STEP_TOKENS, self.max_num_seqs or 0)
+
+    @property
+    def running_limit(self) -> int:
+        """Requests that run at once at most: what was asked for, or 256, or as many as can decode in one step."""
+        if self.max_num_seqs is not None:
+            return self.max_num_seqs
+        return min(DEFAULT_RUNNING, self.step_tokens)
 
     def on_shards(self, tokens: int) -> SchedulerConfig:
         """With `local_context` settled for shards of which the largest holds `tokens`. Raises `ConfigError`."""

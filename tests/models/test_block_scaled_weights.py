@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import LLM, SamplingParams
+from longspan.attention.cost import CostConstants
 from longspan.config import EngineConfig
 from longspan.engine.loading import Piece, TensorStore
 from longspan.engine.setup import resolve
@@ -76,7 +77,7 @@ def outputs_of(folder, layout, quantization):
     with LLM(
         folder, tensor_parallel_size=tp, prefill_context_parallel_size=pcp, decode_context_parallel_size=dcp,
         page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8, kv_cache_memory_bytes=4 << 20,
-        num_threads=1, quantization=quantization,
+        num_threads=1, quantization=quantization, cost=CostConstants(),
     ) as llm:  # fmt: skip
         [output] = llm.generate([prompt_of(70)], SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS))
     return output.outputs[0]

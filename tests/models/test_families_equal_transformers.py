@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from longspan import LLM, SamplingParams
+from longspan.attention.cost import CostConstants
 from longspan.attention.facts import ExpansionCost
 from longspan.config import EngineConfig
 from longspan.engine.setup import resolve
@@ -26,7 +27,7 @@ def test_logprobs_and_tokens_equal_transformers(family, layout):
     with LLM(
         tiny_folder(family), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,
         decode_context_parallel_size=dcp, page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8,
-        kv_cache_memory_bytes=1 << 20, num_threads=1,
+        kv_cache_memory_bytes=1 << 20, num_threads=1, cost=CostConstants(),
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -45,7 +46,7 @@ def test_both_forms_of_latent_attention_give_the_same(layout, expands, schedule,
     with LLM(
         tiny_folder("deepseek-v3"), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,
         decode_context_parallel_size=dcp, page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8,
-        kv_cache_memory_bytes=1 << 20, num_threads=1, schedule=schedule,
+        kv_cache_memory_bytes=1 << 20, num_threads=1, schedule=schedule, cost=CostConstants(),
     ) as llm:  # fmt: skip
         outputs = llm.generate([prompt_of(n) for n in LENGTHS], SamplingParams(temperature=0, max_tokens=TOKENS))
     for length, output in zip(LENGTHS, outputs, strict=True):

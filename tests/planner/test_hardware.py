@@ -8,7 +8,7 @@ from longspan.attention.cost import CostConstants, Fixed
 from longspan.errors import ConfigError
 from longspan.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml
 from longspan.planner.fit import Sample, fit, markdown
-from longspan.planner.predict import Assumed, deployment, step_time
+from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row
 
 LEAST = "tflops: 900\nmemory_gb: 80\nmemory_tb_s: 3\nintra_gb_s: 400\ninter_gb_s: 50\n"
@@ -70,7 +70,7 @@ def test_fitting_finds_the_constants_that_made_the_times():
         for quantity, new, cached in (("ttft", 8192, 0), ("ttft", 32768, 0), ("ttit", 1, 100), ("ttit", 1, 32768))
     ]
     samples = [
-        Sample(row, deployment(row, Assumed(), true), step_time(row, deployment(row, Assumed(), true)).seconds)
+        Sample(row, deployment(row, Assumed(), true), row_time(row, deployment(row, Assumed(), true)).seconds)
         for row in rows
     ]
     found = fit(hardware("h100"), ("fp8_matmul", "memory"), samples)

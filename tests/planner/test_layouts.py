@@ -6,7 +6,7 @@ import pytest
 
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
-from longspan.hardware import hardware
+from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment, layout_name
 from longspan.planner.layouts import Fixed, layouts, plan_layouts
 from longspan.planner.models import find_model
@@ -86,6 +86,24 @@ def test_a_pipeline_waits_while_it_fills_and_its_parts_are_the_whole():
     found = time_to_first_token(StepModel(replace(base(), parallel=ParallelConfig(2, 1, 1, 4))), 65536, 65536)
     assert found.parts["bubble"] > 0
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
+
+
+def test_a_pipeline_is_filled_once_and_then_every_stage_works_at_every_moment():
+    """Four stages of a machine whose steps take a second for each token of context and nothing else:
+    chunks of 4, 4 and 2 tokens take 4, 8 and 10 s, so 1, 2 and 2.5 s a stage. The last stage begins the last chunk
+    when the others have had it, and ends after (1 + 2 + 2.5) + 3 x 2.5 = 13 s."""
+    instant = Hardware(1e15, 1e6, 1e15, 1e15, 1e15, kernel_s=1e-30, message_s=1e-30, step_s=1e-30, prompt_token_s=1.0)
+    model, weights = find_model("llama-3.1-8b")
+    stages = ParallelConfig(pipeline_parallel_size=4)
+    deployed = Deployment(model, instant, stages, weights, 2, max_num_batched_tokens=16)
+    found = time_to_first_token(StepModel(deployed), 10, 10)
+    assert found.seconds == pytest.approx(13.0)
+    assert found.parts["bubble"] == pytest.approx(7.5)
+
+
+def test_a_token_more_than_whole_chunks_does_not_shorten_a_pipeline():
+    model = StepModel(replace(base(), parallel=ParallelConfig(1, 1, 1, 8)))
+    assert time_to_first_token(model, 65537, 65537).seconds > time_to_first_token(model, 65536, 65536).seconds
 
 
 @pytest.mark.parametrize("bad", [{"context": 0}, {"new": 0}, {"new": 200}, {"output": 0}, {"concurrency": 0}])

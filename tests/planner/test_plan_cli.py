@@ -1,6 +1,7 @@
 """`longspan plan` and `longspan predict` as a user meets them."""
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -88,7 +89,8 @@ def test_a_mistake_names_the_option_and_the_value(app, more, message):
 
 def test_a_file_of_rows_gives_each_its_prediction_and_error(app):
     rows = run(app, "predict", "--rows", PUBLISHED)["rows"]
-    assert set(rows[0]) == {"id", "predicted", "value", "error"}
+    assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error"}
+    assert {(row["quantity"], row["unit"]) for row in rows} == {("ttft", "ms"), ("ttit", "ms"), ("kv_tokens", "tokens")}
     assert len(rows) == 33
 
 
@@ -97,6 +99,24 @@ def test_one_row_is_given_as_options(app):
     (row,) = run(app, "predict", *options, "--value", "1740", "--unit", "ms")["rows"]
     assert abs(row["error"]) < 0.05
     assert row["error"] == pytest.approx(row["predicted"] / 1740 - 1)
+
+
+def test_a_prediction_is_shown_with_its_setup_quantity_and_unit(app):
+    options = ["--model", "llama-3-70b", "--hardware", "h200", "--pp", "8", "--new-tokens", "131072", "--unit", "s"]
+    result = CliRunner().invoke(app, ["predict", *options], catch_exceptions=False)
+    assert "llama-3-70b on 8 x h200, tp=1,pcp=1,dcp=1,pp=8: 1 x 131,072 new tokens" in result.stderr
+    assert re.search(r"time to first token +\d\.\d\d +s", result.stderr)
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(("tp", "pp"), [("1", "8"), ("2", "4")])
+def test_a_plan_and_a_prediction_of_a_pipeline_are_the_same(app, tp, pp):
+    (planned,) = run(app, *LLAMA, "-tp", tp, "-pcp", "1", "-dcp", "1", "-pp", pp, "--output", "2")["layouts"]
+    setup = ["predict", "--model", "llama-3-70b", "--hardware", "h200", "--tp", tp, "--pp", pp, "--unit", "s"]
+    (first,) = run(app, *setup, "--new-tokens", "32768")["rows"]
+    (each,) = run(app, *setup, "--quantity", "ttit", "--new-tokens", "1", "--cached-tokens", "32768")["rows"]
+    assert first["predicted"] == pytest.approx(planned["ttft"]["seconds"])
+    assert each["predicted"] == pytest.approx(planned["tpot"]["seconds"])
 
 
 def test_a_row_without_a_model_is_refused(app):

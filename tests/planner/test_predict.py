@@ -36,6 +36,25 @@ def test_sixteen_machines_are_foretold_from_up_to_four(tokens, seconds):
     assert abs(predict(row).error) < 0.1
 
 
+@pytest.mark.parametrize(("tokens", "seconds"), [(131_072, 10.5), (1 << 20, 421.0)])
+def test_a_pipeline_of_eight_stages_is_foretold_if_its_chunks_were_of_4096_tokens(tokens, seconds):
+    row = Row("", "qwen3-235b-a22b-fp8", "h20-96", 32, 4, 1, 1, 8, "ttft", "", tokens, value=seconds, unit="s")
+    assert abs(predict(row, Assumed(max_num_batched_tokens=8 * 4096)).error) < 0.05
+
+
+def test_stages_shorten_a_prompt_but_by_less_than_their_number():
+    alone, staged = (
+        predict(Row("", "llama-3-70b", "h200", pp, 1, 1, 1, pp, "ttft", "", 131_072)).predicted for pp in (1, 8)
+    )
+    assert alone / 8 < staged < alone
+
+
+def test_requests_that_decode_are_shared_out_among_the_stages():
+    setup = ("", "llama-3-70b", "h200", 8, 1, 1, 1, 8, "ttit", "", 1, 65_536)
+    one, eight, nine = (predict(Row(*setup, batch)).predicted for batch in (1, 8, 9))
+    assert one == eight < nine
+
+
 def rows(tmp_path: Path, text: str) -> list[Row]:
     path = tmp_path / "rows.csv"
     path.write_text(text)

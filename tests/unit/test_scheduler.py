@@ -219,12 +219,12 @@ def test_decode_rows_spread_over_the_context_ranks():
 
 
 def test_a_plan_holds_new_pages_only_whatever_the_context_length():
-    rig = Rig(pages=(3000,), page_size=4, max_num_batched_tokens=8192, max_num_seqs=4)
+    rig = Rig(pages=(800,), page_size=4, max_num_batched_tokens=2048, max_num_seqs=4)
     rig.add(0, [1] * 40, max_tokens=8)
     rig.run()
     short = max(len(plan.encode()) for plan in rig.plans[1:])
     rig.plans.clear()
-    rig.add(1, [2] * 8000, max_tokens=8)
+    rig.add(1, [2] * 2000, max_tokens=8)
     rig.run()
     assert max(len(plan.encode()) for plan in rig.plans[1:]) <= short + 16
 

@@ -89,9 +89,16 @@ OffloadDisk = Annotated[
     ),
 ]
 BatchedTokens = Annotated[
-    int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes over all ranks")
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        help="new tokens a step computes over all ranks; default: 2048, or --max-num-seqs if that is more",
+    ),
 ]
-NumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="requests that run at once")]
+NumSeqs = Annotated[
+    int | None,
+    typer.Option("--max-num-seqs", help="requests that run at once; default: 256, or as many as a step has tokens"),
+]
 ModelLength = Annotated[
     int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the model's own limit")
 ]
@@ -170,8 +177,8 @@ def engine_config(
     enable_prefix_caching: PrefixCaching = True,
     kv_offload_memory: OffloadMemory = None,
     kv_offload_disk: OffloadDisk = None,
-    max_num_batched_tokens: BatchedTokens = 2048,
-    max_num_seqs: NumSeqs = 256,
+    max_num_batched_tokens: BatchedTokens = None,
+    max_num_seqs: NumSeqs = None,
     max_model_len: ModelLength = None,
     local_context: LocalContext = None,
     schedule: Schedule = "auto",

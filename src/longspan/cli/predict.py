@@ -6,17 +6,24 @@ It owns the options, which are named like the columns of the file of rows, and w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from longspan.cli.options import Json
+from longspan.config import require
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
     from longspan.planner.predict import Prediction
+    from longspan.planner.rows import Row
+
+_LEAST_WIDTH = 110
 
 Rows = Annotated[str | None, typer.Option("--rows", help="CSV file of rows, in place of the options for one")]
 RowId = Annotated[str, typer.Option("--id", help="the row's name")]
@@ -38,6 +45,13 @@ Dtype = Annotated[str, typer.Option("--dtype", help="of activations and embeddin
 WeightDtype = Annotated[str | None, typer.Option("--weight-dtype", help="default: the model's own")]
 CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp8 or fp32")]
 MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
+BatchedTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        help="new tokens computed at once, over all stages; default: 8192, or 2048 below 70 GB a device",
+    ),
+]
 PerNode = Annotated[int, typer.Option("--gpus-per-node", help="devices in a machine")]
 
 
@@ -63,16 +77,20 @@ def predict(
     kv_cache_dtype: CacheDtype = "auto",
     memory_fraction: MemoryFraction = 0.9,
     gpus_per_node: PerNode = 8,
+    max_num_batched_tokens: BatchedTokens = None,
     as_json: Json = False,
 ) -> None:
-    """Predicted beside measured, in the rows' units."""
+    """A setup's time or capacity as the planner foretells it, beside what was measured."""
     from longspan.planner.formats import element_bytes
     from longspan.planner.predict import Assumed, predict_all
     from longspan.planner.predict import predict as predict_row
     from longspan.planner.rows import Row, read_rows
 
     stored = element_bytes("kv_cache_dtype", dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
-    assumed = Assumed(dtype, weight_dtype, int(stored), memory_fraction, gpus_per_node)
+    require((max_num_batched_tokens or 1) >= 1, "max_num_batched_tokens", max_num_batched_tokens, "must be at least 1",
+            "give tokens")  # fmt: skip
+    assumed = Assumed(dtype, weight_dtype, int(stored), memory_fraction, gpus_per_node, max_num_batched_tokens)
+    title = f"rows of {rows}"
     if rows is not None:
         found = predict_all(read_rows(rows), assumed)
     elif model is None or hardware is None:
@@ -82,19 +100,37 @@ def predict(
         world = tp * pcp * pp if gpus is None else gpus
         row = Row(id, model, hardware, world, tp, pcp, dcp, pp, quantity, schedule, new_tokens, cached_tokens,
                   batch, value, unit)  # fmt: skip
-        found = [predict_row(row, assumed)]
+        found, title = [predict_row(row, assumed)], _described(row)
     if as_json:
-        print(json.dumps({"rows": [{"id": p.id, "predicted": p.predicted, "value": p.value, "error": p.error}
-                                   for p in found]}))  # fmt: skip
+        print(json.dumps({"rows": [asdict(prediction) for prediction in found]}))
         return
-    Console(stderr=True).print(_table(found))
+    console = Console(stderr=True)
+    console.width = max(console.width, _LEAST_WIDTH)
+    console.print(title, soft_wrap=True, highlight=False)
+    console.print(_table(found))
 
 
-def _table(found: list[Prediction]) -> Table:
-    table = Table()
-    for name in ("id", "predicted", "value", "error"):
-        table.add_column(name, justify="left" if name == "id" else "right", no_wrap=True)
+def _described(row: Row) -> str:
+    """The setup in words."""
+    from longspan.planner.deployment import layout_name
+
+    setup = f"{row.model} on {row.gpus} x {row.hardware}, {layout_name(row.parallel)}"
+    if row.quantity == "kv_tokens":
+        return setup
+    cached = f", {row.cached_tokens:,} cached" if row.cached_tokens else ""
+    return f"{setup}: {row.batch} x {row.new_tokens:,} new tokens{cached}"
+
+
+def _table(found: Sequence[Prediction]) -> Table:
+    from longspan.planner.rows import QUANTITIES
+
+    table = Table(box=SIMPLE_HEAD)
+    named = any(one.id for one in found)
+    for name in (*(["id"] if named else []), "quantity", "predicted", "measured", "unit", "error"):
+        table.add_column(name, justify="left" if name in ("id", "quantity", "unit") else "right", no_wrap=True)
     for one in found:
-        value = "" if one.value is None else f"{one.value:,.2f}"
-        table.add_row(one.id, f"{one.predicted:,.2f}", value, "" if one.error is None else f"{one.error:+.1%}")
+        measured = "" if one.value is None else f"{one.value:,.2f}"
+        error = "" if one.error is None else f"{one.error:+.1%}"
+        cells = (QUANTITIES[one.quantity], f"{one.predicted:,.2f}", measured, one.unit, error)
+        table.add_row(*([one.id] if named else []), *cells)
     return table

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longspan.cli.bench_serve import show_reports
-from longspan.cli.options import BatchedTokens, Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
+from longspan.cli.options import Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
 from longspan.config import ParallelConfig, SchedulerConfig, require
 from longspan.errors import ConfigError
 
@@ -42,6 +42,9 @@ HardwareName = Annotated[
 Layout = Annotated[str, typer.Option("--layout", help="ranks of an instance, as in tp=8,dcp=8; also pcp and pp")]
 Trace = Annotated[str, typer.Option("--trace", help="file of requests, as bench serve reads with --dataset trace")]
 Instances = Annotated[int, typer.Option("--instances", help="engines that share the requests")]
+BatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes over all ranks")
+]
 NumRequests = Annotated[int | None, typer.Option("--num-requests", help="the trace's first; default: all")]
 TimeScale = Annotated[float, typer.Option("--time-scale", help="of the gaps between requests: 0.5 is twice the load")]
 MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="longer prompts are cut to this")]
@@ -74,7 +77,7 @@ def simulate(
     max_model_len: ModelLength = None,
     page_size: PageSize = 512,
     max_num_batched_tokens: BatchedTokens = 8192,
-    max_num_seqs: NumSeqs = 256,
+    max_num_seqs: NumSeqs = None,
     local_context: LocalContext = None,
     schedule: Schedule = "auto",
     enable_prefix_caching: PrefixCaching = True,
@@ -104,7 +107,7 @@ def simulate(
     deployment = Deployment(
         shape, machine(hardware), parse_layout(layout), weights,
         int(element_bytes("kv_cache_dtype", kv_cache_dtype or dtype)), page_size, memory_fraction, gpus_per_node,
-        max_num_batched_tokens, max_num_seqs,
+        scheduler.step_tokens, scheduler.running_limit,
     )  # fmt: skip
     memory = None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes)
     config = instance_config(deployment, scheduler, memory, enable_prefix_caching)

@@ -44,8 +44,8 @@ def cache_bytes(
     device = Hardware(tflops=1, memory_gb=free / _GIB, memory_tb_s=1, intra_gb_s=1, inter_gb_s=1)
     here = Deployment(
         model, device, config.parallel, weights, cache_element_bytes,
-        config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        max_num_seqs=config.scheduler.max_num_seqs,
+        config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.step_tokens,
+        max_num_seqs=config.scheduler.running_limit,
     )  # fmt: skip
     least = config.cache.memory_bytes or here.kv_bytes_per_token * config.cache.page_size
     if here.cache_bytes >= least:

@@ -24,6 +24,11 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
 }
 
 
+def architectures() -> tuple[str, ...]:
+    """The names in a config.json that some family knows."""
+    return tuple(_PARSERS)
+
+
 def load_config(values: Mapping[str, Any]) -> ModelConfig:
     """The model a Hugging Face style configuration describes; raises `UnsupportedModel` or `ModelError`."""
     names = values.get("architectures") or []
@@ -31,7 +36,7 @@ def load_config(values: Mapping[str, Any]) -> ModelConfig:
         if name in _PARSERS:
             return _PARSERS[name](values, name)
     raise UnsupportedModel(
-        f"architectures={list(names)} in config.json is not supported; supported are {', '.join(_PARSERS)}"
+        f"architectures={list(names)} in config.json is not supported; supported are {', '.join(architectures())}"
     )
 
 

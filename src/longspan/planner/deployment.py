@@ -94,6 +94,11 @@ class Deployment:
         """The ranks, in machines of `gpus_per_node`."""
         return Grid(replace(self.parallel, ranks_per_node=self.gpus_per_node))
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prompt's chunk: as many steps as stages are under way, and share what is computed at once."""
+        return math.ceil(self.max_num_batched_tokens / self.grid.pp)
+
     @cached_property
     def layout(self) -> KVLayout:
         """A token's cache row on the rank that holds the most."""

@@ -15,7 +15,7 @@ from statistics import median
 from longspan.errors import ConfigError, LongspanError
 from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment
-from longspan.planner.predict import Assumed, deployment, step_time
+from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row, read_rows
 
 _ROUNDS, _STEP, _TRUST = 30, 1e-4, 0.1  # of Gauss and Newton; of a difference; damping
@@ -52,7 +52,7 @@ class Sample:
 
     def error(self, machine: Hardware) -> float:
         """Relative."""
-        return step_time(self.row, self.deployed.on(machine)).seconds / self.seconds - 1
+        return row_time(self.row, self.deployed.on(machine)).seconds / self.seconds - 1
 
 
 def fit(machine: Hardware, names: Sequence[str], samples: Sequence[Sample]) -> Hardware:

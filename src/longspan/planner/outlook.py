@@ -6,7 +6,7 @@ It owns the way from a load to steps; how long a step takes is the step model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 
@@ -108,35 +108,63 @@ def outlook(deployed: Deployment, load: Load) -> Outlook:
 
 
 def time_to_first_token(model: StepModel, context: int, new: int) -> Span:
-    """One request alone, its `new` last tokens of `context` computed chunk by chunk.
+    """One request alone, its `new` last tokens of `context` computed chunk by chunk."""
+    return through_stages(model, [[chunk] for chunk in prompt_chunks(model.deployment, context, new)])
 
-    Stages work on different chunks at once; `bubble` is while the pipeline fills and empties.
+
+def time_per_token(
+    model: StepModel, context: int, running: int, schedule: str = "auto", new: int = 1, padded: bool = False
+) -> Span:
+    """`running` requests that decode `new` tokens at once; each pipeline stage works on a share of them.
+
+    With `padded` every pcp index has as many requests, the busiest one's number.
     """
-    grid, budget = model.deployment.grid, model.deployment.max_num_batched_tokens
-    chunk, at = math.ceil(budget / grid.pp), context - new
+    grid = model.deployment.grid
+    seen, places = even_shares(context, grid.num_shards), range(grid.pcp)
+    share = math.ceil(running / grid.pp)
+    homes = islice(cycle(places), math.ceil(share / grid.pcp) * grid.pcp if padded else share)
+    chunks = [
+        Chunk(new, context - new, tuple(new * (home == place) for place in places), seen, False) for home in homes
+    ]
+    step = model.time(chunks, schedule, schedule)
+    return Span(step.seconds, step.bound, step.parts)
+
+
+def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule: str = "auto") -> Span:
+    """Steps that follow each other through the pipeline's stages; `bubble` is while it fills and empties.
+
+    Every stage takes an equal part of a step's time. It begins when it has done the step before, and the stage before
+    it has done this one. So the last stage is done after the sum of all parts, and the longest once more for each
+    other stage, in whatever order long and short ones come.
+    """
+    stages = model.deployment.grid.pp
     parts: dict[str, float] = {}
     bounds: dict[str, float] = {}
-    last = 0.0
-    while at < context:
-        tokens = min(chunk, context - at)
-        rows, seen = even_shares(tokens, grid.pcp), even_shares(at + tokens, grid.num_shards)
-        step = model.time([Chunk(tokens, at, rows, seen, True)], "auto", "auto")
-        at, last = at + tokens, step.seconds / grid.pp
-        bounds[step.bound] = bounds.get(step.bound, 0.0) + last
+    longest = 0.0
+    for chunks in steps:
+        step = model.time(chunks, schedule, schedule)
+        longest = max(longest, step.seconds / stages)
+        bounds[step.bound] = bounds.get(step.bound, 0.0) + step.seconds
         for name, seconds in step.parts.items():
-            parts[name] = parts.get(name, 0.0) + seconds / grid.pp
-    parts["bubble"] = (grid.pp - 1) * last
+            parts[name] = parts.get(name, 0.0) + seconds / stages
+    parts["bubble"] = (stages - 1) * longest
     return Span(sum(parts.values()), max(bounds, key=bounds.__getitem__), parts)
 
 
-def time_per_token(model: StepModel, context: int, running: int) -> Span:
-    """`running` requests that decode at once; each pipeline stage works on a share of them."""
-    grid = model.deployment.grid
-    seen, places = even_shares(context, grid.num_shards), range(grid.pcp)
-    homes = islice(cycle(places), math.ceil(running / grid.pp))
-    chunks = [Chunk(1, context - 1, tuple(int(home == place) for place in places), seen, False) for home in homes]
-    step = model.time(chunks, "auto", "auto")
-    return Span(step.seconds, step.bound, step.parts)
+def prompt_chunks(deployed: Deployment, context: int, new: int) -> list[Chunk]:
+    """The `new` last tokens of `context`, cut to a stage's share of what is computed at once; spread evenly."""
+    at, found = context - new, []
+    while at < context:
+        tokens = min(deployed.chunk_tokens, context - at)
+        found.append(prompt_chunk(deployed, at, tokens))
+        at += tokens
+    return found
+
+
+def prompt_chunk(deployed: Deployment, cached: int, new: int) -> Chunk:
+    """Tokens of a prompt behind `cached` others, all spread evenly."""
+    grid = deployed.grid
+    return Chunk(new, cached, even_shares(new, grid.pcp), even_shares(cached + new, grid.num_shards), True)
 
 
 def even_shares(tokens: int, places: int) -> tuple[int, ...]:

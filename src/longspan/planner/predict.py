@@ -1,22 +1,20 @@
 """What the planner says of a published setup.
 
-It owns the way from a row to a deployment and a step; it must not know how rows are written.
+It owns the way from a row to a deployment and its steps; it must not know how rows are written.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 from longspan.errors import ConfigError, LongspanError
 from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment
 from longspan.planner.models import find_model
-from longspan.planner.outlook import even_shares
+from longspan.planner.outlook import Span, prompt_chunk, prompt_chunks, through_stages, time_per_token
 from longspan.planner.rows import Row
-from longspan.planner.step import Chunk, StepModel, StepTime
+from longspan.planner.step import StepModel
 
 _UNBOUNDED = 1 << 40  # other engines make a block of all keys of a shard
 _LARGE_GB = 70  # from here on engines take larger steps and more requests by default
@@ -26,21 +24,24 @@ _LARGE_GB = 70  # from here on engines take larger steps and more requests by de
 class Assumed:
     """What rows do not say."""
 
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
+    dtype: str = "bf16"  # of activations and embedding
+    weight_dtype: str | None = None  # None: the model's own
     kv_element_bytes: int = 2
-    memory_fraction: float = 0.9
+    memory_fraction: float = 0.9  # of a device's memory that is used in all
     gpus_per_node: int = 8
+    max_num_batched_tokens: int | None = None  # all stages together; None: 8,192, or 2,048 on a small device
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """In the row's unit; `error` is relative to `value`, where there is one."""
+    """What a row's setup is foretold, in the row's unit."""
 
     id: str
+    quantity: str  # of `QUANTITIES`
+    unit: str
     predicted: float
-    value: float | None
-    error: float | None
+    value: float | None  # what was measured, where it is known
+    error: float | None  # relative to `value`
 
 
 def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = None) -> Prediction:
@@ -50,9 +51,9 @@ def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = N
         deployed.check_fits(deployed.page_size)
         found = float(deployed.capacity_tokens)
     else:
-        found = step_time(row, deployed).seconds * row.scale
+        found = row_time(row, deployed).seconds * row.scale
     error = None if not row.value else found / row.value - 1
-    return Prediction(row.id, found, row.value, error)
+    return Prediction(row.id, row.quantity, row.unit_shown, found, row.value, error)
 
 
 def predict_all(rows: Sequence[Row], assumed: Assumed) -> list[Prediction]:
@@ -74,28 +75,24 @@ def deployment(row: Row, assumed: Assumed, machine: Hardware | None = None) -> D
     return Deployment(
         model, machine, row.parallel, weights, assumed.kv_element_bytes,
         memory_fraction=assumed.memory_fraction, gpus_per_node=assumed.gpus_per_node,
-        max_num_batched_tokens=8192 if large else 2048, max_num_seqs=1024 if large else 256,
+        max_num_batched_tokens=assumed.max_num_batched_tokens or (8192 if large else 2048),
+        max_num_seqs=1024 if large else 256,
         travelling_tokens=_UNBOUNDED, partial_element_bytes=assumed.kv_element_bytes,
     )  # fmt: skip
 
 
-def step_time(row: Row, deployed: Deployment) -> StepTime:
-    """The one step in which the row's tokens are computed, unchunked."""
-    prefill = row.quantity == "ttft"
-    schedule = row.schedule or ("local" if deployed.grid.num_shards == 1 else "gather_kv" if prefill else "gather_q")
-    return StepModel(deployed).time(chunks(row, deployed), schedule, schedule)
+def row_time(row: Row, deployed: Deployment) -> Span:
+    """Until the last of the row's requests has its token: prompts from their start, others from the token before.
 
-
-def chunks(row: Row, deployed: Deployment) -> list[Chunk]:
-    """The row's requests, their tokens spread evenly; decoding ones take turns on the pcp indices.
-
-    A ring of queries is padded: each pcp index has as many, so that blocks are alike.
+    Without stages prompts are computed whole and together; through stages they follow each other chunk by chunk.
     """
-    grid, prefill = deployed.grid, row.quantity == "ttft"
-    tokens = even_shares(row.cached_tokens + row.new_tokens, grid.num_shards)
-    spread = even_shares(row.new_tokens, grid.pcp)
-    places = range(grid.pcp)
-    decoding = row.batch if row.schedule != "ring_q" else math.ceil(row.batch / grid.pcp) * grid.pcp
-    alone = [tuple(row.new_tokens * (home == n) for n in places) for home in islice(cycle(places), decoding)]
-    rows = [spread] * row.batch if prefill else alone
-    return [Chunk(row.new_tokens, row.cached_tokens, own, tokens, prefill) for own in rows]
+    model, context = StepModel(deployed), row.cached_tokens + row.new_tokens
+    if row.quantity != "ttft":
+        schedule = row.schedule or ("local" if deployed.grid.num_shards == 1 else "gather_q")
+        return time_per_token(model, context, row.batch, schedule, row.new_tokens, padded=schedule == "ring_q")
+    schedule = row.schedule or ("local" if deployed.grid.num_shards == 1 else "gather_kv")
+    if deployed.grid.pp == 1:
+        steps = [[prompt_chunk(deployed, row.cached_tokens, row.new_tokens)] * row.batch]
+    else:
+        steps = [[chunk] for chunk in prompt_chunks(deployed, context, row.new_tokens)] * row.batch
+    return through_stages(model, steps, schedule)

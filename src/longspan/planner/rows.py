@@ -6,14 +6,16 @@ It owns the file's columns and the checks of what stands in them; it must not kn
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longspan.config import SCHEDULE_NAMES, ParallelConfig
 from longspan.errors import ConfigError
 
-QUANTITIES = ("ttft", "ttit", "kv_tokens")
+QUANTITIES: Mapping[str, str] = {
+    "ttft": "time to first token", "ttit": "time between tokens", "kv_tokens": "tokens the KV cache holds",
+}  # fmt: skip
 _UNITS = {"ms": 1e3, "s": 1.0, "us": 1e6, "tokens": 1.0}
 _REQUIRED = ("id", "model", "hardware", "gpus", "tp", "pcp", "dcp", "pp", "quantity")
 _COUNTS = ("gpus", "tp", "pcp", "dcp", "pp")
@@ -67,9 +69,14 @@ class Row:
         return ParallelConfig(self.tp, self.pcp, self.dcp, self.pp)
 
     @property
+    def unit_shown(self) -> str:
+        """The unit, or the quantity's own: tokens or ms."""
+        return self.unit or ("tokens" if self.quantity == "kv_tokens" else "ms")
+
+    @property
     def scale(self) -> float:
         """Units in a second, or in a token."""
-        return _UNITS[self.unit or ("tokens" if self.quantity == "kv_tokens" else "ms")]
+        return _UNITS[self.unit_shown]
 
 
 def read_rows(path: str) -> list[Row]:

@@ -38,7 +38,7 @@ class PageLoader:
             return False
         if offload.is_busy(keys[0]):
             return True
-        most = max(1, self.config.max_num_batched_tokens // self.cache.page_size) - offload.loads_waiting
+        most = max(1, self.config.step_tokens // self.cache.page_size) - offload.loads_waiting
         wanted = self._worth_loading(offload, keys[: max(1, most)])
         return bool(wanted) and (most <= 0 or self._load(offload, sequence, wanted))
 

@@ -131,7 +131,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
         while True:
-            budget = self._micro_batch(self.config.max_num_batched_tokens)
+            budget = self._micro_batch(self.config.step_tokens)
             step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
             self._decode(step)
             self._prefill(step)
@@ -245,7 +245,7 @@ class Scheduler:
         a prompt the cache has no room for holds back all behind it, or it might wait for ever."""
         passed: list[SequenceState] = []
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
-        while self.waiting and step.budget and self._num_active < self.config.max_num_seqs:
+        while self.waiting and step.budget and self._num_active < self.config.running_limit:
             sequence = self.waiting.popleft()
             if sequence.in_flight:  # preempted, but a step under way will still give it a token
                 passed.append(sequence)

@@ -76,7 +76,7 @@ class AsyncEngine:
         self.restarts = 0
         self.peer: PeerCard | None = None
         self._tracker = RequestTracker(setup, tokenizer)
-        self._capacity = setup.config.scheduler.max_num_seqs + max_queued_requests
+        self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
         self._calls: dict[str, _Call] = {}

@@ -145,7 +145,7 @@ def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
     scheduler = config.scheduler
     deployment = Deployment(
         shape, machine, config.parallel, weights, int(weights.embedding), config.cache.page_size,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.step_tokens, max_num_seqs=scheduler.running_limit,
     )  # fmt: skip
     return instance_config(deployment, scheduler, config.cache.memory_bytes, config.cache.enable_prefix_caching)
 

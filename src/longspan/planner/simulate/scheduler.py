@@ -52,7 +52,7 @@ class SimulatedScheduler(Scheduler):
         In such a step nothing is admitted, placed, published, preempted or drafted, so that it changes two counters of
         each request and nothing else. The caller must know that nobody arrives and nobody ends in them.
         """
-        if (self.waiting and len(self.running) < self.config.max_num_seqs) or self.config.prompt_lookup:
+        if (self.waiting and len(self.running) < self.config.running_limit) or self.config.prompt_lookup:
             return 0
         if any(s.remaining != 1 or s.in_flight for s in self.running):
             return 0

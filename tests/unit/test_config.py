@@ -1,0 +1,47 @@
+"""What a configuration makes of options that are left out, and of those that contradict each other."""
+
+import pytest
+
+from longspan import LLM
+from longspan.attention.cost import CostConstants
+from longspan.cli.options import engine_config
+from longspan.config import SchedulerConfig
+from longspan.errors import ConfigError
+from tests.oracle import tiny_folder
+
+
+@pytest.mark.parametrize(
+    ("given", "step_tokens", "running_limit"),
+    [
+        ({}, 2048, 256),
+        ({"max_num_batched_tokens": 193}, 193, 193),
+        ({"max_num_batched_tokens": 8192}, 8192, 256),
+        ({"max_num_seqs": 4096}, 4096, 4096),
+        ({"max_num_batched_tokens": 300, "max_num_seqs": 300}, 300, 300),
+    ],
+    ids=str,
+)
+def test_the_size_of_a_batch_that_is_left_out_adapts_to_the_one_that_is_given(given, step_tokens, running_limit):
+    for config in (SchedulerConfig(**given), engine_config("smollm2", **given).scheduler):
+        assert (config.step_tokens, config.running_limit) == (step_tokens, running_limit)
+
+
+def test_sizes_of_a_batch_that_contradict_each_other_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"max_num_seqs=257: exceeds max_num_batched_tokens=256.*leave one of them out"
+    ):
+        SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=257)
+
+
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_seqs"])
+def test_a_batch_of_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name}=0: must be at least 1"):
+        SchedulerConfig(**{name: 0})
+
+
+def test_an_engine_starts_with_a_small_step_alone():
+    with LLM(
+        tiny_folder("llama"), max_num_batched_tokens=5, kv_cache_memory_bytes=1 << 20, cost=CostConstants()
+    ) as llm:
+        outputs = llm.generate([[1, 2, 3]] * 7)
+    assert [len(one.outputs[0].token_ids) for one in outputs] == [16] * 7
