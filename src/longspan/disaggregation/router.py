@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -29,6 +29,8 @@ from longspan.errors import EngineUnavailable
 from longspan.server.errors import problem_of
 from longspan.server.generation import Json
 from longspan.server.middleware import BodyLimit, KeyCheck
+from longspan.server.options import HttpLimits
+from longspan.server.protocol import HttpConfig
 
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _HOP_BY_HOP = {
@@ -49,6 +51,7 @@ class RouteOptions:
     api_key: str | None = None
     wait_seconds: float = 60.0
     max_body_bytes: int = 64 << 20
+    http: HttpLimits = field(default_factory=HttpLimits)
 
 
 class Router:
@@ -200,9 +203,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
     ) as session:  # fmt: skip
         await instances.wait(session, options.wait_seconds)
         app = build_router(Router(instances, session), options)
-        server = uvicorn.Server(
-            uvicorn.Config(app, host=options.host, port=options.port, log_level="warning", access_log=False)
-        )
+        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http))
         watching = asyncio.create_task(instances.watch(session))
         announcing = asyncio.create_task(_announce(server, on_ready))
         try:
