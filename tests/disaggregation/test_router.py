@@ -225,6 +225,12 @@ def test_other_requests_go_to_a_decode_instance_without_more():
         assert "x-longspan-prefill" not in both[1].asked[0][0]
 
 
+def test_headers_are_bounded_before_anything_is_forwarded():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+        assert client.post("/tokenize", json=BODY, headers={"x-long": "a" * (200 << 10)}).status_code == 431
+        assert not decode.asked
+
+
 def test_a_decode_instance_that_is_gone_is_replaced():
     prefill, first, second = Fake("prefill"), Fake("decode"), Fake("decode")
     with fakes(prefill, second), ExitStack() as opened:

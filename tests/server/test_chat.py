@@ -10,7 +10,7 @@ import pytest
 
 from longspan.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from longspan.server.async_engine import Job
-from longspan.server.chat import ChatBody, ChatReply, Message
+from longspan.server.chat import ChatBody, ChatReply, Message, conversation
 from longspan.server.text import Text
 from tests.server.running import Running, ascii_tokenizer, expected
 
@@ -108,7 +108,7 @@ def test_a_tool_that_must_be_called_is_with_arguments_of_its_schema(client):
 def reply_to(text: str, **fields: Any) -> tuple[ChatReply, RequestOutput]:
     """A reply whose model has said `text`."""
     body = ChatBody(messages=TALK, tools=[WEATHER], **fields)
-    reply = ChatReply(body, Job([1], SamplingParams()), Text(ascii_tokenizer()), "tiny", "hermes", None)
+    reply = ChatReply(body, Job([1], SamplingParams()), Text(ascii_tokenizer(), 512), "tiny", "hermes", None)
     said = CompletionOutput(0, text, [1, 2], None, FinishReason.STOP)
     return reply, RequestOutput("r0", None, [1], [said], True)
 
@@ -145,7 +145,8 @@ def test_arguments_of_earlier_calls_reach_the_template_as_objects():
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     odd = {"id": "c2", "type": "function", "function": {"name": "f", "arguments": "{"}}
     message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call, odd]})
-    arguments = [made["function"]["arguments"] for made in message.rendered("messages.0")["tool_calls"]]
+    (rendered,), _ = conversation([message], None)
+    arguments = [made["function"]["arguments"] for made in rendered["tool_calls"]]
     assert arguments == [{"a": 1}, "{"]
 
 

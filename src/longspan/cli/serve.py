@@ -5,6 +5,7 @@ It owns the options and what is said at start; serving is the server's.
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from typing import Annotated
@@ -24,6 +25,13 @@ Queue = Annotated[
     int, typer.Option("--max-queued-requests", help="completions that may wait beyond --max-num-seqs; then 429")
 ]
 BodyBytes = Annotated[str, typer.Option("--max-body-bytes", help="largest request body; k, M, G are 1024-based")]
+ModelBodyBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--max-body-bytes",
+        help="largest request body; k, M, G are 1024-based; default: what the longest prompt can need, 2M to 64M",
+    ),
+]
 Timeout = Annotated[float | None, typer.Option("--request-timeout", help="seconds a request may take; default: any")]
 ToolParser = Annotated[
     str | None, typer.Option("--tool-call-parser", help="form of tool calls; default: what the chat template tells")
@@ -37,7 +45,7 @@ def serve(
     api_key: ApiKey = None,
     served_model_name: ServedName = None,
     max_queued_requests: Queue = 512,
-    max_body_bytes: BodyBytes = "64M",
+    max_body_bytes: ModelBodyBytes = None,
     request_timeout: Timeout = None,
     tool_call_parser: ToolParser = None,
     role: transfer.Role = None,
@@ -55,7 +63,8 @@ def serve(
     from longspan.server.run import serve as run
 
     options = ServeOptions(
-        host, port, api_key, served_model_name, max_queued_requests, parse_bytes("max_body_bytes", max_body_bytes),
+        host, port, api_key, served_model_name, max_queued_requests,
+        None if max_body_bytes is None else parse_bytes("max_body_bytes", max_body_bytes),
         request_timeout, tool_call_parser,
     )  # fmt: skip
     pairing = transfer.transfer_config(role, transfer_host or host, transfer_port, prefill_peers, transfer_token_file)
@@ -68,6 +77,8 @@ def serve(
         service = make_service(config, options)
 
     def ready(server: Server) -> None:
+        gc.collect()
+        gc.freeze()  # collections during a large body need not walk all that has been loaded
         setup = service.engine.setup
         for line in (
             kv_cache_line(setup), *setup.notes,

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -29,11 +29,15 @@ from yarl import URL
 from longspan.disaggregation.balance import Balance, blocks_of
 from longspan.disaggregation.instances import Instance, Instances
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, sign
-from longspan.errors import EngineUnavailable
+from longspan.errors import EngineUnavailable, RequestError
+from longspan.server.bodies import INLINE_BYTES, JsonBounds
 from longspan.server.errors import Problem, problem_of
 from longspan.server.generation import Json
 from longspan.server.middleware import BodyLimit, KeyCheck
+from longspan.server.options import HttpLimits
+from longspan.server.protocol import HttpConfig
 
+_BOUNDS = JsonBounds(values=1 << 23)  # the length of a model is its instances' to check
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _POSTED = (*_GENERATING, "/tokenize", "/detokenize")
 _READ = ("/v1/models", "/version", "/openapi.json", "/docs")
@@ -56,6 +60,7 @@ class RouteOptions:
     api_key: str | None = None
     wait_seconds: float = 60.0
     max_body_bytes: int = 64 << 20
+    http: HttpLimits = field(default_factory=HttpLimits)
 
 
 class Router:
@@ -71,7 +76,7 @@ class Router:
     async def forward(self, request: Request) -> Response:
         """The answer of a decode instance."""
         body = await request.body()
-        prompt = _prompt(body) if request.scope["path"] in _GENERATING else b""
+        prompt = await _prompt_of(body) if request.scope["path"] in _GENERATING else b""
         blocks = blocks_of(prompt)
         decoders = {instance.url: instance for instance in self._instances.alive("decode")}
         prefillers = {instance.url: instance for instance in self._instances.alive("prefill")}
@@ -222,9 +227,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
     ) as session:  # fmt: skip
         await instances.wait(session, options.wait_seconds)
         app = build_router(Router(instances, session), options)
-        server = uvicorn.Server(
-            uvicorn.Config(app, host=options.host, port=options.port, log_level="warning", access_log=False)
-        )
+        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http))
         watching = asyncio.create_task(instances.watch(session))
         announcing = asyncio.create_task(_announce(server, on_ready))
         try:
@@ -253,11 +256,17 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
+async def _prompt_of(body: bytes) -> bytes:
+    """See `_prompt`; a long one does not hold up other requests."""
+    return _prompt(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_prompt, body)
+
+
 def _prompt(body: bytes) -> bytes:
     """What of a body decides which pages it needs; what is no request has none, and the decode instance says why."""
     try:
+        _BOUNDS.check([body])
         values = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (RequestError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return b""
     found = (values.get("messages") or values.get("prompt")) if isinstance(values, dict) else None
     return found.encode(errors="replace") if isinstance(found, str) else msgspec.json.encode(found) if found else b""

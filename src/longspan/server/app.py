@@ -13,28 +13,33 @@ from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
 from longspan import __version__
+from longspan.disaggregation.signature import SIGNATURE_HEADER
 from longspan.errors import LongspanError
 from longspan.server.async_engine import AsyncEngine
+from longspan.server.bodies import BodyReader, JsonBounds
 from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
-from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation
-from longspan.server.fields import GenerationBody
-from longspan.server.generation import Json, respond
+from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation, shortened
+from longspan.server.fields import Body, GenerationBody
+from longspan.server.generation import CLIENT_GONE, Json, respond
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import ServeOptions
 from longspan.server.state import state_of
 from longspan.server.text import Text
 from longspan.server.tokens import DetokenizeBody, TokenizeBody
 
+_ESCAPED_BYTES = 6  # \\u0001 for one byte
+_ID_BYTES = 8  # digits, comma and space of a token id
+_LEAST_BODY, _LARGEST_BODY = 2 << 20, 64 << 20
 _LOG = logging.getLogger("longspan.server")
 _ERROR_BODY = {"application/json": {"example": Problem(400, "field=value: what is wrong; remedy").body()}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -60,40 +65,84 @@ class Service:
     def check_model(self, asked: str | None) -> None:
         """Raise `HttpError` for a model that is not served."""
         if asked is not None and asked != self.model:
-            raise HttpError(404, "model_not_found", "model", repr(asked), "is not served here", f"use {self.model!r}")
+            value = shortened(asked)
+            raise HttpError(404, "model_not_found", "model", value, "is not served here", f"use {self.model!r}")
+
+    def check_room(self) -> None:
+        """Raise `QueueFull` if too much waits already. What is being tokenised counts: it is about to be queued."""
+        self.engine.check_room(ahead=self.text.num_pending)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """As given, or what the longest prompt can need."""
+        if self.options.max_body_bytes is not None:
+            return self.options.max_body_bytes
+        ids = self.engine.setup.max_model_len * _ID_BYTES
+        return min(max(self.text.max_bytes * _ESCAPED_BYTES, ids, _LEAST_BODY), _LARGEST_BODY)
 
 
-class _Route(APIRoute):
-    """Bodies are decoded strictly: no NaN, no lone surrogates, no invalid UTF-8 gets in."""
+class _ParsedRequest(Request):
+    """A request whose body has been read and checked."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        handle = super().get_route_handler()
+    def __init__(self, request: Request, parsed: Body, raw: bytes) -> None:
+        super().__init__(request.scope, request.receive)
+        self._parsed = parsed
+        # kept only where something in it is signed: a long prompt would be held until its answer ends
+        self._raw = raw if SIGNATURE_HEADER in request.headers else b"{}"
 
-        async def strictly(request: Request) -> Response:
-            return await handle(_StrictRequest(request.scope, request.receive))
+    async def body(self) -> bytes:
+        """As it was received if it is signed, else not empty, which is all that is asked for."""
+        return self._raw
 
-        return strictly
-
-
-class _StrictRequest(Request):
     async def json(self) -> Any:
-        body = await self.body()
-        try:
-            return msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise HTTPException(400, f"body: is no valid JSON ({error}); send one JSON object in UTF-8") from error
+        """An instance of the endpoint's type, which passes its validation as it is."""
+        return self._parsed
+
+
+def _route_class(reader: BodyReader) -> type[APIRoute]:
+    """Routes whose bodies are read strictly (no NaN, no lone surrogates, no invalid UTF-8) and within bounds."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+            handle = super().get_route_handler()
+            kind: Any = self.body_field.field_info.annotation if self.body_field else None  # a `Body`
+
+            async def read_and_handle(request: Request) -> Response:
+                if kind is None:
+                    return await handle(request)
+                _require_json(request)
+                try:
+                    raw = b"".join([part async for part in request.stream()])
+                except ClientDisconnect:
+                    return Response(status_code=CLIENT_GONE)
+                return await handle(_ParsedRequest(request, await reader.parse(raw, kind), raw))
+
+            return read_and_handle
+
+    return Route
+
+
+def _require_json(request: Request) -> None:
+    """A form's types are refused: a page of another site may send those without asking."""
+    given = request.headers.get("content-type", "")
+    media = given.partition(";")[0].strip().lower()
+    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+        raise HttpError(
+            400, "invalid_content_type", "Content-Type", shortened(given), "is not JSON's", "send application/json"
+        )
 
 
 def build_app(service: Service) -> FastAPI:
     """The application over an engine that somebody else starts and ends."""
     app = FastAPI(title="Longspan", version=__version__, redoc_url=None)
-    app.router.route_class = _Route
+    bounds = JsonBounds.of_model(service.engine.setup.max_model_len)
+    app.router.route_class = _route_class(BodyReader(bounds))
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_models(app, service)
     _add_probes(app, service)
     _add_errors(app, service)
-    app.add_middleware(BodyLimit, max_bytes=service.options.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     if service.options.api_key:
         app.add_middleware(KeyCheck, api_key=service.options.api_key)
     return app
@@ -102,7 +151,7 @@ def build_app(service: Service) -> FastAPI:
 def _add_generation(app: FastAPI, service: Service) -> None:
     def streams(body: GenerationBody) -> bool:
         service.check_model(body.model)
-        service.engine.check_room()
+        service.check_room()
         return bool(body.stream)
 
     @app.post("/v1/completions", responses=_ANSWERS, tags=["OpenAI"])
@@ -125,12 +174,14 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a text or a conversation."""
         service.check_model(body.model)
+        service.check_room()
         return Json(await body.answer(service.text, service.engine.setup.max_model_len))
 
     @app.post("/detokenize", responses=_ANSWERS, tags=["tokens"])
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids."""
         service.check_model(body.model)
+        service.check_room()
         return Json({"prompt": await service.text.decode(body.tokens)})
 
 

@@ -198,14 +198,15 @@ class AsyncEngine:
         )  # fmt: skip
         call.event.set()
 
-    def check_room(self, wanted: int = 1) -> None:
+    def check_room(self, wanted: int = 1, ahead: int = 0) -> None:
         """Raise `QueueFull`, or `EngineUnavailable` of a server that ends, if so many completions cannot be taken.
 
-        Called once more before a prompt is tokenised: no work goes into a request that would be refused.
+        Called once more before a prompt is tokenised: no work goes into a request that would be refused. `ahead` are
+        those that are being tokenised.
         """
         if self._draining:
             raise _shutting_down()
-        held = sum(len(self._tracker.numbers(request_id)) for request_id in self._calls)
+        held = ahead + sum(len(self._tracker.numbers(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
             raise RequestError(
                 "n",

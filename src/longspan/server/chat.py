@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from longspan.errors import RequestError
 from longspan.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from longspan.server.async_engine import Job
+from longspan.server.bodies import JsonBounds
 from longspan.server.errors import shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.grammar import grammar_of
 from longspan.server.replies import Cursor, Identity, News, usage
-from longspan.server.text import Text
+from longspan.server.text import Conversation, Text
 from longspan.server.tools import ToolCall, ToolParser
 
 _MAX_TOP_LOGPROBS = 20
+_MAX_MESSAGES = 1 << 16  # a template takes some 10 us for each, and at least three tokens
+_MAX_PARTS = 1 << 12  # of one message's content; clients send one for each file or quotation
+_MAX_TOOLS = 1 << 10  # OpenAI takes 128
+_MAX_FIELDS = 64  # of a message, of a template's options, of metadata; OpenAI's messages have six
 
 
 class Message(BaseModel):
@@ -32,7 +39,14 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=_MAX_PARTS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise PydanticCustomError("too_long", f"holds more than {_MAX_FIELDS} fields")
+        return value
 
     def rendered(self, place: str) -> dict[str, Any]:
         """As templates want it: `content` is one text. Raises `RequestError` for parts that are not text."""
@@ -44,17 +58,34 @@ class Message(BaseModel):
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise RequestError(f"{place}.content", shortened(part), "is not text", "send text parts only")
             fields["content"] = "".join(part["text"] for part in self.content)
-        for call in fields.get("tool_calls") or ():
-            _parse_arguments(call)
         return {"content": "", **fields}
 
 
-def _parse_arguments(call: Any) -> None:
-    """Clients send arguments as JSON text, templates want the object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        with suppress(ValueError):
+def _parse_arguments(place: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Clients send arguments of tool calls as JSON text, templates want the object. What is no JSON stays a text."""
+    functions = [
+        function
+        for message in messages
+        for call in _listed(message.get("tool_calls"))
+        if isinstance(call, dict) and isinstance(function := call.get("function"), dict)
+        if isinstance(function.get("arguments"), str)
+    ]
+    # within a body's strings there may be as much JSON again: all of it together has the bounds of one body
+    JsonBounds().check([function["arguments"].encode(errors="replace") for function in functions], place)
+    for function in functions:
+        with suppress(ValueError, RecursionError):
             function["arguments"] = json.loads(function["arguments"])
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> Conversation:
+    """Messages and tools as templates want them. Raises `RequestError`."""
+    rendered = [message.rendered(f"messages.{number}") for number, message in enumerate(messages)]
+    _parse_arguments("messages.tool_calls", rendered)
+    return rendered, [tool.model_dump(exclude_none=True) for tool in tools or ()]
 
 
 class Function(Body):
@@ -77,6 +108,12 @@ class Tool(Body):
     function: Function
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=_MAX_TOOLS)]
+_Metadata = Annotated[dict[str, str], Field(max_length=_MAX_FIELDS)]
+TemplateOptions = Annotated[dict[str, Any], Field(max_length=_MAX_FIELDS)]
+
+
 class NamedFunction(Body):
     """The function that must be called."""
 
@@ -93,31 +130,34 @@ class NamedTool(Body):
 class ChatBody(GenerationBody):
     """The body of a chat completion."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_tokens: int | None = Field(default=None, description="older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(default=None, description="default: until the context is full")
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="taken, not used")
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="not OpenAI's: for the template")
+    chat_template_kwargs: TemplateOptions | None = Field(default=None, description="not OpenAI's: for the template")
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
-    metadata: dict[str, str] | None = Field(default=None, description="taken, not used")
+    metadata: _Metadata | None = Field(default=None, description="taken, not used")
     store: bool | None = Field(default=None, description="taken, not used")
     reasoning_effort: str | None = Field(default=None, description="taken, not used")
     verbosity: str | None = Field(default=None, description="taken, not used")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=_MAX_FIELDS)] | None = None
 
     async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
         """The answer to be filled. Raises `RequestError`."""
-        messages = [message.rendered(f"messages.{number}") for number, message in enumerate(self.messages)]
         forced = self._forced()
+        if forced or self.response_format:  # a grammar is made, which may take long
+            params = await text.run(self.num_bytes, lambda: self._params(forced))
+        else:
+            params = self._params(None)
         tools = None if self.tool_choice == "none" or not self.tools else self.tools
-        described = [tool.model_dump(exclude_none=True) for tool in tools or ()]
-        tokens = await text.chat(messages, described, self.chat_template_kwargs or {})
+        talk = partial(conversation, self.messages, tools)
+        tokens = await text.chat(talk, self.chat_template_kwargs or {}, self.num_bytes)
         parse = tool_format if tools and forced is None else None
-        return ChatReply(self, Job(tokens, self._params(forced)), text, model, parse, forced)
+        return ChatReply(self, Job(tokens, params), text, model, parse, forced)
 
     def _params(self, forced: Function | None) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -139,8 +179,8 @@ class ChatBody(GenerationBody):
         if isinstance(choice, NamedTool):
             if choice.function.name not in known:
                 raise RequestError(
-                    "tool_choice.function.name", repr(choice.function.name), "is not among the tools",
-                    f"use one of {', '.join(known) or 'none: tools is empty'}",
+                    "tool_choice.function.name", shortened(choice.function.name), "is not among the tools",
+                    f"use one of {shortened(list(known))}" if known else "give tools",
                 )  # fmt: skip
             return known[choice.function.name]
         if len(known) == 1:

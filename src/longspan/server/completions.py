@@ -6,7 +6,8 @@ It owns the body and the answer's shape; sampling and streaming are common to al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -19,14 +20,14 @@ from longspan.server.text import Text
 
 _DEFAULT_MAX_TOKENS = 16
 _MAX_PROMPTS = 1024
+Prompt = TypeVar("Prompt")
+_Prompts = Annotated[list[Prompt], Field(fail_fast=True, max_length=_MAX_PROMPTS)]
 
 
 class CompletionBody(GenerationBody):
     """The body of a completion."""
 
-    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)] = (
-        Field(description="text, token ids, or a list of either")
-    )
+    prompt: str | Ids | _Prompts[str] | _Prompts[Ids] = Field(description="text, token ids, or a list of either")
     max_tokens: int | None = Field(default=None, description="default 16; 0 is allowed")
     max_completion_tokens: int | None = Field(default=None, description="the chats' name of max_tokens")
     logprobs: int | None = Field(default=None, description="that many alternatives a token")
@@ -44,7 +45,10 @@ class CompletionBody(GenerationBody):
             raise RequestError("best_of", self.best_of, "is supported only if equal to n", "leave it out")
         given = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
-        params = self.sampling(max_tokens, self.logprobs, prompt_logprobs=self.logprobs if self.echo else None)
+        prompt_logprobs = self.logprobs if self.echo else None
+        sampling = partial(self.sampling, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
+        # a grammar may take long to make
+        params = await text.run(self.num_bytes, sampling) if self.response_format else sampling()
         special = self.add_special_tokens is not False
         jobs: list[Job] = []
         for prompt in self._prompts():
@@ -61,8 +65,6 @@ class CompletionBody(GenerationBody):
             return [prompt]
         if not prompt:
             raise RequestError("prompt", "[]", "is empty", "give at least one token")
-        if len(prompt) > _MAX_PROMPTS and not isinstance(prompt[0], int):
-            raise RequestError("prompt", f"[{len(prompt)} prompts]", f"holds more than {_MAX_PROMPTS}", "send fewer")
         if isinstance(prompt[0], int):
             return [prompt]
         return prompt

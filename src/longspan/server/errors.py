@@ -98,7 +98,7 @@ def _path(error: Mapping[str, Any], body: object) -> list[str]:
             body = body[part]
         else:
             continue
-        path.append(str(part))
+        path.append(cut(str(part)))
     return path
 
 
@@ -108,5 +108,9 @@ def _lowered(text: str) -> str:
 
 def shortened(value: object) -> str:
     """A value's text, cut to a length a message can hold."""
-    text = _BRIEF.repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return cut(_BRIEF.repr(value))
+
+
+def cut(text: str, most: int = _SHOWN) -> str:
+    """A text's beginning, if it is longer."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -5,16 +5,18 @@ It owns names, types and defaults; ranges are checked by the sampling parameters
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from longspan.errors import RequestError
 from longspan.request import SamplingParams
+from longspan.server.errors import shortened
 from longspan.server.grammar import grammar_of
 
 _MAX_N = 128
 _MAX_LOGPROBS = 20
+_MAX_DIGITS = 20  # of a token id; Python refuses to read thousands of them
 _SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
@@ -29,6 +31,30 @@ class Body(BaseModel):
     """A JSON object whose unknown fields are refused by name, and whose types are what they say."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    _num_bytes: int = PrivateAttr(0)
+
+    @classmethod
+    def of(cls, values: Any, num_bytes: int) -> Self:
+        """The fields that a JSON text of so many bytes holds. Raises pydantic's `ValidationError`."""
+        body = cls.model_validate(values)
+        body._num_bytes = num_bytes
+        return body
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the JSON text it came from, 0 if it came from none."""
+        return self._num_bytes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown_field_only(cls, value: Any) -> Any:
+        """Without this, each of a million unknown fields would be an error of its own, at microseconds each."""
+        if not isinstance(value, dict):
+            return value
+        names = [field.alias or name for name, field in cls.model_fields.items()]
+        known = {name: value[name] for name in names if name in value}
+        unknown = next((name for name in value if name not in known), None)
+        return known if unknown is None else {**known, unknown: value[unknown]}
 
 
 class StreamOptions(Body):
@@ -124,8 +150,8 @@ class GenerationBody(Body):
     def _bias(self) -> tuple[tuple[int, float], ...]:
         pairs: list[tuple[int, float]] = []
         for token, bias in (self.logit_bias or {}).items():
-            if not token.isascii() or not token.isdigit():
-                raise RequestError("logit_bias", repr(token), "is no token id", "give ids as decimal strings")
+            if not token.isascii() or not token.isdigit() or len(token) > _MAX_DIGITS:
+                raise RequestError("logit_bias", shortened(token), "is no token id", "give ids as decimal strings")
             if not -100 <= bias <= 100:
                 raise RequestError(f"logit_bias.{token}", bias, "must be in [-100, 100]", "change it")
             pairs.append((int(token), bias))

@@ -26,7 +26,7 @@ from longspan.server.errors import HttpError, problem_of
 from longspan.server.replies import Reply, usage
 
 _KEEP_ALIVE = b": keep-alive\n\n"  # for proxies that lose patience in a long prefill
-_CLIENT_GONE = 499  # nginx's; nobody reads it
+CLIENT_GONE = 499  # nginx's; nobody reads it
 _LOG = logging.getLogger("longspan.server")
 
 Updates = AsyncGenerator[list[RequestOutput], None]
@@ -103,7 +103,7 @@ async def _whole(reply: Reply, outputs: Sequence[RequestOutput], updates: Update
     try:
         await asyncio.wait({finishing, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not finishing.done():
-            return Response(status_code=_CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
         finishing.result()
         return Json(reply.whole(outputs))
     finally:

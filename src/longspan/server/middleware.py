@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hmac
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longspan.errors import LongspanError, QueueFull
 from longspan.server.errors import HttpError, problem_of
 from longspan.server.generation import Json
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
+_SMALL_BODY = 64 << 10  # uvicorn holds as much of each connection in any case
+_LARGEST_BODIES = 8  # of the largest size in flight together
+_LEAST_HELD = 64 << 20
 
 
 class KeyCheck:
@@ -38,11 +43,14 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """413 for a body over the limit, whether it says so itself or only turns out to be."""
+    """413 for a body over the limit, whether it says so itself or only turns out to be; 429 while the bodies of the
+    requests in flight exceed theirs. Small bodies always get in: the number of connections bounds them."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int | None = None) -> None:
         self._app = app
         self._max = max_bytes
+        self._max_held = held_bytes(max_bytes) if max_held_bytes is None else max_held_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, counting."""
@@ -50,32 +58,58 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max:
-            await _refuse(self._error(declared.decode()), scope, receive, send)
+        if declared.isdigit() and len(declared) < 20 and int(declared) > self._max:
+            await _refuse(self._too_large(declared.decode()), scope, receive, send)
             return
-        seen = 0
+        seen = held = 0
+        refusal: LongspanError | None = None
 
         async def counted() -> Message:
-            nonlocal seen
+            nonlocal seen, held, refusal
             message = await receive()
             seen += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if seen > self._max else message
+            if seen > self._max:
+                refusal = self._too_large(f"more than {self._max}")
+            elif seen > _SMALL_BODY and refusal is None:
+                if self._held + seen - held > self._max_held:
+                    refusal = self._too_many()
+                else:
+                    self._held += seen - held
+                    held = seen
+            return {"type": "http.disconnect"} if refusal else message
 
-        async def unless_too_large(message: Message) -> None:
-            if seen <= self._max:
+        async def unless_refused(message: Message) -> None:
+            if refusal is None:
                 await send(message)
 
-        await self._app(scope, counted, unless_too_large)
-        if seen > self._max:  # whatever the application made of a body that broke off
-            await _refuse(self._error(f"more than {self._max}"), scope, receive, send)
+        try:
+            await self._app(scope, counted, unless_refused)
+        except ClientDisconnect:
+            if refusal is None:
+                raise
+        finally:
+            self._held -= held
+        if refusal is not None:  # whatever the application made of a body that broke off
+            await _refuse(refusal, scope, receive, send)
 
-    def _error(self, size: str) -> HttpError:
+    def _too_large(self, size: str) -> HttpError:
         return HttpError(
             413, "body_too_large", "body", f"{size} bytes", f"exceeds the {self._max} bytes this server takes",
             "send less, or raise --max-body-bytes",
         )  # fmt: skip
 
+    def _too_many(self) -> QueueFull:
+        return QueueFull(
+            "bodies", f"{self._held} bytes", f"of requests are in flight, of at most {self._max_held}",
+            "try again in a moment, or raise --max-body-bytes, of which that is a multiple",
+        )  # fmt: skip
 
-async def _refuse(error: HttpError, scope: Scope, receive: Receive, send: Send) -> None:
+
+def held_bytes(max_body_bytes: int) -> int:
+    """How many bytes of bodies may be in flight together."""
+    return max(_LARGEST_BODIES * max_body_bytes, _LEAST_HELD)
+
+
+async def _refuse(error: LongspanError, scope: Scope, receive: Receive, send: Send) -> None:
     problem = problem_of(error)
     await Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))(scope, receive, send)

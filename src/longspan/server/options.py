@@ -5,24 +5,47 @@ It owns the fields and their checks; it must not import the engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longspan.config import require
 
 
 @dataclass(frozen=True)
+class HttpLimits:
+    """What one connection may take before its request is complete; the same in the server and the router."""
+
+    max_header_bytes: int = 64 << 10  # of the request line and headers together; of trailers as well; then 431
+    header_seconds: float = 30.0  # from the first byte of a request to the end of its headers; then 408
+    body_seconds: float = 600.0  # from the end of the headers to the end of the body; then 408
+    stall_seconds: float = 30.0  # the window in which a body must keep its pace; then 408
+    min_body_rate: int = 1024  # bytes a second, on average over a window
+    keep_alive_seconds: int = 60  # an idle connection is closed after these
+    linger_seconds: float = 5.0  # a refused client may go on sending for so long, so that it reads the answer
+    max_connections: int | None = None  # None: what the process may open (`ulimit -n`), less a reserve
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_header_bytes", "header_seconds", "body_seconds", "stall_seconds", "min_body_rate",
+            "keep_alive_seconds", "linger_seconds",
+        ):  # fmt: skip
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive", "give more")
+        if self.max_connections is not None:
+            require(self.max_connections > 0, "max_connections", self.max_connections, "must be positive", "give more")
+
+
+@dataclass(frozen=True)
 class ServeOptions:
-    """`max_queued_requests` completions wait beyond those that run; `max_body_bytes` bounds a request's body;
-    `request_timeout` is in seconds, None for no limit; `tool_call_parser` None is what the chat template tells."""
+    """Address, key and bounds of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
-    served_model_name: str | None = None
-    max_queued_requests: int = 512
-    max_body_bytes: int = 64 << 20
-    request_timeout: float | None = None
-    tool_call_parser: str | None = None
+    served_model_name: str | None = None  # None: the model as it was given
+    max_queued_requests: int = 512  # completions that wait beyond those that run
+    max_body_bytes: int | None = None  # of one request; None: what the model's longest prompt can need
+    request_timeout: float | None = None  # seconds; None for no limit
+    tool_call_parser: str | None = None  # None: what the chat template tells
+    http: HttpLimits = field(default_factory=HttpLimits)
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "port", self.port, "is no port", "give 0..65535; 0 takes a free one")
@@ -31,7 +54,8 @@ class ServeOptions:
             self.max_queued_requests >= 0, "max_queued_requests", self.max_queued_requests, "must not be negative",
             "0 refuses what cannot run at once",
         )  # fmt: skip
-        require(self.max_body_bytes >= 1, "max_body_bytes", self.max_body_bytes, "must be positive", "give bytes")
+        if self.max_body_bytes is not None:
+            require(self.max_body_bytes >= 1, "max_body_bytes", self.max_body_bytes, "must be positive", "give bytes")
         if self.request_timeout is not None:
             require(
                 self.request_timeout > 0, "request_timeout", self.request_timeout, "must be positive",

@@ -22,6 +22,7 @@ from longspan.server.app import Service, build_app
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.metrics import Metrics
 from longspan.server.options import ServeOptions
+from longspan.server.protocol import HttpConfig
 from longspan.server.text import Text
 from longspan.server.tools import TOOL_FORMATS, detect_format
 from longspan.weights.tokenizer import load_tokenizer
@@ -61,7 +62,8 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
     model = options.served_model_name or config.model
     metrics = Metrics(model, setup.pages_per_shard)
     engine = AsyncEngine(setup, tokenizer, metrics, options.max_queued_requests, options.request_timeout)
-    return Service(engine, Text(tokenizer), options, model, _tool_format(options, tokenizer), time.monotonic())
+    text = Text(tokenizer, setup.max_model_len)
+    return Service(engine, text, options, model, _tool_format(options, tokenizer), time.monotonic())
 
 
 async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
@@ -69,10 +71,7 @@ async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
     with _ended_by_sigterm():
         await service.engine.start()
     options = service.options
-    config = uvicorn.Config(
-        build_app(service), host=options.host, port=options.port, log_level="warning", access_log=False,
-        timeout_keep_alive=60,
-    )  # fmt: skip
+    config = HttpConfig(build_app(service), options.host, options.port, options.http)
     server = Server(config, service.engine)
     tasks = [asyncio.create_task(_announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
     try:

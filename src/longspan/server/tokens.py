@@ -5,10 +5,11 @@ It owns both bodies; the tokenizer is the text's.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from longspan.errors import RequestError
-from longspan.server.chat import Message, Tool
+from longspan.server.chat import Messages, TemplateOptions, Tools, conversation
 from longspan.server.fields import Body, Ids
 from longspan.server.text import Text
 
@@ -18,21 +19,19 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
     async def answer(self, text: Text, max_model_len: int) -> dict[str, Any]:
         """Ids, how many, and how many a request may have. Raises `RequestError`."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("prompt", repr(self.prompt), "and messages exclude each other", "give one of the two")
         if self.messages is not None:
-            messages = [message.rendered(f"messages.{number}") for number, message in enumerate(self.messages)]
-            tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
             options = {"add_generation_prompt": self.add_generation_prompt, **(self.chat_template_kwargs or {})}
-            tokens = await text.chat(messages, tools, options)
+            tokens = await text.chat(partial(conversation, self.messages, self.tools), options, self.num_bytes)
         else:
             tokens = await text.encode(self.prompt or "", self.add_special_tokens)
         return {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens}

@@ -1,0 +1,99 @@
+"""From the bytes of a body to its checked fields, in bounded time.
+
+It owns the bounds on JSON's form and the thread for large bodies; what the fields mean is theirs.
+
+Decoding and checking each run in one C call that holds the interpreter, in a thread as well. So the bytes are counted
+first: whatever passes is decoded and checked within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from longspan.errors import RequestError
+from longspan.server.fields import Body
+
+INLINE_BYTES = 32 << 10  # takes less time than a thread would cost
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_STEP_OF = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+@dataclass(frozen=True)
+class JsonBounds:
+    """How much JSON one body may hold. The defaults take about 0.2 s to decode and check, whatever they hold."""
+
+    values: int = 1 << 20  # in lists and objects together
+    containers: int = 1 << 18  # lists and objects; a chat of 65,536 messages in parts has 196,608
+    names: int = 1 << 18  # of fields; each new one is hashed and kept
+    depth: int = 128  # schemas that grammars can follow have a tenth
+
+    @staticmethod
+    def of_model(max_model_len: int) -> JsonBounds:
+        """With room for a prompt of token ids as long as the model takes, and for all else."""
+        return JsonBounds(values=max(JsonBounds.values, max_model_len + (1 << 16)))
+
+    def check(self, texts: Sequence[bytes], field: str = "body") -> None:
+        """Raise `RequestError` for texts that hold more together. What is no JSON may pass: decoding it ends early."""
+        if sum(raw.count(b",") + raw.count(b"[") + raw.count(b"{") for raw in texts) <= self.depth:
+            return  # most bodies: no bound can be exceeded
+        commas = containers = names = depth = 0
+        for raw in texts:
+            bare = _without_strings(raw, self.values, field)
+            brackets = bare.translate(None, _NO_BRACKETS)
+            opened = brackets.count(b"[") + brackets.count(b"{")
+            commas, containers, names = commas + bare.count(b","), containers + opened, names + bare.count(b":")
+            if opened > self.depth and containers <= self.containers:
+                depth = max(depth, max(accumulate(map(_STEP_OF.__getitem__, brackets))))
+        _require(commas + containers, self.values, field, "values")
+        _require(containers, self.containers, field, "lists and objects")
+        _require(names, self.names, field, "named fields")
+        _require(depth, self.depth, field, "levels of lists and objects")
+
+
+def _without_strings(raw: bytes, most: int, field: str) -> bytes:
+    """What of JSON is outside of its strings. Backslashes occur in strings only, each with what it escapes."""
+    plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    _require(plain.count(b'"') // 2, 2 * most, field, "texts and names")
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _require(found: int, most: int, field: str, kind: str) -> None:
+    if found > most:
+        raise RequestError(field, f"[{found} {kind}]", f"holds more than {most} {kind}", "send less at once")
+
+
+class BodyReader:
+    """Decodes and checks bodies: small ones at once, others one after another in a thread."""
+
+    def __init__(self, bounds: JsonBounds) -> None:
+        self._bounds = bounds
+        self._thread = ThreadPoolExecutor(1, "longspan-bodies")
+
+    async def parse(self, raw: bytes, kind: type[AnyBody]) -> AnyBody:
+        """The fields. Raises `RequestError`, `HTTPException` or `RequestValidationError`."""
+        if len(raw) <= INLINE_BYTES:
+            return self._parse(raw, kind)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, raw, kind)
+
+    def _parse(self, raw: bytes, kind: type[AnyBody]) -> AnyBody:
+        self._bounds.check([raw])
+        try:
+            values: Any = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise HTTPException(400, f"body: is no valid JSON ({error}); send one JSON object in UTF-8") from error
+        try:
+            return kind.of(values, len(raw))
+        except ValidationError as error:
+            errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+            raise RequestValidationError(errors, body=values) from None

@@ -1,0 +1,239 @@
+"""The HTTP connection with bounds: bytes of headers, time for headers and body, number of connections.
+
+It owns what happens before a request reaches the application; limits on bodies are the middleware's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from enum import Enum, auto
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from longspan.server.errors import Problem
+from longspan.server.options import HttpLimits
+
+_BACKLOG = 256  # connections that one turn of the event loop may accept before the first of them is counted
+_RESERVE = 128  # open files that are no connections: sockets of the core, logs, libraries, templates
+_MOST_CONNECTIONS = 8192  # with a head of 64 KiB each: half a gigabyte
+_LOG_SECONDS = 10.0
+_LOG = logging.getLogger("longspan.server")
+
+
+def connections_allowed(limits: HttpLimits) -> int:
+    """How many connections may be open at once."""
+    if limits.max_connections is not None:
+        return limits.max_connections
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return min(max(files - _BACKLOG - _RESERVE, files // 4, 1), _MOST_CONNECTIONS)
+
+
+class HttpConfig(uvicorn.Config):
+    """What the server and the router listen with."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int, limits: HttpLimits) -> None:
+        super().__init__(
+            app, host=host, port=port, log_level="warning", access_log=False, http=BoundedProtocol, ws="none",
+            timeout_keep_alive=limits.keep_alive_seconds, backlog=_BACKLOG,
+        )  # fmt: skip
+        self.limits = limits
+        self.door = Door(connections_allowed(limits))
+
+
+class _Phase(Enum):
+    """What a connection waits for."""
+
+    IDLE = auto()  # nothing, or the next request
+    HEAD = auto()  # the rest of a request line and headers
+    BODY = auto()  # the rest of a body
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which by itself takes endless headers and waits for ever."""
+
+    def __init__(
+        self,
+        config: HttpConfig,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = config.limits
+        self._door = config.door
+        self._refused = False
+        self._progress = False  # the parser has found more than a part of a head or trailer
+        self._quiet = 0  # bytes since the parser last made progress
+        self._enter(_Phase.HEAD)
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether the server has nothing to do for this connection until its client sends more."""
+        return not self.pipeline if self._phase is _Phase.BODY else not self._is_answering
+
+    @property
+    def waited(self) -> tuple[bool, float]:
+        """A key that sorts connections by how long they wait, those within a body last."""
+        return self._phase is _Phase.BODY, self._since
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        limits = self._limits
+        self._interval = min(limits.header_seconds, limits.stall_seconds) / 4
+        self._timer = self.loop.call_later(self._interval, self._watch)
+        self._door.admit(self, self.connections)  # type: ignore[arg-type]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self._refused:
+            return
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.HEAD)
+        room = self._limits.max_header_bytes - self._quiet
+        if self._phase is _Phase.HEAD and len(data) > room:
+            self._feed(data[:room])
+            data = data[room:]
+        if not (self._refused or self.transport.is_closing()):
+            self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        self._progress = False
+        super().data_received(data)
+        self._quiet = 0 if self._progress else self._quiet + len(data)
+        most = self._limits.max_header_bytes
+        if self._quiet >= most and not self._refused:
+            message = f"headers: exceed the {most} bytes this server takes; send fewer or shorter ones"
+            self._refuse(Problem(431, message, code="headers_too_large"))
+
+    def on_message_begin(self) -> None:
+        """See uvicorn."""
+        super().on_message_begin()
+        if self._phase is not _Phase.HEAD:  # pipelined behind another request
+            self._enter(_Phase.HEAD)
+
+    def on_headers_complete(self) -> None:
+        """See uvicorn."""
+        self._enter(_Phase.BODY)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See uvicorn."""
+        self._progress = True
+        self._window_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See uvicorn."""
+        self._enter(_Phase.IDLE)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn. Who was answered before the end of the body may not go on sending for long."""
+        super().on_response_complete()
+        if self._phase is _Phase.BODY:
+            self.loop.call_later(self._limits.linger_seconds, self._end_unread, self._since)
+
+    def _end_unread(self, since: float) -> None:
+        if self._phase is _Phase.BODY and self._since == since:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn."""
+        self._refuse(Problem(400, f"request: is no valid HTTP ({msg.rstrip('.')}); change it", code="invalid_http"))
+
+    @property
+    def _is_answering(self) -> bool:
+        return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._since = self._window = self.loop.time()
+        self._window_bytes = 0
+        self._progress = True
+
+    def _watch(self) -> None:
+        """Refuse a request that does not come to its end."""
+        if self._refused or self.transport.is_closing():
+            return
+        now, limits = self.loop.time(), self._limits
+        if self._phase is _Phase.HEAD and not self._is_answering and now - self._since >= limits.header_seconds:
+            self._refuse_late(f"headers: are not complete after {limits.header_seconds:g} seconds")
+        elif self._phase is _Phase.BODY and now - self._since >= limits.body_seconds:
+            self._refuse_late(f"body: is not complete after {limits.body_seconds:g} seconds")
+        elif self._phase is _Phase.BODY and now - self._window >= limits.stall_seconds:
+            few = self._window_bytes < limits.min_body_rate * limits.stall_seconds
+            if few and not self.flow.read_paused:  # paused: it is the server that is slow
+                self._refuse_late(f"body: comes with less than {limits.min_body_rate} bytes a second")
+            self._window, self._window_bytes = now, 0
+        self._timer = self.loop.call_later(self._interval, self._watch)
+
+    def _refuse_late(self, problem: str) -> None:
+        if self._phase is _Phase.HEAD and not self._quiet:
+            self.transport.close()  # a connection without a request: there is nothing to answer
+        else:
+            self._refuse(Problem(408, f"{problem}; send it faster", "timeout_error", code="request_timeout"))
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer in place of the application, if it has not begun to, and close."""
+        self._refused = True
+        self._unset_keepalive_if_required()
+        cycle = self.cycle if self._phase is _Phase.BODY else None
+        if cycle is not None:
+            cycle.disconnected = True  # what the application still sends is dropped
+            cycle.message_event.set()
+        begun = cycle.response_started if cycle is not None else self._is_answering
+        if begun or self.pipeline:
+            self.transport.close()
+            return
+        body = msgspec.json.encode(problem.body())
+        phrase = HTTPStatus(problem.status).phrase
+        head = (
+            f"HTTP/1.1 {problem.status} {phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        if self.transport.can_write_eof():  # closing at once would discard the answer with what is still unread
+            self.transport.write_eof()
+        self.loop.call_later(self._limits.linger_seconds, self.transport.close)
+
+
+class Door:
+    """Bounds the connections that are open: one too many costs the connection that has waited longest its place."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._turned_away = 0
+        self._logged = float("-inf")
+
+    def admit(self, newest: BoundedProtocol, connections: set[BoundedProtocol]) -> None:
+        """Let the newest in, at the cost of another one that has no complete request, or turn it away."""
+        if len(connections) <= self._most:
+            return
+        waiting = (each for each in connections if each.waits_for_client)
+        chosen = min(waiting, key=lambda each: each.waited, default=newest)
+        chosen.transport.abort()
+        connections.discard(chosen)
+        self._turned_away += 1
+        now = newest.loop.time()
+        if now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            _LOG.warning(
+                "%d connections are open, the most this process holds: those that wait longest for their client are"
+                " closed (%d so far); raise `ulimit -n` if they are wanted", self._most, self._turned_away,
+            )  # fmt: skip
