@@ -72,7 +72,9 @@ def _server() -> Iterator[str]:
     from longspan.server.options import ServeOptions
 
     engine = SimpleNamespace(setup=SimpleNamespace(max_model_len=1))
-    app = build_app(Service(cast(Any, engine), cast(Any, None), ServeOptions(), "model", None, 0.0))
+    app = build_app(
+        Service(cast(Any, engine), cast(Any, SimpleNamespace(max_bytes=0)), ServeOptions(), "model", None, 0.0)
+    )
     for route in app.routes:
         yield from _endpoints("server", route)
         body = getattr(route, "body_field", None)
