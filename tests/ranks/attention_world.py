@@ -39,7 +39,7 @@ from longspan.plan import StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
-from longspan.view import RankView, rank_view
+from longspan.view import rank_view
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,10 @@ class World:
         so_far = self.prefixes[request_id]
         so_far.append(_prefix(so_far[-1] if so_far else None, token))
 
-    def bytes_sent(self, label: str) -> int:
-        """What all ranks together have sent under a label, which for attention is the schedule's name."""
-        return sum(traffic.bytes_by_label[label] for traffic in self.traffic)
+    @property
+    def moved(self) -> set[str]:
+        """The schedules under which a rank has sent bytes to another."""
+        return {label for traffic in self.traffic for label, sent in traffic.bytes_by_label.items() if sent}
 
     def run(self, steps: int = 1 << 30) -> None:
         """Step until everything is finished, checking every row of every step."""
