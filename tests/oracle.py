@@ -124,6 +124,12 @@ def oracle(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_folder(name), dtype=torch.float32).eval()
 
 
+@cache
+def oracle_in_bfloat16(name: str) -> Any:
+    """The same folder rounded to bfloat16, and computed in it."""
+    return AutoModelForCausalLM.from_pretrained(tiny_folder(name), dtype=torch.bfloat16).eval()
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and their log-probabilities [num_tokens, vocab], over transformers' own cache."""

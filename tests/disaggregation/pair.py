@@ -14,7 +14,8 @@ from longspan.attention.cost import CostConstants
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.disaggregation.options import TransferConfig
 from longspan.engine.core import CoreRequest, EngineCore, TokenOutput
-from longspan.engine.setup import resolve
+from longspan.engine.setup import EngineSetup, resolve
+from longspan.parallel.sharding import Sharding
 from longspan.request import FinishReason, SamplingParams
 from tests.oracle import greedy, oracle, tiny_folder
 
@@ -140,6 +141,25 @@ class Pair:
         """Through both sides."""
         self.decode.start(number, prompt, tokens, (self.prefill.address,), **params)
         return self.decode.result(number)
+
+    def assert_fetched(self, *tokens: int) -> None:
+        """The decode side has taken in this many tokens of as many prompts, with all bytes of each, and no more."""
+        counters = self.decode.core.role.counters
+        assert (counters.fetched, counters.tokens) == (len(tokens), sum(tokens))
+        assert counters.bytes == sum(tokens) * stored_bytes(self.decode.core.setup)
+
+
+def stored_bytes(setup: EngineSetup) -> int:
+    """What one token takes on all ranks that hold a part of it: a KV head counts at each of its replicas."""
+    model, total = setup.model, 0
+    for place in setup.grid.ranks:
+        if place.shard:  # a token is on one shard: take the first
+            continue
+        sharding = Sharding(setup.grid, place.rank, model.num_q_heads, model.num_kv_heads)
+        layers, heads = sharding.extent("layers", model.num_layers), sharding.kv_extent
+        part = replace(setup.layout, num_layers=layers[1] - layers[0], kv_heads=heads[1] - heads[0])
+        total += part.bytes_per_token
+    return total
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import pytest
 
 from longspan import SamplingParams
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
-from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, prompt_of
+from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, oracle_in_bfloat16, prompt_of
+from tests.traffic import schedules_that_moved
 
 TOKENS = 10
 LENGTHS = (1, 3, 16, 33, 100)  # shorter than the ranks, than a page; at and beyond page and chunk boundaries
@@ -55,6 +56,7 @@ def test_any_grid(tiny, grid, model):
 def test_windows_at_any_page_and_chunk_size(tiny, page_size, budget, schedule):
     llm = tiny("gpt-oss", tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
     assert tokens_of(llm, prompts()) == expected("gpt-oss")
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
@@ -62,6 +64,7 @@ def test_windows_at_any_page_and_chunk_size(tiny, page_size, budget, schedule):
 def test_latents_travel_like_keys(tiny, page_size, budget, schedule):
     llm = tiny("deepseek-v3", tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
     assert tokens_of(llm, prompts()) == expected("deepseek-v3")
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_latents_travel_like_keys(tiny, page_size, budget, schedule):
 def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule):
     llm = tiny(tp=2, pcp=3, dcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
     assert tokens_of(llm, prompts()) == expected("llama")
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize("schedule", TRAVELLING)
@@ -82,12 +86,14 @@ def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule
 def test_any_schedule_as_threads(tiny, model, schedule):
     llm = tiny(model, tp=2, pcp=3, dcp=2, schedule=schedule, ranks_per_node=2)
     assert tokens_of(llm, prompts()) == expected(model)
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize("schedule", ["ring_q", "tree_q", "ring_kv"])
 def test_rings_and_trees_as_processes(tiny, schedule):
     llm = tiny("deepseek-v3", pcp=3, schedule=schedule, ranks_per_node=2, executor="processes")
     assert tokens_of(llm, prompts()) == expected("deepseek-v3")
+    assert schedules_that_moved(llm) == {schedule}
 
 
 def test_the_measured_choice_gives_the_same_tokens(tiny):
@@ -150,28 +156,31 @@ def test_shards_of_unequal_size_give_the_same_tokens(tiny):
 
 def test_capacity_grows_exactly_with_the_context_ranks(tiny):
     for page_size in (1, 7, 16):
-        alone = tiny(page_size=page_size).stats().capacity_tokens
         for pcp, tp, dcp in ((2, 1, 1), (3, 1, 1), (2, 4, 1)):
             kv_heads_a_rank = tiny(tp=tp, page_size=page_size).stats().capacity_tokens
             assert tiny(pcp=pcp, tp=tp, dcp=dcp, page_size=page_size).stats().capacity_tokens == pcp * kv_heads_a_rank
         assert tiny("llama-multi-query", tp=4, dcp=4, page_size=page_size).stats().capacity_tokens == 4 * (
             tiny("llama-multi-query", page_size=page_size).stats().capacity_tokens
         )
-        assert tiny(page_size=page_size).stats().capacity_tokens == alone
 
 
 def test_a_prompt_shorter_than_local_context_moves_nothing(tiny):
     llm = tiny(pcp=4, local_context=64)
     tokens_of(llm, [prompt_of(16)])
-    assert sum(llm.stats().traffic.bytes_by_label.get(label, 0) for label in ("gather_q", "gather_kv")) == 0
+    assert not schedules_that_moved(llm)
 
 
-def test_bfloat16_stays_near_fp32_on_every_grid(tiny):
-    exact = greedy(oracle("llama"), prompt_of(33), 1)[1]
-    for tp, pcp, dcp in ((1, 1, 1), (2, 2, 2)):
-        llm = tiny(tp=tp, pcp=pcp, dcp=dcp, dtype="bfloat16")
-        (output,) = llm.generate(prompt_of(33), SamplingParams(temperature=0, max_tokens=1, logprobs=LOGPROBS))
-        assert (all_logprobs(output.outputs[0]) - exact).abs().mean() < 0.1
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 4, 1), (8, 1, 1), (4, 1, 4), (2, 2, 2), (2, 3, 2)], ids=name)
+def test_bfloat16_is_as_near_to_fp32_on_any_grid_as_transformers_is(tiny, grid):
+    tp, pcp, dcp = grid
+    prompt = prompt_of(100)
+    exact = greedy(oracle("llama"), prompt, 1)[1]
+    usual = (greedy(oracle_in_bfloat16("llama"), prompt, 1)[1] - exact).abs()
+    llm = tiny(tp=tp, pcp=pcp, dcp=dcp, dtype="bfloat16")
+    (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, logprobs=LOGPROBS))
+    error = (all_logprobs(output.outputs[0]) - exact).abs()
+    assert 0 < error.mean() < 1.25 * usual.mean()
+    assert error.max() < 1.25 * usual.max()
 
 
 @pytest.mark.parametrize("grid", [(1, 8, 1), (8, 1, 8), (2, 3, 2)], ids=name)

@@ -6,6 +6,7 @@ import pytest
 
 from longspan import ConfigError, SamplingParams
 from tests.oracle import greedy, oracle, prompt_of
+from tests.traffic import schedules_that_moved
 
 PROMPTS = [prompt_of(61), prompt_of(5, 3), prompt_of(33, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -41,7 +42,9 @@ def test_every_layout_gives_the_tokens_of_one_rank(tiny, model, dtype, layout):
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
 def test_every_schedule_gives_the_tokens_of_one_rank(tiny, model, schedule):
     alone = tokens_of(tiny(model, kv_cache_dtype="int8"))
-    assert tokens_of(tiny(model, kv_cache_dtype="int8", local_context=0, pcp=2, schedule=schedule)) == alone
+    llm = tiny(model, kv_cache_dtype="int8", local_context=0, pcp=2, schedule=schedule)
+    assert tokens_of(llm) == alone
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])

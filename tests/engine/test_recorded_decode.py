@@ -15,6 +15,7 @@ from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
 from longspan.engine.recorded import CudaRecorder, EagerRecorder, Recordings, padded_rows
 from tests.oracle import greedy, oracle, prompt_of
+from tests.traffic import schedules_that_moved
 
 PROMPTS = [prompt_of(21), prompt_of(5, 3), prompt_of(13, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=9)
@@ -107,6 +108,7 @@ def test_tokens_are_those_of_the_oracle(tiny, model, layout):
     recorder = record(llm)
     assert tokens_of(llm) == expected_of(model)
     assert recorder.replayed >= 8
+    assert schedules_that_moved(llm) == ({"gather_q"} if layout else set())
 
 
 def test_other_schedules_are_not_recorded(tiny):
@@ -114,6 +116,7 @@ def test_other_schedules_are_not_recorded(tiny):
     recorder = record(llm)
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed == 0
+    assert schedules_that_moved(llm) == {"ring_q"}
 
 
 def test_a_recording_serves_all_steps_of_its_size(tiny):
@@ -131,6 +134,7 @@ def test_a_context_too_scattered_for_the_buffers_is_attended_all_the_same(tiny):
     recorder = record(llm, has_room=False)
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed == 0
+    assert schedules_that_moved(llm) == {"gather_q"}
 
 
 def test_a_step_planned_ahead_is_recorded_too(tiny):
@@ -138,6 +142,7 @@ def test_a_step_planned_ahead_is_recorded_too(tiny):
     recorder = record(llm)
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed > 0
+    assert schedules_that_moved(llm) == {"gather_q"}
 
 
 def test_sizes_have_room_and_are_few():

@@ -9,6 +9,7 @@ import pytest
 from longspan import ConfigError, SamplingParams
 from longspan.scheduler.lookup import PromptLookup
 from tests.oracle import all_logprobs, greedy, oracle, prompt_of
+from tests.traffic import schedules_that_moved
 
 LOOP = prompt_of(7, 3) * 4  # what follows its end is likely to be drafted
 PROMPTS = [LOOP, prompt_of(33), LOOP[3:] + prompt_of(5)]
@@ -67,6 +68,8 @@ def test_right_drafts_save_steps_and_wrong_ones_are_taken_back(tiny):
 def test_drafts_travel_under_every_schedule(tiny, schedule):
     llm = tiny(tp=2, pcp=2, dcp=2, page_size=1, schedule=schedule, speculative="prompt-lookup:5", local_context=0)
     assert tokens_of(llm, PROMPTS, GREEDY) == [greedy(oracle("llama"), prompt, 40)[0] for prompt in PROMPTS]
+    assert llm.stats().scheduler.drafted_tokens > 0
+    assert schedules_that_moved(llm) == {schedule}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from longspan import SamplingParams
 from longspan.errors import ConfigError
 from tests.engine.test_every_layout_gives_the_same_tokens import GRIDS, TOKENS, expected, prompts, tokens_of
 from tests.oracle import greedy, oracle, prompt_of
+from tests.traffic import schedules_that_moved
 
 STAGES = [(pp, *grid) for pp in (2, 3, 4) for grid in GRIDS if max(grid) <= 4 and pp * grid[0] * grid[1] <= 8]
 LARGE = [(4, 4, 1, 2), (2, 4, 2, 2), (3, 2, 2, 2), (4, 1, 3, 1)]
@@ -36,11 +37,12 @@ def test_stages_as_processes(tiny):
     assert llm.stats().traffic.bytes_by_label["pipeline"] > 0
 
 
-@pytest.mark.parametrize(("page_size", "budget"), [(1, 9), (16, 19), (64, 256)])
+@pytest.mark.parametrize(("page_size", "budget"), [(1, 9), (16, 19), (8, 256)])
 @pytest.mark.parametrize("schedule", ["gather_q", "gather_kv"])
 def test_any_page_size_and_chunk_size_over_stages(tiny, page_size, budget, schedule):
     llm = tiny("llama-deep", pp=3, pcp=2, page_size=page_size, max_num_batched_tokens=budget, schedule=schedule)
     assert tokens_of(llm, prompts()) == expected("llama-deep")
+    assert schedules_that_moved(llm) == {schedule}
 
 
 def test_every_stage_has_a_step_to_work_on(tiny):

@@ -14,6 +14,7 @@ from longspan.engine.setup import resolve
 from longspan.errors import ModelError
 from longspan.models.registry import load_config
 from tests.oracle import FAMILIES, LOGPROBS, TINY, all_logprobs, greedy, oracle, prompt_of, tiny_folder
+from tests.traffic import schedules_that_moved
 
 LENGTHS = (5, 150)  # 150 lies beyond the original positions of the llama3 and yarn scalings
 TOKENS = 12
@@ -49,6 +50,7 @@ def test_both_forms_of_latent_attention_give_the_same(layout, expands, schedule,
         kv_cache_memory_bytes=1 << 20, num_threads=1, schedule=schedule, cost=CostConstants(),
     ) as llm:  # fmt: skip
         outputs = llm.generate([prompt_of(n) for n in LENGTHS], SamplingParams(temperature=0, max_tokens=TOKENS))
+        assert schedules_that_moved(llm) == ({schedule} if pcp * dcp > 1 else set())
     for length, output in zip(LENGTHS, outputs, strict=True):
         assert output.outputs[0].token_ids == greedy(oracle("deepseek-v3"), prompt_of(length), TOKENS)[0]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longspan.bench.serving.client import Finished, Outcome
+from longspan.bench.serving.report import summarise
 from longspan.cli.calibrate import calibrate as command
 from longspan.config import CacheConfig, EngineConfig
 from longspan.engine.engine import Engine
@@ -107,7 +109,18 @@ def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, mach
     for report in (found.simulated, found.real):
         assert report.completed == 5 and report.output_tokens == 30 and report.prompt_tokens == 110
         assert report.duration_s >= 0.04 and report.ttft_s.median > 0
-    assert found.throughput_error == found.simulated.output_tokens_per_s / found.real.output_tokens_per_s - 1
+
+
+def test_errors_of_a_trace_are_relative_to_the_real_run():
+    """Of one request: two tokens in 2 s, the first after 1 s, simulated; in 4 s, the first after 2 s, in truth."""
+
+    def report(first, last):
+        outcome = Outcome(0.0, 0.0, (first, last), 5, 2, 2, False, None)
+        return summarise(Finished((outcome,), last, 1, 0.0), None)
+
+    found = check.TraceCheck(report(1.0, 2.0), report(2.0, 4.0))
+    assert found.throughput_error == pytest.approx(1.0)
+    assert found.ttft_error == pytest.approx(-0.5)
 
 
 def test_predictions_follow_the_definitions_of_what_is_measured(machine):

@@ -1,7 +1,9 @@
 """A world of ranks that do nothing but attention, as threads of this process.
 
-Queries, keys and values are random tensors by (request, position), so every step of the real scheduler can be
-checked against dense causal attention over the whole request.
+Queries, keys and values at a position are random tensors seeded by a hash of the request's tokens up to it, prompt and
+output, as a model's depend on them. Requests that begin alike have equal rows there, so they may share pages, and no
+two others have. So every step of the real scheduler can be checked against dense causal attention over the whole
+request, and reading a page of another request, or of other positions, shows.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -36,7 +39,7 @@ from longspan.plan import StepPlan
 from longspan.reach import Place
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
-from longspan.view import RankView, rank_view
+from longspan.view import rank_view
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,30 @@ class _Request:
     num_prompt: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """A request's tokens up to one position: equal tokens are the same object."""
+
+    before: _Prefix | None  # what the tokens before it are; None at the first position
+    token: int
+    seed: int  # a hash of all its tokens
+
+    def last(self, count: int | None) -> list[_Prefix]:
+        """The prefixes that end at its last `count` positions (None: at all), in position order."""
+        found: list[_Prefix] = []
+        at: _Prefix | None = self
+        while at is not None and (count is None or len(found) < count):
+            found.append(at)
+            at = at.before
+        return found[::-1]
+
+
+@cache
+def _prefix(before: _Prefix | None, token: int) -> _Prefix:
+    parent = b"" if before is None else before.seed.to_bytes(7)
+    return _Prefix(before, token, int.from_bytes(blake2b(parent + token.to_bytes(4), digest_size=7).digest()))
+
+
 @dataclass
 class World:
     """Scheduler, ranks and the dense answer."""
@@ -89,12 +116,14 @@ class World:
             self.cache, self.grid, ScheduleChooser(CostModel(shape, group), at.schedule), root_key("test"),
             at.windows,
         )  # fmt: skip
-        fabric = ThreadFabric(self.grid.world_size)
+        self._fabric = fabric = ThreadFabric(self.grid.world_size)
         self.traffic = [Traffic() for _ in range(self.grid.world_size)]
         self.shardings = [Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)]
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
         self.mirrors: list[dict[int, _Request]] = [{} for _ in range(self.grid.world_size)]
         self.plans: list[StepPlan] = []
+        self.left: dict[int, int] = {}  # tokens that a request still wants
+        self.prefixes: dict[int, list[_Prefix]] = {}  # of every request, at every position with a known token
         self.worst_error = 0.0
 
     def _attention(self, rank: int, fabric: ThreadFabric, pages: tuple[int, ...]) -> Attention:
@@ -124,10 +153,22 @@ class World:
         )
 
     def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
-        """Queue a request whose q, k, v at each position depend on the tokens up to it, as a model's do."""
+        """Queue a request whose q, k, v at each position depend on the tokens up to it."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         self.scheduler.add(request_id, prompt, params, 0, max_tokens)
-        self.left = {**getattr(self, "left", {}), request_id: max_tokens}
+        self.left[request_id] = max_tokens
+        self.prefixes[request_id] = []
+        for token in prompt:
+            self._known(request_id, token)
+
+    def _known(self, request_id: int, token: int) -> None:
+        so_far = self.prefixes[request_id]
+        so_far.append(_prefix(so_far[-1] if so_far else None, token))
+
+    @property
+    def moved(self) -> set[str]:
+        """The schedules under which a rank has sent bytes to another."""
+        return {label for traffic in self.traffic for label, sent in traffic.bytes_by_label.items() if sent}
 
     def run(self, steps: int = 1 << 30) -> None:
         """Step until everything is finished, checking every row of every step."""
@@ -135,15 +176,24 @@ class World:
             while len(self.plans) < steps and (plan := self.scheduler.schedule()) is not None:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
-                sampled = [SampledToken(s.request_id, (s.stop * 7) % 5) for s in plan.segments if s.sample]
+                ends = [segment for segment in plan.segments if segment.sample]
+                sampled = [SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends]
                 self.scheduler.commit(plan, sampled)
                 for token in sampled:
+                    self._known(token.request_id, token.token_id)
                     self.left[token.request_id] -= 1
                     if not self.left[token.request_id]:
                         self.scheduler.finish(token.request_id)
                 self.scheduler.check_integrity()
 
     def _step(self, rank: int, plan: StepPlan) -> None:
+        try:
+            self._compute(rank, plan)
+        except BaseException:
+            self._fabric.abort()  # or the other ranks would wait for this one for ever
+            raise
+
+    def _compute(self, rank: int, plan: StepPlan) -> None:
         place, mirror = self.grid.ranks[rank], self.mirrors[rank]
         for request_id in plan.finished:
             del mirror[request_id]
@@ -158,10 +208,13 @@ class World:
         attention = self.attentions[rank]
         attention.begin(view)
         rows = self._rows(plan, place.pcp)
-        q, k, v = self._gather(rows, self.shardings[rank])
+        assert view.positions == tuple(position for _, position in rows)
+        prefixes = [self.prefixes[request_id][position] for request_id, position in rows]
+        assert view.token_ids == tuple(prefix.token for prefix in prefixes)
+        q, k, v = self._gather(prefixes, self.shardings[rank])
         for index, window in enumerate(self.layout.windows):
             out = attention(AttentionLayer(index, window), q, k, v)
-            self._check(view, rows, self.shardings[rank], out, window)
+            self._check(prefixes, self.shardings[rank], out, window)
 
     def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[int, int]]:
         """(request, position) of a rank's rows: decode before prefill, local before travelling."""
@@ -169,39 +222,34 @@ class World:
         mine.sort(key=lambda s: (s.prefill, s.travels))
         return [(s.request_id, position) for s in mine for position in range(s.start, s.stop)]
 
-    def _gather(self, rows: list[tuple[int, int]], sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(self, rows: list[_Prefix], sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
         at = self.layout
         empty = torch.empty(0, 1, at.head_dim, dtype=self.dtype)
         found: list[Tensor] = []
         for part, (start, stop) in enumerate((sharding.q_extent, sharding.kv_extent, sharding.kv_extent)):
-            slices = [self._qkv(position)[part][start:stop] for _, position in rows]
+            slices = [_qkv(*self._tensors, row)[part][start:stop] for row in rows]
             found.append(torch.stack(slices) if slices else empty.expand(0, stop - start, at.head_dim))
         return found[0], found[1], found[2]
 
-    def _check(
-        self, view: RankView, rows: list[tuple[int, int]], sharding: Sharding, out: Tensor, window: int | None
-    ) -> None:
-        assert list(view.positions) == [position for _, position in rows]
-        at = self.layout
-        for row, (_, position) in enumerate(rows):
-            dense = _dense(
-                self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position, window, at.cache_dtype
-            )
+    def _check(self, rows: list[_Prefix], sharding: Sharding, out: Tensor, window: int | None) -> None:
+        for row, prefix in enumerate(rows):
+            dense = _dense(*self._tensors, prefix, window, self.layout.cache_dtype)
             error = (out[row] - dense[slice(*sharding.q_extent)]).abs().max().item()
-            assert error == error, f"NaN at position {position}"
+            assert error == error, f"NaN in row {row}"
             self.worst_error = max(self.worst_error, error)
 
-    def _qkv(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def _tensors(self) -> tuple[int, int, int, int, torch.dtype]:
         at = self.layout
-        return _qkv(self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype, position)
+        return self.seed, at.q_heads, at.kv_heads, at.head_dim, self.dtype
 
 
 @cache
 def _qkv(
-    seed: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, position: int
+    seed: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, prefix: _Prefix
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [Hq, D], k and v [Hkv, D] at a position: the same for every request, so that prefixes can be shared."""
-    generator = torch.Generator().manual_seed(seed * 100003 + position)
+    """q [Hq, D], k and v [Hkv, D] of the last token of a prefix."""
+    generator = torch.Generator().manual_seed(seed ^ prefix.seed)
     q, k, v = (torch.randn(n, head_dim, dtype=dtype, generator=generator) for n in (q_heads, kv_heads, kv_heads))
     return q, k, v
 
@@ -213,13 +261,13 @@ def _dense(
     kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
-    position: int,
+    prefix: _Prefix,
     window: int | None,
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Dense attention [Hq, D] of one position over all it sees, as the cache keeps it."""
+    """Dense attention [Hq, D] of the last token of a prefix over all it sees, as the cache keeps it."""
     tensors = (seed, q_heads, kv_heads, head_dim, dtype)
-    seen = range(0 if window is None else max(0, position + 1 - window), position + 1)
+    seen = prefix.last(window)
     keys, values = (
         torch.stack([_qkv(*tensors, p)[part] for p in seen]).repeat_interleave(q_heads // kv_heads, dim=1)
         for part in (1, 2)
@@ -227,5 +275,5 @@ def _dense(
     if cache_dtype is not None:
         like = CacheRows(keys.to(cache_dtype), keys, (head_dim,))
         keys, values = through(keys, like), through(values, like)
-    weights = torch.softmax(torch.einsum("hd,phd->hp", _qkv(*tensors, position)[0], keys) * head_dim**-0.5, -1)
+    weights = torch.softmax(torch.einsum("hd,phd->hp", _qkv(*tensors, prefix)[0], keys) * head_dim**-0.5, -1)
     return torch.einsum("hp,phd->hd", weights, values)

@@ -7,6 +7,7 @@ from longspan import SamplingParams
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.engine import Engine
 from tests.smollm2.conftest import TOKENS, long_prompt, reference, short_prompts
+from tests.traffic import schedules_that_moved
 
 pytestmark = pytest.mark.smollm2
 TOP = 20
@@ -46,6 +47,8 @@ def check(prompts, tp, pcp, dcp, page_size, chunk, schedule):
             engine.add_request(str(number), prompt, params)
         while engine.has_unfinished:
             outputs.update({output.request_id: output.outputs[0] for output in engine.step() if output.finished})
+        if schedule != "auto":
+            assert schedules_that_moved(engine) == ({schedule} if pcp * dcp > 1 else set())
     for number, prompt in enumerate(prompts):
         tokens, logprobs = reference(tuple(prompt))
         output = outputs[str(number)]

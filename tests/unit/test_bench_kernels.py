@@ -1,11 +1,12 @@
 """`longspan bench attention|merge|kv-write`: backends on small cases, what is counted, what cannot be measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from longspan.bench.kernels.attention import HEADS, Scene
+from longspan.bench.kernels.attention import HEADS, Scene, run_shards
 from longspan.bench.kernels.bed import Bed, as_json
 from longspan.bench.kernels.clock import Ceilings, CpuClock, Timing
 from longspan.bench.kernels.summary import main as summarise
@@ -42,8 +43,23 @@ def test_attention_measures_decode_prefill_and_shards_in_every_backend(capsys):
     assert all(row["median"] >= row["best"] > 0 for row in found["rows"])
     assert found["ceilings"]["copy"] > 0 and found["ceilings"]["matmul"] > 0
     shared = found["shared"]["mha auto cpu"]
-    assert len(shared["shards"]) == 3
-    assert shared["slowest_share"] == max(shared["shards"]) / shared["whole"]
+    measured = [row["median"] for row in found["rows"] if row["kernel"] == "shard" and row["backend"] == "cpu"]
+    assert shared["shards"] == measured and len(measured) == 3
+
+
+def test_shards_and_merge_are_told_as_parts_of_the_whole():
+    seconds = iter([10.0, 2.0, 4.0, 3.0, 1.0])  # the whole, three shards, the merge
+
+    class Clock:
+        def time(self, function):
+            function()
+            taken = next(seconds)
+            return Timing(taken, taken, 1)
+
+    scene = Scene(HEADS["mha"], "auto", 1, 1, 40)
+    rows, shared = run_shards(replace(bed(), clock=Clock(), backends=("torch",)), scene, shards=3)
+    assert [row.timing.median for row in rows] == [10, 2, 4, 3, 1]
+    assert (shared["torch"].slowest_share, shared["torch"].merge_share) == (0.4, 0.1)
 
 
 def test_attention_reads_quantised_caches_and_latents(capsys):
