@@ -18,7 +18,7 @@ from rich.text import Text
 from longspan import LLM, RequestOutput, SamplingParams
 from longspan.bench.measure import Measured, run_batch
 from longspan.cache.pages import PageRef
-from longspan.engine.core import EngineStats
+from longspan.engine.driver.core import EngineStats
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("LICENSE", "docs/invariants.md", "docs/architecture.md")

@@ -19,11 +19,11 @@ from longspan.bench.kernels.clock import make_clock, measure_ceilings
 from longspan.bench.latency import Load, run_latency
 from longspan.bench.sides import LongspanSide, TransformersSide
 from longspan.config import CacheConfig, EngineConfig, SchedulerConfig
+from longspan.engine.rank.build import threads_per_rank
 from longspan.engine.setup import EngineSetup, resolve
-from longspan.engine.worker import threads_per_rank
-from longspan.hardware import Hardware
 from longspan.planner.deployment import Deployment
-from longspan.planner.formats import WeightFormat
+from longspan.planner.hardware import Hardware
+from longspan.weights.formats import WeightFormat
 
 CACHE_BYTES = 12 << 30  # of each side: they share the device
 

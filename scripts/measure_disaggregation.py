@@ -14,7 +14,7 @@ from threading import Thread
 
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.disaggregation.options import TransferConfig
-from longspan.engine.core import CoreRequest, EngineCore, TokenOutput
+from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
 from longspan.engine.setup import resolve
 from longspan.request import SamplingParams
 

@@ -87,7 +87,7 @@ def _server() -> Iterator[str]:
 
 
 def _router() -> Iterator[str]:
-    from longspan.disaggregation.router import RouteOptions, build_router
+    from longspan.server.router.proxy import RouteOptions, build_router
 
     for route in build_router(cast(Any, None), RouteOptions()).routes:
         yield from _endpoints("router", route)
@@ -148,8 +148,8 @@ def _metrics() -> Iterator[str]:
 
 
 def _planner() -> Iterator[str]:
-    from longspan.hardware import hardware_table
     from longspan.models.registry import architectures
+    from longspan.planner.hardware import hardware_table
     from longspan.planner.models import builtin_names
 
     yield from (f"architecture {name}" for name in architectures())

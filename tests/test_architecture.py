@@ -30,14 +30,21 @@ FORBIDDEN = {
     "parallel": ("longspan.cache", "longspan.models", "longspan.scheduler", "longspan.engine"),
     "attention": ("longspan.request", "longspan.scheduler", "longspan.models", "longspan.engine"),
     "attention/backends": ("longspan.parallel", "longspan.attention.schedules"),
-    "models": ("longspan.parallel", "longspan.cache", "longspan.scheduler", "longspan.plan", "longspan.engine"),
+    "models": ("longspan.parallel", "longspan.cache", "longspan.scheduler", "longspan.plan.plan", "longspan.engine"),
     "weights": ("longspan.models", "longspan.parallel", "longspan.engine"),
-    "engine/runner.py": ("longspan.scheduler", "longspan.server"),
-    "engine/worker.py": ("longspan.scheduler", "longspan.server"),
+    "engine/rank/runner.py": ("longspan.scheduler", "longspan.server"),
+    "engine/rank/build.py": ("longspan.scheduler", "longspan.server"),
     "disaggregation": ("longspan.models", "longspan.scheduler", "longspan.parallel.collectives"),
-    "server": ("torch", "longspan.parallel", "longspan.attention", "longspan.models", "longspan.plan", "longspan.view"),
+    "server": (
+        "torch",
+        "longspan.parallel",
+        "longspan.attention",
+        "longspan.models",
+        "longspan.plan.plan",
+        "longspan.plan.view",
+    ),
     "evaluate": ("torch", "longspan.engine", "longspan.server"),
-    "planner": ("longspan.engine.runner", "longspan.engine.executors", "longspan.parallel.collectives"),
+    "planner": ("longspan.engine.rank.runner", "longspan.engine.driver.executors", "longspan.parallel.collectives"),
 }
 """What a package or file must not import: the last column of the table in docs/architecture.md."""
 
@@ -61,8 +68,8 @@ COMMUNICATE = {
     "attention/schedules/ring_q.py": "a schedule",
     "attention/schedules/tree_q.py": "a schedule",
     "bench/schedules.py": "ranks wait for each other before a measurement",
-    "engine/runner.py": "hands hidden states on, and compares digests",
-    "engine/worker.py": "the TP group's sums and logits, as models know them",
+    "engine/rank/runner.py": "hands hidden states on, and compares digests",
+    "engine/rank/build.py": "the TP group's sums and logits, as models know them",
     "parallel/collectives.py": "defines them",
     "parallel/experts.py": "rows go to their experts",
     "parallel/nccl.py": "a transport",
@@ -73,7 +80,7 @@ COMMUNICATE = {
 
 DIVIDE = {
     "config.py": "tp must be a multiple of dcp",
-    "engine/executors/ray_cluster.py": "how many replicas fit into a cluster",
+    "engine/driver/executors/ray_cluster.py": "how many replicas fit into a cluster",
     "engine/setup.py": "query heads of a rank",
     "parallel/grid.py": "tp is head shards times dcp",
     "scheduler/scheduler.py": "a stage's share of the budget",
@@ -169,7 +176,7 @@ def exempt(found: dict[str, list[int]], allowed: dict[str, str]) -> None:
 
 
 def test_scheduler_cache_and_plans_never_reach_torch_or_collectives():
-    for path in [*below("scheduler"), *below("cache"), "plan.py", "view.py", "reach.py"]:
+    for path in [*below("scheduler"), *below("cache"), "plan/plan.py", "plan/view.py", "plan/reach.py"]:
         reached = closure(path)
         assert not [name for name in reached if within(name, "torch")], path
         assert "longspan.parallel.collectives" not in reached, path

@@ -21,7 +21,7 @@ from longspan.config import (
     SchedulerConfig,
     drafted_tokens,
 )
-from longspan.engine.core import EngineStats
+from longspan.engine.driver.core import EngineStats
 from longspan.engine.engine import Engine
 from longspan.engine.setup import resolve
 from longspan.errors import RequestError

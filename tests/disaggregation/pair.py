@@ -13,7 +13,7 @@ from typing import Any
 from longspan.attention.cost import CostConstants
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.disaggregation.options import TransferConfig
-from longspan.engine.core import CoreRequest, EngineCore, TokenOutput
+from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.parallel.sharding import Sharding
 from longspan.request import FinishReason, SamplingParams

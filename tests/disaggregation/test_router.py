@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from longspan.disaggregation.balance import Balance, blocks_of
-from longspan.disaggregation.instances import Instances
 from longspan.disaggregation.options import TransferConfig
-from longspan.disaggregation.router import RouteOptions, route
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers, token_digest
 from longspan.errors import ConfigError, RequestError
+from longspan.server.router.balance import Balance, blocks_of
+from longspan.server.router.instances import Instances
+from longspan.server.router.proxy import RouteOptions, route
 
 FORMAT = {
     "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "planes": 2,

@@ -13,7 +13,7 @@ from longspan import SamplingParams
 from longspan.attention.backends.base import StaticRuns
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
-from longspan.engine.recorded import CudaRecorder, EagerRecorder, Recordings, padded_rows
+from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, Recordings, padded_rows
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longspan import SamplingParams
-from longspan.plan import PENDING
+from longspan.plan.plan import PENDING
 from tests.oracle import greedy, oracle, prompt_of
 
 PROMPTS = [prompt_of(61), prompt_of(5, 3), prompt_of(33, 9)]

@@ -26,7 +26,7 @@ from longspan.attention.backends.triton.config import Config, Shape, config_for,
 from longspan.attention.backends.triton.plan import ITEM_FIELDS
 from longspan.attention.facts import ExpansionCost
 from longspan.attention.forms import Heads, Kernels, LatentForm
-from longspan.attention.heads import HeadBlock
+from longspan.parallel.heads import HeadBlock
 
 LATENT = (512, 64)
 

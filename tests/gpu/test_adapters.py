@@ -13,10 +13,10 @@ import torch
 from longspan.attention.backends.flash_attn import FlashAttnBackend
 from longspan.attention.backends.flashinfer import FlashInferBackend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.pages import Span
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 CPU = torch.device("cpu")
 SCALE = 0.2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan import LLM, SamplingParams
-from longspan.engine.recorded import EagerRecorder, Recordings
+from longspan.engine.rank.graphs import EagerRecorder, Recordings
 from tests.engine.conftest import DEFAULTS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 

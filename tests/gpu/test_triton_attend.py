@@ -11,11 +11,11 @@ from longspan.attention.backends.reference import ReferenceBackend  # noqa: E402
 from longspan.attention.backends.triton import backend as backend_module  # noqa: E402
 from longspan.attention.backends.triton.backend import TritonBackend  # noqa: E402
 from longspan.attention.backends.triton.work import plan_work  # noqa: E402
-from longspan.attention.heads import HeadBlock, head_blocks  # noqa: E402
 from longspan.attention.partial import Partial  # noqa: E402
 from longspan.attention.rows import CacheRows, quantise  # noqa: E402
 from longspan.cache.pages import Span  # noqa: E402
-from longspan.reach import QueryRun  # noqa: E402
+from longspan.parallel.heads import HeadBlock, head_blocks  # noqa: E402
+from longspan.plan.reach import QueryRun  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROCESSORS = 4  # few, so that a test knows when rows are split

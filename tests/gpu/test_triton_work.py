@@ -19,7 +19,7 @@ from longspan.attention.backends.triton.work import (
     sights_of_runs,
 )
 from longspan.cache.pages import Span
-from longspan.reach import QueryRun
+from longspan.plan.reach import QueryRun
 
 TILING = Tiling(group=3, kv_heads=2, block_m=16, block_n=32, programs=16)
 

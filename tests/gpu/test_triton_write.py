@@ -9,7 +9,7 @@ import torch
 
 from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows, quantise
-from longspan.view import WriteRun
+from longspan.plan.view import WriteRun
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longspan import LLM, SamplingParams
 from longspan.attention.cost import CostConstants
 from longspan.config import EngineConfig
-from longspan.engine.loading import Piece, TensorStore
+from longspan.engine.rank.loading import Piece, TensorStore
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
 from longspan.models.layers import DenseLinear

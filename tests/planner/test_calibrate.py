@@ -13,10 +13,10 @@ from longspan.cli.calibrate import calibrate as command
 from longspan.config import CacheConfig, EngineConfig
 from longspan.engine.engine import Engine
 from longspan.errors import ConfigError
-from longspan.hardware import Hardware, hardware_from_yaml
 from longspan.models.registry import load_config
 from longspan.planner import calibrate as measuring
 from longspan.planner import measured_engine, measured_layers
+from longspan.planner.hardware import Hardware, hardware_from_yaml
 from longspan.planner.models import find_config
 from longspan.planner.simulate import check
 from longspan.planner.simulate.asks import Ask

@@ -4,10 +4,10 @@ import pytest
 
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError, ModelError, ModelNotFound
-from longspan.hardware import hardware
 from longspan.planner.deployment import Deployment
-from longspan.planner.formats import WeightFormat
+from longspan.planner.hardware import hardware
 from longspan.planner.models import builtin_names, find_config, find_model
+from longspan.weights.formats import WeightFormat
 
 KV_BYTES = {
     "llama-3.1-8b": 131_072, "llama-3-70b": 327_680, "llama-3-405b": 516_096, "qwen3-0.6b": 114_688,

@@ -6,8 +6,8 @@ import pytest
 
 from longspan.attention.cost import CostConstants, Fixed
 from longspan.errors import ConfigError
-from longspan.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml
 from longspan.planner.fit import Sample, fit, markdown
+from longspan.planner.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml
 from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row
 

@@ -6,8 +6,8 @@ import pytest
 
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
-from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment, layout_name
+from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.layouts import Fixed, layouts, plan_layouts
 from longspan.planner.models import find_model
 from longspan.planner.outlook import Load, outlook, time_to_first_token

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from longspan.config import ParallelConfig
-from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment
+from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.linear import measured
 from longspan.planner.models import find_model
 from longspan.planner.step import Chunk, StepModel, StepTime

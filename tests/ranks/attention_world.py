@@ -35,11 +35,11 @@ from longspan.parallel.collectives import Traffic
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_kv_heads
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
-from longspan.plan import StepPlan
-from longspan.reach import Place
+from longspan.plan.plan import StepPlan
+from longspan.plan.reach import Place
+from longspan.plan.view import rank_view
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
-from longspan.view import rank_view
 
 
 @dataclass(frozen=True)

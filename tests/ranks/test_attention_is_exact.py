@@ -6,11 +6,11 @@ import torch
 from longspan.attention.backends.batch import batches
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 from tests.ranks.attention_world import Layout, World
 
 GRIDS = [

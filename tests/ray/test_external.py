@@ -18,8 +18,8 @@ import zmq
 
 from longspan import LLM, ConfigError, SamplingParams, WorkerDied, __version__
 from longspan.config import ClusterConfig
-from longspan.engine.executors.external_worker import main
-from longspan.engine.executors.messages import Hello, Refused
+from longspan.engine.rank.external_rank import main
+from longspan.engine.transport.messages import Hello, Refused
 from tests.engine.conftest import DEFAULTS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
@@ -44,7 +44,7 @@ def address() -> str:
 
 
 def rank(address: str, number: int, size: int) -> subprocess.Popen[str]:
-    program = [sys.executable, "-m", "longspan.engine.executors.external_worker", address]
+    program = [sys.executable, "-m", "longspan.engine.rank.external_rank", address]
     named = {**os.environ, "RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
     return subprocess.Popen(program, env=named, stderr=subprocess.PIPE, text=True)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.executors.connection import interface_of, own_address
-from longspan.engine.executors.ray_cluster import _fitting
-from longspan.engine.executors.remote import _placed
+from longspan.engine.driver.executors.ray_cluster import _fitting
+from longspan.engine.driver.executors.remote import _placed
 from longspan.engine.setup import resolve
+from longspan.engine.transport.connection import interface_of, own_address
 from tests.oracle import tiny_folder
 
 

@@ -57,6 +57,6 @@ def test_an_address_where_something_else_answers():
 
 
 def test_an_address_where_nobody_ever_says_a_word(monkeypatch):
-    monkeypatch.setattr("longspan.engine.executors.ray_cluster._PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("longspan.engine.driver.executors.ray_cluster._PROBE_SECONDS", 0.2)
     with listener(None) as address:
         refused(address, "nobody answers there .*timed out")

@@ -12,8 +12,8 @@ from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
 from longspan.errors import ConfigError
-from longspan.hardware import hardware
 from longspan.parallel.grid import Grid
+from longspan.planner.hardware import hardware
 
 TRAVELLING = {*QUERY_SCHEDULES, *KEY_SCHEDULES}
 LLAMA_405B_RANK = AttentionShape(q_heads=16, kv_heads=1, head_dim=128, element_bytes=2)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.engine.completion import Completion
-from longspan.engine.core import TokenOutput
-from longspan.engine.detokenizer import Detokenizer, Tokenizer
+from longspan.engine.driver.core import TokenOutput
+from longspan.engine.frontend.completion import Completion
+from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
 from longspan.errors import RequestError
 from longspan.request import FinishReason, SampledToken, SamplingParams
 

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig
 from longspan.engine.memory import cache_bytes, weight_format
-from longspan.engine.scaled_weights import ScaledChoice, ScaledWeights
+from longspan.engine.rank.scaled_weights import ScaledChoice, ScaledWeights
 from longspan.errors import ConfigError
-from longspan.planner.formats import WeightFormat
 from longspan.planner.models import find_model
+from longspan.weights.formats import WeightFormat
 from longspan.weights.safetensors import SafetensorsCheckpoint
 
 GIB = 1 << 30

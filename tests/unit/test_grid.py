@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.attention.heads import head_blocks
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid, split_evenly
+from longspan.parallel.heads import head_blocks
 from longspan.parallel.sharding import Sharding, check_heads, max_kv_heads
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # head shards, pcp, dcp

@@ -17,7 +17,7 @@ from longspan.cache.pages import PageRef
 from longspan.cache.prefix import page_key, root_key
 from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan import LOST, StepPlan
+from longspan.plan.plan import LOST, StepPlan
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 

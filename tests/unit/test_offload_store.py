@@ -13,7 +13,7 @@ from longspan.attention.pool import KVPool
 from longspan.cache.offload import PageLoad, PageSave, Spill, Tier
 from longspan.cache.pages import PageRef
 from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig
-from longspan.engine.page_store import OffloadFiles, PageStore, parts_of_a_slot
+from longspan.engine.rank.page_store import OffloadFiles, PageStore, parts_of_a_slot
 from longspan.engine.setup import resolve
 from longspan.parallel.sharding import Sharding
 from tests.oracle import tiny_folder

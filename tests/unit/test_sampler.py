@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.engine.noise import mix, uniform
-from longspan.engine.race import sample_together
-from longspan.engine.sampler import SampleRow, best, filter_tokens, penalise, sample
+from longspan.engine.rank.sampling.gumbel import sample_together
+from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.sampler import SampleRow, best, filter_tokens, penalise, sample
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 

@@ -11,7 +11,7 @@ from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.limits import Limits
 from longspan.scheduler.scheduler import Scheduler

@@ -8,9 +8,10 @@ import torch
 
 from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.executors import process_worker, rank_serving
-from longspan.engine.executors.messages import Begin
+from longspan.engine.rank import process_rank as process_worker
+from longspan.engine.rank import serving as rank_serving
 from longspan.engine.setup import choose_executor, resolve
+from longspan.engine.transport.messages import Begin
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from longspan.config import LivenessConfig
-from longspan.engine.executors.heartbeat import Silence
-from longspan.engine.step_watch import StepWatch
+from longspan.engine.driver.step_watch import StepWatch
+from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import ConfigError, StepTimeout
 
 

@@ -6,10 +6,10 @@ import torch
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.heads import HeadBlock, head_blocks
 from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.pages import Span
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock, head_blocks
+from longspan.plan.reach import QueryRun
 
 CPU = torch.device("cpu")
 SCALE = 0.3

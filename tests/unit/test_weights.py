@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from longspan.engine.loading import Piece, TensorStore
+from longspan.engine.rank.loading import Piece, TensorStore
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
 from longspan.weights.gguf import GGUFCheckpoint, hub_name

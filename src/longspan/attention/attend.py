@@ -17,8 +17,8 @@ from longspan.attention.partial import Partial, concatenate, with_sink
 from longspan.attention.pool import KVPool
 from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
-from longspan.reach import Reach
-from longspan.view import ClassView, RankView
+from longspan.plan.reach import Reach
+from longspan.plan.view import ClassView, RankView
 
 
 class Attention:

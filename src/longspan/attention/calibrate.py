@@ -22,7 +22,7 @@ from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.cache.pages import Span
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.parallel.collectives import Collectives
-from longspan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
+from longspan.plan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
 
 _TOKENS = 4096
 _ROWS = 64

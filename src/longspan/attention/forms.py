@@ -14,12 +14,12 @@ from torch import Tensor
 
 from longspan.attention.backends.base import Backend, StaticRuns
 from longspan.attention.facts import ExpansionCost
-from longspan.attention.heads import HeadBlock
 from longspan.attention.layer import AttentionLayer, Latent
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span, clip_spans
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 _EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
 

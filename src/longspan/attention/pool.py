@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.layout import KVLayout
-from longspan.view import WriteRun
+from longspan.plan.view import WriteRun
 
 _FEW_RUNS = 4  # up to this many runs are written as slices, more through an index
 

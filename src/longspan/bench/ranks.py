@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from longspan.engine.worker import share_of_cores
+from longspan.engine.rank.build import share_of_cores
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.distributed import join_world, leave_world, open_group

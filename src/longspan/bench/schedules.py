@@ -31,8 +31,8 @@ from longspan.models.mla import LatentSpace
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding
-from longspan.reach import Place
-from longspan.view import rank_view
+from longspan.plan.reach import Place
+from longspan.plan.view import rank_view
 
 SCHEDULES = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
 _WORKSPACE = 16384

@@ -16,7 +16,7 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 

@@ -14,7 +14,7 @@ from longspan.cache.pages import PageTable
 from longspan.cache.prefix import root_key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.request import SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 

@@ -59,8 +59,8 @@ def latency(
         require_choice("compare", compare, ("transformers",))
     from longspan.bench.latency import Load, run_latency
     from longspan.bench.sides import LongspanSide, TransformersSide, layout_of
+    from longspan.engine.rank.build import threads_per_rank
     from longspan.engine.setup import resolve
-    from longspan.engine.worker import threads_per_rank
 
     config = replace(config, cache=replace(config.cache, enable_prefix_caching=False))
     setup = resolve(config)

@@ -19,7 +19,7 @@ from longspan.config import require, require_choice
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.hardware import Hardware
+    from longspan.planner.hardware import Hardware
     from longspan.planner.simulate.check import Checks
 
 Output = Annotated[str | None, typer.Option("--output", help="YAML file for --hardware; default: print it")]
@@ -49,7 +49,7 @@ def calibrate(
     if output is not None:
         require(Path(output).suffix in (".yaml", ".yml"), "output", output, "is no YAML file", "end it in .yaml")
         require(Path(output).parent.is_dir(), "output", output, "its folder does not exist", "make the folder first")
-    from longspan.hardware import hardware as machine_named
+    from longspan.planner.hardware import hardware as machine_named
 
     console = Console(stderr=True)
     machine = _measure(console, model, executor) if hardware is None else machine_named(hardware)
@@ -70,7 +70,7 @@ def _measure(console: Console, model: str, executor: str) -> Hardware:
 
 
 def _write(output: str | None, machine: Hardware, as_json: bool) -> None:
-    from longspan.hardware import hardware_to_yaml
+    from longspan.planner.hardware import hardware_to_yaml
 
     text = hardware_to_yaml(machine)
     if output is None:

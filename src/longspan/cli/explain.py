@@ -36,7 +36,7 @@ def explain(
     from longspan.bench.ranks import run_on_ranks
     from longspan.bench.situation import Situation, estimates
     from longspan.engine.setup import resolve
-    from longspan.hardware import hardware as accelerator
+    from longspan.planner.hardware import hardware as accelerator
 
     if hardware is not None:
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
@@ -80,8 +80,8 @@ class _Measure:
     config: EngineConfig
 
     def __call__(self, rank: int, make_group: Any, traffic: object) -> CostConstants:
+        from longspan.engine.rank.build import measure_cost
         from longspan.engine.setup import resolve
-        from longspan.engine.worker import measure_cost
 
         setup = resolve(self.config)
         return measure_cost(

@@ -24,7 +24,7 @@ from longspan.request import CompletionOutput, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from longspan.bench.measure import Measured
-    from longspan.engine.core import EngineStats
+    from longspan.engine.driver.core import EngineStats
     from longspan.engine.setup import EngineSetup
     from longspan.llm import LLM
 

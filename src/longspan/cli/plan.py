@@ -129,10 +129,10 @@ def _base(
     model: str, hardware: str, dtype: str, weight_dtype: str | None, kv_dtype: str, experts: bool, per_node: int,
     fraction: float, batched: int,
 ) -> Deployment:  # fmt: skip
-    from longspan.hardware import hardware as machine
     from longspan.planner.deployment import Deployment
-    from longspan.planner.formats import element_bytes
+    from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
+    from longspan.weights.formats import element_bytes
 
     config, weights = find_model(model, dtype, weight_dtype)
     require(config.moe is not None or not experts, "enable_expert_parallel", True, f"{model} has no experts",

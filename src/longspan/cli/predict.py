@@ -81,10 +81,10 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """A setup's time or capacity as the planner foretells it, beside what was measured."""
-    from longspan.planner.formats import element_bytes
     from longspan.planner.predict import Assumed, predict_all
     from longspan.planner.predict import predict as predict_row
     from longspan.planner.rows import Row, read_rows
+    from longspan.weights.formats import element_bytes
 
     stored = element_bytes("kv_cache_dtype", dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     require((max_num_batched_tokens or 1) >= 1, "max_num_batched_tokens", max_num_batched_tokens, "must be at least 1",

@@ -35,9 +35,9 @@ def route(
     import uvicorn
     import uvloop
 
-    from longspan.disaggregation.instances import Instances
-    from longspan.disaggregation.router import RouteOptions
-    from longspan.disaggregation.router import route as run
+    from longspan.server.router.instances import Instances
+    from longspan.server.router.proxy import RouteOptions
+    from longspan.server.router.proxy import route as run
 
     require(wait >= 0, "wait", wait, "must not be negative", "give seconds")
     require(0 <= port < 1 << 16, "port", port, "is no port", "give 0..65535; 0 takes a free one")

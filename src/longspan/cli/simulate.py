@@ -91,12 +91,12 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """A trace through the real scheduler and cache of engines on any machine, step by step on a clock of its own."""
-    from longspan.hardware import hardware as machine
     from longspan.planner.deployment import Deployment, layout_name
-    from longspan.planner.formats import element_bytes
+    from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
     from longspan.planner.simulate.asks import read_asks
     from longspan.planner.simulate.setup import instance_config, limits_of
+    from longspan.weights.formats import element_bytes
 
     require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
     require(page_size >= 1, "page_size", page_size, "must be at least 1", "512 is the default")

@@ -32,10 +32,10 @@ from longspan.disaggregation.messages import (
     ToDecode,
 )
 from longspan.disaggregation.options import TransferConfig
-from longspan.plan import Fetch, StepPlan
+from longspan.plan.plan import Fetch, StepPlan
 
 if TYPE_CHECKING:
-    from longspan.engine.core import CoreRequest, TokenOutput
+    from longspan.engine.driver.core import CoreRequest, TokenOutput
 
 _MAX_CONNECTIONS = 64
 _LOG = logging.getLogger("longspan.disaggregation")

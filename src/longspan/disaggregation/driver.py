@@ -19,10 +19,10 @@ from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 
 if TYPE_CHECKING:
-    from longspan.engine.core import CoreRequest, TokenOutput
+    from longspan.engine.driver.core import CoreRequest, TokenOutput
 
 _HEARTBEAT_MS = 1000
 _SILENCE_MS = 5000

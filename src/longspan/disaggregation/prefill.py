@@ -29,10 +29,10 @@ from longspan.disaggregation.messages import (
     Welcome,
 )
 from longspan.disaggregation.options import TransferConfig
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 
 if TYPE_CHECKING:
-    from longspan.engine.core import CoreRequest, TokenOutput
+    from longspan.engine.driver.core import CoreRequest, TokenOutput
 
 _PULSE_SECONDS = 1.0
 CheckPrompt = Callable[[list[int]], str | None]

@@ -33,7 +33,7 @@ from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
-from longspan.plan import Fetch, StepPlan
+from longspan.plan.plan import Fetch, StepPlan
 
 _MOVING_SECONDS = 1.0
 _MAX_SOCKETS = 256

@@ -20,7 +20,7 @@ from longspan.errors import RequestError
 from longspan.request import SamplingParams
 
 if TYPE_CHECKING:
-    from longspan.engine.core import CoreRequest
+    from longspan.engine.driver.core import CoreRequest
 
 PREFILL_ONLY = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 

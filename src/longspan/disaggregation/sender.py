@@ -28,7 +28,7 @@ from longspan.disaggregation.messages import (
 from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 
 _MAX_WATCHERS = 1 << 16
 _LOG = logging.getLogger("longspan.disaggregation")

@@ -17,7 +17,7 @@ from longspan.disaggregation.layout_map import Part
 from longspan.disaggregation.messages import Broken, FromRank, encode
 from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 
 _END_SECONDS = 5.0
 _WAKE, _END = b"", b"end"

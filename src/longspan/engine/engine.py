@@ -11,10 +11,10 @@ from typing import SupportsIndex
 
 from longspan.cache.pages import PageRef
 from longspan.config import EngineConfig
-from longspan.engine.core import EngineCore, EngineStats
-from longspan.engine.detokenizer import Tokenizer
+from longspan.engine.driver.core import EngineCore, EngineStats
+from longspan.engine.frontend.detokenizer import Tokenizer
+from longspan.engine.frontend.tracker import Orders, RequestTracker
 from longspan.engine.setup import EngineSetup, resolve
-from longspan.engine.tracker import Orders, RequestTracker
 from longspan.request import RequestOutput, SamplingParams
 from longspan.scheduler.sequence import SequenceState
 

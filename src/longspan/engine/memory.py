@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.scaled_weights import ScaledChoice
+from longspan.engine.rank.scaled_weights import ScaledChoice
 from longspan.errors import ConfigError
-from longspan.hardware import Hardware
 from longspan.models.config import ModelConfig
 from longspan.planner.deployment import Deployment
-from longspan.planner.formats import WeightFormat
+from longspan.planner.hardware import Hardware
 from longspan.planner.layouts import layouts
+from longspan.weights.formats import WeightFormat
 
 _FORMATS = MappingProxyType({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"})
 _GIB = 1 << 30

@@ -15,7 +15,7 @@ from longspan.attention.cost import CostConstants, CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import EngineConfig, require
-from longspan.engine.scaled_weights import ScaledChoice, choose_scaled
+from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import check_checkpoint, load_config

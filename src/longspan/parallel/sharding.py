@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from longspan.attention.heads import HeadBlock, head_blocks, kv_range
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid, split_evenly
+from longspan.parallel.heads import HeadBlock, head_blocks, kv_range
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostConstants
 from longspan.bench.ranks import run_on_ranks
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig
+from longspan.engine.rank.build import measure_cost
 from longspan.engine.setup import resolve
-from longspan.engine.worker import measure_cost
-from longspan.hardware import Hardware
 from longspan.models.registry import load_config
+from longspan.planner.hardware import Hardware
 from longspan.planner.linear import passed_elements
 from longspan.planner.measured_engine import EngineBench, EngineTimes, plain_folder
 from longspan.planner.measured_layers import KERNELS_A_LAYER, LayerBench

@@ -16,7 +16,6 @@ from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.engine.setup import WORKSPACE_TOKENS, cache_layout
 from longspan.errors import ConfigError
-from longspan.hardware import Hardware
 from longspan.models.config import ModelConfig, MoEConfig
 from longspan.models.decoder import decoder_params
 from longspan.models.experts import expert_params, shared_params
@@ -24,7 +23,8 @@ from longspan.models.moe import router_params
 from longspan.models.params import Param
 from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers
-from longspan.planner.formats import WeightFormat
+from longspan.planner.hardware import Hardware
+from longspan.weights.formats import WeightFormat
 
 _USABLE = 0.99  # of a device's memory; the rest is the driver's
 _RUNTIME_BYTES, _PEER_BYTES = 500_000_000, 300_000_000  # kernels and graphs; buffers of collectives for each peer

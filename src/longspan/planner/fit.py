@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from longspan.errors import ConfigError, LongspanError
-from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment
+from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row, read_rows
 

@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longspan.hardware import Hardware
 from longspan.models.config import ModelConfig
 from longspan.planner.deployment import Deployment, Part
+from longspan.planner.hardware import Hardware
 
 _LEAST_ROWS = 16  # of a tensor core's tile
 _HIDDEN_PASSES, _INNER_PASSES = 8, 4  # how often norms, sums and activations read or write a row

@@ -16,7 +16,7 @@ from typing import Any
 from longspan.errors import ModelError, ModelNotFound
 from longspan.models.config import ModelConfig
 from longspan.models.registry import load_config
-from longspan.planner.formats import WeightFormat
+from longspan.weights.formats import WeightFormat
 
 _KV_HEADS = re.compile(r"(.+) with (\d+) kv heads?")
 

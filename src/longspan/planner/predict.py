@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.errors import ConfigError, LongspanError
-from longspan.hardware import Hardware, hardware
 from longspan.planner.deployment import Deployment
+from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.models import find_model
 from longspan.planner.outlook import Span, prompt_chunk, prompt_chunks, through_stages, time_per_token
 from longspan.planner.rows import Row

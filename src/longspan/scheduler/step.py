@@ -16,7 +16,7 @@ from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.disaggregation.layout_map import Source
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
-from longspan.plan import PENDING, Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
+from longspan.plan.plan import PENDING, Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 

@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from longspan import errors
 from longspan.config import EngineConfig
-from longspan.engine.executors.heartbeat import Silence
+from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import EngineError, LongspanError, StepTimeout, WorkerDied
 from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
 

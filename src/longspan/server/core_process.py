@@ -17,11 +17,11 @@ import zmq
 
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import Role, wait_for
-from longspan.engine.core import EngineCore
-from longspan.engine.executors.heartbeat import Heartbeat
-from longspan.engine.executors.lifetime import end_with_parent
-from longspan.engine.executors.processes import ProcessExecutor
+from longspan.engine.driver.core import EngineCore
+from longspan.engine.driver.executors.processes import ProcessExecutor
 from longspan.engine.setup import resolve
+from longspan.engine.transport.heartbeat import Heartbeat
+from longspan.engine.transport.lifetime import end_with_parent
 from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
 from longspan.server.messages import (

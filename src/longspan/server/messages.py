@@ -12,7 +12,7 @@ import msgspec
 
 from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import PeerCard, TransferCounters
-from longspan.engine.core import CoreRequest, StepRecord, TokenOutput
+from longspan.engine.driver.core import CoreRequest, StepRecord, TokenOutput
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from longspan import __version__
-from longspan.engine.core import StepRecord
+from longspan.engine.driver.core import StepRecord
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.messages import CoreState, SequenceReport
 

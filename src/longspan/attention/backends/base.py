@@ -11,11 +11,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
-from longspan.reach import QueryRun
-from longspan.view import WriteRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
+from longspan.plan.view import WriteRun
 
 
 class Writer(Protocol):

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longspan.reach import QueryRun
+from longspan.plan.reach import QueryRun
 
 _MAX_TOKENS = 512  # of one query's context: longer ones are attended in place, which copies nothing
 _MAX_COPIED = 8192  # slots of one batch: more of them leave the cache

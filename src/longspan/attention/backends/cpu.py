@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, concatenate, merge
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import clip_spans
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 _SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats one kernel call for each
 _READ_TOKENS = 4096  # quantised rows read back at once

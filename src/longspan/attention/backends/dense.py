@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial, merge
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import clip_spans
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 _SCORES = 1 << 24  # held at once, of all heads
 _ROWS = 256  # query tokens of a block

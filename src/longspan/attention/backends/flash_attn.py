@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 _WIDEST = 256
 _EVERYTHING = (-1, -1)

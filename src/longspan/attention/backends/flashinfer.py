@@ -17,11 +17,11 @@ from torch import Tensor
 
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span, clip_spans
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 _WORKSPACE_BYTES = 128 << 20  # what the library asks for
 _DIMS = (64, 128, 256)

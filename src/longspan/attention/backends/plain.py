@@ -11,7 +11,7 @@ import torch
 
 from longspan.attention.partial import Partial, merge
 from longspan.attention.pool import SlotWriter
-from longspan.view import WriteRun
+from longspan.plan.view import WriteRun
 
 
 class PlainBackend:

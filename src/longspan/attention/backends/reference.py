@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 
 class ReferenceBackend(PlainBackend):

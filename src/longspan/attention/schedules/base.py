@@ -15,7 +15,7 @@ from longspan.attention.forms import Form
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.parallel.collectives import Collectives
-from longspan.reach import Reach
+from longspan.plan.reach import Reach
 
 
 @dataclass(frozen=True)

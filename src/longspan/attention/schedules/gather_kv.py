@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join
 from longspan.cache.pages import Span, clip_spans
-from longspan.reach import KeyRun, QueryRun
+from longspan.plan.reach import KeyRun, QueryRun
 
 _LABEL = "gather_kv"
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from longspan.attention.backends.base import Backend
 from longspan.attention.backends.choice import BackendShape
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.bench.kernels.bed import Bed, Row
 from longspan.bench.kernels.clock import Timing
 from longspan.cache.pages import Span
-from longspan.reach import QueryRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
 
 FORMATS = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _SCALE = 0.05

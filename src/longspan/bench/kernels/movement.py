@@ -14,7 +14,7 @@ from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.bench.kernels.attention import FORMATS, Heads, Scene
 from longspan.bench.kernels.bed import Bed, Row
-from longspan.view import WriteRun
+from longspan.plan.view import WriteRun
 
 _SPREAD = 4  # slots in the pool for each that is written
 

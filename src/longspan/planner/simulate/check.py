@@ -19,8 +19,8 @@ from longspan.bench.serving.client import Finished, Outcome
 from longspan.bench.serving.report import RunReport, summarise
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig
 from longspan.engine.engine import Engine
-from longspan.hardware import Hardware
 from longspan.planner.deployment import Deployment
+from longspan.planner.hardware import Hardware
 from longspan.planner.measured_engine import decode_step
 from longspan.planner.models import find_model
 from longspan.planner.simulate.asks import Ask

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from longspan.cache.pages import PageTable
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.planner.step import Chunk, StepTime
 
 _GROWTH = 64  # a decoding batch is timed anew when its contexts have grown by one part in so many

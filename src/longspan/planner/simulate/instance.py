@@ -16,7 +16,7 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan import StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.planner.simulate.clock import StepClock, StepTimer
 from longspan.planner.simulate.scheduler import SimulatedScheduler
 from longspan.request import SampledToken

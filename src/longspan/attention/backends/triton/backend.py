@@ -25,11 +25,11 @@ from longspan.attention.backends.triton.plan import (
 )
 from longspan.attention.backends.triton.work import Slots, Tiling, plan_work, sights_of_diagonal, sights_of_runs
 from longspan.attention.backends.triton.write import TritonWriter
-from longspan.attention.heads import HeadBlock
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
-from longspan.reach import QueryRun
-from longspan.view import WriteRun
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
+from longspan.plan.view import WriteRun
 
 _GATHERED_SLOTS = 2048  # room for a row's short spans: a prefix hit and what follows it
 _INTERPRETED_PROCESSORS = 4  # where there is no device to ask

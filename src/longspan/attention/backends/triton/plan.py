@@ -25,7 +25,7 @@ from longspan.attention.backends.triton.work import (
     plan_work,
     sights_of_runs,
 )
-from longspan.reach import QueryRun
+from longspan.plan.reach import QueryRun
 
 ITEM_FIELDS = len(Item._fields)
 SPLIT_FIELDS = len(Split._fields)

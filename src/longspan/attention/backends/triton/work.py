@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from longspan.cache.pages import Span
-from longspan.reach import QueryRun
+from longspan.plan.reach import QueryRun
 
 _SHORT_SPAN = 1024  # tokens; neighbours shorter than this are gathered, by an index of slots, into one range
 _LEAST_PIECE = 256  # columns: less is not worth a partial of its own

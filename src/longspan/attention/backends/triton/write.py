@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.attention.rows import LARGEST, CacheRows
-from longspan.view import WriteRun
+from longspan.plan.view import WriteRun
 
 _ELEMENTS = 2048  # written by one program: 16 a thread
 _WARPS = 4

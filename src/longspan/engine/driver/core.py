@@ -1,0 +1,307 @@
+"""The engine's core: completions in, tokens out, one step at a time.
+
+It owns the loop of scheduler and executor and the rules that end a completion by its tokens; it must not know of text,
+of users, nor of how its messages travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from longspan.attention.cost import CostConstants, ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.offload import OffloadCounters, OffloadIndex
+from longspan.cache.prefix import root_key
+from longspan.disaggregation.layout_map import Source, is_for_others
+from longspan.disaggregation.roles import PREFILL_ONLY, open_role
+from longspan.engine.driver.executors.base import Executor
+from longspan.engine.driver.executors.dry import DryExecutor
+from longspan.engine.driver.executors.external import ExternalExecutor
+from longspan.engine.driver.executors.processes import ProcessExecutor
+from longspan.engine.driver.executors.ray import RayExecutor
+from longspan.engine.driver.executors.threads import ThreadExecutor
+from longspan.engine.driver.step_watch import StepWatch
+from longspan.engine.rank.page_store import OffloadFiles
+from longspan.engine.setup import EngineSetup
+from longspan.parallel.collectives import Traffic
+from longspan.plan.plan import StepPlan
+from longspan.request import FinishReason, SampledToken, SamplingParams
+from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
+
+_STEPS_REMEMBERED = 60
+_PATIENCE_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class CoreRequest:
+    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them.
+
+    `prefill_at` are instances that can compute its prompt, to be asked in this order.
+    """
+
+    number: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    output_token_ids: Sequence[int] = ()
+    prefill_at: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
+
+    `scored` are tokens of the prompt, with their log-probabilities; `error` says why it could not go on.
+    """
+
+    number: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+    scored: tuple[SampledToken, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step, for reports. `seconds` are from submission to result."""
+
+    step: int
+    decode_rows: int
+    prefill_tokens: int
+    decode_schedule: str
+    prefill_schedule: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for reports. Capacity is pages × page size summed over shards."""
+
+    page_size: int
+    capacity_tokens: int
+    pages_per_shard: tuple[int, ...]
+    used_pages_per_shard: tuple[int, ...]
+    peak_pages_per_shard: tuple[int, ...]
+    prefill_schedule: str
+    decode_schedule: str
+    scheduler: SchedulerCounters
+    traffic: Traffic
+    offload: OffloadCounters = field(default_factory=OffloadCounters)
+
+
+def create_executor(setup: EngineSetup) -> Executor:
+    """The executor the configuration names."""
+    kinds: dict[str, Callable[[EngineSetup], Executor]] = {
+        "threads": ThreadExecutor,
+        "processes": ProcessExecutor,
+        "ray": RayExecutor,
+        "external": ExternalExecutor,
+        "dry": DryExecutor,
+    }
+    return kinds[setup.config.executor](setup)
+
+
+class _Ending:
+    """When a completion ends by its tokens."""
+
+    def __init__(self, request: CoreRequest, eos_token_ids: Iterable[int]) -> None:
+        params = request.params
+        self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self._left = request.max_tokens - len(request.output_token_ids)
+
+    def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
+        """Those of the tokens that still belong to it, and why it ended if it did."""
+        for count, token in enumerate(tokens, 1):
+            if token.error is not None:
+                return tuple(tokens[: count - 1]), FinishReason.ERROR
+            self._left -= 1
+            if token.token_id in self._stops:
+                return tuple(tokens[:count]), FinishReason.STOP
+            if self._left == 0:
+                return tuple(tokens[:count]), FinishReason.LENGTH
+        return tuple(tokens), None
+
+
+class EngineCore:
+    """Continuous batching over an executor. Not thread-safe: one caller steps it.
+
+    Raises `ConfigError` and `ModelError` when built, `EngineError` from `step`.
+    """
+
+    def __init__(self, setup: EngineSetup) -> None:
+        config, cache = setup.config, setup.config.cache
+        self._offload = OffloadFiles(setup) if cache.offload.is_on else None
+        index = OffloadIndex(self._offload.memory_slots, self._offload.disk_slots) if self._offload else None
+        self.setup = setup = self._offload.setup if self._offload else setup
+        self.cache = CacheManager(cache.page_size, setup.pages_per_shard, cache.enable_prefix_caching, index)
+        root = root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cache.page_size)
+        self.role, self.setup = open_role(setup, self.cache, root)
+        try:
+            self.executor = create_executor(self.setup)
+            self.setup = setup = self.executor.setup
+        except BaseException:
+            self._free_offload()
+            if self.role:
+                self.role.close()
+            raise
+        self.constants = config.cost or self.executor.constants or CostConstants()
+        self.scheduler = Scheduler(
+            config.scheduler, self.cache, setup.grid,
+            ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
+            root, setup.model.kinds,
+        )  # fmt: skip
+        self.watch = StepWatch(config.liveness)
+        self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
+        self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
+        self._endings: dict[int, _Ending] = {}
+        self._schedules = {"prefill": "local", "decode": "local"}
+        self._peak = [0] * self.cache.num_shards
+        if self.role:
+            self.role.start(self, setup.grid.world_size)
+
+    def add(self, request: CoreRequest) -> None:
+        """Queue a completion that `Limits.check` has passed."""
+        self._endings[request.number] = _Ending(request, self.setup.model.eos_token_ids)
+        if self.role is None or not self.role.add(request):
+            self.begin(request, None)
+
+    def begin(self, request: CoreRequest, source: Source | None) -> None:
+        """See `Desk.begin`."""
+        self.scheduler.add(
+            request.number, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
+            request.output_token_ids, source,
+        )  # fmt: skip
+
+    def prefill(self, number: int, token_ids: Sequence[int]) -> None:
+        """See `Desk.prefill`."""
+        self.add(CoreRequest(number, token_ids, PREFILL_ONLY, 0, 1))
+
+    def leave(self, number: int) -> None:
+        """See `Desk.leave`."""
+        if is_for_others(number):
+            self._endings.pop(number, None)
+        self.scheduler.finish(number)
+
+    def arrived(self, number: int) -> None:
+        """See `Desk.arrived`."""
+        self.scheduler.arrived(number)
+
+    def finish(self, number: int) -> None:
+        """End a completion now; its pages are free for the next step. Unknown numbers are ignored."""
+        self._endings.pop(number, None)
+        self.scheduler.finish(number)
+        if self.role:
+            self.role.finish(number)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work to do."""
+        return bool(self._endings or self._under_way)
+
+    @property
+    def steps_under_way(self) -> int:
+        """Steps that were submitted and not yet collected."""
+        return len(self._under_way)
+
+    def step(self) -> list[TokenOutput]:
+        """Give the ranks as many steps as they work on at once and finish the oldest; returns what that one gave."""
+        self.watch.begin()
+        try:
+            if self.role:
+                self.role.exchange()
+            while len(self._under_way) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
+                self.executor.submit(plan)
+                if self.role:
+                    self.role.submitted(plan)
+                self._under_way.append((plan, time.perf_counter(), not self._under_way))
+            if self._under_way:
+                self.watch.wait_for(self._under_way[0][0].step, self._tokens_under_way())
+                return self._deliver(self.executor.collect(self.watch.check))
+            if self.role and self._endings:  # they wait for other instances
+                self.role.wait(_PATIENCE_SECONDS)
+            return []
+        except BaseException:  # an interrupt too: ranks, scheduler and outputs no longer agree on what was computed
+            self._under_way.clear()
+            self.shutdown()
+            raise
+        finally:
+            self.watch.end()
+
+    def stats(self) -> EngineStats:
+        """What is in use and what has travelled so far."""
+        return EngineStats(
+            page_size=self.cache.page_size,
+            capacity_tokens=self.setup.capacity_tokens,
+            pages_per_shard=self.setup.pages_per_shard,
+            used_pages_per_shard=tuple(self.cache.used(s) for s in range(self.cache.num_shards)),
+            peak_pages_per_shard=tuple(self._peak),
+            prefill_schedule=self._schedules["prefill"],
+            decode_schedule=self._schedules["decode"],
+            scheduler=self.scheduler.counters(),
+            traffic=self.executor.traffic(),
+            offload=self.cache.offload.counters if self.cache.offload else OffloadCounters(),
+        )
+
+    def shutdown(self) -> None:
+        """End every rank; safe to call again."""
+        self.executor.shutdown()
+        self._free_offload()
+        if self.role:
+            self.role.close()
+
+    def _free_offload(self) -> None:
+        if self._offload:
+            self._offload.close()
+
+    def _tokens_under_way(self) -> int:
+        """Those that are computed or loaded in steps under way."""
+        page_size = self.cache.page_size
+        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
+
+    def _deliver(self, sampled: Sequence[SampledToken]) -> list[TokenOutput]:
+        """Commit the oldest step under way."""
+        plan, submitted, alone = self._under_way.popleft()
+        tokens_of: dict[int, list[SampledToken]] = {}
+        for token in self.scheduler.commit(plan, sampled):
+            tokens_of.setdefault(token.request_id, []).append(token)
+        seconds = time.perf_counter() - submitted
+        self._record(plan, seconds)
+        if alone and self.cache.offload:
+            self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
+        outputs = [self._output(number, tokens) for number, tokens in tokens_of.items()]
+        return [output for output in outputs if not is_for_others(output.number)]
+
+    def _output(self, number: int, tokens: Sequence[SampledToken]) -> TokenOutput:
+        cached = self.scheduler.cached_tokens(number)
+        scored = tuple(token for token in tokens if token.scored)
+        kept, reason = self._endings[number].take([token for token in tokens if not token.scored])
+        error = next((token.error for token in tokens if token.error), None)
+        output = TokenOutput(number, kept, reason, cached, scored, error)
+        if reason is not None and self.role and self.role.keeps(output):
+            self._endings.pop(number, None)
+            self.scheduler.hold(number)
+        elif reason is not None:
+            self.finish(number)
+        return output
+
+    def _record(self, plan: StepPlan, seconds: float) -> None:
+        chunk, rows = _tokens(plan)
+        self.watch.measured(chunk + rows, seconds)
+        self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]
+        self._schedules["prefill"] = plan.prefill_schedules[0] if chunk else self._schedules["prefill"]
+        self.recent.append(
+            StepRecord(plan.step, rows, chunk, plan.decode_schedules[0], plan.prefill_schedules[0], seconds)
+        )
+        for shard in range(self.cache.num_shards):
+            self._peak[shard] = max(self._peak[shard], self.cache.used(shard))
+
+
+def _tokens(plan: StepPlan) -> tuple[int, int]:
+    """Tokens a step prefills and decodes."""
+    prefilled = sum(segment.length for segment in plan.segments if segment.prefill)
+    return prefilled, sum(segment.length for segment in plan.segments) - prefilled

@@ -1,0 +1,59 @@
+"""No ranks at all: every token is made up at once, so that what remains is the engine's and the server's own time.
+
+It owns the made-up tokens; it must not load weights nor pretend to any result.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from longspan.attention.cost import CostConstants
+from longspan.engine.setup import EngineSetup
+from longspan.parallel.collectives import Traffic
+from longspan.parallel.trace import TraceSpan
+from longspan.plan.plan import Segment, StepPlan
+from longspan.request import SampledToken, TokenLogprobs
+
+_STRIDE = 7919  # a prime: neighbouring tokens differ, and so do their texts
+_CERTAIN = TokenLogprobs(0.0, (), ())
+
+
+class DryExecutor:
+    """See `Executor`."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        self.constants: CostConstants | None = None
+        self._vocabulary = setup.model.vocab_size
+        self._done: deque[list[SampledToken]] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        """See `Executor.submit`."""
+        self._done.append([token for segment in plan.segments for token in self._sampled(segment)])
+
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+        """See `Executor.collect`."""
+        return self._done.popleft()
+
+    def check(self) -> None:
+        """See `Executor.check`."""
+
+    def late(self) -> str | None:
+        """See `Executor.late`."""
+        return None
+
+    def traffic(self) -> Traffic:
+        """See `Executor.traffic`."""
+        return Traffic()
+
+    def trace(self) -> dict[int, list[TraceSpan]]:
+        """See `Executor.trace`."""
+        return {}
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+
+    def _sampled(self, segment: Segment) -> list[SampledToken]:
+        positions = range(segment.stop - segment.sample, segment.stop)
+        return [SampledToken(segment.request_id, p * _STRIDE % self._vocabulary, _CERTAIN, p) for p in positions]

@@ -1,0 +1,52 @@
+"""Ranks as processes of this machine, started and ended by the driver.
+
+It owns the processes; what is said to them is `remote.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from longspan.engine.driver.executors.remote import RemoteExecutor
+from longspan.engine.setup import EngineSetup
+
+_STDERR = 2  # the descriptor: sys.stderr may be anything
+
+
+class ProcessExecutor(RemoteExecutor):
+    """See `RemoteExecutor`."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="longspan-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        super().__init__(setup, f"ipc://{self._folder.name}/driver")
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The operating system's ids, in rank order."""
+        return [process.pid for process in self._processes]
+
+    def _launch(self, address: str) -> None:
+        program = [sys.executable, "-m", "longspan.engine.rank.process_rank"]
+        size = self.setup.grid.world_size
+        for rank in range(size):
+            command = [*program, address, str(rank), str(size), str(os.getpid())]
+            self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
+
+    def _end_of(self, rank: int) -> str | None:
+        process = self._processes[rank]
+        return None if process.poll() is None else f"(process {process.pid}) ended with exit code {process.returncode}"
+
+    def _end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._folder.cleanup()

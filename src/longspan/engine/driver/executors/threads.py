@@ -1,0 +1,155 @@
+"""Ranks as threads of this process: the default on a CPU and for one rank on a GPU.
+
+It owns the threads, their inboxes and their failures; tensors change hands by reference, and ranks
+that hold the same slice of a weight share one copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import torch
+
+from longspan.attention.calibrate import combine
+from longspan.attention.cost import CostConstants
+from longspan.engine.driver.executors.base import require_open
+from longspan.engine.rank.build import build_runner, threads_per_rank
+from longspan.engine.rank.loading import TensorStore
+from longspan.engine.rank.runner import Runner
+from longspan.engine.rank.steps import StepLoop
+from longspan.engine.setup import EngineSetup
+from longspan.errors import LongspanError, WorkerDied
+from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.parallel.trace import Trace, TraceSpan
+from longspan.plan.plan import StepPlan
+from longspan.request import SampledToken
+
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 5.0  # for threads of which one hangs
+_Outcome = list[SampledToken] | BaseException
+
+
+class ThreadExecutor:
+    """One thread a rank."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        size = setup.grid.world_size
+        self.setup = setup
+        self._closed = self._hangs = False
+        self._fabric = ThreadFabric(size)
+        self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
+        self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
+        self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
+        self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
+        self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
+        self._measured: list[CostConstants] = []
+        self._runners: dict[int, Runner] = {}
+        self._threads = [
+            Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True) for rank in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.collect(lambda: None)
+        self.constants = combine(self._measured) if self._measured else None
+
+    @property
+    def runners(self) -> list[Runner]:
+        """What runs on each rank, in rank order."""
+        return [self._runners[rank] for rank in sorted(self._runners)]
+
+    def submit(self, plan: StepPlan) -> None:
+        """See `Executor.submit`."""
+        require_open(self._closed)
+        for inbox in self._inboxes:
+            inbox.put(plan)
+
+    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+        """See `Executor.collect`. The first failure ends all ranks and is raised; a thread that hangs stays."""
+        require_open(self._closed)
+        while not all(self._done):
+            try:
+                rank, outcome = self._outcomes.get(timeout=_POLL_SECONDS)
+            except Empty:
+                self._look(look)
+                continue
+            if isinstance(outcome, BaseException):
+                self.shutdown()
+                if isinstance(outcome, LongspanError):
+                    raise outcome
+                raise WorkerDied(f"rank {rank} failed: {type(outcome).__name__}: {outcome}") from outcome
+            self._done[rank].append(outcome)
+        return [token for done in self._done for token in done.popleft()]
+
+    def check(self) -> None:
+        """See `Executor.check`."""
+        require_open(self._closed)
+
+    def late(self) -> str | None:
+        """See `Executor.late`."""
+        return None
+
+    def traffic(self) -> Traffic:
+        """See `Executor.traffic`."""
+        total = Traffic()
+        for traffic in self._traffic:
+            total.add(traffic)
+        return total
+
+    def trace(self) -> dict[int, list[TraceSpan]]:
+        """See `Executor.trace`."""
+        return {rank: list(traffic.trace.spans) for rank, traffic in enumerate(self._traffic)}
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        self._closed = True
+        self._fabric.abort()
+        for inbox in self._inboxes:
+            inbox.put(None)
+        deadline = time.monotonic() + _STOP_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()) if self._hangs else None)
+
+    def _look(self, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except BaseException:
+            self._hangs = True  # and cannot be ended, nor waited for
+            self.shutdown()
+            raise
+
+    def _serve(self, rank: int) -> None:
+        share = threads_per_rank(self.setup)
+        torch.set_num_threads(share)
+        try:
+            runner, constants = build_runner(self.setup, rank, self._store, lambda group: self._open(group, rank))
+            self._traffic[rank].reset()  # what was measured with is not the engine's
+            self._runners[rank] = runner
+            if constants:
+                self._measured.append(constants)
+            self._outcomes.put((rank, []))
+        except BaseException as error:
+            self._outcomes.put((rank, error))
+            return
+        inbox = self._inboxes[rank]
+        loop = StepLoop(runner, lambda tokens: self._outcomes.put((rank, tokens)), lambda: not inbox.empty())
+        while (plan := inbox.get()) is not None:
+            try:
+                torch.set_num_threads(self._threads_for(rank, plan, share))
+                loop.take(plan)
+            except BaseException as error:
+                self._outcomes.put((rank, error))
+        runner.close()
+
+    def _threads_for(self, rank: int, plan: StepPlan, share: int) -> int:
+        """A rank's share of the cores, and that of ranks whose PCP index has no tokens in this step."""
+        grid = self.setup.grid
+        busy = {segment.pcp for segment in plan.segments}
+        return share * grid.pcp // len(busy) if grid.ranks[rank].pcp in busy else share
+
+    def _open(self, group: Sequence[int], rank: int) -> Collectives:
+        return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])

@@ -1,0 +1,77 @@
+"""One completion of a request: its tokens, text and end.
+
+It owns stop strings and what of its tokens is text; it must not know about scheduling, nor which tokens end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longspan.engine.driver.core import TokenOutput
+from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
+from longspan.request import CompletionOutput, FinishReason, SampledToken, SamplingParams
+
+
+class Completion:
+    """Collects tokens until the core or a stop string ends them.
+
+    `number` identifies it to the core. The token that stops is part of `token_ids`, not of `text`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        index: int,
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer | None,
+        context: Sequence[int],
+    ) -> None:
+        self.number = number
+        self.index = index
+        self.seed = seed
+        self.output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
+        self._params = params
+        self._detokenizer = Detokenizer(tokenizer, params, params.skip_special_tokens, context)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.output.finish_reason is not None
+
+    def take(self, outputs: TokenOutput) -> None:
+        """Take the next tokens. A stop string ends it before its tokens do; what comes after is not its own."""
+        if outputs.finish_reason is FinishReason.ERROR:
+            self.end(FinishReason.ERROR, outputs.error)
+            return
+        if not outputs.tokens:
+            return
+        if self._params.max_tokens == 0:  # only the prompt's scores were wanted; they come with a first token
+            self.end(FinishReason.LENGTH)
+            return
+        *before, last = outputs.tokens
+        for token in before:
+            self._append(token)
+            if self.finished:
+                return
+        stopped = outputs.finish_reason is FinishReason.STOP
+        stop_id = stopped and last.token_id in self._params.stop_token_ids
+        self._append(last, silent=stopped and not (stop_id and self._params.include_stop_str_in_output))
+        if outputs.finish_reason is not None and not self.finished:
+            self.end(outputs.finish_reason, last.token_id if stop_id else None)
+
+    def _append(self, token: SampledToken, silent: bool = False) -> None:
+        output = self.output
+        output.token_ids.append(token.token_id)
+        if output.logprobs is not None and token.logprobs is not None:
+            output.logprobs.append(token.logprobs)
+        if not silent:
+            output.text += self._detokenizer.append(token.token_id)
+        if self._detokenizer.stopped_by is not None:
+            self.end(FinishReason.STOP, self._detokenizer.stopped_by)
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End it, releasing text that was held back."""
+        self.output.text += self._detokenizer.finish()
+        self.output.finish_reason = reason
+        self.output.stop_reason = stop_reason

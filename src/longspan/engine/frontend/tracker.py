@@ -1,0 +1,204 @@
+"""Users' requests from arrival to their last output: `n` completions each, their text, their stop strings.
+
+It owns what a user is owed; it must not know how tokens come to be: it hands `CoreRequest`s out and takes tokens in.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import SupportsIndex
+
+from longspan.engine.driver.core import CoreRequest, TokenOutput
+from longspan.engine.frontend.completion import Completion
+from longspan.engine.frontend.detokenizer import Tokenizer
+from longspan.engine.setup import EngineSetup
+from longspan.errors import RequestError
+from longspan.request import FinishReason, RequestOutput, SampledToken, SamplingParams
+
+_CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
+
+
+@dataclass
+class Orders:
+    """What the core is to do, in this order: completions to start, numbers of those that ended without its knowing."""
+
+    start: list[CoreRequest] = field(default_factory=list)
+    finish: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Group:
+    """One user's request and its `n` completions; those not started wait for the first one's prompt pages."""
+
+    output: RequestOutput
+    params: SamplingParams
+    max_tokens: int
+    completions: list[Completion]
+    unstarted: list[Completion]
+    prefill_at: tuple[str, ...] = ()
+
+
+class RequestTracker:
+    """Every unfinished request. What the core must hear gathers in `orders`, for the caller to take."""
+
+    def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
+        self._setup = setup
+        self._tokenizer = tokenizer
+        self._numbers = count()
+        self._groups: dict[str, _Group] = {}
+        self._group_of: dict[int, tuple[_Group, Completion]] = {}
+        self.orders = Orders()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[SupportsIndex],
+        params: SamplingParams,
+        prompt: str | None,
+        prefill_at: tuple[str, ...] = (),
+    ) -> RequestOutput:
+        """Take a request; its output, which is kept up to date. Raises `RequestError` if it can never be served."""
+        if request_id in self._groups:
+            raise RequestError("request_id", request_id, "is in use", "choose another")
+        tokens = self._check_tokens(prompt_token_ids)
+        self._check_known("logit_bias", (token for token, _ in params.logit_bias))
+        self._check_known("stop_token_ids", params.stop_token_ids)
+        params = self._under_grammar(params)
+        max_tokens = self._setup.limits.check(len(tokens), params)
+        completions = [self._completion(index, tokens, params) for index in range(params.n)]
+        output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None] * len(tokens)
+        group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at)
+        if max_tokens == 0 and params.prompt_logprobs is None:
+            for completion in completions:
+                completion.end(FinishReason.LENGTH)
+            output.finished = True
+            return output
+        self._groups[request_id] = group
+        self._start(group, completions[0])
+        if not self._setup.config.cache.enable_prefix_caching:
+            self._start_rest(group)
+        return output
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; None if it is unknown."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for completion in group.completions:
+            if not completion.finished:
+                self._drop(completion)
+                completion.end(FinishReason.ABORT)
+        return self._close(group)
+
+    def take(self, outputs: Sequence[TokenOutput]) -> list[RequestOutput]:
+        """Give tokens to their requests; those that changed. Tokens of requests that have ended are ignored."""
+        changed: dict[str, RequestOutput] = {}
+        for tokens in outputs:
+            if tokens.number not in self._group_of:
+                continue
+            group, completion = self._group_of[tokens.number]
+            if completion.index == 0:
+                group.output.num_cached_tokens = tokens.num_cached_tokens
+                _keep_scores(group.output, tokens.scored)
+            completion.take(tokens)
+            if completion.finished:
+                self._drop(completion, known=tokens.finish_reason is not None)
+            self._start_rest(group)
+            if all(c.finished for c in group.completions):
+                self._close(group)
+            changed[group.output.request_id] = group.output
+        return list(changed.values())
+
+    def resume(self) -> list[CoreRequest]:
+        """Every completion under way with the tokens it has: what a core that starts anew must go on with."""
+        return [self._core_request(*entry) for entry in self._group_of.values()]
+
+    def numbers(self, request_id: str) -> list[int]:
+        """The core's numbers of a request's completions, in order; none if it is unknown."""
+        group = self._groups.get(request_id)
+        return [completion.number for completion in group.completions] if group else []
+
+    def request_of(self, number: int) -> RequestOutput | None:
+        """The request that a core's number belongs to, while it is unfinished."""
+        entry = self._group_of.get(number)
+        return entry[0].output if entry else None
+
+    def _check_tokens(self, prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
+        tokens = _integers(prompt_token_ids)
+        self._check_known("prompt_token_ids", tokens)
+        return tokens
+
+    def _under_grammar(self, params: SamplingParams) -> SamplingParams:
+        """A grammar's end is an end of text, even if the model's configuration names none."""
+        if params.grammar is None:
+            return params
+        if self._tokenizer is None:
+            raise RequestError("grammar", "...", "needs a tokenizer and this model has none", "leave it out")
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        if end is None or self._setup.model.eos_token_ids:
+            return params
+        return replace(params, stop_token_ids=(*params.stop_token_ids, int(end)))
+
+    def _check_known(self, field_name: str, tokens: Iterable[int]) -> None:
+        last = self._setup.model.vocab_size - 1
+        for token in tokens:
+            if not 0 <= token <= last:
+                raise RequestError(field_name, token, f"is not in 0..{last}", "check the tokenizer")
+
+    def _completion(self, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
+        number = next(self._numbers)
+        seed = self._setup.config.seed if params.seed is None else params.seed
+        own = number if params.seed is None else index
+        return Completion(
+            number, index, params, (seed + own * _SEED_STRIDE) % (1 << 63), self._tokenizer, tokens[-_CONTEXT_TOKENS:]
+        )
+
+    def _start(self, group: _Group, completion: Completion) -> None:
+        self._group_of[completion.number] = (group, completion)
+        self.orders.start.append(self._core_request(group, completion))
+
+    def _start_rest(self, group: _Group) -> None:
+        """The prompt's pages can be found now: the other completions share them."""
+        for completion in group.unstarted:
+            self._start(group, completion)
+        group.unstarted = []
+
+    def _core_request(self, group: _Group, completion: Completion) -> CoreRequest:
+        first = completion.index == 0  # the prompt is the same for all: one scores it
+        params = group.params if first else replace(group.params, prompt_logprobs=None)
+        return CoreRequest(
+            completion.number, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
+            tuple(completion.output.token_ids), group.prefill_at,
+        )  # fmt: skip
+
+    def _drop(self, completion: Completion, known: bool = False) -> None:
+        """It has ended; the core must hear of it unless the core `known` it first."""
+        if self._group_of.pop(completion.number, None) and not known:
+            self.orders.finish.append(completion.number)
+
+    def _close(self, group: _Group) -> RequestOutput:
+        group.output.finished = True
+        del self._groups[group.output.request_id]
+        return group.output
+
+
+def _keep_scores(output: RequestOutput, scored: Sequence[SampledToken]) -> None:
+    for token in scored:
+        output.prompt_logprobs[token.position] = token.logprobs
+
+
+def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
+    """Plain integers, whatever integers the caller has; raises `RequestError`."""
+    try:
+        return [operator.index(token) for token in prompt_token_ids]
+    except TypeError as error:
+        raise RequestError("prompt_token_ids", prompt_token_ids, f"are not integers ({error})", "give ids") from error

@@ -1,0 +1,144 @@
+"""Builds one rank: its weights, pool, attention and groups, over whatever transport it is given.
+
+It owns the assembly; it must not know whether ranks are threads or processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.attention.backends.base import StaticBackend
+from longspan.attention.backends.choice import build_backend
+from longspan.attention.calibrate import Calibration
+from longspan.attention.cost import CostConstants
+from longspan.attention.forms import Heads, Kernels
+from longspan.attention.pool import KVPool
+from longspan.attention.schedules import ContextGroup
+from longspan.disaggregation.rank import open_transfer
+from longspan.engine.rank.graphs import CudaRecorder, Recordings
+from longspan.engine.rank.loading import RankLoader, TensorStore
+from longspan.engine.rank.page_store import PageStore
+from longspan.engine.rank.runner import Groups, Runner
+from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
+from longspan.models.context import ExpertParallel, Provided
+from longspan.models.registry import build_model
+from longspan.parallel.collectives import Collectives
+from longspan.parallel.experts import OwnExperts, SharedExperts
+from longspan.parallel.pipeline import Pipeline
+from longspan.parallel.sharding import Sharding
+from longspan.plan.reach import Place
+from longspan.weights.tokenizer import load_tokenizer
+
+
+def threads_per_rank(setup: EngineSetup) -> int:
+    """Threads a rank may use: the user's number, or an even share of this machine's cores."""
+    return setup.config.num_threads or share_of_cores(setup.grid.world_size)
+
+
+def share_of_cores(ranks: int) -> int:
+    """An even share of this machine's cores, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+class TensorParallelGroup:
+    """The TP group as the model layers see it."""
+
+    def __init__(self, group: Collectives, vocab_sizes: Sequence[int]) -> None:
+        self._group = group
+        self._vocab_sizes = vocab_sizes
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the group."""
+        return self._group.all_reduce(x, "tp")
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        """Concatenate the members' vocabulary slices."""
+        parts = self._group.all_gather(x, self._vocab_sizes, "tp", dim=x.dim() - 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def build_runner(
+    setup: EngineSetup, rank: int, store: TensorStore, make_group: Callable[[Sequence[int]], Collectives]
+) -> tuple[Runner, CostConstants | None]:
+    """One rank, ready to run, and its constants of the cost model if they are to be measured.
+
+    `make_group` opens this rank's handle on a group of ranks.
+    """
+    grid, model_config, config = setup.grid, setup.model, setup.config
+    shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
+    sharding = shardings[rank]
+    groups = Groups(
+        make_group(grid.tp_group(rank)),
+        make_group(grid.context_group(rank)),
+        Pipeline(make_group(grid.pipeline_group(rank))),
+    )
+    vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
+    tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
+    experts: ExpertParallel = OwnExperts()
+    if config.parallel.enable_expert_parallel and model_config.moe:
+        peers = grid.expert_group(rank)
+        extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
+        experts = SharedExperts(make_group(peers), extents)
+    model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    attention = _attention(setup, sharding, groups.context, store.device)
+    runner = Runner(
+        grid, rank, model, attention, groups, config.cache.page_size, config.debug, bool(config.scheduler.run_ahead),
+        store.device,
+        Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
+    )  # fmt: skip
+    backend = attention.kernels.backend
+    if setup.records_decode and isinstance(backend, StaticBackend):
+        runner.recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+    if config.transfer is not None:
+        runner.transfer = open_transfer(config.transfer, setup, rank, attention.pool)
+    if config.cache.offload.is_on:
+        runner.store = PageStore(setup, rank, attention.pool)
+    return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
+
+
+def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:
+    """The cost model's constants; all ranks of a context group must measure at the same time."""
+    grid, model = setup.grid, setup.model
+    place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
+    kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
+    context = _context(setup, rank, group)
+    return Calibration(kernels, context, place, setup.attention_shape, setup.dtype, device).measure()
+
+
+def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
+    nodes = setup.grid.nodes(setup.grid.context_group(rank))
+    return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
+
+
+def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Kernels:
+    members = setup.grid.context_group(sharding.rank)
+    by_member = tuple(sharding.blocks_of(member) for member in members)
+    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
+    model = setup.model
+    return Kernels(
+        build_backend(setup.backend, device, model.cached_value_dim),
+        heads,
+        model.attention_scale,
+        model.cached_value_dim,
+        setup.expansion,
+    )
+
+
+def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, device: torch.device) -> Attention:
+    start, stop = sharding.kv_extent
+    pool = KVPool(
+        setup.layout.with_kv_heads(stop - start),
+        range(*sharding.extent("layers", setup.model.num_layers)),
+        setup.pages_per_shard[setup.grid.ranks[sharding.rank].shard],
+        setup.config.cache.page_size,
+        setup.cache_dtype,
+        device,
+    )
+    context = _context(setup, sharding.rank, group)
+    return Attention(pool, _kernels(setup, sharding, device), context, setup.model.kinds)

@@ -1,0 +1,277 @@
+"""The front of prefill and decode instances: one OpenAI-compatible address.
+
+It owns the way of a request and of its answer, and what happens when an instance does not answer; what is in the answer
+is the decode instance's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive
+from yarl import URL
+
+from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, sign
+from longspan.errors import EngineUnavailable, RequestError
+from longspan.server.bodies import INLINE_BYTES, JsonBounds
+from longspan.server.errors import Problem, problem_of
+from longspan.server.generation import Json
+from longspan.server.middleware import BodyLimit, KeyCheck
+from longspan.server.options import HttpLimits
+from longspan.server.protocol import HttpConfig
+from longspan.server.router.balance import Balance, blocks_of
+from longspan.server.router.instances import Instance, Instances
+
+_BOUNDS = JsonBounds(values=1 << 23)  # the length of a model is its instances' to check
+_GENERATING = ("/v1/completions", "/v1/chat/completions")
+_POSTED = (*_GENERATING, "/tokenize", "/detokenize")
+_READ = ("/v1/models", "/version", "/openapi.json", "/docs")
+_MODEL = "/v1/models/"
+_HOP_BY_HOP = {
+    "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length",
+    PREFILL_HEADER, SIGNATURE_HEADER,
+}  # fmt: skip
+_PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # bytes of prompt that a request counts for
+_CLIENT_GONE = 499
+_LOG = logging.getLogger("longspan.disaggregation")
+
+
+@dataclass(frozen=True)
+class RouteOptions:
+    """Where the router listens and how long it waits for its instances, in seconds; `api_key` is theirs and its own."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    wait_seconds: float = 60.0
+    max_body_bytes: int = 64 << 20
+    http: HttpLimits = field(default_factory=HttpLimits)
+
+
+class Router:
+    """Forwards requests. A decode instance that does not answer is replaced by another; of the prefill instances it
+    is told all that are there, best first."""
+
+    def __init__(self, instances: Instances, session: aiohttp.ClientSession) -> None:
+        self._instances = instances
+        self._session = session
+        self._prefill = Balance(_PREFILL_WEIGHT)
+        self._decode = Balance(_DECODE_WEIGHT)
+
+    async def forward(self, request: Request) -> Response:
+        """The answer of a decode instance."""
+        body = await request.body()
+        prompt = await _prompt_of(body) if request.scope["path"] in _GENERATING else b""
+        blocks = blocks_of(prompt)
+        decoders = {instance.url: instance for instance in self._instances.alive("decode")}
+        prefillers = {instance.url: instance for instance in self._instances.alive("prefill")}
+        order = self._prefill.ranked(prefillers, prompt, blocks)
+        headers = {name: value for name, value in request.headers.items() if name not in _HOP_BY_HOP}
+        for url in self._decode.ranked(decoders, prompt, blocks):
+            named = [name for name in order if prompt and self._instances.accepts(decoders[url], prefillers[name])]
+            added = self._decode.begin(url, prompt, blocks)
+            ahead = (named[0], self._prefill.begin(named[0], prompt, blocks)) if named else None
+            ended = self._ends(url, added, ahead)
+            peers = self._peers([prefillers[name].address for name in named], body)
+            try:
+                return await self._answer(decoders[url], request, body, {**headers, **peers}, ended)
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                ended(False)
+                self._instances.lost(decoders[url], f"did not answer a request ({type(error).__name__})")
+            except BaseException:
+                ended(False)
+                raise
+        return _failed(EngineUnavailable("no decode instance is there; try again later, and see the router's log"))
+
+    def state(self) -> dict[str, Any]:
+        """Who is there."""
+        return {
+            instance.url: {
+                "role": instance.role, "alive": instance.answer is not None,
+                **({"waiting": instance.answer.waiting, "running": instance.answer.running} if instance.answer else {}),
+            }
+            for instance in self._instances.all
+        }  # fmt: skip
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be served."""
+        return bool(self._instances.alive("decode"))
+
+    def _peers(self, addresses: list[str], body: bytes) -> dict[str, str]:
+        """The headers that name prefill instances to a decode instance."""
+        if not addresses:
+            return {}
+        token = self._instances.token
+        signed = {SIGNATURE_HEADER: sign(token, addresses, body, time.time())} if token else {}
+        return {PREFILL_HEADER: ",".join(addresses), **signed}
+
+    def _ends(self, url: str, added: float, ahead: tuple[str, float] | None) -> Callable[[bool], None]:
+        """To be called with True when the answer begins, so the prompt is computed, and with False at its end."""
+        open_parts = {"decode": True, "prefill": ahead is not None}
+
+        def ended(only_prefill: bool) -> None:
+            if open_parts["prefill"] and ahead is not None:
+                open_parts["prefill"] = False
+                self._prefill.end(*ahead)
+            if open_parts["decode"] and not only_prefill:
+                open_parts["decode"] = False
+                self._decode.end(url, added)
+
+        return ended
+
+    async def _answer(
+        self, instance: Instance, request: Request, body: bytes, headers: Mapping[str, str],
+        ended: Callable[[bool], None],
+    ) -> Response:  # fmt: skip
+        """What the instance answers, as it comes. Raises what keeps it from answering at all."""
+        url = URL(f"{instance.url}{_target(request)}", encoded=True)
+        asking = asyncio.create_task(
+            self._session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
+        )
+        gone = asyncio.create_task(_until_gone(request.receive))
+        try:
+            await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                ended(False)
+                return Response(status_code=_CLIENT_GONE)
+            answer = asking.result()
+        finally:
+            for task in (asking, gone):
+                if not task.done():
+                    task.cancel()
+                    with suppress(asyncio.CancelledError, Exception):
+                        await task
+        kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
+        return StreamingResponse(_bytes(answer, instance, ended), answer.status, kept)
+
+
+async def _bytes(
+    answer: aiohttp.ClientResponse, instance: Instance, ended: Callable[[bool], None]
+) -> AsyncIterator[bytes]:
+    """The body, and where it breaks off in a stream of events, an event that says so."""
+    try:
+        async for part in answer.content.iter_any():
+            ended(True)
+            yield part
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        _LOG.warning("decode instance %s broke off an answer: %s", instance.url, error)
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+            raise
+        problem = problem_of(EngineUnavailable("the decode instance ended within the answer; send the request again"))
+        yield b"data: " + msgspec.json.encode(problem.body()) + b"\n\ndata: [DONE]\n\n"
+    finally:
+        answer.close()
+        ended(False)
+
+
+def build_router(router: Router, options: RouteOptions) -> Starlette:
+    """The application over a router that somebody else starts and ends."""
+
+    async def health(_: Request) -> Response:
+        return Json({"status": "ready" if router.is_ready else "not ready"}, 200 if router.is_ready else 503)
+
+    async def state(_: Request) -> Response:
+        return Json(router.state())
+
+    async def forward(request: Request) -> Response:
+        return await router.forward(request)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = (
+            f"{request.method} {request.scope['path']} is nothing that the router forwards; it takes POST of "
+            f"{', '.join(_POSTED)} and GET of {', '.join(_READ)}; ask the instance itself for the rest"
+        )
+        return Json(Problem(status, message).body(), status)
+
+    app = Starlette(
+        routes=[
+            Route("/health", health), Route("/internal/instances", state),
+            *(Route(path, forward, methods=["POST"]) for path in _POSTED),
+            *(Route(path, forward, methods=["GET"]) for path in (*_READ, f"{_MODEL}{{name:path}}")),
+        ],
+        exception_handlers={404: failed, 405: failed},
+    )  # fmt: skip
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
+    if options.api_key:
+        app.add_middleware(KeyCheck, api_key=options.api_key)
+    return app
+
+
+async def route(instances: Instances, options: RouteOptions, on_ready: Callable[[uvicorn.Server], None]) -> None:
+    """Serve until a signal. `on_ready` hears when all instances have answered and the port is open.
+
+    Raises `ConfigError` for instances that do not answer or do not fit together.
+    """
+    key = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0), headers=key,
+        cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+    ) as session:  # fmt: skip
+        await instances.wait(session, options.wait_seconds)
+        app = build_router(Router(instances, session), options)
+        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http))
+        watching = asyncio.create_task(instances.watch(session))
+        announcing = asyncio.create_task(_announce(server, on_ready))
+        try:
+            await server.serve()
+        finally:
+            for task in (watching, announcing):
+                task.cancel()
+
+
+async def _announce(server: uvicorn.Server, on_ready: Callable[[uvicorn.Server], None]) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    on_ready(server)
+
+
+def _target(request: Request) -> str:
+    """What to ask an instance for, from the scope: `request.url` can contain a path of the Host header."""
+    name = request.path_params.get("name")
+    path = request.scope["path"] if name is None else f"{_MODEL}{quote(name, safe='')}"
+    query = request.scope["query_string"].decode("latin-1")
+    return f"{path}?{query}" if query else path
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _prompt_of(body: bytes) -> bytes:
+    """See `_prompt`; a long one does not hold up other requests."""
+    return _prompt(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_prompt, body)
+
+
+def _prompt(body: bytes) -> bytes:
+    """What of a body decides which pages it needs; what is no request has none, and the decode instance says why."""
+    try:
+        _BOUNDS.check([body])
+        values = msgspec.json.decode(body)
+    except (RequestError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return b""
+    found = (values.get("messages") or values.get("prompt")) if isinstance(values, dict) else None
+    return found.encode(errors="replace") if isinstance(found, str) else msgspec.json.encode(found) if found else b""
+
+
+def _failed(error: Exception) -> Response:
+    problem = problem_of(error)
+    return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
