@@ -13,7 +13,6 @@ import msgspec
 import zmq
 
 from longspan.disaggregation.handshake import parts_of
-from longspan.disaggregation.layout_map import FIRST_FOR_OTHERS, Part, Source
 from longspan.disaggregation.messages import (
     Accepted,
     Ask,
@@ -29,6 +28,7 @@ from longspan.disaggregation.messages import (
     encode,
 )
 from longspan.engine.setup import EngineSetup
+from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
 
 LIFE = "fake"
 

@@ -6,10 +6,11 @@ import pytest
 
 from longspan.cache.pages import PageRef, PageTable
 from longspan.config import ParallelConfig
-from longspan.disaggregation.layout_map import Part, cells, runs_on
+from longspan.disaggregation.layout_map import cells, runs_on
 from longspan.disaggregation.pulls import Pulls
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_layers
+from longspan.plan.source import Part
 
 LAYERS = 5
 HEADS = [(24, 4), (24, 24), (24, 1), (9, 3), (12, 6)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longspan.disaggregation.layout_map import is_for_others
+from longspan.plan.source import is_for_others
 from tests.disaggregation.pair import config_of, expected, pair
 from tests.oracle import prompt_of
 

@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from longspan.disaggregation.handshake import format_of
-from longspan.disaggregation.layout_map import FIRST_FOR_OTHERS, Part, Source, problem_of
+from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.messages import (
     Accepted,
     Ask,
@@ -26,6 +26,7 @@ from longspan.disaggregation.messages import (
 from longspan.disaggregation.options import TransferConfig
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
+from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
 from tests.disaggregation.fake_peer import LIFE, fake_peer, with_part
 from tests.disaggregation.pair import Running, config_of, expected, pair
 from tests.oracle import prompt_of

@@ -14,9 +14,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.disaggregation.addresses import is_address, reachable
 from longspan.disaggregation.driver import keep_alive
-from longspan.disaggregation.layout_map import Source
 from longspan.disaggregation.messages import Format, Hello, Refused, ToDecode, ToPrefill, Welcome, encode
 from longspan.disaggregation.worker import decoded
+from longspan.plan.source import Source
 
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _BRIEF_PAUSE, _LONG_PAUSE = 2.0, 30.0

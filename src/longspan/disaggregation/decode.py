@@ -18,7 +18,7 @@ import zmq
 
 from longspan.disaggregation.connection import Connection, one_line
 from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
-from longspan.disaggregation.layout_map import Part, is_for_others, problem_of
+from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.messages import (
     Accepted,
     Arrived,
@@ -33,6 +33,7 @@ from longspan.disaggregation.messages import (
 )
 from longspan.disaggregation.options import TransferConfig
 from longspan.plan.plan import Fetch, StepPlan
+from longspan.plan.source import Part, is_for_others
 
 if TYPE_CHECKING:
     from longspan.engine.driver.core import CoreRequest, TokenOutput

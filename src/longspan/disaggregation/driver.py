@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import zmq
 
-from longspan.disaggregation.layout_map import Source
 from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
 from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError
 from longspan.plan.plan import StepPlan
+from longspan.plan.source import Source
 
 if TYPE_CHECKING:
     from longspan.engine.driver.core import CoreRequest, TokenOutput

@@ -10,10 +10,10 @@ from hashlib import blake2b
 import msgspec
 import torch
 
-from longspan.disaggregation.layout_map import Part
 from longspan.disaggregation.messages import Format
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.sharding import Sharding
+from longspan.plan.source import Part
 from longspan.weights.checkpoint import Checkpoint
 
 PROTOCOL = 1

@@ -12,37 +12,9 @@ from itertools import pairwise
 
 from longspan.cache.pages import PageTable
 from longspan.disaggregation.addresses import is_address
-
-Extent = tuple[int, int]
-"""[start, stop) of layers, heads or positions."""
+from longspan.plan.source import Extent, Part, Source
 
 _MAX_RANKS = 1 << 12  # of another instance
-
-FIRST_FOR_OTHERS = 1 << 62
-"""From here on requests are numbered that are computed for other instances; below are a server's own."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one rank stores of every page of its shard."""
-
-    rank: int
-    shard: int
-    layers: Extent
-    heads: Extent
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the KV of a prompt is to be had: ranks' `addresses` and `parts`, both in rank order.
-
-    `request` is the prompt's number there, in that `life` of the instance.
-    """
-
-    life: str
-    addresses: tuple[str, ...]
-    parts: tuple[Part, ...]
-    request: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,11 +85,6 @@ def are_in_order(runs: Sequence[Extent]) -> bool:
 def runs_on(table: PageTable, shard: int, start: int, stop: int) -> list[Extent]:
     """Positions [start, stop) of a request that lie on `shard`, as runs of adjacent slots."""
     return [(start + offset, start + offset + span.length) for offset, span in table.slots(shard, start, stop)]
-
-
-def is_for_others(request_id: int) -> bool:
-    """Whether a request is computed for another instance."""
-    return request_id >= FIRST_FOR_OTHERS
 
 
 def _overlaps(mine: Extent, theirs: Sequence[Extent]) -> list[Extent]:

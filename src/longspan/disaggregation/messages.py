@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from longspan.disaggregation.layout_map import Extent, Source
+from longspan.plan.source import Extent, Source
 
 
 class Format(msgspec.Struct, frozen=True):

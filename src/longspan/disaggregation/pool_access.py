@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.attention.pool import KVPool
 from longspan.cache.pages import Span
-from longspan.disaggregation.layout_map import Extent
+from longspan.plan.source import Extent
 
 _FEW_SPANS = 4  # up to this many are copied as slices, more through an index
 

@@ -15,7 +15,6 @@ import zmq
 
 from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
 from longspan.disaggregation.handshake import difference
-from longspan.disaggregation.layout_map import FIRST_FOR_OTHERS, Part, Source
 from longspan.disaggregation.messages import (
     Accepted,
     Computed,
@@ -30,6 +29,7 @@ from longspan.disaggregation.messages import (
 )
 from longspan.disaggregation.options import TransferConfig
 from longspan.plan.plan import StepPlan
+from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
 
 if TYPE_CHECKING:
     from longspan.engine.driver.core import CoreRequest, TokenOutput

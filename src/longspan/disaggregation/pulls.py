@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longspan.disaggregation.layout_map import Cell, Extent
+from longspan.disaggregation.layout_map import Cell
+from longspan.plan.source import Extent
 
 _MISSING, _ASKED, _HERE = 0, 1, 2
 

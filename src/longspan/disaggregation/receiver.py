@@ -15,7 +15,7 @@ import torch
 import zmq
 
 from longspan.cache.pages import PageTable, Span
-from longspan.disaggregation.layout_map import Extent, Part, are_in_order, cells, runs_on
+from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
 from longspan.disaggregation.messages import (
     Arrived,
     Ask,
@@ -34,6 +34,7 @@ from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import Fetch, StepPlan
+from longspan.plan.source import Extent, Part
 
 _MOVING_SECONDS = 1.0
 _MAX_SOCKETS = 256

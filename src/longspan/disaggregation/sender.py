@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from longspan.cache.pages import PageTable, Span
-from longspan.disaggregation.layout_map import Part, are_in_order, is_for_others, runs_on
+from longspan.disaggregation.layout_map import are_in_order, runs_on
 from longspan.disaggregation.messages import (
     Ask,
     Block,
@@ -29,6 +29,7 @@ from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import StepPlan
+from longspan.plan.source import Part, is_for_others
 
 _MAX_WATCHERS = 1 << 16
 _LOG = logging.getLogger("longspan.disaggregation")

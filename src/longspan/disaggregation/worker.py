@@ -13,11 +13,11 @@ import msgspec
 import zmq
 
 from longspan.cache.pages import PageTable
-from longspan.disaggregation.layout_map import Part
 from longspan.disaggregation.messages import Broken, FromRank, encode
 from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.plan.plan import StepPlan
+from longspan.plan.source import Part
 
 _END_SECONDS = 5.0
 _WAKE, _END = b"", b"end"

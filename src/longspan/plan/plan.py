@@ -13,7 +13,7 @@ import msgspec
 
 from longspan.cache.offload import PageLoad, PageSave
 from longspan.cache.pages import PageRef
-from longspan.disaggregation.layout_map import Source
+from longspan.plan.source import Source
 from longspan.request import SamplingParams
 
 

@@ -16,9 +16,9 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
-from longspan.disaggregation.layout_map import Source
 from longspan.parallel.grid import Grid
 from longspan.plan.plan import LOST, Segment, StepPlan
+from longspan.plan.source import Source
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.sequence import SequenceState

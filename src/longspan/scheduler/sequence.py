@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key
-from longspan.disaggregation.layout_map import Source
+from longspan.plan.source import Source
 from longspan.request import SamplingParams
 from longspan.scheduler.lookup import PromptLookup
 

@@ -13,10 +13,10 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
 from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
-from longspan.disaggregation.layout_map import Source
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
 from longspan.plan.plan import PENDING, Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
+from longspan.plan.source import Source
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
 

@@ -15,7 +15,6 @@ from longspan.attention.cost import CostConstants, ScheduleChooser
 from longspan.cache.manager import CacheManager
 from longspan.cache.offload import OffloadCounters, OffloadIndex
 from longspan.cache.prefix import root_key
-from longspan.disaggregation.layout_map import Source, is_for_others
 from longspan.disaggregation.roles import PREFILL_ONLY, open_role
 from longspan.engine.driver.executors.base import Executor
 from longspan.engine.driver.executors.dry import DryExecutor
@@ -28,6 +27,7 @@ from longspan.engine.rank.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.plan.plan import StepPlan
+from longspan.plan.source import Source, is_for_others
 from longspan.request import FinishReason, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
