@@ -12,8 +12,7 @@ import time
 from dataclasses import dataclass
 from threading import Thread
 
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, TransferConfig
 from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
 from longspan.engine.setup import resolve
 from longspan.request import SamplingParams

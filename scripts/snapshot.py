@@ -230,8 +230,7 @@ def _errors() -> Iterator[str]:
 def _config() -> Iterator[str]:
     """Records that `LLM` and `LLM.from_config` take."""
     from longspan import config
-    from longspan.attention.cost import CostConstants
-    from longspan.disaggregation.options import TransferConfig
+    from longspan.config import CostConstants, TransferConfig
 
     records = {name: found for name, found in vars(config).items() if inspect.isclass(found) and is_dataclass(found)}
     for name, found in {**records, "CostConstants": CostConstants, "TransferConfig": TransferConfig}.items():

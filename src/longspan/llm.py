@@ -10,10 +10,10 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from longspan.attention.cost import CostConstants
 from longspan.config import (
     CacheConfig,
     ClusterConfig,
+    CostConstants,
     EngineConfig,
     LivenessConfig,
     OffloadConfig,

@@ -10,9 +10,7 @@ from functools import cache
 from threading import Event, Thread
 from typing import Any
 
-from longspan.attention.cost import CostConstants
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import CacheConfig, CostConstants, EngineConfig, ParallelConfig, SchedulerConfig, TransferConfig
 from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.parallel.sharding import Sharding

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig
 from longspan.disaggregation.sender import PageSender
 from longspan.errors import ConfigError
 from tests.disaggregation.pair import Running, config_of, expected, pair

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, VALID_SECONDS, sign
 from longspan.engine.setup import resolve
 from tests.disaggregation.fake_peer import fake_peer

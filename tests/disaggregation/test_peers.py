@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import zmq
 
+from longspan.config import TransferConfig
 from longspan.disaggregation.handshake import format_of
 from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.messages import (
@@ -23,7 +24,6 @@ from longspan.disaggregation.messages import (
     Welcome,
     encode,
 )
-from longspan.disaggregation.options import TransferConfig
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
 from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source

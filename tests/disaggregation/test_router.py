@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers, token_digest
 from longspan.errors import ConfigError, RequestError
 from longspan.server.router.balance import Balance, blocks_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig
 from longspan.disaggregation.signature import VALID_SECONDS, named_peers, sign, token_digest
 from longspan.errors import RequestError
 

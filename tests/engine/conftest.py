@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longspan import LLM
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from tests.oracle import tiny_folder
 
 DEFAULTS: dict[str, Any] = {

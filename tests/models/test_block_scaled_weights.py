@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import LLM, SamplingParams
-from longspan.attention.cost import CostConstants
-from longspan.config import EngineConfig
+from longspan.config import CostConstants, EngineConfig
 from longspan.engine.rank.loading import Piece, TensorStore
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError

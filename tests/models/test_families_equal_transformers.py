@@ -7,9 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from longspan import LLM, SamplingParams
-from longspan.attention.cost import CostConstants
 from longspan.attention.facts import ExpansionCost
-from longspan.config import EngineConfig
+from longspan.config import CostConstants, EngineConfig
 from longspan.engine.setup import resolve
 from longspan.errors import ModelError
 from longspan.models.registry import load_config

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.attention.cost import CostConstants, Fixed
+from longspan.config import CostConstants, Fixed
 from longspan.errors import ConfigError
 from longspan.planner.fit import Sample, fit, markdown
 from longspan.planner.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml

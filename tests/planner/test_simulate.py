@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from longspan.attention.cost import CostConstants, CostModel, ScheduleChooser
+from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.bench.serving.dataset import Load, open_dataset
-from longspan.config import ParallelConfig, SchedulerConfig
+from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.planner.simulate.asks import Ask, read_asks

@@ -9,8 +9,7 @@ from threading import Event
 import pytest
 
 from longspan import LLM, ConfigError, SamplingParams, WorkerDied
-from longspan.attention.cost import CostConstants
-from longspan.config import EngineConfig, LivenessConfig
+from longspan.config import CostConstants, EngineConfig, LivenessConfig
 from longspan.errors import StepTimeout
 from tests.engine.conftest import DEFAULTS, SHORT
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder

@@ -17,9 +17,16 @@ import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longspan.attention.cost import CostConstants
-from longspan.config import CacheConfig, EngineConfig, LivenessConfig, OffloadConfig, ParallelConfig, SchedulerConfig
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import (
+    CacheConfig,
+    CostConstants,
+    EngineConfig,
+    LivenessConfig,
+    OffloadConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    TransferConfig,
+)
 from longspan.server.app import Service
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.options import ServeOptions

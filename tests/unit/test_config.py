@@ -3,9 +3,8 @@
 import pytest
 
 from longspan import LLM
-from longspan.attention.cost import CostConstants
 from longspan.cli.options import engine_config
-from longspan.config import SchedulerConfig
+from longspan.config import CostConstants, SchedulerConfig
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder
 

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from longspan.attention.calibrate import combine
-from longspan.attention.cost import CostConstants, CostModel, Fixed, ScheduleChooser
+from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
 from longspan.bench.heatmap import heatmap
 from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed, ParallelConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.planner.hardware import hardware

@@ -13,14 +13,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from longspan.attention.cost import CostConstants, Fixed
 from longspan.attention.facts import AttentionShape
 from longspan.attention.forms import Kernels, PlainForm
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.cache.pages import Span
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed
 from longspan.parallel.collectives import Collectives
 from longspan.plan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.calibrate import Calibration, combine
-from longspan.attention.cost import CostConstants, CostModel
+from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
@@ -25,7 +25,7 @@ from longspan.attention.schedules import ContextGroup
 from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
 from longspan.cache.layout import KVLayout
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, ParallelConfig
+from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, ParallelConfig
 from longspan.models.config import MLAConfig
 from longspan.models.mla import LatentSpace
 from longspan.parallel.collectives import Collectives, Traffic

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from longspan.attention.cost import CostConstants, Estimate
+from longspan.attention.cost import Estimate
 from longspan.cli.options import Json
-from longspan.config import EngineConfig, require
+from longspan.config import CostConstants, EngineConfig, require
 
 _BY_REFERENCE = 1e-13  # seconds a byte: threads hand tensors over
 _CAPTION = "* chosen; milliseconds; hidden: what of the transfer goes on beside computing"

@@ -15,11 +15,11 @@ import msgspec
 import typer
 
 from longspan.attention.backends.choice import BACKEND_NAMES
-from longspan.attention.cost import CostConstants
 from longspan.config import (
     SCHEDULE_NAMES,
     CacheConfig,
     ClusterConfig,
+    CostConstants,
     EngineConfig,
     LivenessConfig,
     OffloadConfig,

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.config import require
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig, require
 from longspan.errors import ConfigError
 
 TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"

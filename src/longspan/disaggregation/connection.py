@@ -12,7 +12,7 @@ from dataclasses import replace
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from longspan.disaggregation.addresses import is_address, reachable
+from longspan.config.addresses import is_address, reachable
 from longspan.disaggregation.driver import keep_alive
 from longspan.disaggregation.messages import Format, Hello, Refused, ToDecode, ToPrefill, Welcome, encode
 from longspan.disaggregation.worker import decoded

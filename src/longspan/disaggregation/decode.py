@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from longspan.config import TransferConfig
 from longspan.disaggregation.connection import Connection, one_line
 from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
 from longspan.disaggregation.layout_map import problem_of
@@ -31,7 +32,6 @@ from longspan.disaggregation.messages import (
     Release,
     ToDecode,
 )
-from longspan.disaggregation.options import TransferConfig
 from longspan.plan.plan import Fetch, StepPlan
 from longspan.plan.source import Part, is_for_others
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import zmq
 
+from longspan.config import TransferConfig
 from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
-from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError

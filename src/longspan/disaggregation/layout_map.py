@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from longspan.cache.pages import PageTable
-from longspan.disaggregation.addresses import is_address
+from longspan.config.addresses import is_address
 from longspan.plan.source import Extent, Part, Source
 
 _MAX_RANKS = 1 << 12  # of another instance

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
+from longspan.config import TransferConfig
 from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
 from longspan.disaggregation.handshake import difference
 from longspan.disaggregation.messages import (
@@ -27,7 +28,6 @@ from longspan.disaggregation.messages import (
     Release,
     Welcome,
 )
-from longspan.disaggregation.options import TransferConfig
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
 

@@ -6,8 +6,8 @@ It owns the choice of the thread for a role; it must not know of plans.
 from __future__ import annotations
 
 from longspan.attention.pool import KVPool
+from longspan.config import TransferConfig
 from longspan.disaggregation.handshake import parts_of
-from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.receiver import PageReceiver
 from longspan.disaggregation.sender import PageSender

@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from longspan.cache.pages import PageTable, Span
+from longspan.config import TransferConfig
 from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
 from longspan.disaggregation.messages import (
     Arrived,
@@ -29,7 +30,6 @@ from longspan.disaggregation.messages import (
     Watch,
     encode,
 )
-from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded

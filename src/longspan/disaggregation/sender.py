@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from longspan.cache.pages import PageTable, Span
+from longspan.config import TransferConfig
 from longspan.disaggregation.layout_map import are_in_order, runs_on
 from longspan.disaggregation.messages import (
     Ask,
@@ -25,7 +26,6 @@ from longspan.disaggregation.messages import (
     Watch,
     encode,
 )
-from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import StepPlan

@@ -9,8 +9,8 @@ import hmac
 from collections.abc import Sequence
 from hashlib import sha256
 
-from longspan.disaggregation.addresses import is_address
-from longspan.disaggregation.options import TransferConfig
+from longspan.config import TransferConfig
+from longspan.config.addresses import is_address
 from longspan.errors import RequestError
 
 PREFILL_HEADER = "x-longspan-prefill"

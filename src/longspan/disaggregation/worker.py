@@ -13,8 +13,8 @@ import msgspec
 import zmq
 
 from longspan.cache.pages import PageTable
+from longspan.config import TransferConfig
 from longspan.disaggregation.messages import Broken, FromRank, encode
-from longspan.disaggregation.options import TransferConfig
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Part

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
-from longspan.attention.cost import CostConstants, CostModel
+from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
-from longspan.config import EngineConfig, require
+from longspan.config import CostConstants, EngineConfig, require
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from longspan.attention.calibrate import combine
-from longspan.attention.cost import CostConstants
 from longspan.bench.ranks import run_on_ranks
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig
+from longspan.config import CacheConfig, CostConstants, EngineConfig, ParallelConfig
 from longspan.engine.rank.build import measure_cost
 from longspan.engine.setup import resolve
 from longspan.models.registry import load_config

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from longspan.errors import ConfigError
 
 _GIB = 1 << 30

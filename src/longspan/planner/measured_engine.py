@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from longspan.attention.cost import Fixed
-from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import CacheConfig, EngineConfig, Fixed, ParallelConfig, SchedulerConfig
 from longspan.engine.engine import Engine
 from longspan.models.decoder import decoder_params
 from longspan.models.registry import load_config

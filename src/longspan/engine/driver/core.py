@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from longspan.attention.cost import CostConstants, ScheduleChooser
+from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
 from longspan.cache.offload import OffloadCounters, OffloadIndex
 from longspan.cache.prefix import root_key
+from longspan.config import CostConstants
 from longspan.disaggregation.roles import PREFILL_ONLY, open_role
 from longspan.engine.driver.executors.base import Executor
 from longspan.engine.driver.executors.dry import DryExecutor

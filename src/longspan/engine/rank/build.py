@@ -15,10 +15,10 @@ from longspan.attention.attend import Attention
 from longspan.attention.backends.base import StaticBackend
 from longspan.attention.backends.choice import build_backend
 from longspan.attention.calibrate import Calibration
-from longspan.attention.cost import CostConstants
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
+from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.rank.graphs import CudaRecorder, Recordings
 from longspan.engine.rank.loading import RankLoader, TensorStore

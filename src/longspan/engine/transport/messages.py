@@ -8,8 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from longspan import errors
-from longspan.attention.cost import CostConstants
-from longspan.config import EngineConfig
+from longspan.config import CostConstants, EngineConfig
 from longspan.errors import EngineError, LongspanError, WorkerDied
 from longspan.parallel.trace import TraceSpan
 from longspan.request import SampledToken

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
-from longspan.disaggregation.addresses import reachable
+from longspan.config.addresses import reachable
 from longspan.disaggregation.driver import PeerCard
 from longspan.disaggregation.handshake import difference
 from longspan.disaggregation.signature import token_digest

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from longspan.engine.setup import EngineSetup
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic

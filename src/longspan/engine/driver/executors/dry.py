@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.trace import TraceSpan

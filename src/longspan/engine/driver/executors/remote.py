@@ -19,7 +19,7 @@ import zmq
 
 from longspan import __version__
 from longspan.attention.calibrate import combine
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
 from longspan.engine.setup import EngineSetup
 from longspan.engine.transport.connection import watch_peers

@@ -15,7 +15,7 @@ from threading import Thread
 import torch
 
 from longspan.attention.calibrate import combine
-from longspan.attention.cost import CostConstants
+from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
 from longspan.engine.rank.build import build_runner, threads_per_rank
 from longspan.engine.rank.loading import TensorStore

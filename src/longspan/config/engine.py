@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from longspan.attention.cost import CostConstants
-from longspan.disaggregation.options import TransferConfig
-from longspan.errors import ConfigError
+from longspan.config.checks import require, require_choice
+from longspan.config.cost import CostConstants
+from longspan.config.transfer import TransferConfig
 
 QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
 KEY_SCHEDULES = ("gather_kv", "ring_kv")
@@ -23,17 +23,6 @@ DEVICE_NAMES = ("auto", "cpu", "cuda")
 QUANTIZATION_NAMES = ("auto", "fp8", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-
-
-def require(ok: bool, field_name: str, value: object, problem: str, remedy: str) -> None:
-    """Raise `ConfigError` unless `ok`."""
-    if not ok:
-        raise ConfigError(field_name, value, problem, remedy)
-
-
-def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless `value` is one of `choices`."""
-    require(value in choices, field_name, value, "unknown choice", f"use one of {', '.join(choices)}")
 
 
 def drafted_tokens(speculative: str | None) -> int:

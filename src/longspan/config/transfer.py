@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from longspan.disaggregation.addresses import is_address
+from longspan.config.addresses import is_address
 from longspan.errors import ConfigError
 
 ROLE_NAMES = ("prefill", "decode")

@@ -1,0 +1,54 @@
+"""Frozen configuration, by subject: pure data that travels to every process."""
+
+from longspan.config.checks import require, require_choice
+from longspan.config.cost import CostConstants, Fixed
+from longspan.config.engine import (
+    DEFAULT_LOCAL_CONTEXT,
+    DEFAULT_RUNNING,
+    DEFAULT_STEP_TOKENS,
+    DEVICE_NAMES,
+    DTYPE_NAMES,
+    EXECUTOR_NAMES,
+    KEY_SCHEDULES,
+    KV_DTYPE_NAMES,
+    QUANTIZATION_NAMES,
+    QUERY_SCHEDULES,
+    SCHEDULE_NAMES,
+    CacheConfig,
+    ClusterConfig,
+    EngineConfig,
+    LivenessConfig,
+    OffloadConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    drafted_tokens,
+)
+from longspan.config.transfer import ROLE_NAMES, TransferConfig
+
+__all__ = [
+    "DEFAULT_LOCAL_CONTEXT",
+    "DEFAULT_RUNNING",
+    "DEFAULT_STEP_TOKENS",
+    "DEVICE_NAMES",
+    "DTYPE_NAMES",
+    "EXECUTOR_NAMES",
+    "KEY_SCHEDULES",
+    "KV_DTYPE_NAMES",
+    "QUANTIZATION_NAMES",
+    "QUERY_SCHEDULES",
+    "ROLE_NAMES",
+    "SCHEDULE_NAMES",
+    "CacheConfig",
+    "ClusterConfig",
+    "CostConstants",
+    "EngineConfig",
+    "Fixed",
+    "LivenessConfig",
+    "OffloadConfig",
+    "ParallelConfig",
+    "SchedulerConfig",
+    "TransferConfig",
+    "drafted_tokens",
+    "require",
+    "require_choice",
+]
