@@ -12,11 +12,11 @@ from longspan.errors import (
     WorkerDied,
 )
 from longspan.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
+from longspan.version import __version__
 
 if TYPE_CHECKING:
     from longspan.llm import LLM
 
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
@@ -31,6 +31,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "WorkerDied",
+    "__version__",
 ]
 
 

@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
-from longspan import __version__
 from longspan.disaggregation.signature import SIGNATURE_HEADER
 from longspan.errors import LongspanError
 from longspan.server.async_engine import AsyncEngine
@@ -36,6 +35,7 @@ from longspan.server.options import ServeOptions
 from longspan.server.state import state_of
 from longspan.server.text import Text
 from longspan.server.tokens import DetokenizeBody, TokenizeBody
+from longspan.version import __version__
 
 _ESCAPED_BYTES = 6  # \\u0001 for one byte
 _ID_BYTES = 8  # digits, comma and space of a token id

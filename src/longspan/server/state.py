@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from longspan import __version__
 from longspan.engine.driver.core import StepRecord
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.messages import CoreState, SequenceReport
+from longspan.version import __version__
 
 _SHOWN = 64
 

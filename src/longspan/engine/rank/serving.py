@@ -13,7 +13,6 @@ import msgspec
 import torch
 import zmq
 
-from longspan import __version__
 from longspan.config import LivenessConfig
 from longspan.engine.rank.build import build_runner, share_of_cores
 from longspan.engine.rank.loading import TensorStore
@@ -44,6 +43,7 @@ from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.trace import Trace
 from longspan.plan.plan import StepPlan
+from longspan.version import __version__
 
 _WORDS = (THERE, TRAFFIC, TRACE)
 

@@ -17,7 +17,6 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from longspan import __version__
 from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
@@ -48,6 +47,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.plan import StepPlan
 from longspan.request import SampledToken
+from longspan.version import __version__
 
 _LOG = logging.getLogger("longspan.engine")
 _POLL_MS = 200

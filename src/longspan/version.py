@@ -1,0 +1,3 @@
+"""The version of Longspan, which the members of a cluster must share."""
+
+__version__ = "0.1.0"
