@@ -6,9 +6,10 @@ import pytest
 
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
-from longspan.planner.deployment import Deployment, layout_name
+from longspan.parallel.grid import layout_name, layouts
+from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware, hardware
-from longspan.planner.layouts import Fixed, layouts, plan_layouts
+from longspan.planner.layouts import Fixed, plan_layouts
 from longspan.planner.models import find_model
 from longspan.planner.outlook import Load, outlook, time_to_first_token
 from longspan.planner.step import StepModel

@@ -3,7 +3,7 @@
 import pytest
 
 from longspan.config import ParallelConfig
-from longspan.engine.setup import cache_layout
+from longspan.engine.capacity import cache_layout
 from longspan.models.registry import load_config
 from longspan.parallel.grid import Grid
 

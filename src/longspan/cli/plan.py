@@ -208,7 +208,7 @@ def _write_plot(path: Path, base: Deployment, found: Sequence[Outlook], load: Lo
     from dataclasses import replace
 
     from longspan.errors import ConfigError
-    from longspan.planner.deployment import layout_name
+    from longspan.parallel.grid import layout_name
     from longspan.planner.outlook import Load, outlook
     from longspan.planner.plot import MOST_LINES, Point, layout_plot
 

@@ -112,7 +112,7 @@ def predict(
 
 def _described(row: Row) -> str:
     """The setup in words."""
-    from longspan.planner.deployment import layout_name
+    from longspan.parallel.grid import layout_name
 
     setup = f"{row.model} on {row.gpus} x {row.hardware}, {layout_name(row.parallel)}"
     if row.quantity == "kv_tokens":

@@ -91,7 +91,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """A trace through the real scheduler and cache of engines on any machine, step by step on a clock of its own."""
-    from longspan.planner.deployment import Deployment, layout_name
+    from longspan.parallel.grid import layout_name
+    from longspan.planner.deployment import Deployment
     from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
     from longspan.planner.simulate.asks import read_asks

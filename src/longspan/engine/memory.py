@@ -1,30 +1,36 @@
 """What a GPU's free memory leaves for the KV cache, and whether the rest fits at all.
 
-It owns this sum, with the planner's formulas; it must not allocate anything.
+It owns this check and its remedy; the sums are `capacity.py`'s. It must not allocate anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from longspan.config import EngineConfig, ParallelConfig
+from longspan.engine.capacity import RankMemory
 from longspan.engine.rank.scaled_weights import ScaledChoice
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
-from longspan.planner.deployment import Deployment
-from longspan.planner.hardware import Hardware
-from longspan.planner.layouts import layouts
+from longspan.parallel.grid import layouts
 from longspan.weights.formats import WeightFormat
 
 _FORMATS = MappingProxyType({torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"})
 _GIB = 1 << 30
 _MOST_NAMED = 4
 _MOST_RANKS = 64
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A device of which so many bytes are free."""
+
+    memory_bytes: float
 
 
 def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledChoice) -> WeightFormat:
@@ -41,8 +47,8 @@ def cache_bytes(
     Raises `ConfigError` with needed and free GiB, and layouts that would fit, if it is not enough.
     """
     utilisation = config.cache.gpu_memory_utilization
-    device = Hardware(tflops=1, memory_gb=free / _GIB, memory_tb_s=1, intra_gb_s=1, inter_gb_s=1)
-    here = Deployment(
+    device = _Device(free)
+    here = RankMemory(
         model, device, config.parallel, weights, cache_element_bytes,
         config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.step_tokens,
         max_num_seqs=config.scheduler.running_limit,
@@ -59,7 +65,7 @@ def cache_bytes(
     )  # fmt: skip
 
 
-def _remedy(here: Deployment, least: int) -> str:
+def _remedy(here: RankMemory, least: int) -> str:
     for ranks in range(here.grid.world_size, _MOST_RANKS + 1):
         fitting = [layout for layout in layouts(ranks) if _fits(here, layout, least)]
         if fitting:
@@ -72,7 +78,7 @@ def _remedy(here: Deployment, least: int) -> str:
     return "give the cache less, use a smaller dtype, or a GPU with more memory"
 
 
-def _fits(here: Deployment, layout: ParallelConfig, least: int) -> bool:
+def _fits(here: RankMemory, layout: ParallelConfig, least: int) -> bool:
     try:
         return replace(here, parallel=layout).cache_bytes >= least
     except ConfigError:  # not a layout for this model

@@ -15,16 +15,16 @@ from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require
+from longspan.engine.capacity import WORKSPACE_TOKENS, cache_layout
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import check_checkpoint, load_config
 from longspan.parallel.grid import Grid
-from longspan.parallel.sharding import check_heads, check_layers, max_kv_heads, max_layers
+from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.source import ModelSource, resolve_model
 
-WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
 _FP8_CAPABILITY = (8, 9)
@@ -255,16 +255,6 @@ def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
 
 def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
     return _QUANTISED.get(config.cache.dtype, _model_dtype(config, device_type))
-
-
-def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:
-    """What a token costs on the rank that holds the most KV heads and layers; all ranks have as many pages."""
-    kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
-    groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
-    return KVLayout(
-        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
-        groups if quantised else (),
-    )  # fmt: skip
 
 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:

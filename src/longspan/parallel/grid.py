@@ -6,6 +6,7 @@ identity from another's number. It must not know what the ranks compute.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -135,3 +136,24 @@ class Grid:
 def split_evenly(size: int, parts: int, index: int) -> tuple[int, int]:
     """(start, stop) of part `index` when `size` items are cut into `parts` runs that differ by at most one."""
     return size * index // parts, size * (index + 1) // parts
+
+
+def layouts(gpus: int, expert_parallel: bool = False) -> Iterator[ParallelConfig]:
+    """Every pp x pcp x tp of so many devices, with every dcp that divides tp."""
+    for pp in _divisors(gpus):
+        for pcp in _divisors(gpus / pp):
+            tp = int(gpus / pp / pcp)
+            for dcp in _divisors(tp):
+                yield ParallelConfig(tp, pcp, dcp, pp, expert_parallel)
+
+
+def layout_name(parallel: ParallelConfig) -> str:
+    """As `tp=8,pcp=1,dcp=2,pp=1`."""
+    return (
+        f"tp={parallel.tensor_parallel_size},pcp={parallel.prefill_context_parallel_size},"
+        f"dcp={parallel.decode_context_parallel_size},pp={parallel.pipeline_parallel_size}"
+    )
+
+
+def _divisors(number: float) -> list[int]:
+    return [n for n in range(1, int(number) + 1) if number % n == 0]

@@ -5,12 +5,13 @@ It owns the search and the order; whether a layout is valid the engine's own rul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from longspan.config import ParallelConfig, require_choice
 from longspan.errors import ConfigError
-from longspan.planner.deployment import Deployment, layout_name
+from longspan.parallel.grid import layout_name, layouts
+from longspan.planner.deployment import Deployment
 from longspan.planner.outlook import Load, Outlook, outlook
 
 _ORDERS: Mapping[str, Callable[[Outlook], float]] = {
@@ -39,15 +40,6 @@ class Fixed:
             (self.dcp, parallel.decode_context_parallel_size), (self.pp, parallel.pipeline_parallel_size),
         )  # fmt: skip
         return all(wanted in (None, size) for wanted, size in sizes)
-
-
-def layouts(gpus: int, expert_parallel: bool = False) -> Iterator[ParallelConfig]:
-    """Every pp x pcp x tp of so many devices, with every dcp that divides tp."""
-    for pp in _divisors(gpus):
-        for pcp in _divisors(gpus / pp):
-            tp = int(gpus / pp / pcp)
-            for dcp in _divisors(tp):
-                yield ParallelConfig(tp, pcp, dcp, pp, expert_parallel)
 
 
 def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objective: str) -> list[Outlook]:
@@ -104,7 +96,3 @@ def _no_room(base: Deployment, best: Outlook, valid: Sequence[Deployment], gpus:
 def _wanted(fixed: Fixed) -> str:
     sizes = {"tp": fixed.tp, "pcp": fixed.pcp, "dcp": fixed.dcp, "pp": fixed.pp}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
-
-
-def _divisors(number: float) -> list[int]:
-    return [n for n in range(1, int(number) + 1) if number % n == 0]

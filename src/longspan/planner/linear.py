@@ -10,8 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longspan.engine.capacity import Part
 from longspan.models.config import ModelConfig
-from longspan.planner.deployment import Deployment, Part
+from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware
 
 _LEAST_ROWS = 16  # of a tensor core's tile

@@ -20,12 +20,13 @@ from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
+from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.rank.graphs import CudaRecorder, Recordings
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
-from longspan.engine.setup import WORKSPACE_TOKENS, EngineSetup
+from longspan.engine.setup import EngineSetup
 from longspan.models.context import ExpertParallel, Provided
 from longspan.models.registry import build_model
 from longspan.parallel.collectives import Collectives

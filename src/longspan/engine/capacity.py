@@ -1,0 +1,239 @@
+"""What fits into the memory of a rank: bytes of weights, workspace and cache of a model under a layout.
+
+It owns these sums, for the engine and for the planner; it must not allocate anything, nor know how long anything takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+from longspan.cache.layout import KVLayout
+from longspan.config import ParallelConfig
+from longspan.errors import ConfigError
+from longspan.models.config import ModelConfig, MoEConfig
+from longspan.models.decoder import decoder_params
+from longspan.models.experts import expert_params, shared_params
+from longspan.models.moe import router_params
+from longspan.models.params import Param
+from longspan.parallel.grid import Grid, layout_name, split_evenly
+from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
+from longspan.weights.formats import WeightFormat
+
+WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
+_USABLE = 0.99  # of a device's memory; the rest is the driver's
+_RUNTIME_BYTES, _PEER_BYTES = 500_000_000, 300_000_000  # kernels and graphs; buffers of collectives for each peer
+_HIDDEN_COPIES, _LOGIT_COPIES = 6, 3  # of hidden states, of fp32 logits, alive at the peak of a step
+
+
+class HasMemory(Protocol):
+    """A device, as far as it matters here."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of its memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights a rank holds of one part of a layer: elements, bytes an element, and the products they take part in."""
+
+    elements: float = 0.0
+    element_bytes: float = 2.0
+    products: int = 0
+
+    @property
+    def bytes(self) -> float:
+        """Bytes on the rank."""
+        return self.elements * self.element_bytes
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """A model on devices in a layout. Raises `ConfigError` where the layout is impossible for the model.
+
+    `memory_fraction` of a device's memory is used in all. `max_num_batched_tokens` and `max_num_seqs` bound a step and
+    so the workspace; `travelling_tokens` of other shards' keys are held at once.
+    """
+
+    model: ModelConfig
+    hardware: HasMemory
+    parallel: ParallelConfig
+    weights: WeightFormat
+    kv_element_bytes: int
+    page_size: int = 16
+    memory_fraction: float = 0.9
+    gpus_per_node: int = 8
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    travelling_tokens: int = WORKSPACE_TOKENS
+
+    def __post_init__(self) -> None:
+        check_heads(self.grid, self.model.num_q_heads)
+        check_layers(self.grid, self.model.num_layers)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The ranks, in machines of `gpus_per_node`."""
+        return Grid(replace(self.parallel, ranks_per_node=self.gpus_per_node))
+
+    @cached_property
+    def layout(self) -> KVLayout:
+        """A token's cache row on the rank that holds the most."""
+        return cache_layout(self.grid, self.model, self.kv_element_bytes, quantised=self.kv_element_bytes == 1)
+
+    @cached_property
+    def attention(self) -> Part:
+        """A layer's projections on one rank; q, k and v are one product."""
+        params = [p for p in self._dense if ".self_attn." in p.name and len(p.shape) > 1]
+        fused = 2 if self.model.mla is None else 0
+        return Part(self._held(params), self.weights.attention, len(params) - fused)
+
+    @cached_property
+    def ffn(self) -> Part:
+        """A dense layer's MLP on one rank; gate and up are one product."""
+        return Part(self._held(p for p in self._dense if ".mlp." in p.name), self.weights.ffn, 2)
+
+    @cached_property
+    def shared(self) -> Part:
+        """A mixture's shared expert on one rank."""
+        moe = self.model.moe
+        if moe is None or not moe.shared_intermediate_size:
+            return Part()
+        return Part(self._held(shared_params(moe, self.model.hidden_size, "").all), self.weights.ffn, 2)
+
+    @cached_property
+    def router(self) -> Part:
+        """A mixture's router, whole on every rank."""
+        if self.model.moe is None:
+            return Part()
+        found = router_params(self.model.moe, self.model.hidden_size, "").values()
+        return Part(self._held(found), self.weights.embedding, 1)
+
+    @cached_property
+    def expert(self) -> Part:
+        """One routed expert, whole."""
+        if self.model.moe is None:
+            return Part()
+        params = expert_params(self.model.moe, self.model.hidden_size, "", 0).all
+        stack = self.model.moe.num_experts if self.model.moe.stacked else 1
+        return Part(sum(math.prod(p.shape) for p in params) / stack, self.weights.experts, 2)
+
+    @cached_property
+    def experts_held(self) -> int:
+        """Routed experts of a layer on the rank that holds the most."""
+        moe = self.model.moe
+        return -(-moe.num_experts // self.expert_holders) if moe else 0
+
+    @cached_property
+    def expert_holders(self) -> int:
+        """Ranks the experts of a layer are split over."""
+        return len(self.grid.expert_holders(0))
+
+    @cached_property
+    def head(self) -> Part:
+        """The logits' product on one rank."""
+        return Part(self._held([self._dense[0]]), self.weights.embedding, 1)
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with a mixture."""
+        return len(self.model.moe.layers) if self.model.moe else 0
+
+    @cached_property
+    def weight_bytes(self) -> float:
+        """Bytes of weights on the rank that holds the most."""
+        mixed = self.model.moe.layers if self.model.moe else frozenset()
+        experts = self.shared.bytes + self.router.bytes + self.expert.bytes * self.experts_held
+        each = [
+            self.attention.bytes + (experts if n in mixed else self.ffn.bytes) for n in range(self.model.num_layers)
+        ]
+        stages = [sum(each[slice(*split_evenly(len(each), self.grid.pp, n))]) for n in range(self.grid.pp)]
+        stages[0] += self.head.bytes
+        if not self.model.tie_word_embeddings or len(stages) != 1:
+            stages[-1] += self.head.bytes
+        return max(stages)
+
+    @property
+    def workspace_bytes(self) -> float:
+        """Bytes a step takes at its peak beside weights and cache: runtime, peers' buffers, activations, logits."""
+        model, rows, activation = self.model, self.max_num_batched_tokens, self.weights.embedding
+        wide = self._mixture_row(model.moe) if model.moe else 3 * model.intermediate_size / self.grid.tp
+        tokens = rows * activation * (_HIDDEN_COPIES * model.hidden_size + wide)
+        logits = _LOGIT_COPIES * self.max_num_seqs * model.vocab_size * 4
+        return _RUNTIME_BYTES + _PEER_BYTES * (self.grid.world_size - 1) + tokens + logits
+
+    def _mixture_row(self, moe: MoEConfig) -> float:
+        """Elements a token takes in a mixture: its copies for the experts it chose, their results, and inside."""
+        inside = 3 * moe.intermediate_size / self.expert_holders
+        return moe.experts_per_token * (2 * self.model.hidden_size + inside)
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes left for the cache of a rank; negative where the rest does not fit."""
+        usable = self.hardware.memory_bytes * _USABLE * self.memory_fraction
+        return usable - self.weight_bytes - self.workspace_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes a token takes on a rank that holds it."""
+        return self.layout.bytes_per_token
+
+    @property
+    def pages_per_shard(self) -> tuple[int, ...]:
+        """Pages of every shard; zeros where nothing fits."""
+        return (max(0, self.layout.pages_in(int(self.cache_bytes), self.page_size)),) * self.grid.num_shards
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens the cache holds."""
+        return sum(self.pages_per_shard) * self.page_size
+
+    def missing_bytes(self, tokens: int) -> float:
+        """Bytes that a rank lacks for one request of `tokens`; not positive where it has room."""
+        pages = math.ceil(tokens / self.page_size / self.grid.num_shards)
+        return pages * self.page_size * self.kv_bytes_per_token - self.cache_bytes
+
+    def check_fits(self, tokens: int) -> None:
+        """Raise `ConfigError` with the missing GB of a rank unless a request of `tokens` fits."""
+        missing = self.missing_bytes(tokens)
+        if missing > 0:
+            raise ConfigError(
+                "layout", layout_name(self.parallel),
+                f"a rank lacks {missing / 1e9:,.1f} GB for {tokens:,} tokens "
+                f"(weights {self.weight_bytes / 1e9:,.1f} GB, workspace {self.workspace_bytes / 1e9:,.1f} GB)",
+                "use more ranks, a smaller weight or cache format, or a shorter context",
+            )  # fmt: skip
+
+    @cached_property
+    def _dense(self) -> list[Param]:
+        """The embedding and one dense layer."""
+        return decoder_params(replace(self.model, num_layers=1, moe=None))
+
+    def _held(self, params: Iterable[Param]) -> float:
+        """Elements on the rank that holds the most of them."""
+        found, ranks = list(params), self.grid.tp_group(0)
+        return max(sum(self._held_by(rank, param) for param in found) for rank in ranks)
+
+    def _held_by(self, rank: int, param: Param) -> float:
+        elements = float(math.prod(param.shape))
+        sharding = Sharding(self.grid, rank, self.model.num_q_heads, self.model.num_kv_heads)
+        for axis, size in zip(param.axes, param.shape, strict=True):
+            if axis is not None:
+                start, stop = sharding.extent(axis, size // param.unit)
+                elements *= (stop - start) * param.unit / size
+        return elements
+
+
+def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:
+    """What a token costs on the rank that holds the most KV heads and layers; all ranks have as many pages."""
+    kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
+    groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
+    return KVLayout(
+        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
+        groups if quantised else (),
+    )  # fmt: skip
