@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from threading import Thread
 
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, TransferConfig
-from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
+from longspan.engine.driver.build import build_core
 from longspan.engine.setup import resolve
-from longspan.request import SamplingParams
+from longspan.request import CoreRequest, SamplingParams, TokenOutput
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Side:
     """An instance whose core a thread steps. `first` is when a token came, `computed` when a prompt was."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.core = EngineCore(resolve(config))
+        self.core = build_core(resolve(config))
         self.first = self.computed = 0.0
         self.todo: list[CoreRequest] = []
         self._over = False

@@ -149,3 +149,34 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CoreRequest:
+    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them.
+
+    `prefill_at` are instances that can compute its prompt, to be asked in this order.
+    """
+
+    number: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    output_token_ids: Sequence[int] = ()
+    prefill_at: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
+
+    `scored` are tokens of the prompt, with their log-probabilities; `error` says why it could not go on.
+    """
+
+    number: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+    scored: tuple[SampledToken, ...] = ()
+    error: str | None = None

@@ -11,10 +11,10 @@ from threading import Event, Thread
 from typing import Any
 
 from longspan.config import CacheConfig, CostConstants, EngineConfig, ParallelConfig, SchedulerConfig, TransferConfig
-from longspan.engine.driver.core import CoreRequest, EngineCore, TokenOutput
+from longspan.engine.driver.build import build_core
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.parallel.sharding import Sharding
-from longspan.request import FinishReason, SamplingParams
+from longspan.request import CoreRequest, FinishReason, SamplingParams, TokenOutput
 from tests.oracle import greedy, oracle, tiny_folder
 
 PATIENCE = 60.0
@@ -41,7 +41,7 @@ class Running:
     """A core that a thread steps, as a server's process does."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.core = EngineCore(resolve(config))
+        self.core = build_core(resolve(config))
         self.outputs: dict[int, list[int]] = {}
         self.cached: dict[int, int] = {}
         self.ended: dict[int, Event] = {}

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.engine.driver.core import TokenOutput
 from longspan.engine.frontend.completion import Completion
 from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
 from longspan.errors import RequestError
-from longspan.request import FinishReason, SampledToken, SamplingParams
+from longspan.request import FinishReason, SampledToken, SamplingParams, TokenOutput
 
 PLAIN = SamplingParams()
 SPECIAL = 10_000

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING
 
 import zmq
 
@@ -34,9 +33,7 @@ from longspan.disaggregation.messages import (
 )
 from longspan.plan.plan import Fetch, StepPlan
 from longspan.plan.source import Part, is_for_others
-
-if TYPE_CHECKING:
-    from longspan.engine.driver.core import CoreRequest, TokenOutput
+from longspan.request import CoreRequest, TokenOutput
 
 _MAX_CONNECTIONS = 64
 _LOG = logging.getLogger("longspan.disaggregation")

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import zmq
 
@@ -20,9 +20,7 @@ from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Source
-
-if TYPE_CHECKING:
-    from longspan.engine.driver.core import CoreRequest, TokenOutput
+from longspan.request import CoreRequest, TokenOutput
 
 _HEARTBEAT_MS = 1000
 _SILENCE_MS = 5000
@@ -55,8 +53,8 @@ class Desk(Protocol):
         """Queue a request whose prompt is computed here, or fetched."""
         ...
 
-    def prefill(self, number: int, token_ids: Sequence[int]) -> None:
-        """Compute a prompt for another instance, and keep its pages."""
+    def add(self, request: CoreRequest) -> None:
+        """Queue a request, as a user's is."""
         ...
 
     def leave(self, number: int) -> None:
@@ -83,6 +81,7 @@ class TransferCounters:
 class Role(Protocol):
     """One side of pairs, beside a core; called between steps."""
 
+    config: TransferConfig  # with what the ranks must know
     counters: TransferCounters
     card: PeerCard
 

@@ -10,8 +10,8 @@ from hashlib import blake2b
 import msgspec
 import torch
 
+from longspan.disaggregation.instance import InstanceSetup
 from longspan.disaggregation.messages import Format
-from longspan.engine.setup import EngineSetup
 from longspan.parallel.sharding import Sharding
 from longspan.plan.source import Part
 from longspan.weights.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ _NAMES = {
 }
 
 
-def format_of(setup: EngineSetup) -> Format:
+def format_of(setup: InstanceSetup) -> Format:
     """What an instance's pages mean. Reads a little of some weights, to tell revisions apart."""
     return Format(
         PROTOCOL, _digest(repr(setup.model).encode()), _weights(setup.source.checkpoint), str(setup.dtype),
@@ -50,7 +50,7 @@ def difference(decode: Format, prefill: Format) -> str | None:
     return None
 
 
-def parts_of(setup: EngineSetup) -> tuple[Part, ...]:
+def parts_of(setup: InstanceSetup) -> tuple[Part, ...]:
     """What each rank stores, in rank order."""
     grid, model = setup.grid, setup.model
     found: list[Part] = []

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING
 
 import zmq
 
@@ -30,11 +29,10 @@ from longspan.disaggregation.messages import (
 )
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
-
-if TYPE_CHECKING:
-    from longspan.engine.driver.core import CoreRequest, TokenOutput
+from longspan.request import CoreRequest, SamplingParams, TokenOutput
 
 _PULSE_SECONDS = 1.0
+PREFILL_ONLY = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 CheckPrompt = Callable[[list[int]], str | None]
 
 
@@ -144,7 +142,7 @@ class PrefillRole:
         request = next(self._numbers)
         self._prompts[request] = _Prompt(peer, number)
         self._request_of[peer, number] = request
-        self._desk.prefill(request, token_ids)
+        self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1))
         self._mailbox.send(peer, Accepted(number, request))
 
     def _look_after(self, now: float) -> None:

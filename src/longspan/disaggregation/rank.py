@@ -8,14 +8,14 @@ from __future__ import annotations
 from longspan.attention.pool import KVPool
 from longspan.config import TransferConfig
 from longspan.disaggregation.handshake import parts_of
+from longspan.disaggregation.instance import InstanceSetup
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.receiver import PageReceiver
 from longspan.disaggregation.sender import PageSender
 from longspan.disaggregation.worker import TransferThread
-from longspan.engine.setup import EngineSetup
 
 
-def open_transfer(config: TransferConfig, setup: EngineSetup, rank: int, pool: KVPool) -> TransferThread:
+def open_transfer(config: TransferConfig, setup: InstanceSetup, rank: int, pool: KVPool) -> TransferThread:
     """The thread that moves this rank's pages; call it on the rank's own thread."""
     part = parts_of(setup)[rank]
     access = PoolAccess(pool, part.heads, setup.device(rank))

@@ -5,45 +5,34 @@ It owns what a role needs to know of the engine; it must not know what a role do
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import Key, page_key
 from longspan.config import require
 from longspan.disaggregation.decode import DecodeRole
 from longspan.disaggregation.driver import Role
 from longspan.disaggregation.handshake import format_of, parts_of
-from longspan.disaggregation.prefill import PrefillRole
-from longspan.engine.setup import EngineSetup
+from longspan.disaggregation.instance import InstanceSetup
+from longspan.disaggregation.prefill import PREFILL_ONLY, PrefillRole
 from longspan.errors import RequestError
-from longspan.request import SamplingParams
-
-if TYPE_CHECKING:
-    from longspan.engine.driver.core import CoreRequest
-
-PREFILL_ONLY = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+from longspan.request import CoreRequest
 
 
-def open_role(setup: EngineSetup, cache: CacheManager, root: Key) -> tuple[Role | None, EngineSetup]:
-    """The configured role, and the setup its ranks need. Raises `ConfigError`."""
+def open_role(setup: InstanceSetup, cache: CacheManager, root: Key) -> Role | None:
+    """The configured role, if there is one. Raises `ConfigError`."""
     config = setup.config.transfer
     if config is None:
-        return None, setup
+        return None
     require(
         setup.config.executor != "dry", "executor", "dry", f"has no pages, so it cannot be a {config.role} instance",
         "use threads or processes",
     )  # fmt: skip
     form, parts = format_of(setup), parts_of(setup)
-    role: PrefillRole | DecodeRole
     if config.role == "prefill":
-        role = PrefillRole(config, form, parts, lambda tokens: _problem(setup, tokens))
-    else:
-        role = DecodeRole(config, form, parts, lambda request: _cached(cache, root, request), cache.page_size)
-    return role, replace(setup, config=replace(setup.config, transfer=role.config))
+        return PrefillRole(config, form, parts, lambda tokens: _problem(setup, tokens))
+    return DecodeRole(config, form, parts, lambda request: _cached(cache, root, request), cache.page_size)
 
 
-def _problem(setup: EngineSetup, tokens: list[int]) -> str | None:
+def _problem(setup: InstanceSetup, tokens: list[int]) -> str | None:
     """Why a prompt cannot be computed here."""
     try:
         setup.limits.check(len(tokens), PREFILL_ONLY)

@@ -11,7 +11,8 @@ from typing import SupportsIndex
 
 from longspan.cache.pages import PageRef
 from longspan.config import EngineConfig
-from longspan.engine.driver.core import EngineCore, EngineStats
+from longspan.engine.driver.build import build_core
+from longspan.engine.driver.core import EngineStats
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.frontend.tracker import Orders, RequestTracker
 from longspan.engine.setup import EngineSetup, resolve
@@ -28,7 +29,7 @@ class Engine:
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None = None, setup: EngineSetup | None = None):
         self.setup = setup or resolve(config)
         self.config = self.setup.config
-        self.core = EngineCore(self.setup)
+        self.core = build_core(self.setup)
         self.scheduler, self.executor = self.core.scheduler, self.core.executor
         self._tracker = RequestTracker(self.setup, tokenizer)
         self._ended: list[RequestOutput] = []

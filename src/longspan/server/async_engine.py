@@ -15,12 +15,11 @@ from typing import NoReturn
 
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import PeerCard
-from longspan.engine.driver.core import TokenOutput
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.frontend.tracker import Orders, RequestTracker
 from longspan.engine.setup import EngineSetup
 from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
-from longspan.request import FinishReason, RequestOutput, SamplingParams
+from longspan.request import FinishReason, RequestOutput, SamplingParams, TokenOutput
 from longspan.server.core_client import CoreProcess
 from longspan.server.messages import AskState, CoreState, Finish, Ready, Start, Tokens
 from longspan.server.metrics import Metrics

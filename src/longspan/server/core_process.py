@@ -17,6 +17,7 @@ import zmq
 
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import Role, wait_for
+from longspan.engine.driver.build import build_core
 from longspan.engine.driver.core import EngineCore
 from longspan.engine.driver.executors.processes import ProcessExecutor
 from longspan.engine.setup import resolve
@@ -94,7 +95,7 @@ class _Pulse:
 
 
 def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None], pulse: _Pulse) -> None:
-    core = pulse.core = EngineCore(resolve(config))
+    core = pulse.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
         tell(Ready(workers, core.role.card if core.role else None))

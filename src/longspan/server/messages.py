@@ -12,7 +12,8 @@ import msgspec
 
 from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import PeerCard, TransferCounters
-from longspan.engine.driver.core import CoreRequest, StepRecord, TokenOutput
+from longspan.engine.driver.core import StepRecord
+from longspan.request import CoreRequest, TokenOutput
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):

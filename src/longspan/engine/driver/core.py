@@ -8,63 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
-from longspan.cache.offload import OffloadCounters, OffloadIndex
-from longspan.cache.prefix import root_key
+from longspan.cache.offload import OffloadCounters
 from longspan.config import CostConstants
-from longspan.disaggregation.roles import PREFILL_ONLY, open_role
+from longspan.disaggregation.driver import Role
 from longspan.engine.driver.executors.base import Executor
-from longspan.engine.driver.executors.dry import DryExecutor
-from longspan.engine.driver.executors.external import ExternalExecutor
-from longspan.engine.driver.executors.processes import ProcessExecutor
-from longspan.engine.driver.executors.ray import RayExecutor
-from longspan.engine.driver.executors.threads import ThreadExecutor
 from longspan.engine.driver.step_watch import StepWatch
 from longspan.engine.rank.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Source, is_for_others
-from longspan.request import FinishReason, SampledToken, SamplingParams
+from longspan.request import CoreRequest, FinishReason, SampledToken, TokenOutput
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
 _STEPS_REMEMBERED = 60
 _PATIENCE_SECONDS = 0.005
-
-
-@dataclass(frozen=True)
-class CoreRequest:
-    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them.
-
-    `prefill_at` are instances that can compute its prompt, to be asked in this order.
-    """
-
-    number: int
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    seed: int
-    max_tokens: int
-    output_token_ids: Sequence[int] = ()
-    prefill_at: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenOutput:
-    """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
-
-    `scored` are tokens of the prompt, with their log-probabilities; `error` says why it could not go on.
-    """
-
-    number: int
-    tokens: tuple[SampledToken, ...]
-    finish_reason: FinishReason | None
-    num_cached_tokens: int
-    scored: tuple[SampledToken, ...] = ()
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,18 +57,6 @@ class EngineStats:
     offload: OffloadCounters = field(default_factory=OffloadCounters)
 
 
-def create_executor(setup: EngineSetup) -> Executor:
-    """The executor the configuration names."""
-    kinds: dict[str, Callable[[EngineSetup], Executor]] = {
-        "threads": ThreadExecutor,
-        "processes": ProcessExecutor,
-        "ray": RayExecutor,
-        "external": ExternalExecutor,
-        "dry": DryExecutor,
-    }
-    return kinds[setup.config.executor](setup)
-
-
 class _Ending:
     """When a completion ends by its tokens."""
 
@@ -129,41 +79,36 @@ class _Ending:
 
 
 class EngineCore:
-    """Continuous batching over an executor. Not thread-safe: one caller steps it.
+    """Continuous batching over an executor, as `build_core` puts it together. Not thread-safe: one caller steps it.
 
-    Raises `ConfigError` and `ModelError` when built, `EngineError` from `step`.
+    Raises `EngineError` from `step`.
     """
 
-    def __init__(self, setup: EngineSetup) -> None:
-        config, cache = setup.config, setup.config.cache
-        self._offload = OffloadFiles(setup) if cache.offload.is_on else None
-        index = OffloadIndex(self._offload.memory_slots, self._offload.disk_slots) if self._offload else None
-        self.setup = setup = self._offload.setup if self._offload else setup
-        self.cache = CacheManager(cache.page_size, setup.pages_per_shard, cache.enable_prefix_caching, index)
-        root = root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cache.page_size)
-        self.role, self.setup = open_role(setup, self.cache, root)
-        try:
-            self.executor = create_executor(self.setup)
-            self.setup = setup = self.executor.setup
-        except BaseException:
-            self._free_offload()
-            if self.role:
-                self.role.close()
-            raise
-        self.constants = config.cost or self.executor.constants or CostConstants()
-        self.scheduler = Scheduler(
-            config.scheduler, self.cache, setup.grid,
-            ScheduleChooser(setup.cost_model(self.constants), config.scheduler.schedule),
-            root, setup.model.kinds,
-        )  # fmt: skip
-        self.watch = StepWatch(config.liveness)
+    def __init__(
+        self,
+        setup: EngineSetup,
+        executor: Executor,
+        cache: CacheManager,
+        scheduler: Scheduler,
+        constants: CostConstants,
+        role: Role | None = None,
+        offload: OffloadFiles | None = None,
+    ) -> None:
+        self.setup = setup
+        self.executor = executor
+        self.cache = cache
+        self.scheduler = scheduler
+        self.constants = constants
+        self.role = role
+        self._offload = offload
+        self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[int, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
-        self._peak = [0] * self.cache.num_shards
-        if self.role:
-            self.role.start(self, setup.grid.world_size)
+        self._peak = [0] * cache.num_shards
+        if role:
+            role.start(self, setup.grid.world_size)
 
     def add(self, request: CoreRequest) -> None:
         """Queue a completion that `Limits.check` has passed."""
@@ -177,10 +122,6 @@ class EngineCore:
             request.number, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
             request.output_token_ids, source,
         )  # fmt: skip
-
-    def prefill(self, number: int, token_ids: Sequence[int]) -> None:
-        """See `Desk.prefill`."""
-        self.add(CoreRequest(number, token_ids, PREFILL_ONLY, 0, 1))
 
     def leave(self, number: int) -> None:
         """See `Desk.leave`."""
@@ -251,13 +192,10 @@ class EngineCore:
     def shutdown(self) -> None:
         """End every rank; safe to call again."""
         self.executor.shutdown()
-        self._free_offload()
-        if self.role:
-            self.role.close()
-
-    def _free_offload(self) -> None:
         if self._offload:
             self._offload.close()
+        if self.role:
+            self.role.close()
 
     def _tokens_under_way(self) -> int:
         """Those that are computed or loaded in steps under way."""

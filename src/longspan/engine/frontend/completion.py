@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longspan.engine.driver.core import TokenOutput
 from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
-from longspan.request import CompletionOutput, FinishReason, SampledToken, SamplingParams
+from longspan.request import CompletionOutput, FinishReason, SampledToken, SamplingParams, TokenOutput
 
 
 class Completion:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import SupportsIndex
 
-from longspan.engine.driver.core import CoreRequest, TokenOutput
 from longspan.engine.frontend.completion import Completion
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.setup import EngineSetup
 from longspan.errors import RequestError
-from longspan.request import FinishReason, RequestOutput, SampledToken, SamplingParams
+from longspan.request import CoreRequest, FinishReason, RequestOutput, SampledToken, SamplingParams, TokenOutput
 
 _CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds

@@ -1,0 +1,66 @@
+"""Puts a core together: files, cache, role, ranks, scheduler, in the order in which they need each other.
+
+It owns this order, and that nothing stays open if a part cannot be made; what the parts do is their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+from longspan.attention.cost import ScheduleChooser
+from longspan.cache.manager import CacheManager
+from longspan.cache.offload import OffloadIndex
+from longspan.cache.prefix import root_key
+from longspan.config import CostConstants
+from longspan.disaggregation.roles import open_role
+from longspan.engine.driver.core import EngineCore
+from longspan.engine.driver.executors.base import Executor
+from longspan.engine.driver.executors.dry import DryExecutor
+from longspan.engine.driver.executors.external import ExternalExecutor
+from longspan.engine.driver.executors.processes import ProcessExecutor
+from longspan.engine.driver.executors.ray import RayExecutor
+from longspan.engine.driver.executors.threads import ThreadExecutor
+from longspan.engine.rank.page_store import OffloadFiles
+from longspan.engine.setup import EngineSetup
+from longspan.scheduler.scheduler import Scheduler
+
+
+def build_core(setup: EngineSetup) -> EngineCore:
+    """A core whose ranks are ready. Raises `ConfigError`, `ModelError` or `EngineError`."""
+    config, cached = setup.config, setup.config.cache
+    with ExitStack() as undo:
+        offload = OffloadFiles(setup) if cached.offload.is_on else None
+        index = None
+        if offload is not None:
+            undo.callback(offload.close)
+            index = OffloadIndex(offload.memory_slots, offload.disk_slots)
+            setup = offload.setup
+        cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
+        root = root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cached.page_size)
+        role = open_role(setup, cache, root)
+        if role is not None:
+            undo.callback(role.close)
+            setup = replace(setup, config=replace(setup.config, transfer=role.config))
+        executor = create_executor(setup)
+        undo.callback(executor.shutdown)
+        setup = executor.setup  # which knows the machine of every rank
+        constants = config.cost or executor.constants or CostConstants()
+        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule)
+        scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.kinds)
+        core = EngineCore(setup, executor, cache, scheduler, constants, role, offload)
+        undo.pop_all()
+    return core
+
+
+def create_executor(setup: EngineSetup) -> Executor:
+    """The executor the configuration names."""
+    kinds: dict[str, Callable[[EngineSetup], Executor]] = {
+        "threads": ThreadExecutor,
+        "processes": ProcessExecutor,
+        "ray": RayExecutor,
+        "external": ExternalExecutor,
+        "dry": DryExecutor,
+    }
+    return kinds[setup.config.executor](setup)
