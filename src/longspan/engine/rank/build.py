@@ -24,7 +24,7 @@ from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.rank.graphs import CudaRecorder, Recordings
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
-from longspan.engine.rank.runner import Groups, Runner
+from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
 from longspan.models.context import ExpertParallel, Provided
@@ -88,19 +88,19 @@ def build_runner(
         experts = SharedExperts(make_group(peers), extents)
     model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
-    runner = Runner(
-        grid, rank, model, attention, groups, config.cache.page_size, config.debug, bool(config.scheduler.run_ahead),
-        store.device,
-        Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
-    )  # fmt: skip
-    backend = attention.kernels.backend
+    backend, recordings = attention.kernels.backend, None
     if setup.records_decode and isinstance(backend, StaticBackend):
-        runner.recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
-    if config.transfer is not None:
-        runner.transfer = open_transfer(config.transfer, setup, rank, attention.pool)
-    if config.cache.offload.is_on:
-        runner.store = PageStore(setup, rank, attention.pool)
-    return runner, measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
+        recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+    transfer = config.transfer
+    parts = RankParts(
+        grid, rank, model, attention, groups, store.device,
+        Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
+        config.cache.page_size, config.debug, bool(config.scheduler.run_ahead), recordings,
+        store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
+        transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
+    )  # fmt: skip
+    constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
+    return Runner(parts), constants
 
 
 def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:

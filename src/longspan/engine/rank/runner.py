@@ -64,38 +64,52 @@ class Groups:
     pipeline: Pipeline
 
 
+@dataclass(frozen=True)
+class RankParts:
+    """What a rank is made of; `build.py` puts it together."""
+
+    grid: Grid
+    rank: int
+    model: DecoderModel
+    attention: Attention
+    groups: Groups
+    device: torch.device
+    vocabulary: Vocabulary
+    # tokens of a page
+    page_size: int
+    # whether ranks compare the digests of their plans
+    debug: bool
+    # whether a step may begin before the last one's tokens are read
+    runs_ahead: bool
+    # of decode steps; None where none is recorded
+    recordings: Recordings | None = None
+    # pages outside the device, if any are kept there
+    store: PageStore | None = None
+    # pages on their way from or to other instances, if this one has a role
+    transfer: TransferThread | None = None
+
+
 class Runner:
     """Carries out plans on one rank, in order."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        rank: int,
-        model: DecoderModel,
-        attention: Attention,
-        groups: Groups,
-        page_size: int,
-        debug: bool,
-        runs_ahead: bool,
-        device: torch.device,
-        vocabulary: Vocabulary,
-    ) -> None:
+    def __init__(self, parts: RankParts) -> None:
+        grid, rank = parts.grid, parts.rank
         self._grid = grid
         self._rank = rank
         self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-        self._model = model
-        self._attention = attention
-        self._groups = groups
-        self._page_size = page_size
-        self._debug = debug
-        self._device = device
-        self._vocabulary = vocabulary
-        self._runs_ahead = runs_ahead
+        self._model = parts.model
+        self._attention = parts.attention
+        self._groups = parts.groups
+        self._page_size = parts.page_size
+        self._debug = parts.debug
+        self._device = parts.device
+        self._vocabulary = parts.vocabulary
+        self._runs_ahead = parts.runs_ahead
         self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirrors: dict[int, _Mirror] = {}
-        self.recordings: Recordings | None = None
-        self.store: PageStore | None = None
-        self.transfer: TransferThread | None = None
+        self.recordings = parts.recordings
+        self.transfer = parts.transfer
+        self._store = parts.store
 
     @property
     def model(self) -> DecoderModel:
@@ -132,10 +146,10 @@ class Runner:
 
     def _copy_pages(self, plan: StepPlan) -> list[SampledToken]:
         """Between the pool and other tiers; returns the loads that found no intact page."""
-        if self.store is None:
+        if self._store is None:
             return []
-        self.store.save(plan.saves)
-        return [SampledToken(LOST, number) for number in self.store.load(plan.loads)]
+        self._store.save(plan.saves)
+        return [SampledToken(LOST, number) for number in self._store.load(plan.loads)]
 
     def _start(self, plan: StepPlan) -> Finish:
         if self._debug:
