@@ -113,6 +113,9 @@ def tiny_folder(name: str) -> str:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(("bias", "sinks")) or "norm" in parameter_name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # zero as it is made, and then nobody would miss it
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     folder = Path(mkdtemp(prefix=f"longspan-test-{name}-"))
     model.save_pretrained(folder)
     return str(folder)

@@ -60,6 +60,19 @@ def test_every_row_equals_dense_attention(grid, heads, schedule):
     assert_exact(world)
 
 
+@pytest.mark.parametrize("schedule", TRAVELLING)
+@pytest.mark.parametrize("grid", [(1, 2, 1), (2, 3, 2)], ids=str)
+def test_several_requests_travel_in_one_step(grid, schedule):
+    world = World(Layout(*grid, 12, 3, page_size=4, schedule=schedule, budget=160))
+    for number, length in enumerate((30, 41, 37)):
+        world.add(number, [number] * 2 * length, 5)
+    world.run()
+    for prefill in (False, True):
+        together = [{s.request_id for s in plan.segments if s.travels and s.prefill == prefill} for plan in world.plans]
+        assert max(map(len, together)) >= 2
+    assert_exact(world)
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
 @pytest.mark.parametrize(("schedule", "budget"), SCHEDULES_AND_BUDGETS)
 def test_any_page_size_and_chunk_size(page_size, budget, schedule):

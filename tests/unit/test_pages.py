@@ -129,6 +129,18 @@ def test_cached_pages_are_shared_and_evicted_oldest_first_only_when_idle():
     assert cache.available(0) == 0
 
 
+def test_the_page_that_nobody_has_held_for_longest_is_evicted_first():
+    cache = CacheManager(2, [3], enable_prefix_caching=True)
+    pages = [cache.allocate(0) for _ in range(3)]
+    keys = [page_key(root_key("model"), [n, n]) for n in range(3)]
+    for key, page in zip(keys, pages, strict=True):
+        cache.publish(key, page)
+    for number in (1, 0, 2):
+        cache.release([pages[number]])
+    cache.release(cache.match([keys[1]]))  # used once more
+    assert [cache.allocate(0) for _ in range(3)] == [pages[0], pages[2], pages[1]]
+
+
 def test_two_holders_of_a_page_and_one_lets_go():
     cache = CacheManager(2, [2], enable_prefix_caching=True)
     key = page_key(root_key("model"), [1, 2])

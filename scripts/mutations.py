@@ -1,0 +1,333 @@
+"""Small faults that the tests must notice: what `scripts/mutate.py` changes in a copy of the source.
+
+A fault replaces one text, which must be found exactly once in its file, so that the list cannot rot. `tests` are the
+likeliest to fail, in the order in which they run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One text of one file replaced."""
+
+    name: str
+    file: str  # below src/longspan
+    old: str
+    new: str
+    tests: tuple[str, ...]  # pytest's names: file::test or file::test[case]
+
+
+_RANKS = "tests/ranks/test_attention_is_exact.py"
+_DENSE = f"{_RANKS}::test_every_row_equals_dense_attention"
+_WINDOWED = f"{_RANKS}::test_windowed_layers_see_their_window_and_no_more"
+_SCHEDULER = "tests/unit/test_scheduler.py"
+_ANY_LOAD = f"{_SCHEDULER}::test_any_load_ends_with_every_token_computed_where_its_page_is_and_nothing_lost"
+_PAGES = "tests/unit/test_pages.py"
+_SAMPLER = "tests/unit/test_sampler.py"
+_OFFLOAD = "tests/unit/test_offload.py"
+_REQUESTS = "tests/engine/test_requests.py"
+_FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
+
+ATTENTION = (
+    Fault(
+        "another request's page table is read", "reach.py",
+        "        table = requests[segment.request_id].table\n        for sight in",
+        "        table = next(iter(requests.values())).table\n        for sight in",
+        (
+            f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",
+            f"{_RANKS}::test_more_requests_than_memory_are_preempted_and_stay_exact",
+        ),
+    ),
+    Fault(
+        "a part that came back is not merged", "attention/schedules/base.py",
+        "self.form.merge([unpack(part) for part in packed])",
+        "self.form.merge([unpack(part) for part in packed[:-1] or packed])",
+        (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
+    ),
+    Fault(
+        "the diagonal is not merged", "attention/attend.py",
+        "[part for part in (diagonal, off) if part is not None]",
+        "[part for part in (diagonal, off) if part is not None][-1:]",
+        (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
+    ),
+    Fault(
+        "the smallest lse has the largest weight", "attention/partial.py",
+        "weights = torch.softmax(lse, 0)", "weights = torch.softmax(-lse, 0)",
+        ("tests/unit/test_merge_algebra.py::test_merging_shards_equals_attention_over_all_keys",),
+    ),
+    Fault(
+        "a merged lse is in base 2", "attention/partial.py",
+        "torch.logsumexp(lse, 0))", "torch.logsumexp(lse, 0) * 1.4426950408889634)",
+        ("tests/unit/test_merge_algebra.py::test_merging_shards_equals_attention_over_all_keys",),
+    ),
+    Fault(
+        "a kernel's lse is in base 2", "attention/backends/cpu.py",
+        "lse.reshape(1, heads))", "lse.reshape(1, heads) * 1.4426950408889634)",
+        (f"{_RANKS}::test_partials_of_bf16_rows_are_fp32_with_a_natural_lse",),
+    ),
+    Fault(
+        "garbage of weight zero is multiplied", "attention/partial.py",
+        "torch.where(weights > 0, outs, 0.0).mul_(weights)", "outs.mul_(weights)",
+        ("tests/unit/test_merge_algebra.py::test_garbage_of_weight_zero_is_skipped_not_multiplied",),
+    ),
+    Fault(
+        "a sink counts as a value", "attention/partial.py",
+        "part.out * torch.sigmoid(part.lse - sink)[..., None]", "part.out",
+        ("tests/unit/test_merge_algebra.py::test_a_sink_is_one_more_key_whose_value_is_zero",),
+    ),
+    Fault(
+        "a window is one position too wide", "plan.py",
+        "max(0, position + 1 - window)", "max(0, position - window)",
+        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+    ),
+    Fault(
+        "the diagonal forgets its window", "attention/forms.py",
+        "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)",
+        "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, None)",
+        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+    ),
+    Fault(
+        "a row's window starts where the segment's first does", "reach.py",
+        "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
+        "yield _Sight(row, len(seeing), first, until - first, None)",
+        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+    ),
+    Fault(
+        "the diagonal is not causal", "attention/backends/cpu.py",
+        "is_causal=band is None", "is_causal=False",
+        (f"{_RANKS}::test_the_cpu_backend_equals_the_reference_in_fp32",),
+    ),
+    Fault(
+        "the plain diagonal hides a token from itself", "attention/backends/dense.py",
+        "seen = back >= 0 if window is None else", "seen = back > 0 if window is None else",
+        ("tests/unit/test_torch_backend.py::test_the_diagonal_is_causal_and_values_may_be_narrower",),
+    ),
+    Fault(
+        "one token too few is visible in a half-full page", "cache/pages.py",
+        "partly = rest if", "partly = max(0, rest - 1) if",
+        (f"{_PAGES}::test_visible_spans_are_the_slots_of_earlier_positions_in_order",),
+    ),
+    Fault(
+        "every token of a page is written to its first slot", "cache/pages.py",
+        "slot = page.index * self.page_size + row", "slot = page.index * self.page_size",
+        (f"{_PAGES}::test_write_slots_cover_exactly_a_shards_positions",),
+    ),
+    Fault(
+        "the scales of another head are read", "attention/rows.py",
+        "return (self.values.float() * _spread(self.scales, self.groups)).to(dtype)",
+        "return (self.values.float() * _spread(self.scales.roll(1, 1), self.groups)).to(dtype)",
+        (f"{_RANKS}::test_the_cpu_backend_reads_a_quantised_cache_as_the_reference_does",),
+    ),
+    Fault(
+        "a fresh row is attended unrounded", "attention/rows.py",
+        "    return (values.float() * _spread(scales, like.groups)).to(x.dtype)", "    return x",
+        ("tests/unit/test_rows.py::test_a_fresh_row_is_attended_as_it_will_be_read",),
+    ),
+)  # fmt: skip
+
+RANKS = (
+    Fault(
+        "ring neighbours are swapped", "attention/schedules/ring.py",
+        "group.start_shift(current, ring[-1], shapes[following], ring[1], label)",
+        "group.start_shift(current, ring[1], shapes[following], ring[-1], label)",
+        (f"{_DENSE}[12over3-ring_q-(1, 8, 1)]",),
+    ),
+    Fault(
+        "an all-to-all returns the members in reverse", "parallel/collectives.py",
+        "return self._exchange(sends, shapes)", "return self._exchange(sends, shapes)[::-1]",
+        (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
+    ),
+    Fault(
+        "a reduced partial is not weighed", "attention/schedules/gather_q_rs.py",
+        "weight = torch.exp(part.lse - total)", "weight = torch.exp(part.lse - part.lse)",
+        (f"{_DENSE}[12over3-gather_q_rs-(1, 2, 1)]",),
+    ),
+    Fault(
+        "a tree merges nothing on the way home", "attention/schedules/tree_q.py",
+        "return pack(join.form.merge([unpack(part) for part in parts]))", "return parts[0]",
+        (f"{_DENSE}[12over3-tree_q-(1, 2, 1)]", f"{_RANKS}::test_partials_merge_inside_machines_of_any_size"),
+    ),
+    Fault(
+        "a round of gathered keys is read from its beginning", "attention/schedules/gather_kv.py",
+        "Span(low - start, high - low)", "Span(0, high - low)",
+        (f"{_RANKS}::test_several_requests_travel_in_one_step[(1, 2, 1)-gather_kv]",),
+    ),
+    Fault(
+        "KV heads of a DCP group are counted from each member's own", "parallel/sharding.py",
+        "return head_blocks(theirs, self.kv_extent[0], self._group)",
+        "return head_blocks(theirs, theirs[0] // self._group, self._group)",
+        (
+            "tests/unit/test_grid.py::test_every_query_head_reads_its_own_kv_head",
+            f"{_DENSE}[12over3-gather_q-(4, 1, 4)]",
+        ),
+    ),
+    Fault(
+        "a KV head that two ranks share is held by one", "attention/heads.py",
+        "return start // group, -(-stop // group)", "return start // group, max(start // group + 1, stop // group)",
+        ("tests/unit/test_grid.py::test_every_query_head_reads_its_own_kv_head",),
+    ),
+    Fault(
+        "a row's sum of experts goes to another row", "parallel/experts.py",
+        "total.index_add_(0, rows, part)", "total.index_add_(0, rows.flip(0), part)",
+        ("tests/engine/test_stages_and_experts.py::test_experts_over_all_ranks_of_a_stage_give_the_same_tokens",),
+    ),
+    Fault(
+        "ranks do not compare their plans", "engine/runner.py",
+        "if not torch.equal(digest, mine):", "if torch.equal(digest, mine) and False:",
+        ("tests/engine/test_ranks_agree.py",),
+    ),
+)  # fmt: skip
+
+PLACEMENT = (
+    Fault(
+        "a page is placed on another shard than that of the rank that computes it", "scheduler/step.py",
+        "self._grid.shards_of_pcp[piece.pcp] if", "self._grid.shards_of_pcp[piece.pcp - 1] if",
+        (_ANY_LOAD,),
+    ),
+    Fault(
+        "a zigzag is no zigzag", "scheduler/segments.py",
+        "owners = [*order, *reversed(order)]", "owners = [*order, *order]",
+        ("tests/unit/test_segments.py::test_zigzag_balances_causal_work_within_a_page_a_piece",),
+    ),
+    Fault(
+        "pieces are out of order", "scheduler/segments.py",
+        "return [Piece(a, b, r) for a, b, r in zip(bounds, bounds[1:], owners, strict=False)]",
+        "return [Piece(a, b, r) for a, b, r in zip(bounds, bounds[1:], owners, strict=False)][::-1]",
+        ("tests/unit/test_segments.py::test_pieces_cover_the_chunk_in_order_and_fit_the_room",),
+    ),
+    Fault(
+        "a short context is spread", "scheduler/step.py",
+        "len(sequence.tokens) <= self._local_context:", "len(sequence.tokens) <= 0:",
+        (f"{_RANKS}::test_short_contexts_stay_on_one_shard_and_move_nothing",),
+    ),
+    Fault(
+        "a page's key does not cover what is before it", "cache/prefix.py",
+        "blake2b(parent + array(", "blake2b(array(", (f"{_PAGES}::test_keys_cover_parent_tokens_and_model",),
+    ),
+    Fault(
+        "a page has one holder too few", "cache/manager.py",
+        "self._holders.get(page, 0) + 1", "max(1, self._holders.get(page, 0))",
+        (f"{_PAGES}::test_two_holders_of_a_page_and_one_lets_go",),
+    ),
+    Fault(
+        "a page in use can be evicted", "cache/prefix.py",
+        "self._idle[page.shard].pop(page, None)", "self._idle[page.shard].setdefault(page, None)",
+        (f"{_PAGES}::test_cached_pages_are_shared_and_evicted_oldest_first_only_when_idle",),
+    ),
+    Fault(
+        "the youngest idle page is evicted", "cache/prefix.py",
+        "popitem(last=False)", "popitem(last=True)",
+        (f"{_PAGES}::test_the_page_that_nobody_has_held_for_longest_is_evicted_first",),
+    ),
+    Fault(
+        "a half-full page is published", "scheduler/scheduler.py",
+        "whole = min(stop // self.cache.page_size, len(sequence.table.pages))",
+        "whole = min(-(-stop // self.cache.page_size), len(sequence.table.pages))",
+        (f"{_SCHEDULER}::test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_filled_is",),
+    ),
+    Fault(
+        "a damaged page is found again", "cache/offload.py",
+        "self._tiers[load.tier].drop(load.key)", "self._tiers[load.tier].use(load.key)",
+        (f"{_OFFLOAD}::test_a_lost_page_is_computed_again_and_the_ones_before_it_are_not",),
+    ),
+    Fault(
+        "a slot is given away while a step reads it", "cache/offload.py",
+        "next((old for old in self._slot_of if old not in self.busy), None)", "next(iter(self._slot_of), None)",
+        (f"{_OFFLOAD}::test_a_slot_that_a_step_under_way_uses_is_not_given_to_another_page",),
+    ),
+    Fault(
+        "a page of another key is loaded", "engine/page_store.py",
+        "intact = _buffer(record)[:_KEY_BYTES] == load.key", "intact = True",
+        ("tests/unit/test_offload_store.py::test_an_intact_page_of_another_key_is_noticed",),
+    ),
+    Fault(
+        "rows of another head are sent to the decode side", "disaggregation/pool_access.py",
+        "part[:, heads[0] - first : heads[1] - first]", "part[:, : heads[1] - heads[0]]",
+        (
+            "tests/disaggregation/test_pairs.py::test_pages_fit_any_other_layout"
+            "[llama-{'tp': 4, 'page_size': 1}-{'pcp': 3, 'page_size': 7}]",
+        ),
+    ),
+)  # fmt: skip
+
+REQUESTS = (
+    Fault(
+        "the budget is not used up", "scheduler/step.py",
+        "self.budget -= length", "self.budget -= 0", (_ANY_LOAD,),
+    ),
+    Fault(
+        "a chunk is sampled before its prompt ends", "scheduler/step.py",
+        "sample=min(length, max(0, piece.stop + 1 - sequence.length))", "sample=1", (_ANY_LOAD,),
+    ),
+    Fault(
+        "a preempted request loses its last token", "scheduler/sequence.py",
+        "self.table = new_table()",
+        "self.table, self.tokens[self.num_prompt :] = new_table(), self.tokens[self.num_prompt : -1]",
+        (f"{_SCHEDULER}::test_a_preempted_decode_goes_on_behind_the_tokens_it_had",),
+    ),
+    Fault(
+        "tokens after a wrong draft are kept", "scheduler/scheduler.py",
+        "return in_order[: wrong + 1]", "return in_order",
+        ("tests/engine/test_speculation.py::test_right_drafts_save_steps_and_wrong_ones_are_taken_back",),
+    ),
+    Fault(
+        "a stop token is passed over", "engine/core.py",
+        "if token.token_id in self._stops:", "if token.token_id in ():",
+        (f"{_REQUESTS}::test_a_stop_token_ends_the_completion_and_is_kept",),
+    ),
+    Fault(
+        "a continued segment is one position too far", "view.py",
+        "positions += range(segment.start, segment.stop)",
+        "positions += range(segment.start + bool(segment.start), segment.stop + bool(segment.start))",
+        (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
+    ),
+    Fault(
+        "noise does not depend on the seed", "engine/noise.py",
+        "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(0) ^ position)",
+        (f"{_SAMPLER}::test_seeds_give_different_tokens",),
+    ),
+    Fault(
+        "noise does not depend on the position", "engine/noise.py",
+        "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(seed & _MASK64))",
+        (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
+    ),
+    Fault(
+        "a penalty forgets the output", "engine/runner.py",
+        "return self.history[self.num_prompt : self.num_prompt + count]", "return []",
+        (f"{_REQUESTS}::test_penalties_see_prompt_and_output_on_every_layout",),
+    ),
+    Fault(
+        "a penalty counts a token once only", "engine/sampler.py",
+        "params.frequency_penalty * counts +", "params.frequency_penalty * (counts > 0) +",
+        (f"{_SAMPLER}::test_frequency_penalty_counts_every_occurrence_in_the_output",),
+    ),
+    Fault(
+        "top-p is off", "engine/sampler.py",
+        "if params.top_p < 1.0:", "if params.top_p < 0.0:",
+        (f"{_SAMPLER}::test_filters_leave_the_tokens_and_probabilities_of_their_definitions",),
+    ),
+    Fault(
+        "log-probabilities are not normalised", "engine/sampler.py",
+        "normaliser = raw.logsumexp(dim=0)", "normaliser = raw.max()",
+        (f"{_SAMPLER}::test_logprobs_of_the_whole_vocabulary_are_sorted_and_sum_to_one",),
+    ),
+    Fault(
+        "weights of experts are not normalised", "models/moe.py",
+        "if moe.normalise:", "if moe.normalise and False:", (f"{_FAMILIES}[qwen3-moe-one rank]",),
+    ),
+    Fault(
+        "the correction bias counts for an expert's weight", "models/moe.py",
+        "weights = scores.gather(1, experts)", "weights = merit.gather(1, experts)",
+        (f"{_FAMILIES}[deepseek-v3-one rank]",),
+    ),
+    Fault(
+        "rope turns the wrong way", "models/rope.py",
+        "signed = torch.cat((-sin, sin), dim=-1)", "signed = torch.cat((sin, -sin), dim=-1)",
+        (f"{_FAMILIES}[llama-one rank]",),
+    ),
+)  # fmt: skip
+
+FAULTS = (*ATTENTION, *RANKS, *PLACEMENT, *REQUESTS)
