@@ -33,7 +33,7 @@ _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and
 
 ATTENTION = (
     Fault(
-        "another request's page table is read", "reach.py",
+        "another request's page table is read", "plan/reach.py",
         "        table = requests[segment.request_id].table\n        for sight in",
         "        table = next(iter(requests.values())).table\n        for sight in",
         (
@@ -79,7 +79,7 @@ ATTENTION = (
         ("tests/unit/test_merge_algebra.py::test_a_sink_is_one_more_key_whose_value_is_zero",),
     ),
     Fault(
-        "a window is one position too wide", "plan.py",
+        "a window is one position too wide", "plan/plan.py",
         "max(0, position + 1 - window)", "max(0, position - window)",
         (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
     ),
@@ -90,7 +90,7 @@ ATTENTION = (
         (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
     ),
     Fault(
-        "a row's window starts where the segment's first does", "reach.py",
+        "a row's window starts where the segment's first does", "plan/reach.py",
         "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
         "yield _Sight(row, len(seeing), first, until - first, None)",
         (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
@@ -165,7 +165,7 @@ RANKS = (
         ),
     ),
     Fault(
-        "a KV head that two ranks share is held by one", "attention/heads.py",
+        "a KV head that two ranks share is held by one", "parallel/heads.py",
         "return start // group, -(-stop // group)", "return start // group, max(start // group + 1, stop // group)",
         ("tests/unit/test_grid.py::test_every_query_head_reads_its_own_kv_head",),
     ),
@@ -175,7 +175,7 @@ RANKS = (
         ("tests/engine/test_stages_and_experts.py::test_experts_over_all_ranks_of_a_stage_give_the_same_tokens",),
     ),
     Fault(
-        "ranks do not compare their plans", "engine/runner.py",
+        "ranks do not compare their plans", "engine/rank/runner.py",
         "if not torch.equal(digest, mine):", "if torch.equal(digest, mine) and False:",
         ("tests/engine/test_ranks_agree.py",),
     ),
@@ -239,7 +239,7 @@ PLACEMENT = (
         (f"{_OFFLOAD}::test_a_slot_that_a_step_under_way_uses_is_not_given_to_another_page",),
     ),
     Fault(
-        "a page of another key is loaded", "engine/page_store.py",
+        "a page of another key is loaded", "engine/rank/page_store.py",
         "intact = _buffer(record)[:_KEY_BYTES] == load.key", "intact = True",
         ("tests/unit/test_offload_store.py::test_an_intact_page_of_another_key_is_noticed",),
     ),
@@ -274,43 +274,43 @@ REQUESTS = (
         ("tests/engine/test_speculation.py::test_right_drafts_save_steps_and_wrong_ones_are_taken_back",),
     ),
     Fault(
-        "a stop token is passed over", "engine/core.py",
+        "a stop token is passed over", "engine/driver/core.py",
         "if token.token_id in self._stops:", "if token.token_id in ():",
         (f"{_REQUESTS}::test_a_stop_token_ends_the_completion_and_is_kept",),
     ),
     Fault(
-        "a continued segment is one position too far", "view.py",
+        "a continued segment is one position too far", "plan/view.py",
         "positions += range(segment.start, segment.stop)",
         "positions += range(segment.start + bool(segment.start), segment.stop + bool(segment.start))",
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
-        "noise does not depend on the seed", "engine/noise.py",
+        "noise does not depend on the seed", "engine/rank/sampling/noise.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(0) ^ position)",
         (f"{_SAMPLER}::test_seeds_give_different_tokens",),
     ),
     Fault(
-        "noise does not depend on the position", "engine/noise.py",
+        "noise does not depend on the position", "engine/rank/sampling/noise.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(seed & _MASK64))",
         (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
     ),
     Fault(
-        "a penalty forgets the output", "engine/runner.py",
+        "a penalty forgets the output", "engine/rank/runner.py",
         "return self.history[self.num_prompt : self.num_prompt + count]", "return []",
         (f"{_REQUESTS}::test_penalties_see_prompt_and_output_on_every_layout",),
     ),
     Fault(
-        "a penalty counts a token once only", "engine/sampler.py",
+        "a penalty counts a token once only", "engine/rank/sampling/sampler.py",
         "params.frequency_penalty * counts +", "params.frequency_penalty * (counts > 0) +",
         (f"{_SAMPLER}::test_frequency_penalty_counts_every_occurrence_in_the_output",),
     ),
     Fault(
-        "top-p is off", "engine/sampler.py",
+        "top-p is off", "engine/rank/sampling/sampler.py",
         "if params.top_p < 1.0:", "if params.top_p < 0.0:",
         (f"{_SAMPLER}::test_filters_leave_the_tokens_and_probabilities_of_their_definitions",),
     ),
     Fault(
-        "log-probabilities are not normalised", "engine/sampler.py",
+        "log-probabilities are not normalised", "engine/rank/sampling/sampler.py",
         "normaliser = raw.logsumexp(dim=0)", "normaliser = raw.max()",
         (f"{_SAMPLER}::test_logprobs_of_the_whole_vocabulary_are_sorted_and_sum_to_one",),
     ),
