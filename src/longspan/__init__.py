@@ -12,7 +12,7 @@ from longspan.errors import (
     WorkerDied,
 )
 from longspan.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
-from longspan.version import __version__
+from longspan.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from longspan.llm import LLM
@@ -31,7 +31,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "WorkerDied",
-    "__version__",
 ]
 
 
