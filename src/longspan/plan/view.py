@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import PENDING, Segment, StepPlan
-from longspan.plan.reach import KnownRequest, Place, Reach, reach
+from longspan.plan.reach import Place, Reach, reach
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ reach it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.cache.pages import PageTable
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.graphs import Recordings, of_one_kind, recordable
 from longspan.engine.rank.page_store import PageStore
@@ -25,34 +24,14 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan.plan import LOST, Admission, Segment, StepPlan
+from longspan.plan.mirror import Mirror
+from longspan.plan.plan import LOST, StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.view import RankView, SampleRequest, ScoredRows, rank_view
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import SampledToken
 
 _SCORED_ROWS = 128
 Finish = Callable[[], list[SampledToken]]
-
-
-@dataclass
-class _Mirror:
-    """What a rank remembers of a request; `history` only if its sampling parameters need it."""
-
-    params: SamplingParams
-    seed: int
-    num_prompt: int
-    table: PageTable
-    matcher: Matcher | None = None
-    history: list[int] = field(default_factory=list)
-
-    def output(self, count: int) -> list[int]:
-        """The first `count` tokens it has generated, if they are remembered."""
-        return self.history[self.num_prompt : self.num_prompt + count]
-
-    def remember(self, segment: Segment) -> None:
-        """Take a segment's tokens, in place of drafts that proved wrong."""
-        if self.history and (segment.stop > len(self.history) or not segment.prefill):
-            self.history[segment.start :] = segment.token_ids
 
 
 @dataclass(frozen=True)
@@ -100,13 +79,13 @@ class Runner:
         self._model = parts.model
         self._attention = parts.attention
         self._groups = parts.groups
-        self._page_size = parts.page_size
         self._debug = parts.debug
         self._device = parts.device
         self._vocabulary = parts.vocabulary
         self._runs_ahead = parts.runs_ahead
         self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
-        self._mirrors: dict[int, _Mirror] = {}
+        self._mirror = Mirror(parts.page_size, grid.num_shards)
+        self._matchers: dict[int, Matcher] = {}  # of requests under a grammar
         self.recordings = parts.recordings
         self.transfer = parts.transfer
         self._store = parts.store
@@ -159,7 +138,7 @@ class Runner:
             return list
         if self.recordings is not None and recordable(plan):
             return self._replay(of_one_kind(plan), self.recordings)
-        view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
+        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows)
         self._attention.begin(view)
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
@@ -174,7 +153,7 @@ class Runner:
 
     def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
         """A decode step through a recording, in which every row is sampled."""
-        view = rank_view(plan, self._mirrors, self._place, self._attention.windows)
+        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows)
         rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
         logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
@@ -192,14 +171,14 @@ class Runner:
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
     ) -> Iterator[SampledToken]:
         """In blocks: logits of a long chunk are larger than the model. Every rank of the TP group takes part."""
-        mirror = self._mirrors[rows.request_id]
+        known = self._mirror.requests[rows.request_id]
         for first in range(0, rows.length, _SCORED_ROWS):
             count = min(_SCORED_ROWS, rows.length - first)
             position = rows.position + first
             logits = head(hidden[rows.row + first : rows.row + first + count])
             if returns:
-                tokens = mirror.history[position : position + count]
-                yield from score(logits, rows.request_id, position, tokens, mirror.params.prompt_logprobs or 0)
+                tokens = known.history[position : position + count]
+                yield from score(logits, rows.request_id, position, tokens, known.params.prompt_logprobs or 0)
 
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers."""
@@ -239,36 +218,27 @@ class Runner:
         return failed, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
-        mirror = self._mirrors[wanted.request_id]
-        output = mirror.output(wanted.position)
+        known, matcher = self._mirror.requests[wanted.request_id], self._matchers.get(wanted.request_id)
+        output = known.output(wanted.position)
         return SampleRow(
             request_id=wanted.request_id,
-            params=mirror.params,
-            seed=mirror.seed,
+            params=known.params,
+            seed=known.seed,
             position=wanted.position,
-            prompt_token_ids=mirror.history[: mirror.num_prompt],
+            prompt_token_ids=known.history[: known.num_prompt],
             output_token_ids=output,
-            allowed=mirror.matcher.allowed(output) if mirror.matcher else None,
+            allowed=matcher.allowed(output) if matcher else None,
         )
 
     def _apply(self, plan: StepPlan) -> None:
+        self._mirror.apply(plan)
         for request_id in plan.finished:
-            del self._mirrors[request_id]
+            self._matchers.pop(request_id, None)
         for admission in plan.admitted:
-            self._mirrors[admission.request_id] = self._mirror(admission)
-        for new in plan.new_pages:
-            self._mirrors[new.request_id].table.extend(new.pages)
-        for segment in plan.segments:
-            self._mirrors[segment.request_id].remember(segment)
+            if admission.params.grammar is not None:
+                self._matchers[admission.request_id] = self._vocabulary.matcher(admission.params.grammar)
         if self.transfer is not None:
-            self.transfer.apply(plan, lambda request_id: self._mirrors[request_id].table)
-
-    def _mirror(self, admission: Admission) -> _Mirror:
-        table = PageTable(self._page_size, self._grid.num_shards)
-        table.extend(admission.pages)
-        grammar = admission.params.grammar
-        matcher = None if grammar is None else self._vocabulary.matcher(grammar)
-        return _Mirror(admission.params, admission.seed, admission.num_prompt, table, matcher, list(admission.history))
+            self.transfer.apply(plan, self._mirror.table)
 
     def _compare_digest(self, plan: StepPlan) -> None:
         """Debug: every rank of all groups must be about to take the same branches."""
