@@ -28,15 +28,16 @@ from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import ContextGroup
 from longspan.cache.layout import KVLayout
 from longspan.cache.manager import CacheManager
-from longspan.cache.pages import PageTable
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_kv_heads
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
+from longspan.plan.result import StepResult
 from longspan.plan.view import rank_view
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
@@ -61,12 +62,6 @@ class Layout:
     windows: tuple[int | None, ...] = (None,)
     ranks_per_node: int | None = None
     cache_dtype: torch.dtype | None = None  # of a quantised cache
-
-
-@dataclass
-class _Request:
-    table: PageTable
-    num_prompt: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +115,7 @@ class World:
         self.traffic = [Traffic() for _ in range(self.grid.world_size)]
         self.shardings = [Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)]
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
-        self.mirrors: list[dict[int, _Request]] = [{} for _ in range(self.grid.world_size)]
+        self.mirrors = [Mirror(at.page_size, shards) for _ in range(self.grid.world_size)]
         self.plans: list[StepPlan] = []
         self.left: dict[int, int] = {}  # tokens that a request still wants
         self.prefixes: dict[int, list[_Prefix]] = {}  # of every request, at every position with a known token
@@ -177,8 +172,8 @@ class World:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
                 ends = [segment for segment in plan.segments if segment.sample]
-                sampled = [SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends]
-                self.scheduler.commit(plan, sampled)
+                sampled = tuple(SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends)
+                self.scheduler.commit(plan, StepResult(sampled))
                 for token in sampled:
                     self._known(token.request_id, token.token_id)
                     self.left[token.request_id] -= 1
@@ -195,16 +190,9 @@ class World:
 
     def _compute(self, rank: int, plan: StepPlan) -> None:
         place, mirror = self.grid.ranks[rank], self.mirrors[rank]
-        for request_id in plan.finished:
-            del mirror[request_id]
-        for admission in plan.admitted:
-            table = PageTable(self.layout.page_size, self.grid.num_shards)
-            table.extend(admission.pages)
-            mirror[admission.request_id] = _Request(table, admission.num_prompt)
-        for new in plan.new_pages:
-            mirror[new.request_id].table.extend(new.pages)
+        mirror.apply(plan)
         where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
-        view = rank_view(plan, mirror, where, self.layout.windows)
+        view = rank_view(plan, mirror.requests, where, self.layout.windows)
         attention = self.attentions[rank]
         attention.begin(view)
         rows = self._rows(plan, place.pcp)

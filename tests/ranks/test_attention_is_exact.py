@@ -170,7 +170,7 @@ def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
     world.add(0, [1] * 50, 12)
     world.run(steps=1)
     for rank, mirror in enumerate(world.mirrors):
-        for span in mirror[0].table.spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
+        for span in mirror.table(0).spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
             world.attentions[rank].pool.layers[0].values[:, :, span.slot : span.slot + span.length] = float("nan")
     world.run()
     assert_exact(world)

@@ -17,7 +17,9 @@ from longspan.cache.pages import PageRef
 from longspan.cache.prefix import page_key, root_key
 from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import LOST, StepPlan
+from longspan.plan.mirror import Mirror
+from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
@@ -30,7 +32,7 @@ class Rank:
     def __init__(self, world, shard):
         self.world, self.shard = world, shard
         self.plans: deque[StepPlan] = deque()
-        self.tables: dict[int, list[PageRef]] = {}
+        self.mirror = Mirror(world.page_size, world.cache.num_shards)
         self.rows: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, row) -> tokens up to there
 
     def run(self):
@@ -58,16 +60,11 @@ class Rank:
         self._compute(plan, size)
 
     def _compute(self, plan, size):
-        for request_id in plan.finished:
-            del self.tables[request_id]
-        for admission in plan.admitted:
-            self.tables[admission.request_id] = list(admission.pages)
-        for new in plan.new_pages:
-            self.tables[new.request_id] += new.pages
+        self.mirror.apply(plan)
         for segment in plan.segments:
             tokens = self.world.tokens[segment.request_id]
             for position in range(segment.stop):
-                page = self.tables[segment.request_id][position // size]
+                page = self.mirror.table(segment.request_id).pages[position // size]
                 if page.shard != self.shard:
                     continue
                 if position >= segment.start:
@@ -123,9 +120,9 @@ class World:
         for rank in self.ranks:
             while plan in rank.plans:
                 rank.run()
-        sampled = [SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample]
-        lost = [SampledToken(LOST, number) for number in self.lost[plan.step]]
-        for token in self.scheduler.commit(plan, [*lost, *sampled]):
+        sampled = tuple(SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample)
+        result = StepResult(sampled, failed_loads=tuple(self.lost[plan.step]))
+        for token in self.scheduler.commit(plan, result).tokens:
             self.tokens[token.request_id].append(token.token_id)
             self.cached[token.request_id] = self.scheduler.cached_tokens(token.request_id)
             self.left[token.request_id] -= 1

@@ -11,7 +11,9 @@ from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
+from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.limits import Limits
 from longspan.scheduler.scheduler import Scheduler
@@ -31,7 +33,7 @@ class Rig:
         self.limits = Limits.of(10_000, config.schedule, pages, page_size)
         self.left: dict[int, int] = {}
         self.stored: dict[tuple[int, int, int], tuple[int, ...]] = {}  # (shard, page, row) -> tokens up to there
-        self.tables: dict[int, list] = {}
+        self.mirror = Mirror(page_size, self.grid.num_shards)
         self.tokens: dict[int, list[int]] = {}
         self.plans: list[StepPlan] = []
 
@@ -49,8 +51,8 @@ class Rig:
         assert StepPlan.decode(plan.encode()) == plan
         self.plans.append(plan)
         self._account(plan)
-        sampled = [SampledToken(s.request_id, 1000 + s.stop) for s in plan.segments if s.sample]  # no two alike
-        self.scheduler.commit(plan, sampled)
+        sampled = tuple(SampledToken(s.request_id, 1000 + s.stop) for s in plan.segments if s.sample)  # no two alike
+        self.scheduler.commit(plan, StepResult(sampled))
         for token in sampled:
             self.tokens[token.request_id].append(token.token_id)
             self.left[token.request_id] -= 1
@@ -67,25 +69,20 @@ class Rig:
 
     def _account(self, plan):
         """Every token's KV goes to exactly one shard, written by its ranks, and every earlier one is there."""
-        for request_id in plan.finished:
-            self.tables.pop(request_id)
-        for admission in plan.admitted:
-            self.tables[admission.request_id] = list(admission.pages)
-        for new in plan.new_pages:
-            self.tables[new.request_id] += new.pages
+        self.mirror.apply(plan)
         size = self.cache.page_size
         assert sum(s.length for s in plan.segments) <= self.scheduler.config.max_num_batched_tokens
         for segment in plan.segments:
-            tokens, table = self.tokens[segment.request_id], self.tables[segment.request_id]
+            tokens, table = self.tokens[segment.request_id], self.mirror.table(segment.request_id)
             assert segment.token_ids == tuple(tokens[segment.start : segment.stop])
             for position in range(segment.start, segment.stop):
-                page = table[position // size]
+                page = table.pages[position // size]
                 assert self.grid.pcp_of_shard[page.shard] == segment.pcp
                 self.stored[(*page, position % size)] = tuple(tokens[: position + 1])
         for segment in plan.segments:
-            tokens, table = self.tokens[segment.request_id], self.tables[segment.request_id]
+            tokens, table = self.tokens[segment.request_id], self.mirror.table(segment.request_id)
             for position in range(segment.stop):
-                page = table[position // size]
+                page = table.pages[position // size]
                 assert self.stored[(*page, position % size)] == tuple(tokens[: position + 1]), "stale or foreign KV"
 
 

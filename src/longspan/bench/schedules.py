@@ -283,7 +283,7 @@ def _prepare(
     attentions: dict[str, Attention] = {}
     rows = 0
     for schedule in SCHEDULES:
-        view = rank_view(laid_out.under(schedule), {0: laid_out.mirror}, place, (None,))
+        view = rank_view(laid_out.under(schedule), laid_out.mirror.requests, place, (None,))
         attentions[schedule] = Attention(pool, kernels, context, (None,))
         attentions[schedule].begin(view)
         rows = len(view.positions)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
 from longspan.attention.facts import ClassFacts
 from longspan.cache.manager import CacheManager
-from longspan.cache.pages import PageTable
 from longspan.cache.prefix import root_key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
+from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
@@ -35,14 +36,6 @@ class Situation:
         return 1 + -(-(self.new + self.cached) // self.page_size)
 
 
-@dataclass
-class Mirror:
-    """A request as a rank knows it."""
-
-    table: PageTable
-    num_prompt: int
-
-
 class _Recorder(ScheduleChooser):
     """Keeps what it was asked about."""
 
@@ -59,7 +52,7 @@ class _Recorder(ScheduleChooser):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """The step's plan, the page table on every rank, and what the cost model was told for each kind of layer."""
+    """The step's plan, what a rank knows of the request, and what the cost model was told for each kind of layer."""
 
     plan: StepPlan
     mirror: Mirror
@@ -88,19 +81,17 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
     params = SamplingParams(temperature=0, max_tokens=1)
     scheduler.add(0, [0] * length, params, 0, 1)
-    table = cache.new_table()
+    mirror = Mirror(situation.page_size, grid.num_shards)
     if situation.cached:
         plan = _next(scheduler)
-        for new in plan.new_pages:
-            table.extend(new.pages)
-        scheduler.commit(plan, [])
+        mirror.apply(plan)
+        scheduler.commit(plan, StepResult())
     scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
     chooser.asked.clear()
     plan = _next(scheduler)
-    for new in plan.new_pages:
-        table.extend(new.pages)
+    mirror.apply(plan)
     decode, prefill = chooser.asked[: len(situation.windows)], chooser.asked[len(situation.windows) :]
-    return LaidOut(plan, Mirror(table, length), tuple(prefill if plan.segments[0].prefill else decode))
+    return LaidOut(plan, mirror, tuple(prefill if plan.segments[0].prefill else decode))
 
 
 def _next(scheduler: Scheduler) -> StepPlan:

@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from longspan.cache.pages import PageTable, Span, clip_spans
 from longspan.config import KEY_SCHEDULES
+from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, window_start
 
 _WINDOW_ROWS = 256  # rows under a window that share a run: it bounds their mask
-
-
-class KnownRequest(Protocol):
-    """What a rank must remember of a request to find its rows' places."""
-
-    table: PageTable
-    num_prompt: int
 
 
 @dataclass(frozen=True)
