@@ -26,9 +26,7 @@ def engine(monkeypatch):
         source = ModelSource(name, None, find_config(name), None)
         monkeypatch.setattr(setup, "resolve_model", lambda _: source)
         cache = CacheConfig(dtype=cache_dtype)
-        return resolve(
-            EngineConfig(name, parallel=layout, cache=cache, device="cpu", dtype="bfloat16", executor="dry")
-        )
+        return resolve(EngineConfig(name, parallel=layout, cache=cache, device="cpu", dtype="bfloat16", executor="dry"))
 
     return made
 

@@ -20,7 +20,7 @@ from longspan.models.decoder import decoder_params
 from longspan.models.experts import expert_params, shared_params
 from longspan.models.moe import router_params
 from longspan.models.params import Param
-from longspan.parallel.grid import Grid, layout_name, split_evenly
+from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
 
@@ -204,7 +204,7 @@ class RankMemory:
         missing = self.missing_bytes(tokens)
         if missing > 0:
             raise ConfigError(
-                "layout", layout_name(self.parallel),
+                "layout", self.parallel.name,
                 f"a rank lacks {missing / 1e9:,.1f} GB for {tokens:,} tokens "
                 f"(weights {self.weight_bytes / 1e9:,.1f} GB, workspace {self.workspace_bytes / 1e9:,.1f} GB)",
                 "use more ranks, a smaller weight or cache format, or a shorter context",
