@@ -86,7 +86,6 @@ COMMUNICATE = {
 DIVIDE = {
     "config/engine.py": "tp must be a multiple of dcp",
     "engine/driver/executors/ray_cluster.py": "how many replicas fit into a cluster",
-    "engine/setup.py": "query heads of a rank",
     "parallel/grid.py": "tp is head shards times dcp",
     "scheduler/scheduler.py": "a stage's share of the budget",
     "parallel/sharding.py": "query heads must divide evenly",

@@ -102,7 +102,7 @@ def test_values_wider_than_queries_are_never_expanded():
     config = replace(load_config(AutoConfig.from_pretrained(tiny_folder("deepseek-v3")).to_dict()))
     wide = replace(config, mla=replace(config.mla, value_dim=20, kv_lora_rank=48))
     setup = replace(resolve(EngineConfig(tiny_folder("deepseek-v3"))), model=wide)
-    assert not setup.expansion.pays(1e12, 1)
+    assert not setup.attention_shape.expansion.pays(1e12, 1)
 
 
 def test_the_expanded_form_pays_from_where_its_products_are_fewer():

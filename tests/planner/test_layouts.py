@@ -6,7 +6,7 @@ import pytest
 
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
-from longspan.parallel.grid import layout_name, layouts
+from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.layouts import Fixed, plan_layouts
@@ -23,7 +23,7 @@ def base(name: str = "llama-3-70b", machine: str = "h200") -> Deployment:
 
 
 def test_every_layout_of_eight_devices_is_tried_once():
-    found = [layout_name(parallel) for parallel in layouts(8)]
+    found = [parallel.name for parallel in layouts(8)]
     assert len(found) == len(set(found)) == 20
     assert {"tp=8,pcp=1,dcp=8,pp=1", "tp=2,pcp=2,dcp=2,pp=2", "tp=1,pcp=8,dcp=1,pp=1"} <= set(found)
 

@@ -5,9 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from longspan.cli.simulate import parse_layout, simulate
-from longspan.config import ParallelConfig
-from longspan.errors import ConfigError, LongspanError
+from longspan.cli.simulate import simulate
+from longspan.errors import LongspanError
 from longspan.planner.simulate.plot import memory_plot
 from longspan.planner.simulate.run import Memory
 
@@ -66,13 +65,6 @@ def test_bad_input_names_the_field_and_the_remedy(trace, changed, named):
     with pytest.raises(LongspanError) as error:
         simulate(**options)
     assert named in str(error.value)
-
-
-def test_a_layout_is_sizes_by_short_names():
-    assert parse_layout("tp=8, dcp=4") == ParallelConfig(8, 1, 4)
-    for bad in ("tp", "tp=x", "cp=2", ""):
-        with pytest.raises(ConfigError, match="layout="):
-            parse_layout(bad)
 
 
 def test_the_picture_has_a_box_for_each_run_of_equal_use():

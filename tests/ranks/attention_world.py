@@ -136,10 +136,8 @@ class World:
                 float("nan")
             )  # whatever is read before it is written shows
         members = self.grid.context_group(rank)
-        by_member = tuple(sharding.blocks_of(member) for member in members)
-        heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
-        kernels = Kernels(self.backend, heads, at.head_dim**-0.5, at.head_dim, ExpansionCost())
+        kernels = Kernels(self.backend, Heads.of(sharding), at.head_dim**-0.5, at.head_dim, ExpansionCost())
         return Attention(
             pool,
             kernels,

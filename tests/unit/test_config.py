@@ -4,7 +4,7 @@ import pytest
 
 from longspan import LLM
 from longspan.cli.options import engine_config
-from longspan.config import CostConstants, SchedulerConfig
+from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder
 
@@ -36,6 +36,19 @@ def test_sizes_of_a_batch_that_contradict_each_other_are_refused():
 def test_a_batch_of_nothing_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name}=0: must be at least 1"):
         SchedulerConfig(**{name: 0})
+
+
+def test_a_layout_is_sizes_by_short_names_and_its_own_name_is_one():
+    assert ParallelConfig.parse("layout", "tp=8, dcp=4") == ParallelConfig(8, 1, 4)
+    assert ParallelConfig(8, 2, 4, 3).name == "tp=8,pcp=2,dcp=4,pp=3"
+    for layout in (ParallelConfig(), ParallelConfig(8, 2, 4, 3)):
+        assert ParallelConfig.parse("layout", layout.name) == layout
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=x", "cp=2", "", "tp=2,", "pcp=²"])
+def test_what_is_no_layout_is_refused_by_the_name_of_the_option(text):
+    with pytest.raises(ConfigError, match=f"compare_layout={text}: .* is no size; write it as tp=8,pcp=1,dcp=8,pp=1"):
+        ParallelConfig.parse("compare_layout", text)
 
 
 def test_an_engine_starts_with_a_small_step_alone():

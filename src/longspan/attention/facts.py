@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_PARTIAL_BYTES = 4
 _LSE_BYTES = 4
 
 
@@ -27,6 +26,8 @@ class ExpansionCost:
     @staticmethod
     def of(latent: int, rope: int, query: int, value: int) -> ExpansionCost:
         """From the widths of MLA."""
+        if value > query + rope:  # kernels want values no wider than keys: never expanded
+            return ExpansionCost()
         return ExpansionCost((2 * latent + rope) - (query + rope + value), latent * (query + value))
 
     def pays(self, pairs: float, tokens: int) -> bool:
@@ -40,19 +41,17 @@ class ExpansionCost:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes.
-
-    `row_bytes` are those of a cached row where they differ from a query's.
-    """
+    """What one rank holds of one layer: its query heads, the KV heads of its shard, sizes in elements and bytes."""
 
     q_heads: int
     kv_heads: int
     head_dim: int
-    element_bytes: int
-    planes: int = 2
-    value_dim: int | None = None
+    element_bytes: int  # of queries
+    planes: int = 2  # rows of a token in the cache: keys and values, or one latent
+    value_dim: int | None = None  # of a result over cache rows; None: `head_dim`
     expansion: ExpansionCost = ExpansionCost()
-    row_bytes: int | None = None
+    row_bytes: int | None = None  # of a cached row with its scales; None: as many as a query's of one head
+    partial_element_bytes: int = 4  # of a result on its way; its lse is always fp32
 
     @property
     def out_dim(self) -> int:
@@ -66,8 +65,8 @@ class AttentionShape:
 
     @property
     def partial_bytes(self) -> int:
-        """Bytes of one token's partial result: fp32 out and lse of every head."""
-        return self.q_heads * (self.out_dim * _PARTIAL_BYTES + _LSE_BYTES)
+        """Bytes of one token's partial result: out and lse of every head."""
+        return self.q_heads * self.out_dim * self.partial_element_bytes + self.lse_bytes
 
     @property
     def lse_bytes(self) -> int:

@@ -19,6 +19,7 @@ from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span, clip_spans
 from longspan.parallel.heads import HeadBlock
+from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import QueryRun
 
 _EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
@@ -35,6 +36,11 @@ class Heads:
     own: tuple[HeadBlock, ...]
     shard: tuple[HeadBlock, ...]
     by_member: tuple[tuple[HeadBlock, ...], ...]
+
+    @staticmethod
+    def of(sharding: Sharding) -> Heads:
+        """Of the rank whose share of the heads this is."""
+        return Heads(sharding.own_blocks, sharding.shard_blocks, sharding.member_blocks)
 
 
 @dataclass(frozen=True)

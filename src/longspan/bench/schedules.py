@@ -17,7 +17,7 @@ from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.calibrate import Calibration, combine
 from longspan.attention.cost import CostModel
-from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
+from longspan.attention.facts import GroupShape
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
@@ -26,7 +26,8 @@ from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
 from longspan.cache.layout import KVLayout
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, ParallelConfig
-from longspan.models.config import MLAConfig
+from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
+from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
 from longspan.models.mla import LatentSpace
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.grid import Grid
@@ -35,45 +36,35 @@ from longspan.plan.reach import Place
 from longspan.plan.view import rank_view
 
 SCHEDULES = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
-_WORKSPACE = 16384
+_ELEMENT_BYTES = 4  # of queries and of cached rows
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A model's heads; `head_dim` is the cache's, for MLA latent and rotary key together."""
+    """A model's heads."""
 
-    name: str
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    mla: MLAConfig | None = None
+    name: str  # for people
+    model: ModelConfig  # of one layer; what has nothing to do with attention is made up
 
-    @property
-    def planes(self) -> int:
-        """Rows a token has in the cache."""
-        return 1 if self.mla else 2
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a result over cache rows."""
-        return self.mla.kv_lora_rank if self.mla else self.head_dim
+    @staticmethod
+    def of(name: str, q_heads: int, kv_heads: int, head_dim: int, mla: MLAConfig | None = None) -> HeadShape:
+        """`head_dim` is the cache's, for MLA latent and rotary key together."""
+        model = ModelConfig(
+            architecture=name, num_layers=1, hidden_size=1, num_q_heads=q_heads, num_kv_heads=kv_heads,
+            head_dim=head_dim, intermediate_size=1, vocab_size=1, max_position_embeddings=1, rms_norm_eps=1.0,
+            rope=RopeConfig(), mla=mla,
+        )  # fmt: skip
+        return HeadShape(name, model)
 
     @property
     def query_dim(self) -> int:
         """Width of a model's queries."""
-        return self.mla.query_dim + self.mla.rope_dim if self.mla else self.head_dim
-
-    @property
-    def expansion(self) -> ExpansionCost:
-        """Of latents."""
-        mla = self.mla
-        return (
-            ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
-        )
+        mla = self.model.mla
+        return mla.query_dim + mla.rope_dim if mla else self.model.head_dim
 
     def layer(self, q_heads: int) -> AttentionLayer:
         """A layer with random maps of so many heads."""
-        mla = self.mla
+        mla = self.model.mla
         if mla is None:
             return AttentionLayer(0)
         to_key = torch.randn(q_heads, mla.query_dim, mla.kv_lora_rank) * mla.kv_lora_rank**-0.5
@@ -82,9 +73,9 @@ class HeadShape:
 
 
 HEAD_SHAPES = (
-    HeadShape("GQA 8/2 x 64", 8, 2, 64),
-    HeadShape("MQA 8/1 x 128", 8, 1, 128),
-    HeadShape("MLA 8 x 256+32", 8, 1, 288, MLAConfig(None, 256, 64, 32, 64)),
+    HeadShape.of("GQA 8/2 x 64", 8, 2, 64),
+    HeadShape.of("MQA 8/1 x 128", 8, 1, 128),
+    HeadShape.of("MLA 8 x 256+32", 8, 1, 288, MLAConfig(None, 256, 64, 32, 64)),
 )
 
 
@@ -111,22 +102,19 @@ class Cell:
 
     def model(self, constants: CostConstants) -> CostModel:
         """What the engine would choose by."""
-        heads, grid = self.heads, self.grid
-        shape = AttentionShape(
-            self.q_heads(0),
-            self.kv_heads(0),
-            heads.head_dim,
-            4,
-            heads.planes,
-            heads.value_dim,
-            heads.expansion,
-        )
+        grid = self.grid
+        shape = attention_shape(grid, self.heads.model, self.layout, _ELEMENT_BYTES)
         group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
-        return CostModel(shape, group, constants, _WORKSPACE)
+        return CostModel(shape, group, constants, WORKSPACE_TOKENS)
+
+    @property
+    def layout(self) -> KVLayout:
+        """A token in the cache."""
+        return cache_layout(self.grid, self.heads.model, _ELEMENT_BYTES)
 
     def sharding(self, rank: int) -> Sharding:
         """What a rank holds."""
-        return Sharding(self.grid, rank, self.heads.q_heads, self.heads.kv_heads)
+        return Sharding(self.grid, rank, self.heads.model.num_q_heads, self.heads.model.num_kv_heads)
 
     def q_heads(self, rank: int) -> int:
         """Query heads a rank has."""
@@ -194,7 +182,7 @@ class MeasureCells:
         shape = first.model(CostConstants()).shape
         kernels = _kernels(first, rank)
         grid = first.grid
-        context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), _WORKSPACE)
+        context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), WORKSPACE_TOKENS)
         place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
         constants = Calibration(kernels, context, place, shape, torch.float32).measure()
         spans = tuple(_measure(cell, rank, kernels, group, everyone, traffic, self.iterations) for cell in self.cells)
@@ -244,10 +232,9 @@ def _elapsed(ranks: Sequence[list[tuple[float, float]]]) -> float:
 
 
 def _kernels(cell: Cell, rank: int) -> Kernels:
-    sharding = cell.sharding(rank)
-    by_member = tuple(sharding.blocks_of(member) for member in cell.grid.context_group(rank))
-    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
-    return Kernels(CpuBackend(), heads, cell.heads.query_dim**-0.5, cell.heads.value_dim, cell.heads.expansion)
+    model, shape = cell.heads.model, cell.model(CostConstants()).shape
+    heads = Heads.of(cell.sharding(rank))
+    return Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, shape.expansion)
 
 
 def _measure(
@@ -275,10 +262,10 @@ def _prepare(
 ) -> tuple[dict[str, Attention], Tensor, Tensor, Tensor]:
     """An `Attention` for every schedule over one pool, and this rank's rows."""
     grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]
-    layout = KVLayout(1, cell.kv_heads(rank), heads.head_dim, 4, heads.planes)
+    layout = cell.layout.with_kv_heads(cell.kv_heads(rank))
     pool = KVPool(layout, (0,), cell.situation.pages, cell.situation.page_size, torch.float32)
     pool.layers[0].values.normal_()
-    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), _WORKSPACE)
+    context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), WORKSPACE_TOKENS)
     place = Place(at.pcp, at.shard, grid.shards_of_pcp)
     attentions: dict[str, Attention] = {}
     rows = 0
@@ -288,5 +275,5 @@ def _prepare(
         attentions[schedule].begin(view)
         rows = len(view.positions)
     q = torch.randn(rows, cell.q_heads(rank), heads.query_dim)
-    k, v = (torch.randn(rows, cell.kv_heads(rank), heads.head_dim) for _ in range(2))
+    k, v = (torch.randn(rows, cell.kv_heads(rank), layout.head_dim) for _ in range(2))
     return attentions, q, k, v

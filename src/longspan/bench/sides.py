@@ -12,8 +12,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from longspan.config import EngineConfig, ParallelConfig
-from longspan.errors import ConfigError, EngineError, LongspanError
+from longspan.config import EngineConfig
+from longspan.errors import EngineError, LongspanError
 
 Prompts = Sequence[Sequence[int]]
 
@@ -141,20 +141,3 @@ def _serve(pipe: Connection, side: LongspanSide | TransformersSide) -> None:
         pipe.send(str(error))
     except (EOFError, KeyboardInterrupt):
         return
-
-
-def layout_of(text: str) -> ParallelConfig:
-    """`tp=1,pcp=2,dcp=1,pp=1` as a configuration. Raises `ConfigError`."""
-    names = {
-        "tp": "tensor_parallel_size",
-        "pcp": "prefill_context_parallel_size",
-        "dcp": "decode_context_parallel_size",
-        "pp": "pipeline_parallel_size",
-    }
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in names or not value.isdigit():
-            raise ConfigError("compare_layout", text, "is not a layout", "write it as tp=1,pcp=2,dcp=1,pp=1")
-        values[names[name]] = int(value)
-    return ParallelConfig(**values)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longspan.cli.options import Json, PageSize, parse_integers
-from longspan.config import EngineConfig, require, require_choice
+from longspan.config import EngineConfig, ParallelConfig, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]
@@ -58,7 +58,7 @@ def latency(
     if compare is not None:
         require_choice("compare", compare, ("transformers",))
     from longspan.bench.latency import Load, run_latency
-    from longspan.bench.sides import LongspanSide, TransformersSide, layout_of
+    from longspan.bench.sides import LongspanSide, TransformersSide
     from longspan.engine.rank.build import threads_per_rank
     from longspan.engine.setup import resolve
 
@@ -66,7 +66,7 @@ def latency(
     setup = resolve(config)
     sides: dict[str, LongspanSide | TransformersSide] = {"longspan": LongspanSide(config)}
     if compare_layout is not None:
-        other = replace(config, parallel=layout_of(compare_layout))
+        other = replace(config, parallel=ParallelConfig.parse("compare_layout", compare_layout))
         sides[compare_layout] = LongspanSide(other)
     if compare is not None:
         sides[compare] = TransformersSide(config, threads_per_rank(setup) * setup.grid.world_size)

@@ -208,7 +208,6 @@ def _write_plot(path: Path, base: Deployment, found: Sequence[Outlook], load: Lo
     from dataclasses import replace
 
     from longspan.errors import ConfigError
-    from longspan.parallel.grid import layout_name
     from longspan.planner.outlook import Load, outlook
     from longspan.planner.plot import MOST_LINES, Point, layout_plot
 
@@ -217,7 +216,7 @@ def _write_plot(path: Path, base: Deployment, found: Sequence[Outlook], load: Lo
     for one in found[:MOST_LINES]:
         deployed = replace(base, parallel=one.parallel)
         at = [(context, outlook(deployed, Load(context, None, load.output))) for context in contexts]
-        lines[layout_name(one.parallel)] = [Point(context, o.ttft.seconds, o.requests) for context, o in at]
+        lines[one.parallel.name] = [Point(context, o.ttft.seconds, o.requests) for context, o in at]
     try:
         path.write_text(layout_plot(lines, title))
     except OSError as error:

@@ -112,9 +112,7 @@ def predict(
 
 def _described(row: Row) -> str:
     """The setup in words."""
-    from longspan.parallel.grid import layout_name
-
-    setup = f"{row.model} on {row.gpus} x {row.hardware}, {layout_name(row.parallel)}"
+    setup = f"{row.model} on {row.gpus} x {row.hardware}, {row.parallel.name}"
     if row.quantity == "kv_tokens":
         return setup
     cached = f", {row.cached_tokens:,} cached" if row.cached_tokens else ""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from longspan.planner.simulate.run import Simulation
     from longspan.scheduler.limits import Limits
 
-_LAYOUT = {
-    "tp": "tensor_parallel_size", "pcp": "prefill_context_parallel_size",
-    "dcp": "decode_context_parallel_size", "pp": "pipeline_parallel_size",
-}  # fmt: skip
 _REFRESHES = 4  # progress bar, a second: drawing takes the simulation's time
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id or built-in name", show_default=False)]
@@ -91,7 +87,6 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """A trace through the real scheduler and cache of engines on any machine, step by step on a clock of its own."""
-    from longspan.parallel.grid import layout_name
     from longspan.planner.deployment import Deployment
     from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
@@ -106,7 +101,7 @@ def simulate(
     scheduler = SchedulerConfig(max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule)
     shape, weights = find_model(model, dtype, weight_dtype)
     deployment = Deployment(
-        shape, machine(hardware), parse_layout(layout), weights,
+        shape, machine(hardware), ParallelConfig.parse("layout", layout), weights,
         int(element_bytes("kv_cache_dtype", kv_cache_dtype or dtype)), page_size, memory_fraction, gpus_per_node,
         scheduler.step_tokens, scheduler.running_limit,
     )  # fmt: skip
@@ -114,28 +109,17 @@ def simulate(
     config = instance_config(deployment, scheduler, memory, enable_prefix_caching)
     asks = read_asks(trace, num_requests, time_scale, max_input_len)
     result = _play(config, asks, instances, limits_of(config, max_model_len, asks))
-    title = f"{model} on {instances} x {layout_name(deployment.parallel)} of {hardware}, simulated"
+    title = f"{model} on {instances} x {deployment.parallel.name} of {hardware}, simulated"
     notes = _notes(deployment, asks, num_requests)
     _show(title, result, notes)
     if as_json:
         options = {
-            "model": model, "hardware": hardware, "layout": layout_name(deployment.parallel), "trace": trace,
+            "model": model, "hardware": hardware, "layout": deployment.parallel.name, "trace": trace,
             "instances": instances, "num_requests": len(asks), "time_scale": time_scale,
             "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes,
         }  # fmt: skip
         print(json.dumps({**options, **asdict(result)}))
     _write_plot(plot, result, title)
-
-
-def parse_layout(text: str) -> ParallelConfig:
-    """`tp=8,dcp=8` as a configuration. Raises `ConfigError`."""
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in _LAYOUT or not value.isdecimal():
-            raise ConfigError("layout", text, f"{part.strip()!r} is no size", "write it as tp=8,pcp=1,dcp=8,pp=1")
-        values[_LAYOUT[name]] = int(value)
-    return ParallelConfig(**values)
 
 
 def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:

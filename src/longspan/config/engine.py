@@ -24,6 +24,13 @@ QUANTIZATION_NAMES = ("auto", "fp8", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
+_SIZES = {
+    "tp": "tensor_parallel_size",
+    "pcp": "prefill_context_parallel_size",
+    "dcp": "decode_context_parallel_size",
+    "pp": "pipeline_parallel_size",
+}  # what a layout's text calls them
+
 
 def drafted_tokens(speculative: str | None) -> int:
     """How many tokens `prompt-lookup:K` drafts; 0 for None. Raises `ConfigError`."""
@@ -53,6 +60,22 @@ class ParallelConfig:
     enable_expert_parallel: bool = False
     ranks_per_node: int | None = None
     node_of_rank: tuple[int, ...] = ()
+
+    @staticmethod
+    def parse(field: str, text: str) -> ParallelConfig:
+        """`tp=8,dcp=8` as a configuration; a size left out is 1. Raises `ConfigError`, which names the field."""
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            short, _, size = part.strip().partition("=")
+            known = short in _SIZES and size.isdecimal()
+            require(known, field, text, f"{part.strip()!r} is no size", "write it as tp=8,pcp=1,dcp=8,pp=1")
+            sizes[_SIZES[short]] = int(size)
+        return ParallelConfig(**sizes)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """As `tp=8,pcp=1,dcp=2,pp=1`, which `parse` reads."""
+        return ",".join(f"{short}={getattr(self, name)}" for short, name in _SIZES.items())
 
     @property
     def world_size(self) -> int:

@@ -1,4 +1,4 @@
-"""What fits into the memory of a rank: bytes of weights, workspace and cache of a model under a layout.
+"""What fits into the memory of a rank, and what attention moves: bytes of a model under a layout.
 
 It owns these sums, for the engine and for the planner; it must not allocate anything, nor know how long anything takes.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+from longspan.attention.facts import AttentionShape, ExpansionCost
 from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
@@ -19,7 +20,7 @@ from longspan.models.decoder import decoder_params
 from longspan.models.experts import expert_params, shared_params
 from longspan.models.moe import router_params
 from longspan.models.params import Param
-from longspan.parallel.grid import Grid, layout_name, split_evenly
+from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
 
@@ -203,7 +204,7 @@ class RankMemory:
         missing = self.missing_bytes(tokens)
         if missing > 0:
             raise ConfigError(
-                "layout", layout_name(self.parallel),
+                "layout", self.parallel.name,
                 f"a rank lacks {missing / 1e9:,.1f} GB for {tokens:,} tokens "
                 f"(weights {self.weight_bytes / 1e9:,.1f} GB, workspace {self.workspace_bytes / 1e9:,.1f} GB)",
                 "use more ranks, a smaller weight or cache format, or a shorter context",
@@ -237,3 +238,21 @@ def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: 
         max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
         groups if quantised else (),
     )  # fmt: skip
+
+
+def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_bytes: int) -> AttentionShape:
+    """What attention's cost and bytes depend on, on one rank; `element_bytes` are those of activations."""
+    mla, expansion = model.mla, ExpansionCost()
+    if mla:
+        expansion = ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim)
+    start, stop = Sharding(grid, 0, model.num_q_heads, model.num_kv_heads).q_extent  # all ranks have as many
+    return AttentionShape(
+        q_heads=stop - start,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        element_bytes=element_bytes,
+        planes=layout.planes,
+        value_dim=model.cached_value_dim,
+        expansion=expansion,
+        row_bytes=layout.row_bytes,
+    )

@@ -12,10 +12,10 @@ import torch
 
 from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
 from longspan.attention.cost import CostModel
-from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
+from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require
-from longspan.engine.capacity import WORKSPACE_TOKENS, cache_layout
+from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
@@ -100,26 +100,7 @@ class EngineSetup:
     @property
     def attention_shape(self) -> AttentionShape:
         """What the choice of a schedule needs to know of a rank."""
-        return AttentionShape(
-            q_heads=self.model.num_q_heads // self.grid.tp,
-            kv_heads=self.layout.kv_heads,
-            head_dim=self.layout.head_dim,
-            element_bytes=self.dtype.itemsize,
-            planes=self.layout.planes,
-            value_dim=self.model.cached_value_dim,
-            expansion=self.expansion,
-            row_bytes=self.layout.row_bytes,
-        )
-
-    @property
-    def expansion(self) -> ExpansionCost:
-        """When latents are expanded; never without MLA."""
-        mla = self.model.mla
-        if mla and mla.value_dim > mla.query_dim + mla.rope_dim:  # kernels want values no wider than keys
-            return ExpansionCost()
-        return (
-            ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim) if mla else ExpansionCost()
-        )
+        return attention_shape(self.grid, self.model, self.layout, self.dtype.itemsize)
 
     @property
     def records_decode(self) -> bool:

@@ -147,13 +147,5 @@ def layouts(gpus: int, expert_parallel: bool = False) -> Iterator[ParallelConfig
                 yield ParallelConfig(tp, pcp, dcp, pp, expert_parallel)
 
 
-def layout_name(parallel: ParallelConfig) -> str:
-    """As `tp=8,pcp=1,dcp=2,pp=1`."""
-    return (
-        f"tp={parallel.tensor_parallel_size},pcp={parallel.prefill_context_parallel_size},"
-        f"dcp={parallel.decode_context_parallel_size},pp={parallel.pipeline_parallel_size}"
-    )
-
-
 def _divisors(number: float) -> list[int]:
     return [n for n in range(1, int(number) + 1) if number % n == 0]

@@ -54,6 +54,11 @@ class Sharding:
         return head_blocks(theirs, self.kv_extent[0], self._group)
 
     @property
+    def member_blocks(self) -> tuple[tuple[HeadBlock, ...], ...]:
+        """The query heads of each rank of this context group on the KV heads here, in shard order."""
+        return tuple(self.blocks_of(member) for member in self.grid.context_group(self.rank))
+
+    @property
     def shard_blocks(self) -> tuple[HeadBlock, ...]:
         """All query heads of this rank's DCP group on its KV heads."""
         return head_blocks(self._group_q_extent, self.kv_extent[0], self._group)

@@ -7,24 +7,11 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from longspan.attention.facts import AttentionShape, ExpansionCost
-from longspan.engine.capacity import RankMemory
-from longspan.parallel.sharding import Sharding
+from longspan.attention.facts import AttentionShape
+from longspan.engine.capacity import RankMemory, attention_shape
 from longspan.planner.hardware import Hardware
-
-
-@dataclass(frozen=True)
-class TravellingShape(AttentionShape):
-    """Heads whose partial results travel in elements of another size."""
-
-    partial_element_bytes: int = 4
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of one token's partial result: out and an fp32 lse of every head."""
-        return self.q_heads * self.out_dim * self.partial_element_bytes + self.lse_bytes
 
 
 @dataclass(frozen=True)
@@ -47,17 +34,6 @@ class Deployment(RankMemory):
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """One rank's heads; what travels has the cache's element size."""
-        mla = self.model.mla
-        start, stop = Sharding(self.grid, 0, self.model.num_q_heads, self.model.num_kv_heads).q_extent
-        return TravellingShape(
-            q_heads=stop - start,
-            kv_heads=self.layout.kv_heads,
-            head_dim=self.layout.head_dim,
-            element_bytes=self.layout.element_bytes,
-            planes=self.layout.planes,
-            value_dim=self.model.cached_value_dim,
-            expansion=ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim)
-            if mla else ExpansionCost(),
-            partial_element_bytes=self.partial_element_bytes,
-        )  # fmt: skip
+        """The engine's own, but for the size in which results travel."""
+        shape = attention_shape(self.grid, self.model, self.layout, int(self.weights.embedding))
+        return replace(shape, partial_element_bytes=self.partial_element_bytes)

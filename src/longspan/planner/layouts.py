@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from longspan.config import ParallelConfig, require_choice
 from longspan.errors import ConfigError
-from longspan.parallel.grid import layout_name, layouts
+from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
 from longspan.planner.outlook import Load, Outlook, outlook
 
@@ -53,7 +53,7 @@ def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objectiv
     if not chosen:
         if refused is not None and not valid:
             raise refused
-        names = ", ".join(layout_name(deployed.parallel) for deployed in valid[:_MOST_NAMED])
+        names = ", ".join(deployed.parallel.name for deployed in valid[:_MOST_NAMED])
         more = f" and {len(valid) - _MOST_NAMED} more" if len(valid) > _MOST_NAMED else ""
         raise ConfigError(
             "layout", _wanted(fixed), f"is not possible on {gpus} devices with this model", f"use one of {names}{more}"
@@ -85,10 +85,10 @@ def _no_room(base: Deployment, best: Outlook, valid: Sequence[Deployment], gpus:
             break
         size *= 2
         fitting = [deployed for deployed in _valid(base, size)[0] if deployed.missing_bytes(load.tokens) <= 0]
-    names = ", ".join(layout_name(deployed.parallel) for deployed in fitting[:_MOST_NAMED])
+    names = ", ".join(deployed.parallel.name for deployed in fitting[:_MOST_NAMED])
     remedy = f"on {size} devices there is room with {names}" if fitting else "use a smaller format or a shorter context"
     return ConfigError(
-        "layout", layout_name(best.parallel),
+        "layout", best.parallel.name,
         f"a rank lacks {best.missing_bytes / 1e9:,.1f} GB for one request of {load.tokens:,} tokens", remedy,
     )  # fmt: skip
 

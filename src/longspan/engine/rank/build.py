@@ -118,16 +118,13 @@ def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
 
 
 def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Kernels:
-    members = setup.grid.context_group(sharding.rank)
-    by_member = tuple(sharding.blocks_of(member) for member in members)
-    heads = Heads(sharding.own_blocks, sharding.shard_blocks, by_member)
     model = setup.model
     return Kernels(
         build_backend(setup.backend, device, model.cached_value_dim),
-        heads,
+        Heads.of(sharding),
         model.attention_scale,
         model.cached_value_dim,
-        setup.expansion,
+        setup.attention_shape.expansion,
     )
 
 
