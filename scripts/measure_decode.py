@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from longspan.bench.kernels.clock import make_clock, measure_ceilings
+from longspan.bench.kernels.ceilings import measure_ceilings
 from longspan.bench.latency import Load, run_latency
 from longspan.bench.sides import LongspanSide, TransformersSide
+from longspan.clock import make_clock
 from longspan.config import CacheConfig, EngineConfig, SchedulerConfig
 from longspan.engine.rank.build import threads_per_rank
 from longspan.engine.setup import EngineSetup, resolve

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from longspan.bench.kernels.clock import make_clock
+from longspan.clock import make_clock
 from longspan.engine.setup import resolve_device
 from longspan.models.experts import swiglu
 from longspan.models.layers import DenseLinear, RMSNorm

@@ -56,7 +56,7 @@ FORBIDDEN = {
 """What a package or file must not import: the last column of the table in docs/architecture.md."""
 
 ORDER = (
-    "version", "errors", "request", "config", "cache", "plan", "parallel", "attention", "scheduler", "models",
+    "version", "errors", "clock", "request", "config", "cache", "plan", "parallel", "attention", "scheduler", "models",
     "weights", "disaggregation", "engine", "llm", "server", "evaluate", "bench", "planner", "cli",
 )  # fmt: skip
 """Packages, lowest first: each imports only what stands before it."""

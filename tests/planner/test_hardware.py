@@ -1,15 +1,10 @@
-"""Machines from the table and from a user's file, and constants fitted to measurements."""
-
-from dataclasses import replace
+"""Machines from the table and from a user's file."""
 
 import pytest
 
 from longspan.config import CostConstants, Fixed
 from longspan.errors import ConfigError
-from longspan.planner.fit import Sample, fit, markdown
 from longspan.planner.hardware import Hardware, hardware, hardware_from_yaml, hardware_table, hardware_to_yaml
-from longspan.planner.predict import Assumed, deployment, row_time
-from longspan.planner.rows import Row
 
 LEAST = "tflops: 900\nmemory_gb: 80\nmemory_tb_s: 3\nintra_gb_s: 400\ninter_gb_s: 50\n"
 
@@ -61,28 +56,3 @@ def test_no_machine_of_the_table_does_better_than_its_best():
     for name, machine in hardware_table().items():
         fractions = (machine.matmul, machine.fp8_matmul, machine.attention, machine.memory, machine.intra_link)
         assert all(0 < fraction <= 1 for fraction in (*fractions, machine.inter_link)), name
-
-
-def test_fitting_finds_the_constants_that_made_the_times():
-    true = replace(hardware("h100"), fp8_matmul=0.5, memory=0.7)
-    rows = [
-        Row("", "qwq-32b-fp8", "h100", 1, 1, 1, 1, 1, quantity, "", new, cached)
-        for quantity, new, cached in (("ttft", 8192, 0), ("ttft", 32768, 0), ("ttit", 1, 100), ("ttit", 1, 32768))
-    ]
-    samples = [
-        Sample(row, deployment(row, Assumed(), true), row_time(row, deployment(row, Assumed(), true)).seconds)
-        for row in rows
-    ]
-    found = fit(hardware("h100"), ("fp8_matmul", "memory"), samples)
-    assert found.fp8_matmul == pytest.approx(0.5, rel=0.01)
-    assert found.memory == pytest.approx(0.7, rel=0.01)
-
-
-def test_the_table_of_a_fit_has_a_row_for_each_measurement():
-    rows = [
-        Row(f"X{n}", "qwq-32b-fp8", "rtx-pro-5000", 1, 1, 1, 1, 1, "ttft", "", n * 1024, value=n * 180.0, unit="ms")
-        for n in (1, 2, 4)
-    ]
-    text = markdown(rows)
-    assert all(f"| X{n} |" in text for n in (1, 2, 4))
-    assert "Left out: median" in text

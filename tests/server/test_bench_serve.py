@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from longspan.bench.serving.client import Failure, Finished, Outcome, Target, run_load
 from longspan.bench.serving.dataset import Load, LoadRequest, open_dataset, poisson_arrivals, trace_arrivals
-from longspan.bench.serving.plot import latency_plot
 from longspan.bench.serving.report import percentile, summarise
 from longspan.bench.serving.stream import EventSplitter, Reply, error_message
 from longspan.cli.bench_serve import serve
@@ -511,35 +510,11 @@ def test_one_token_has_no_time_per_token():
     assert summarise(Finished((outcome(),), 1.0, 1, 0.1), None).tpot_s is None
 
 
-# Picture
-
-
-def drawing(*limits):
-    done = outcome(chunks=[1.0, 2.0], output=2)
-    reports = [summarise(Finished((done,), 3.0, 1, 0.1), limit) for limit in limits]
-    return ElementTree.fromstring(latency_plot(reports, "a <model> & more"))
-
-
-def tags(root, tag: str) -> list:
-    return list(root.iter(f"{{http://www.w3.org/2000/svg}}{tag}"))
-
-
-def test_several_runs_are_drawn_as_lines_of_median_and_p99():
-    root = drawing(1, 8, 32)
-    assert [len(line.get("points").split()) for line in tags(root, "polyline")] == [3] * 4
-    assert {"1", "8", "32", "a <model> & more"} <= {text.text for text in tags(root, "text")}
-
-
-def test_one_run_is_drawn_as_bars():
-    root = drawing(None)
-    assert not tags(root, "polyline")
-    assert "all" in {text.text for text in tags(root, "text")}
-
-
 # The command
 
 
 def test_the_command_prints_options_and_a_run_for_each_concurrency(server, tmp_path):
+    pytest.importorskip("matplotlib")
     plot = tmp_path / "latency.svg"
     result = run_cli(
         "--base-url", f"{server.url}/v1", "--num-prompts", 4, "--input-len", 5, "--output-len", 3, "--concurrency",
@@ -555,7 +530,7 @@ def test_the_command_prints_options_and_a_run_for_each_concurrency(server, tmp_p
     assert set(report["runs"][0]["ttft_s"]) == {"mean", "median", "p90", "p99"}
     assert "between chunks" in result.stderr
     assert KEY not in result.output
-    assert len(tags(ElementTree.parse(plot).getroot(), "polyline")) == 4
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
 def test_chat_sends_random_words_as_a_message(server):

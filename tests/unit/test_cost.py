@@ -7,7 +7,6 @@ import pytest
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
-from longspan.bench.heatmap import heatmap
 from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed, ParallelConfig
@@ -94,5 +93,3 @@ def test_the_benchmark_counts_the_bytes_of_the_formulas(executor):
         assert {timing.schedule for timing in result.timings} == TRAVELLING
         assert all(timing.bytes == timing.formula_bytes for timing in result.timings)
         assert result.regret >= 0 and math.isfinite(result.regret)
-    drawn = heatmap(results, "winners")
-    assert drawn.count("<rect") == len(cells) + 1

@@ -5,8 +5,7 @@ It owns what is run and timed; every rank measures together, since they share co
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
@@ -19,6 +18,7 @@ from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
 from longspan.cache.pages import Span
+from longspan.clock import Run, repeated
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed
 from longspan.parallel.collectives import Collectives
 from longspan.plan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
@@ -112,7 +112,7 @@ class Calibration:
     def _rows(self, tokens: int) -> CacheRows:
         return CacheRows(self._random(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim))
 
-    def _attention(self, rows: int, tokens: int) -> Callable[[], object]:
+    def _attention(self, rows: int, tokens: int) -> Run:
         kv, q = self._rows(tokens), self._random(rows, self.shape.q_heads, self.shape.head_dim)
         run = [QueryRun(0, rows, (Span(0, tokens),))]
         kernels = self.kernels
@@ -143,7 +143,7 @@ class Calibration:
             for _ in range(20):
                 torch.mm(work, work)
 
-        def transfer(meanwhile: Callable[[], None]) -> None:
+        def transfer(meanwhile: Run) -> None:
             arriving = [
                 self.group.start_shift(large, peers[0], tuple(large.shape), peers[-1], _LABEL) for _ in peers[:1]
             ]
@@ -158,24 +158,14 @@ class Calibration:
     def _all_gather(self, x: Tensor) -> list[Tensor]:
         return self.group.all_gather(x, [len(x)] * self.group.size, _LABEL)
 
-    def _alone(self, run: Callable[[], object]) -> float:
+    def _alone(self, run: Run) -> float:
         """Median seconds on the first member while all others wait for it."""
         own = torch.zeros(1, dtype=torch.float64, device=self.device)
         if self.group.rank == 0:
-            own += median(self._seconds(run) for _ in range(_REPEATS))
+            own += median(repeated(run, _REPEATS, self.device))
         return float(self._all_gather(own)[0])
 
-    def _together(self, run: Callable[[], object], repeats: int = _REPEATS) -> float:
+    def _together(self, run: Run, repeats: int = _REPEATS) -> float:
         """Median seconds, every repetition started by all members together."""
-        found: list[float] = []
-        for _ in range(repeats):
-            self._all_gather(torch.zeros(1, device=self.device))
-            found.append(self._seconds(run))
-        return median(found)
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started
+        start = torch.zeros(1, device=self.device)
+        return median(repeated(run, repeats, self.device, before=lambda: self._all_gather(start)))

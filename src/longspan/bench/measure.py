@@ -5,11 +5,11 @@ It owns the clock and the definition of what is counted; it must not know how re
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longspan.cache.pages import PageRef
+from longspan.clock import now
 from longspan.engine.engine import Engine
 from longspan.request import RequestOutput, SamplingParams
 
@@ -90,7 +90,7 @@ def run_batch(
     caller is interrupted, the requests are aborted.
     """
     ids = [f"measured-{number}" for number in range(len(prompts))]
-    started = time.perf_counter()
+    started = now()
     try:
         for request_id, prompt in zip(ids, prompts, strict=True):
             engine.add_request(request_id, list(prompt), params)
@@ -99,10 +99,10 @@ def run_batch(
             _report(run.step(), on_output)
             if on_prefill and ids[0] in run.waiting:
                 on_prefill(*engine.progress(ids[0]))
-        first, tokens = time.perf_counter(), run.tokens
+        first, tokens = now(), run.tokens
         while not run.finished:
             _report(run.step(), on_output)
-        ended = time.perf_counter()
+        ended = now()
     except BaseException:
         for request_id in ids:
             engine.abort(request_id)

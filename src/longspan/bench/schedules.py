@@ -5,7 +5,6 @@ It owns the situations, the ranks' tensors and the timing; what travels and when
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -25,6 +24,7 @@ from longspan.attention.schedules import ContextGroup
 from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
 from longspan.cache.layout import KVLayout
+from longspan.clock import now
 from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, ParallelConfig
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
@@ -250,9 +250,9 @@ def _measure(
             attend = run[schedule]
             before = traffic.bytes_by_label.get(schedule, 0)
             everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")
-            started = time.perf_counter()
+            started = now()
             attend(layer, q, k, v)
-            spans[schedule].append((started, time.perf_counter()))
+            spans[schedule].append((started, now()))
             sent[schedule] = traffic.bytes_by_label.get(schedule, 0) - before
     return {schedule: found[1:] for schedule, found in spans.items()}, sent
 

@@ -5,7 +5,6 @@ It owns those processes and what one timed run of each kind does; it must not kn
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -64,6 +63,7 @@ class TransformersSide:
         import torch
 
         from longspan.bench.twin import transformers_twin
+        from longspan.clock import now
         from longspan.engine.setup import resolve
 
         torch.set_num_threads(self.num_threads)
@@ -71,21 +71,16 @@ class TransformersSide:
         device = setup.device()
         model = transformers_twin(setup.source, setup.dtype).to(device)
 
-        def now() -> float:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter()
-
         @torch.inference_mode()
         def run(prompts: Prompts, output_len: int) -> Timing:
-            started = now()
+            started = now(device)
             out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            first = now()
+            first = now(device)
             for _ in range(output_len - 1):
                 out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            return Timing(first - started, now() - first, len(prompts) * (output_len - 1))
+            return Timing(first - started, now(device) - first, len(prompts) * (output_len - 1))
 
         return run
 

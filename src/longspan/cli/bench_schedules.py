@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from longspan.cli import plots
 from longspan.cli.options import Json, parse_integers
 from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
@@ -50,6 +50,7 @@ def schedules(
     lengths = parse_integers("new", new), parse_integers("cached", cached)
     for name, found in zip(("new", "cached"), lengths, strict=True):
         require(min(found) >= 1, name, min(found), "must be at least 1", "give numbers of tokens")
+    plots.check_plot(plot)
     from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 
     cells = [
@@ -63,9 +64,7 @@ def schedules(
     regrets = [result.regret for result in results]
     console.print(f"regret of the automatic choice: median {median(regrets):.1%}, worst {max(regrets):.1%}")
     if plot is not None:
-        from longspan.bench.heatmap import heatmap
-
-        Path(plot).write_text(heatmap(results, f"Fastest schedule ({executor})"))
+        plots.save(plots.schedule_map(results, f"Fastest schedule ({executor})"), plot)
     if as_json:
         print(json.dumps({"median_regret": median(regrets), "worst_regret": max(regrets), "cells": _rows(results)}))
 

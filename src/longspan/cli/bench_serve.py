@@ -9,7 +9,6 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from longspan.cli import plots
 from longspan.cli.options import Json, parse_integers
 from longspan.config import require
 from longspan.errors import ConfigError
@@ -97,7 +97,7 @@ def serve(
     )  # fmt: skip
     target = Target(base_url, model or "", endpoint, temperature, ignore_eos, timeout, api_key)
     limits = _limits(concurrency)
-    _check_folder(plot)
+    plots.check_plot(plot)
     prompts = open_dataset(load)
     if model is None:
         target = replace(target, model=asyncio.run(target.first_model()))
@@ -108,7 +108,8 @@ def serve(
     if as_json:
         runs = [asdict(report) for report in reports]
         print(json.dumps({**target.options(), **asdict(load), "concurrency": limits, "notes": notes, "runs": runs}))
-    _write_plot(plot, reports, target.model)
+    if plot is not None:
+        plots.save(plots.latency_lines(reports, target.model), plot)
 
 
 def _limits(concurrency: str | None) -> tuple[int | None, ...]:
@@ -175,20 +176,3 @@ def show_reports(console: Console, title: str, reports: Sequence[RunReport], not
             console.print(f"{error.count} x {error.kind}: {error.example}", markup=False)
     for note in notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _check_folder(plot: str | None) -> None:
-    """Before the load runs, not after."""
-    if plot is not None:
-        require(Path(plot).parent.is_dir(), "plot", plot, "its folder does not exist", "make the folder first")
-
-
-def _write_plot(plot: str | None, reports: Sequence[RunReport], title: str) -> None:
-    if plot is None:
-        return
-    from longspan.bench.serving.plot import latency_plot
-
-    try:
-        Path(plot).write_text(latency_plot(reports, title))
-    except OSError as error:
-        raise ConfigError("plot", plot, f"cannot be written ({error})", "name another file") from error

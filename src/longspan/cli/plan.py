@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from longspan.cli import plots
 from longspan.cli.options import ExpertParallel, Json
 from longspan.config import ParallelConfig, require
 
@@ -59,7 +61,7 @@ MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a d
 BatchedTokens = Annotated[int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="SVG file of the best layouts against context")]
 
-_SHOWN, _LEAST_WIDTH = 30, 110
+_SHOWN, _DRAWN, _LEAST_WIDTH = 30, 4, 110
 
 
 def plan(
@@ -89,6 +91,7 @@ def plan(
     from longspan.planner.layouts import Fixed, plan_layouts
     from longspan.planner.outlook import Load
 
+    plots.check_plot(plot)
     require(gpus >= 1, "gpus", gpus, "must be at least 1", "give the devices in all")
     require(max_num_batched_tokens >= 1, "max_num_batched_tokens", max_num_batched_tokens, "must be at least 1",
             "give tokens")  # fmt: skip
@@ -102,7 +105,8 @@ def plan(
                   pipeline_parallel_size)  # fmt: skip
     found = plan_layouts(base, gpus, fixed, load, objective)
     if plot is not None:
-        _write_plot(plot, base, [one for one in found if one.running], load, f"{model} on {gpus} x {hardware}")
+        lines = _lines(base, [one for one in found if one.running], load)
+        plots.save(plots.layout_lines(lines, f"{model} on {gpus} x {hardware}"), plot)
     if as_json:
         rows = [_as_json(one, _command(model, base, one, kv_cache_dtype)) for one in found]
         print(json.dumps({"model": model, "hardware": hardware, "gpus": gpus, "context": context, "layouts": rows}))
@@ -204,20 +208,14 @@ def _cells(span: Span, unit: float) -> tuple[str, str, str]:
     return f"{span.seconds * unit:,.2f}", span.bound, f"{span.exposed * unit:,.2f}"
 
 
-def _write_plot(path: Path, base: Deployment, found: Sequence[Outlook], load: Load, title: str) -> None:
-    from dataclasses import replace
-
-    from longspan.errors import ConfigError
+def _lines(base: Deployment, found: Sequence[Outlook], load: Load) -> dict[str, list[plots.Point]]:
+    """What is drawn of the first layouts, at lengths around the one asked for."""
     from longspan.planner.outlook import Load, outlook
-    from longspan.planner.plot import MOST_LINES, Point, layout_plot
 
     contexts = [max(1, math.floor(load.context * 2.0**power)) for power in range(-4, 4)]
-    lines: dict[str, list[Point]] = {}
-    for one in found[:MOST_LINES]:
+    lines: dict[str, list[plots.Point]] = {}
+    for one in found[:_DRAWN]:
         deployed = replace(base, parallel=one.parallel)
         at = [(context, outlook(deployed, Load(context, None, load.output))) for context in contexts]
-        lines[one.parallel.name] = [Point(context, o.ttft.seconds, o.requests) for context, o in at]
-    try:
-        path.write_text(layout_plot(lines, title))
-    except OSError as error:
-        raise ConfigError("plot", path, f"cannot be written ({error.strerror})", "give a file in a folder") from error
+        lines[one.parallel.name] = [plots.Point(context, o.ttft.seconds, o.requests) for context, o in at]
+    return lines

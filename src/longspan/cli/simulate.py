@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from longspan.cli import plots
 from longspan.cli.bench_serve import show_reports
 from longspan.cli.options import Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
 from longspan.config import ParallelConfig, SchedulerConfig, require
-from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
@@ -96,8 +95,7 @@ def simulate(
 
     require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
     require(page_size >= 1, "page_size", page_size, "must be at least 1", "512 is the default")
-    if plot is not None:
-        require(Path(plot).parent.is_dir(), "plot", plot, "its folder does not exist", "make the folder first")
+    plots.check_plot(plot)
     scheduler = SchedulerConfig(max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule)
     shape, weights = find_model(model, dtype, weight_dtype)
     deployment = Deployment(
@@ -119,7 +117,8 @@ def simulate(
             "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes,
         }  # fmt: skip
         print(json.dumps({**options, **asdict(result)}))
-    _write_plot(plot, result, title)
+    if plot is not None:
+        plots.save(plots.memory_map(result.memory, title), plot)
 
 
 def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:
@@ -160,14 +159,3 @@ def _show(title: str, result: Simulation, notes: Sequence[str]) -> None:
         f"{result.steps:,} steps, {result.preemptions:,} preemptions; {known:.1%} of the prompts' tokens were cached",
         highlight=False,
     )
-
-
-def _write_plot(plot: str | None, result: Simulation, title: str) -> None:
-    if plot is None:
-        return
-    from longspan.planner.simulate.plot import memory_plot
-
-    try:
-        Path(plot).write_text(memory_plot(result.memory, title))
-    except OSError as error:
-        raise ConfigError("plot", plot, f"cannot be written ({error})", "name another file") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from longspan.clock import repeated, seconds
 from longspan.config import CacheConfig, EngineConfig, Fixed, ParallelConfig, SchedulerConfig
 from longspan.engine.engine import Engine
 from longspan.models.decoder import decoder_params
@@ -178,25 +178,19 @@ def decode_step(engine: Engine, requests: int, context: int, steps: int) -> floa
     begun: set[str] = set()
     while len(begun) < requests:
         begun |= {output.request_id for output in engine.step()}
-    seconds = typical([_step(engine) for _ in range(steps)])
+    step = typical(repeated(engine.step, steps))
     while engine.has_unfinished:
         engine.step()
-    return seconds
+    return step
 
 
 def _prompt(engine: Engine, tokens: int) -> float:
     """Seconds of all steps of a prompt."""
     engine.add_request("prompt", [1] * tokens, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-    seconds = 0.0
+    total = 0.0
     while engine.has_unfinished:
-        seconds += _step(engine)
-    return seconds
-
-
-def _step(engine: Engine) -> float:
-    started = time.perf_counter()
-    engine.step()
-    return time.perf_counter() - started
+        total += seconds(engine.step)
+    return total
 
 
 def plain(values: Mapping[str, Any], layers: int, width: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
+from longspan.clock import Run
 from longspan.models.config import ModelConfig
 from longspan.models.context import Linear, Provided
 from longspan.models.decoder import DecoderModel, decoder_params
@@ -23,7 +24,7 @@ from longspan.models.params import Param
 from longspan.models.registry import build_model
 from longspan.parallel.experts import OwnExperts
 from longspan.planner.linear import passed_elements
-from longspan.planner.timing import Bench, Run
+from longspan.planner.timing import Bench
 
 _FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _MANY_ROWS = (128, 256, 512, 1024, 2048)

@@ -1,29 +1,29 @@
-"""A stopwatch for measuring constants on a machine that others may use.
+"""Timing constants on a machine that others may use: in two rounds, with doubts noted.
 
 It owns how often, in which order and with which doubts something is timed; it must not know what it times.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from longspan.clock import Run, repeated, seconds
+
 _REPEATS = 8
 _LONG_S = 1.0  # what takes longer is repeated less
 _FEW = 3
 _AGREE = 0.1
 
-Run = Callable[[], object]
 Report = Callable[[str], None]
 
 
-def typical(seconds: Sequence[float]) -> float:
+def typical(taken: Sequence[float]) -> float:
     """The lower quartile: what else runs on a machine makes some timings much longer, and none shorter."""
-    return sorted(seconds)[len(seconds) // 4]
+    return sorted(taken)[len(taken) // 4]
 
 
 class Bench:
@@ -60,8 +60,8 @@ class Bench:
             found.append({})
             for what, run in runs.items():
                 self.report(what)
-                repeats = _FEW if self.once(run) > _LONG_S else _REPEATS
-                found[-1][what] = typical([self.once(run) for _ in range(repeats)])
+                repeats = _FEW if seconds(run, self.device) > _LONG_S else _REPEATS
+                found[-1][what] = typical(repeated(run, repeats, self.device))
         first, second = found
         return {what: self.agreed(what, first[what], second[what]) for what in runs}
 
@@ -75,15 +75,3 @@ class Bench:
     def tensor(self, *shape: int) -> Tensor:
         """Random numbers."""
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
-
-    def once(self, run: Run) -> float:
-        """Seconds of one run."""
-        self._wait()
-        started = time.perf_counter()
-        run()
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -17,8 +17,8 @@ from longspan.attention.backends.choice import BackendShape
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.bench.kernels.bed import Bed, Row
-from longspan.bench.kernels.clock import Timing
 from longspan.cache.pages import Span
+from longspan.clock import Timing
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 

@@ -14,7 +14,8 @@ import torch
 
 from longspan.attention.backends.base import Backend
 from longspan.attention.backends.choice import BACKEND_NAMES, BackendShape, build_backend, choose_backend
-from longspan.bench.kernels.clock import Ceilings, Clock, Timing, make_clock, measure_ceilings
+from longspan.bench.kernels.ceilings import Ceilings, measure_ceilings
+from longspan.clock import Clock, Timing, make_clock
 from longspan.errors import ConfigError
 
 _USABLE = 0.8  # of the memory that is free

@@ -1,24 +1,27 @@
 """Achieved constants of a machine from what was measured on it, and how well rows left out are foretold.
 
-It owns the fit: `python -m longspan.planner.fit ROWS.csv` prints constants and the leave-one-out table as Markdown.
-It must not know formulas.
+    python scripts/fit_hardware.py ROWS.csv
+
+Prints the constants and the leave-one-out table as Markdown. Needs SciPy, which the extra `dev` brings.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from longspan.errors import ConfigError, LongspanError
+from scipy.optimize import least_squares
+
+from longspan.errors import LongspanError
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row, read_rows
 
-_ROUNDS, _STEP, _TRUST = 30, 1e-4, 0.1  # of Gauss and Newton; of a difference; damping
 _EXPECTED_ERROR, _EXPECTED_SPREAD = 0.05, 0.5  # of a row; of a constant about its default, as a logarithm
 _FITTED: Mapping[str, tuple[float, float, float]] = {
     "fp8_matmul": (0.65, 0.3, 0.9),
@@ -67,54 +70,13 @@ def fit(machine: Hardware, names: Sequence[str], samples: Sequence[Sample]) -> H
         ]  # fmt: skip
         return [sample.error(tried) / _EXPECTED_ERROR for sample in samples] + strayed
 
-    found = _least_squares(residuals, at, [[math.log(x) for x in _FITTED[name][1:]] for name in names])
-    return _machine(machine, names, found)
+    bounds = [[math.log(_FITTED[name][edge]) for name in names] for edge in (1, 2)]
+    found = least_squares(residuals, at, bounds=bounds)
+    return _machine(machine, names, found.x)
 
 
 def _machine(machine: Hardware, names: Sequence[str], point: Sequence[float]) -> Hardware:
     return replace(machine, **{name: math.exp(value) for name, value in zip(names, point, strict=True)})  # type: ignore[arg-type]
-
-
-def _least_squares(
-    residuals: Callable[[Sequence[float]], list[float]], start: Sequence[float], bounds: Sequence[Sequence[float]]
-) -> list[float]:
-    """Levenberg and Marquardt's way down, with steps cut off at the bounds."""
-    at, trust = list(start), _TRUST
-    now = residuals(at)
-    for _ in range(_ROUNDS):
-        slopes = []
-        for n in range(len(at)):
-            moved = [*at[:n], at[n] + _STEP, *at[n + 1 :]]
-            slopes.append([(b - a) / _STEP for a, b in zip(now, residuals(moved), strict=True)])
-        normal = [[_dot(a, b) * (1 + trust * (a is b)) + 1e-9 * (a is b) for b in slopes] for a in slopes]
-        step = _solve(normal, [-_dot(slope, now) for slope in slopes])
-        tried = [min(max(x + dx, low), high) for x, dx, (low, high) in zip(at, step, bounds, strict=True)]
-        then = residuals(tried)
-        gain = _dot(now, now) - _dot(then, then)
-        if gain > 0:
-            at, now, trust = tried, then, trust / 3
-        else:
-            trust *= 4
-        if 0 <= gain < 1e-6 * _dot(now, now):
-            break
-    return at
-
-
-def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def _solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
-    """Gauss's elimination of a positive definite system."""
-    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
-    for n, pivot in enumerate(rows):
-        for row in rows[n + 1 :]:
-            factor = row[n] / pivot[n]
-            row[n:] = [a - factor * b for a, b in zip(row[n:], pivot[n:], strict=True)]
-    found = [0.0] * len(rows)
-    for n in reversed(range(len(rows))):
-        found[n] = (rows[n][-1] - _dot(rows[n][n + 1 : -1], found[n + 1 :])) / rows[n][n]
-    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -139,15 +101,15 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the tables for the file named."""
-    if len(arguments) != 1:
-        raise ConfigError("arguments", " ".join(arguments), "one file is expected", "give ROWS.csv")
-    print(markdown(read_rows(arguments[0])))
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", help="a CSV file as `longspan predict` reads it")
+    print(markdown(read_rows(parser.parse_args().rows)))
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except LongspanError as error:
         sys.exit(f"longspan: error: {error}")
