@@ -295,7 +295,7 @@ REQUESTS = (
         (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
     ),
     Fault(
-        "a penalty forgets the output", "engine/rank/runner.py",
+        "a penalty forgets the output", "plan/mirror.py",
         "return self.history[self.num_prompt : self.num_prompt + count]", "return []",
         (f"{_REQUESTS}::test_penalties_see_prompt_and_output_on_every_layout",),
     ),
