@@ -110,17 +110,24 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One token of one request, as a worker returns it: sampled, or one of the prompt's own, `scored`.
-
-    `position` is its index in the output, or in the prompt. With `error` there is no token: the request cannot go on.
-    """
+    """One token of one request, as a rank sampled it."""
 
     request_id: int
     token_id: int
+    # if they were asked for
     logprobs: TokenLogprobs | None = None
+    # its index in the output
     position: int = field(default=0, compare=False)
-    scored: bool = False
-    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """How likely one of a prompt's own tokens was, after those before it."""
+
+    request_id: int
+    # its index in the prompt
+    position: int
+    logprobs: TokenLogprobs
 
 
 @dataclass
@@ -169,14 +176,16 @@ class CoreRequest:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What a step gave one completion; with `finish_reason` it has ended. The token that stops it is the last one.
-
-    `scored` are tokens of the prompt, with their log-probabilities; `error` says why it could not go on.
-    """
+    """What a step gave one completion."""
 
     number: int
+    # new ones; the token that stops it is the last
     tokens: tuple[SampledToken, ...]
+    # why it has ended, None if it goes on
     finish_reason: FinishReason | None
+    # of its prompt, when it was first admitted
     num_cached_tokens: int
-    scored: tuple[SampledToken, ...] = ()
+    # of prompt tokens computed in the step, if they are asked for
+    prompt_scores: tuple[PromptScore, ...] = ()
+    # why it could not go on, with `FinishReason.ERROR`
     error: str | None = None

@@ -37,6 +37,7 @@ from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
+from longspan.plan.result import StepResult
 from longspan.plan.view import rank_view
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
@@ -171,8 +172,8 @@ class World:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
                 ends = [segment for segment in plan.segments if segment.sample]
-                sampled = [SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends]
-                self.scheduler.commit(plan, sampled)
+                sampled = tuple(SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends)
+                self.scheduler.commit(plan, StepResult(sampled))
                 for token in sampled:
                     self._known(token.request_id, token.token_id)
                     self.left[token.request_id] -= 1

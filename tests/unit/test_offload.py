@@ -18,7 +18,8 @@ from longspan.cache.prefix import page_key, root_key
 from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
-from longspan.plan.plan import LOST, StepPlan
+from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
@@ -119,9 +120,9 @@ class World:
         for rank in self.ranks:
             while plan in rank.plans:
                 rank.run()
-        sampled = [SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample]
-        lost = [SampledToken(LOST, number) for number in self.lost[plan.step]]
-        for token in self.scheduler.commit(plan, [*lost, *sampled]):
+        sampled = tuple(SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample)
+        result = StepResult(sampled, failed_loads=tuple(self.lost[plan.step]))
+        for token in self.scheduler.commit(plan, result).tokens:
             self.tokens[token.request_id].append(token.token_id)
             self.cached[token.request_id] = self.scheduler.cached_tokens(token.request_id)
             self.left[token.request_id] -= 1

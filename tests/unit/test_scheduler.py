@@ -13,6 +13,7 @@ from longspan.errors import ContextOverflow, RequestError
 from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.limits import Limits
 from longspan.scheduler.scheduler import Scheduler
@@ -50,8 +51,8 @@ class Rig:
         assert StepPlan.decode(plan.encode()) == plan
         self.plans.append(plan)
         self._account(plan)
-        sampled = [SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample]
-        self.scheduler.commit(plan, sampled)
+        sampled = tuple(SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample)
+        self.scheduler.commit(plan, StepResult(sampled))
         for token in sampled:
             self.tokens[token.request_id].append(token.token_id)
             self.left[token.request_id] -= 1

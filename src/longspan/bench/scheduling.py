@@ -17,6 +17,7 @@ from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
@@ -82,5 +83,5 @@ def _timed_step(scheduler: Scheduler) -> tuple[float, float, float]:
     return planned - started, time.perf_counter() - encoded, encoded - planned
 
 
-def _made_up(plan: StepPlan) -> list[SampledToken]:
-    return [SampledToken(segment.request_id, 1) for segment in plan.segments if segment.sample]
+def _made_up(plan: StepPlan) -> StepResult:
+    return StepResult(tuple(SampledToken(segment.request_id, 1) for segment in plan.segments if segment.sample))

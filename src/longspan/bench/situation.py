@@ -15,6 +15,7 @@ from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
@@ -84,7 +85,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     if situation.cached:
         plan = _next(scheduler)
         mirror.apply(plan)
-        scheduler.commit(plan, [])
+        scheduler.commit(plan, StepResult())
     scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
     chooser.asked.clear()
     plan = _next(scheduler)

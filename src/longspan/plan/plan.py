@@ -54,36 +54,34 @@ class Fetch:
     source: Source
 
 
-PENDING = -1
-"""In place of a token that the step before samples on the same ranks, and that nobody else knows yet."""
-
-LOST = -2
-"""In place of a request in a step's results: the load of that number (in place of a token) found no intact page."""
-
-
 @dataclass(frozen=True)
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    One of the `token_ids` may be `PENDING`. `prefill` is its class; `sample` asks for a token after each of that many
-    last rows (one, or more to verify drafts), `scores` for the log-probabilities of prompt tokens after each. Some rank
-    of the group lacks a page the segment attends to in the first `travels` of the model's kinds of layers, which are in
-    order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
+    Some rank of the group lacks a page the segment attends to in the first `travels` of the model's kinds of layers,
+    which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
     """
 
     request_id: int
+    # position of its first token
     start: int
+    # those that the scheduler knows: all, unless the last one is pending
     token_ids: tuple[int, ...]
     pcp: int
+    # its class: prefill or decode
     prefill: bool
     travels: int
+    # how many of its last rows give a token: none, one, or more to verify drafts
     sample: int
+    # whether rows give the log-probabilities of the prompt tokens after them
     scores: bool = False
+    # whether a token follows `token_ids` that the step before samples on the same ranks, and nobody else knows yet
+    pending: bool = False
 
     @property
     def length(self) -> int:
         """Number of tokens."""
-        return len(self.token_ids)
+        return len(self.token_ids) + self.pending
 
     @property
     def stop(self) -> int:

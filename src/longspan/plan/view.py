@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from longspan.plan.mirror import KnownRequest
-from longspan.plan.plan import PENDING, Segment, StepPlan
+from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.reach import Place, Reach, reach
 
 
@@ -103,7 +103,9 @@ def rank_view(
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
             writes.append(WriteRun(row + offset, span.slot, span.length))
         token_ids += segment.token_ids
-        pending += [(row + at, segment.request_id) for at, token in enumerate(segment.token_ids) if token == PENDING]
+        if segment.pending:
+            pending.append((len(token_ids), segment.request_id))
+            token_ids.append(0)
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt

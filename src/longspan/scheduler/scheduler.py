@@ -17,7 +17,8 @@ from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import LOST, Segment, StepPlan
+from longspan.plan.plan import Segment, StepPlan
+from longspan.plan.result import StepResult
 from longspan.plan.source import Source
 from longspan.request import SampledToken, SamplingParams
 from longspan.scheduler.loading import PageLoader
@@ -153,22 +154,16 @@ class Scheduler:
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
 
-    def commit(self, plan: StepPlan, sampled: Sequence[SampledToken]) -> list[SampledToken]:
+    def commit(self, plan: StepPlan, result: StepResult) -> StepResult:
         """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order.
 
-        Returns the tokens that count: of requests that have not ended meanwhile, and up to the first wrong draft.
+        Returns what of them counts: of requests that have not ended meanwhile, and tokens up to the first wrong draft.
         """
-        lost = {token.token_id for token in sampled if token.request_id == LOST}
-        self.cache.settle(plan.saves, plan.loads, lost)
+        self.cache.settle(plan.saves, plan.loads, set(result.failed_loads))
         accepted: list[SampledToken] = []
         tokens_of: dict[int, list[SampledToken]] = {}
-        for token in sampled:
-            if token.request_id not in self._sequences:
-                continue
-            if token.scored:
-                accepted.append(token)
-            else:
-                tokens_of.setdefault(token.request_id, []).append(token)
+        for token in result.tokens:
+            tokens_of.setdefault(token.request_id, []).append(token)
         for request_id, (stop, drafts) in _progress(plan.segments).items():
             sequence = self._sequences.get(request_id)
             if sequence is None:
@@ -184,7 +179,9 @@ class Scheduler:
                 self.drafted += len(drafts)
                 self.accepted += len(right) - 1
             self._publish(sequence, stop)
-        return accepted
+        scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
+        errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
+        return StepResult(tuple(accepted), scores, errors)
 
     def cached_tokens(self, request_id: int) -> int:
         """Tokens of a request that has not ended which the prefix cache had when it was first admitted."""

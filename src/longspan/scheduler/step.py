@@ -15,7 +15,7 @@ from longspan.cache.placement import home_shard, shard_for_decode, shard_for_pag
 from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import PENDING, Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
+from longspan.plan.plan import Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.plan.source import Source
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
 from longspan.scheduler.sequence import SequenceState
@@ -173,7 +173,6 @@ class StepBuilder:
                 start=piece.start,
                 token_ids=(
                     *sequence.tokens[piece.start : piece.stop],
-                    *(PENDING,) * min(sequence.pending, max(0, piece.stop - len(sequence.tokens))),
                     *_cut(drafts, piece, len(sequence.tokens)),
                 ),
                 pcp=piece.pcp,
@@ -181,6 +180,7 @@ class StepBuilder:
                 travels=travels,
                 sample=min(length, max(0, piece.stop + 1 - sequence.length)),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
+                pending=sequence.pending > 0,
             )
         )
         self._load[piece.pcp] += length

@@ -21,8 +21,9 @@ from longspan.engine.rank.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.plan.source import Source, is_for_others
-from longspan.request import CoreRequest, FinishReason, SampledToken, TokenOutput
+from longspan.request import CoreRequest, FinishReason, PromptScore, SampledToken, TokenOutput
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
 _STEPS_REMEMBERED = 60
@@ -68,8 +69,6 @@ class _Ending:
     def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
         """Those of the tokens that still belong to it, and why it ended if it did."""
         for count, token in enumerate(tokens, 1):
-            if token.error is not None:
-                return tuple(tokens[: count - 1]), FinishReason.ERROR
             self._left -= 1
             if token.token_id in self._stops:
                 return tuple(tokens[:count]), FinishReason.STOP
@@ -202,25 +201,34 @@ class EngineCore:
         page_size = self.cache.page_size
         return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
 
-    def _deliver(self, sampled: Sequence[SampledToken]) -> list[TokenOutput]:
+    def _deliver(self, result: StepResult) -> list[TokenOutput]:
         """Commit the oldest step under way."""
         plan, submitted, alone = self._under_way.popleft()
+        counted = self.scheduler.commit(plan, result)
         tokens_of: dict[int, list[SampledToken]] = {}
-        for token in self.scheduler.commit(plan, sampled):
+        for token in counted.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
+        scores_of: dict[int, list[PromptScore]] = {}
+        for score in counted.prompt_scores:
+            scores_of.setdefault(score.request_id, []).append(score)
         seconds = time.perf_counter() - submitted
         self._record(plan, seconds)
         if alone and self.cache.offload:
             self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
-        outputs = [self._output(number, tokens) for number, tokens in tokens_of.items()]
+        outputs = [
+            self._output(number, tokens_of.get(number, ()), scores_of.get(number, ()), counted.errors.get(number))
+            for number in dict.fromkeys((*scores_of, *tokens_of, *counted.errors))
+        ]
         return [output for output in outputs if not is_for_others(output.number)]
 
-    def _output(self, number: int, tokens: Sequence[SampledToken]) -> TokenOutput:
+    def _output(
+        self, number: int, tokens: Sequence[SampledToken], scores: Sequence[PromptScore], error: str | None
+    ) -> TokenOutput:
         cached = self.scheduler.cached_tokens(number)
-        scored = tuple(token for token in tokens if token.scored)
-        kept, reason = self._endings[number].take([token for token in tokens if not token.scored])
-        error = next((token.error for token in tokens if token.error), None)
-        output = TokenOutput(number, kept, reason, cached, scored, error)
+        kept, reason = self._endings[number].take(tokens)
+        if error is not None:
+            reason = FinishReason.ERROR
+        output = TokenOutput(number, kept, reason, cached, tuple(scores), error)
         if reason is not None and self.role and self.role.keeps(output):
             self._endings.pop(number, None)
             self.scheduler.hold(number)

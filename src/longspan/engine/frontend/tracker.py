@@ -15,7 +15,7 @@ from longspan.engine.frontend.completion import Completion
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.setup import EngineSetup
 from longspan.errors import RequestError
-from longspan.request import CoreRequest, FinishReason, RequestOutput, SampledToken, SamplingParams, TokenOutput
+from longspan.request import CoreRequest, FinishReason, PromptScore, RequestOutput, SamplingParams, TokenOutput
 
 _CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
@@ -107,7 +107,7 @@ class RequestTracker:
             group, completion = self._group_of[tokens.number]
             if completion.index == 0:
                 group.output.num_cached_tokens = tokens.num_cached_tokens
-                _keep_scores(group.output, tokens.scored)
+                _keep_scores(group.output, tokens.prompt_scores)
             completion.take(tokens)
             if completion.finished:
                 self._drop(completion, known=tokens.finish_reason is not None)
@@ -190,9 +190,9 @@ class RequestTracker:
         return group.output
 
 
-def _keep_scores(output: RequestOutput, scored: Sequence[SampledToken]) -> None:
-    for token in scored:
-        output.prompt_logprobs[token.position] = token.logprobs
+def _keep_scores(output: RequestOutput, scores: Sequence[PromptScore]) -> None:
+    for score in scores:
+        output.prompt_logprobs[score.position] = score.logprobs
 
 
 def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:

@@ -7,7 +7,7 @@ reach it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
 from longspan.plan.mirror import Mirror
-from longspan.plan.plan import LOST, StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
+from longspan.plan.result import StepResult
 from longspan.plan.view import RankView, SampleRequest, ScoredRows, rank_view
-from longspan.request import SampledToken
+from longspan.request import PromptScore
 
 _SCORED_ROWS = 128
-Finish = Callable[[], list[SampledToken]]
+Finish = Callable[[], StepResult]
 
 
 @dataclass(frozen=True)
@@ -105,37 +106,37 @@ class Runner:
         """Whether `start` returns before its step is computed."""
         return self._device.type == "cuda"
 
-    def step(self, plan: StepPlan) -> list[SampledToken]:
-        """Run one step; returns the tokens this rank is to hand over (others of its TP group: none)."""
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run one step; returns what this rank is to hand over (others of its TP group: no tokens)."""
         return self.start(plan)()
 
     def start(self, plan: StepPlan) -> Finish:
         """Run one step up to its tokens, which the function returned waits for: a GPU may still be computing them."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
-            lost = self._copy_pages(plan)
+            failed_loads = self._copy_pages(plan)
             finish = self._start(plan)
         if self.transfer is not None:
             self.transfer.computed(plan)
-        return (lambda: [*lost, *finish()]) if lost else finish
+        return (lambda: replace(finish(), failed_loads=failed_loads)) if failed_loads else finish
 
     def close(self) -> None:
         """End what runs beside its steps."""
         if self.transfer is not None:
             self.transfer.close()
 
-    def _copy_pages(self, plan: StepPlan) -> list[SampledToken]:
+    def _copy_pages(self, plan: StepPlan) -> tuple[int, ...]:
         """Between the pool and other tiers; returns the loads that found no intact page."""
         if self._store is None:
-            return []
+            return ()
         self._store.save(plan.saves)
-        return [SampledToken(LOST, number) for number in self._store.load(plan.loads)]
+        return tuple(self._store.load(plan.loads))
 
     def _start(self, plan: StepPlan) -> Finish:
         if self._debug:
             self._compare_digest(plan)
         self._apply(plan)
         if not plan.segments:
-            return list
+            return StepResult
         if self.recordings is not None and recordable(plan):
             return self._replay(of_one_kind(plan), self.recordings)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows)
@@ -143,13 +144,13 @@ class Runner:
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
             self._groups.pipeline.send(hidden)
-            return list
+            return StepResult
         returns = self._grid.returns_tokens(self._rank)
-        scored = [token for rows in view.scored for token in self._score(hidden, rows, self._model.head, returns)]
+        scores = [score for rows in view.scored for score in self._score(hidden, rows, self._model.head, returns)]
         if not view.samples:
-            return self._finish(view, hidden, scored)
+            return self._finish(view, hidden, scores)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
-        return self._finish(view, logits, scored)
+        return self._finish(view, logits, scores)
 
     def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
         """A decode step through a recording, in which every row is sampled."""
@@ -158,18 +159,18 @@ class Runner:
         logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
 
-    def _finish(self, view: RankView, logits: Tensor, scored: list[SampledToken]) -> Finish:
+    def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
         """Sample `logits` [samples, vocab]; on ranks that do not return tokens only if the next step may need them."""
         self._sampled.clear()
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or (not returns and not self._runs_ahead):
-            return lambda: scored
-        failed, sampling = self._sample(logits, view.samples)
-        return lambda: [*scored, *failed, *sampling.finish()] if returns else []
+            return lambda: StepResult(prompt_scores=tuple(scores))
+        errors, sampling = self._sample(logits, view.samples)
+        return lambda: StepResult(tuple(sampling.finish()), tuple(scores), errors) if returns else StepResult()
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
-    ) -> Iterator[SampledToken]:
+    ) -> Iterator[PromptScore]:
         """In blocks: logits of a long chunk are larger than the model. Every rank of the TP group takes part."""
         known = self._mirror.requests[rows.request_id]
         for first in range(0, rows.length, _SCORED_ROWS):
@@ -201,21 +202,21 @@ class Runner:
             return found
         return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step under way
 
-    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[list[SampledToken], Sampling]:
-        """Requests that cannot go on, and the sampling of the others."""
+    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[int, str], Sampling]:
+        """By request why it cannot go on, and the sampling of the others."""
         rows: list[SampleRow] = []
         kept: list[int] = []
-        failed: list[SampledToken] = []
+        errors: dict[int, str] = {}
         for number, wanted in enumerate(samples):
             try:
                 rows.append(self._row(wanted))
                 kept.append(number)
             except RequestError as error:
-                failed.append(SampledToken(wanted.request_id, 0, position=wanted.position, error=str(error)))
-        sampling = start_sampling(logits[kept] if failed else logits, rows)
+                errors[wanted.request_id] = str(error)
+        sampling = start_sampling(logits[kept] if errors else logits, rows)
         if self._runs_ahead:
             self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
-        return failed, sampling
+        return errors, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
         known, matcher = self._mirror.requests[wanted.request_id], self._matchers.get(wanted.request_id)

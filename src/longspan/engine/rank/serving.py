@@ -126,7 +126,7 @@ def _serve(begin: Begin, rank: int, number: int, line: zmq.Socket[bytes], answer
     runner, constants = build_runner(setup, rank, store, make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(Ready(rank, constants))
-    loop = StepLoop(runner, lambda tokens: answer(Stepped(rank, tokens)), lambda: bool(line.poll(0)))
+    loop = StepLoop(runner, lambda result: answer(Stepped(rank, result)), lambda: bool(line.poll(0)))
     while (message := line.recv()) != STOP:
         if message not in _WORDS:
             loop.take(StepPlan.decode(message))

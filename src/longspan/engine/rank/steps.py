@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from longspan.engine.rank.runner import Finish, Runner
 from longspan.plan.plan import StepPlan
-from longspan.request import SampledToken
+from longspan.plan.result import StepResult
 
 
 class StepLoop:
-    """`answer` gets every step's tokens, in order; `more` tells whether another plan is waiting."""
+    """`answer` gets every step's result, in order; `more` tells whether another plan is waiting."""
 
-    def __init__(self, runner: Runner, answer: Callable[[list[SampledToken]], None], more: Callable[[], bool]) -> None:
+    def __init__(self, runner: Runner, answer: Callable[[StepResult], None], more: Callable[[], bool]) -> None:
         self._runner = runner
         self._answer = answer
         self._more = more

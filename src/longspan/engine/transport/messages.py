@@ -11,7 +11,7 @@ from longspan import errors
 from longspan.config import CostConstants, EngineConfig
 from longspan.errors import EngineError, LongspanError, WorkerDied
 from longspan.parallel.trace import TraceSpan
-from longspan.request import SampledToken
+from longspan.plan.result import StepResult
 
 THERE = b""  # the driver looks whether a rank is still there: no answer is wanted
 ASK = b"alive?"  # of a rank's heartbeat, which answers with `Alive`
@@ -59,7 +59,7 @@ class Stepped(msgspec.Struct, tag=True, frozen=True):
     """A step is done."""
 
     rank: int
-    tokens: list[SampledToken]
+    result: StepResult
 
 
 class TrafficReport(msgspec.Struct, tag=True, frozen=True):

@@ -17,6 +17,7 @@ from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan.plan import StepPlan
+from longspan.plan.result import StepResult
 from longspan.planner.simulate.clock import StepClock, StepTimer
 from longspan.planner.simulate.scheduler import SimulatedScheduler
 from longspan.request import SampledToken
@@ -131,12 +132,12 @@ class Instance:
         return at
 
     def _finish(self, plan: StepPlan) -> None:
-        sampled = [
+        sampled = tuple(
             SampledToken(segment.request_id, segment.request_id)
             for segment in plan.segments
             if segment.sample and segment.request_id in self.completions
-        ]
-        for token in self.scheduler.commit(plan, sampled):
+        )
+        for token in self.scheduler.commit(plan, StepResult(sampled)).tokens:
             completion = self.completions[token.request_id]
             completion.token_times.append(self._now)
             if len(completion.token_times) == 1:

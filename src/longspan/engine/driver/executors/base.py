@@ -14,7 +14,7 @@ from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.plan import StepPlan
-from longspan.request import SampledToken
+from longspan.plan.result import StepResult
 
 
 def require_open(closed: bool) -> None:
@@ -40,7 +40,7 @@ class Executor(Protocol):
         """Start a step on every rank, behind those under way; raises `WorkerDied` if the ranks are gone."""
         ...
 
-    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> StepResult:
         """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it.
 
         `look` is called several times a second meanwhile; what it raises ends the ranks, as far as that is possible.

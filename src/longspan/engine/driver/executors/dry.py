@@ -13,6 +13,7 @@ from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.plan import Segment, StepPlan
+from longspan.plan.result import StepResult
 from longspan.request import SampledToken, TokenLogprobs
 
 _STRIDE = 7919  # a prime: neighbouring tokens differ, and so do their texts
@@ -26,13 +27,13 @@ class DryExecutor:
         self.setup = setup
         self.constants: CostConstants | None = None
         self._vocabulary = setup.model.vocab_size
-        self._done: deque[list[SampledToken]] = deque()
+        self._done: deque[StepResult] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         """See `Executor.submit`."""
-        self._done.append([token for segment in plan.segments for token in self._sampled(segment)])
+        self._done.append(StepResult(tuple(t for segment in plan.segments for t in self._sampled(segment))))
 
-    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> StepResult:
         """See `Executor.collect`."""
         return self._done.popleft()
 

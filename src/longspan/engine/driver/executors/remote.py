@@ -46,7 +46,7 @@ from longspan.parallel.collectives import Traffic
 from longspan.parallel.grid import Grid
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.plan import StepPlan
-from longspan.request import SampledToken
+from longspan.plan.result import StepResult
 from longspan.version import __version__
 
 _LOG = logging.getLogger("longspan.engine")
@@ -106,10 +106,10 @@ class RemoteExecutor(ABC):
         """See `Executor.submit`."""
         self._broadcast(plan.encode())
 
-    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> StepResult:
         """See `Executor.collect`."""
         require_open(self._closed)
-        return [token for message in self._collect(Stepped, look) for token in message.tokens]
+        return StepResult.joined([message.result for message in self._collect(Stepped, look)])
 
     def check(self) -> None:
         """See `Executor.check`."""

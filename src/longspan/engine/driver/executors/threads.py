@@ -27,11 +27,11 @@ from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.parallel.trace import Trace, TraceSpan
 from longspan.plan.plan import StepPlan
-from longspan.request import SampledToken
+from longspan.plan.result import StepResult
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 5.0  # for threads of which one hangs
-_Outcome = list[SampledToken] | BaseException
+_Outcome = StepResult | BaseException
 
 
 class ThreadExecutor:
@@ -45,7 +45,7 @@ class ThreadExecutor:
         self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
-        self._done: list[deque[list[SampledToken]]] = [deque() for _ in range(size)]
+        self._done: list[deque[StepResult]] = [deque() for _ in range(size)]
         self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
@@ -68,7 +68,7 @@ class ThreadExecutor:
         for inbox in self._inboxes:
             inbox.put(plan)
 
-    def collect(self, look: Callable[[], None]) -> list[SampledToken]:
+    def collect(self, look: Callable[[], None]) -> StepResult:
         """See `Executor.collect`. The first failure ends all ranks and is raised; a thread that hangs stays."""
         require_open(self._closed)
         while not all(self._done):
@@ -83,7 +83,7 @@ class ThreadExecutor:
                     raise outcome
                 raise WorkerDied(f"rank {rank} failed: {type(outcome).__name__}: {outcome}") from outcome
             self._done[rank].append(outcome)
-        return [token for done in self._done for token in done.popleft()]
+        return StepResult.joined([done.popleft() for done in self._done])
 
     def check(self) -> None:
         """See `Executor.check`."""
@@ -131,12 +131,12 @@ class ThreadExecutor:
             self._runners[rank] = runner
             if constants:
                 self._measured.append(constants)
-            self._outcomes.put((rank, []))
+            self._outcomes.put((rank, StepResult()))
         except BaseException as error:
             self._outcomes.put((rank, error))
             return
         inbox = self._inboxes[rank]
-        loop = StepLoop(runner, lambda tokens: self._outcomes.put((rank, tokens)), lambda: not inbox.empty())
+        loop = StepLoop(runner, lambda result: self._outcomes.put((rank, result)), lambda: not inbox.empty())
         while (plan := inbox.get()) is not None:
             try:
                 torch.set_num_threads(self._threads_for(rank, plan, share))

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.engine.rank.sampling.gumbel import sample_together
 from longspan.engine.rank.sampling.noise import mix, uniform
 from longspan.errors import EngineError
-from longspan.request import SampledToken, SamplingParams, TokenLogprobs
+from longspan.request import PromptScore, SampledToken, SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: dividing by less would only overflow."""
@@ -91,13 +91,12 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     def finish() -> list[SampledToken]:
         tokens, highest = arrived()
         _require_finite(highest, rows)
+        chosen = tokens.tolist()
+        logprobs = {i: _logprobs(raw, chosen[i], rows[i].params.logprobs or 0) for i, raw in described.items()}
         return [
-            SampledToken(
-                row.request_id, token, _logprobs(described[i], token, row.params.logprobs) if i in described else None,
-                row.position,
-            )
-            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
-        ]  # fmt: skip
+            SampledToken(row.request_id, token, logprobs.get(i), row.position)
+            for i, (row, token) in enumerate(zip(rows, chosen, strict=True))
+        ]
 
     return Sampling(token_ids, finish)
 
@@ -117,10 +116,10 @@ def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     return arrived
 
 
-def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[SampledToken]:
+def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[PromptScore]:
     """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
     return [
-        SampledToken(request_id, token, _logprobs(logits[row], token, count), position + row, scored=True)
+        PromptScore(request_id, position + row, _logprobs(logits[row], token, count))
         for row, token in enumerate(tokens)
     ]
 
@@ -229,10 +228,8 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     return ids[: int((mass < top_p).sum()) + 1]
 
 
-def _logprobs(raw: Tensor, token: int, count: int | None) -> TokenLogprobs | None:
+def _logprobs(raw: Tensor, token: int, count: int) -> TokenLogprobs:
     """Of raw logits [V]: the sampled token's, and those of the `count` most likely."""
-    if count is None:
-        return None
     normaliser = raw.logsumexp(dim=0)
     sampled = float(raw[token] - normaliser)
     if count == 0:
