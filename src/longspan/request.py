@@ -112,7 +112,7 @@ class TokenLogprobs:
 class SampledToken:
     """One token of one request, as a rank sampled it."""
 
-    request_id: int
+    request_id: str
     token_id: int
     # if they were asked for
     logprobs: TokenLogprobs | None = None
@@ -124,7 +124,7 @@ class SampledToken:
 class PromptScore:
     """How likely one of a prompt's own tokens was, after those before it."""
 
-    request_id: int
+    request_id: str
     # its index in the prompt
     position: int
     logprobs: TokenLogprobs
@@ -160,25 +160,28 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class CoreRequest:
-    """One completion. `output_token_ids` are those it already has: a core that starts anew continues after them.
+    """One completion."""
 
-    `prefill_at` are instances that can compute its prompt, to be asked in this order.
-    """
-
-    number: int
+    # what it is called from here to the ranks and back
+    request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
+    # its own: completions of one user's request have different ones
     seed: int
     max_tokens: int
+    # those it already has: a core that starts anew continues after them
     output_token_ids: Sequence[int] = ()
+    # instances that can compute its prompt, to be asked in this order
     prefill_at: tuple[str, ...] = ()
+    # whether its prompt is computed for another instance, which will fetch its pages
+    for_peer: bool = False
 
 
 @dataclass(frozen=True)
 class TokenOutput:
     """What a step gave one completion."""
 
-    number: int
+    request_id: str
     # new ones; the token that stops it is the last
     tokens: tuple[SampledToken, ...]
     # why it has ended, None if it goes on

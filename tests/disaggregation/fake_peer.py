@@ -28,7 +28,7 @@ from longspan.disaggregation.messages import (
     encode,
 )
 from longspan.engine.setup import EngineSetup
-from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
+from longspan.plan.source import Part, Source
 
 LIFE = "fake"
 
@@ -40,8 +40,8 @@ class FakePeer:
     parts: tuple[Part, ...]
     token_bytes: int
     welcome: Callable[[Source], Source | bytes] = lambda source: source
-    accept: Callable[[int, int], list[Any]] = lambda number, request: [Accepted(number, request)]
-    have: Callable[[int], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
+    accept: Callable[[int, str], list[Any]] = lambda number, request: [Accepted(number, request)]
+    have: Callable[[str], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
     block: Callable[[bytes], bytes] = lambda zeros: zeros
     greetings: int = 0
     address: str = ""
@@ -54,7 +54,7 @@ class FakePeer:
         Thread(target=self._run, args=(driver, rank), daemon=True).start()
 
     def _run(self, driver: zmq.Socket, rank: zmq.Socket) -> None:
-        poller, requests = zmq.Poller(), count(FIRST_FOR_OTHERS)
+        poller, requests = zmq.Poller(), (f"fake-{number}" for number in count())
         for socket in (driver, rank):
             poller.register(socket, zmq.POLLIN)
         try:
@@ -69,7 +69,7 @@ class FakePeer:
             for socket in (driver, rank):
                 socket.close(linger=0)
 
-    def _told(self, data: bytes, requests: Iterator[int]) -> Iterator[list[bytes]]:
+    def _told(self, data: bytes, requests: Iterator[str]) -> Iterator[list[bytes]]:
         match msgspec.msgpack.decode(data, type=ToPrefill):
             case Hello():
                 self.greetings += 1

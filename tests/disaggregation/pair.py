@@ -42,9 +42,9 @@ class Running:
 
     def __init__(self, config: EngineConfig) -> None:
         self.core = build_core(resolve(config))
-        self.outputs: dict[int, list[int]] = {}
-        self.cached: dict[int, int] = {}
-        self.ended: dict[int, Event] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
+        self.ended: dict[str, Event] = {}
         self.failure: BaseException | None = None
         self._todo: list[Any] = []
         self._stop = False
@@ -60,19 +60,19 @@ class Running:
         """Have the stepping thread do something."""
         self._todo.append(action)
 
-    def start(self, number: int, prompt: Sequence[int], tokens: int, prefill_at: Sequence[str] = (), **params: Any):
-        self.ended[number] = Event()
-        self.outputs[number] = []
+    def start(self, request_id: str, prompt: Sequence[int], tokens: int, prefill_at: Sequence[str] = (), **params: Any):
+        self.ended[request_id] = Event()
+        self.outputs[request_id] = []
         sampling = SamplingParams(temperature=0, max_tokens=tokens, **params)
-        request = CoreRequest(number, list(prompt), sampling, 0, tokens, prefill_at=tuple(prefill_at))
+        request = CoreRequest(request_id, list(prompt), sampling, 0, tokens, prefill_at=tuple(prefill_at))
         self.call(lambda: self.core.add(request))
 
-    def result(self, number: int) -> list[int]:
+    def result(self, request_id: str) -> list[int]:
         deadline = time.monotonic() + PATIENCE
-        while not self.ended[number].wait(0.05):
+        while not self.ended[request_id].wait(0.05):
             assert self.failure is None, self.failure
             assert time.monotonic() < deadline, "no result"
-        return self.outputs[number]
+        return self.outputs[request_id]
 
     def settle(self) -> None:
         """Until everything asked of it is done, and no page is held or lost."""
@@ -123,11 +123,11 @@ class Running:
             self.failure = error
 
     def _take(self, output: TokenOutput) -> None:
-        self.outputs[output.number] += [token.token_id for token in output.tokens]
-        self.cached[output.number] = output.num_cached_tokens
+        self.outputs[output.request_id] += [token.token_id for token in output.tokens]
+        self.cached[output.request_id] = output.num_cached_tokens
         if output.finish_reason is not None:
             assert output.finish_reason is not FinishReason.ERROR, output.error
-            self.ended[output.number].set()
+            self.ended[output.request_id].set()
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ class Pair:
     prefill: Running
     decode: Running
 
-    def complete(self, number: int, prompt: Sequence[int], tokens: int = 8, **params: Any) -> list[int]:
+    def complete(self, request_id: str, prompt: Sequence[int], tokens: int = 8, **params: Any) -> list[int]:
         """Through both sides."""
-        self.decode.start(number, prompt, tokens, (self.prefill.address,), **params)
-        return self.decode.result(number)
+        self.decode.start(request_id, prompt, tokens, (self.prefill.address,), **params)
+        return self.decode.result(request_id)
 
     def assert_fetched(self, *tokens: int) -> None:
         """The decode side has taken in this many tokens of as many prompts, with all bytes of each, and no more."""

@@ -36,9 +36,9 @@ def test_a_prefill_instance_that_dies_is_replaced_by_another():
     with instance("decode", config_of(tp=2, dcp=2)) as decode, instance("prefill", config_of(pcp=2)) as second:
         with instance("prefill") as first:
             first.pause_when = in_the_middle(first)
-            decode.start(0, PROMPT, 8, (first.address, second.address))
+            decode.start("0", PROMPT, 8, (first.address, second.address))
             decode.wait_until(lambda: decode.bytes_here > 0)
-        assert decode.result(0) == expected("llama", PROMPT)
+        assert decode.result("0") == expected("llama", PROMPT)
         assert decode.core.role.counters.retried == decode.core.role.counters.fetched == 1
         decode.settle()
         second.settle()
@@ -48,9 +48,9 @@ def test_the_decode_instance_computes_a_prompt_itself_if_nobody_is_left():
     with instance("decode", config_of(tp=2, dcp=2)) as decode:
         with instance("prefill") as first:
             first.pause_when = in_the_middle(first)
-            decode.start(0, PROMPT, 8, (first.address,))
+            decode.start("0", PROMPT, 8, (first.address,))
             decode.wait_until(lambda: decode.bytes_here > 0)
-        assert decode.result(0) == expected("llama", PROMPT)
+        assert decode.result("0") == expected("llama", PROMPT)
         assert decode.core.role.counters.fetched == 0
         decode.settle()
 
@@ -58,23 +58,23 @@ def test_the_decode_instance_computes_a_prompt_itself_if_nobody_is_left():
 def test_an_address_where_nobody_listens_costs_no_time():
     with socket.socket() as free, instance("decode") as decode:
         free.bind(("127.0.0.1", 0))
-        decode.start(0, PROMPT, 8, (f"tcp://127.0.0.1:{free.getsockname()[1]}",))
-        assert decode.result(0) == expected("llama", PROMPT)
+        decode.start("0", PROMPT, 8, (f"tcp://127.0.0.1:{free.getsockname()[1]}",))
+        assert decode.result("0") == expected("llama", PROMPT)
 
 
 def test_an_address_that_never_answers_is_waited_for_no_longer_than_the_patience():
     with socket.socket() as deaf, instance("decode", patience_seconds=0.3) as decode:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen()
-        decode.start(0, PROMPT, 8, (f"tcp://127.0.0.1:{deaf.getsockname()[1]}",))
-        assert decode.result(0) == expected("llama", PROMPT)
+        decode.start("0", PROMPT, 8, (f"tcp://127.0.0.1:{deaf.getsockname()[1]}",))
+        assert decode.result("0") == expected("llama", PROMPT)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "tcp://", "tcp://127.0.0.1:99999", "http://127.0.0.1:80"])
 def test_an_address_that_is_none_does_no_harm(address):
     with instance("decode") as decode:
-        decode.start(0, PROMPT, 8, (address,))
-        assert decode.result(0) == expected("llama", PROMPT)
+        decode.start("0", PROMPT, 8, (address,))
+        assert decode.result("0") == expected("llama", PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_an_address_that_is_none_does_no_harm(address):
 )
 def test_an_instance_of_another_kind_is_refused_with_the_reason(other, reason, caplog):
     with caplog.at_level(logging.WARNING), instance("prefill", other) as first, instance("decode") as decode:
-        decode.start(0, PROMPT, 8, (first.address,))
-        assert decode.result(0) == expected("llama", PROMPT)
+        decode.start("0", PROMPT, 8, (first.address,))
+        assert decode.result("0") == expected("llama", PROMPT)
         assert decode.core.role.counters.fetched == 0
     assert reason in caplog.text
 
@@ -97,9 +97,9 @@ def test_an_instance_of_another_kind_is_refused_with_the_reason(other, reason, c
 def test_a_request_that_is_aborted_frees_pages_on_both_sides():
     with pair(config_of(budget=16), config_of()) as both:
         both.prefill.pause_when = in_the_middle(both.prefill)
-        both.decode.start(0, PROMPT, 8, (both.prefill.address,))
+        both.decode.start("0", PROMPT, 8, (both.prefill.address,))
         both.decode.wait_until(lambda: both.decode.bytes_here > 0)
-        both.decode.call(lambda: both.decode.core.finish(0))
+        both.decode.call(lambda: both.decode.core.finish("0"))
         both.prefill.pause_when = lambda: False
         both.decode.settle()
         both.prefill.settle()
@@ -109,7 +109,7 @@ def test_a_decode_instance_that_dies_leaves_no_pages_behind():
     with instance("prefill") as first:
         with instance("decode") as decode:
             first.pause_when = in_the_middle(first)
-            decode.start(0, PROMPT, 8, (first.address,))
+            decode.start("0", PROMPT, 8, (first.address,))
             decode.wait_until(lambda: decode.bytes_here > 0)
         first.pause_when = lambda: False
         first.settle()
@@ -117,22 +117,22 @@ def test_a_decode_instance_that_dies_leaves_no_pages_behind():
 
 def test_pages_that_nobody_fetches_are_let_go_and_the_request_completes():
     with pair(config_of(), config_of(memory=60 * 4 * 256), hold_seconds=0.5) as both:
-        both.decode.start(0, prompt_of(120, seed=3), 100)  # takes most pages, and keeps them for a while
+        both.decode.start("0", prompt_of(120, seed=3), 100)  # takes most pages, and keeps them for a while
         both.decode.pause_when = lambda: False
-        both.decode.start(1, PROMPT, 8, (both.prefill.address,))
-        assert both.decode.result(1) == expected("llama", PROMPT)
+        both.decode.start("1", PROMPT, 8, (both.prefill.address,))
+        assert both.decode.result("1") == expected("llama", PROMPT)
         both.prefill.settle()
 
 
 def test_a_prompt_that_was_preempted_on_the_prefill_side_goes_on():
     prompts = [tuple(prompt_of(60, seed)) for seed in range(3)]
     with pair(config_of(memory=40 * 4 * 256, budget=16), config_of()) as both:
-        both.prefill.start(9, prompt_of(20), 60)
+        both.prefill.start("9", prompt_of(20), 60)
         for number, prompt in enumerate(prompts):
-            both.decode.start(number, prompt, 8, (both.prefill.address,))
+            both.decode.start(str(number), prompt, 8, (both.prefill.address,))
         for number, prompt in enumerate(prompts):
-            assert both.decode.result(number) == expected("llama", prompt)
-        both.prefill.result(9)
+            assert both.decode.result(str(number)) == expected("llama", prompt)
+        both.prefill.result("9")
         both.prefill.settle()
 
 
@@ -140,16 +140,16 @@ def test_a_preempted_request_is_computed_again_where_it_is():
     prompts = [tuple(prompt_of(40, seed)) for seed in range(3)]
     with pair(config_of(), config_of(memory=40 * 4 * 256)) as both:
         for number, prompt in enumerate(prompts):
-            both.decode.start(number, prompt, 40, (both.prefill.address,))
+            both.decode.start(str(number), prompt, 40, (both.prefill.address,))
         for number, prompt in enumerate(prompts):
-            assert both.decode.result(number) == expected("llama", prompt, 40)
+            assert both.decode.result(str(number)) == expected("llama", prompt, 40)
         assert both.decode.core.scheduler.preemptions > 0
 
 
 def test_a_prefill_instance_that_stops_sending_is_given_up(monkeypatch):
     monkeypatch.setattr(PageSender, "_answer", lambda *_: None)
     with pair(config_of(), config_of(), patience_seconds=0.5) as both:
-        assert both.complete(0, PROMPT) == expected("llama", PROMPT)
+        assert both.complete("0", PROMPT) == expected("llama", PROMPT)
         assert both.decode.core.role.counters.retried == 1
         both.prefill.settle()
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from longspan.plan.source import is_for_others
 from tests.disaggregation.pair import config_of, expected, pair
 from tests.oracle import prompt_of
 
@@ -24,9 +23,9 @@ def test_pages_fit_any_other_layout(model, prefill, decode):
     prompts = [tuple(prompt_of(length)) for length in lengths]
     with pair(config_of(model, **prefill), config_of(model, **decode)) as both:
         for number, prompt in enumerate(prompts):
-            both.decode.start(number, prompt, 8, (both.prefill.address,))
+            both.decode.start(str(number), prompt, 8, (both.prefill.address,))
         for number, prompt in enumerate(prompts):
-            assert both.decode.result(number) == expected(model, prompt)
+            assert both.decode.result(str(number)) == expected(model, prompt)
         both.prefill.settle()
         both.decode.settle()
         assert both.decode.core.role.counters.retried == 0
@@ -40,24 +39,24 @@ def test_quantised_rows_travel_with_their_scales(model, kv):
     prompt = tuple(prompt_of(100))
     layouts = config_of(model, kv=kv, pcp=2, page_size=8), config_of(model, kv=kv, tp=2, page_size=4)
     with pair(*layouts) as both:
-        through_both = both.complete(0, prompt)
-        both.decode.start(1, [*prompt[:50], 1, *prompt[51:]], 8)  # computed here: no more than half of it is known
-        both.prefill.start(2, prompt, 8)
-        assert through_both == both.prefill.result(2)
+        through_both = both.complete("0", prompt)
+        both.decode.start("1", [*prompt[:50], 1, *prompt[51:]], 8)  # computed here: no more than half of it is known
+        both.prefill.start("2", prompt, 8)
+        assert through_both == both.prefill.result("2")
         both.assert_fetched(99)
 
 
 def test_pages_go_from_process_to_process():
     prompt = tuple(prompt_of(100))
     with pair(config_of(executor="processes", pcp=2), config_of(executor="processes", tp=2, page_size=8)) as both:
-        assert both.complete(0, prompt) == expected("llama", prompt)
+        assert both.complete("0", prompt) == expected("llama", prompt)
         both.assert_fetched(99)
 
 
 def test_as_many_bytes_arrive_as_the_tokens_have():
     prompt = tuple(prompt_of(100))
     with pair(config_of(pcp=2, page_size=8), config_of(tp=2, dcp=2, page_size=4)) as both:
-        both.complete(0, prompt)
+        both.complete("0", prompt)
         row = both.decode.core.setup.layout
         counters = both.decode.core.role.counters
         assert counters.tokens == 99
@@ -67,27 +66,27 @@ def test_as_many_bytes_arrive_as_the_tokens_have():
 def test_replicated_heads_arrive_at_each_replica():
     prompt = tuple(prompt_of(100))
     with pair(config_of("deepseek-v3", pcp=2), config_of("deepseek-v3", tp=2)) as both:
-        both.complete(0, prompt)
+        both.complete("0", prompt)
         assert both.decode.core.role.counters.bytes == 2 * 99 * both.decode.core.setup.layout.bytes_per_token
 
 
 def test_pages_that_the_decode_side_has_are_not_sent():
     first, second = tuple(prompt_of(64)), tuple(prompt_of(64)) + tuple(prompt_of(40, seed=1))
     with pair(config_of(pcp=2), config_of(tp=2, dcp=2)) as both:
-        both.complete(0, first)
+        both.complete("0", first)
         both.assert_fetched(63)
-        assert both.complete(1, second) == expected("llama", second)
-        assert both.decode.cached[1] == 64
+        assert both.complete("1", second) == expected("llama", second)
+        assert both.decode.cached["1"] == 64
         both.assert_fetched(63, 103 - 64)
 
 
 def test_what_was_fetched_is_found_by_others():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of()) as both:
-        both.complete(0, prompt)
-        both.decode.start(1, prompt, 8)
-        assert both.decode.result(1) == expected("llama", prompt)
-        assert both.decode.cached[1] == 96
+        both.complete("0", prompt)
+        both.decode.start("1", prompt, 8)
+        assert both.decode.result("1") == expected("llama", prompt)
+        assert both.decode.cached["1"] == 96
         both.assert_fetched(99)
 
 
@@ -95,29 +94,29 @@ def test_a_prompt_that_is_known_but_for_a_page_is_computed_where_it_is():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of()) as both:
         for number in range(2):
-            assert both.complete(number, prompt) == expected("llama", prompt)
+            assert both.complete(str(number), prompt) == expected("llama", prompt)
         both.assert_fetched(99)
 
 
 def test_a_short_context_gets_a_home():
     prompt = tuple(prompt_of(8))
     with pair(config_of(page_size=2), config_of(pcp=3, page_size=2)) as both:
-        both.decode.start(0, prompt, 30, (both.prefill.address,))
-        assert both.decode.result(0) == expected("llama", prompt, 30)
+        both.decode.start("0", prompt, 30, (both.prefill.address,))
+        assert both.decode.result("0") == expected("llama", prompt, 30)
         both.assert_fetched(7)
 
 
 def test_scored_prompts_are_computed_where_the_scores_are():
     with pair(config_of(), config_of()) as both:
-        assert both.complete(0, tuple(prompt_of(50)), prompt_logprobs=0) == expected("llama", tuple(prompt_of(50)))
+        assert both.complete("0", tuple(prompt_of(50)), prompt_logprobs=0) == expected("llama", tuple(prompt_of(50)))
         both.assert_fetched()
 
 
 def test_penalties_see_the_fetched_prompt():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of(pcp=2)) as both:
-        both.prefill.start(0, prompt, 8, repetition_penalty=1.7)
-        assert both.complete(0, prompt, repetition_penalty=1.7) == both.prefill.result(0)
+        both.prefill.start("0", prompt, 8, repetition_penalty=1.7)
+        assert both.complete("0", prompt, repetition_penalty=1.7) == both.prefill.result("0")
         both.assert_fetched(99)
 
 
@@ -127,9 +126,9 @@ def test_more_requests_than_pages_wait_for_their_turn():
     with pair(small, small) as both:
         assert both.decode.core.cache.num_pages < 60 * 6 // 4
         for number, prompt in enumerate(prompts):
-            both.decode.start(number, prompt, 30, (both.prefill.address,))
+            both.decode.start(str(number), prompt, 30, (both.prefill.address,))
         for number, prompt in enumerate(prompts):
-            assert both.decode.result(number) == expected("llama", prompt, 30)
+            assert both.decode.result(str(number)) == expected("llama", prompt, 30)
         both.prefill.settle()
         both.decode.settle()
         both.assert_fetched(*[59] * 6)
@@ -139,23 +138,23 @@ def test_chunks_leave_while_the_next_is_computed():
     with pair(config_of(budget=16), config_of()) as both:
         running = both.prefill.core.scheduler.running
         both.prefill.pause_when = lambda: any(sequence.computed == 160 for sequence in running)
-        both.decode.start(0, prompt_of(400), 4, (both.prefill.address,))
+        both.decode.start("0", prompt_of(400), 4, (both.prefill.address,))
         both.decode.wait_until(lambda: both.decode.bytes_here == 160 * both.decode.core.setup.layout.bytes_per_token)
         both.prefill.pause_when = lambda: False
-        assert both.decode.result(0) == expected("llama", tuple(prompt_of(400)), 4)
+        assert both.decode.result("0") == expected("llama", tuple(prompt_of(400)), 4)
         both.assert_fetched(399)
 
 
 def test_without_overlap_the_tokens_are_the_same():
     with pair(config_of(budget=16), config_of(), overlap=False) as both:
-        assert both.complete(0, prompt_of(100)) == expected("llama", tuple(prompt_of(100)))
+        assert both.complete("0", prompt_of(100)) == expected("llama", tuple(prompt_of(100)))
         both.assert_fetched(99)
 
 
 def test_a_prefill_instance_serves_users_too():
     prompt = tuple(prompt_of(40))
     with pair(config_of(), config_of()) as both:
-        both.prefill.start(7, prompt, 8)
-        assert both.complete(0, prompt) == both.prefill.result(7) == expected("llama", prompt)
-        assert not any(map(is_for_others, both.prefill.outputs))
+        both.prefill.start("7", prompt, 8)
+        assert both.complete("0", prompt) == both.prefill.result("7") == expected("llama", prompt)
+        assert list(both.prefill.outputs) == ["7"]
         both.assert_fetched(39)

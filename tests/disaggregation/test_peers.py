@@ -13,6 +13,7 @@ from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.messages import (
     Accepted,
     Ask,
+    Block,
     Ended,
     Have,
     Hello,
@@ -26,7 +27,7 @@ from longspan.disaggregation.messages import (
 )
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
-from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
+from longspan.plan.source import Part, Source
 from tests.disaggregation.fake_peer import LIFE, fake_peer, with_part
 from tests.disaggregation.pair import Running, config_of, expected, pair
 from tests.oracle import prompt_of
@@ -48,10 +49,10 @@ def decode_instance(**options):
 
 def assert_computed_elsewhere(**answers):
     with decode_instance() as decode, fake_peer(decode.core.setup, **answers) as peer:
-        decode.start(0, PROMPT, 8, (peer.address,))
-        assert decode.result(0) == expected("llama", PROMPT)
-        decode.start(1, PROMPT, 8)  # what was fetched is no part of the prefix cache
-        assert decode.result(1) == expected("llama", PROMPT)
+        decode.start("0", PROMPT, 8, (peer.address,))
+        assert decode.result("0") == expected("llama", PROMPT)
+        decode.start("1", PROMPT, 8)  # what was fetched is no part of the prefix cache
+        assert decode.result("1") == expected("llama", PROMPT)
         assert peer.greetings == 1
         counters = decode.core.role.counters
         assert (counters.retried, counters.fetched) == (1, 0)
@@ -76,15 +77,10 @@ def test_a_welcome_that_cannot_be_ends_its_connection_only(welcome):
     assert_computed_elsewhere(welcome=welcome)
 
 
-ACCEPTANCES = {
-    "twice": lambda number, request: [Accepted(number, request), Accepted(number, request + 1)],
-    "under a number of users' requests": lambda number, _: [Accepted(number, 5)],
-}
-
-
-@pytest.mark.parametrize("accept", ACCEPTANCES.values(), ids=ACCEPTANCES.keys())
-def test_a_prompt_that_is_accepted_as_it_cannot_be_is_computed_elsewhere(accept):
-    assert_computed_elsewhere(accept=accept)
+def test_a_prompt_that_is_accepted_twice_is_computed_elsewhere():
+    assert_computed_elsewhere(
+        accept=lambda number, request: [Accepted(number, request), Accepted(number, request + "again")]
+    )
 
 
 RANKS = {
@@ -101,40 +97,40 @@ def test_what_a_rank_sends_and_cannot_be_ends_its_fetch_only(answers):
     assert_computed_elsewhere(**answers)
 
 
-def test_two_prompts_under_one_number_are_not_taken_for_each_other():
+def test_two_prompts_of_one_name_are_not_taken_for_each_other():
     with (
         decode_instance() as decode,
         fake_peer(
             decode.core.setup, have=lambda request: Have(LIFE, request, []),
-            accept=lambda number, _: [Accepted(number, FIRST_FOR_OTHERS)],
+            accept=lambda number, _: [Accepted(number, "same")],
         ) as peer,
     ):  # fmt: skip
         prompts = [tuple(prompt_of(100, seed)) for seed in range(2)]
         for number, prompt in enumerate(prompts):
-            decode.start(number, prompt, 8, (peer.address,))
+            decode.start(str(number), prompt, 8, (peer.address,))
         for number, prompt in enumerate(prompts):
-            assert decode.result(number) == expected("llama", prompt)
+            assert decode.result(str(number)) == expected("llama", prompt)
 
 
 def test_requests_go_on_with_a_good_peer_beside_a_bad_one():
     with pair(config_of(), config_of()) as both, fake_peer(both.decode.core.setup, block=lambda zeros: b"") as bad:
-        both.decode.start(0, PROMPT, 8, (bad.address, both.prefill.address))
-        assert both.decode.result(0) == expected("llama", PROMPT)
+        both.decode.start("0", PROMPT, 8, (bad.address, both.prefill.address))
+        assert both.decode.result("0") == expected("llama", PROMPT)
         assert both.decode.core.role.counters.fetched == both.decode.core.role.counters.retried == 1
 
 
 def test_what_a_peer_sends_is_taken_if_its_form_is_right():
     with decode_instance() as decode, fake_peer(decode.core.setup) as peer:
-        decode.start(0, PROMPT, 8, (peer.address,))
-        assert decode.result(0) != expected("llama", PROMPT)  # so who may be a peer is to be guarded
+        decode.start("0", PROMPT, 8, (peer.address,))
+        assert decode.result("0") != expected("llama", PROMPT)  # so who may be a peer is to be guarded
         assert decode.core.role.counters.fetched == 1
 
 
 def test_a_request_that_names_nobody_goes_to_the_configured_peers_in_turn():
     with pair(config_of(), config_of()) as both, decode_instance(prefill_peers=(both.prefill.address,)) as decode:
         for number, prompt in enumerate((PROMPT, tuple(prompt_of(100, seed=1)))):
-            decode.start(number, prompt, 8)
-            assert decode.result(number) == expected("llama", prompt)
+            decode.start(str(number), prompt, 8)
+            assert decode.result(str(number)) == expected("llama", prompt)
         assert decode.core.role.counters.fetched == 2
 
 
@@ -186,8 +182,8 @@ def test_a_number_that_a_decode_instance_uses_twice_is_refused():
         assert "in use" in answer(socket, Ended).reason
         socket.send(encode(Release(1)))
         running.settle()
-        running.start(0, PROMPT, 8)
-        assert running.result(0) == expected("llama", PROMPT)
+        running.start("0", PROMPT, 8)
+        assert running.result("0") == expected("llama", PROMPT)
 
 
 @pytest.mark.parametrize("data", [NO_TEXT, NESTED, b""], ids=["no text", "nested", "nothing"])
@@ -198,11 +194,25 @@ def test_bytes_that_are_no_message_cost_a_prefill_instance_nothing(data):
         rank.connect(source.addresses[0])
         for line in (socket, rank):
             line.send(data)
-        rank.send(encode(Ask(source.life, 3, FIRST_FOR_OTHERS, (0, 1), (0, 1), ((0, 1),))))
+        rank.send(encode(Ask(source.life, 3, "nobody's", (0, 1), (0, 1), ((0, 1),))))
         assert answer(rank, Missing, ToReceiver).block == 3  # so the rank has read what came before
         greeted(running, socket)
-        running.start(0, PROMPT, 8)
-        assert running.result(0) == expected("llama", PROMPT)
+        running.start("0", PROMPT, 8)
+        assert running.result("0") == expected("llama", PROMPT)
+
+
+def test_pages_of_a_users_request_are_given_to_nobody():
+    with spoken_to() as (running, socket):
+        source = greeted(running, socket)
+        rank = socket.context.socket(zmq.DEALER)
+        rank.connect(source.addresses[0])
+        running.pause_when = lambda: any(s.computed >= len(PROMPT) for s in running.core.scheduler.running)
+        running.start("0", PROMPT, 8)
+        running.wait_until(running.pause_when)
+        rank.send(encode(Ask(source.life, 3, "0", (0, 1), (0, 1), ((0, 50),))))
+        assert answer(rank, (Block, Missing), ToReceiver) == Missing(3)
+        running.pause_when = lambda: False
+        assert running.result("0") == expected("llama", PROMPT)
 
 
 def test_a_question_that_names_a_token_twice_is_not_answered():

@@ -147,7 +147,7 @@ def test_an_engine_that_cannot_start_leaves_no_file_open(small, monkeypatch):
     def fails(_: object) -> None:
         raise WorkerDied("no rank today")
 
-    monkeypatch.setattr("longspan.engine.driver.core.create_executor", fails)
+    monkeypatch.setattr("longspan.engine.driver.build.create_executor", fails)
     with pytest.raises(WorkerDied):
         small()
     assert open_files() == opened

@@ -59,6 +59,19 @@ def test_what_was_computed_behind_an_end_is_dropped(tiny):
     llm.engine.scheduler.check_integrity()
 
 
+def test_an_id_may_be_used_again_while_a_step_of_the_request_that_had_it_is_under_way(tiny):
+    engine = tiny(run_ahead=True).engine
+    engine.add_request("again", PROMPTS[0], GREEDY)
+    for _ in range(4):
+        engine.step()
+    assert engine.core.steps_under_way
+    engine.abort("again")
+    engine.add_request("again", PROMPTS[1], GREEDY)
+    outputs = [output for _ in range(60) if engine.has_unfinished for output in engine.step()]
+    assert outputs[-1].outputs[0].token_ids == greedy(oracle("llama"), PROMPTS[1], 24)[0]
+    engine.scheduler.check_integrity()
+
+
 def test_no_step_is_computed_for_tokens_beyond_the_last(tiny):
     llm = tiny(run_ahead=True)
     plans = watch_plans(llm)

@@ -125,13 +125,13 @@ def test_page_keys_given_from_outside_place_and_share_as_real_tokens_do(tmp_path
             instance.advance(ask.arrival_s)
         keyed.add(ask.number, ask.prompt_tokens, ask.max_tokens, list(ask.page_keys(16)), ask.arrival_s)
         real.add(ask.number, ask.prompt_tokens, ask.max_tokens, (), ask.arrival_s)
-        real.scheduler.finish(ask.number)
-        real.scheduler.add(ask.number, prompt, SamplingParams(temperature=0), 0, ask.max_tokens)
+        real.scheduler.finish(str(ask.number))
+        real.scheduler.add(str(ask.number), prompt, SamplingParams(temperature=0), 0, ask.max_tokens)
         for instance in (keyed, real):
             instance.advance(ask.arrival_s + 0.1)
-        assert keyed.scheduler.cached_tokens(ask.number) == real.scheduler.cached_tokens(ask.number)
-        assert keyed.scheduler.table(ask.number).pages == real.scheduler.table(ask.number).pages
-    assert keyed.scheduler.cached_tokens(3) == 1088
+        assert keyed.scheduler.cached_tokens(str(ask.number)) == real.scheduler.cached_tokens(str(ask.number))
+        assert keyed.scheduler.table(str(ask.number)).pages == real.scheduler.table(str(ask.number)).pages
+    assert keyed.scheduler.cached_tokens("3") == 1088
 
 
 def test_a_shared_prefix_is_computed_once():

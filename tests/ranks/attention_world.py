@@ -117,8 +117,8 @@ class World:
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
         self.mirrors = [Mirror(at.page_size, shards) for _ in range(self.grid.world_size)]
         self.plans: list[StepPlan] = []
-        self.left: dict[int, int] = {}  # tokens that a request still wants
-        self.prefixes: dict[int, list[_Prefix]] = {}  # of every request, at every position with a known token
+        self.left: dict[str, int] = {}  # tokens that a request still wants
+        self.prefixes: dict[str, list[_Prefix]] = {}  # of every request, at every position with a known token
         self.worst_error = 0.0
 
     def _attention(self, rank: int, fabric: ThreadFabric, pages: tuple[int, ...]) -> Attention:
@@ -145,7 +145,7 @@ class World:
             at.windows,
         )
 
-    def add(self, request_id: int, prompt: list[int], max_tokens: int) -> None:
+    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
         self.scheduler.add(request_id, prompt, params, 0, max_tokens)
@@ -154,7 +154,7 @@ class World:
         for token in prompt:
             self._known(request_id, token)
 
-    def _known(self, request_id: int, token: int) -> None:
+    def _known(self, request_id: str, token: int) -> None:
         so_far = self.prefixes[request_id]
         so_far.append(_prefix(so_far[-1] if so_far else None, token))
 
@@ -170,7 +170,7 @@ class World:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
                 ends = [segment for segment in plan.segments if segment.sample]
-                sampled = tuple(SampledToken(s.request_id, (s.stop * 7 + s.request_id) % 5) for s in ends)
+                sampled = tuple(SampledToken(s.request_id, (s.stop * 7 + int(s.request_id)) % 5) for s in ends)
                 self.scheduler.commit(plan, StepResult(sampled))
                 for token in sampled:
                     self._known(token.request_id, token.token_id)
@@ -202,7 +202,7 @@ class World:
             out = attention(AttentionLayer(index, window), q, k, v)
             self._check(prefixes, self.shardings[rank], out, window)
 
-    def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[int, int]]:
+    def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[str, int]]:
         """(request, position) of a rank's rows: decode before prefill, local before travelling."""
         mine = [s for s in plan.segments if s.pcp == pcp]
         mine.sort(key=lambda s: (s.prefill, s.travels))

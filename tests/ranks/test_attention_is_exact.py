@@ -53,9 +53,9 @@ def assert_exact(world):
 def test_every_row_equals_dense_attention(grid, heads, schedule):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, *heads, page_size=4, schedule=schedule, budget=40))
-    world.add(0, [1] * 61, 4)
-    world.add(1, [2] * 7, 6)
-    world.add(2, [3], 3)
+    world.add("0", [1] * 61, 4)
+    world.add("1", [2] * 7, 6)
+    world.add("2", [3], 3)
     world.run()
     assert_exact(world)
 
@@ -77,7 +77,7 @@ def test_several_requests_travel_in_one_step(grid, schedule):
 @pytest.mark.parametrize(("schedule", "budget"), SCHEDULES_AND_BUDGETS)
 def test_any_page_size_and_chunk_size(page_size, budget, schedule):
     world = World(Layout(2, 2, 2, page_size=page_size, budget=budget, pages=128 // page_size + 2, schedule=schedule))
-    world.add(0, [1] * 70, 5)
+    world.add("0", [1] * 70, 5)
     world.run()
     assert_exact(world)
 
@@ -87,8 +87,8 @@ def test_any_page_size_and_chunk_size(page_size, budget, schedule):
 def test_partials_merge_inside_machines_of_any_size(grid, ranks_per_node):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, 12, 3, schedule="tree_q", budget=40, ranks_per_node=ranks_per_node))
-    world.add(0, [1] * 61, 4)
-    world.add(1, [2] * 7, 6)
+    world.add("0", [1] * 61, 4)
+    world.add("1", [2] * 7, 6)
     world.run()
     assert_exact(world)
 
@@ -102,9 +102,9 @@ WINDOWS = [(3,), (None, 5), (None, 16, 1), (40, 12)]
 def test_windowed_layers_see_their_window_and_no_more(grid, schedule, windows):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, 12, 3, page_size=4, schedule=schedule, budget=40, windows=windows))
-    world.add(0, [1] * 61, 4)
-    world.add(1, [2] * 7, 20)
-    world.add(2, [3], 3)
+    world.add("0", [1] * 61, 4)
+    world.add("1", [2] * 7, 20)
+    world.add("2", [3], 3)
     world.run()
     assert_exact(world)
 
@@ -115,9 +115,9 @@ def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
     pages = 128 // page_size + 2
     layout = Layout(2, 2, 2, page_size=page_size, budget=budget, pages=pages, schedule=schedule, windows=(None, 9))
     world = World(layout)
-    world.add(0, [1] * 70, 5)
+    world.add("0", [1] * 70, 5)
     world.run()
-    world.add(1, [1] * 33 + [2] * 20, 5)
+    world.add("1", [1] * 33 + [2] * 20, 5)
     world.run()
     assert_exact(world)
 
@@ -127,7 +127,7 @@ def test_windows_of_any_page_and_chunk_size(page_size, budget, schedule):
 def test_requests_that_travel_in_some_layers_and_not_in_others(pcp, schedule):
     world = World(Layout(pcp=pcp, page_size=4, schedule=schedule, budget=48, local_context=8, windows=(None, 11, 3)))
     for number, length in enumerate((1, 3, 16, 33, 100)):
-        world.add(number, [number] * length, 10)
+        world.add(str(number), [number] * length, 10)
     world.run()
     kinds = {segment.travels for plan in world.plans for segment in plan.segments}
     assert kinds == {0, 1, 2, 3}
@@ -136,7 +136,7 @@ def test_requests_that_travel_in_some_layers_and_not_in_others(pcp, schedule):
 
 def test_windows_through_a_workspace_of_one_token_a_shard():
     world = World(Layout(pcp=2, schedule="gather_kv", workspace_tokens=2, windows=(None, 7)))
-    world.add(0, [1] * 40, 3)
+    world.add("0", [1] * 40, 3)
     world.run()
     assert_exact(world)
 
@@ -147,7 +147,7 @@ def test_the_fast_backend_under_windows_is_the_slow_one():
             Layout(pcp=2, q_heads=6, kv_heads=2, page_size=4, budget=600, pages=200, windows=windows),
             backend=CpuBackend(),
         )
-        world.add(0, [1] * 600, 3)
+        world.add("0", [1] * 600, 3)
         world.run()
         assert world.worst_error < 1e-10
 
@@ -155,9 +155,9 @@ def test_the_fast_backend_under_windows_is_the_slow_one():
 def test_what_lies_before_a_window_does_not_travel():
     def bytes_of(windows):
         world = World(Layout(pcp=2, page_size=4, schedule="gather_kv", budget=64, windows=windows))
-        world.add(0, [1] * 64, 1)
+        world.add("0", [1] * 64, 1)
         world.run()
-        world.add(1, [1] * 60 + [2] * 60, 1)
+        world.add("1", [1] * 60 + [2] * 60, 1)
         world.run()
         return sum(traffic.bytes_by_label["gather_kv"] for traffic in world.traffic)
 
@@ -167,10 +167,10 @@ def test_what_lies_before_a_window_does_not_travel():
 @pytest.mark.parametrize("schedule", TRAVELLING)
 def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
     world = World(Layout(pcp=2, page_size=4, budget=64, schedule=schedule, windows=(8,)))
-    world.add(0, [1] * 50, 12)
+    world.add("0", [1] * 50, 12)
     world.run(steps=1)
     for rank, mirror in enumerate(world.mirrors):
-        for span in mirror.table(0).spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
+        for span in mirror.table("0").spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
             world.attentions[rank].pool.layers[0].values[:, :, span.slot : span.slot + span.length] = float("nan")
     world.run()
     assert_exact(world)
@@ -179,18 +179,18 @@ def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
 @pytest.mark.parametrize("shared", range(21))
 def test_prefix_hits_of_every_length(shared):
     world = World(Layout(pcp=3, page_size=1, pages=40))
-    world.add(0, [1] * 20, 2)
+    world.add("0", [1] * 20, 2)
     world.run()
-    world.add(1, [1] * shared + [2] * (20 - shared), 2)
+    world.add("1", [1] * shared + [2] * (20 - shared), 2)
     world.run()
-    hit = next(s.start for s in world.plans[-2].segments if s.request_id == 1)
+    hit = next(s.start for s in world.plans[-2].segments if s.request_id == "1")
     assert hit == min(shared, 19)
     assert_exact(world)
 
 
 def test_workspace_of_one_token_a_shard_gives_the_same():
     world = World(Layout(pcp=2, schedule="gather_kv", workspace_tokens=2))
-    world.add(0, [1] * 40, 3)
+    world.add("0", [1] * 40, 3)
     world.run()
     assert_exact(world)
 
@@ -198,7 +198,7 @@ def test_workspace_of_one_token_a_shard_gives_the_same():
 def test_short_contexts_stay_on_one_shard_and_move_nothing():
     world = World(Layout(pcp=4, local_context=32, budget=64))
     for request_id in range(6):
-        world.add(request_id, [request_id] * 20, 8)
+        world.add(str(request_id), [request_id] * 20, 8)
     world.run()
     assert all(not segment.travels for plan in world.plans for segment in plan.segments)
     assert sum(sum(t.bytes_by_label.values()) for t in world.traffic) == 0
@@ -207,7 +207,7 @@ def test_short_contexts_stay_on_one_shard_and_move_nothing():
 
 def test_a_growing_context_spreads_without_moving_a_page():
     world = World(Layout(pcp=3, local_context=16, page_size=4))
-    world.add(0, [1] * 10, 60)
+    world.add("0", [1] * 10, 60)
     world.run()
     shards = [page.shard for plan in world.plans for new in plan.new_pages for page in new.pages]
     assert len(set(shards[:4])) == 1, "the first 16 tokens live on one shard"
@@ -217,7 +217,7 @@ def test_a_growing_context_spreads_without_moving_a_page():
 
 def test_shards_of_unequal_size_fill_one_after_the_other():
     world = World(Layout(pcp=3, page_size=4, pages=(2, 30, 5)))
-    world.add(0, [1] * 120, 4)
+    world.add("0", [1] * 120, 4)
     world.run()
     assert_exact(world)
 
@@ -225,7 +225,7 @@ def test_shards_of_unequal_size_fill_one_after_the_other():
 def test_more_requests_than_memory_are_preempted_and_stay_exact():
     world = World(Layout(pcp=2, page_size=2, pages=12, budget=16))
     for request_id in range(5):
-        world.add(request_id, [request_id] * 9, 12)
+        world.add(str(request_id), [request_id] * 9, 12)
     world.run()
     assert world.scheduler.preemptions > 0
     assert_exact(world)
@@ -234,8 +234,8 @@ def test_more_requests_than_memory_are_preempted_and_stay_exact():
 def test_the_cpu_backend_equals_the_reference_in_fp32():
     for layout in (Layout(pcp=2, head_dim=16), Layout(4, 2, 4, q_heads=12, kv_heads=3, head_dim=16)):
         world = World(layout, CpuBackend(), torch.float32)
-        world.add(0, [1] * 61, 4)
-        world.add(1, [2] * 20, 4)
+        world.add("0", [1] * 61, 4)
+        world.add("1", [2] * 20, 4)
         world.run()
         assert world.worst_error < 1e-5
 
@@ -246,9 +246,9 @@ def test_a_quantised_cache_is_read_as_it_was_written_whatever_travels(schedule, 
     """Dense attention over the quantised keys and values: chunks, pages, ranks and prefix hits change nothing."""
     for grid in [(1, 1, 1), (1, 3, 1), (2, 2, 2)]:
         world = World(Layout(*grid, 4, 2, budget=19, schedule=schedule, cache_dtype=cache_dtype))
-        world.add(0, [1] * 53, 4)
+        world.add("0", [1] * 53, 4)
         world.run()
-        world.add(1, [1] * 40, 3)  # begins with cached pages
+        world.add("1", [1] * 40, 3)  # begins with cached pages
         world.run()
         assert_exact(world)
 
@@ -259,7 +259,7 @@ def test_the_cpu_backend_reads_a_quantised_cache_as_the_reference_does(cache_dty
         layout = Layout(*grid, 4, 2, budget=40, windows=windows, cache_dtype=cache_dtype)
         world = World(layout, CpuBackend(), torch.float32)
         for request in range(6):  # enough short ones for a batch
-            world.add(request, [1 + request] * (20 + request), 4)
+            world.add(str(request), [1 + request] * (20 + request), 4)
         world.run()
         assert world.worst_error < 1e-5
 

@@ -311,7 +311,7 @@ class SpaceDroppingTokenizer:
 
 @pytest.mark.parametrize(("stop", "text"), [((), " is Paris"), ((" Paris",), " is")])
 def test_a_completion_keeps_its_first_space_and_finds_stops_in_it(stop, text):
-    completion = Completion(0, 0, SamplingParams(stop=stop), 0, SpaceDroppingTokenizer(), [0])
-    completion.take(TokenOutput(0, (SampledToken(0, 1),), None, 0))
-    completion.take(TokenOutput(0, (SampledToken(0, 2),), FinishReason.LENGTH, 0))
+    completion = Completion("0", 0, SamplingParams(stop=stop), 0, SpaceDroppingTokenizer(), [0])
+    completion.take(TokenOutput("0", (SampledToken("0", 1),), None, 0))
+    completion.take(TokenOutput("0", (SampledToken("0", 2),), FinishReason.LENGTH, 0))
     assert completion.output.text == text

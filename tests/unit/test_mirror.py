@@ -29,46 +29,46 @@ def mirror_of(*plans):
 
 
 def test_a_table_is_the_pages_of_the_admission_and_those_that_came_later_in_order():
-    first = plan(admitted=(admission(0, (A,)),), new_pages=(NewPages(0, (B,)),))
-    mirror = mirror_of(first, plan(new_pages=(NewPages(0, (C,)),)))
-    assert mirror.table(0).pages == [A, B, C]
+    first = plan(admitted=(admission("0", (A,)),), new_pages=(NewPages("0", (B,)),))
+    mirror = mirror_of(first, plan(new_pages=(NewPages("0", (C,)),)))
+    assert mirror.table("0").pages == [A, B, C]
 
 
 def test_a_request_that_has_ended_is_forgotten_and_others_are_not():
-    mirror = mirror_of(plan(admitted=(admission(0), admission(1))), plan(finished=(0,)))
-    assert list(mirror.requests) == [1]
+    mirror = mirror_of(plan(admitted=(admission("0"), admission("1"))), plan(finished=("0",)))
+    assert list(mirror.requests) == ["1"]
 
 
 def test_a_request_that_is_preempted_and_admitted_again_in_one_plan_starts_from_its_new_pages():
-    first = plan(admitted=(admission(0, (A,)),))
-    mirror = mirror_of(first, plan(finished=(0,), admitted=(admission(0, (B,)),), new_pages=(NewPages(0, (C,)),)))
-    assert mirror.table(0).pages == [B, C]
+    first = plan(admitted=(admission("0", (A,)),))
+    mirror = mirror_of(first, plan(finished=("0",), admitted=(admission("0", (B,)),), new_pages=(NewPages("0", (C,)),)))
+    assert mirror.table("0").pages == [B, C]
 
 
 def test_tokens_are_remembered_behind_the_history_of_an_admission():
     mirror = mirror_of(
-        plan(admitted=(admission(0, history=(7, 8, 9)),), segments=(segment(0, 0, 7, 8, 9, prefill=True),)),
-        plan(segments=(segment(0, 3, 10),)),
+        plan(admitted=(admission("0", history=(7, 8, 9)),), segments=(segment("0", 0, 7, 8, 9, prefill=True),)),
+        plan(segments=(segment("0", 3, 10),)),
     )
-    assert mirror.requests[0].history == [7, 8, 9, 10]
-    assert mirror.requests[0].output(1) == [10]
+    assert mirror.requests["0"].history == [7, 8, 9, 10]
+    assert mirror.requests["0"].output(1) == [10]
 
 
 def test_a_request_that_enters_with_output_keeps_it_while_its_first_tokens_are_computed_again():
     mirror = mirror_of(
-        plan(admitted=(admission(0, history=(7, 8, 9, 10)),), segments=(segment(0, 0, 7, 8, prefill=True),))
+        plan(admitted=(admission("0", history=(7, 8, 9, 10)),), segments=(segment("0", 0, 7, 8, prefill=True),))
     )
-    assert mirror.requests[0].history == [7, 8, 9, 10]
+    assert mirror.requests["0"].history == [7, 8, 9, 10]
 
 
 def test_drafts_that_proved_wrong_are_replaced():
     mirror = mirror_of(
-        plan(admitted=(admission(0, history=(7, 8, 9)),), segments=(segment(0, 3, 10, 11, 12),)),
-        plan(segments=(segment(0, 4, 13),)),
+        plan(admitted=(admission("0", history=(7, 8, 9)),), segments=(segment("0", 3, 10, 11, 12),)),
+        plan(segments=(segment("0", 4, 13),)),
     )
-    assert mirror.requests[0].output(9) == [10, 13]
+    assert mirror.requests["0"].output(9) == [10, 13]
 
 
 def test_without_a_history_nothing_is_remembered():
-    mirror = mirror_of(plan(admitted=(admission(0),), segments=(segment(0, 0, 7, 8, 9, prefill=True),)))
-    assert mirror.requests[0].history == []
+    mirror = mirror_of(plan(admitted=(admission("0"),), segments=(segment("0", 0, 7, 8, 9, prefill=True),)))
+    assert mirror.requests["0"].history == []

@@ -86,9 +86,9 @@ class World:
         self.scheduler = Scheduler(config, self.cache, self.grid, chooser, ROOT)
         self.ranks = [Rank(self, shard) for shard in range(self.cache.num_shards)]
         self.slots: dict[tuple[Tier, int], tuple[int, ...]] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.left: dict[int, int] = {}
-        self.cached: dict[int, int] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.left: dict[str, int] = {}
+        self.cached: dict[str, int] = {}
         self.lost: dict[int, set[int]] = {}
         self.under_way: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
@@ -164,7 +164,7 @@ def worlds(draw):
     for request_id in range(draw(st.integers(2, 12))):
         shared = draw(st.integers(0, most))
         prompt = [draw(st.sampled_from([1, 2, 3]))] * shared + [10 + request_id] * draw(st.integers(1, 4))
-        world.add(request_id, prompt[:most], draw(st.integers(1, 4)))
+        world.add(str(request_id), prompt[:most], draw(st.integers(1, 4)))
     return world
 
 
@@ -179,74 +179,74 @@ def test_whatever_is_read_is_what_was_saved_however_far_ranks_drift_and_every_re
 def test_an_evicted_prompt_comes_back_in_a_step_of_its_own():
     world = World()
     prompt = [1] * 9
-    world.ask(0, prompt)
-    world.ask(1, [2] * 15)
-    load, rest = world.ask(2, prompt)
+    world.ask("0", prompt)
+    world.ask("1", [2] * 15)
+    load, rest = world.ask("2", prompt)
     assert (len(load.loads), load.segments) == (4, ())
     assert [segment.start for segment in rest.segments] == [8]
-    assert world.cached[2] == 8
+    assert world.cached["2"] == 8
 
 
 def test_it_comes_back_to_any_shard():
     world = World(pages=(6, 6, 6), pcp=3, schedule="auto")
     prompt = [1] * 15
-    world.ask(0, prompt)
-    world.ask(1, [2] * 33)
+    world.ask("0", prompt)
+    world.ask("1", [2] * 33)
     pages = {save.key: save.page.shard for plan in world.plans for save in plan.saves}
-    loads = [load for plan in world.ask(2, prompt) for load in plan.loads]
+    loads = [load for plan in world.ask("2", prompt) for load in plan.loads]
     assert {load.page.shard for load in loads} == {0, 1, 2}
     assert any(load.page.shard != pages[load.key] for load in loads)
 
 
 def test_a_short_context_comes_back_to_one_shard():
     world = World(pages=(8, 8), pcp=2, local_context=16)
-    world.ask(0, [1] * 13)
-    world.ask(1, [2] * 31)
-    loads = [load for plan in world.ask(2, [1] * 13) for load in plan.loads]
+    world.ask("0", [1] * 13)
+    world.ask("1", [2] * 31)
+    loads = [load for plan in world.ask("2", [1] * 13) for load in plan.loads]
     assert len(loads) == 6
     assert len({load.page.shard for load in loads}) == 1
 
 
 def test_two_requests_load_a_prefix_once():
     world = World(pages=(24,))
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 47)
-    world.add(2, [1] * 9)
-    world.add(3, [*[1] * 8, 4])
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 47)
+    world.add("2", [1] * 9)
+    world.add("3", [*[1] * 8, 4])
     before = len(world.plans)
     world.run()
     assert sum(len(plan.loads) for plan in world.plans[before:]) == 4
-    assert world.cached[2] == world.cached[3] == 8
+    assert world.cached["2"] == world.cached["3"] == 8
 
 
 def test_others_are_served_while_a_request_loads():
     world = World(pages=(24,))
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 47)
-    world.add(2, [1] * 9)
-    world.add(3, [5] * 3)
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 47)
+    world.add("2", [1] * 9)
+    world.add("3", [5] * 3)
     assert world.submit()
     plan = world.plans[-1]
     assert plan.loads
-    assert [segment.request_id for segment in plan.segments] == [3]
+    assert [segment.request_id for segment in plan.segments] == ["3"]
 
 
 def test_a_step_loads_no_more_tokens_than_it_may_compute():
     world = World(pages=(24,), memory=64, max_num_batched_tokens=8)
-    world.ask(0, [1] * 41)
-    world.ask(1, [2] * 47)
-    plans = world.ask(2, [1] * 41)
+    world.ask("0", [1] * 41)
+    world.ask("1", [2] * 47)
+    plans = world.ask("2", [1] * 41)
     assert [len(plan.loads) for plan in plans if plan.loads] == [4] * 5
-    assert world.cached[2] == 40
+    assert world.cached["2"] == 40
 
 
 def test_a_lost_page_is_computed_again_and_the_ones_before_it_are_not():
     bad = page_key(page_key(ROOT, [1, 1]), [1, 1])
     world = World(breaks=lambda key: key == bad)
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 15)
-    plans = world.ask(2, [1] * 9)
-    assert world.cached[2] == 2
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 15)
+    plans = world.ask("2", [1] * 9)
+    assert world.cached["2"] == 2
     assert min(segment.start for plan in plans for segment in plan.segments) == 2
     assert (world.index.counters.lost, world.index.counters.loaded_from_memory) == (1, 3)
     assert world.index.find(bad) is None
@@ -254,57 +254,57 @@ def test_a_lost_page_is_computed_again_and_the_ones_before_it_are_not():
 
 def test_pages_slower_to_load_than_to_compute_are_computed():
     world = World()
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 15)
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 15)
     world.index.rates = LoadRates(token=1.0, page={Tier.MEMORY: 2.0})
-    world.ask(2, [1] * 9)
-    assert world.cached[2] == 0
+    world.ask("2", [1] * 9)
+    assert world.cached["2"] == 0
     assert world.index.counters.loaded_from_memory == 0
 
 
 def test_pages_the_device_has_are_not_loaded():
     world = World()
     prompt = [1] * 9
-    world.ask(0, prompt)
-    world.ask(1, [2] * 15)
+    world.ask("0", prompt)
+    world.ask("1", [2] * 15)
     third = world.cache.allocate(0)
     world.cache.publish(world.key_of(prompt[:6]), third)
     world.cache.release([third])
     world.ranks[0].rows.update({(third.index, row): tuple(prompt[: 5 + row]) for row in range(2)})
-    assert [len(plan.loads) for plan in world.ask(2, prompt) if plan.loads] == [2, 1]
-    assert world.cached[2] == 8
+    assert [len(plan.loads) for plan in world.ask("2", prompt) if plan.loads] == [2, 1]
+    assert world.cached["2"] == 8
 
 
 def test_pages_that_the_room_made_for_others_has_cost_are_computed():
     world = World(memory=4, disk=0)
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 15)
-    world.ask(2, [1] * 9)
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 15)
+    world.ask("2", [1] * 9)
     assert 0 < world.index.counters.loaded_from_memory < 4
-    assert world.cached[2] == 2 * world.index.counters.loaded_from_memory
+    assert world.cached["2"] == 2 * world.index.counters.loaded_from_memory
 
 
 def test_prompts_to_be_scored_load_nothing():
     world = World()
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 15)
-    world.scheduler.add(2, [1] * 9, SamplingParams(prompt_logprobs=1), 0, 1)
-    world.tokens[2], world.left[2] = [1] * 9, 1
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 15)
+    world.scheduler.add("2", [1] * 9, SamplingParams(prompt_logprobs=1), 0, 1)
+    world.tokens["2"], world.left["2"] = [1] * 9, 1
     assert world.submit()
     assert not world.plans[-1].loads
 
 
 def test_an_aborted_request_leaves_what_it_was_loading_to_others():
     world = World()
-    world.ask(0, [1] * 9)
-    world.ask(1, [2] * 15)
-    world.add(2, [1] * 9)
+    world.ask("0", [1] * 9)
+    world.ask("1", [2] * 15)
+    world.add("2", [1] * 9)
     world.submit()
-    world.scheduler.finish(2)
+    world.scheduler.finish("2")
     world.commit()
-    (plan,) = world.ask(3, [1] * 9)
+    (plan,) = world.ask("3", [1] * 9)
     assert not plan.loads
-    assert world.cached[3] == 8
+    assert world.cached["3"] == 8
 
 
 def index_with(memory, disk, *keys):

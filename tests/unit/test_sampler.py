@@ -27,7 +27,7 @@ EDGE = 1e-5  # a twin in fp64 may differ from fp32 when a probability falls this
 
 
 def row(params: SamplingParams, seed: int = 0, position: int = 0, **history: list[int]) -> SampleRow:
-    return SampleRow(7, params, seed, position, history.get("prompt", []), history.get("output", []))
+    return SampleRow("7", params, seed, position, history.get("prompt", []), history.get("output", []))
 
 
 def rows_over(varied: str, count: int, params: SamplingParams) -> list[SampleRow]:
@@ -176,7 +176,7 @@ def assorted_rows(vocabulary: int) -> tuple[Tensor, list[SampleRow]]:
         SamplingParams(temperature=2.0, min_p=0.05),
     ]
     rows = [
-        SampleRow(100 + i, p, seed=i * 11, position=i, prompt_token_ids=[1, 2, i], output_token_ids=[4, 4, i])
+        SampleRow(str(100 + i), p, seed=i * 11, position=i, prompt_token_ids=[1, 2, i], output_token_ids=[4, 4, i])
         for i, p in enumerate(params)
     ]
     return torch.randn(len(rows), vocabulary, generator=generator) * 3, rows
@@ -354,7 +354,7 @@ def test_best_is_the_head_of_a_stable_sort_and_all_tied_with_its_last(values: li
 def test_nan_logits_name_their_request(params: SamplingParams) -> None:
     logits = torch.zeros(3, 40)
     logits[1, 17] = math.nan
-    rows = [dataclasses.replace(row(params, position=4), request_id=i) for i in (50, 51, 52)]
+    rows = [dataclasses.replace(row(params, position=4), request_id=i) for i in ("50", "51", "52")]
     with pytest.raises(EngineError, match=r"request 51 at output position 4 .* nan"):
         sample(logits, rows)
 
@@ -391,7 +391,7 @@ def test_rows_sampled_together_are_those_sampled_one_by_one(fields):
     """What a GPU does with a batch, against the sampler's rows; logits of few values, so that many are tied."""
     logits = torch.randint(-8, 8, (40, 300), generator=torch.Generator().manual_seed(3)).float() / 2
     params = SamplingParams(**fields)
-    rows = [SampleRow(i, params, seed=i // 3, position=i % 3) for i in range(40)]
+    rows = [SampleRow(str(i), params, seed=i // 3, position=i % 3) for i in range(40)]
     expected = [token.token_id for token in sample(logits, rows)]
     found = sample_together(logits, [params] * 40, [(row.seed, row.position) for row in rows])
     assert found.tolist() == expected
@@ -404,7 +404,7 @@ def test_a_batch_may_mix_filters():
         SamplingParams(temperature=t, **f)
         for t, f in ((0.5, {}), (1.0, {"top_k": 3}), (1.5, {"top_p": 0.5}), (2.0, {"min_p": 0.2}))
     ]
-    rows = [SampleRow(i, one, seed=9, position=i) for i, one in enumerate(params)]
+    rows = [SampleRow(str(i), one, seed=9, position=i) for i, one in enumerate(params)]
     found = sample_together(logits, params, [(9, i) for i in range(4)])
     assert found.tolist() == [token.token_id for token in sample(logits, rows)]
 

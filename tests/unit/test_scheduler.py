@@ -31,10 +31,10 @@ class Rig:
         chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group), config.schedule)
         self.scheduler = Scheduler(config, self.cache, self.grid, chooser, root_key("test"))
         self.limits = Limits.of(10_000, config.schedule, pages, page_size)
-        self.left: dict[int, int] = {}
+        self.left: dict[str, int] = {}
         self.stored: dict[tuple[int, int, int], tuple[int, ...]] = {}  # (shard, page, row) -> tokens up to there
         self.mirror = Mirror(page_size, self.grid.num_shards)
-        self.tokens: dict[int, list[int]] = {}
+        self.tokens: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
 
     def add(self, request_id, prompt, max_tokens=4):
@@ -51,7 +51,7 @@ class Rig:
         assert StepPlan.decode(plan.encode()) == plan
         self.plans.append(plan)
         self._account(plan)
-        sampled = tuple(SampledToken(s.request_id, 1000 + s.stop) for s in plan.segments if s.sample)  # no two alike
+        sampled = tuple(SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample)
         self.scheduler.commit(plan, StepResult(sampled))
         for token in sampled:
             self.tokens[token.request_id].append(token.token_id)
@@ -101,7 +101,7 @@ def loads(draw):
     for request_id in range(draw(st.integers(1, 8))):
         length = draw(st.integers(1, min(60, most - 12)))
         prompt = [1] * draw(st.integers(0, length)) + [request_id] * length
-        rig.add(request_id, prompt[:length], draw(st.integers(1, 12)))
+        rig.add(str(request_id), prompt[:length], draw(st.integers(1, 12)))
     return rig
 
 
@@ -116,55 +116,55 @@ def test_any_load_ends_with_every_token_computed_where_its_page_is_and_nothing_l
 def test_a_request_that_can_never_fit_is_refused_at_once_with_the_numbers():
     rig = Rig(pages=(10,), page_size=4)
     with pytest.raises(ContextOverflow, match=r"39 prompt tokens and max_tokens=3 exceed the 41 tokens"):
-        rig.add(0, [1] * 39, max_tokens=3)
-    rig.add(0, [1] * 39, max_tokens=2)
+        rig.add("0", [1] * 39, max_tokens=3)
+    rig.add("0", [1] * 39, max_tokens=2)
     rig.run()
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(RequestError, match=r"prompt=.*is empty"):
-        Rig().add(0, [])
+        Rig().add("0", [])
 
 
 def test_decodes_go_on_while_a_long_prompt_is_prefilled():
     rig = Rig(pages=(500,))
-    rig.add(0, [1] * 8, max_tokens=50)
+    rig.add("0", [1] * 8, max_tokens=50)
     rig.step()
-    rig.add(1, [2] * 400, max_tokens=2)
+    rig.add("1", [2] * 400, max_tokens=2)
     for _ in range(10):
         plan = rig.step()
-        assert 0 in [s.request_id for s in plan.segments if not s.prefill]
-        assert 1 in [s.request_id for s in plan.segments if s.prefill]
+        assert "0" in [s.request_id for s in plan.segments if not s.prefill]
+        assert "1" in [s.request_id for s in plan.segments if s.prefill]
 
 
 def test_a_short_prompt_behind_a_long_one_gets_its_first_token_in_the_next_step():
     rig = Rig(pages=(500,))
-    rig.add(0, [1] * 400)
+    rig.add("0", [1] * 400)
     rig.step()
-    rig.add(1, [2] * 400)
-    rig.add(2, [3] * 10)
+    rig.add("1", [2] * 400)
+    rig.add("2", [3] * 10)
     plan = rig.step()
-    assert [s.request_id for s in plan.segments if s.sample] == [2]
-    assert 0 in [s.request_id for s in plan.segments], "and the long one goes on"
+    assert [s.request_id for s in plan.segments if s.sample] == ["2"]
+    assert "0" in [s.request_id for s in plan.segments], "and the long one goes on"
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones():
     rig = Rig(pages=(500,), prefix_caching=False)
-    rig.add(0, [1] * 320, max_tokens=1)
+    rig.add("0", [1] * 320, max_tokens=1)
     rig.step()
     for step in range(30):
-        rig.add(100 + step, [2] * 16, max_tokens=1)
+        rig.add(str(100 + step), [2] * 16, max_tokens=1)
         rig.step()
-        if not rig.left[0]:
+        if not rig.left["0"]:
             break
     assert step < 20, "half of every budget is the long prompt's"
 
 
 def test_a_preempted_long_prefill_comes_back_and_finishes():
     rig = Rig(pages=(12,), page_size=4, max_num_batched_tokens=8, max_num_seqs=4, prefix_caching=False)
-    rig.add(0, [1] * 8, max_tokens=30)
+    rig.add("0", [1] * 8, max_tokens=30)
     rig.step()
-    rig.add(1, [2] * 30, max_tokens=10)
+    rig.add("1", [2] * 30, max_tokens=10)
     rig.run()
     assert rig.scheduler.preemptions > 0
     assert not any(rig.left.values())
@@ -194,11 +194,11 @@ def test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_fille
 
 def test_aborting_a_waiting_and_a_running_request_frees_their_pages():
     rig = Rig(max_num_seqs=1)
-    rig.add(0, [1] * 20)
-    rig.add(1, [2] * 20)
+    rig.add("0", [1] * 20)
+    rig.add("1", [2] * 20)
     rig.step()
-    rig.scheduler.finish(0)
-    rig.scheduler.finish(1)
+    rig.scheduler.finish("0")
+    rig.scheduler.finish("1")
     rig.scheduler.check_integrity()
     assert rig.scheduler.schedule() is None
     assert rig.cache.used(0) == 0
@@ -206,23 +206,23 @@ def test_aborting_a_waiting_and_a_running_request_frees_their_pages():
 
 def test_one_of_two_requests_that_share_pages_is_aborted():
     rig = Rig(pages=(64,))
-    rig.add(0, [1] * 16, max_tokens=3)
+    rig.add("0", [1] * 16, max_tokens=3)
     rig.run()
-    rig.add(1, [1] * 16 + [2] * 4, max_tokens=8)
-    rig.add(2, [1] * 16 + [3] * 4, max_tokens=8)
+    rig.add("1", [1] * 16 + [2] * 4, max_tokens=8)
+    rig.add("2", [1] * 16 + [3] * 4, max_tokens=8)
     rig.step()
-    rig.scheduler.finish(1)
-    rig.left[1] = 0
+    rig.scheduler.finish("1")
+    rig.left["1"] = 0
     rig.run()
-    assert rig.left[2] == 0
+    assert rig.left["2"] == 0
 
 
 @pytest.mark.parametrize("length, hit", [(8, 4), (9, 8), (12, 8), (5, 4), (4, 0)])
 def test_a_prefix_hit_leaves_at_least_one_token_to_compute(length, hit):
     rig = Rig(page_size=4)
-    rig.add(0, [1] * 30, max_tokens=1)
+    rig.add("0", [1] * 30, max_tokens=1)
     rig.run()
-    rig.add(1, [1] * length, max_tokens=1)
+    rig.add("1", [1] * length, max_tokens=1)
     plan = rig.step()
     assert plan.segments[0].start == hit
 
@@ -230,7 +230,7 @@ def test_a_prefix_hit_leaves_at_least_one_token_to_compute(length, hit):
 def test_decode_rows_spread_over_the_context_ranks():
     rig = Rig(pcp=2, pages=(100,), local_context=0, max_num_batched_tokens=64)
     for request_id in range(8):
-        rig.add(request_id, [request_id] * 4, max_tokens=20)
+        rig.add(str(request_id), [request_id] * 4, max_tokens=20)
     for _ in range(10):
         plan = rig.step()
     rows = [s.pcp for s in plan.segments]
@@ -239,11 +239,11 @@ def test_decode_rows_spread_over_the_context_ranks():
 
 def test_a_plan_holds_new_pages_only_whatever_the_context_length():
     rig = Rig(pages=(800,), page_size=4, max_num_batched_tokens=2048, max_num_seqs=4)
-    rig.add(0, [1] * 40, max_tokens=8)
+    rig.add("0", [1] * 40, max_tokens=8)
     rig.run()
     short = max(len(plan.encode()) for plan in rig.plans[1:])
     rig.plans.clear()
-    rig.add(1, [2] * 2000, max_tokens=8)
+    rig.add("1", [2] * 2000, max_tokens=8)
     rig.run()
     assert max(len(plan.encode()) for plan in rig.plans[1:]) <= short + 16
 
@@ -251,8 +251,8 @@ def test_a_plan_holds_new_pages_only_whatever_the_context_length():
 def test_with_schedule_local_every_request_stays_on_one_shard():
     rig = Rig(pcp=2, pages=(10,), schedule="local")
     for request_id in range(4):
-        rig.add(request_id, [request_id] * 20, max_tokens=8)
+        rig.add(str(request_id), [request_id] * 20, max_tokens=8)
     rig.run()
     assert not any(segment.travels for plan in rig.plans for segment in plan.segments)
     with pytest.raises(ContextOverflow, match="41 tokens"):
-        rig.add(9, [1] * 41, max_tokens=1)
+        rig.add("9", [1] * 41, max_tokens=1)

@@ -65,7 +65,7 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
     prompt = [1] * context
     params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
     for number in range(running):
-        scheduler.add(number, prompt, params, 0, steps + 2)
+        scheduler.add(str(number), prompt, params, 0, steps + 2)
     while any(s.computed < context for s in scheduler.running) or scheduler.waiting:
         _timed_step(scheduler)
     return scheduler

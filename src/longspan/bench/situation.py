@@ -80,7 +80,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
     scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
     params = SamplingParams(temperature=0, max_tokens=1)
-    scheduler.add(0, [0] * length, params, 0, 1)
+    scheduler.add("0", [0] * length, params, 0, 1)
     mirror = Mirror(situation.page_size, grid.num_shards)
     if situation.cached:
         plan = _next(scheduler)

@@ -32,7 +32,7 @@ from longspan.disaggregation.messages import (
     ToDecode,
 )
 from longspan.plan.plan import Fetch, StepPlan
-from longspan.plan.source import Part, is_for_others
+from longspan.plan.source import Part
 from longspan.request import CoreRequest, TokenOutput
 
 _MAX_CONNECTIONS = 64
@@ -50,8 +50,8 @@ class _Remote:
     # where it is computed, and under which of our numbers
     connection: Connection | None = None
     sent: int = 0
-    # the prompt's number there, None until it is told
-    accepted: int | None = None
+    # what the prompt is called there, None until it is told
+    accepted: str | None = None
     computed: bool = False
     # when something moved last, in `time.monotonic()`, once the prompt is computed
     heard: float = 0.0
@@ -79,7 +79,7 @@ class DecodeRole:
         self._desk: Desk | None = None
         self._ranks = 0
         self._connections: dict[str, Connection] = {}
-        self._remotes: dict[int, _Remote] = {}
+        self._remotes: dict[str, _Remote] = {}
         self._by_sent: dict[int, _Remote] = {}
         self._by_fetch: dict[int, _Remote] = {}
         self._numbers = count(1)
@@ -98,7 +98,7 @@ class DecodeRole:
         peers = request.prefill_at or self._own_peers
         if not peers or scored or known - self._cached(request) <= self._page_size:
             return False
-        remote = self._remotes[request.number] = _Remote(request, list(peers))
+        remote = self._remotes[request.request_id] = _Remote(request, list(peers))
         if peers is self._own_peers:
             self._own_peers.rotate(-1)
         self._ask(remote)
@@ -111,9 +111,9 @@ class DecodeRole:
             remote.fetch, remote.heard = fetch, time.monotonic()
             self._by_fetch[fetch.number] = remote
 
-    def finish(self, number: int) -> None:
+    def finish(self, request_id: str) -> None:
         """See `Role.finish`."""
-        remote = self._remotes.pop(number, None)
+        remote = self._remotes.pop(request_id, None)
         if remote is not None:
             self._leave(remote)
 
@@ -164,7 +164,7 @@ class DecodeRole:
                 tokens = [*request.prompt_token_ids, *request.output_token_ids][:-1]
                 connection.send(Prefill(remote.sent, tokens))
                 return
-        del self._remotes[request.number]
+        del self._remotes[request.request_id]
         if self._desk is not None:
             self._desk.begin(request, None)
 
@@ -199,8 +199,8 @@ class DecodeRole:
         match message:
             case Accepted(_, request) if connection.source is not None and self._desk is not None:
                 taken = {r.accepted for r in self._remotes.values() if r.connection is connection}
-                if remote.accepted is not None or request in taken or not is_for_others(request):
-                    connection.refuse(f"numbers a prompt {request}, which cannot be")
+                if remote.accepted is not None or request in taken:
+                    connection.refuse(f"calls two prompts {one_line(request)}, or one prompt twice")
                     return
                 remote.accepted = request
                 self._desk.begin(remote.request, replace(connection.source, request=request))
@@ -218,18 +218,18 @@ class DecodeRole:
         self.counters.fetched += 1
         self.counters.tokens += remote.fetch.stop - remote.fetch.start
         self.counters.bytes += remote.received
-        self._desk.arrived(remote.request.number)
-        del self._remotes[remote.request.number]
+        self._desk.arrived(remote.request.request_id)
+        del self._remotes[remote.request.request_id]
         self._leave(remote)
 
     def _retry(self, remote: _Remote, reason: str) -> None:
         """Begin again elsewhere: what has arrived is given up with its pages."""
-        _LOG.warning("request %d: its prompt is computed elsewhere: %s", remote.request.number, reason)
+        _LOG.warning("request %s: its prompt is computed elsewhere: %s", remote.request.request_id, reason)
         self.counters.retried += 1
         self._leave(remote)
         if remote.accepted is not None and self._desk is not None:
-            self._desk.leave(remote.request.number)
-        again = self._remotes[remote.request.number] = _Remote(remote.request, remote.others)
+            self._desk.leave(remote.request.request_id)
+        again = self._remotes[remote.request.request_id] = _Remote(remote.request, remote.others)
         self._ask(again)
 
     def _leave(self, remote: _Remote) -> None:

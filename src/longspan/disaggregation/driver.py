@@ -57,11 +57,15 @@ class Desk(Protocol):
         """Queue a request, as a user's is."""
         ...
 
-    def leave(self, number: int) -> None:
-        """Take a request out of the scheduler; its pages are free."""
+    def leave(self, request_id: str) -> None:
+        """Take a request out of the scheduler, to `begin` it anew; its pages are free."""
         ...
 
-    def arrived(self, number: int) -> None:
+    def finish(self, request_id: str) -> None:
+        """End a request; its pages are free."""
+        ...
+
+    def arrived(self, request_id: str) -> None:
         """All pages of a fetched prompt are filled."""
         ...
 
@@ -93,7 +97,7 @@ class Role(Protocol):
         """Whether the role takes a new request in charge."""
         ...
 
-    def finish(self, number: int) -> None:
+    def finish(self, request_id: str) -> None:
         """A request has ended in the core."""
         ...
 

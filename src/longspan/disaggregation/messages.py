@@ -29,7 +29,7 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Prefill(msgspec.Struct, tag=True, frozen=True):
-    """Wanted: the KV of these tokens. `number` is the decode instance's own."""
+    """Wanted: the KV of these tokens. `number` is the decode instance's own: another one each time it asks."""
 
     number: int
     token_ids: list[int]
@@ -57,10 +57,10 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Accepted(msgspec.Struct, tag=True, frozen=True):
-    """A prompt has its number on the prefill side."""
+    """A prompt will be computed; `request` is what it is called on the prefill side."""
 
     number: int
-    request: int
+    request: str
 
 
 class Computed(msgspec.Struct, tag=True, frozen=True):
@@ -126,14 +126,14 @@ class Watch(msgspec.Struct, tag=True, frozen=True):
     """Wanted: word of every token of a request that this rank has."""
 
     life: str
-    request: int
+    request: str
 
 
 class Unwatch(msgspec.Struct, tag=True, frozen=True):
     """No longer wanted."""
 
     life: str
-    request: int
+    request: str
 
 
 class Ask(msgspec.Struct, tag=True, frozen=True):
@@ -141,7 +141,7 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
 
     life: str
     block: int
-    request: int
+    request: str
     layers: Extent
     heads: Extent
     runs: tuple[Extent, ...]
@@ -154,7 +154,7 @@ class Have(msgspec.Struct, tag=True, frozen=True):
     """These tokens can be asked for."""
 
     life: str
-    request: int
+    request: str
     runs: list[Extent]
 
 

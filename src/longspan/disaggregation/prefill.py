@@ -28,7 +28,7 @@ from longspan.disaggregation.messages import (
     Welcome,
 )
 from longspan.plan.plan import StepPlan
-from longspan.plan.source import FIRST_FOR_OTHERS, Part, Source
+from longspan.plan.source import Part, Source
 from longspan.request import CoreRequest, SamplingParams, TokenOutput
 
 _PULSE_SECONDS = 1.0
@@ -58,9 +58,9 @@ class PrefillRole:
         self._check = check
         self._desk: Desk | None = None
         self._welcome: set[bytes] = set()
-        self._prompts: dict[int, _Prompt] = {}
-        self._request_of: dict[tuple[bytes, int], int] = {}
-        self._numbers = count(FIRST_FOR_OTHERS)
+        self._prompts: dict[str, _Prompt] = {}
+        self._request_of: dict[tuple[bytes, int], str] = {}
+        self._taken = count()
         self._pulsed = time.monotonic()
 
     def start(self, desk: Desk, ranks: int) -> None:
@@ -72,7 +72,7 @@ class PrefillRole:
         """See `Role.add`: users' requests are computed like anywhere."""
         return False
 
-    def finish(self, number: int) -> None:
+    def finish(self, request_id: str) -> None:
         """See `Role.finish`."""
 
     def submitted(self, plan: StepPlan) -> None:
@@ -80,11 +80,11 @@ class PrefillRole:
 
     def keeps(self, output: TokenOutput) -> bool:
         """See `Role.keeps`."""
-        prompt = self._prompts.get(output.number)
+        prompt = self._prompts.get(output.request_id)
         if prompt is None:
             return False
         if output.error is not None:
-            self._end(output.number, output.error)
+            self._end(output.request_id, output.error)
         else:
             prompt.computed = time.monotonic()
             self._mailbox.send(prompt.peer, Computed(prompt.number))
@@ -139,10 +139,10 @@ class PrefillRole:
         if reason is not None or self._desk is None:
             self._mailbox.send(peer, Ended(number, reason or "not ready yet"))
             return
-        request = next(self._numbers)
+        request = f"peer-{next(self._taken)}"  # no user's: theirs end with a dot and a number
         self._prompts[request] = _Prompt(peer, number)
         self._request_of[peer, number] = request
-        self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1))
+        self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1, for_peer=True))
         self._mailbox.send(peer, Accepted(number, request))
 
     def _look_after(self, now: float) -> None:
@@ -155,13 +155,13 @@ class PrefillRole:
             elif prompt.computed is not None and now - prompt.computed > self.config.hold_seconds:
                 self._end(request, f"its pages were not fetched for {self.config.hold_seconds:g} s")
 
-    def _end(self, request: int, reason: str) -> None:
+    def _end(self, request: str, reason: str) -> None:
         prompt = self._prompts[request]
         self._mailbox.send(prompt.peer, Ended(prompt.number, reason))
         self._drop(request)
 
-    def _drop(self, request: int) -> None:
+    def _drop(self, request: str) -> None:
         prompt = self._prompts.pop(request)
         del self._request_of[prompt.peer, prompt.number]
         if self._desk is not None:
-            self._desk.leave(request)
+            self._desk.finish(request)

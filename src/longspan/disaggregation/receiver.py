@@ -59,7 +59,7 @@ class PageReceiver(TransferThread):
         super().__init__(part, access, config)
         self.received = 0  # bytes of KV
         self._new: list[tuple[Fetch, PageTable]] = []
-        self._live: dict[int, int] = {}  # by the request's number, its fetch: what may still be written
+        self._live: dict[str, int] = {}  # by request, its fetch: what may still be written
         self._active: dict[int, _Fetching] = {}  # by the fetch's number
         self._under_way: dict[int, tuple[_Fetching, Pull]] = {}
         self._blocks = count()

@@ -29,7 +29,7 @@ from longspan.disaggregation.messages import (
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import StepPlan
-from longspan.plan.source import Part, is_for_others
+from longspan.plan.source import Part
 
 _MAX_WATCHERS = 1 << 16
 _LOG = logging.getLogger("longspan.disaggregation")
@@ -58,8 +58,8 @@ class PageSender(TransferThread):
 
     def __init__(self, part: Part, access: PoolAccess, config: TransferConfig) -> None:
         super().__init__(part, access, config)
-        self._served: dict[int, _Served] = {}
-        self._watchers: OrderedDict[tuple[bytes, int], _Watcher] = OrderedDict()
+        self._served: dict[str, _Served] = {}
+        self._watchers: OrderedDict[tuple[bytes, str], _Watcher] = OrderedDict()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(0)  # a receiver asks for a bounded number of blocks
         port = self._socket.bind_to_random_port(f"tcp://{config.host}")
@@ -75,7 +75,7 @@ class PageSender(TransferThread):
             for request_id in plan.finished:
                 self._served.pop(request_id, None)
             for admission in plan.admitted:
-                if is_for_others(admission.request_id):
+                if admission.for_peer:
                     table = table_of(admission.request_id)
                     cached = len(admission.pages) * table.page_size
                     self._served[admission.request_id] = _Served(table, admission.num_prompt, cached)
@@ -113,7 +113,7 @@ class PageSender(TransferThread):
                 case _:  # of another life of this instance, or no message at all
                     continue
 
-    def _announce(self, peer: bytes, request: int, watcher: _Watcher) -> None:
+    def _announce(self, peer: bytes, request: str, watcher: _Watcher) -> None:
         """Tell of what is new; a request that had to start over is told of from its beginning."""
         with self._lock:
             served = self._served.get(request)
@@ -136,7 +136,7 @@ class PageSender(TransferThread):
                 spans = self._spans(ask)
                 block = self._access.read(ask.layers, ask.heads, spans) if spans else None
         except Exception as error:  # of one question: others go on
-            _LOG.warning("request %d: a block cannot be read: %s: %s", ask.request, type(error).__name__, error)
+            _LOG.warning("request %s: a block cannot be read: %s: %s", ask.request, type(error).__name__, error)
         if block is None:
             self._send(peer, Missing(ask.block))
         else:

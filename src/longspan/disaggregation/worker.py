@@ -21,7 +21,7 @@ from longspan.plan.source import Part
 
 _END_SECONDS = 5.0
 _WAKE, _END = b"", b"end"
-TableOf = Callable[[int], PageTable]
+TableOf = Callable[[str], PageTable]
 
 
 class TransferThread(ABC):

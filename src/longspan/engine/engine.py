@@ -94,9 +94,9 @@ class Engine:
         orders, self._tracker.orders = self._tracker.orders, Orders()
         for request in orders.start:
             self.core.add(request)
-        for number in orders.finish:
-            self.core.finish(number)
+        for request_id in orders.finish:
+            self.core.finish(request_id)
 
     def _first_sequence(self, request_id: str) -> SequenceState | None:
-        first = self._tracker.numbers(request_id)[:1]
+        first = self._tracker.core_ids(request_id)[:1]
         return next((s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request_id in first), None)

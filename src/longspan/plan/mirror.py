@@ -43,7 +43,7 @@ class Mirror:
     def __init__(self, page_size: int, num_shards: int) -> None:
         self._page_size = page_size
         self._num_shards = num_shards
-        self.requests: dict[int, KnownRequest] = {}
+        self.requests: dict[str, KnownRequest] = {}
 
     def apply(self, plan: StepPlan) -> None:
         """Take in a plan; a request that is preempted and admitted again ends first."""
@@ -56,7 +56,7 @@ class Mirror:
         for segment in plan.segments:
             self.requests[segment.request_id].remember(segment)
 
-    def table(self, request_id: int) -> PageTable:
+    def table(self, request_id: str) -> PageTable:
         """The page table of a request."""
         return self.requests[request_id].table
 

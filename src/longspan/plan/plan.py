@@ -19,24 +19,25 @@ from longspan.request import SamplingParams
 
 @dataclass(frozen=True)
 class Admission:
-    """A request that enters, or re-enters after preemption, with the pages a prefix hit gave it.
+    """A request that enters, or re-enters after preemption."""
 
-    `history` holds all its tokens so far if its sampling parameters need them, else nothing.
-    """
-
-    request_id: int
+    request_id: str
     num_prompt: int
     seed: int
     params: SamplingParams
+    # those that a prefix hit gave it
     pages: tuple[PageRef, ...]
+    # all its tokens so far if its sampling parameters need them, else nothing
     history: tuple[int, ...]
+    # whether another instance may ask for its pages
+    for_peer: bool = False
 
 
 @dataclass(frozen=True)
 class NewPages:
     """Pages appended to a request's page table before the step."""
 
-    request_id: int
+    request_id: str
     pages: tuple[PageRef, ...]
 
 
@@ -48,7 +49,7 @@ class Fetch:
     """
 
     number: int
-    request_id: int
+    request_id: str
     start: int
     stop: int
     source: Source
@@ -62,7 +63,7 @@ class Segment:
     which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
     """
 
-    request_id: int
+    request_id: str
     # position of its first token
     start: int
     # those that the scheduler knows: all, unless the last one is pending
@@ -119,7 +120,7 @@ class StepPlan:
     step: int
     saves: tuple[PageSave, ...]
     loads: tuple[PageLoad, ...]
-    finished: tuple[int, ...]
+    finished: tuple[str, ...]
     admitted: tuple[Admission, ...]
     new_pages: tuple[NewPages, ...]
     segments: tuple[Segment, ...]

@@ -111,7 +111,7 @@ def reach(
     window: int | None,
     members: Sequence[Segment],
     mine: Sequence[Segment],
-    requests: Mapping[int, KnownRequest],
+    requests: Mapping[str, KnownRequest],
     place: Place,
 ) -> Reach:
     """What the segments `mine` of one class see in layers of `kind`; `members` are the class's on all ranks."""
@@ -151,7 +151,7 @@ def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) 
 
 
 def _runs(
-    segments: Sequence[Segment], window: int | None, requests: Mapping[int, KnownRequest], shard: int
+    segments: Sequence[Segment], window: int | None, requests: Mapping[str, KnownRequest], shard: int
 ) -> tuple[QueryRun, ...]:
     runs: list[QueryRun] = []
     row = 0
@@ -170,7 +170,7 @@ def _keys(
     moving: Sequence[Segment],
     mine: Sequence[Segment],
     window: int | None,
-    requests: Mapping[int, KnownRequest],
+    requests: Mapping[str, KnownRequest],
     place: Place,
 ) -> tuple[tuple[KeyShare, ...], tuple[KeyRun, ...]]:
     """For keys that travel: each shard's share, and where the segments `mine` look in it.
@@ -178,10 +178,10 @@ def _keys(
     Without a window a request's segments look into one prefix; with one each has its own few tokens.
     """
 
-    def key(segment: Segment) -> tuple[int, int]:
+    def key(segment: Segment) -> tuple[str, int]:
         return segment.request_id, 0 if window is None else segment.start
 
-    wanted: dict[tuple[int, int], tuple[int, int]] = {}
+    wanted: dict[tuple[str, int], tuple[int, int]] = {}
     for segment in moving:
         _, until = wanted.get(key(segment), (0, 0))
         wanted[key(segment)] = window_start(segment.start, window), max(segment.unmasked_until, until)
@@ -189,7 +189,7 @@ def _keys(
     runs: list[KeyRun] = []
     for shard in sorted(shard for shards in place.shards_of_pcp for shard in shards):
         spans: list[Span] = []
-        offset: dict[tuple[int, int], int] = {}
+        offset: dict[tuple[str, int], int] = {}
         tokens = 0
         for name, (first, until) in wanted.items():
             table = requests[name[0]].table

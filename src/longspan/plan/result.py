@@ -20,7 +20,7 @@ class StepResult:
     # of prompt tokens, where they are asked for
     prompt_scores: tuple[PromptScore, ...] = ()
     # by request, why it cannot go on: it has no token
-    errors: dict[int, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
     # numbers in the plan's `loads` of those that found no intact page
     failed_loads: tuple[int, ...] = ()
 

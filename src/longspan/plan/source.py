@@ -10,9 +10,6 @@ from dataclasses import dataclass
 Extent = tuple[int, int]
 """[start, stop) of layers, heads or positions."""
 
-FIRST_FOR_OTHERS = 1 << 62
-"""From here on requests are numbered that are computed for other instances; below are a server's own."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -26,17 +23,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the KV of a prompt is to be had: ranks' `addresses` and `parts`, both in rank order.
+    """Where the KV of a prompt is to be had."""
 
-    `request` is the prompt's number there, in that `life` of the instance.
-    """
-
+    # of the instance: another one after a restart
     life: str
+    # of its ranks, and what they store, both in rank order
     addresses: tuple[str, ...]
     parts: tuple[Part, ...]
-    request: int = 0
-
-
-def is_for_others(request_id: int) -> bool:
-    """Whether a request is computed for another instance."""
-    return request_id >= FIRST_FOR_OTHERS
+    # what the prompt is called there, in that life
+    request: str = ""

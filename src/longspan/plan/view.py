@@ -42,7 +42,7 @@ class SampleRequest:
     """Row whose logits give token number `position` of a request's output."""
 
     row: int
-    request_id: int
+    request_id: str
     position: int
 
 
@@ -52,7 +52,7 @@ class ScoredRows:
 
     row: int
     length: int
-    request_id: int
+    request_id: str
     position: int
 
 
@@ -69,11 +69,11 @@ class RankView:
     classes: tuple[ClassView, ...]
     samples: tuple[SampleRequest, ...]
     scored: tuple[ScoredRows, ...]
-    pending: tuple[tuple[int, int], ...] = ()
+    pending: tuple[tuple[int, str], ...] = ()
 
 
 def rank_view(
-    plan: StepPlan, requests: Mapping[int, KnownRequest], place: Place, windows: Sequence[int | None]
+    plan: StepPlan, requests: Mapping[str, KnownRequest], place: Place, windows: Sequence[int | None]
 ) -> RankView:
     """One rank's share; `windows` are the model's kinds of layers, widest first."""
     ordered: list[Segment] = []
@@ -97,7 +97,7 @@ def rank_view(
     writes: list[WriteRun] = []
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
-    pending: list[tuple[int, int]] = []
+    pending: list[tuple[int, str]] = []
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):

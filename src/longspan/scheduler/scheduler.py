@@ -68,41 +68,45 @@ class Scheduler:
         self.root_key = root_key
         self.windows = windows
         self._loader = PageLoader(config, cache, grid)
-        self._sequences: dict[int, SequenceState] = {}
+        self._sequences: dict[str, SequenceState] = {}
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
-        self._fetching: dict[int, SequenceState] = {}
-        self._held: dict[int, SequenceState] = {}
+        self._fetching: dict[str, SequenceState] = {}
+        self._held: dict[str, SequenceState] = {}
         self._fetches = 0
         self.preemptions = 0
         self.drafted = 0
         self.accepted = 0
-        self._finished: list[int] = []
+        self._finished: list[str] = []
         self._step = 0
         self._runs_ahead = bool(config.run_ahead) and grid.pp == 1 and not config.prompt_lookup
         self.steps_at_once = 2 if self._runs_ahead else grid.pp
 
     def add(
         self,
-        request_id: int,
+        request_id: str,
         prompt: Sequence[int],
         params: SamplingParams,
         seed: int,
         max_tokens: int,
         output: Sequence[int] = (),
         source: Source | None = None,
+        for_peer: bool = False,
     ) -> None:
         """Queue a request that `Limits.check` has passed; `max_tokens` is what it returned, `output` tokens it has.
 
-        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`.
+        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`. One `for_peer` is
+        computed for another instance.
         """
         max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
-        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored, source)
+        sequence = SequenceState(
+            request_id, prompt, params, seed, self.cache.new_table(), max_stored, source, for_peer
+        )  # fmt: skip
         sequence.tokens += output
         self.waiting.append(sequence)
         self._sequences[request_id] = sequence
 
-    def finish(self, request_id: int) -> None:
+    def finish(self, request_id: str) -> None:
         """End a request, wherever it is: its pages are free for the next step. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
@@ -114,14 +118,14 @@ class Scheduler:
             return
         self._release(sequence)
 
-    def hold(self, request_id: int) -> None:
+    def hold(self, request_id: str) -> None:
         """Compute no more of a running request, but keep its pages until it is finished. Unknown ids are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.running.remove(sequence)
             self._held[request_id] = sequence
 
-    def arrived(self, request_id: int) -> None:
+    def arrived(self, request_id: str) -> None:
         """What a request was waiting for is in its pages: from now on it decodes."""
         sequence = self._fetching.pop(request_id)
         sequence.source = None
@@ -161,7 +165,7 @@ class Scheduler:
         """
         self.cache.settle(plan.saves, plan.loads, set(result.failed_loads))
         accepted: list[SampledToken] = []
-        tokens_of: dict[int, list[SampledToken]] = {}
+        tokens_of: dict[str, list[SampledToken]] = {}
         for token in result.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
         for request_id, (stop, drafts) in _progress(plan.segments).items():
@@ -183,7 +187,7 @@ class Scheduler:
         errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
         return StepResult(tuple(accepted), scores, errors)
 
-    def cached_tokens(self, request_id: int) -> int:
+    def cached_tokens(self, request_id: str) -> int:
         """Tokens of a request that has not ended which the prefix cache had when it was first admitted."""
         return self._sequences[request_id].cached_tokens or 0
 
@@ -338,9 +342,9 @@ class Scheduler:
         self._finished.append(sequence.request_id)
 
 
-def _progress(segments: Sequence[Segment]) -> dict[int, tuple[int, list[int]]]:
+def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, list[int]]]:
     """How far each request is computed after a step, and the drafts among what is computed."""
-    found: dict[int, tuple[int, list[int]]] = {}
+    found: dict[str, tuple[int, list[int]]] = {}
     for segment in segments:
         stop, decoded = found.get(segment.request_id, (0, []))
         found[segment.request_id] = (

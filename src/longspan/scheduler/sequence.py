@@ -21,18 +21,20 @@ class SequenceState:
     request; `pending` counts tokens that they sample, the last on pcp index `sampled_on`, and that may be computed
     before they are known; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the
     request was first admitted (None before), `published` the pages other requests can find. `home` is the one shard a
-    short context lives on, None once it spreads; `source` the instance that computes its prompt, None if this one does.
+    short context lives on, None once it spreads; `source` the instance that computes its prompt, None if this one does;
+    `for_peer` says that another one will fetch its pages.
     """
 
     def __init__(
         self,
-        request_id: int,
+        request_id: str,
         prompt: Sequence[int],
         params: SamplingParams,
         seed: int,
         table: PageTable,
         max_stored: int,
         source: Source | None = None,
+        for_peer: bool = False,
     ) -> None:
         self.request_id = request_id
         self.tokens = list(prompt)
@@ -44,6 +46,7 @@ class SequenceState:
         self.cached_tokens: int | None = None
         self.max_stored = max_stored
         self.source = source
+        self.for_peer = for_peer
         self.published = 0
         self.in_flight = 0
         self.pending = 0

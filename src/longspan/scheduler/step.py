@@ -37,7 +37,7 @@ class StepBuilder:
         self._rows = [0] * grid.pcp
         self._load = [0] * grid.pcp
         self._admitted: list[Admission] = []
-        self._new_pages: dict[int, list[PageRef]] = {}
+        self._new_pages: dict[str, list[PageRef]] = {}
         self.fetches: list[Fetch] = []
         self._windows = windows
         self._facts = {prefill: [ClassFacts(grid.pcp) for _ in windows] for prefill in (False, True)}
@@ -51,7 +51,7 @@ class StepBuilder:
         self._admitted.append(
             Admission(
                 sequence.request_id, sequence.num_prompt, sequence.seed, sequence.params,
-                tuple(sequence.table.pages), history,
+                tuple(sequence.table.pages), history, sequence.for_peer,
             )
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ class StepBuilder:
             self._place(sequence, shard)
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
 
-    def build(self, step: int, finished: tuple[int, ...], chooser: ScheduleChooser) -> StepPlan:
+    def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
         """The finished plan, with what travels chosen for each class and kind of layer."""
         saves, loads = self._cache.take_copies()
         return StepPlan(

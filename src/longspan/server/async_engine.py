@@ -79,8 +79,8 @@ class AsyncEngine:
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
         self._calls: dict[str, _Call] = {}
-        self._last_token: dict[int, float] = {}
-        self._strikes: dict[int, int] = {}
+        self._last_token: dict[str, float] = {}
+        self._strikes: dict[str, int] = {}
         self._last_state: CoreState | None = None
         self._states: list[asyncio.Future[CoreState]] = []
         self._ids = count()
@@ -205,7 +205,7 @@ class AsyncEngine:
         """
         if self._draining:
             raise _shutting_down()
-        held = ahead + sum(len(self._tracker.numbers(request_id)) for request_id in self._calls)
+        held = ahead + sum(len(self._tracker.core_ids(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
             raise RequestError(
                 "n",
@@ -230,18 +230,18 @@ class AsyncEngine:
         return output
 
     def _abort(self, request_id: str) -> None:
-        numbers = self._tracker.numbers(request_id)
+        core_ids = self._tracker.core_ids(request_id)
         output = self._tracker.abort(request_id)
         if output is not None:
-            self._closed(output, numbers)
+            self._closed(output, core_ids)
 
-    def _closed(self, output: RequestOutput, numbers: Sequence[int]) -> None:
+    def _closed(self, output: RequestOutput, core_ids: Sequence[str]) -> None:
         call = self._calls.pop(output.request_id)
         call.open.discard(output.request_id)
         self.metrics.ended(output, time.monotonic() - call.arrived)
-        for number in numbers:
-            self._last_token.pop(number, None)
-            self._strikes.pop(number, None)
+        for core_id in core_ids:
+            self._last_token.pop(core_id, None)
+            self._strikes.pop(core_id, None)
 
     def _flush(self) -> None:
         """Tell the core; without one nothing is lost: a new one hears of everything that is unfinished."""
@@ -324,9 +324,9 @@ class AsyncEngine:
             answer.cancel()
         self._states.clear()
         for request in self._tracker.resume():
-            self._strikes[request.number] = self._strikes.get(request.number, 0) + 1
-            output = self._tracker.request_of(request.number)
-            if output and self._strikes[request.number] >= _MAX_STRIKES:
+            self._strikes[request.request_id] = self._strikes.get(request.request_id, 0) + 1
+            output = self._tracker.request_of(request.request_id)
+            if output and self._strikes[request.request_id] >= _MAX_STRIKES:
                 call = self._calls[output.request_id]
                 call.error = EngineUnavailable(
                     f"the engine failed {_MAX_STRIKES} times while it worked on this request, at last with: {error}; "
@@ -337,12 +337,12 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         now = time.monotonic()
-        numbers_of = {}
+        core_ids_of = {}
         for tokens in outputs:
-            output = self._tracker.request_of(tokens.number)
+            output = self._tracker.request_of(tokens.request_id)
             if output is None:
                 continue
-            numbers_of[output.request_id] = self._tracker.numbers(output.request_id)
+            core_ids_of[output.request_id] = self._tracker.core_ids(output.request_id)
             self._time(tokens, output, now)
         for output in self._tracker.take(outputs):
             call = self._calls[output.request_id]
@@ -350,15 +350,15 @@ class AsyncEngine:
             call.heard = now
             call.event.set()
             if output.finished:
-                self._closed(output, numbers_of[output.request_id])
+                self._closed(output, core_ids_of[output.request_id])
         self._flush()
 
     def _time(self, tokens: TokenOutput, output: RequestOutput, now: float) -> None:
-        self._strikes.pop(tokens.number, None)
+        self._strikes.pop(tokens.request_id, None)
         if not tokens.tokens:  # scores of the prompt
             return
-        before = self._last_token.get(tokens.number)
-        self._last_token[tokens.number] = now
+        before = self._last_token.get(tokens.request_id)
+        self._last_token[tokens.request_id] = now
         if before is None and not any(completion.token_ids for completion in output.outputs):
             call = self._calls[output.request_id]
             call.first[output.request_id] = now

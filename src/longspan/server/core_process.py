@@ -116,9 +116,9 @@ def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Callable[[FromCore],
             case Start():
                 for request in message.requests:
                     core.add(request)
-            case Finish(numbers):
-                for number in numbers:
-                    core.finish(number)
+            case Finish(request_ids):
+                for request_id in request_ids:
+                    core.finish(request_id)
             case AskState():
                 tell(_state(core))
             case Stop():

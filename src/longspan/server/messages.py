@@ -44,7 +44,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 class Finish(msgspec.Struct, tag=True, frozen=True):
     """Completions that have ended: their pages are free within a step."""
 
-    numbers: list[int]
+    request_ids: list[str]
 
 
 class AskState(msgspec.Struct, tag=True, frozen=True):
@@ -98,7 +98,7 @@ class Tokens(msgspec.Struct, tag=True, frozen=True):
 class SequenceReport(msgspec.Struct, frozen=True):
     """One completion's progress; `runs` are its pages in position order as (shard, pages) pairs."""
 
-    number: int
+    request_id: str
     running: bool
     computed_tokens: int
     runs: list[tuple[int, int]]

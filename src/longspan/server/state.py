@@ -59,17 +59,17 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
 def _requests(engine: AsyncEngine, sequences: list[SequenceReport]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for report in sequences:
-        output = engine.tracker.request_of(report.number)
+        output = engine.tracker.request_of(report.request_id)
         if output is None:
             continue
-        index = engine.tracker.numbers(output.request_id).index(report.number)
+        index = engine.tracker.core_ids(output.request_id).index(report.request_id)
         arrived, first = engine.times(output.request_id)
         pages = [0] * len(engine.setup.pages_per_shard)
         for shard, count in report.runs:
             pages[shard] += count
         found.append(
             {
-                "id": f"{output.request_id}.{index}",
+                "id": report.request_id,
                 "status": "running" if report.running else "waiting",
                 "prompt_tokens": len(output.prompt_token_ids),
                 "output_tokens": len(output.outputs[index].token_ids),

@@ -22,7 +22,7 @@ from longspan.engine.setup import EngineSetup
 from longspan.parallel.collectives import Traffic
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
-from longspan.plan.source import Source, is_for_others
+from longspan.plan.source import Source
 from longspan.request import CoreRequest, FinishReason, PromptScore, SampledToken, TokenOutput
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
@@ -103,7 +103,7 @@ class EngineCore:
         self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
-        self._endings: dict[int, _Ending] = {}
+        self._endings: dict[str, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
         if role:
@@ -111,33 +111,31 @@ class EngineCore:
 
     def add(self, request: CoreRequest) -> None:
         """Queue a completion that `Limits.check` has passed."""
-        self._endings[request.number] = _Ending(request, self.setup.model.eos_token_ids)
+        self._endings[request.request_id] = _Ending(request, self.setup.model.eos_token_ids)
         if self.role is None or not self.role.add(request):
             self.begin(request, None)
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
         """See `Desk.begin`."""
         self.scheduler.add(
-            request.number, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
-            request.output_token_ids, source,
+            request.request_id, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
+            request.output_token_ids, source, request.for_peer,
         )  # fmt: skip
 
-    def leave(self, number: int) -> None:
+    def leave(self, request_id: str) -> None:
         """See `Desk.leave`."""
-        if is_for_others(number):
-            self._endings.pop(number, None)
-        self.scheduler.finish(number)
+        self.scheduler.finish(request_id)
 
-    def arrived(self, number: int) -> None:
+    def arrived(self, request_id: str) -> None:
         """See `Desk.arrived`."""
-        self.scheduler.arrived(number)
+        self.scheduler.arrived(request_id)
 
-    def finish(self, number: int) -> None:
-        """End a completion now; its pages are free for the next step. Unknown numbers are ignored."""
-        self._endings.pop(number, None)
-        self.scheduler.finish(number)
+    def finish(self, request_id: str) -> None:
+        """End a completion now; its pages are free for the next step. Unknown ids are ignored."""
+        self._endings.pop(request_id, None)
+        self.scheduler.finish(request_id)
         if self.role:
-            self.role.finish(number)
+            self.role.finish(request_id)
 
     @property
     def has_unfinished(self) -> bool:
@@ -205,10 +203,10 @@ class EngineCore:
         """Commit the oldest step under way."""
         plan, submitted, alone = self._under_way.popleft()
         counted = self.scheduler.commit(plan, result)
-        tokens_of: dict[int, list[SampledToken]] = {}
+        tokens_of: dict[str, list[SampledToken]] = {}
         for token in counted.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
-        scores_of: dict[int, list[PromptScore]] = {}
+        scores_of: dict[str, list[PromptScore]] = {}
         for score in counted.prompt_scores:
             scores_of.setdefault(score.request_id, []).append(score)
         seconds = time.perf_counter() - submitted
@@ -216,24 +214,26 @@ class EngineCore:
         if alone and self.cache.offload:
             self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
         outputs = [
-            self._output(number, tokens_of.get(number, ()), scores_of.get(number, ()), counted.errors.get(number))
-            for number in dict.fromkeys((*scores_of, *tokens_of, *counted.errors))
+            self._output(each, tokens_of.get(each, ()), scores_of.get(each, ()), counted.errors.get(each))
+            for each in dict.fromkeys((*scores_of, *tokens_of, *counted.errors))
         ]
-        return [output for output in outputs if not is_for_others(output.number)]
+        return [output for output in outputs if output is not None]
 
     def _output(
-        self, number: int, tokens: Sequence[SampledToken], scores: Sequence[PromptScore], error: str | None
-    ) -> TokenOutput:
-        cached = self.scheduler.cached_tokens(number)
-        kept, reason = self._endings[number].take(tokens)
+        self, request_id: str, tokens: Sequence[SampledToken], scores: Sequence[PromptScore], error: str | None
+    ) -> TokenOutput | None:
+        """What a step gave one completion; None if that is no user's."""
+        cached = self.scheduler.cached_tokens(request_id)
+        kept, reason = self._endings[request_id].take(tokens)
         if error is not None:
             reason = FinishReason.ERROR
-        output = TokenOutput(number, kept, reason, cached, tuple(scores), error)
+        output = TokenOutput(request_id, kept, reason, cached, tuple(scores), error)
         if reason is not None and self.role and self.role.keeps(output):
-            self._endings.pop(number, None)
-            self.scheduler.hold(number)
-        elif reason is not None:
-            self.finish(number)
+            self._endings.pop(request_id, None)
+            self.scheduler.hold(request_id)
+            return None
+        if reason is not None:
+            self.finish(request_id)
         return output
 
     def _record(self, plan: StepPlan, seconds: float) -> None:

@@ -14,19 +14,19 @@ from longspan.request import CompletionOutput, FinishReason, SampledToken, Sampl
 class Completion:
     """Collects tokens until the core or a stop string ends them.
 
-    `number` identifies it to the core. The token that stops is part of `token_ids`, not of `text`.
+    `request_id` is what the core and its ranks call it. The token that stops is part of `token_ids`, not of `text`.
     """
 
     def __init__(
         self,
-        number: int,
+        request_id: str,
         index: int,
         params: SamplingParams,
         seed: int,
         tokenizer: Tokenizer | None,
         context: Sequence[int],
     ) -> None:
-        self.number = number
+        self.request_id = request_id
         self.index = index
         self.seed = seed
         self.output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)

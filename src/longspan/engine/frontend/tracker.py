@@ -23,10 +23,10 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completi
 
 @dataclass
 class Orders:
-    """What the core is to do, in this order: completions to start, numbers of those that ended without its knowing."""
+    """What the core is to do, in this order: completions to start, ids of those that ended without its knowing."""
 
     start: list[CoreRequest] = field(default_factory=list)
-    finish: list[int] = field(default_factory=list)
+    finish: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -47,9 +47,9 @@ class RequestTracker:
     def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
         self._setup = setup
         self._tokenizer = tokenizer
-        self._numbers = count()
+        self._numbers = count()  # of completions
         self._groups: dict[str, _Group] = {}
-        self._group_of: dict[int, tuple[_Group, Completion]] = {}
+        self._group_of: dict[str, tuple[_Group, Completion]] = {}
         self.orders = Orders()
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class RequestTracker:
         self._check_known("stop_token_ids", params.stop_token_ids)
         params = self._under_grammar(params)
         max_tokens = self._setup.limits.check(len(tokens), params)
-        completions = [self._completion(index, tokens, params) for index in range(params.n)]
+        completions = [self._completion(request_id, index, tokens, params) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(tokens)
@@ -102,9 +102,9 @@ class RequestTracker:
         """Give tokens to their requests; those that changed. Tokens of requests that have ended are ignored."""
         changed: dict[str, RequestOutput] = {}
         for tokens in outputs:
-            if tokens.number not in self._group_of:
+            if tokens.request_id not in self._group_of:
                 continue
-            group, completion = self._group_of[tokens.number]
+            group, completion = self._group_of[tokens.request_id]
             if completion.index == 0:
                 group.output.num_cached_tokens = tokens.num_cached_tokens
                 _keep_scores(group.output, tokens.prompt_scores)
@@ -121,14 +121,14 @@ class RequestTracker:
         """Every completion under way with the tokens it has: what a core that starts anew must go on with."""
         return [self._core_request(*entry) for entry in self._group_of.values()]
 
-    def numbers(self, request_id: str) -> list[int]:
-        """The core's numbers of a request's completions, in order; none if it is unknown."""
+    def core_ids(self, request_id: str) -> list[str]:
+        """What the core calls a request's completions, in order; none if it is unknown."""
         group = self._groups.get(request_id)
-        return [completion.number for completion in group.completions] if group else []
+        return [completion.request_id for completion in group.completions] if group else []
 
-    def request_of(self, number: int) -> RequestOutput | None:
-        """The request that a core's number belongs to, while it is unfinished."""
-        entry = self._group_of.get(number)
+    def request_of(self, core_id: str) -> RequestOutput | None:
+        """The request of one of the core's completions, while it is unfinished."""
+        entry = self._group_of.get(core_id)
         return entry[0].output if entry else None
 
     def _check_tokens(self, prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
@@ -153,16 +153,18 @@ class RequestTracker:
             if not 0 <= token <= last:
                 raise RequestError(field_name, token, f"is not in 0..{last}", "check the tokenizer")
 
-    def _completion(self, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
+    def _completion(self, request_id: str, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
+        """Its id is never used again, unlike the user's: steps under way may name a completion that has ended."""
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
         own = number if params.seed is None else index
         return Completion(
-            number, index, params, (seed + own * _SEED_STRIDE) % (1 << 63), self._tokenizer, tokens[-_CONTEXT_TOKENS:]
-        )
+            f"{request_id}.{number}", index, params, (seed + own * _SEED_STRIDE) % (1 << 63), self._tokenizer,
+            tokens[-_CONTEXT_TOKENS:],
+        )  # fmt: skip
 
     def _start(self, group: _Group, completion: Completion) -> None:
-        self._group_of[completion.number] = (group, completion)
+        self._group_of[completion.request_id] = (group, completion)
         self.orders.start.append(self._core_request(group, completion))
 
     def _start_rest(self, group: _Group) -> None:
@@ -175,14 +177,14 @@ class RequestTracker:
         first = completion.index == 0  # the prompt is the same for all: one scores it
         params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
-            completion.number, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
+            completion.request_id, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
             tuple(completion.output.token_ids), group.prefill_at,
         )  # fmt: skip
 
     def _drop(self, completion: Completion, known: bool = False) -> None:
         """It has ended; the core must hear of it unless the core `known` it first."""
-        if self._group_of.pop(completion.number, None) and not known:
-            self.orders.finish.append(completion.number)
+        if self._group_of.pop(completion.request_id, None) and not known:
+            self.orders.finish.append(completion.request_id)
 
     def _close(self, group: _Group) -> RequestOutput:
         group.output.finished = True

@@ -84,9 +84,9 @@ class Runner:
         self._device = parts.device
         self._vocabulary = parts.vocabulary
         self._runs_ahead = parts.runs_ahead
-        self._sampled: dict[int, Tensor] = {}  # the last step's tokens, where the next may need them unread
+        self._sampled: dict[str, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirror = Mirror(parts.page_size, grid.num_shards)
-        self._matchers: dict[int, Matcher] = {}  # of requests under a grammar
+        self._matchers: dict[str, Matcher] = {}  # of requests under a grammar
         self.recordings = parts.recordings
         self.transfer = parts.transfer
         self._store = parts.store
@@ -202,11 +202,11 @@ class Runner:
             return found
         return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step under way
 
-    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[int, str], Sampling]:
+    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
         """By request why it cannot go on, and the sampling of the others."""
         rows: list[SampleRow] = []
         kept: list[int] = []
-        errors: dict[int, str] = {}
+        errors: dict[str, str] = {}
         for number, wanted in enumerate(samples):
             try:
                 rows.append(self._row(wanted))

@@ -36,9 +36,9 @@ class StepClock:
         self.left = 0
         self.seconds = 0.0
         self._timer, self._grid = timer, grid
-        self._batch: tuple[int, ...] = ()
+        self._batch: tuple[str, ...] = ()
 
-    def step(self, plan: StepPlan, table: Callable[[int], PageTable]) -> float:
+    def step(self, plan: StepPlan, table: Callable[[str], PageTable]) -> float:
         """Seconds of `plan`; `table` gives the page table of a request, the step's pages included."""
         segments = plan.segments
         prefills = any(segment.prefill for segment in segments)
@@ -56,26 +56,26 @@ class StepClock:
         """`steps` steps like the last one have gone by, at most `left`."""
         self.left -= steps
 
-    def _chunks(self, plan: StepPlan, table: Callable[[int], PageTable]) -> list[Chunk]:
-        rows: dict[int, list[int]] = {}
-        begins: dict[int, int] = {}
-        stops: dict[int, int] = {}
-        prefill: dict[int, bool] = {}
+    def _chunks(self, plan: StepPlan, table: Callable[[str], PageTable]) -> list[Chunk]:
+        rows: dict[str, list[int]] = {}
+        begins: dict[str, int] = {}
+        stops: dict[str, int] = {}
+        prefill: dict[str, bool] = {}
         for segment in plan.segments:
-            number = segment.request_id
-            if number not in rows:
-                rows[number] = [0] * self._grid.pcp
-                begins[number], prefill[number] = segment.start, segment.prefill
-            rows[number][segment.pcp] += segment.length
-            stops[number] = segment.stop
+            request_id = segment.request_id
+            if request_id not in rows:
+                rows[request_id] = [0] * self._grid.pcp
+                begins[request_id], prefill[request_id] = segment.start, segment.prefill
+            rows[request_id][segment.pcp] += segment.length
+            stops[request_id] = segment.stop
         shards = range(self._grid.num_shards)
         return [
             Chunk(
-                new_tokens=stops[number] - begin,
+                new_tokens=stops[request_id] - begin,
                 cached_tokens=begin,
-                rows_by_pcp=tuple(rows[number]),
-                tokens_by_shard=tuple(table(number).visible(shard, stops[number]) for shard in shards),
-                prefill=prefill[number],
+                rows_by_pcp=tuple(rows[request_id]),
+                tokens_by_shard=tuple(table(request_id).visible(shard, stops[request_id]) for shard in shards),
+                prefill=prefill[request_id],
             )
-            for number, begin in begins.items()
+            for request_id, begin in begins.items()
         ]

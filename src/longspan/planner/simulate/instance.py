@@ -60,7 +60,7 @@ class Instance:
         self.scheduler = SimulatedScheduler(
             config.scheduler, self.cache, config.grid, config.chooser, _ROOT, config.windows
         )
-        self.completions: dict[int, Completion] = {}
+        self.completions: dict[str, Completion] = {}
         self.prompt_tokens_ahead = 0
         self.peak_pages = [0] * self.cache.num_shards
         self.steps = 0
@@ -88,7 +88,7 @@ class Instance:
         """Queue a request that `Limits.check` has passed, at `now`; the instance has advanced to there."""
         ahead = prompt_tokens - self.cached_tokens(keys)
         self.scheduler.add_keyed(number, prompt_tokens, max_tokens, keys)
-        self.completions[number] = completion = Completion(max_tokens, ahead)
+        self.completions[str(number)] = completion = Completion(max_tokens, ahead)
         self.prompt_tokens_ahead += ahead
         self._now = max(self._now, now)
         return completion
@@ -133,7 +133,7 @@ class Instance:
 
     def _finish(self, plan: StepPlan) -> None:
         sampled = tuple(
-            SampledToken(segment.request_id, segment.request_id)
+            SampledToken(segment.request_id, int(segment.request_id))
             for segment in plan.segments
             if segment.sample and segment.request_id in self.completions
         )
@@ -168,6 +168,6 @@ class Instance:
         self.steps += len(times)
         self._alike_end = None
 
-    def _left(self, number: int) -> int:
-        completion = self.completions[number]
+    def _left(self, request_id: str) -> int:
+        completion = self.completions[request_id]
         return completion.max_tokens - len(completion.token_times)

@@ -22,9 +22,9 @@ class _KeyedSequence(SequenceState):
     """
 
     def __init__(self, number: int, prompt_tokens: int, max_tokens: int, table: PageTable, keys: Iterable[Key]) -> None:
-        super().__init__(
-            number, [number] * prompt_tokens, SamplingParams(temperature=0), 0, table, prompt_tokens + max_tokens - 1
-        )
+        made_up = [number] * prompt_tokens
+        params, max_stored = SamplingParams(temperature=0), prompt_tokens + max_tokens - 1
+        super().__init__(str(number), made_up, params, 0, table, max_stored)
         self._keys = list(keys)
 
 
@@ -35,15 +35,15 @@ class SimulatedScheduler(Scheduler):
         """Queue a request that `Limits.check` has passed."""
         sequence = _KeyedSequence(number, prompt_tokens, max_tokens, self.cache.new_table(), keys)
         self.waiting.append(sequence)
-        self._sequences[number] = sequence
+        self._sequences[sequence.request_id] = sequence
 
     def cached_pages(self, keys: Sequence[Key]) -> int:
         """How many leading pages of a prompt its cache has now."""
         return sum(1 for _ in self.cache.prefix.lookup(keys)) if self.cache.enable_prefix_caching else 0
 
-    def table(self, number: int) -> PageTable:
+    def table(self, request_id: str) -> PageTable:
         """The page table of a request that has not ended."""
-        return self._sequences[number].table
+        return self._sequences[request_id].table
 
     @property
     def steps_alike(self) -> int:
@@ -63,5 +63,5 @@ class SimulatedScheduler(Scheduler):
         """Do what `steps` times `schedule` and `commit` would do; at most `steps_alike`."""
         for sequence in self.running:
             sequence.computed += steps
-            sequence.tokens += [sequence.request_id] * steps
+            sequence.tokens += sequence.tokens[:1] * steps
         self._step += steps

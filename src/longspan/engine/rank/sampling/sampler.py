@@ -33,7 +33,7 @@ class SampleRow:
     `params.needs_history`. `allowed` [V] are the tokens that a grammar leaves, None for all.
     """
 
-    request_id: int
+    request_id: str
     params: SamplingParams
     seed: int
     position: int
@@ -116,7 +116,7 @@ def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     return arrived
 
 
-def score(logits: Tensor, request_id: int, position: int, tokens: Sequence[int], count: int) -> list[PromptScore]:
+def score(logits: Tensor, request_id: str, position: int, tokens: Sequence[int], count: int) -> list[PromptScore]:
     """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
     return [
         PromptScore(request_id, position + row, _logprobs(logits[row], token, count))
