@@ -51,7 +51,7 @@ class Rig:
         assert StepPlan.decode(plan.encode()) == plan
         self.plans.append(plan)
         self._account(plan)
-        sampled = tuple(SampledToken(s.request_id, s.stop % 3) for s in plan.segments if s.sample)
+        sampled = tuple(SampledToken(s.request_id, 1000 + s.stop) for s in plan.segments if s.sample)  # no two alike
         self.scheduler.commit(plan, StepResult(sampled))
         for token in sampled:
             self.tokens[token.request_id].append(token.token_id)
@@ -173,7 +173,7 @@ def test_a_preempted_long_prefill_comes_back_and_finishes():
 def test_a_preempted_decode_goes_on_behind_the_tokens_it_had():
     rig = Rig(pages=(9,), page_size=2, prefix_caching=False)
     for request_id in range(3):
-        rig.add(request_id, [request_id] * 3, max_tokens=9)
+        rig.add(str(request_id), [request_id] * 3, max_tokens=9)
     rig.run()
     again = [a for plan in rig.plans for a in plan.admitted]
     assert rig.scheduler.preemptions > 0 and len(again) == 3 + rig.scheduler.preemptions
@@ -183,11 +183,11 @@ def test_a_preempted_decode_goes_on_behind_the_tokens_it_had():
 def test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_filled_is():
     rig = Rig(page_size=4, max_num_batched_tokens=6, max_num_seqs=4)
     for steps, found in ((1, 4), (2, 12)):
-        rig.add(steps, [steps] * 23, max_tokens=1)
+        rig.add(str(steps), [steps] * 23, max_tokens=1)
         for _ in range(steps):
             rig.step()
-        rig.scheduler.finish(steps)
-        rig.add(10 + steps, [steps] * 23, max_tokens=1)
+        rig.scheduler.finish(str(steps))
+        rig.add(str(10 + steps), [steps] * 23, max_tokens=1)
         assert rig.step().segments[0].start == found
         rig.run()
 
