@@ -1,6 +1,6 @@
 """The exception tree: every failure a user can meet, each naming field, value and remedy.
 
-It owns the types only; it knows nothing of what raises them.
+It owns the types, and their way between processes by name; it knows nothing of what raises them.
 
     LongspanError
     ├── ConfigError        an option or a combination of options is impossible
@@ -87,3 +87,9 @@ class StepTimeout(EngineError):
 
 class EngineUnavailable(EngineError):
     """The engine cannot serve now: it is ending, or it failed again and again."""
+
+
+def error_named(name: str, message: str) -> LongspanError | None:
+    """The error of that name if it is one of the model or the engine, which are made of a message alone."""
+    kind = globals().get(name)
+    return kind(message) if isinstance(kind, type) and issubclass(kind, ModelError | EngineError) else None

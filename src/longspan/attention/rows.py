@@ -102,6 +102,11 @@ def through(x: Tensor, like: CacheRows) -> Tensor:
     return (values.float() * _spread(scales, like.groups)).to(x.dtype)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself where the elements of a row are neighbours, which kernels take for granted; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _spread(scales: Tensor, groups: tuple[int, ...]) -> Tensor:
     """Scales [..., G] that broadcast against rows [..., D]."""
     if len(groups) == 1:

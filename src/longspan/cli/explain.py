@@ -6,8 +6,8 @@ It owns what is shown; the formulas are the engine's own, with constants measure
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -33,7 +33,6 @@ def explain(
     """What each schedule would take for a step of one request, and the choice."""
     require(new >= 1, "new", new, "must be at least 1", "give the new tokens of a step")
     require(cached >= 0, "cached", cached, "must not be negative", "give 0 for a fresh prompt")
-    from longspan.bench.ranks import run_on_ranks
     from longspan.bench.situation import Situation, estimates
     from longspan.engine.setup import resolve
     from longspan.planner.hardware import hardware as accelerator
@@ -46,11 +45,9 @@ def explain(
     setup = resolve(config)
     constants = config.cost
     if constants is None:
-        from longspan.attention.calibrate import combine
+        from longspan.bench.constants import measure_constants
 
-        constants = combine(
-            run_on_ranks(setup.config.executor, setup.grid.world_size, _Measure(setup.config), setup.device_type)
-        )
+        constants = measure_constants(setup)
     situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.kinds)
     tables = estimates(situation, setup.cost_model(constants))
     if as_json:
@@ -71,25 +68,6 @@ def explain(
         kind = "" if window is None else f", window of {window}"
         title = f"{new:,} new tokens, {cached:,} cached: one layer of {layers}{kind}"
         console.print(_table(title, found, found[0].schedule if forced == "auto" and found else forced))
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """What every rank runs to measure the constants."""
-
-    config: EngineConfig
-
-    def __call__(self, rank: int, make_group: Any, traffic: object) -> CostConstants:
-        from longspan.engine.rank.build import measure_cost
-        from longspan.engine.setup import resolve
-
-        setup = resolve(self.config)
-        return measure_cost(
-            setup,
-            rank,
-            make_group(setup.grid.context_group(rank)),
-            setup.device(rank if self.config.executor == "processes" else 0),
-        )
 
 
 def constants_line(constants: CostConstants) -> str:

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from longspan.attention.calibrate import combine
-from longspan.bench.ranks import run_on_ranks
+from longspan.bench.constants import measure_constants
 from longspan.config import CacheConfig, CostConstants, EngineConfig, ParallelConfig
-from longspan.engine.rank.build import measure_cost
 from longspan.engine.setup import resolve
 from longspan.models.registry import load_config
 from longspan.planner.hardware import Hardware
@@ -89,17 +87,6 @@ def _stream(bench: Bench) -> float:
     return bench.seconds("memory", big.sum) / _STREAM_BYTES
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """What every rank runs to measure attention and exchange."""
-
-    config: EngineConfig
-
-    def __call__(self, rank: int, make_group: Any, traffic: object) -> CostConstants:
-        setup = resolve(self.config)
-        return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)), setup.device())
-
-
 def _attention(
     bench: Bench, values: Mapping[str, Any], executor: str, layers: LayerBench, crowding: float
 ) -> tuple[CostConstants, EngineTimes]:
@@ -120,8 +107,9 @@ def _attention(
 
 
 def _cost(folder: str, executor: str, ranks: int) -> CostConstants:
-    config = EngineConfig(folder, parallel=ParallelConfig(1, ranks, 1), cache=CacheConfig(pages_per_shard=(4,) * ranks))
-    return combine(run_on_ranks(executor, ranks, _Measure(config)))
+    cache = CacheConfig(pages_per_shard=(4,) * ranks)
+    config = EngineConfig(folder, executor=executor, parallel=ParallelConfig(1, ranks, 1), cache=cache)
+    return measure_constants(resolve(config))
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -19,10 +19,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from longspan import errors
 from longspan.config import EngineConfig
 from longspan.engine.transport.heartbeat import Silence
-from longspan.errors import EngineError, LongspanError, StepTimeout, WorkerDied
+from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
 from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
 
 _POLL_MS = 200
@@ -84,8 +83,8 @@ class CoreProcess:
         while True:
             message = await self._next()
             match message:
-                case Failed():
-                    raise _error(message)
+                case Failed(kind, told):
+                    raise error_named(kind, told) or EngineError(f"{kind}: {told}")
                 case Beat(late, pace):
                     self._late, self._pace = late, pace
                     continue
@@ -123,11 +122,3 @@ class CoreProcess:
         self._outbox.close(linger=0)
         self._context.destroy(linger=0)
         self._folder.cleanup()
-
-
-def _error(message: Failed) -> LongspanError:
-    """Of the same class where it is one of ours with a plain message."""
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, (errors.ModelError, EngineError)):
-        return kind(message.message)
-    return EngineError(f"{message.kind}: {message.message}")

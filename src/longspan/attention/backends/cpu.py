@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.partial import Partial, concatenate, merge
-from longspan.attention.rows import CacheRows
+from longspan.attention.rows import CacheRows, unit_stride
 from longspan.cache.pages import clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
@@ -96,7 +96,7 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
     if tokens > 1:
         packed = packed.transpose(0, 1).reshape(1, block.kv_heads, tokens * block.group, dim)
     keys, values = (kv[plane, None, block.kv_start : block.kv_stop] for plane in (0, -1))
-    packed = _unit_stride(packed)
+    packed = unit_stride(packed)
     if mask is not None:
         mask = mask.repeat_interleave(block.group, dim=0)
     out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
@@ -125,9 +125,9 @@ def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale
 def _causal_block(
     q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float, band: Tensor | None = None
 ) -> Partial:
-    queries = _unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
-    keys = _unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
-    values = _unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
+    queries = unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
+    keys = unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
+    values = unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     out, lse = _FLASH(queries, keys, values, is_causal=band is None, attn_mask=band, scale=scale)
     return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1)).columns(v.shape[-1])
 
@@ -146,11 +146,6 @@ def _additive(seen: Tensor, like: Tensor) -> Tensor:
 def _as_wide(v: Tensor, width: int) -> Tensor:
     """The kernel wants values as wide as queries: MLA's are narrower."""
     return v if v.shape[-1] == width else F.pad(v, (0, width - v.shape[-1]))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernel takes any strides but for the last dimension's, which it reads as 1 unchecked."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _join_heads(parts: Sequence[Partial]) -> Partial:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from longspan import errors
 from longspan.config import CostConstants, EngineConfig
-from longspan.errors import EngineError, LongspanError, WorkerDied
+from longspan.errors import LongspanError, WorkerDied, error_named
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.result import StepResult
 
@@ -97,7 +96,5 @@ def failure(rank: int, error: BaseException) -> Failed:
 
 def report_error(message: Failed) -> LongspanError:
     """The error for a message: of the same class where it is one of ours with a plain message."""
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, (errors.ModelError, EngineError)):
-        return kind(message.message)
-    return WorkerDied(f"rank {message.rank} failed: {message.kind}: {message.message}")
+    told = f"rank {message.rank} failed: {message.kind}: {message.message}"
+    return error_named(message.kind, message.message) or WorkerDied(told)

@@ -26,7 +26,7 @@ from longspan.attention.backends.triton.plan import (
 from longspan.attention.backends.triton.work import Slots, Tiling, plan_work, sights_of_diagonal, sights_of_runs
 from longspan.attention.backends.triton.write import TritonWriter
 from longspan.attention.partial import Partial
-from longspan.attention.rows import CacheRows
+from longspan.attention.rows import CacheRows, unit_stride
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -90,8 +90,8 @@ class TritonBackend:
     ) -> Partial:
         """See `Backend.causal`."""
         tokens, shared = q.shape[0], v is None
-        keys = _unit_stride(k).transpose(0, 1)
-        values = keys if v is None else _unit_stride(v).transpose(0, 1)
+        keys = unit_stride(k).transpose(0, 1)
+        values = keys if v is None else unit_stride(v).transpose(0, 1)
         shape = shape_of(keys.shape[2], self._value_dim if shared else values.shape[2], (), shared, _wide(q))
 
         def plan(tiling: Tiling) -> WorkPlan:
@@ -125,8 +125,8 @@ class TritonBackend:
         return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, longest, plan)
 
     def _cached(self, kv: CacheRows, wide: bool) -> _Keys:
-        values = _unit_stride(kv.values)
-        scales = values if kv.scales is None else _unit_stride(kv.scales)
+        values = unit_stride(kv.values)
+        scales = values if kv.scales is None else unit_stride(kv.scales)
         shared = values.shape[0] == 1
         groups = () if kv.scales is None else kv.groups or (kv.width,)
         shape = shape_of(kv.width, self._value_dim if shared else kv.width, groups, shared, wide)
@@ -143,7 +143,7 @@ class TritonBackend:
     ) -> Partial:
         if q.dtype == torch.float64 or not q.is_cuda:  # the kernels sum in fp32; their interpreter multiplies no bf16
             q = q.float()
-        q = _unit_stride(q)
+        q = unit_stride(q)
         tokens, heads, _ = q.shape
         width = keys.shape.value[0] + keys.shape.value[2]
         whole = Partial(
@@ -196,8 +196,3 @@ def _processors(device: torch.device) -> int:
 
 def _wide(q: Tensor) -> bool:
     return q.element_size() > 2
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernel takes elements of a row as neighbours."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from longspan.attention.partial import Partial
+from longspan.attention.rows import unit_stride
 
 _MAX_PARTS = 16  # of one launch: each has two pointers among the kernel's arguments
 _ELEMENTS = 1024  # of the result, computed by one program: 8 a thread, so that every part has loads in flight
@@ -31,7 +31,7 @@ def merge_parts(parts: Sequence[Partial]) -> Partial:
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=out.device)
     if not out.numel():
         return Partial(out, lse)
-    outs = tuple(_rows(part.out.reshape(-1, width)) for part in parts)
+    outs = tuple(unit_stride(part.out.reshape(-1, width)) for part in parts)
     lses = tuple(part.lse.reshape(-1) for part in parts)
     strides = tuple((o.stride(0), s.stride(0)) for o, s in zip(outs, lses, strict=True))
     columns = triton.next_power_of_2(width)
@@ -41,11 +41,6 @@ def merge_parts(parts: Sequence[Partial]) -> Partial:
         outs, lses, strides, out, lse, tokens * heads, WIDTH=width, COLUMNS=columns, ROWS=rows, num_warps=_WARPS
     )
     return Partial(out, lse)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The kernel takes elements of a row as neighbours."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.attention.rows import LARGEST, CacheRows
+from longspan.attention.rows import LARGEST, CacheRows, unit_stride
 from longspan.plan.view import WriteRun
 
 _ELEMENTS = 2048  # written by one program: 16 a thread
@@ -45,7 +45,7 @@ class TritonWriter:
         planes, heads, _, width = cache.values.shape
         if not self._rows:
             return
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v if planes > 1 else k))
+        k, v = unit_stride(k), unit_stride(v if planes > 1 else k)
         quantised = cache.scales is not None
         widths = cache.groups if quantised else _power_and_rest(width)
         scales = cache.values if cache.scales is None else cache.scales
