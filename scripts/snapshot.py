@@ -184,7 +184,9 @@ def _python() -> Iterator[str]:
 
     for name in longspan.__all__:
         found = getattr(longspan, name)
-        if not issubclass(found, Exception):
+        if not inspect.isclass(found):
+            yield f"python {name}, a {type(found).__name__}"
+        elif not issubclass(found, Exception):
             yield from _class(f"python {name}", found)
         else:
             yield f"python {name}, an error"
