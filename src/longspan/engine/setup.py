@@ -16,6 +16,7 @@ from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require
 from longspan.engine.capacity import WORKSPACE_TOKENS, cache_layout
+from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
@@ -145,16 +146,17 @@ class EngineSetup:
         )  # fmt: skip
 
 
-def resolve(config: EngineConfig) -> EngineSetup:
+def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
+    families = extensions.all_families(executor)
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
-    family, model = find_family(source.config)
+    family, model = find_family(source.config, families)
     check_checkpoint(family, model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
