@@ -63,7 +63,9 @@ def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
 
 def test_layers_with_latent_attention_are_timed_too(quick):
     values = json.loads(Path(tiny_folder("deepseek-v3"), "config.json").read_text())
-    found = measured_layers.LayerBench(Bench(torch.device("cpu"), 1, lambda what: None), load_config(values)).measure()
+    bench = measured_layers.LayerBench(Bench(torch.device("cpu"), 1, lambda what: None), load_config(values))
+    assert bench.sizes[-2:] == [(2 * 80, 48), (48, 80)]  # gate and up are one product, as in the layer
+    found = bench.measure()
     assert [rows for rows, _ in found.product_s] == [1, 4, 64] and all(seconds > 0 for _, seconds in found.product_s)
     assert found.read_s > 0
 

@@ -58,6 +58,13 @@ def test_stages_hold_their_layers_and_one_end_each():
     assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2)
 
 
+def test_products_of_a_part_are_those_that_it_loads_matrices_for():
+    dense, latent, stacked = deployed("llama-3-70b"), deployed("kimi-k2"), deployed("gpt-oss-120b")
+    assert (dense.attention.products, dense.ffn.products) == (2, 2)  # q, k and v are one, and so are gate and up
+    assert (latent.attention.products, latent.router.products, latent.shared.products) == (5, 1, 2)
+    assert (stacked.attention.products, stacked.expert.products) == (2, 2)
+
+
 def test_a_model_may_be_named_with_other_kv_heads():
     assert find_config("qwen3-0.6b with 1 kv head")["num_key_value_heads"] == 1
 

@@ -65,7 +65,7 @@ def test_every_row_equals_dense_attention(grid, heads, schedule):
 def test_several_requests_travel_in_one_step(grid, schedule):
     world = World(Layout(*grid, 12, 3, page_size=4, schedule=schedule, budget=160))
     for number, length in enumerate((30, 41, 37)):
-        world.add(number, [number] * 2 * length, 5)
+        world.add(str(number), [number] * 2 * length, 5)
     world.run()
     for prefill in (False, True):
         together = [{s.request_id for s in plan.segments if s.travels and s.prefill == prefill} for plan in world.plans]

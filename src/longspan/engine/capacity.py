@@ -6,20 +6,27 @@ It owns these sums, for the engine and for the planner; it must not allocate any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Protocol
+
+import torch
 
 from longspan.attention.facts import AttentionShape, ExpansionCost
 from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
-from longspan.models.decoder import decoder_params
-from longspan.models.experts import expert_params, shared_params
-from longspan.models.moe import router_params
-from longspan.models.params import Param
+from longspan.models.context import Provided
+from longspan.models.decoder import DecoderModel, Embedding, build_attention
+from longspan.models.experts import routed_expert, shared_expert
+from longspan.models.mlp import GatedMLP
+from longspan.models.moe import Router
+from longspan.models.params import Extent, Param
+from longspan.models.registry import BuildModel
+from longspan.models.shapes import asked_by
 from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
@@ -58,7 +65,7 @@ class RankMemory:
     """A model on devices in a layout. Raises `ConfigError` where the layout is impossible for the model.
 
     `memory_fraction` of a device's memory is used in all. `max_num_batched_tokens` and `max_num_seqs` bound a step and
-    so the workspace; `travelling_tokens` of other shards' keys are held at once.
+    so the workspace; `travelling_tokens` of other shards' keys are held at once. `build` is that of the model's family.
     """
 
     model: ModelConfig
@@ -72,6 +79,7 @@ class RankMemory:
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     travelling_tokens: int = WORKSPACE_TOKENS
+    build: BuildModel = DecoderModel
 
     def __post_init__(self) -> None:
         check_heads(self.grid, self.model.num_q_heads)
@@ -90,14 +98,13 @@ class RankMemory:
     @cached_property
     def attention(self) -> Part:
         """A layer's projections on one rank; q, k and v are one product."""
-        params = [p for p in self._dense if ".self_attn." in p.name and len(p.shape) > 1]
-        fused = 2 if self.model.mla is None else 0
-        return Part(self._held(params), self.weights.attention, len(params) - fused)
+        products = asked_by(lambda given: build_attention(self.model, 0, "", given)).matrices
+        return Part(self._held(chain(*products)), self.weights.attention, len(products))
 
     @cached_property
     def ffn(self) -> Part:
         """A dense layer's MLP on one rank; gate and up are one product."""
-        return Part(self._held(p for p in self._dense if ".mlp." in p.name), self.weights.ffn, 2)
+        return self._part(lambda given: GatedMLP(self.model, "", given), self.weights.ffn)
 
     @cached_property
     def shared(self) -> Part:
@@ -105,24 +112,24 @@ class RankMemory:
         moe = self.model.moe
         if moe is None or not moe.shared_intermediate_size:
             return Part()
-        return Part(self._held(shared_params(moe, self.model.hidden_size, "").all), self.weights.ffn, 2)
+        hidden = self.model.hidden_size
+        return self._part(lambda given: shared_expert(moe, hidden, "", given.loader), self.weights.ffn)
 
     @cached_property
     def router(self) -> Part:
         """A mixture's router, whole on every rank."""
-        if self.model.moe is None:
+        moe, hidden = self.model.moe, self.model.hidden_size
+        if moe is None:
             return Part()
-        found = router_params(self.model.moe, self.model.hidden_size, "").values()
-        return Part(self._held(found), self.weights.embedding, 1)
+        return self._part(lambda given: Router(moe, hidden, "", given.loader), self.weights.embedding)
 
     @cached_property
     def expert(self) -> Part:
         """One routed expert, whole."""
-        if self.model.moe is None:
+        moe, hidden = self.model.moe, self.model.hidden_size
+        if moe is None:
             return Part()
-        params = expert_params(self.model.moe, self.model.hidden_size, "", 0).all
-        stack = self.model.moe.num_experts if self.model.moe.stacked else 1
-        return Part(sum(math.prod(p.shape) for p in params) / stack, self.weights.experts, 2)
+        return self._part(lambda given: routed_expert(moe, hidden, "", 0, given.loader), self.weights.experts)
 
     @cached_property
     def experts_held(self) -> int:
@@ -138,7 +145,7 @@ class RankMemory:
     @cached_property
     def head(self) -> Part:
         """The logits' product on one rank."""
-        return Part(self._held([self._dense[0]]), self.weights.embedding, 1)
+        return self._part(lambda given: Embedding(self.model, given), self.weights.embedding)
 
     @property
     def moe_layers(self) -> int:
@@ -148,6 +155,8 @@ class RankMemory:
     @cached_property
     def weight_bytes(self) -> float:
         """Bytes of weights on the rank that holds the most."""
+        if self.build is not DecoderModel:
+            return max(map(self._bytes_as_built, range(self.grid.world_size)))
         mixed = self.model.moe.layers if self.model.moe else frozenset()
         experts = self.shared.bytes + self.router.bytes + self.expert.bytes * self.experts_held
         each = [
@@ -210,24 +219,28 @@ class RankMemory:
                 "use more ranks, a smaller weight or cache format, or a shorter context",
             )  # fmt: skip
 
-    @cached_property
-    def _dense(self) -> list[Param]:
-        """The embedding and one dense layer."""
-        return decoder_params(replace(self.model, num_layers=1, moe=None))
+    def _part(self, build: Callable[[Provided], object], element_bytes: float) -> Part:
+        asked = asked_by(build)
+        return Part(self._held(asked.params), element_bytes, len(asked.matrices))
 
-    def _held(self, params: Iterable[Param]) -> float:
+    def _held(self, params: Iterable[Param]) -> int:
         """Elements on the rank that holds the most of them."""
-        found, ranks = list(params), self.grid.tp_group(0)
-        return max(sum(self._held_by(rank, param) for param in found) for rank in ranks)
+        found = list(params)
+        return max(_elements(found, self._extent(rank)) for rank in self.grid.tp_group(0))
 
-    def _held_by(self, rank: int, param: Param) -> float:
-        elements = float(math.prod(param.shape))
-        sharding = Sharding(self.grid, rank, self.model.num_q_heads, self.model.num_kv_heads)
-        for axis, size in zip(param.axes, param.shape, strict=True):
-            if axis is not None:
-                start, stop = sharding.extent(axis, size // param.unit)
-                elements *= (stop - start) * param.unit / size
-        return elements
+    def _bytes_as_built(self, rank: int) -> float:
+        """Bytes of a family that builds its own layers, all of its weights in the dtype of activations."""
+        extent = self._extent(rank)
+        asked = asked_by(lambda given: self.build(self.model, given, torch.float32), extent)
+        return _elements(set(asked.params), extent) * self.weights.embedding
+
+    def _extent(self, rank: int) -> Extent:
+        return Sharding(self.grid, rank, self.model.num_q_heads, self.model.num_kv_heads).extent
+
+
+def _elements(params: Iterable[Param], extent: Extent) -> int:
+    """Elements of parameters where such parts of the logical axes are held."""
+    return sum(math.prod(stop - start for start, stop in param.bounds(extent)) for param in params)
 
 
 def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:

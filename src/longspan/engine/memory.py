@@ -17,6 +17,8 @@ from longspan.engine.capacity import RankMemory
 from longspan.engine.rank.scaled_weights import ScaledChoice
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
+from longspan.models.decoder import DecoderModel
+from longspan.models.registry import BuildModel
 from longspan.parallel.grid import layouts
 from longspan.weights.formats import WeightFormat
 
@@ -40,8 +42,9 @@ def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledC
 
 
 def cache_bytes(
-    config: EngineConfig, model: ModelConfig, weights: WeightFormat, cache_element_bytes: int, free: int
-) -> int:
+    config: EngineConfig, model: ModelConfig, weights: WeightFormat, cache_element_bytes: int, free: int,
+    build: BuildModel = DecoderModel,
+) -> int:  # fmt: skip
     """Bytes for the cache of a rank whose device has `free` bytes: what was asked for, or what is left.
 
     Raises `ConfigError` with needed and free GiB, and layouts that would fit, if it is not enough.
@@ -51,7 +54,7 @@ def cache_bytes(
     here = RankMemory(
         model, device, config.parallel, weights, cache_element_bytes,
         config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.step_tokens,
-        max_num_seqs=config.scheduler.running_limit,
+        max_num_seqs=config.scheduler.running_limit, build=build,
     )  # fmt: skip
     least = config.cache.memory_bytes or here.kv_bytes_per_token * config.cache.page_size
     if here.cache_bytes >= least:

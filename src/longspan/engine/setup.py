@@ -16,10 +16,11 @@ from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
+from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
-from longspan.models.registry import check_checkpoint, load_config
+from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
@@ -37,6 +38,7 @@ class EngineSetup:
 
     config: EngineConfig
     source: ModelSource
+    family: Family
     model: ModelConfig
     grid: Grid
     layout: KVLayout
@@ -125,22 +127,23 @@ class EngineSetup:
         )  # fmt: skip
 
 
-def resolve(config: EngineConfig) -> EngineSetup:
+def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
+    families = extensions.all_families(executor)
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
-    model = load_config(source.config)
-    check_checkpoint(model, source.checkpoint)
+    family, model = find_family(source.config, families)
+    check_checkpoint(family, model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
     scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
-    config = _with_cache_bytes(config, source, model, scaled, device_type)
+    config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type,
         BackendShape(
@@ -163,7 +166,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend, scaled)
+    return EngineSetup(config, source, family, model, grid, layout, pages, length, device_type, backend, scaled)
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
@@ -184,8 +187,9 @@ def resolve_device(name: str) -> str:
 
 
 def _with_cache_bytes(
-    config: EngineConfig, source: ModelSource, model: ModelConfig, scaled: ScaledChoice, device_type: str
-) -> EngineConfig:
+    config: EngineConfig, source: ModelSource, family: Family, model: ModelConfig, scaled: ScaledChoice,
+    device_type: str,
+) -> EngineConfig:  # fmt: skip
     """With the cache's memory settled; every rank gets the number found here, by the first process that asks."""
     if config.cache.memory_settled:
         return config
@@ -197,7 +201,7 @@ def _with_cache_bytes(
         free, _ = torch.cuda.mem_get_info()
         found = cache_bytes(
             config, model, weight_format(source.config, _model_dtype(config, device_type), scaled),
-            _cache_dtype(config, device_type).itemsize, free // sharing,
+            _cache_dtype(config, device_type).itemsize, free // sharing, family.build,
         )  # fmt: skip
     return replace(config, cache=replace(config.cache, memory_bytes=found, memory_settled=True))
 

@@ -1,4 +1,4 @@
-"""What a model is given from outside: attention, its groups, and a loader of its weights.
+"""What a model is given from outside (attention, its groups, a loader of its weights), and what it gives.
 
 It owns these interfaces; models know ranks through nothing else, and not even through them.
 """
@@ -6,7 +6,7 @@ It owns these interfaces; models know ranks through nothing else, and not even t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -55,9 +55,6 @@ class Attend(Protocol):
 class Linear(Protocol):
     """The weight of a product, in whatever form it is kept."""
 
-    @property
-    def out_features(self) -> int: ...
-
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
         ...
@@ -82,10 +79,56 @@ class Loader(Protocol):
         ...
 
 
+class Alone:
+    """The groups of a model that has no peers: a TP group of one, and all experts held here."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `TensorParallel.all_reduce`."""
+        return x
+
+    def all_gather_last(self, x: Tensor) -> Tensor:
+        """See `TensorParallel.all_gather_last`."""
+        return x
+
+    def apply(
+        self, x: Tensor, experts: Tensor, weights: Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """See `ExpertParallel.apply`."""
+        return compute(x, experts, weights)
+
+
 @dataclass(frozen=True)
 class Provided:
     """What every layer is built from and talks to."""
 
     loader: Loader
-    tp: TensorParallel
-    experts: ExpertParallel
+    tp: TensorParallel = field(default_factory=Alone)
+    experts: ExpertParallel = field(default_factory=Alone)
+
+
+class Model(Protocol):
+    """A decoder, or the run of its layers that its loader gives, with the ends that belong to them."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that go from one run of layers to the next."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of hidden states."""
+        ...
+
+    @property
+    def embedding(self) -> Callable[[Tensor], Tensor] | None:
+        """int64 token ids [T] → hidden states [T, hidden]; None where the first layer is not held."""
+        ...
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor] | None:
+        """[R, hidden] → fp32 logits [R, vocab]; None where the last layer is not held."""
+        ...
+
+    def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""
+        ...

@@ -11,58 +11,29 @@ from torch import Tensor
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, Provided
-from longspan.models.gqa import GroupedQueryAttention, gqa_params
+from longspan.models.gqa import GroupedQueryAttention
 from longspan.models.layers import RMSNorm, embed, table_product
-from longspan.models.mla import MultiHeadLatentAttention, mla_params
-from longspan.models.mlp import GatedMLP, mlp_params
-from longspan.models.moe import MixtureOfExperts, moe_params
+from longspan.models.mla import MultiHeadLatentAttention
+from longspan.models.mlp import GatedMLP
+from longspan.models.moe import MixtureOfExperts
 from longspan.models.params import Param
 from longspan.models.rope import Rotary
 
-
-def _layer_prefix(layer: int) -> str:
-    return f"model.layers.{layer}"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
-def _norm_param(config: ModelConfig, name: str) -> Param:
-    return Param(name, (config.hidden_size,), (None,))
-
-
-def _embedding_param(config: ModelConfig) -> Param:
-    return Param("model.embed_tokens.weight", (config.vocab_size, config.hidden_size), ("vocab", None))
-
-
-def _head_param(config: ModelConfig) -> Param:
-    if config.tie_word_embeddings:
-        return _embedding_param(config)
-    return Param("lm_head.weight", (config.vocab_size, config.hidden_size), ("vocab", None))
-
-
-def decoder_params(config: ModelConfig) -> list[Param]:
-    """Every tensor the model needs of a checkpoint."""
-    params = [_embedding_param(config), _norm_param(config, "model.norm.weight")]
-    if not config.tie_word_embeddings:
-        params.append(_head_param(config))
-    for layer in range(config.num_layers):
-        prefix = _layer_prefix(layer)
-        attention = mla_params if config.mla else gqa_params
-        params += attention(config, f"{prefix}.self_attn").values()
-        moe = config.moe
-        if moe and layer in moe.layers:
-            params += moe_params(moe, config.hidden_size, f"{prefix}.{moe.block}")
-        else:
-            params += mlp_params(config, f"{prefix}.mlp").values()
-        params.append(_norm_param(config, f"{prefix}.input_layernorm.weight"))
-        params.append(_norm_param(config, f"{prefix}.post_attention_layernorm.weight"))
-    return params
+def build_attention(
+    config: ModelConfig, layer: int, prefix: str, given: Provided
+) -> GroupedQueryAttention | MultiHeadLatentAttention:
+    """A layer's attention, of the kind the configuration asks for."""
+    kind = MultiHeadLatentAttention if config.mla else GroupedQueryAttention
+    return kind(config, layer, prefix, given)
 
 
 class _Layer:
     def __init__(self, config: ModelConfig, layer: int, given: Provided) -> None:
-        prefix = _layer_prefix(layer)
-        attention = MultiHeadLatentAttention if config.mla else GroupedQueryAttention
-        self._attention = attention(config, layer, f"{prefix}.self_attn", given)
-        moe = config.moe
+        prefix, moe = f"model.layers.{layer}", config.moe
+        self._attention = build_attention(config, layer, f"{prefix}.self_attn", given)
         self._mlp: GatedMLP | MixtureOfExperts
         if moe and layer in moe.layers:
             self._mlp = MixtureOfExperts(moe, config.hidden_size, f"{prefix}.{moe.block}", given)
@@ -82,7 +53,7 @@ class Embedding:
     def __init__(self, config: ModelConfig, given: Provided) -> None:
         self._tp = given.tp
         self._first_token, _ = given.loader.extent("vocab", config.vocab_size)
-        self._table = given.loader.load(_embedding_param(config))
+        self._table = _table(config, _EMBEDDING, given)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 token_ids [T] → [T, hidden]."""
@@ -95,7 +66,7 @@ class Head:
     def __init__(self, config: ModelConfig, given: Provided) -> None:
         self._tp = given.tp
         self._norm = _norm(config, "model.norm.weight", given)
-        self._table = given.loader.load(_head_param(config))
+        self._table = _table(config, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight", given)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[R, hidden] → fp32 logits [R, vocab]."""
@@ -122,5 +93,9 @@ class DecoderModel:
         return x
 
 
+def _table(config: ModelConfig, name: str, given: Provided) -> Tensor:
+    return given.loader.load(Param(name, (config.vocab_size, config.hidden_size), ("vocab", None)))
+
+
 def _norm(config: ModelConfig, name: str, given: Provided) -> RMSNorm:
-    return RMSNorm(given.loader.load(_norm_param(config, name)), config.rms_norm_eps)
+    return RMSNorm(given.loader.load(Param(name, (config.hidden_size,), (None,))), config.rms_norm_eps)

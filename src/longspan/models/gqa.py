@@ -15,54 +15,36 @@ from longspan.models.params import Param
 from longspan.models.rope import apply_rope
 
 
-def gqa_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
-    """The layer's parameters by role."""
-    hidden, dim = config.hidden_size, config.head_dim
-    params: dict[str, Param] = {}
-    for role, heads, axis in (
-        ("q", config.num_q_heads, "q_heads"),
-        ("k", config.num_kv_heads, "kv_heads"),
-        ("v", config.num_kv_heads, "kv_heads"),
-    ):
-        params[role] = Param(f"{prefix}.{role}_proj.weight", (heads * dim, hidden), (axis, None), dim)
-        if config.attention_bias:
-            params[f"{role}_bias"] = Param(f"{prefix}.{role}_proj.bias", (heads * dim,), (axis,), dim)
-    params["o"] = Param(f"{prefix}.o_proj.weight", (hidden, config.num_q_heads * dim), (None, "q_heads"), dim)
-    if config.attention_output_bias:
-        params["o_bias"] = Param(f"{prefix}.o_proj.bias", (hidden,), (None,))
-    if config.qk_norm:
-        params["q_norm"] = Param(f"{prefix}.q_norm.weight", (dim,), (None,))
-        params["k_norm"] = Param(f"{prefix}.k_norm.weight", (dim,), (None,))
-    if config.attention_sinks:
-        params["sinks"] = Param(f"{prefix}.sinks", (config.num_q_heads,), ("q_heads",), exact=True)
-    return params
-
-
 class GroupedQueryAttention:
     """One layer's attention on the heads its loader gives."""
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
-        params = gqa_params(config, prefix)
-        sink = given.loader.load(params["sinks"]) if config.attention_sinks else None
-        self._layer = AttentionLayer(layer, config.window(layer), sink)
+        load, linear, extent = given.loader.load, given.loader.linear, given.loader.extent
+        hidden, dim, q_heads, kv_heads = config.hidden_size, config.head_dim, config.num_q_heads, config.num_kv_heads
+        qkv = (("q", q_heads, "q_heads"), ("k", kv_heads, "kv_heads"), ("v", kv_heads, "kv_heads"))
         self._tp = given.tp
-        self._dim = config.head_dim
-        self._qkv = given.loader.linear(params["q"], params["k"], params["v"])
-        self._o = given.loader.linear(params["o"])
+        self._dim = dim
+        self._qkv = linear(
+            *(Param(f"{prefix}.{n}_proj.weight", (heads * dim, hidden), (axis, None), dim) for n, heads, axis in qkv)
+        )
+        self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, q_heads * dim), (None, "q_heads"), dim))
         self._qkv_bias: Tensor | None = None
         self._o_bias: Tensor | None = None
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
+        sink: Tensor | None = None
         if config.attention_bias:
-            self._qkv_bias = given.loader.load(params["q_bias"], params["k_bias"], params["v_bias"])
-        if config.attention_output_bias:
-            self._o_bias = given.loader.load(params["o_bias"])
-        if config.qk_norm:
-            self._norms = (
-                RMSNorm(given.loader.load(params["q_norm"]), config.rms_norm_eps),
-                RMSNorm(given.loader.load(params["k_norm"]), config.rms_norm_eps),
+            self._qkv_bias = load(
+                *(Param(f"{prefix}.{n}_proj.bias", (heads * dim,), (axis,), dim) for n, heads, axis in qkv)
             )
-        q_start, q_stop = given.loader.extent("q_heads", config.num_q_heads)
-        kv_start, kv_stop = given.loader.extent("kv_heads", config.num_kv_heads)
+        if config.attention_output_bias:
+            self._o_bias = load(Param(f"{prefix}.o_proj.bias", (hidden,), (None,)))
+        if config.qk_norm:
+            q_norm, k_norm = (load(Param(f"{prefix}.{n}_norm.weight", (dim,), (None,))) for n in ("q", "k"))
+            self._norms = RMSNorm(q_norm, config.rms_norm_eps), RMSNorm(k_norm, config.rms_norm_eps)
+        if config.attention_sinks:
+            sink = load(Param(f"{prefix}.sinks", (q_heads,), ("q_heads",), exact=True))
+        self._layer = AttentionLayer(layer, config.window(layer), sink)
+        (q_start, q_stop), (kv_start, kv_stop) = extent("q_heads", q_heads), extent("kv_heads", kv_heads)
         self._q_heads, self._kv_heads = q_stop - q_start, kv_stop - kv_start
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
-from longspan.models.context import Attend, Provided
+from longspan.models.context import Attend, Linear, Provided
 from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
@@ -19,53 +19,40 @@ from longspan.models.rope import apply_rope
 _LATENT_NORM_EPS = 1e-6  # of the norms inside MLA, whatever the configuration says of the others
 
 
-def _mla(config: ModelConfig) -> MLAConfig:
-    if config.mla is None:
-        raise TypeError("latent attention needs ModelConfig.mla")
-    return config.mla
-
-
-def mla_params(config: ModelConfig, prefix: str) -> dict[str, Param]:
-    """The layer's parameters by role."""
-    mla, hidden, heads = _mla(config), config.hidden_size, config.num_q_heads
-    query, expanded = mla.query_dim + mla.rope_dim, mla.query_dim + mla.value_dim
-    params: dict[str, Param] = {}
-    if mla.q_lora_rank is None:
-        params["q"] = Param(f"{prefix}.q_proj.weight", (heads * query, hidden), ("q_heads", None), query)
-    else:
-        rank = mla.q_lora_rank
-        params["q_a"] = Param(f"{prefix}.q_a_proj.weight", (rank, hidden), (None, None))
-        params["q_norm"] = Param(f"{prefix}.q_a_layernorm.weight", (rank,), (None,))
-        params["q"] = Param(f"{prefix}.q_b_proj.weight", (heads * query, rank), ("q_heads", None), query)
-    latent = mla.kv_lora_rank
-    params["kv_a"] = Param(f"{prefix}.kv_a_proj_with_mqa.weight", (latent + mla.rope_dim, hidden), (None, None))
-    params["kv_norm"] = Param(f"{prefix}.kv_a_layernorm.weight", (latent,), (None,))
-    params["kv_b"] = Param(f"{prefix}.kv_b_proj.weight", (heads * expanded, latent), ("q_heads", None), expanded)
-    params["o"] = Param(f"{prefix}.o_proj.weight", (hidden, heads * mla.value_dim), (None, "q_heads"), mla.value_dim)
-    return params
-
-
 class MultiHeadLatentAttention:
     """One layer's attention on the query heads its loader gives; the latent is computed whole on every rank."""
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
-        params, mla = mla_params(config, prefix), _mla(config)
+        if config.mla is None:
+            raise TypeError("latent attention needs ModelConfig.mla")
+        mla, hidden, heads, latent = config.mla, config.hidden_size, config.num_q_heads, config.mla.kv_lora_rank
+        query, expanded, rank = mla.query_dim + mla.rope_dim, mla.query_dim + mla.value_dim, mla.q_lora_rank
+        load, linear = given.loader.load, given.loader.linear
         self._mla = mla
         self._tp = given.tp
-        start, stop = given.loader.extent("q_heads", config.num_q_heads)
+        start, stop = given.loader.extent("q_heads", heads)
         self._heads = stop - start
-        self._q_a = None if mla.q_lora_rank is None else given.loader.linear(params["q_a"])
-        self._q_norm = RMSNorm(given.loader.load(params["q_norm"]), _LATENT_NORM_EPS) if self._q_a else None
-        self._q = given.loader.linear(params["q"])
-        self._kv_a = given.loader.linear(params["kv_a"])
-        self._kv_norm = RMSNorm(given.loader.load(params["kv_norm"]), _LATENT_NORM_EPS)
-        expand = given.loader.load(params["kv_b"]).view(self._heads, mla.query_dim + mla.value_dim, mla.kv_lora_rank)
+        self._q_a: Linear | None = None
+        self._q_norm: RMSNorm | None = None
+        if rank is None:
+            self._q = linear(Param(f"{prefix}.q_proj.weight", (heads * query, hidden), ("q_heads", None), query))
+        else:
+            self._q_a = linear(Param(f"{prefix}.q_a_proj.weight", (rank, hidden), (None, None)))
+            norm = load(Param(f"{prefix}.q_a_layernorm.weight", (rank,), (None,)))
+            self._q_norm = RMSNorm(norm, _LATENT_NORM_EPS)
+            self._q = linear(Param(f"{prefix}.q_b_proj.weight", (heads * query, rank), ("q_heads", None), query))
+        self._kv_a = linear(Param(f"{prefix}.kv_a_proj_with_mqa.weight", (latent + mla.rope_dim, hidden), (None, None)))
+        norm = load(Param(f"{prefix}.kv_a_layernorm.weight", (latent,), (None,)))
+        self._kv_norm = RMSNorm(norm, _LATENT_NORM_EPS)
+        kv_b = load(Param(f"{prefix}.kv_b_proj.weight", (heads * expanded, latent), ("q_heads", None), expanded))
+        expand = kv_b.view(self._heads, expanded, latent)
         self._layer = AttentionLayer(
             layer,
             config.window(layer),
             latent=LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]),
         )
-        self._o = given.loader.linear(params["o"])
+        width = heads * mla.value_dim
+        self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, width), (None, "q_heads"), mla.value_dim))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""

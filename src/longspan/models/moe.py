@@ -10,56 +10,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
-from longspan.models.context import Provided
-from longspan.models.experts import Expert, expert_params, shared_params
+from longspan.models.context import Loader, Provided
+from longspan.models.experts import routed_expert, shared_expert
 from longspan.models.params import Param
 
 
-def router_params(moe: MoEConfig, hidden: int, prefix: str) -> dict[str, Param]:
-    """The router's parameters by role."""
-    name = f"{prefix}.{moe.router}"
-    params = {"router": Param(f"{name}.weight", (moe.num_experts, hidden), (None, None))}
-    if moe.router_bias:
-        params["router_bias"] = Param(f"{name}.bias", (moe.num_experts,), (None,))
-    if moe.correction_bias:
-        params["correction"] = Param(f"{name}.e_score_correction_bias", (moe.num_experts,), (None,), exact=True)
-    return params
+class Router:
+    """Which experts each row goes to: computed in fp32, whole on every rank."""
 
+    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, loader: Loader) -> None:
+        name, count = f"{prefix}.{moe.router}", moe.num_experts
+        self._moe = moe
+        self._weight = loader.load(Param(f"{name}.weight", (count, hidden), (None, None))).float()
+        self._bias: Tensor | None = None
+        self._correction: Tensor | None = None
+        if moe.router_bias:
+            self._bias = loader.load(Param(f"{name}.bias", (count,), (None,))).float()
+        if moe.correction_bias:
+            self._correction = loader.load(Param(f"{name}.e_score_correction_bias", (count,), (None,), exact=True))
 
-def moe_params(moe: MoEConfig, hidden: int, prefix: str) -> list[Param]:
-    """A layer's parameters."""
-    params = list(router_params(moe, hidden, prefix).values())
-    for expert in range(moe.num_experts):
-        params += expert_params(moe, hidden, prefix, expert).all
-    if moe.shared_intermediate_size:
-        params += shared_params(moe, hidden, prefix).all
-    return params
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, hidden] → (experts [T, k] int64, their weights [T, k] fp32)."""
+        return route(F.linear(x.float(), self._weight, self._bias), self._correction, self._moe)
 
 
 class MixtureOfExperts:
     """The experts in its loader's extent; rows reach all experts through the expert group."""
 
     def __init__(self, moe: MoEConfig, hidden: int, prefix: str, given: Provided) -> None:
-        router, load = router_params(moe, hidden, prefix), given.loader.load
-        self._moe = moe
+        loader = given.loader
         self._tp = given.tp
         self._group = given.experts
-        self._router = load(router["router"]).float()
-        self._router_bias = load(router["router_bias"]).float() if moe.router_bias else None
-        self._correction = load(router["correction"]) if moe.correction_bias else None
-        start, stop = given.loader.extent("experts", moe.num_experts)
-        self._experts = {
-            expert: Expert(expert_params(moe, hidden, prefix, expert), given.loader, moe.swiglu_limit)
-            for expert in range(start, stop)
-        }
-        shared = moe.shared_intermediate_size
-        self._shared = Expert(shared_params(moe, hidden, prefix), given.loader) if shared else None
+        self._router = Router(moe, hidden, prefix, loader)
+        start, stop = loader.extent("experts", moe.num_experts)
+        self._experts = {expert: routed_expert(moe, hidden, prefix, expert, loader) for expert in range(start, stop)}
+        self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
-        logits = F.linear(x.float(), self._router, self._router_bias)
-        experts, weights = route(logits, self._correction, self._moe)
-        out = self._group.apply(x, experts, weights, self._sum)
+        out = self._group.apply(x, *self._router(x), self._sum)
         return self._tp.all_reduce(out if self._shared is None else out.add_(self._shared(x)))
 
     def _sum(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -5,30 +5,48 @@ It owns `Param` and the check of a checkpoint against a model's list; it must no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 from longspan.errors import WeightError
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
-@dataclass(frozen=True)
-class Param:
-    """Hub name, whole shape, and for each dimension its logical axis (`q_heads`, `kv_heads`, `ffn`, `vocab`) or None.
+Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
+Extent = Callable[[str, int], tuple[int, int]]  # (start, stop) of the part of a logical axis of so many
 
-    `unit` is the rows that belong together on a sharded dimension: head_dim for the head axes. An
-    `exact` parameter is kept in fp32 whatever the dtype of the model. A `stacked` one is entry number `stacked` of a
-    tensor [entries, in, out], and is loaded as [out, in].
-    """
 
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    unit: int = 1
-    exact: bool = False
-    stacked: int | None = None
+class Param(NamedTuple):
+    """A tensor of a checkpoint, or an entry of one."""
+
+    name: str  # on the hub
+    shape: tuple[int, ...]  # of the whole tensor
+    axes: tuple[str | None, ...]  # of each dimension: `q_heads`, `kv_heads`, `ffn`, `vocab`, or None if it stays whole
+    unit: int = 1  # rows that belong together on a sharded dimension: head_dim for the head axes
+    exact: bool = False  # kept in fp32 whatever the dtype of the model
+    stacked: int | None = None  # the entry of a tensor [entries, in, out] that is loaded, as [out, in]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows and columns as it is loaded."""
+        return len(self.shape) > (1 if self.stacked is None else 2)
+
+    def bounds(self, extent: Extent) -> Bounds:
+        """The part of the tensor that is loaded where such parts of the logical axes are held."""
+        found: list[tuple[int, int]] = []
+        for size, axis in zip(self.shape, self.axes, strict=True):
+            start, stop = (0, size) if axis is None else extent(axis, size // self.unit)
+            found.append((start, stop) if axis is None else (start * self.unit, stop * self.unit))
+        if self.stacked is not None:
+            found[0] = (self.stacked, self.stacked + 1)
+        return tuple(found)
+
+
+def loaded_shape(bounds: Bounds, stacked: bool) -> tuple[int, ...]:
+    """What such a part is once it is loaded: an entry of a stack is transposed."""
+    sizes = tuple(stop - start for start, stop in bounds)
+    return sizes[:0:-1] if stacked else sizes
 
 
 class Shapes(Protocol):

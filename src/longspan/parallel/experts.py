@@ -16,14 +16,6 @@ _LABEL = "experts"
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class OwnExperts:
-    """Every member holds the same experts, so nothing is exchanged."""
-
-    def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
-        """See `ExpertParallel.apply`."""
-        return compute(x, experts, weights)
-
-
 class SharedExperts:
     """Member m holds experts [extents[m][0], extents[m][1]).
 

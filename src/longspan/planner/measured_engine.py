@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from longspan.clock import repeated, seconds
 from longspan.config import CacheConfig, EngineConfig, Fixed, ParallelConfig, SchedulerConfig
 from longspan.engine.engine import Engine
-from longspan.models.decoder import decoder_params
-from longspan.models.registry import load_config
+from longspan.models.registry import find_family, load_config
 from longspan.planner.measured_layers import LayerBench
 from longspan.planner.timing import Bench, typical
 from longspan.request import SamplingParams
@@ -210,9 +209,7 @@ def plain_folder(values: Mapping[str, Any], layers: int, width: int | None) -> I
     config = plain(values, layers, width)
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
-        tensors = {
-            param.name: torch.randn(param.shape) / math.sqrt(param.shape[-1])
-            for param in decoder_params(load_config(config))
-        }
+        family, model = find_family(config)
+        tensors = {param.name: torch.randn(param.shape) / math.sqrt(param.shape[-1]) for param in family.params(model)}
         save_file(tensors, Path(folder, "model.safetensors"))
         yield folder

@@ -18,11 +18,10 @@ from longspan.attention.layer import AttentionLayer
 from longspan.clock import Run
 from longspan.models.config import ModelConfig
 from longspan.models.context import Linear, Provided
-from longspan.models.decoder import DecoderModel, decoder_params
+from longspan.models.decoder import DecoderModel
 from longspan.models.layers import DenseLinear, table_product
-from longspan.models.params import Param
-from longspan.models.registry import build_model
-from longspan.parallel.experts import OwnExperts
+from longspan.models.params import Extent, Param
+from longspan.models.shapes import asked_by
 from longspan.planner.linear import passed_elements
 from longspan.planner.timing import Bench
 
@@ -45,23 +44,13 @@ class LayerTimes:
     product_s: tuple[tuple[int, float], ...]
 
 
-class _Alone:
-    """A TP group of one."""
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return x
-
-    def all_gather_last(self, x: Tensor) -> Tensor:
-        return x
-
-
 class _MadeUp:
     """A loader of random weights: all of each layer, of all layers but the first and the last."""
 
     def __init__(self, bench: Bench, layers: int) -> None:
         self.device = bench.device
+        self.extent = _inner(layers)
         self._bench = bench
-        self._layers = layers
 
     def load(self, *params: Param) -> Tensor:
         """See `Loader.load`."""
@@ -73,9 +62,9 @@ class _MadeUp:
         """See `Loader.linear`."""
         return DenseLinear(self.load(*params))
 
-    def extent(self, axis: str, size: int) -> tuple[int, int]:
-        """See `Loader.extent`."""
-        return (1, 1 + self._layers) if axis == "layers" else (0, size)
+
+def _inner(layers: int) -> Extent:
+    return lambda axis, size: (1, 1 + layers) if axis == "layers" else (0, size)
 
 
 def _no_attention(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,8 +79,8 @@ class LayerBench:
 
     def __init__(self, bench: Bench, shape: ModelConfig) -> None:
         self._bench, self._shape = bench, replace(shape, moe=None)
-        self._sizes = _product_sizes(self._shape)
-        self._each = sum(out * into for out, into in self._sizes)
+        self.sizes = _product_sizes(self._shape)
+        self._each = sum(out * into for out, into in self.sizes)
         most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
         self._deep = max(_FEW_LAYERS, min(shape.num_layers, most))
         self._models = {count: self._model(count) for count in (self._deep, _FEW_LAYERS)}
@@ -159,14 +148,14 @@ class LayerBench:
 
     def _model(self, layers: int) -> DecoderModel:
         """Layers between the first and the last, so that there are no ends."""
-        given = Provided(_MadeUp(self._bench, layers), _Alone(), OwnExperts())
-        return build_model(replace(self._shape, num_layers=layers + 2), given, self._bench.dtype)
+        given = Provided(_MadeUp(self._bench, layers))
+        return DecoderModel(replace(self._shape, num_layers=layers + 2), given, self._bench.dtype)
 
     def _products(self, rows: int) -> Run:
         """Every layer's products in turn."""
         layers = range(self._count(rows))
-        weights = [[DenseLinear(self._bench.tensor(*size)) for size in self._sizes] for _ in layers]
-        inputs = [self._bench.tensor(rows, into) for _, into in self._sizes]
+        weights = [[DenseLinear(self._bench.tensor(*size)) for size in self.sizes] for _ in layers]
+        inputs = [self._bench.tensor(rows, into) for _, into in self.sizes]
 
         def run() -> None:
             for layer in weights:
@@ -182,10 +171,7 @@ def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
 
 
 def _product_sizes(shape: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of the weights of a dense layer's products, those that share an input as one but in MLA."""
-    if shape.mla:
-        params = decoder_params(replace(shape, num_layers=1))
-        return [(p.shape[0], p.shape[1]) for p in params if ".layers." in p.name and len(p.shape) > 1]
-    q, kv = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    hidden, wide = shape.hidden_size, shape.intermediate_size
-    return [(q + 2 * kv, hidden), (hidden, q), (2 * wide, hidden), (hidden, wide)]
+    """Rows and columns of the weights of a dense layer's products."""
+    model = replace(shape, num_layers=3)
+    asked = asked_by(lambda given: DecoderModel(model, given, torch.float32), _inner(1))
+    return [(sum(param.shape[0] for param in product), product[0].shape[1]) for product in asked.matrices]

@@ -27,10 +27,9 @@ from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import ExpertParallel, Provided
-from longspan.models.registry import build_model
+from longspan.models.context import Alone, ExpertParallel, Provided
 from longspan.parallel.collectives import Collectives
-from longspan.parallel.experts import OwnExperts, SharedExperts
+from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
@@ -81,12 +80,12 @@ def build_runner(
     )
     vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
-    experts: ExpertParallel = OwnExperts()
+    experts: ExpertParallel = Alone()
     if config.parallel.enable_expert_parallel and model_config.moe:
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
-    model = build_model(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    model = setup.family.build(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
     backend, recordings = attention.kernels.backend, None
     if setup.records_decode and isinstance(backend, StaticBackend):

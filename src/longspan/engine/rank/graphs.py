@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import StaticBackend, StaticWriter
-from longspan.models.decoder import DecoderModel
+from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Block, QueryRun, Reach
 from longspan.plan.view import ClassView, RankView
@@ -97,7 +97,7 @@ class Recordings:
     """All recordings of one rank, made when a size is first met."""
 
     def __init__(
-        self, model: DecoderModel, attention: Attention, backend: StaticBackend, recorder: Recorder, pcp: int
+        self, model: Model, attention: Attention, backend: StaticBackend, recorder: Recorder, pcp: int
     ) -> None:
         self._model = model
         self._attention = attention
@@ -120,7 +120,7 @@ class _Recording:
     """One size: rows beyond those of a step write nothing and see nothing."""
 
     def __init__(
-        self, model: DecoderModel, attention: Attention, backend: StaticBackend, size: _Size, kinds: int, pcp: int
+        self, model: Model, attention: Attention, backend: StaticBackend, size: _Size, kinds: int, pcp: int
     ) -> None:
         self._model = model
         self._attention = attention

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.models.context import Linear
 from longspan.models.layers import DenseLinear
-from longspan.models.params import Param
+from longspan.models.params import Bounds, Param, loaded_shape
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
@@ -29,14 +29,13 @@ class Piece(NamedTuple):
     """A slice of a tensor: [start, stop) of each dimension; of a `stacked` one an entry, to be transposed."""
 
     name: str
-    bounds: tuple[tuple[int, int], ...]
+    bounds: Bounds
     stacked: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is loaded."""
-        sizes = tuple(stop - start for start, stop in self.bounds)
-        return sizes[:0:-1] if self.stacked else sizes
+        return loaded_shape(self.bounds, self.stacked)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -140,13 +139,4 @@ class RankLoader:
         return self._store.linear([self._piece(param) for param in params])
 
     def _piece(self, param: Param) -> Piece:
-        bounds: list[tuple[int, int]] = []
-        for size, axis in zip(param.shape, param.axes, strict=True):
-            if axis is None:
-                bounds.append((0, size))
-            else:
-                start, stop = self.extent(axis, size // param.unit)
-                bounds.append((start * param.unit, stop * param.unit))
-        if param.stacked is not None:
-            bounds[0] = (param.stacked, param.stacked + 1)
-        return Piece(param.name, tuple(bounds), param.stacked is not None)
+        return Piece(param.name, param.bounds(self.extent), param.stacked is not None)

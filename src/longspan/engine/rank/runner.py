@@ -19,7 +19,7 @@ from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.grammar import Matcher, Vocabulary
 from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, start_sampling
 from longspan.errors import EngineError, RequestError
-from longspan.models.decoder import DecoderModel
+from longspan.models.context import Model
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
@@ -50,7 +50,7 @@ class RankParts:
 
     grid: Grid
     rank: int
-    model: DecoderModel
+    model: Model
     attention: Attention
     groups: Groups
     device: torch.device
@@ -92,7 +92,7 @@ class Runner:
         self._store = parts.store
 
     @property
-    def model(self) -> DecoderModel:
+    def model(self) -> Model:
         """This rank's part of the model."""
         return self._model
 
