@@ -51,4 +51,4 @@ rm -rf "$folder/llama"
 # With MODEL=a folder of SmolLM2: tokens that fit and agree with a quantised cache.
 [ -z "${MODEL:-}" ] || part kv-dtypes 60 "$python" scripts/measure_kv_dtypes.py "$MODEL" docs/architecture.md
 
-"$python" -m longspan.bench.kernels.summary "$folder" | tee -a "$folder/parts.txt"
+"$python" scripts/summarise_kernels.py "$folder" | tee -a "$folder/parts.txt"

@@ -50,14 +50,13 @@ FORBIDDEN = {
         "longspan.plan.plan",
         "longspan.plan.view",
     ),
-    "evaluate": ("torch", "longspan.engine", "longspan.server"),
     "planner": ("longspan.engine.rank.runner", "longspan.engine.driver.executors", "longspan.parallel.collectives"),
 }
 """What a package or file must not import: the last column of the table in docs/architecture.md."""
 
 ORDER = (
     "version", "errors", "clock", "request", "config", "cache", "plan", "parallel", "attention", "scheduler", "models",
-    "weights", "disaggregation", "engine", "llm", "server", "evaluate", "bench", "planner", "cli",
+    "weights", "disaggregation", "engine", "llm", "server", "bench", "planner", "cli",
 )  # fmt: skip
 """Packages, lowest first: each imports only what stands before it."""
 

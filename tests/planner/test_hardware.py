@@ -31,6 +31,7 @@ def test_a_file_may_leave_out_what_has_a_default_and_write_exponents(tmp_path):
         (LEAST.replace("80", "much"), "line 2, column 1: memory_gb: Expected `float`"),
         (LEAST.replace("80", "0"), "line 2, column 1: memory_gb: 0.0 given; a positive number is expected"),
         (LEAST + "kernel_s: -1\n", "line 6, column 1: kernel_s: -1.0 given"),
+        (LEAST + "memory: 0\n", "line 6, column 1: memory: 0.0 given"),
         (LEAST.replace("memory_gb", "memory_bg"), "line 2, column 1: memory_bg: is no field .* memory_gb"),
         (LEAST + "product_s: [[8, 1.0], [1, 2.0]]\n", "line 6, column 1: product_s: not in order"),
         ("tflops: 900\n", "missing required field `memory_gb`"),

@@ -69,13 +69,15 @@ def test_comments_blank_lines_and_missing_values_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (GOOD.replace(",8,8,", ",8,x,"), "line 3: column tp: 'x'; a whole number"),
-        (GOOD.replace("100,ms", "fast,ms"), "line 3: column value: 'fast'; a number"),
+        (GOOD.replace(",8,8,", ",8,x,"), "line 3: column tp=x: Expected `int`"),
+        (GOOD.replace(",8,8,", ",8,0,"), "line 3: column tp=0: Expected `int` >= 1"),
+        (GOOD.replace(",8,8,", ",8,,"), "line 3: Object missing required field `tp`"),
+        (GOOD.replace("100,ms", "fast,ms"), "line 3: column value=fast: Expected `float"),
         (GOOD.replace("ttft", "latency"), "line 3: column quantity=latency: unknown; use one of ttft"),
         (GOOD.replace(",8,8,", ",16,8,"), "line 3: column gpus=16: tp x pcp x pp = 8"),
         (GOOD.replace("8,8,1,1,1", "8,8,1,3,1"), "line 3: column dcp=3: must divide tensor_parallel_size=8"),
         (GOOD.replace(",ms", ",tokens"), "line 3: column unit=tokens"),
-        (GOOD.replace(",ms", ""), "line 3: 11 cells, 12 columns"),
+        (GOOD.replace(",ms", ""), "line 3: has more cells than columns, or fewer"),
     ],
 )
 def test_a_malformed_row_names_line_and_column(tmp_path, bad, message):

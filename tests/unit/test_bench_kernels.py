@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts.summarise_kernels import main as summarise
+from scripts.summarise_kernels import targets
 
 from longspan.bench.kernels.attention import HEADS, Scene, run_shards
 from longspan.bench.kernels.bed import Bed, as_json
 from longspan.bench.kernels.ceilings import Ceilings
-from longspan.bench.kernels.summary import main as summarise
-from longspan.bench.kernels.summary import targets
 from longspan.cli import bench_kernels
 from longspan.clock import Clock, Timing
 from longspan.errors import ConfigError

@@ -89,10 +89,6 @@ OPTIONS = {
         "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
         "--prefill-peers", "--transfer-token-file",
     },
-    ("eval", "gsm8k"): ENGINE_OPTIONS | {
-        "--data", "--shots", "--shots-data", "--limit", "--max-tokens", "--base-url", "--api-key", "--concurrency",
-        "--output",
-    },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
     },

@@ -25,7 +25,6 @@ from longspan.cli import (
     serve,
     simulate,
 )
-from longspan.cli import eval as evaluation
 from longspan.cli.options import takes_engine_options
 from longspan.errors import LongspanError
 
@@ -66,10 +65,6 @@ def build_app() -> typer.Typer:
     benches.command("kv-write", help="Writing the cache, likewise.")(bench_kernels.kv_write)
     benches.command("serve", help="Load on any OpenAI-compatible server.")(bench_serve.serve)
     app.add_typer(benches, name="bench")
-    evals = typer.Typer(help="Measure how right a model's answers are.", no_args_is_help=True, rich_markup_mode=None)
-    evals.command("gsm8k", help="Grade-school mathematics.")(takes_engine_options(evaluation.gsm8k))
-    evals.callback()(lambda: None)  # one command alone would take the group's place
-    app.add_typer(evals, name="eval")
     return app
 
 

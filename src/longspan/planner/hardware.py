@@ -141,52 +141,52 @@ def hardware_from_yaml(path: str | Path) -> Hardware:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise ConfigError("hardware", path, f"cannot be read ({error.strerror})", "give a file's path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        place = _place(getattr(error, "problem_mark", None))
         problem = getattr(error, "problem", None) or "no text"
         raise ConfigError("hardware", path, f"{place}{problem}", "write fields as `tflops: 989`") from error
-    if not isinstance(values, Mapping):
-        raise _at(path, "", "", "no fields", "write fields as `tflops: 989`")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError("hardware", path, "line 1, column 1: no fields", "write fields as `tflops: 989`")
+    marks = {key.value: key.start_mark for key, _ in node.value}
     known = [entry.name for entry in fields(Hardware)]
     for name in map(str, values):
         if name not in known:
             near = get_close_matches(name, known, 1) or known
-            raise _at(path, text, name, "is no field of a machine", f"a field is expected: {', '.join(near)}")
+            raise _at(path, marks, name, "is no field of a machine", f"a field is expected: {', '.join(near)}")
     try:
         found = msgspec.convert(values, Hardware, strict=False)
     except msgspec.ValidationError as error:
         named = re.search(r"\$\.(\w+)", str(error))
-        raise _at(path, text, named[1] if named else "", str(error), "correct it") from error
-    _check(path, text, found)
+        raise _at(path, marks, named[1] if named else "", str(error), "correct it") from error
+    _check(path, marks, found)
     return found
 
 
-def _check(path: str | Path, text: str, found: Hardware) -> None:
+def _check(path: str | Path, marks: Mapping[str, yaml.Mark], found: Hardware) -> None:
     for name in _POSITIVE:
         if not getattr(found, name) > 0:
-            raise _at(path, text, name, f"{getattr(found, name)} given", "a positive number is expected")
+            raise _at(path, marks, name, f"{getattr(found, name)} given", "a positive number is expected")
     for entry in fields(Hardware):
         value = getattr(found, entry.name)
         if isinstance(value, float) and not 0 <= value < math.inf:
-            raise _at(path, text, entry.name, f"{value} given", "a number that is not negative is expected")
+            raise _at(path, marks, entry.name, f"{value} given", "a number that is not negative is expected")
     for name in _TABLES:
         table = getattr(found, name)
         rows = [rows for rows, _ in table]
         if rows != sorted(set(rows)) or any(row < 1 or not value > 0 for row, value in table):
-            raise _at(path, text, name, "not in order of rows", "pairs [rows, positive number] are expected")
+            raise _at(path, marks, name, "not in order of rows", "pairs [rows, positive number] are expected")
 
 
-def _at(path: str | Path, text: str, name: str, problem: str, remedy: str) -> ConfigError:
+def _at(path: str | Path, marks: Mapping[str, yaml.Mark], name: str, problem: str, remedy: str) -> ConfigError:
     """An error in a field, at its place in the file."""
-    lines = text.splitlines() or [""]
-    line = next((n for n, one in enumerate(lines) if name and one.lstrip().startswith(name)), 0)
-    column = len(lines[line]) - len(lines[line].lstrip())
-    about = f"{name}: " if name else ""
-    return ConfigError("hardware", path, f"line {line + 1}, column {column + 1}: {about}{problem}", remedy)
+    return ConfigError("hardware", path, f"{_place(marks.get(name))}{f'{name}: ' if name else ''}{problem}", remedy)
+
+
+def _place(mark: yaml.Mark | None) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
 
 
 def hardware_to_yaml(machine: Hardware) -> str:

@@ -6,9 +6,13 @@ It owns the file's columns and the checks of what stands in them; it must not kn
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from longspan.config import SCHEDULE_NAMES, ParallelConfig
 from longspan.errors import ConfigError
@@ -17,9 +21,8 @@ QUANTITIES: Mapping[str, str] = {
     "ttft": "time to first token", "ttit": "time between tokens", "kv_tokens": "tokens the KV cache holds",
 }  # fmt: skip
 _UNITS = {"ms": 1e3, "s": 1.0, "us": 1e6, "tokens": 1.0}
-_REQUIRED = ("id", "model", "hardware", "gpus", "tp", "pcp", "dcp", "pp", "quantity")
-_COUNTS = ("gpus", "tp", "pcp", "dcp", "pp")
-_COLUMNS = (*_REQUIRED, "source", "schedule", "new_tokens", "cached_tokens", "batch", "value", "unit")
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Tokens = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,19 @@ class Row:
     id: str
     model: str
     hardware: str
-    gpus: int
-    tp: int
-    pcp: int
-    dcp: int
-    pp: int
+    gpus: Count
+    tp: Count
+    pcp: Count
+    dcp: Count
+    pp: Count
     quantity: str
     schedule: str = ""
-    new_tokens: int = 0
-    cached_tokens: int = 0
-    batch: int = 1
+    new_tokens: Tokens = 0
+    cached_tokens: Tokens = 0
+    batch: Count = 1
     value: float | None = None
     unit: str = ""
+    source: str = ""  # where it was published
 
     def __post_init__(self) -> None:
         world = self.tp * self.pcp * self.pp
@@ -79,57 +83,44 @@ class Row:
         return _UNITS[self.unit_shown]
 
 
+_REQUIRED = tuple(entry.name for entry in fields(Row) if entry.default is MISSING)
+_COLUMNS = tuple(entry.name for entry in fields(Row))
+
+
 def read_rows(path: str) -> list[Row]:
     """All rows of a file; lines that begin with # are comments. Raises `ConfigError` with line and column."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("rows", path, f"cannot be read ({error})", "give a CSV file") from error
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    if not numbered:
+    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    if not kept:
         raise ConfigError("rows", path, "line 1: no header", f"begin with the columns {','.join(_COLUMNS)}")
-    (first, header), *rest = numbered
-    names = [name.strip() for name in header.split(",")]
+    reader = csv.DictReader((line for _, line in kept), skipinitialspace=True)
+    names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for name in _REQUIRED:
         if name not in names:
-            raise ConfigError("rows", path, f"line {first}: column {name} is missing", f"have {','.join(_REQUIRED)}")
+            remedy = f"have {','.join(_REQUIRED)}"
+            raise ConfigError("rows", path, f"line {kept[0][0]}: column {name} is missing", remedy)
     for name in names:
         if name not in _COLUMNS:
-            raise ConfigError("rows", path, f"line {first}: column {name} is unknown", f"use {', '.join(_COLUMNS)}")
-    return [_row(path, number, names, next(csv.reader([line]))) for number, line in rest]
+            remedy = f"use {', '.join(_COLUMNS)}"
+            raise ConfigError("rows", path, f"line {kept[0][0]}: column {name} is unknown", remedy)
+    return [_row(f"{path}, line {kept[reader.line_num - 1][0]}", cells) for cells in reader]
 
 
-def _row(path: str, line: int, names: Sequence[str], cells: Sequence[str]) -> Row:
-    if len(cells) != len(names):
-        raise ConfigError(
-            "rows", path, f"line {line}: {len(cells)} cells, {len(names)} columns", "give each column a cell, or none"
-        )
-    given = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
-    where = f"{path}, line {line}"
-    counts = {name: _count(where, name, given, 1) for name in _COUNTS}
-    tokens = {
-        name: _count(where, name, given, least)
-        for name, least in (("new_tokens", 0), ("cached_tokens", 0), ("batch", 1))
-        if given.get(name)
-    }
-    texts = {name: given[name] for name in ("id", "model", "hardware", "quantity", "schedule", "unit") if name in given}
+def _row(where: str, cells: Mapping[str, str]) -> Row:
+    if None in cells or None in cells.values():  # as `csv` marks cells and columns that have no other
+        raise ConfigError("rows", where, "has more cells than columns, or fewer", "give each column a cell, or none")
+    given = {name: cell.strip() for name, cell in cells.items() if cell.strip()}
     try:
-        return Row(**texts, **counts, **tokens, value=_number(where, given.get("value", "")))  # type: ignore[arg-type]
-    except ConfigError as error:
-        if error.field == "rows":
-            raise
-        raise ConfigError("rows", where, f"column {error.field}={error.value}: {error.problem}", error.remedy) from None
-
-
-def _count(where: str, name: str, cells: dict[str, str], least: int) -> int:
-    text = cells[name]
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError("rows", where, f"column {name}: {text!r}", f"a whole number of at least {least} is expected")
-    return int(text)
-
-
-def _number(where: str, text: str) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise ConfigError("rows", where, f"column value: {text!r}", "a number or nothing is expected") from None
+        return msgspec.convert(given, Row, strict=False)
+    except msgspec.ValidationError as error:
+        wrong = error.__cause__
+        if isinstance(wrong, ConfigError):  # of `Row` itself
+            problem, remedy = f"column {wrong.field}={wrong.value}: {wrong.problem}", wrong.remedy
+        else:
+            named = re.search(r"\$\.(\w+)", str(error))
+            column = f"column {named[1]}={given[named[1]]}: " if named else ""
+            problem, remedy = f"{column}{error}", "correct it"
+        raise ConfigError("rows", where, problem, remedy) from None

@@ -1,6 +1,8 @@
 """The reports of kernel benchmarks in a folder as one page: targets met or missed, then every row.
 
-It owns the targets; it must not measure. `python -m longspan.bench.kernels.summary FOLDER` writes FOLDER/kernels.md.
+    python scripts/summarise_kernels.py FOLDER
+
+Writes FOLDER/kernels.md and prints the targets.
 """
 
 from __future__ import annotations
