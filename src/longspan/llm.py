@@ -10,6 +10,7 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.schedules import Schedule
 from longspan.config import (
     CacheConfig,
     ClusterConfig,
@@ -23,6 +24,7 @@ from longspan.config import (
 )
 from longspan.engine.driver.core import EngineStats
 from longspan.engine.engine import Engine
+from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.setup import resolve
 from longspan.errors import RequestError
 from longspan.request import RequestOutput, SamplingParams
@@ -43,6 +45,8 @@ class LLM:
     A step that takes longer than `step_timeout` seconds raises `StepTimeout` and ends the ranks. The limit is the
     larger of 60 and 20 times what recent steps let expect by default; the first 8 steps, which compile, have none.
     Ranks as threads (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
+
+    `schedules` are added to the built-in ones (`longspan.attention.schedules`); they need ranks as threads.
 
     >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
@@ -86,19 +90,18 @@ class LLM:
         num_threads: int | None = None,
         debug: bool = False,
         cost: CostConstants | None = None,
+        schedules: Sequence[Schedule] = (),
     ) -> None:
         config = EngineConfig(
-            model=model, dtype=dtype, device=device, attention_backend=attention_backend,
-            quantization=quantization, enforce_eager=enforce_eager,
-            executor=executor, seed=seed, num_threads=num_threads, debug=debug,
+            model=model, dtype=dtype, device=device, attention_backend=attention_backend, quantization=quantization,
+            enforce_eager=enforce_eager, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
             parallel=ParallelConfig(
                 tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
                 pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
             ),
             cache=CacheConfig(
-                page_size, kv_cache_memory_bytes,
-                None if pages_per_shard is None else tuple(pages_per_shard), enable_prefix_caching,
-                kv_cache_dtype, gpu_memory_utilization,
+                page_size, kv_cache_memory_bytes, None if pages_per_shard is None else tuple(pages_per_shard),
+                enable_prefix_caching, kv_cache_dtype, gpu_memory_utilization,
                 OffloadConfig(kv_offload_memory, kv_offload_disk, kv_offload_disk_bytes),
             ),
             scheduler=SchedulerConfig(
@@ -107,17 +110,17 @@ class LLM:
             ),
             cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
         )  # fmt: skip
-        self._start(config)
+        self._start(config, Extensions(tuple(schedules)))
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> LLM:
+    def from_config(cls, config: EngineConfig, extensions: Extensions = NONE_ADDED) -> LLM:
         """An LLM from a resolved configuration."""
         llm = cls.__new__(cls)
-        llm._start(config)
+        llm._start(config, extensions)
         return llm
 
-    def _start(self, config: EngineConfig) -> None:
-        setup = resolve(config)
+    def _start(self, config: EngineConfig, extensions: Extensions) -> None:
+        setup = resolve(config, extensions)
         self.tokenizer: Any = load_tokenizer(setup.source)
         self.engine = Engine(config, self.tokenizer, setup)
         self._ids = count()

@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from longspan.attention.schedules import SCHEDULES
 from longspan.bench.schedules import Cell, CellResult
 
-_COLOURS = {
-    "gather_q": "#4c78a8", "gather_q_rs": "#9ecae9", "ring_q": "#59a14f", "tree_q": "#8cd17d",
-    "gather_kv": "#e15759", "ring_kv": "#f28e2b",
-}  # fmt: skip
 _BOX, _TEXT, _TOP, _LEFT, _GAP, _PER_ROW = (92, 44), 11, 64, 60, 28, 3
 
 
@@ -57,7 +54,8 @@ def _panel(name: str, members: Sequence[CellResult], news: list[int], cached: li
         left, top = _LEFT + cached.index(result.cell.cached) * _BOX[0], _TOP + news.index(result.cell.new) * _BOX[1]
         best = result.best.schedule
         parts.append(
-            f'<rect x="{left}" y="{top}" width="{_BOX[0] - 2}" height="{_BOX[1] - 2}" fill="{_COLOURS[best]}"/>'
+            f'<rect x="{left}" y="{top}" width="{_BOX[0] - 2}" height="{_BOX[1] - 2}" '
+            f'fill="{SCHEDULES[best].colour}"/>'
             f'<text x="{left + 6}" y="{top + 17}" fill="white">{best}</text>'
         )
         if result.chosen != best:

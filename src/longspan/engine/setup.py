@@ -6,6 +6,7 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +14,11 @@ import torch
 from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
 from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
+from longspan.attention.schedules import Schedule
 from longspan.cache.layout import KVLayout
-from longspan.config import CostConstants, EngineConfig, require
+from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, cache_layout
+from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
@@ -45,6 +48,8 @@ class EngineSetup:
     device_type: str
     backend: Choice
     scaled: ScaledChoice
+    # the built-in ones and those the caller has added, by name
+    schedules: Mapping[str, Schedule]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,17 +144,19 @@ class EngineSetup:
         """What attention takes under this layout."""
         group = self.grid.context_group(0)
         return CostModel(
-            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), constants,
-            WORKSPACE_TOKENS,
+            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), self.schedules,
+            constants, WORKSPACE_TOKENS,
         )  # fmt: skip
 
 
-def resolve(config: EngineConfig) -> EngineSetup:
+def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
     """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
+    schedules = extensions.all_schedules(executor)
+    require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
@@ -182,7 +189,7 @@ def resolve(config: EngineConfig) -> EngineSetup:
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend, scaled)
+    return EngineSetup(config, source, model, grid, layout, pages, length, device_type, backend, scaled, schedules)
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:

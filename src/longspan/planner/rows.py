@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longspan.config import SCHEDULE_NAMES, ParallelConfig
+from longspan.attention.schedules import SCHEDULE_NAMES
+from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 
 QUANTITIES: Mapping[str, str] = {
