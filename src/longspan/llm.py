@@ -10,6 +10,7 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.schedules import Schedule
 from longspan.config import (
     CacheConfig,
     ClusterConfig,
@@ -46,8 +47,8 @@ class LLM:
     larger of 60 and 20 times what recent steps let expect by default; the first 8 steps, which compile, have none.
     Ranks as threads (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
 
-    `families` are added to the built-in ones, each a module or a `longspan.models.registry.Family`; they need ranks as
-    threads.
+    `schedules` (`longspan.attention.schedules`) and `families` (each a module or a `longspan.models.registry.Family`)
+    are added to the built-in ones; they need ranks as threads.
 
     >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
@@ -91,6 +92,7 @@ class LLM:
         num_threads: int | None = None,
         debug: bool = False,
         cost: CostConstants | None = None,
+        schedules: Sequence[Schedule] = (),
         families: Sequence[Family | ModuleType] = (),
     ) -> None:
         config = EngineConfig(
@@ -111,7 +113,7 @@ class LLM:
             ),
             cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
         )  # fmt: skip
-        self._start(config, Extensions(families=tuple(family_of(each) for each in families)))
+        self._start(config, Extensions(tuple(schedules), tuple(family_of(each) for each in families)))
 
     @classmethod
     def from_config(cls, config: EngineConfig, extensions: Extensions = NONE_ADDED) -> LLM:

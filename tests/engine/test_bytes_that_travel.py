@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from longspan import SamplingParams
-from longspan.attention.facts import gather_kv_bytes, gather_q_bytes, gather_q_rs_bytes
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from longspan.attention.cost import StepTotals
+from longspan.attention.facts import ClassTotals
+from longspan.config import CostConstants
 from tests.engine.test_every_layout_gives_the_same_tokens import tokens_of
 from tests.oracle import prompt_of
+from tests.traffic import KEY_SCHEDULES, QUERY_SCHEDULES
 
 GRIDS = [(1, 2, 1), (1, 3, 1), (2, 1, 2), (4, 2, 2), (2, 3, 1)]
 MODELS = ["llama", "llama-multi-query", "deepseek-v3"]
@@ -29,16 +31,21 @@ def decode_step_bytes(llm, schedule: str) -> int:
     return llm.stats().traffic.bytes_by_label[schedule] - before
 
 
+def formula_bytes(llm, schedule: str) -> int:
+    """What the schedule's own formula says of such a step: a row on one pcp index, its context somewhere."""
+    setup = llm.engine.setup
+    grid = setup.grid
+    totals = ClassTotals((1,) + (0,) * (grid.pcp - 1), (CONTEXT + 1,) + (0,) * (grid.num_shards - 1), (), ())
+    a_layer = setup.schedules[schedule].bytes(StepTotals(setup.cost_model(CostConstants()), totals))
+    return setup.model.num_layers * grid.head_shards * a_layer
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("schedule", "grid"), schedules_on_grids(QUERY_SCHEDULES), ids=str)
 def test_queries_out_and_partials_back(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule, ranks_per_node=2)
-    setup = llm.engine.setup
-    formula = gather_q_rs_bytes if schedule == "gather_q_rs" else gather_q_bytes
-    a_layer = formula(setup.attention_shape, [1] + [0] * (pcp - 1), dcp)
-    groups = tp // dcp
-    assert decode_step_bytes(llm, schedule) == setup.model.num_layers * groups * a_layer
+    assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -46,10 +53,7 @@ def test_queries_out_and_partials_back(tiny, grid, model, schedule):
 def test_keys_to_all_others(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule)
-    setup = llm.engine.setup
-    a_layer = gather_kv_bytes(setup.attention_shape, CONTEXT + 1, pcp * dcp)
-    groups = tp // dcp
-    assert decode_step_bytes(llm, schedule) == setup.model.num_layers * groups * a_layer
+    assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
 
 
 def test_between_machines_a_tree_sends_one_partial_a_machine(tiny):

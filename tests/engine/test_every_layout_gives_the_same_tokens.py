@@ -5,13 +5,11 @@ from functools import cache
 import pytest
 
 from longspan import SamplingParams
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, oracle_in_bfloat16, prompt_of
-from tests.traffic import schedules_that_moved
+from tests.traffic import TRAVELLING, schedules_that_moved
 
 TOKENS = 10
 LENGTHS = (1, 3, 16, 33, 100)  # shorter than the ranks, than a page; at and beyond page and chunk boundaries
-TRAVELLING = [*QUERY_SCHEDULES, *KEY_SCHEDULES]
 SIZES = (1, 2, 3, 4, 8)
 GRIDS = [
     (tp, pcp, dcp) for tp in SIZES for pcp in SIZES for dcp in range(1, tp + 1) if tp % dcp == 0 and tp * pcp <= 8

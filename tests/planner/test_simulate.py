@@ -8,6 +8,7 @@ import pytest
 
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, GroupShape
+from longspan.attention.schedules import SCHEDULES
 from longspan.bench.serving.dataset import Load, open_dataset
 from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
@@ -35,7 +36,7 @@ def config(pages=(64, 64), page_size=16, parallel=None, **scheduling):
     grid = Grid(parallel or ParallelConfig(1, 2, 1))
     group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
     scheduler = SchedulerConfig(**{"max_num_batched_tokens": 128, "max_num_seqs": 8, "local_context": 32, **scheduling})
-    chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 64, 2), group, CostConstants()))
+    chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 64, 2), group, SCHEDULES, CostConstants()))
     return InstanceConfig(grid, scheduler, page_size, pages, FakeTimer(), chooser)
 
 

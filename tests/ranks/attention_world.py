@@ -25,7 +25,7 @@ from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
 from longspan.attention.rows import CacheRows, through
-from longspan.attention.schedules import ContextGroup
+from longspan.attention.schedules import SCHEDULES, ContextGroup
 from longspan.cache.layout import KVLayout
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
@@ -108,7 +108,7 @@ class World:
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
         self.scheduler = Scheduler(
             SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
-            self.cache, self.grid, ScheduleChooser(CostModel(shape, group), at.schedule), root_key("test"),
+            self.cache, self.grid, ScheduleChooser(CostModel(shape, group, SCHEDULES), at.schedule), root_key("test"),
             at.windows,
         )  # fmt: skip
         self._fabric = fabric = ThreadFabric(self.grid.world_size)
@@ -190,8 +190,8 @@ class World:
         place, mirror = self.grid.ranks[rank], self.mirrors[rank]
         mirror.apply(plan)
         where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
-        view = rank_view(plan, mirror.requests, where, self.layout.windows)
         attention = self.attentions[rank]
+        view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves)
         attention.begin(view)
         rows = self._rows(plan, place.pcp)
         assert view.positions == tuple(position for _, position in rows)

@@ -8,10 +8,10 @@ from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from tests.ranks.attention_world import Layout, World
+from tests.traffic import TRAVELLING
 
 GRIDS = [
     (1, 1, 1),
@@ -30,7 +30,6 @@ GRIDS = [
     (4, 2, 2),
     (6, 1, 3),
 ]  # fmt: skip  (tp, pcp, dcp)
-TRAVELLING = [*QUERY_SCHEDULES, *KEY_SCHEDULES]
 FEWER = [(1, 2, 1), (1, 8, 1), (3, 1, 3), (2, 3, 2)]
 SCHEDULES_ON_GRIDS = [("gather_q", grid) for grid in GRIDS] + [
     (schedule, grid) for schedule in ("auto", *TRAVELLING) if schedule != "gather_q" for grid in FEWER

@@ -1,10 +1,13 @@
-"""A lively state for trials of the live page; it owns invented figures and knows nothing of the engine."""
+"""A lively state for trials of the live page, of an engine with an added schedule; it owns invented figures."""
 
 import math
 from typing import Any
 
+from longspan.attention.schedules import SCHEDULES
+
 State = dict[str, Any]
 SHARDS = 4
+ADDED = {"name": "pigeon_kv", "moves": "keys", "colour": "#123456", "sentence": "keys fly"}
 PAGES = 1500
 HOSTILE_ID = "<img src=x onerror=\"document.body.dataset.broken='yes'\">"
 
@@ -32,7 +35,7 @@ def step(index: int) -> State:
     return {
         "step": 900 + index, "decode_rows": 5, "prefill_tokens": prefill,
         "decode_schedule": ("gather_q", "ring_q", "tree_q", "gather_q_rs")[index // 16],
-        "prefill_schedule": ("ring_kv", "gather_kv", "local")[index // 4 % 3],
+        "prefill_schedule": ("ring_kv", ADDED["name"], "local")[index // 4 % 3],
         "seconds": 0.03 + (0.12 + 0.05 * math.sin(index / 3) if prefill else 0.0),
     }  # fmt: skip
 
@@ -67,6 +70,13 @@ def lively() -> State:
             "capacity_tokens": 16 * PAGES * SHARDS,
         },
         "shards": [{"shard": n, "pcp": n // 2, "pages": PAGES, "used": used[n]} for n in range(SHARDS)],
+        "schedules": [
+            *(
+                {"name": one.name, "moves": one.moves, "colour": one.colour, "sentence": one.sentence}
+                for one in SCHEDULES.values()
+            ),
+            ADDED,
+        ],
         "requests": requests, "requests_total": len(requests), "cached_pages_by_shard": [180, 90, 240, 120],
         "steps": [step(index) for index in range(60)],
         "totals": {

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from longspan.attention.schedules import SCHEDULES
 from longspan.config import OffloadConfig
 from longspan.server.options import ServeOptions
 from tests.server.running import Running, ascii_folder, expected, running
@@ -232,6 +233,10 @@ def test_the_state_shows_where_a_running_request_lies(server):
         assert all(request["pages_by_shard"])
         under_way.result()
     state = server.client.get("/internal/state").json()
+    assert state["schedules"] == [
+        {"name": one.name, "moves": one.moves, "colour": one.colour, "sentence": one.sentence}
+        for one in SCHEDULES.values()
+    ]
     assert state["requests"] == []
     assert state["steps"][-1]["decode_rows"] == 1
     assert state["totals"]["output_tokens"] >= 300

@@ -14,8 +14,8 @@ from importlib.resources import files
 
 import pytest
 
-from longspan.config import SCHEDULE_NAMES
-from tests.server.sample_state import HOSTILE_ID, SHARDS, State, empty, lively
+from longspan.attention.schedules import SCHEDULES
+from tests.server.sample_state import ADDED, HOSTILE_ID, SHARDS, State, empty, lively
 
 BROWSER = shutil.which("chromium")
 PAGE = files("longspan.server") / "page" / "index.html"
@@ -242,8 +242,8 @@ def test_a_request_id_that_looks_like_html_is_shown_and_does_nothing(scenes):
 def test_every_step_is_a_bar_with_a_half_for_each_class_it_worked_on(scenes):
     steps = scenes["lively"]["steps"].inside
     assert len(steps) == 60
-    assert [half.attributes["class"] for half in steps[0].inside] == ["sch gather_q", "sch ring_kv"]
-    assert [half.attributes["class"] for half in steps[5].inside] == ["sch gather_q"]
+    assert [half.attributes["data-schedule"] for half in steps[0].inside] == ["gather_q", "ring_kv"]
+    assert [half.attributes["data-schedule"] for half in steps[5].inside] == ["gather_q"]
 
 
 def test_pointing_at_a_step_shows_its_numbers_and_polls_leave_them_there(scenes):
@@ -252,9 +252,22 @@ def test_pointing_at_a_step_shows_its_numbers_and_polls_leave_them_there(scenes)
     assert tip.text == "Step 901: 166 ms\n5 decode rows by gather_q\n512 prompt tokens by ring_kv"
 
 
-def test_the_legend_explains_every_schedule_of_the_engine(scenes):
-    named = {line.text for line in scenes["lively"]["schedules"].find("b")}
-    assert named == set(SCHEDULE_NAMES) - {"auto"}
+def test_the_legend_explains_every_schedule_of_the_engine_and_those_that_were_added(scenes):
+    lines = scenes["lively"]["schedules"].find("li")
+    assert [line.find("b")[0].text for line in lines] == [*SCHEDULES, ADDED["name"]]
+    assert [line.find("span")[0].text[2:] for line in lines] == [
+        *(schedule.sentence for schedule in SCHEDULES.values()), ADDED["sentence"]
+    ]  # fmt: skip
+
+
+def test_schedules_have_the_colours_of_their_records_and_differ_in_pattern_by_what_they_move(scenes):
+    swatches = [line.find("i")[0] for line in scenes["lively"]["schedules"].find("li")]
+    colours = [swatch.attributes["style"].removeprefix("--colour: ").rstrip(";") for swatch in swatches]
+    assert colours == [*(schedule.colour for schedule in SCHEDULES.values()), ADDED["colour"]]
+    assert [swatch.attributes["class"] for swatch in swatches] == [
+        "sch", "sch moving", "sch moving lines", "sch moving diagonal", "sch moving dots",
+        "sch moving", "sch moving lines", "sch moving diagonal",
+    ]  # fmt: skip
 
 
 def test_the_history_is_drawn_as_lines(scenes):

@@ -18,10 +18,11 @@ from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.options import offload_config
 from longspan.cli.reference import reference
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, OffloadConfig
+from longspan.config import OffloadConfig
 from longspan.request import CompletionOutput, RequestOutput
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
+from tests.traffic import TRAVELLING
 
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
@@ -163,7 +164,7 @@ def test_explain_names_every_schedule_and_the_choice(run):
                        "--hardware", "h100")  # fmt: skip
     assert code == 0
     assert "window of 11" in out
-    for schedule in ("gather_q", "gather_q_rs", "ring_q", "tree_q", "gather_kv", "ring_kv"):
+    for schedule in TRAVELLING:
         assert schedule in out
     assert out.count(" *") == 2  # one choice for each kind of layer
 
@@ -181,7 +182,7 @@ def test_constants_that_explain_prints_can_be_given_back(run, generate, tmp_path
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "2", "--new", "8", "--cached", "64", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {s["schedule"] for s in report["kinds"][0]["schedules"]} == {*QUERY_SCHEDULES, *KEY_SCHEDULES}
+    assert {s["schedule"] for s in report["kinds"][0]["schedules"]} == set(TRAVELLING)
     (tmp_path / "cost.json").write_text(json.dumps(report["constants"]))
     code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "2", "-pcp", "2", "--local-context", "8",
                               "--cost-constants", str(tmp_path / "cost.json"))  # fmt: skip

@@ -7,14 +7,15 @@ import pytest
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
+from longspan.attention.schedules import SCHEDULES
 from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed, ParallelConfig
+from longspan.config import CostConstants, Fixed, ParallelConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.planner.hardware import hardware
+from tests.traffic import KEY_SCHEDULES, QUERY_SCHEDULES, TRAVELLING
 
-TRAVELLING = {*QUERY_SCHEDULES, *KEY_SCHEDULES}
 LLAMA_405B_RANK = AttentionShape(q_heads=16, kv_heads=1, head_dim=128, element_bytes=2)
 # Context Parallelism for Scalable Million-Token Inference (2024), table 4: new tokens of 128,000, ms by pass-KV, pass-Q
 MILLION_TOKENS = [
@@ -24,7 +25,8 @@ MILLION_TOKENS = [
 
 
 def model_of(grid: Grid, shape: AttentionShape, constants: CostConstants) -> CostModel:
-    return CostModel(shape, GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0))), constants)
+    group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
+    return CostModel(shape, group, SCHEDULES, constants)
 
 
 @pytest.mark.parametrize(("new", "keys_ms", "queries_ms"), MILLION_TOKENS)
@@ -42,11 +44,19 @@ def facts_of(new: int, cached: int, grid: Grid) -> ClassFacts:
     return lay_out(Situation(grid, new, cached), model).facts[0]
 
 
+def test_people_can_tell_schedules_apart_and_read_white_on_their_colours():
+    assert len({schedule.colour for schedule in SCHEDULES.values()}) == len(SCHEDULES)
+    for schedule in SCHEDULES.values():
+        red, green, blue = ((int(schedule.colour[at : at + 2], 16) / 255) ** 2.2 for at in (1, 3, 5))
+        contrast = 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+        assert contrast > 3, schedule.name  # as WCAG asks of large text
+
+
 def test_every_schedule_has_an_estimate():
     grid = Grid(ParallelConfig(1, 4, 1))
     found = model_of(grid, LLAMA_405B_RANK, CostConstants()).estimates(facts_of(64, 1000, grid))
-    assert {e.schedule for e in found} == TRAVELLING
-    assert all(e.seconds > 0 and e.bytes > 0 and e.hidden <= e.transfer for e in found)
+    assert {e.schedule for e in found} == set(TRAVELLING)
+    assert all(e.seconds > 0 and e.bytes > 0 and e.time.hidden <= e.time.transfer for e in found)
 
 
 def test_decode_moves_queries_and_a_fresh_long_prompt_keys_where_links_are_slow():
@@ -71,6 +81,12 @@ def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
     assert chooser.choose(ClassFacts(2)) == "local"
 
 
+def test_a_forced_schedule_is_one_of_the_models():
+    model = model_of(Grid(ParallelConfig(1, 2, 1)), LLAMA_405B_RANK, CostConstants())
+    with pytest.raises(ConfigError, match="schedule=pigeon: unknown choice; use one of auto, local, gather_q"):
+        ScheduleChooser(model, "pigeon")
+
+
 def test_constants_of_ranks_combine_to_medians_and_the_slowest_schedules():
     ranks = [CostConstants(call_s=s, fixed={"ring_q": Fixed(s, 2 * s)}) for s in (1.0, 2.0, 9.0)]
     both = combine(ranks)
@@ -90,6 +106,6 @@ def test_the_benchmark_counts_the_bytes_of_the_formulas(executor):
     results = run_attention(executor, cells, 1, lambda _: None)
     assert [result.cell for result in results] == cells
     for result in results:
-        assert {timing.schedule for timing in result.timings} == TRAVELLING
+        assert {timing.schedule for timing in result.timings} == set(TRAVELLING)
         assert all(timing.bytes == timing.formula_bytes for timing in result.timings)
         assert result.regret >= 0 and math.isfinite(result.regret)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from longspan import ConfigError
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, GroupShape
+from longspan.attention.schedules import SCHEDULES
 from longspan.cache.manager import CacheManager
 from longspan.cache.offload import LoadRates, OffloadIndex, PageLoad, PageSave, Spill, Tier
 from longspan.cache.pages import PageRef
@@ -82,7 +83,7 @@ class World:
         self.cache = CacheManager(page_size, pages * pcp if len(pages) == 1 else pages, True, self.index)
         config = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, "local_context": 0, **options})
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
-        chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group), config.schedule)
+        chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group, SCHEDULES), config.schedule)
         self.scheduler = Scheduler(config, self.cache, self.grid, chooser, ROOT)
         self.ranks = [Rank(self, shard) for shard in range(self.cache.num_shards)]
         self.slots: dict[tuple[Tier, int], tuple[int, ...]] = {}

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, GroupShape
+from longspan.attention.schedules import SCHEDULES
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
@@ -28,7 +29,7 @@ class Rig:
         self.cache = CacheManager(page_size, pages, prefix_caching)
         config = SchedulerConfig(**{"max_num_batched_tokens": 32, "max_num_seqs": 16, "local_context": 0, **options})
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
-        chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group), config.schedule)
+        chooser = ScheduleChooser(CostModel(AttentionShape(4, 2, 8, 4), group, SCHEDULES), config.schedule)
         self.scheduler = Scheduler(config, self.cache, self.grid, chooser, root_key("test"))
         self.limits = Limits.of(10_000, config.schedule, pages, page_size)
         self.left: dict[str, int] = {}

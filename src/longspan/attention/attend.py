@@ -6,7 +6,7 @@ queries meet keys `forms`', how a kernel computes the backend's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from longspan.attention.layer import AttentionLayer
 from longspan.attention.partial import Partial, concatenate, with_sink
 from longspan.attention.pool import KVPool
 from longspan.attention.rows import CacheRows, through
-from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
+from longspan.attention.schedules import SCHEDULES, ContextGroup, Join, Schedule
 from longspan.plan.reach import Reach
 from longspan.plan.view import ClassView, RankView
 
@@ -24,14 +24,23 @@ from longspan.plan.view import ClassView, RankView
 class Attention:
     """The attention of all layers on one rank; call `begin` with each step's view first.
 
-    `windows` are the kinds of layers a view has, in its order.
+    `windows` are the kinds of layers a view has, in its order; `moves` is what travels under each schedule.
     """
 
-    def __init__(self, pool: KVPool, kernels: Kernels, group: ContextGroup, windows: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        kernels: Kernels,
+        group: ContextGroup,
+        windows: Sequence[int | None],
+        schedules: Mapping[str, Schedule] = SCHEDULES,
+    ) -> None:
         self.pool = pool
         self.kernels = kernels
         self._group = group
         self.windows = tuple(windows)
+        self._schedules = schedules
+        self.moves = {name: schedule.moves for name, schedule in schedules.items()}
         self._kind_of = {window: kind for kind, window in enumerate(windows)}
         self._classes: Sequence[ClassView] = ()
         self._writer: Writer = kernels.backend.writer((), 0)
@@ -70,7 +79,8 @@ class Attention:
         local = q[: reach.travel]
         parts: list[Partial] = []
         if sum(reach.block_rows):
-            parts.append(SCHEDULES[reach.schedule](Join(q[reach.travel :], kv, reach, form, self._group)))
+            schedule = self._schedules[reach.schedule]
+            parts.append(schedule.run(Join(q[reach.travel :], kv, reach, form, self._group)))
         if len(local) or not (parts or view.diagonal):
             parts.insert(0, form.own(local, reach.own, kv))
         return concatenate(parts) if parts else None

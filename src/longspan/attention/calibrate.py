@@ -5,7 +5,7 @@ It owns what is run and timed; every rank measures together, since they share co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import median
 
@@ -16,10 +16,10 @@ from longspan.attention.facts import AttentionShape
 from longspan.attention.forms import Kernels, PlainForm
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
-from longspan.attention.schedules import SCHEDULES, ContextGroup, Join
+from longspan.attention.schedules import ContextGroup, Join, Schedule
 from longspan.cache.pages import Span
 from longspan.clock import Run, repeated
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, Fixed
+from longspan.config import CostConstants, Fixed
 from longspan.parallel.collectives import Collectives
 from longspan.plan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
 
@@ -30,7 +30,6 @@ _SCHEDULE_REPEATS = 9  # whole schedules vary more
 _LARGE = 1 << 20  # bytes
 _LABEL = "calibration"
 _TINY = 1e-12
-_TRAVELLING = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
 
 
 def combine(measured: Sequence[CostConstants]) -> CostConstants:
@@ -55,6 +54,8 @@ class Calibration:
     context: ContextGroup
     place: Place
     shape: AttentionShape
+    # of which those are timed under which something travels
+    schedules: Mapping[str, Schedule]
     dtype: torch.dtype
     device: torch.device = torch.device("cpu")
 
@@ -83,16 +84,20 @@ class Calibration:
             cross_byte_s=byte,
             hidden=self._hidden(),
             parallelism=min(float(self.group.size), max(1.0, self.group.size * alone / together)),
-            fixed={name: Fixed(self._schedule(name, 1), self._schedule(name, 1 << 30)) for name in _TRAVELLING},
+            fixed={
+                name: Fixed(self._schedule(schedule, 1), self._schedule(schedule, 1 << 30))
+                for name, schedule in self.schedules.items()
+                if schedule.moves is not None
+            },
         )
 
-    def _schedule(self, name: str, busy: int) -> float:
+    def _schedule(self, schedule: Schedule, busy: int) -> float:
         """A whole schedule with one row on each of the first `busy` pcp indices, which see a token of each shard."""
         shards = range(self.group.size)
         one = Span(0, 1)
         busy_here = self.place.pcp < busy
         reach = Reach(
-            schedule=name,
+            schedule=schedule.name,
             travel=0,
             own=(),
             blocks=tuple(
@@ -104,7 +109,7 @@ class Calibration:
         )
         kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
         join = Join(q, kv, reach, PlainForm(self.kernels, None), self.context)
-        return self._together(lambda: SCHEDULES[name](join), _SCHEDULE_REPEATS)
+        return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)

@@ -1,81 +1,99 @@
 """What each schedule would take, in seconds and bytes, and which is the cheapest.
 
-It owns the formulas and the choice; pure Python. It gets counts (`facts`) and constants, measured at start-up or of
-a named machine, and must not know where they come from, nor which rank asks.
+It owns what the formulas of schedules share, and the choice; pure Python. It gets the schedules, counts (`facts`) and
+constants, measured at start-up or of a named machine, and must not know where they come from, nor which rank asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
-from longspan.attention.facts import (
-    AttentionShape,
-    ClassFacts,
-    ClassTotals,
-    ExpansionCost,
-    GroupShape,
-    Load,
-    gather_kv_bytes,
-    gather_q_bytes,
-    gather_q_rs_bytes,
-)
-from longspan.config import CostConstants, Fixed
+from longspan.attention.facts import AttentionShape, ClassFacts, ClassTotals, ExpansionCost, GroupShape, Load
+from longspan.config import CostConstants, Fixed, require_choice
+from longspan.plan.reach import Moves
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One schedule's cost for one layer: bytes the whole group sends, seconds and what they are made of.
+class LayerTime(NamedTuple):
+    """What one layer takes under a schedule, in seconds."""
 
-    `seconds` = fixed + compute + transfer + copies − hidden: what of the transfer goes on beside computing.
-    """
-
-    schedule: str
-    bytes: int
+    # whatever the sizes: calls and latencies
     fixed: float
+    # until the busiest rank has attended
     compute: float
+    # until the busiest member has taken in what is sent to it
     transfer: float
+    # packing and merging
     copies: float
+    # what of the transfer goes on beside computing
     hidden: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """How long it takes."""
+        """In all."""
         return self.fixed + self.compute + self.transfer + self.copies - self.hidden
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """One schedule's cost for one layer."""
+
+    schedule: str
+    # that the whole group sends
+    bytes: int
+    time: LayerTime
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.time.seconds
+
+
+class Priced(Protocol):
+    """What the cost model asks of a schedule's record, which is torch's (`attention/schedules/base.py`)."""
+
+    @property
+    def name(self) -> str:
+        """The schedule's name."""
+        ...
+
+    @property
+    def moves(self) -> Moves | None:
+        """What travels, if anything does."""
+        ...
+
+    def bytes(self, step: StepTotals, /) -> int:
+        """That the whole group sends for one layer."""
+        ...
+
+    def seconds(self, step: StepTotals, /) -> LayerTime:
+        """What one layer takes."""
+        ...
+
+
+@dataclass(frozen=True)
 class CostModel:
-    """The formulas for one layer's shape, group and machine; `workspace_tokens` is what keys may fill at once."""
+    """What attention takes under each schedule, for one layer's shape, group and machine."""
 
     shape: AttentionShape
     group: GroupShape
+    # by name
+    schedules: Mapping[str, Priced]
     constants: CostConstants = field(default_factory=CostConstants)
+    # what keys that travel may fill at once
     workspace_tokens: int = 16384
+
+    @cached_property
+    def moving(self) -> tuple[Priced, ...]:
+        """The schedules under which something travels."""
+        return tuple(schedule for schedule in self.schedules.values() if schedule.moves is not None)
 
     def estimates(self, facts: ClassFacts) -> list[Estimate]:
         """Every schedule that could carry out the step."""
-        return self.estimates_of(_FORMULAS, facts.totals(self.group.members))
-
-    def estimates_of(self, schedules: Iterable[str], totals: ClassTotals) -> list[Estimate]:
-        """Several schedules; `local`: nothing travels."""
-        step = _Step(self, totals)
-        return [_FORMULAS.get(schedule, _local)(step) for schedule in schedules]
-
-    def estimate(self, schedule: str, totals: ClassTotals) -> Estimate:
-        """One of them."""
-        return self.estimates_of((schedule,), totals)[0]
-
-    def fixed(self, schedule: str, facts: ClassTotals, messages: int, more_calls: int) -> float:
-        """Seconds that do not depend on sizes: latencies, and `more_calls` than one for each row and shard."""
-        at = self.constants
-        busy = sum(rows != 0 for rows in facts.rows)
-        latency = at.message_s if len(self.group.nodes) == 1 else at.cross_message_s
-        measured = at.fixed.get(schedule) or Fixed(messages * latency + at.call_s, messages * latency + at.call_s)
-        share = (busy - 1) / max(len(facts.rows) - 1, 1)
-        return measured.one + share * (measured.all - measured.one) + max(more_calls, 0) * at.call_s
+        step = StepTotals(self, facts.totals(self.group.members))
+        return [Estimate(each.name, each.bytes(step), each.seconds(step)) for each in self.moving]
 
     def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1, visitors: bool = False) -> float:
         """Seconds until the busiest rank has attended, with `heads` query heads each; visitors stay absorbed."""
@@ -97,16 +115,20 @@ class CostModel:
         return max((received - crossing) * at.byte_s, crossing * at.cross_byte_s)
 
 
-class _Step:
+class StepTotals:
     """A step's totals under a model, and what several formulas need of them, each worked out once."""
 
-    def __init__(self, model: CostModel, facts: ClassTotals) -> None:
-        self.model, self.facts = model, facts
+    def __init__(self, model: CostModel, totals: ClassTotals) -> None:
+        self.model, self.totals = model, totals
+
+    def cheapest(self) -> Priced:
+        """The schedule that could carry out the step in the fewest seconds."""
+        return min(self.model.moving, key=lambda schedule: schedule.seconds(self).seconds)
 
     @cached_property
     def queries(self) -> tuple[float, float, float]:
         """(bytes of queries the busiest member takes in, of partials, of partials it packs and merges)."""
-        shape, members, rows = self.model.shape, self.model.group.members, self.facts.rows
+        shape, members, rows = self.model.shape, self.model.group.members, self.totals.rows
         each, most = self.model.group.members_per_pcp, max(rows)
         arriving = (sum(rows) * each - min(rows)) * shape.query_bytes
         returning = (members - 1) * most * shape.partial_bytes
@@ -117,142 +139,60 @@ class _Step:
     def query_compute(self) -> float:
         """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
         heads = self.model.shape.q_heads * self.model.group.members_per_pcp
-        return self.model.compute(self.facts.by_shard, heads, visitors=True)
+        return self.model.compute(self.totals.by_shard, heads, visitors=True)
 
     @cached_property
     def query_calls(self) -> int:
         """Calls on the busiest shard beyond one for each pcp index with rows."""
-        return max(load.calls for load in self.facts.by_shard) - sum(rows != 0 for rows in self.facts.rows)
+        return max(load.calls for load in self.totals.by_shard) - sum(rows != 0 for rows in self.totals.rows)
 
     @cached_property
     def key_compute(self) -> float:
         """Of the busiest rank when keys come to it."""
-        return self.model.compute(self.facts.by_pcp, self.model.shape.q_heads, self.model.group.members_per_pcp)
+        return self.model.compute(self.totals.by_pcp, self.model.shape.q_heads, self.model.group.members_per_pcp)
 
     @cached_property
     def key_calls(self) -> int:
         """Calls of the busiest rank beyond one for each shard."""
-        return max(load.calls for load in self.facts.by_pcp) - self.model.group.members
+        return max(load.calls for load in self.totals.by_pcp) - self.model.group.members
 
-    def keys(self, block: int) -> tuple[int, float, float, int]:
-        """(bytes, those the busiest member takes in, bytes copied and merged, rounds) when keys travel in blocks."""
-        shape, members, needed = self.model.shape, self.model.group.members, self.facts.needed
+    def queries_sent(self) -> int:
+        """Bytes the group sends when queries travel: every member's to all others, each of which returns a partial.
+
+        A ring and a tree move the same bytes another way.
+        """
+        shape, group = self.model.shape, self.model.group
+        each_way = shape.query_bytes + shape.partial_bytes
+        return (group.members - 1) * group.members_per_pcp * sum(self.totals.rows) * each_way
+
+    def keys_sent(self) -> int:
+        """Bytes the group sends when keys travel: each needed token's to all others."""
+        return (self.model.group.members - 1) * sum(self.totals.needed) * self.model.shape.kv_bytes
+
+    def keys(self, block: int) -> tuple[float, float, int]:
+        """(bytes the busiest member takes in, bytes copied and merged, rounds) when keys travel in blocks of tokens."""
+        shape, members, needed = self.model.shape, self.model.group.members, self.totals.needed
         rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
         arriving = (sum(needed) - min(needed)) * shape.kv_bytes
-        merged = rounds * members * 2 * max(self.facts.rows) * shape.partial_bytes
+        merged = rounds * members * 2 * max(self.totals.rows) * shape.partial_bytes
         own = max(needed) * shape.kv_bytes
-        return gather_kv_bytes(shape, sum(needed), members), arriving, own + merged, rounds
+        return arriving, own + merged, rounds
 
+    def fixed(self, schedule: str, messages: int, more_calls: int) -> float:
+        """Seconds that do not depend on sizes: as measured, or the latency of so many collectives and one call.
 
-def _local(step: _Step) -> Estimate:
-    calls = max(max(load.calls for load in step.facts.by_pcp), 1)
-    return Estimate("local", 0, calls * step.model.constants.call_s, step.key_compute, 0.0, 0.0)
+        `more_calls` are those of kernels beyond what was measured.
+        """
+        at, rows = self.model.constants, self.totals.rows
+        latency = at.message_s if len(self.model.group.nodes) == 1 else at.cross_message_s
+        measured = at.fixed.get(schedule) or Fixed(messages * latency + at.call_s, messages * latency + at.call_s)
+        share = (sum(count != 0 for count in rows) - 1) / max(len(rows) - 1, 1)
+        return measured.one + share * (measured.all - measured.one) + max(more_calls, 0) * at.call_s
 
-
-def _gather_q(step: _Step) -> Estimate:
-    model, facts = step.model, step.facts
-    arriving, returning, handled = step.queries
-    return Estimate(
-        "gather_q",
-        gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("gather_q", facts, 2, step.query_calls),
-        step.query_compute,
-        model.exchange(arriving) + model.exchange(returning),
-        handled * model.constants.copy_s,
-    )
-
-
-def _gather_q_rs(step: _Step) -> Estimate:
-    model, facts = step.model, step.facts
-    arriving, returning, handled = step.queries
-    members, each = model.group.members, model.group.members_per_pcp
-    lse = (members - 1) * sum(facts.rows) * each * model.shape.lse_bytes
-    return Estimate(
-        "gather_q_rs",
-        gather_q_rs_bytes(model.shape, facts.rows, each),
-        model.fixed("gather_q_rs", facts, 3, step.query_calls),
-        step.query_compute,
-        model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
-        handled * model.constants.copy_s,
-    )
-
-
-def _tree_q(step: _Step) -> Estimate:
-    """Between machines one copy a machine; two exchanges each way."""
-    model, facts = step.model, step.facts
-    shape, at, nodes = model.shape, model.constants, model.group.nodes
-    each, rows = model.group.members_per_pcp, max(facts.rows)
-    widest = max(map(len, nodes))
-    arriving = sum(facts.rows) * each * shape.query_bytes
-    across = (len(nodes) - 1) / len(nodes)
-    column = rows * len(nodes) * shape.partial_bytes
-    inside = (arriving + (widest - 1) * column) * at.byte_s
-    crossing = (arriving / widest * across + (len(nodes) - 1) * rows * shape.partial_bytes) * at.cross_byte_s
-    handled = sum(facts.rows) * each * shape.partial_bytes + (widest + 1) * column
-    return Estimate(
-        "tree_q",
-        gather_q_bytes(shape, facts.rows, each),
-        model.fixed("tree_q", facts, 4, step.query_calls),
-        step.query_compute,
-        inside + crossing,
-        handled * at.copy_s,
-    )
-
-
-def _ring_q(step: _Step) -> Estimate:
-    """Members of a DCP group come one by one, so a shard is read once for each."""
-    model, facts = step.model, step.facts
-    arriving, returning, handled = step.queries
-    hops = model.group.members - 1
-    again = model.group.members_per_pcp - 1
-    reread = max(load.reads for load in facts.by_shard) * again * model.shape.kv_bytes * model.constants.read_s
-    compute = step.query_compute + reread
-    circulating = model.exchange(arriving)
-    return Estimate(
-        "ring_q",
-        gather_q_bytes(model.shape, facts.rows, model.group.members_per_pcp),
-        model.fixed("ring_q", facts, hops + 1, (again + 1) * step.query_calls),
-        compute,
-        circulating + model.exchange(returning),
-        handled * model.constants.copy_s,
-        _hidden(model, compute, circulating),
-    )
-
-
-def _hidden(model: CostModel, compute: float, circulating: float) -> float:
-    """A ring of n computes n blocks and moves n − 1: each move goes on beside a block."""
-    members = model.group.members
-    return model.constants.hidden * min(compute * (members - 1) / members, circulating)
-
-
-def _gather_kv(step: _Step) -> Estimate:
-    model = step.model
-    sent, arriving, handled, rounds = step.keys(model.workspace_tokens // model.group.members)
-    copies = handled * model.constants.copy_s
-    fixed = rounds * model.fixed("gather_kv", step.facts, 1, step.key_calls)
-    return Estimate("gather_kv", sent, fixed, step.key_compute, model.exchange(arriving), copies)
-
-
-def _ring_kv(step: _Step) -> Estimate:
-    model = step.model
-    sent, arriving, handled, rounds = step.keys(model.workspace_tokens // 2)
-    fixed = rounds * model.fixed("ring_kv", step.facts, model.group.members - 1, step.key_calls)
-    moving = model.exchange(arriving)
-    copies = handled * model.constants.copy_s
-    hidden = _hidden(model, step.key_compute, moving)
-    return Estimate("ring_kv", sent, fixed, step.key_compute, moving, copies, hidden)
-
-
-_FORMULAS: Mapping[str, Callable[[_Step], Estimate]] = MappingProxyType(
-    {
-        "gather_q": _gather_q,
-        "gather_q_rs": _gather_q_rs,
-        "ring_q": _ring_q,
-        "tree_q": _tree_q,
-        "gather_kv": _gather_kv,
-        "ring_kv": _ring_kv,
-    }
-)
+    def hidden(self, compute: float, circulating: float) -> float:
+        """A ring of n computes n blocks and moves n − 1: each move goes on beside a block."""
+        members = self.model.group.members
+        return self.model.constants.hidden * min(compute * (members - 1) / members, circulating)
 
 
 @dataclass(frozen=True)
@@ -262,10 +202,13 @@ class ScheduleChooser:
     model: CostModel
     forced: str = "auto"
 
+    def __post_init__(self) -> None:
+        require_choice("schedule", self.forced, ("auto", *self.model.schedules))
+
     def choose(self, facts: ClassFacts) -> str:
         """`local` if nothing travels; else the forced schedule, or the cheapest."""
         if not sum(facts.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        return min(self.model.estimates(facts), key=lambda estimate: estimate.seconds).schedule
+        return StepTotals(self.model, facts.totals(self.model.group.members)).cheapest().name

@@ -6,7 +6,6 @@ how fast anything is, nor which rank asks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 _LSE_BYTES = 4
@@ -153,26 +152,3 @@ class ClassFacts:
         return ClassTotals(
             tuple(self.rows), tuple(needed), tuple(Load(*x) for x in by_shard), tuple(Load(*x) for x in by_pcp)
         )
-
-
-def gather_q_bytes(shape: AttentionShape, rows: Sequence[int], members_per_pcp: int) -> int:
-    """Bytes all members of a context group send for one layer: queries out, partials back.
-
-    Every member sends its queries to the n − 1 others, and each of those returns a partial for them. A ring and a tree
-    move the same bytes another way.
-    """
-    others = len(rows) * members_per_pcp - 1
-    return others * members_per_pcp * sum(rows) * (shape.query_bytes + shape.partial_bytes)
-
-
-def gather_q_rs_bytes(shape: AttentionShape, rows: Sequence[int], members_per_pcp: int) -> int:
-    """The same when partials are summed on their way: values only come back, but every member learns every lse."""
-    members = len(rows) * members_per_pcp
-    back = shape.partial_bytes - shape.lse_bytes
-    once = members_per_pcp * sum(rows) * (shape.query_bytes + back)
-    return (members - 1) * (once + members * members_per_pcp * sum(rows) * shape.lse_bytes)
-
-
-def gather_kv_bytes(shape: AttentionShape, needed_tokens: int, members: int) -> int:
-    """Bytes all members of a context group send for one layer: each needed token's KV to the n − 1 others."""
-    return (members - 1) * needed_tokens * shape.kv_bytes

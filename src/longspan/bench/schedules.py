@@ -20,12 +20,12 @@ from longspan.attention.facts import GroupShape
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
-from longspan.attention.schedules import ContextGroup
+from longspan.attention.schedules import SCHEDULES, ContextGroup
 from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
 from longspan.cache.layout import KVLayout
 from longspan.clock import now
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES, CostConstants, ParallelConfig
+from longspan.config import CostConstants, ParallelConfig
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
 from longspan.models.mla import LatentSpace
@@ -35,7 +35,8 @@ from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
 from longspan.plan.view import rank_view
 
-SCHEDULES = (*QUERY_SCHEDULES, *KEY_SCHEDULES)
+_MOVES = {name: schedule.moves for name, schedule in SCHEDULES.items()}
+_MEASURED = [name for name, moves in _MOVES.items() if moves is not None]
 _ELEMENT_BYTES = 4  # of queries and of cached rows
 
 
@@ -105,7 +106,7 @@ class Cell:
         grid = self.grid
         shape = attention_shape(grid, self.heads.model, self.layout, _ELEMENT_BYTES)
         group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
-        return CostModel(shape, group, constants, WORKSPACE_TOKENS)
+        return CostModel(shape, group, SCHEDULES, constants, WORKSPACE_TOKENS)
 
     @property
     def layout(self) -> KVLayout:
@@ -184,7 +185,7 @@ class MeasureCells:
         grid = first.grid
         context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), WORKSPACE_TOKENS)
         place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-        constants = Calibration(kernels, context, place, shape, torch.float32).measure()
+        constants = Calibration(kernels, context, place, shape, SCHEDULES, torch.float32).measure()
         spans = tuple(_measure(cell, rank, kernels, group, everyone, traffic, self.iterations) for cell in self.cells)
         return _Measured(constants, spans)
 
@@ -218,7 +219,7 @@ def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellR
                 sum(one.spans[number][1][schedule] for one in measured),
                 expected[schedule].bytes * groups,
             )
-            for schedule in SCHEDULES
+            for schedule in _MEASURED
         )
         chosen = min(expected.values(), key=lambda e: e.seconds).schedule
         results.append(CellResult(cell, timings, chosen, constants))
@@ -243,10 +244,10 @@ def _measure(
     laid_out = lay_out(cell.situation, cell.model(CostConstants()))
     layer = cell.heads.layer(cell.q_heads(rank))
     run, q, k, v = _prepare(cell, rank, kernels, group, laid_out)
-    spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in SCHEDULES}
+    spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in _MEASURED}
     sent: dict[str, int] = {}
     for _ in range(count + 1):  # the first is not counted
-        for schedule in SCHEDULES:
+        for schedule in _MEASURED:
             attend = run[schedule]
             before = traffic.bytes_by_label.get(schedule, 0)
             everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")
@@ -269,8 +270,8 @@ def _prepare(
     place = Place(at.pcp, at.shard, grid.shards_of_pcp)
     attentions: dict[str, Attention] = {}
     rows = 0
-    for schedule in SCHEDULES:
-        view = rank_view(laid_out.under(schedule), laid_out.mirror.requests, place, (None,))
+    for schedule in _MEASURED:
+        view = rank_view(laid_out.under(schedule), laid_out.mirror.requests, place, (None,), _MOVES)
         attentions[schedule] = Attention(pool, kernels, context, (None,))
         attentions[schedule].begin(view)
         rows = len(view.positions)

@@ -12,6 +12,7 @@ from typing import Any
 
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.facts import AttentionShape, GroupShape
+from longspan.attention.schedules import SCHEDULES
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig
@@ -59,7 +60,7 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
     )  # fmt: skip
     grid = Grid(ParallelConfig(1, shards, 1))
     group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
-    chooser = ScheduleChooser(CostModel(_SHAPE, group))
+    chooser = ScheduleChooser(CostModel(_SHAPE, group, SCHEDULES))
     key = root_key("bench", "bf16", page_size)
     scheduler = Scheduler(config, cache, grid, chooser, key)
     prompt = [1] * context

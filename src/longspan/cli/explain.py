@@ -54,7 +54,7 @@ def explain(
         report = {
             "constants": asdict(constants),
             "kinds": [
-                {"window": window, "schedules": [{**asdict(e), "seconds": e.seconds} for e in found]}
+                {"window": window, "schedules": [_as_json(e) for e in found]}
                 for window, found in zip(setup.model.kinds, tables, strict=True)
             ],
         }
@@ -87,12 +87,17 @@ def _rate(seconds: float) -> str:
     return f"{1e-9 / seconds:,.1f}" if seconds > _BY_REFERENCE else "any number of"
 
 
+def _as_json(e: Estimate) -> dict[str, object]:
+    return {"schedule": e.schedule, "bytes": e.bytes, **e.time._asdict(), "seconds": e.seconds}
+
+
 def _table(title: str, found: list[Estimate], chosen: str) -> Table:
     table = Table(title=title if found else f"{title}: nothing travels", caption=_CAPTION if found else None)
     for column in ("schedule", "MB", "fixed", "compute", "transfer", "copies", "hidden", "ms"):
         table.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
     for e in found:
-        parts = (e.fixed, e.compute, e.transfer, e.copies, -e.hidden, e.seconds)
+        time = e.time
+        parts = (time.fixed, time.compute, time.transfer, time.copies, -time.hidden, time.seconds)
         style = "bold" if e.schedule == chosen else ""
         name = f"{e.schedule} *" if e.schedule == chosen else e.schedule
         table.add_row(name, f"{e.bytes / 1e6:,.2f}", *(f"{part * 1e3:,.2f}" for part in parts), style=style)

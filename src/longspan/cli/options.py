@@ -15,8 +15,8 @@ import msgspec
 import typer
 
 from longspan.attention.backends.choice import BACKEND_NAMES
+from longspan.attention.schedules import SCHEDULE_NAMES
 from longspan.config import (
-    SCHEDULE_NAMES,
     CacheConfig,
     ClusterConfig,
     CostConstants,

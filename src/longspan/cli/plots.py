@@ -11,6 +11,7 @@ from math import ceil, inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.schedules import SCHEDULES
 from longspan.config import require
 from longspan.errors import ConfigError
 
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from longspan.bench.serving.report import RunReport
     from longspan.planner.simulate.run import Memory
 
-SCHEDULE_COLOURS = {
-    "gather_q": "#4c78a8", "gather_q_rs": "#9ecae9", "ring_q": "#59a14f", "tree_q": "#8cd17d",
-    "gather_kv": "#e15759", "ring_kv": "#f28e2b",
-}  # fmt: skip
 _SPREADS = ("median", "p90", "p99")
 _LATENCIES = {"time to first token, ms": "ttft_s", "time per output token, ms": "tpot_s"}
 _LAYOUT_PANELS = {"time to first token, s": "ttft", "requests that fit": "requests"}
@@ -86,7 +83,7 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
         panel.set(xlim=(-0.5, len(cached) - 0.5), ylim=(len(news) - 0.5, -0.5))
         for result in members:
             x, y, best = cached.index(result.cell.cached), news.index(result.cell.new), result.best.schedule
-            panel.bar(x, 0.96, 0.96, y - 0.48, color=SCHEDULE_COLOURS[best])
+            panel.bar(x, 0.96, 0.96, y - 0.48, color=SCHEDULES[best].colour)
             note = "" if result.chosen == best else f"\nauto: {result.chosen} +{result.regret:.0%}"
             panel.text(x, y, best + note, ha="center", va="center", color="white", fontsize="x-small")
     for unused in axes[len(maps) :]:

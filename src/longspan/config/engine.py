@@ -12,9 +12,6 @@ from longspan.config.checks import require, require_choice
 from longspan.config.cost import CostConstants
 from longspan.config.transfer import TransferConfig
 
-QUERY_SCHEDULES = ("gather_q", "gather_q_rs", "ring_q", "tree_q")
-KEY_SCHEDULES = ("gather_kv", "ring_kv")
-SCHEDULE_NAMES = ("auto", "local", *QUERY_SCHEDULES, *KEY_SCHEDULES)
 DEFAULT_LOCAL_CONTEXT = 512
 DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
 EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
@@ -195,7 +192,6 @@ class SchedulerConfig:
                 self.local_context >= 0, "local_context", self.local_context, "must not be negative",
                 "use 0 to spread every context",
             )  # fmt: skip
-        require_choice("schedule", self.schedule, SCHEDULE_NAMES)
         require(
             self.running_limit <= self.step_tokens,
             "max_num_seqs",

@@ -6,6 +6,7 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +14,9 @@ import torch
 from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
 from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, GroupShape
+from longspan.attention.schedules import Schedule
 from longspan.cache.layout import KVLayout
-from longspan.config import CostConstants, EngineConfig, require
+from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
@@ -47,6 +49,8 @@ class EngineSetup:
     device_type: str
     backend: Choice
     scaled: ScaledChoice
+    # the built-in ones and those the caller has added, by name
+    schedules: Mapping[str, Schedule]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,8 +126,8 @@ class EngineSetup:
         """What attention takes under this layout."""
         group = self.grid.context_group(0)
         return CostModel(
-            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), constants,
-            WORKSPACE_TOKENS,
+            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), self.schedules,
+            constants, WORKSPACE_TOKENS,
         )  # fmt: skip
 
 
@@ -134,6 +138,8 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
     families = extensions.all_families(executor)
+    schedules = extensions.all_schedules(executor)
+    require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     source = resolve_model(config.model)
@@ -166,7 +172,9 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
             "max_model_len", length, f"exceeds the {limit} positions the model was made for",
             f"use at most {limit}",
         )  # fmt: skip
-    return EngineSetup(config, source, family, model, grid, layout, pages, length, device_type, backend, scaled)
+    return EngineSetup(
+        config, source, family, model, grid, layout, pages, length, device_type, backend, scaled, schedules
+    )
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:

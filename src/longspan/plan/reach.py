@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from longspan.cache.pages import PageTable, Span, clip_spans
-from longspan.config import KEY_SCHEDULES
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, window_start
+
+Moves = Literal["queries", "keys"]
+"""What travels under a schedule; None where nothing does."""
 
 _WINDOW_ROWS = 256  # rows under a window that share a run: it bounds their mask
 
@@ -113,12 +115,16 @@ def reach(
     mine: Sequence[Segment],
     requests: Mapping[str, KnownRequest],
     place: Place,
+    moves: Moves | None,
 ) -> Reach:
-    """What the segments `mine` of one class see in layers of `kind`; `members` are the class's on all ranks."""
+    """What the segments `mine` of one class see in layers of `kind`; `members` are the class's on all ranks.
+
+    `moves` is what travels under `schedule`.
+    """
     local = [segment for segment in mine if segment.travels <= kind]
     moving = sorted((s for s in members if s.travels > kind), key=lambda s: s.travels)  # the order of their ranks' rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
-    keys_travel = schedule in KEY_SCHEDULES
+    keys_travel = moves == "keys"
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())
     return Reach(
         schedule=schedule,

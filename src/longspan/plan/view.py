@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan
-from longspan.plan.reach import Place, Reach, reach
+from longspan.plan.reach import Moves, Place, Reach, reach
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,13 @@ class RankView:
 
 
 def rank_view(
-    plan: StepPlan, requests: Mapping[str, KnownRequest], place: Place, windows: Sequence[int | None]
+    plan: StepPlan,
+    requests: Mapping[str, KnownRequest],
+    place: Place,
+    windows: Sequence[int | None],
+    moves: Mapping[str, Moves | None],
 ) -> RankView:
-    """One rank's share; `windows` are the model's kinds of layers, widest first."""
+    """One rank's share; `windows` are the model's kinds of layers, widest first, `moves` what travels by schedule."""
     ordered: list[Segment] = []
     classes: list[ClassView] = []
     row = 0
@@ -85,7 +89,7 @@ def rank_view(
             continue
         mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.travels)
         kinds = [
-            reach(schedule, kind, window, members, mine, requests, place)
+            reach(schedule, kind, window, members, mine, requests, place, moves[schedule])
             for kind, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)

@@ -14,7 +14,8 @@ from typing import Annotated
 
 import msgspec
 
-from longspan.config import SCHEDULE_NAMES, ParallelConfig
+from longspan.attention.schedules import SCHEDULE_NAMES
+from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 
 QUANTITIES: Mapping[str, str] = {

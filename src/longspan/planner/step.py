@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
+from longspan.attention.cost import CostModel, LayerTime, Priced, ScheduleChooser, StepTotals
 from longspan.attention.facts import ClassTotals, GroupShape, Load
-from longspan.config import KEY_SCHEDULES, QUERY_SCHEDULES
+from longspan.attention.schedules import SCHEDULES
 from longspan.planner.deployment import Deployment
 from longspan.planner.linear import LinearTime, Seconds
 
@@ -56,7 +56,7 @@ class StepModel:
         grid, cost = deployment.grid, deployment.hardware.cost
         group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
         together = replace(cost, parallelism=cost.parallelism / grid.head_shards)
-        self.model = CostModel(deployment.attention_shape, group, together, deployment.travelling_tokens)
+        self.model = CostModel(deployment.attention_shape, group, SCHEDULES, together, deployment.travelling_tokens)
         self.chooser = ScheduleChooser(self.model)
         self._linear = LinearTime(deployment)
         self._around: dict[tuple[int, int, int], tuple[Mapping[str, float], Bounds]] = {}
@@ -77,12 +77,11 @@ class StepModel:
         attention = exchange = 0.0
         for of_class, schedule in ((decodes, decode_schedule), (prefills, prefill_schedule)):
             for window, layers in self._kinds if of_class else ():
-                estimate, reading = self._attention(of_class, window, schedule)
-                computed, copied = layers * estimate.compute, layers * estimate.copies
-                moved, fixed = layers * (estimate.transfer - estimate.hidden), layers * estimate.fixed
+                taken, own, reading = self._attention(of_class, window, schedule)
+                computed, copied = layers * taken.compute, layers * taken.copies
+                moved, fixed = layers * (taken.transfer - taken.hidden), layers * taken.fixed
                 compute, memory = (compute, memory + computed) if reading else (compute + computed, memory)
                 memory, link, latency = memory + copied, link + moved, latency + fixed
-                own = estimate.schedule == "local"
                 attention += computed + copied + own * fixed
                 exchange += moved + (not own) * fixed
         prompt = self._prompt_token_s and self._prompt_token_s * sum(c.cached_tokens + c.new_tokens for c in prefills)
@@ -104,17 +103,19 @@ class StepModel:
             self._around[key] = parts, (total.compute, total.memory, total.link, total.latency)
         return self._around[key]
 
-    def _attention(self, chunks: Sequence[Chunk], window: int | None, schedule: str) -> tuple[Estimate, bool]:
-        """One layer of a kind, and whether reading keys and values takes most of its computing."""
+    def _attention(self, chunks: Sequence[Chunk], window: int | None, schedule: str) -> tuple[LayerTime, bool, bool]:
+        """One layer of a kind, whether nothing travels, and whether reading takes most of its computing."""
         totals = self._totals(chunks, window)
+        step = StepTotals(self.model, totals)
+        found: Priced
         if schedule == "auto":
-            every = (*QUERY_SCHEDULES, *KEY_SCHEDULES) if len(totals.needed) != 1 else ("local",)
-            estimate = min(self.model.estimates_of(every, totals), key=attrgetter("seconds"))
+            found = step.cheapest() if len(totals.needed) != 1 else SCHEDULES["local"]
         else:
-            estimate = self.model.estimate(schedule, totals)
-        loads = totals.by_shard if estimate.schedule in QUERY_SCHEDULES else totals.by_pcp
+            found = SCHEDULES[schedule]
+        taken = found.seconds(step)
+        loads = totals.by_shard if found.moves == "queries" else totals.by_pcp
         reading = max([load.reads for load in loads]) * self.model.shape.kv_bytes * self.model.constants.read_s
-        return estimate, 2 * reading > estimate.compute
+        return taken, found.moves is None, 2 * reading > taken.compute
 
     def _totals(self, chunks: Sequence[Chunk], window: int | None) -> ClassTotals:
         """What the cost model counts. A chunk's causal half is taken off all shards alike."""

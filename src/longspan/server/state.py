@@ -44,6 +44,10 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
             }
             for shard, pages in enumerate(setup.pages_per_shard)
         ],
+        "schedules": [
+            {"name": each.name, "moves": each.moves, "colour": each.colour, "sentence": each.sentence}
+            for each in setup.schedules.values()
+        ],
         "requests": requests[:_SHOWN],
         "requests_total": len(engine.tracker),
         "cached_pages_by_shard": list(core.cached_pages) if core else [0] * len(setup.pages_per_shard),

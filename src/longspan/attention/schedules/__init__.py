@@ -6,16 +6,17 @@ from types import MappingProxyType
 from longspan.attention.schedules import gather_kv, gather_q, gather_q_rs, local, ring_kv, ring_q, tree_q
 from longspan.attention.schedules.base import ContextGroup, Join, Schedule
 
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        "local": local.run,
-        "gather_q": gather_q.run,
-        "gather_q_rs": gather_q_rs.run,
-        "ring_q": ring_q.run,
-        "tree_q": tree_q.run,
-        "gather_kv": gather_kv.run,
-        "ring_kv": ring_kv.run,
-    }
+_BUILT_IN = (
+    local.SCHEDULE,
+    gather_q.SCHEDULE,
+    gather_q_rs.SCHEDULE,
+    ring_q.SCHEDULE,
+    tree_q.SCHEDULE,
+    gather_kv.SCHEDULE,
+    ring_kv.SCHEDULE,
 )
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType({schedule.name: schedule for schedule in _BUILT_IN})
+SCHEDULE_NAMES = ("auto", *SCHEDULES)
+"""What an option may say: the engine chooses, or one of them."""
 
-__all__ = ["SCHEDULES", "ContextGroup", "Join", "Schedule"]
+__all__ = ["SCHEDULES", "SCHEDULE_NAMES", "ContextGroup", "Join", "Schedule"]

@@ -1,6 +1,6 @@
-"""The off-diagonal as a join of queries and pages (idea 5): what every schedule is given.
+"""The off-diagonal as a join of queries and pages (idea 5): what a schedule is, and what it is given.
 
-It owns the inputs and the registry's type; a schedule is one function in one file of this package.
+It owns the record and its inputs; a schedule is one record in one file of this package.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.forms import Form
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.parallel.collectives import Collectives
-from longspan.plan.reach import Reach
+from longspan.plan.reach import Moves, Reach
 
 
 @dataclass(frozen=True)
@@ -92,4 +93,21 @@ def unpack(packed: Tensor) -> Partial:
     return Partial(packed[..., :-1], packed[..., -1])
 
 
-Schedule = Callable[[Join], Partial]
+@dataclass(frozen=True)
+class Schedule:
+    """One way to bring queries and pages together: what it does, what it costs, and how people see it."""
+
+    # as plans, options and figures have it; its collectives are counted under it
+    name: str
+    # what travels; None: nothing does
+    moves: Moves | None
+    # partials [T, Hq, D] of this rank's travelling rows over all pages of the context group
+    run: Callable[[Join], Partial]
+    # that all members of a context group send for one layer
+    bytes: Callable[[StepTotals], int]
+    # that one layer takes
+    seconds: Callable[[StepTotals], LayerTime]
+    # of its bars and boxes, as #rrggbb; white text must be readable on it
+    colour: str
+    # what the ranks send each other, in plain words
+    sentence: str

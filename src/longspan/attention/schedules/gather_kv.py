@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join
+from longspan.attention.schedules.base import Join, Schedule
 from longspan.cache.pages import Span, clip_spans
 from longspan.plan.reach import KeyRun, QueryRun
 
-_LABEL = "gather_kv"
+_NAME = "gather_kv"
 
 
 def run(join: Join) -> Partial:
@@ -26,7 +27,7 @@ def run(join: Join) -> Partial:
         stop = start + span
         own = join.kv.take(clip_spans(shares[group.collectives.rank].spans, start, stop)).packed()
         tokens = [min(max(share.tokens - start, 0), span) for share in shares]
-        gathered = group.collectives.all_gather(own, tokens, _LABEL, dim=2)
+        gathered = group.collectives.all_gather(own, tokens, _NAME, dim=2)
         for shard, kv in enumerate(gathered):
             runs = runs_in_round(join.reach.key_runs, shard, start, stop)
             if runs:
@@ -45,3 +46,26 @@ def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int)
             lows = None if run.lows is None else tuple(max(0, x - (low - offset)) for x in run.lows)
             runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), lows))
     return runs
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """One collective a round."""
+    model = step.model
+    arriving, handled, rounds = step.keys(model.workspace_tokens // model.group.members)
+    return LayerTime(
+        fixed=rounds * step.fixed(_NAME, 1, step.key_calls),
+        compute=step.key_compute,
+        transfer=model.exchange(arriving),
+        copies=handled * model.constants.copy_s,
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="keys",
+    run=run,
+    bytes=StepTotals.keys_sent,
+    seconds=seconds,
+    colour="#ae5c00",
+    sentence="keys travel to the queries, gathered",
+)

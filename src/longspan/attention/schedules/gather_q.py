@@ -6,15 +6,38 @@ through its collectives.
 
 from __future__ import annotations
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join
+from longspan.attention.schedules.base import Join, Schedule
 
-_LABEL = "gather_q"
+_NAME = "gather_q"
 
 
 def run(join: Join) -> Partial:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows = join.group.collectives, join.rows
-    sends = join.visit(group.all_gather(join.form.outgoing(join.q), rows, _LABEL))
+    sends = join.visit(group.all_gather(join.form.outgoing(join.q), rows, _NAME))
     shape = (len(join.q), join.q.shape[1], join.packed_dim)
-    return join.merged(group.all_to_all(sends, [shape] * len(rows), _LABEL))
+    return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """Two collectives: queries out, partials back."""
+    model, (arriving, returning, handled) = step.model, step.queries
+    return LayerTime(
+        fixed=step.fixed(_NAME, 2, step.query_calls),
+        compute=step.query_compute,
+        transfer=model.exchange(arriving) + model.exchange(returning),
+        copies=handled * model.constants.copy_s,
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="queries",
+    run=run,
+    bytes=StepTotals.queries_sent,
+    seconds=seconds,
+    colour="#008888",
+    sentence="queries travel to the keys, gathered from all ranks at once",
+)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join, unpack
+from longspan.attention.schedules.base import Join, Schedule, unpack
 
-_LABEL = "gather_q_rs"
+_NAME = "gather_q_rs"
 
 
 def run(join: Join) -> Partial:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
-    parts = [unpack(packed) for packed in join.visit(group.all_gather(join.form.outgoing(join.q), rows, _LABEL))]
+    parts = [unpack(packed) for packed in join.visit(group.all_gather(join.form.outgoing(join.q), rows, _NAME))]
     mine = torch.cat([part.lse for part in parts])
-    lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _LABEL)).logsumexp(0)
+    lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _NAME)).logsumexp(0)
     totals = torch.split(lse, [len(part.lse) for part in parts])
     sends = [_weighed(part, total) for part, total in zip(parts, totals, strict=True)]
     shape = (len(join.q), heads, join.form.travelling_dim)
-    returned = group.all_to_all(sends, [shape] * len(rows), _LABEL)
+    returned = group.all_to_all(sends, [shape] * len(rows), _NAME)
     if not len(join.q):
         return Partial.empty(0, heads, join.form.value_dim, join.q)
     own = totals[group.rank]
@@ -35,3 +36,35 @@ def _weighed(part: Partial, total: Tensor) -> Tensor:
     """out · exp(lse − total); what saw nothing is skipped, not multiplied."""
     weight = torch.exp(part.lse - total).nan_to_num_(0.0)[..., None]
     return torch.where(weight > 0, part.out, 0.0) * weight
+
+
+def sent(step: StepTotals) -> int:
+    """As `gather_q`, but only values come back, and every member learns every row's lse."""
+    shape, group = step.model.shape, step.model.group
+    rows = group.members_per_pcp * sum(step.totals.rows)
+    values = shape.partial_bytes - shape.lse_bytes
+    return (group.members - 1) * rows * (shape.query_bytes + values + group.members * shape.lse_bytes)
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """Three collectives: queries out, lse to all, values back."""
+    model, (arriving, returning, handled) = step.model, step.queries
+    members, each = model.group.members, model.group.members_per_pcp
+    lse = (members - 1) * sum(step.totals.rows) * each * model.shape.lse_bytes
+    return LayerTime(
+        fixed=step.fixed(_NAME, 3, step.query_calls),
+        compute=step.query_compute,
+        transfer=model.exchange(arriving) + model.exchange(lse) + model.exchange(returning),
+        copies=handled * model.constants.copy_s,
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="queries",
+    run=run,
+    bytes=sent,
+    seconds=seconds,
+    colour="#0082a1",
+    sentence="the same, and answers are summed on the way back",
+)

@@ -5,8 +5,9 @@ The plan marks such segments, so a step whose schedule is `local` has no travell
 
 from __future__ import annotations
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join
+from longspan.attention.schedules.base import Join, Schedule
 from longspan.errors import EngineError
 
 
@@ -15,3 +16,20 @@ def run(join: Join) -> Partial:
     if sum(join.reach.block_rows):
         raise EngineError(f"schedule=local with travelling rows {join.reach.block_rows}: the plan is wrong")
     return Partial.empty(0, join.q.shape[1], join.form.value_dim, join.q)
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """A kernel call for each segment."""
+    calls = max(max(load.calls for load in step.totals.by_pcp), 1)
+    return LayerTime(fixed=calls * step.model.constants.call_s, compute=step.key_compute, transfer=0.0, copies=0.0)
+
+
+SCHEDULE = Schedule(
+    name="local",
+    moves=None,
+    run=run,
+    bytes=lambda _: 0,
+    seconds=seconds,
+    colour="#7d8998",
+    sentence="nothing travels: all keys are at hand",
+)

@@ -6,13 +6,14 @@ the rounds, which follow from the plan alone.
 
 from __future__ import annotations
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join
+from longspan.attention.schedules.base import Join, Schedule
 from longspan.attention.schedules.gather_kv import runs_in_round
 from longspan.attention.schedules.ring import circulate
 from longspan.cache.pages import clip_spans
 
-_LABEL = "ring_kv"
+_NAME = "ring_kv"
 _BLOCKS = 2  # held at once: the one attended and the one arriving
 
 
@@ -26,8 +27,33 @@ def run(join: Join) -> Partial:
         own = join.kv.take(clip_spans(shares[group.rank].spans, start, stop)).packed()
         tokens = [min(max(share.tokens - start, 0), size) for share in shares]
         shapes = [(*own.shape[:2], count, own.shape[3]) for count in tokens]
-        for owner, kv in circulate(group, own, shapes, _LABEL):
+        for owner, kv in circulate(group, own, shapes, _NAME):
             runs = runs_in_round(join.reach.key_runs, owner, start, stop)
             if runs:
                 parts = [join.form.merge([*parts, join.form.own(join.q, runs, join.kv.unpacked(kv))])]
     return parts[0]
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """One transfer less than members a round, each beside the attention of a block."""
+    model = step.model
+    arriving, handled, rounds = step.keys(model.workspace_tokens // _BLOCKS)
+    moving = model.exchange(arriving)
+    return LayerTime(
+        fixed=rounds * step.fixed(_NAME, model.group.members - 1, step.key_calls),
+        compute=step.key_compute,
+        transfer=moving,
+        copies=handled * model.constants.copy_s,
+        hidden=step.hidden(step.key_compute, moving),
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="keys",
+    run=run,
+    bytes=StepTotals.keys_sent,
+    seconds=seconds,
+    colour="#b84d49",
+    sentence="keys pass round a ring of ranks",
+)

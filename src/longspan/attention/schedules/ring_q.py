@@ -5,11 +5,12 @@ Context Parallelism for Scalable Million-Token Inference (2024, algorithm 3). It
 
 from __future__ import annotations
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join, pack
+from longspan.attention.schedules.base import Join, Schedule, pack
 from longspan.attention.schedules.ring import circulate
 
-_LABEL = "ring_q"
+_NAME = "ring_q"
 
 
 def run(join: Join) -> Partial:
@@ -18,9 +19,36 @@ def run(join: Join) -> Partial:
     pcp_of = {shard: pcp for pcp, shards in enumerate(join.group.shards_of_pcp) for shard in shards}
     sends = join.nothing()
     mine = join.form.outgoing(join.q)
-    for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _LABEL):
+    for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _NAME):
         block = join.reach.blocks[pcp_of[owner]]
         if block.rows:
             sends[owner] = pack(join.form.visiting_member(queries, block.runs, join.kv, owner))
     shape = (len(join.q), heads, join.packed_dim)
-    return join.merged(group.all_to_all(sends, [shape] * len(rows), _LABEL))
+    return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """Members of a DCP group come one by one, so a shard is read once for each."""
+    model, (arriving, returning, handled) = step.model, step.queries
+    again = model.group.members_per_pcp - 1
+    reads = max(load.reads for load in step.totals.by_shard)
+    compute = step.query_compute + reads * again * model.shape.kv_bytes * model.constants.read_s
+    circulating = model.exchange(arriving)
+    return LayerTime(
+        fixed=step.fixed(_NAME, model.group.members, (again + 1) * step.query_calls),
+        compute=compute,
+        transfer=circulating + model.exchange(returning),
+        copies=handled * model.constants.copy_s,
+        hidden=step.hidden(compute, circulating),
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="queries",
+    run=run,
+    bytes=StepTotals.queries_sent,
+    seconds=seconds,
+    colour="#4576b4",
+    sentence="queries pass round a ring of ranks",
+)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
-from longspan.attention.schedules.base import Join, pack, unpack
+from longspan.attention.schedules.base import Join, Schedule, pack, unpack
 from longspan.parallel.collectives import Collectives
 
-_LABEL = "tree_q"
+_NAME = "tree_q"
 _Nodes = Sequence[Sequence[int]]
 
 
@@ -76,9 +77,38 @@ class _Exchange:
             for peer in range(self._group.size)
         ]
         counts = [[self._rows[member] for member in arrives.get(peer, [])] for peer in range(self._group.size)]
-        received = self._group.all_to_all(outgoing, [(sum(c), *like.shape[1:]) for c in counts], _LABEL)
+        received = self._group.all_to_all(outgoing, [(sum(c), *like.shape[1:]) for c in counts], _NAME)
         found: dict[int, list[Tensor]] = {}
         for peer, whole in enumerate(received):
             for member, part in zip(arrives.get(peer, []), torch.split(whole, counts[peer]), strict=True):
                 found.setdefault(member, []).append(part)
         return {member: combine(parts) for member, parts in found.items()}
+
+
+def seconds(step: StepTotals) -> LayerTime:
+    """Between machines one copy a machine; two exchanges each way."""
+    model, rows = step.model, step.totals.rows
+    shape, at, nodes = model.shape, model.constants, model.group.nodes
+    widest, most, visiting = max(map(len, nodes)), max(rows), sum(rows) * model.group.members_per_pcp
+    arriving = visiting * shape.query_bytes
+    across = (len(nodes) - 1) / len(nodes)
+    column = most * len(nodes) * shape.partial_bytes
+    inside = (arriving + (widest - 1) * column) * at.byte_s
+    crossing = (arriving / widest * across + (len(nodes) - 1) * most * shape.partial_bytes) * at.cross_byte_s
+    return LayerTime(
+        fixed=step.fixed(_NAME, 4, step.query_calls),
+        compute=step.query_compute,
+        transfer=inside + crossing,
+        copies=(visiting * shape.partial_bytes + (widest + 1) * column) * at.copy_s,
+    )
+
+
+SCHEDULE = Schedule(
+    name=_NAME,
+    moves="queries",
+    run=run,
+    bytes=StepTotals.queries_sent,
+    seconds=seconds,
+    colour="#7468b0",
+    sentence="queries travel; answers are merged node by node",
+)

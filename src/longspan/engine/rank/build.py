@@ -108,7 +108,7 @@ def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torc
     place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
     kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
     context = _context(setup, rank, group)
-    return Calibration(kernels, context, place, setup.attention_shape, setup.dtype, device).measure()
+    return Calibration(kernels, context, place, setup.attention_shape, setup.schedules, setup.dtype, device).measure()
 
 
 def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
@@ -138,4 +138,4 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, devic
         device,
     )
     context = _context(setup, sharding.rank, group)
-    return Attention(pool, _kernels(setup, sharding, device), context, setup.model.kinds)
+    return Attention(pool, _kernels(setup, sharding, device), context, setup.model.kinds, setup.schedules)

@@ -139,7 +139,7 @@ class Runner:
             return StepResult
         if self.recordings is not None and recordable(plan):
             return self._replay(of_one_kind(plan), self.recordings)
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows)
+        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(view)
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
@@ -154,7 +154,7 @@ class Runner:
 
     def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
         """A decode step through a recording, in which every row is sampled."""
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows)
+        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
         logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])

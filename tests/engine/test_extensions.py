@@ -1,0 +1,71 @@
+"""What a caller adds to an engine: a schedule in a file of its own, given as an object."""
+
+from dataclasses import replace
+
+import pytest
+
+from longspan.attention.schedules import SCHEDULES
+from longspan.errors import ConfigError
+from tests.engine.gather_all import SCHEDULE
+from tests.engine.test_bytes_that_travel import decode_step_bytes, formula_bytes
+from tests.engine.test_every_layout_gives_the_same_tokens import expected, prompts, tokens_of
+
+LAYOUTS = [{"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 3, "dcp": 2}]
+
+
+def moved(llm) -> set[str]:
+    """The schedules under which bytes travelled, the added ones too."""
+    sent = llm.stats().traffic.bytes_by_label
+    return {name for name in llm.engine.setup.schedules if sent.get(name)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+def test_an_added_schedule_gives_the_oracles_tokens(tiny, model, layout):
+    llm = tiny(model, **layout, schedules=[SCHEDULE], schedule="gather_all")
+    assert tokens_of(llm, prompts()) == expected(model)
+    assert moved(llm) == {"gather_all"}
+
+
+def test_an_added_schedule_is_chosen_where_its_formula_says_that_it_is_the_fastest(tiny):
+    llm = tiny(pcp=2, schedules=[SCHEDULE])
+    assert tokens_of(llm, prompts()) == expected("llama")
+    assert moved(llm) == {"gather_all"}
+
+
+def test_an_added_schedule_sends_the_bytes_of_its_formula(tiny):
+    llm = tiny(tp=2, pcp=2, dcp=2, schedules=[SCHEDULE], schedule="gather_all")
+    assert decode_step_bytes(llm, "gather_all") == formula_bytes(llm, "gather_all")
+
+
+def test_an_added_schedule_is_timed_at_the_start_like_the_built_in_ones(tiny):
+    llm = tiny(pcp=2, cost=None, schedules=[SCHEDULE])
+    assert set(llm.engine.core.constants.fixed) == {*SCHEDULES, "gather_all"} - {"local"}
+
+
+def test_what_an_added_schedule_moves_is_asked_of_its_record(tiny):
+    carrying = replace(SCHEDULES["gather_kv"], name="carry_kv")
+    llm = tiny(pcp=2, schedules=[carrying], schedule="carry_kv")
+    assert tokens_of(llm, prompts()) == expected("llama")
+    assert moved(llm) == {"gather_kv"}  # under which that file's collectives are counted
+
+
+def test_ranks_in_other_processes_are_given_no_objects(tiny):
+    with pytest.raises(ConfigError, match=r"schedules=.*gather_all.*other processes.*; use executor='threads'"):
+        tiny(pcp=2, executor="processes", schedules=[SCHEDULE])
+
+
+@pytest.mark.parametrize("name", ["auto", "local", "ring_kv"])
+def test_a_built_in_name_is_not_given_again(tiny, name):
+    with pytest.raises(ConfigError, match=rf"schedules={name}: is the name of a built-in choice; give it another name"):
+        tiny(schedules=[replace(SCHEDULE, name=name)])
+
+
+def test_two_added_schedules_have_two_names(tiny):
+    with pytest.raises(ConfigError, match="two have one name; give each its own"):
+        tiny(schedules=[SCHEDULE, SCHEDULE])
+
+
+def test_a_forced_schedule_is_one_of_the_engines_own(tiny):
+    with pytest.raises(ConfigError, match=r"schedule=gather_all: unknown choice; use one of auto, local, gather_q"):
+        tiny(pcp=2, schedule="gather_all")
