@@ -141,7 +141,7 @@ def test_a_workers_error_reaches_the_caller_as_it_is(tmp_path):
 def test_a_rank_that_fails_in_a_step_ends_the_engine_with_its_name(executor, monkeypatch):
     llm = LLM(tiny_folder("llama"), executor=executor, prefill_context_parallel_size=2, **DEFAULTS)
     plan_of = llm.engine.scheduler.schedule
-    monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: replace(plan_of(), finished=(999,)))
-    with pytest.raises(WorkerDied, match=r"rank \d failed: KeyError: 999"):
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: replace(plan_of(), finished=("gone",)))
+    with pytest.raises(WorkerDied, match=r"rank \d failed: KeyError: 'gone'"):
         llm.generate(prompt_of(16), SamplingParams(temperature=0, max_tokens=4))
     llm.shutdown()
