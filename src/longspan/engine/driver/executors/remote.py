@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from threading import Thread
 from typing import TypeVar
 
 import msgspec
@@ -144,7 +145,11 @@ class RemoteExecutor(ABC):
         for name in self._ranks:
             self._reaches(name, STOP)
         self._end(_STOP_SECONDS)
-        self._context.destroy(linger=0)
+        self._line.close(linger=0)
+        # once seen to wait for ever, after a rank that was stopped: whoever shuts down must not
+        ending = Thread(target=self._context.term, name="longspan-close", daemon=True)
+        ending.start()
+        ending.join(_STOP_SECONDS)
 
     def _bind(self, listen: str) -> None:
         try:
