@@ -13,9 +13,7 @@ pytestmark = pytest.mark.smollm2
 TOP = 20
 SHORT = [  # tp, pcp, dcp, page size, chunk, schedule
     (1, 1, 1, 16, 2048, "auto"),
-    (1, 2, 1, 16, 20, "auto"),
     (1, 3, 1, 1, 64, "gather_kv"),
-    (3, 1, 1, 7, 64, "auto"),
     (3, 1, 3, 64, 2048, "gather_q"),
     (3, 2, 3, 5, 33, "auto"),
 ]
