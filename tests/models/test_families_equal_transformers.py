@@ -19,7 +19,10 @@ LENGTHS = (5, 150)  # 150 lies beyond the original positions of the llama3 and y
 TOKENS = 12
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (4, 2, 2)], ids=["one rank", "tp4 pcp2 dcp2"])
+WIDE = pytest.param((4, 2, 2), id="tp4 pcp2 dcp2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("layout", [pytest.param((1, 1, 1), id="one rank"), WIDE])
 @pytest.mark.parametrize("family", [f.name for f in FAMILIES])
 def test_logprobs_and_tokens_equal_transformers(family, layout):
     tp, pcp, dcp = layout

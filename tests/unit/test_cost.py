@@ -99,6 +99,7 @@ def test_an_unknown_accelerator_is_refused_with_the_names():
         hardware("abacus")
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_the_bytes_of_the_formulas():
     layouts = [(1, 2, 1), (2, 2, 2)]
     cells = [Cell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
