@@ -5,7 +5,7 @@ It owns the checks of what is added; its members are Python objects, which only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -26,11 +26,7 @@ class Extensions:
     def all_schedules(self, executor: str) -> Mapping[str, Schedule]:
         """The built-in schedules and these, by name. Raises `ConfigError` if the executor's ranks cannot have them."""
         added = {schedule.name: schedule for schedule in self.schedules}
-        require(
-            not added or executor in ("threads", "dry"), "schedules", tuple(added),
-            f"executor={executor} has its ranks in other processes, which know the built-in schedules only",
-            "use executor='threads'",
-        )  # fmt: skip
+        _require_ranks_here("schedules", tuple(added), executor)
         for name in SCHEDULE_NAMES:
             require(name not in added, "schedules", name, "is the name of a built-in choice", "give it another name")
         require(
@@ -41,13 +37,17 @@ class Extensions:
 
     def all_families(self, executor: str) -> tuple[Family, ...]:
         """These families and the built-in ones. Raises `ConfigError` if the executor's ranks cannot have them."""
-        require(
-            not self.families or executor in ("threads", "dry"),
-            "families", [name for family in self.families for name in family.architectures],
-            f"executor={executor} has its ranks in other processes, which know the built-in families only",
-            "use executor='threads'",
-        )  # fmt: skip
+        _require_ranks_here("families", [name for family in self.families for name in family.architectures], executor)
         return (*self.families, *BUILT_IN)
+
+
+def _require_ranks_here(field: str, added: Sequence[str], executor: str) -> None:
+    """Raise `ConfigError` if something is added that the executor's ranks cannot be given."""
+    require(
+        not added or executor in ("threads", "dry"), field, added,
+        f"executor={executor} has its ranks in other processes, which know the built-in {field} only",
+        "use executor='threads'",
+    )  # fmt: skip
 
 
 NONE_ADDED = Extensions()

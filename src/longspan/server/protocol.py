@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+from collections.abc import Callable
 from enum import Enum, auto
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -26,6 +27,7 @@ _RESERVE = 128  # open files that are no connections: sockets of the core, logs,
 _MOST_CONNECTIONS = 8192  # with a head of 64 KiB each: half a gigabyte
 _LOG_SECONDS = 10.0
 _LOG = logging.getLogger("longspan.server")
+AnyServer = TypeVar("AnyServer", bound=uvicorn.Server)
 
 
 def connections_allowed(limits: HttpLimits) -> int:
@@ -48,6 +50,13 @@ class HttpConfig(uvicorn.Config):
         )  # fmt: skip
         self.limits = limits
         self.door = Door(connections_allowed(limits))
+
+
+async def announce(server: AnyServer, on_ready: Callable[[AnyServer], None]) -> None:
+    """Call `on_ready` once the port is open."""
+    while not server.started:
+        await asyncio.sleep(0.01)
+    on_ready(server)
 
 
 class _Phase(Enum):

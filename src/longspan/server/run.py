@@ -22,7 +22,7 @@ from longspan.server.app import Service, build_app
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.metrics import Metrics
 from longspan.server.options import ServeOptions
-from longspan.server.protocol import HttpConfig
+from longspan.server.protocol import HttpConfig, announce
 from longspan.server.text import Text
 from longspan.server.tools import TOOL_FORMATS, detect_format
 from longspan.weights.tokenizer import load_tokenizer
@@ -73,19 +73,13 @@ async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
     options = service.options
     config = HttpConfig(build_app(service), options.host, options.port, options.http)
     server = Server(config, service.engine)
-    tasks = [asyncio.create_task(_announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
+    tasks = [asyncio.create_task(announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
     try:
         await server.serve()
     finally:
         for task in tasks:
             task.cancel()
         await service.engine.close()
-
-
-async def _announce(server: Server, on_ready: Callable[[Server], None]) -> None:
-    while not server.started:
-        await asyncio.sleep(0.01)
-    on_ready(server)
 
 
 async def _end_drain(server: Server, engine: AsyncEngine) -> None:

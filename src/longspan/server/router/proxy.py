@@ -33,7 +33,7 @@ from longspan.server.errors import Problem, problem_of
 from longspan.server.generation import Json
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import HttpLimits
-from longspan.server.protocol import HttpConfig
+from longspan.server.protocol import HttpConfig, announce
 from longspan.server.router.balance import Balance, blocks_of
 from longspan.server.router.instances import Instance, Instances
 
@@ -229,18 +229,12 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
         app = build_router(Router(instances, session), options)
         server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http))
         watching = asyncio.create_task(instances.watch(session))
-        announcing = asyncio.create_task(_announce(server, on_ready))
+        announcing = asyncio.create_task(announce(server, on_ready))
         try:
             await server.serve()
         finally:
             for task in (watching, announcing):
                 task.cancel()
-
-
-async def _announce(server: uvicorn.Server, on_ready: Callable[[uvicorn.Server], None]) -> None:
-    while not server.started:
-        await asyncio.sleep(0.01)
-    on_ready(server)
 
 
 def _target(request: Request) -> str:
