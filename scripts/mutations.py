@@ -84,9 +84,8 @@ ATTENTION = (
         (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
     ),
     Fault(
-        "the diagonal forgets its window", "attention/forms.py",
-        "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)",
-        "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, None)",
+        "the diagonal forgets its window", "attention/prepared.py",
+        "self.backend.prepare_diagonal(length, window)", "self.backend.prepare_diagonal(length, None)",
         (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
     ),
     Fault(
@@ -151,7 +150,7 @@ RANKS = (
         (f"{_DENSE}[12over3-tree_q-(1, 2, 1)]", f"{_RANKS}::test_partials_merge_inside_machines_of_any_size"),
     ),
     Fault(
-        "a round of gathered keys is read from its beginning", "attention/schedules/gather_kv.py",
+        "a round of gathered keys is read from its beginning", "attention/prepared.py",
         "Span(low - start, high - low)", "Span(0, high - low)",
         (f"{_RANKS}::test_several_requests_travel_in_one_step[(1, 2, 1)-gather_kv]",),
     ),

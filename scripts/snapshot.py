@@ -27,7 +27,7 @@ SNAPSHOT = ROOT / "tests" / "snapshot.txt"
 _LAYOUT_ARGUMENTS = ("grid", "layout")  # of tests
 _LISTS_OF_CHOICES = ("attention.schedules.SCHEDULE_NAMES", "config.EXECUTOR_NAMES", "config.DEVICE_NAMES",
     "config.DTYPE_NAMES", "config.QUANTIZATION_NAMES", "config.KV_DTYPE_NAMES",
-    "attention.backends.choice.BACKEND_NAMES",
+    "attention.backends.BACKEND_NAMES",
     "server.tools.TOOL_FORMATS", "planner.layouts.OBJECTIVES", "planner.rows.QUANTITIES")  # fmt: skip
 
 

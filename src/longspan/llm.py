@@ -10,6 +10,7 @@ from itertools import count
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from longspan.attention.backends import AttentionBackend
 from longspan.attention.schedules import Schedule
 from longspan.config import (
     CacheConfig,
@@ -47,8 +48,8 @@ class LLM:
     larger of 60 and 20 times what recent steps let expect by default; the first 8 steps, which compile, have none.
     Ranks as threads (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
 
-    `schedules` (`longspan.attention.schedules`) and `families` (each a module or a `longspan.models.registry.Family`)
-    are added to the built-in ones; they need ranks as threads.
+    `schedules` (`longspan.attention.schedules`), `families` (each a module or a `longspan.models.registry.Family`) and
+    `backends` (`longspan.attention.backends`) are added to the built-in ones; they need ranks as threads.
 
     >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
@@ -94,6 +95,7 @@ class LLM:
         cost: CostConstants | None = None,
         schedules: Sequence[Schedule] = (),
         families: Sequence[Family | ModuleType] = (),
+        backends: Sequence[AttentionBackend] = (),
     ) -> None:
         config = EngineConfig(
             model=model, dtype=dtype, device=device, attention_backend=attention_backend, quantization=quantization,
@@ -110,10 +112,9 @@ class LLM:
             scheduler=SchedulerConfig(
                 max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
                 drafted_tokens(speculative), run_ahead,
-            ),
-            cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
+            ), cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
         )  # fmt: skip
-        self._start(config, Extensions(tuple(schedules), tuple(family_of(each) for each in families)))
+        self._start(config, Extensions(tuple(schedules), tuple(map(family_of, families)), tuple(backends)))
 
     @classmethod
     def from_config(cls, config: EngineConfig, extensions: Extensions = NONE_ADDED) -> LLM:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longspan import SamplingParams
-from longspan.attention.backends.base import StaticRuns
+from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
 from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, Recordings, padded_rows
@@ -21,21 +21,21 @@ PROMPTS = [prompt_of(21), prompt_of(5, 3), prompt_of(13, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=9)
 
 
-class Runs(StaticRuns):
+class Runs:
     """Runs at one place; the next `fill` shows in whatever holds them."""
 
-    def __init__(self, has_room=True):
-        self.runs, self.has_room = (), has_room
+    def __init__(self, backend, rows, has_room):
+        self.backend, self.rows, self.has_room = backend, rows, has_room
+        self.prepared = backend.prepare((), rows)
 
     def fill(self, runs):
-        self.runs = tuple(runs) if self.has_room else self.runs
+        if self.has_room:
+            self.prepared = self.backend.prepare(runs, self.rows)
         return self.has_room
 
-    def __len__(self):
-        return len(self.runs)
-
-    def __getitem__(self, at):
-        return self.runs[at]
+    def attend(self, q, kv, blocks, scale):
+        assert len(q) == self.rows
+        return self.prepared.attend(q, kv, blocks, scale)
 
 
 class Writer:
@@ -52,13 +52,13 @@ class Writer:
         self.writer.write(cache, k, v)
 
 
-class StaticCpu(CpuBackend):
+class RefillableCpu(CpuBackend, RecordableBackend):
     """The CPU's kernels over runs and slots that are refilled."""
 
     has_room = True
 
-    def static(self, rows):
-        return Runs(self.has_room)
+    def refillable(self, rows):
+        return Runs(self, rows, self.has_room)
 
     def writer(self, writes, rows):
         return Writer(writes, rows)
@@ -85,7 +85,7 @@ def record(llm, has_room=True):
     """Let every rank decode by recordings; what counts them."""
     recorder = Counting()
     for runner in llm.engine.executor.runners:
-        backend = StaticCpu()
+        backend = RefillableCpu()
         backend.has_room = has_room
         runner.attention.kernels = replace(runner.attention.kernels, backend=backend)
         runner.recordings = Recordings(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)

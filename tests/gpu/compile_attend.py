@@ -50,7 +50,7 @@ def diagonal_of_latents(heads: int) -> tuple[Shape, int, str, bool]:
     kernels = Kernels(TritonBackend(cpu, LATENT[0]), Heads(blocks, blocks, ()), 0.1, LATENT[0], ExpansionCost())
     q, row = (torch.zeros(2, count, width, dtype=torch.bfloat16) for count, width in ((heads, 192), (1, sum(LATENT))))
     with patch.object(backend, "_launch") as launch:
-        LatentForm(kernels, None, Latents()).diagonal(q, row, row)
+        LatentForm(kernels, Latents()).diagonal(q, row, row, kernels.backend.prepare_diagonal(2, None))
     _, keys, *_, rows = launch.call_args.args
     return keys.shape, rows, "bf16", False
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from longspan.attention.backends.reference import ReferenceBackend  # noqa: E402
-from longspan.attention.backends.triton import backend as backend_module  # noqa: E402
+from longspan.attention.backends.triton import plan as plan_module  # noqa: E402
 from longspan.attention.backends.triton.backend import TritonBackend  # noqa: E402
 from longspan.attention.backends.triton.work import plan_work  # noqa: E402
 from longspan.attention.partial import Partial  # noqa: E402
@@ -220,48 +220,43 @@ def decode_rows() -> tuple[torch.Tensor, CacheRows]:
     return rand(4, 2, 16).to(DEVICE), CacheRows(rand(2, 1, 500, 16, seed=1).to(DEVICE))
 
 
-def test_static_runs_refilled_give_what_fresh_runs_give():
+def test_refilled_runs_give_what_fresh_runs_give():
     q, kv = decode_rows()
     engine = backend()
-    static = engine.static(rows=4, index=100)
-    engine.attend(q, static, kv, heads(2, 1), 0.25)  # makes the buffers
-    addresses = {plan.adjacent.data_ptr() for plan in static.plans}
+    refillable = engine.refillable(rows=4, index=100)
+    refillable.attend(q, kv, heads(2, 1), 0.25)  # makes the buffers
+    addresses = {plan.adjacent.data_ptr() for plan in refillable.plans.plans}
     for runs in DECODES:
-        assert static.fill(runs)
-        part, fresh = (engine.attend(q, some, kv, heads(2, 1), 0.25) for some in (static, runs))
+        assert refillable.fill(runs)
+        part, fresh = (some.attend(q, kv, heads(2, 1), 0.25) for some in (refillable, engine.prepare(runs, 4)))
         assert torch.equal(part.out, fresh.out) and torch.equal(part.lse, fresh.lse)
-    assert addresses == {plan.adjacent.data_ptr() for plan in static.plans}
+    assert addresses == {plan.adjacent.data_ptr() for plan in refillable.plans.plans}
 
 
-def test_static_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are():
+def test_refillable_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are():
     q, kv = decode_rows()
-    engine = backend()
-    static = engine.static(rows=4, index=0)
-    engine.attend(q, static, kv, heads(2, 1), 0.25)
-    assert static.fill(DECODES[0])
-    before = engine.attend(q, static, kv, heads(2, 1), 0.25)
-    assert not static.fill(DECODES[1])  # needs an index of slots
-    assert torch.equal(engine.attend(q, static, kv, heads(2, 1), 0.25).out, before.out)
+    refillable = backend().refillable(rows=4, index=0)
+    refillable.attend(q, kv, heads(2, 1), 0.25)
+    assert refillable.fill(DECODES[0])
+    before = refillable.attend(q, kv, heads(2, 1), 0.25)
+    assert not refillable.fill(DECODES[1])  # needs an index of slots
+    assert torch.equal(refillable.attend(q, kv, heads(2, 1), 0.25).out, before.out)
 
 
-def test_static_runs_are_for_one_number_of_rows():
+def test_prepared_runs_are_for_one_number_of_rows():
     q, kv = decode_rows()
-    engine = backend()
-    with pytest.raises(ValueError, match="4 rows for static runs of 3"):
-        engine.attend(q, engine.static(rows=3), kv, heads(2, 1), 0.25)
+    with pytest.raises(ValueError, match="4 rows for work of 3"):
+        backend().refillable(rows=3).attend(q, kv, heads(2, 1), 0.25)
 
 
 def test_a_step_plans_once_for_all_its_layers(monkeypatch):
     planned = []
-    monkeypatch.setattr(backend_module, "plan_work", lambda *args: planned.append(args) or plan_work(*args))
+    monkeypatch.setattr(plan_module, "plan_work", lambda *args: planned.append(args) or plan_work(*args))
     q, kv = decode_rows()
-    engine = backend()
+    prepared = backend().prepare(DECODES[3], 4)
     for _ in range(3):
-        engine.attend(q, list(DECODES[3]), kv, heads(2, 1), 0.25)  # another list of the same runs
+        prepared.attend(q, kv, heads(2, 1), 0.25)
     assert len(planned) == 1
-    engine.begin()
-    engine.attend(q, DECODES[3], kv, heads(2, 1), 0.25)
-    assert len(planned) == 2
 
 
 @pytest.mark.gpu
@@ -269,13 +264,13 @@ def test_a_step_plans_once_for_all_its_layers(monkeypatch):
 def test_a_captured_graph_replays_other_runs():
     q, kv = decode_rows()
     engine = TritonBackend(DEVICE, 16)
-    static = engine.static(rows=4, index=100)
-    engine.attend(q, static, kv, heads(2, 1), 0.25)
+    refillable = engine.refillable(rows=4, index=100)
+    refillable.attend(q, kv, heads(2, 1), 0.25)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        part = engine.attend(q, static, kv, heads(2, 1), 0.25)
+        part = refillable.attend(q, kv, heads(2, 1), 0.25)
     for runs in DECODES:
-        assert static.fill(runs)
+        assert refillable.fill(runs)
         graph.replay()
         fresh = engine.attend(q, runs, kv, heads(2, 1), 0.25)
         torch.testing.assert_close(part.out, fresh.out)
@@ -287,9 +282,9 @@ def test_a_captured_graph_replays_other_runs():
 def test_a_capture_needs_buffers_made_before_it():
     q, kv = decode_rows()
     engine = TritonBackend(DEVICE, 16)
-    static = engine.static(rows=4)
+    refillable = engine.refillable(rows=4)
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        engine.attend(q, static, kv, heads(2, 1), 0.25)
+        refillable.attend(q, kv, heads(2, 1), 0.25)
 
 
 @pytest.mark.gpu

@@ -192,7 +192,7 @@ class World:
         where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
         attention = self.attentions[rank]
         view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves)
-        attention.begin(view)
+        attention.begin(attention.preparer.step(view))
         rows = self._rows(plan, place.pcp)
         assert view.positions == tuple(position for _, position in rows)
         prefixes = [self.prefixes[request_id][position] for request_id, position in rows]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from longspan.attention.backends.choice import BACKEND_NAMES, BackendShape, Choice, build_backend, choose_backend
+from longspan.attention.backends import BACKENDS
+from longspan.attention.backends.base import BackendShape
+from longspan.attention.backends.choice import Choice, choose_backend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.dense import TorchBackend
 from longspan.errors import ConfigError
@@ -36,29 +38,31 @@ def shape(**changes):
     ],
 )
 def test_auto_takes_the_fastest_that_is_there(device, is_installed, name, shape):
-    assert choose_backend("auto", device, shape, is_installed).name == name
+    assert choose_backend("auto", device, shape, is_installed=is_installed).name == name
 
 
 def test_auto_says_why_it_falls_back():
-    choice = choose_backend("auto", "cuda", GQA, nothing)
+    choice = choose_backend("auto", "cuda", GQA, is_installed=nothing)
     assert choice.reason == "triton needs the package triton, which is not installed"
 
 
 @pytest.mark.parametrize("head_dim, planes", [(320, 2), (512, 2), (640, 1)])
 def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, planes):
-    assert choose_backend("auto", "cuda", shape(head_dim=head_dim, planes=planes), everything).name == "torch"
+    assert (
+        choose_backend("auto", "cuda", shape(head_dim=head_dim, planes=planes), is_installed=everything).name == "torch"
+    )
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES[1:])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_asked_for_by_name_is_taken(name):
     device = "cpu" if name == "cpu" else "cuda"
-    assert choose_backend(name, device, GQA, everything) == Choice(name, "asked for")
+    assert choose_backend(name, device, GQA, is_installed=everything) == Choice(BACKENDS[name], "asked for")
 
 
 @pytest.mark.parametrize(
     "name, device, cache, message",
     [
-        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, torch"),
+        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, triton, torch"),
         ("cpu", "cuda", GQA, "attention_backend=cpu: needs a cpu device, not cuda"),
         ("triton", "cpu", GQA, "needs a cuda device, not cpu"),
         ("flashinfer", "cuda", QUANTISED, "cannot read a cache with a scale for each row"),
@@ -72,20 +76,20 @@ def test_a_backend_asked_for_by_name_is_taken(name):
 )
 def test_a_backend_that_cannot_be_used_is_an_error_that_says_why(name, device, cache, message):
     with pytest.raises(ConfigError) as error:
-        choose_backend(name, device, cache, everything)
+        choose_backend(name, device, cache, is_installed=everything)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["triton", "flashinfer", "flash_attn"])
 def test_a_backend_that_is_not_installed_is_an_error(name):
     with pytest.raises(ConfigError, match=f"needs the package {name}, which is not installed"):
-        choose_backend(name, "cuda", GQA, nothing)
+        choose_backend(name, "cuda", GQA, is_installed=nothing)
 
 
 def test_latents_are_no_obstacle_to_flashinfer():
-    assert choose_backend("flashinfer", "cuda", MLA, everything).name == "flashinfer"
+    assert choose_backend("flashinfer", "cuda", MLA, is_installed=everything).name == "flashinfer"
 
 
 @pytest.mark.parametrize("name, kind", [("cpu", CpuBackend), ("torch", TorchBackend)])
-def test_the_backend_of_a_choice(name, kind):
-    assert isinstance(build_backend(Choice(name, ""), torch.device("cpu"), 128), kind)
+def test_a_record_builds_its_backend(name, kind):
+    assert isinstance(BACKENDS[name].build(torch.device("cpu"), GQA), kind)

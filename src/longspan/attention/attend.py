@@ -10,19 +10,17 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from longspan.attention.backends.base import Writer
 from longspan.attention.forms import Form, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.partial import Partial, concatenate, with_sink
 from longspan.attention.pool import KVPool
+from longspan.attention.prepared import PreparedReach, PreparedStep, Preparer
 from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join, Schedule
-from longspan.plan.reach import Reach
-from longspan.plan.view import ClassView, RankView
 
 
 class Attention:
-    """The attention of all layers on one rank; call `begin` with each step's view first.
+    """The attention of all layers on one rank; call `begin` with each step first.
 
     `windows` are the kinds of layers a view has, in its order; `moves` is what travels under each schedule.
     """
@@ -39,62 +37,60 @@ class Attention:
         self.kernels = kernels
         self._group = group
         self.windows = tuple(windows)
-        self._schedules = schedules
+        self.schedules = schedules
         self.moves = {name: schedule.moves for name, schedule in schedules.items()}
         self._kind_of = {window: kind for kind, window in enumerate(windows)}
-        self._classes: Sequence[ClassView] = ()
-        self._writer: Writer = kernels.backend.writer((), 0)
+        self._step = PreparedStep((), kernels.backend.writer((), 0))
 
-    def begin(self, view: RankView) -> None:
-        """Prepare a step."""
-        self._classes = view.classes
-        self.kernels.backend.begin()
-        self._writer = self.kernels.backend.writer(view.writes, len(view.positions))
+    @property
+    def preparer(self) -> Preparer:
+        """What makes the steps that `begin` takes."""
+        return Preparer(self.kernels.backend, self.kernels.expansion, self.windows)
 
-    def resume(self, classes: Sequence[ClassView], writer: Writer) -> None:
-        """Prepare a step whose rows and slots are where a recording looks for them."""
-        self._classes = classes
-        self._writer = writer
+    def begin(self, step: PreparedStep) -> None:
+        """Compute this step from now on."""
+        self._step = step
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
         kv = self.pool.layers[layer.index]
-        self._writer.write(kv, k, v)
+        self._step.writer.write(kv, k, v)
         form, kind = self.kernels.form(layer), self._kind_of[layer.window]
         parts: list[Partial] = []
-        for view in self._classes:
-            rows = slice(view.start, view.stop)
-            off = self._off_diagonal(view, view.kinds[kind], form, kv, q[rows])
-            diagonal = (
-                _diagonal(view, form, q[rows], through(k[rows], kv), through(v[rows], kv)) if view.diagonal else None
-            )
+        for each in self._step.classes:
+            rows, prepared = slice(each.start, each.stop), each.kinds[kind]
+            off = self._off_diagonal(prepared, form, kv, q[rows])
+            diagonal = _diagonal(prepared, form, q[rows], through(k[rows], kv), through(v[rows], kv))
             parts.append(self.kernels.backend.merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
             return q.new_zeros(*q.shape[:-1], form.value_dim)
         whole = concatenate(parts)
         return (whole if layer.sink is None else with_sink(whole, layer.sink)).out.to(q.dtype)
 
-    def _off_diagonal(self, view: ClassView, reach: Reach, form: Form, kv: CacheRows, q: Tensor) -> Partial | None:
+    def _off_diagonal(self, prepared: PreparedReach, form: Form, kv: CacheRows, q: Tensor) -> Partial | None:
         """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
+        reach = prepared.reach
         local = q[: reach.travel]
         parts: list[Partial] = []
         if sum(reach.block_rows):
-            schedule = self._schedules[reach.schedule]
-            parts.append(schedule.run(Join(q[reach.travel :], kv, reach, form, self._group)))
-        if len(local) or not (parts or view.diagonal):
-            parts.insert(0, form.own(local, reach.own, kv))
+            schedule = self.schedules[reach.schedule]
+            parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, form, self._group)))
+        if len(local) or not (parts or prepared.diagonal):
+            parts.insert(0, form.own(local, prepared.own, kv))
         return concatenate(parts) if parts else None
 
 
-def _diagonal(view: ClassView, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    """Every segment longer than one token of a class's rows against itself."""
+def _diagonal(prepared: PreparedReach, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
+    """Every segment longer than one token of a class's rows against itself. None if there is none."""
+    if not prepared.diagonal:
+        return None
     parts: list[Partial] = []
     at = 0
-    for row, length in view.diagonal:
+    for row, length, diagonal in prepared.diagonal:
         if row > at:
             parts.append(Partial.empty(row - at, q.shape[1], form.value_dim, q))
         at = row + length
-        parts.append(form.diagonal(q[row:at], k[row:at], v[row:at]))
+        parts.append(form.diagonal(q[row:at], k[row:at], v[row:at], diagonal))
     if at < len(q):
         parts.append(Partial.empty(len(q) - at, q.shape[1], form.value_dim, q))
     return concatenate(parts)

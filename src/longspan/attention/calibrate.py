@@ -12,9 +12,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from longspan.attention.facts import AttentionShape
+from longspan.attention.facts import AttentionShape, ExpansionCost
 from longspan.attention.forms import Kernels, PlainForm
 from longspan.attention.partial import Partial
+from longspan.attention.prepared import Preparer
 from longspan.attention.rows import CacheRows
 from longspan.attention.schedules import ContextGroup, Join, Schedule
 from longspan.cache.pages import Span
@@ -108,7 +109,8 @@ class Calibration:
             key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
         )
         kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
-        join = Join(q, kv, reach, PlainForm(self.kernels, None), self.context)
+        prepared = Preparer(self.kernels.backend, ExpansionCost(), (None,)).reach(reach)
+        join = Join(q, kv, prepared, PlainForm(self.kernels), self.context)
         return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)
 
     def _random(self, *shape: int) -> Tensor:
@@ -119,9 +121,9 @@ class Calibration:
 
     def _attention(self, rows: int, tokens: int) -> Run:
         kv, q = self._rows(tokens), self._random(rows, self.shape.q_heads, self.shape.head_dim)
-        run = [QueryRun(0, rows, (Span(0, tokens),))]
         kernels = self.kernels
-        return lambda: kernels.backend.attend(q, run, kv, kernels.heads.own, kernels.scale)
+        run = kernels.backend.prepare([QueryRun(0, rows, (Span(0, tokens),))], rows)
+        return lambda: run.attend(q, kv, kernels.heads.own, kernels.scale)
 
     def _copy(self) -> float:
         """Seconds a byte of partials that are merged."""

@@ -6,23 +6,20 @@ is a schedule's business, and a schedule asks here what to send.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend, StaticRuns
+from longspan.attention.backends.base import Backend, PreparedDiagonal, PreparedRuns
 from longspan.attention.facts import ExpansionCost
 from longspan.attention.layer import AttentionLayer, Latent
 from longspan.attention.partial import Partial
+from longspan.attention.prepared import ExpandedBlock, OwnRuns
 from longspan.attention.rows import CacheRows
-from longspan.cache.pages import Span, clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.parallel.sharding import Sharding
-from longspan.plan.reach import QueryRun
-
-_EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ class Kernels:
 
     def form(self, layer: AttentionLayer) -> Form:
         """The form of a layer's attention."""
-        if layer.latent is None:
-            return PlainForm(self, layer.window)
-        return LatentForm(self, layer.window, layer.latent)
+        return PlainForm(self) if layer.latent is None else LatentForm(self, layer.latent)
 
 
 class Form(Protocol):
@@ -66,11 +61,11 @@ class Form(Protocol):
     value_dim: int
     travelling_dim: int
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> Partial:
         """One segment against itself: k and v as they are cached, [T, Hkv, D]."""
         ...
 
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> Partial:
         """Own queries against cache rows, this rank's or brought here."""
         ...
 
@@ -78,11 +73,11 @@ class Form(Protocol):
         """Own queries as they travel."""
         ...
 
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows) -> Partial:
         """Queries of the whole DCP group that came here, `travelling_dim` wide results for the way back."""
         ...
 
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
+    def visiting_member(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int) -> Partial:
         """Queries of one member of the context group that came here, likewise."""
         ...
 
@@ -95,128 +90,97 @@ class Form(Protocol):
         ...
 
 
-class PlainForm:
-    """Keys and values are cached as they are."""
+class _Base:
+    """What both forms have in common: queries that came here meet rows as they are cached."""
 
-    def __init__(self, kernels: Kernels, window: int | None) -> None:
+    def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._window = window
-        self.value_dim = self.travelling_dim = kernels.value_dim
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
-        """See `Form.diagonal`."""
-        return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)
-
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
-        """See `Form.own`."""
-        return self._attend(q, runs, kv, self._kernels.heads.own)
-
-    def outgoing(self, q: Tensor) -> Tensor:
-        """See `Form.outgoing`."""
-        return q
-
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows) -> Partial:
         """See `Form.visiting`."""
         return self._attend(q, runs, kv, self._kernels.heads.shard)
 
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
+    def visiting_member(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int) -> Partial:
         """See `Form.visiting_member`."""
         return self._attend(q, runs, kv, self._kernels.heads.by_member[member])
-
-    def incoming(self, part: Partial) -> Partial:
-        """See `Form.incoming`."""
-        return part
 
     def merge(self, parts: Sequence[Partial]) -> Partial:
         """See `Form.merge`."""
         return self._kernels.backend.merge(parts)
 
-    def _attend(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock]) -> Partial:
-        return self._kernels.backend.attend(q, runs, kv, blocks, self._kernels.scale).columns(self.value_dim)
+    def _attend(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, blocks: Sequence[HeadBlock]) -> Partial:
+        return runs.attend(q, kv, blocks, self._kernels.scale).columns(self._kernels.value_dim)
 
 
-class LatentForm:
+class PlainForm(_Base):
+    """Keys and values are cached as they are."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__(kernels)
+        self.value_dim = self.travelling_dim = kernels.value_dim
+
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> Partial:
+        """See `Form.diagonal`."""
+        return diagonal.attend(q, k, v, self._kernels.heads.own, self._kernels.scale)
+
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> Partial:
+        """See `Form.own`."""
+        if runs.direct is None:
+            raise TypeError("keys and values are never expanded")
+        return self._attend(q, runs.direct, kv, self._kernels.heads.own)
+
+    def outgoing(self, q: Tensor) -> Tensor:
+        """See `Form.outgoing`."""
+        return q
+
+    def incoming(self, part: Partial) -> Partial:
+        """See `Form.incoming`."""
+        return part
+
+
+class LatentForm(_Base):
     """Latents are cached: few queries are absorbed into their space, for many the rows are expanded.
 
     Results in latent space are mapped to values before they are merged, which is exact since the map is linear.
     Queries that travel are absorbed: the rank they visit has other heads' maps.
     """
 
-    def __init__(self, kernels: Kernels, window: int | None, latent: Latent) -> None:
-        self._kernels = kernels
-        self._window = window
+    def __init__(self, kernels: Kernels, latent: Latent) -> None:
+        super().__init__(kernels)
         self._latent = latent
         self.value_dim, self.travelling_dim = latent.value_dim, kernels.value_dim
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> Partial:
         """See `Form.diagonal`."""
         kernels, length = self._kernels, q.shape[0]
         if kernels.expansion.pays(pairs=length * length / 2, tokens=length):
             keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
-            values = values[..., : self.value_dim]
-            return kernels.backend.causal(q, keys, values, _each_head(q), kernels.scale, self._window)
-        absorbed = self._latent.absorb(q)
-        part = kernels.backend.causal(absorbed, k, None, kernels.heads.own, kernels.scale, self._window)
+            return diagonal.attend(q, keys, values[..., : self.value_dim], _each_head(q), kernels.scale)
+        part = diagonal.attend(self._latent.absorb(q), k, None, kernels.heads.own, kernels.scale)
         return self.incoming(part.columns(kernels.value_dim))
 
-    def own(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> Partial:
         """See `Form.own`."""
-        if isinstance(runs, StaticRuns):  # one token each: never worth expanding
-            return self._absorbed(q, runs, kv)
-        absorbed: list[QueryRun] = []
-        parts: list[Partial] = []
-        for sharers in _sharers(runs):
-            pairs = sum(run.length * run.tokens for run in sharers)
-            masked = any(run.lows for run in sharers)
-            if not masked and self._kernels.expansion.pays(pairs, sharers[0].tokens):
-                parts.append(self._expanded(q, sharers, kv))
-            else:
-                absorbed += sharers
-        if absorbed or not parts:
-            parts.append(self._absorbed(q, absorbed, kv))
+        parts = [self._expanded(q, blocks, kv) for blocks in runs.expanded]
+        if runs.direct is not None:
+            absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._kernels.heads.own)
+            parts.append(self.incoming(absorbed))
         return self.merge(parts)
 
     def outgoing(self, q: Tensor) -> Tensor:
         """See `Form.outgoing`."""
         return self._latent.absorb(q)
 
-    def visiting(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
-        """See `Form.visiting`."""
-        kernels = self._kernels
-        return kernels.backend.attend(q, runs, kv, kernels.heads.shard, kernels.scale).columns(kernels.value_dim)
-
-    def visiting_member(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, member: int) -> Partial:
-        """See `Form.visiting_member`."""
-        kernels = self._kernels
-        part = kernels.backend.attend(q, runs, kv, kernels.heads.by_member[member], kernels.scale)
-        return part.columns(kernels.value_dim)
-
     def incoming(self, part: Partial) -> Partial:
         """See `Form.incoming`."""
         return Partial(self._latent.values(part.out), part.lse)
 
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """See `Form.merge`."""
-        return self._kernels.backend.merge(parts)
-
-    def _absorbed(self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows) -> Partial:
-        kernels = self._kernels
-        part = kernels.backend.attend(self._latent.absorb(q), runs, kv, kernels.heads.own, kernels.scale)
-        return self.incoming(part.columns(kernels.value_dim))
-
-    def _expanded(self, q: Tensor, sharers: Sequence[QueryRun], kv: CacheRows) -> Partial:
-        """Runs that see prefixes of the first one's rows: a block is expanded once for all."""
-        longest = sharers[0]
+    def _expanded(self, q: Tensor, blocks: Sequence[ExpandedBlock], kv: CacheRows) -> Partial:
+        """Block by block: an expanded row is many times as wide as a latent."""
         parts: list[Partial] = []
-        for start in range(0, longest.tokens, _EXPANDED_TOKENS):
-            rows = kv.take(clip_spans(longest.spans, start, start + _EXPANDED_TOKENS)).read(q.dtype)[0, 0]
-            seen = [
-                QueryRun(run.row, run.length, (Span(0, min(run.tokens - start, len(rows))),))
-                for run in sharers
-                if run.tokens > start
-            ]
-            expanded = CacheRows(self._latent.expand(rows))
-            part = self._kernels.backend.attend(q, seen, expanded, _each_head(q), self._kernels.scale)
+        for block in blocks:
+            expanded = CacheRows(self._latent.expand(kv.take(block.spans).read(q.dtype)[0, 0]))
+            part = block.runs.attend(q, expanded, _each_head(q), self._kernels.scale)
             parts = [self.merge([*parts, part.columns(self.value_dim)])]
         return parts[0]
 
@@ -224,20 +188,3 @@ class LatentForm:
 def _each_head(q: Tensor) -> tuple[HeadBlock, ...]:
     """Every query head on a KV head of its own."""
     return (HeadBlock(0, q.shape[1], 0, q.shape[1]),)
-
-
-def _sharers(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:
-    """Runs that see prefixes of the same rows, the longest first: segments of one request on one shard.
-
-    Requests that share cached pages and then part see different rows, though they begin alike.
-    """
-    found: dict[int, list[list[QueryRun]]] = {}
-    for run in sorted(runs, key=lambda run: -run.tokens):
-        groups = found.setdefault(run.spans[0].slot, [])
-        for group in groups:
-            if tuple(clip_spans(group[0].spans, 0, run.tokens)) == run.spans:
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    return [group for groups in found.values() for group in groups]

@@ -273,7 +273,7 @@ def _prepare(
     for schedule in _MEASURED:
         view = rank_view(laid_out.under(schedule), laid_out.mirror.requests, place, (None,), _MOVES)
         attentions[schedule] = Attention(pool, kernels, context, (None,))
-        attentions[schedule].begin(view)
+        attentions[schedule].begin(attentions[schedule].preparer.step(view))
         rows = len(view.positions)
     q = torch.randn(rows, cell.q_heads(rank), heads.query_dim)
     k, v = (torch.randn(rows, cell.kv_heads(rank), layout.head_dim) for _ in range(2))

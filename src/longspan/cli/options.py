@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from longspan.attention.backends.choice import BACKEND_NAMES
+from longspan.attention.backends import BACKEND_NAMES
 from longspan.attention.schedules import SCHEDULE_NAMES
 from longspan.config import (
     CacheConfig,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longspan.attention.backends.choice import BackendShape, Choice, choose_backend
+from longspan.attention.backends.base import BackendShape
+from longspan.attention.backends.choice import Choice, choose_backend
 from longspan.attention.cost import CostModel
 from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.attention.schedules import Schedule
@@ -104,6 +105,11 @@ class EngineSetup:
         ]
 
     @property
+    def backend_shape(self) -> BackendShape:
+        """What the model asks of its attention backend."""
+        return _backend_shape(self.config, self.model, self.device_type)
+
+    @property
     def attention_shape(self) -> AttentionShape:
         """What the choice of a schedule needs to know of a rank."""
         return attention_shape(self.grid, self.model, self.layout, self.dtype.itemsize)
@@ -114,7 +120,7 @@ class EngineSetup:
         that are threads of one process."""
         plain = self.model.moe is None and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
-        return plain and alone and self.backend.name == "triton" and self.device_type == "cuda"
+        return plain and alone and self.device_type == "cuda"
 
     @property
     def measures_cost(self) -> bool:
@@ -151,11 +157,8 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
     config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
-        config.attention_backend, device_type,
-        BackendShape(
-            model.head_dim, model.cached_value_dim, model.kv_planes, config.cache.dtype in _QUANTISED,
-            _model_dtype(config, device_type),
-        ),
+        config.attention_backend, device_type, _backend_shape(config, model, device_type),
+        extensions.all_backends(executor),
     )  # fmt: skip
     layout = cache_layout(
         grid, model, _cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in _QUANTISED
@@ -248,6 +251,13 @@ def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
 
 def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
     return _QUANTISED.get(config.cache.dtype, _model_dtype(config, device_type))
+
+
+def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
+    return BackendShape(
+        model.head_dim, model.cached_value_dim, model.kv_planes, config.cache.dtype in _QUANTISED,
+        _model_dtype(config, device_type),
+    )  # fmt: skip
 
 
 def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ class Batch:
     seen: Tensor
 
 
-@lru_cache(maxsize=16)  # a step's runs are the same in all layers of a kind
-def batches(runs: tuple[QueryRun, ...]) -> tuple[tuple[Batch, ...], tuple[QueryRun, ...]]:
+def batches(runs: Sequence[QueryRun]) -> tuple[tuple[Batch, ...], tuple[QueryRun, ...]]:
     """Runs that are worth a batch, and the others."""
     short = [run for run in runs if run.length == 1 and run.lows is None and 0 < run.tokens <= _MAX_TOKENS]
     short.sort(key=lambda run: -run.tokens)

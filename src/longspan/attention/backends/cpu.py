@@ -7,11 +7,14 @@ about ranks, schedules or pages beyond the spans it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.attention.backends.base import AttentionBackend
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.partial import Partial, concatenate, merge
@@ -29,36 +32,30 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class CpuBackend(PlainBackend):
     """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
 
-    def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        window: int | None = None,
-    ) -> Partial:
-        """See `Backend.causal`."""
-        v = k if v is None else v
-        if window is None or q.shape[0] <= window:
-            return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
-        parts: list[Partial] = []
-        for start in range(0, q.shape[0], _BAND_ROWS):
-            stop = min(start + _BAND_ROWS, q.shape[0])
-            first = max(0, start + 1 - window)
-            band = _band(stop - start, stop - first, start - first, window, q)
-            keys, values = k[first:stop], v[first:stop]
-            parts.append(_join_heads([_causal_block(q[start:stop], keys, values, b, scale, band) for b in blocks]))
-        return concatenate(parts)
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
+        """See `Backend.prepare`."""
+        return _Runs(runs)
 
-    def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
-        """See `Backend.attend`."""
+    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+        """See `Backend.prepare_diagonal`."""
+        return _Diagonal(window)
+
+
+class _Runs:
+    def __init__(self, runs: Sequence[QueryRun]) -> None:
+        self._runs = runs
+
+    @cached_property
+    def _batched(self) -> tuple[Sequence[Batch], Sequence[QueryRun]]:
+        return batches(self._runs)
+
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedRuns.attend`."""
+        runs = self._runs
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
         whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
-        together, alone = batches(tuple(runs)) if kv.is_whole else ((), runs)
+        together, alone = self._batched if kv.is_whole else ((), runs)
         for batch in together:
             part = _join_heads([_batch_block(q[batch.rows], batch, kv, block, scale) for block in blocks])
             whole.out[batch.rows] = part.out
@@ -69,6 +66,25 @@ class CpuBackend(PlainBackend):
             whole.out[run.row : stop] = part.out
             whole.lse[run.row : stop] = part.lse
         return whole
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    window: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedDiagonal.attend`."""
+        v, window = k if v is None else v, self.window
+        if window is None or q.shape[0] <= window:
+            return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
+        parts: list[Partial] = []
+        for start in range(0, q.shape[0], _BAND_ROWS):
+            stop = min(start + _BAND_ROWS, q.shape[0])
+            first = max(0, start + 1 - window)
+            band = _band(stop - start, stop - first, start - first, window, q)
+            keys, values = k[first:stop], v[first:stop]
+            parts.append(_join_heads([_causal_block(q[start:stop], keys, values, b, scale, band) for b in blocks]))
+        return concatenate(parts)
 
 
 def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
@@ -152,3 +168,11 @@ def _join_heads(parts: Sequence[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))
+
+
+BACKEND = AttentionBackend(
+    "cpu",
+    devices=("cpu",),
+    supports=lambda shape: None,
+    build=lambda device, shape: CpuBackend(),
+)

@@ -7,10 +7,12 @@ it is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longspan.attention.backends.base import AttentionBackend
 from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.partial import Partial, merge
 from longspan.attention.rows import CacheRows
@@ -29,41 +31,28 @@ class TorchBackend(PlainBackend):
         super().__init__(device)
         self._max_scores = max_scores
 
-    def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        window: int | None = None,
-    ) -> Partial:
-        """See `Backend.causal`."""
-        v = k if v is None else v
-        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
-        keys, values = k.transpose(0, 1), v.transpose(0, 1)
-        numbers = torch.arange(q.shape[0], device=q.device)
-        for rows in _cut(0, q.shape[0], _ROWS):
-            first = 0 if window is None else max(0, rows.start + 1 - window)
-            parts: list[Partial] = []
-            for at in _cut(first, rows.stop, self._keys_at_once(q[rows])):
-                back = numbers[rows, None] - numbers[at]
-                seen = back >= 0 if window is None else (back >= 0) & (back < window)
-                part = _attend(q[rows], keys[:, at], values[:, at], blocks, scale, seen)
-                parts = [merge([*parts, part])]
-            whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
-        return whole
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
+        """See `Backend.prepare`."""
+        return _Runs(tuple(runs), self._max_scores)
 
-    def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
-        """See `Backend.attend`."""
+    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+        """See `Backend.prepare_diagonal`."""
+        return _Diagonal(window, self._max_scores)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    runs: tuple[QueryRun, ...]
+    max_scores: int
+
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedRuns.attend`."""
         whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
-        for run in runs:
+        for run in self.runs:
             lows = None if run.lows is None else torch.tensor(run.lows, device=q.device)
             for rows in _cut(run.row, run.row + run.length, _ROWS):
                 parts = [Partial(whole.out[rows], whole.lse[rows])]
-                for at in _cut(0, run.tokens, self._keys_at_once(q[rows])):
+                for at in _cut(0, run.tokens, _keys_at_once(q[rows], self.max_scores)):
                     within = kv.take(clip_spans(run.spans, at.start, at.stop)).read(q.dtype)
                     seen = None
                     if lows is not None:
@@ -73,8 +62,32 @@ class TorchBackend(PlainBackend):
                 whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
         return whole
 
-    def _keys_at_once(self, q: Tensor) -> int:
-        return max(1, self._max_scores // (q.shape[0] * q.shape[1]))
+
+@dataclass(frozen=True)
+class _Diagonal:
+    window: int | None
+    max_scores: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedDiagonal.attend`."""
+        v, window = k if v is None else v, self.window
+        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+        keys, values = k.transpose(0, 1), v.transpose(0, 1)
+        numbers = torch.arange(q.shape[0], device=q.device)
+        for rows in _cut(0, q.shape[0], _ROWS):
+            first = 0 if window is None else max(0, rows.start + 1 - window)
+            parts: list[Partial] = []
+            for at in _cut(first, rows.stop, _keys_at_once(q[rows], self.max_scores)):
+                back = numbers[rows, None] - numbers[at]
+                seen = back >= 0 if window is None else (back >= 0) & (back < window)
+                part = _attend(q[rows], keys[:, at], values[:, at], blocks, scale, seen)
+                parts = [merge([*parts, part])]
+            whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
+        return whole
+
+
+def _keys_at_once(q: Tensor, max_scores: int) -> int:
+    return max(1, max_scores // (q.shape[0] * q.shape[1]))
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -101,3 +114,11 @@ def _attend(
         part.out[:, heads] = out.view(*shape, -1).transpose(0, 1).flatten(1, 2)
         part.lse[:, heads] = lse.view(shape).transpose(0, 1).flatten(1, 2)
     return part
+
+
+BACKEND = AttentionBackend(
+    "torch",
+    devices=(),
+    supports=lambda shape: None,
+    build=lambda device, shape: TorchBackend(device),
+)

@@ -7,6 +7,7 @@ which ours need not have: spans are attended where they lie, and a run of severa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.attention.backends.base import (
+    AttentionBackend,
+    BackendShape,
+    PreparedDiagonal,
+    PreparedRuns,
+    half_precision_problem,
+)
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.plain import PlainBackend
 from longspan.attention.partial import Partial
@@ -36,51 +44,87 @@ class FlashAttnBackend(PlainBackend):
         self._library = library or import_module("flash_attn")
         self._plain = TorchBackend(device)
 
-    def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        window: int | None = None,
-    ) -> Partial:
-        """See `Backend.causal`."""
-        v = k if v is None else v
-        if not _fits(q):
-            return self._plain.causal(q, k, v, blocks, scale, window)
-        sees = _EVERYTHING if window is None else (window - 1, 0)
-        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-        return self._call(q, k, wide, blocks, softmax_scale=scale, causal=True, window_size=sees).columns(v.shape[-1])
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
+        """See `Backend.prepare`."""
+        masked = [run for run in runs if run.lows is not None]
+        return _Runs(self._library, runs, self._plain.prepare(runs, rows), self._plain.prepare(masked, rows))
 
-    def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
-        """See `Backend.attend`."""
+    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+        """See `Backend.prepare_diagonal`."""
+        return _Diagonal(self._library, window, self._plain.prepare_diagonal(tokens, window))
+
+
+@dataclass(frozen=True)
+class _Runs:
+    library: Any
+    runs: Sequence[QueryRun]
+    # all of them, and those with a mask, by plain operations
+    plain: PreparedRuns
+    masked: PreparedRuns
+
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedRuns.attend`."""
         if not _fits(q) or kv.scales is not None:
-            return self._plain.attend(q, runs, kv, blocks, scale)
-        whole = self._plain.attend(q, [run for run in runs if run.lows is not None], kv, blocks, scale)
-        for run in runs:
+            return self.plain.attend(q, kv, blocks, scale)
+        whole = self.masked.attend(q, kv, blocks, scale)
+        for run in self.runs:
             if run.lows is not None or not run.tokens:
                 continue
             rows = slice(run.row, run.row + run.length)
             within = kv.take(run.spans).values.transpose(1, 2)
-            part = self._call(q[rows], within[0], within[-1], blocks, softmax_scale=scale, causal=False)
+            part = _call(self.library, q[rows], within[0], within[-1], blocks, softmax_scale=scale, causal=False)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
 
-    def _call(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], **options: Any) -> Partial:
-        """q, k, v [T, H, D] of one sequence; the library returns lse [1, H, T]."""
-        part = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
-        for block in blocks:
-            heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
-            out, lse, _ = self._library.flash_attn_func(
-                q[None, :, heads], k[None, :, held], v[None, :, held], return_attn_probs=True, **options
-            )
-            found = Partial.normalised(out[0].float(), lse[0].transpose(0, 1))
-            part.out[:, heads], part.lse[:, heads] = found.out, found.lse
-        return part
+
+@dataclass(frozen=True)
+class _Diagonal:
+    library: Any
+    window: int | None
+    plain: PreparedDiagonal
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedDiagonal.attend`."""
+        v = k if v is None else v
+        if not _fits(q):
+            return self.plain.attend(q, k, v, blocks, scale)
+        sees = _EVERYTHING if self.window is None else (self.window - 1, 0)
+        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        part = _call(self.library, q, k, wide, blocks, softmax_scale=scale, causal=True, window_size=sees)
+        return part.columns(v.shape[-1])
+
+
+def _call(library: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], **options: Any) -> Partial:
+    """q, k, v [T, H, D] of one sequence; the library returns lse [1, H, T]."""
+    part = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+    for block in blocks:
+        heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
+        out, lse, _ = library.flash_attn_func(
+            q[None, :, heads], k[None, :, held], v[None, :, held], return_attn_probs=True, **options
+        )
+        found = Partial.normalised(out[0].float(), lse[0].transpose(0, 1))
+        part.out[:, heads], part.lse[:, heads] = found.out, found.lse
+    return part
 
 
 def _fits(q: Tensor) -> bool:
     return q.element_size() == 2 and q.shape[-1] <= _WIDEST and q.shape[-1] % 8 == 0
+
+
+def _supports(shape: BackendShape) -> str | None:
+    problem = half_precision_problem(shape)
+    if problem is None and shape.planes == 1:
+        problem = "cannot read a cache of latents"
+    if problem is None and (shape.head_dim > _WIDEST or shape.head_dim % 8):
+        problem = f"takes heads of up to {_WIDEST} elements, a multiple of 8, not {shape.head_dim}"
+    return problem
+
+
+BACKEND = AttentionBackend(
+    "flash_attn",
+    devices=("cuda",),
+    supports=_supports,
+    build=lambda device, shape: FlashAttnBackend(device),
+    package="flash_attn",
+    automatic=False,
+)

@@ -9,19 +9,17 @@ from collections.abc import Sequence
 
 import torch
 
+from longspan.attention.backends.base import Backend
 from longspan.attention.partial import Partial, merge
 from longspan.attention.pool import SlotWriter
 from longspan.plan.view import WriteRun
 
 
-class PlainBackend:
+class PlainBackend(Backend):
     """All of a `Backend` but attention, on any device."""
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._device = device
-
-    def begin(self) -> None:
-        """See `Backend.begin`."""
 
     def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
         """See `Backend.writer`."""

@@ -6,6 +6,7 @@ It owns nothing but the formula; it must not be fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,29 +21,24 @@ from longspan.plan.reach import QueryRun
 class ReferenceBackend(PlainBackend):
     """softmax(q kᵀ · scale) v, one head after the other."""
 
-    def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        window: int | None = None,
-    ) -> Partial:
-        """See `Backend.causal`."""
-        v = k if v is None else v
-        mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
-        if window is not None:
-            mask = mask.triu(1 - window)
-        return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
+        """See `Backend.prepare`."""
+        return _Runs(tuple(runs))
 
-    def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
-        """See `Backend.attend`."""
+    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+        """See `Backend.prepare_diagonal`."""
+        return _Diagonal(window)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    runs: tuple[QueryRun, ...]
+
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedRuns.attend`."""
         whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
         values = kv.read(q.dtype)
-        for run in runs:
+        for run in self.runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
             lows = torch.tensor(run.lows or (0,) * run.length)
@@ -50,6 +46,19 @@ class ReferenceBackend(PlainBackend):
             part = _attend(q[rows], values[0][:, slots], values[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
+
+
+@dataclass(frozen=True)
+class _Diagonal:
+    window: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedDiagonal.attend`."""
+        v = k if v is None else v
+        mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
+        if self.window is not None:
+            mask = mask.triu(1 - self.window)
+        return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor) -> Partial:

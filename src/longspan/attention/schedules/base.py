@@ -6,7 +6,7 @@ It owns the record and its inputs; a schedule is one record in one file of this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.forms import Form
 from longspan.attention.partial import Partial
+from longspan.attention.prepared import PreparedReach
 from longspan.attention.rows import CacheRows
 from longspan.parallel.collectives import Collectives
 from longspan.plan.reach import Moves, Reach
@@ -41,9 +42,14 @@ class Join:
 
     q: Tensor
     kv: CacheRows
-    reach: Reach
+    prepared: PreparedReach
     form: Form
     group: ContextGroup
+
+    @property
+    def reach(self) -> Reach:
+        """What the rows see, in plain integers."""
+        return self.prepared.reach
 
     @property
     def rows(self) -> list[int]:
@@ -65,13 +71,14 @@ class Join:
     def visit(self, queries: Sequence[Tensor]) -> list[Tensor]:
         """Every member's queries [T, Hq, D] against the pages stored here: packed partials [T, Hq, out | lse]."""
         heads, found = self.q.shape[1], self.nothing()
-        for shards, block in zip(self.group.shards_of_pcp, self.reach.blocks, strict=True):
+        blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, self.prepared.visiting, strict=True)
+        for shards, rows, runs in blocks:
             # the members of a TP group hold the same tokens and different heads: attend them together
-            if not block.rows:
+            if not rows:
                 continue
             held = [queries[shard] for shard in shards]
             together = held[0] if len(held) == 1 else torch.cat(held, dim=1)
-            packed = pack(self.form.visiting(together, block.runs, self.kv))
+            packed = pack(self.form.visiting(together, runs, self.kv))
             for shard, piece in zip(shards, torch.split(packed, heads, dim=1), strict=True):
                 found[shard] = piece
         return found
@@ -107,6 +114,8 @@ class Schedule:
     bytes: Callable[[StepTotals], int]
     # that one layer takes
     seconds: Callable[[StepTotals], LayerTime]
+    # whether what it sends has the same shapes for all steps of as many rows, so that a step can be recorded
+    recordable: bool = field(default=False, kw_only=True)
     # of its bars and boxes, as #rrggbb; white text must be readable on it
     colour: str
     # what the ranks send each other, in plain words

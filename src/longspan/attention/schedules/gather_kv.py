@@ -5,13 +5,10 @@ It owns the rounds, which follow from the plan alone, so every rank joins the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
-from longspan.cache.pages import Span, clip_spans
-from longspan.plan.reach import KeyRun, QueryRun
+from longspan.cache.pages import clip_spans
 
 _NAME = "gather_kv"
 
@@ -29,23 +26,11 @@ def run(join: Join) -> Partial:
         tokens = [min(max(share.tokens - start, 0), span) for share in shares]
         gathered = group.collectives.all_gather(own, tokens, _NAME, dim=2)
         for shard, kv in enumerate(gathered):
-            runs = runs_in_round(join.reach.key_runs, shard, start, stop)
-            if runs:
+            runs = join.prepared.in_round(shard, start, stop, len(join.q))
+            if runs is not None:
                 parts.append(join.form.own(join.q, runs, join.kv.unpacked(kv)))
         parts = [join.form.merge(parts)]
     return parts[0]
-
-
-def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
-    """What the rows see of tokens [start, stop) of a shard's share."""
-    runs: list[QueryRun] = []
-    for run in key_runs:
-        offset, length = run.span
-        low, high = max(offset, start), min(offset + length, stop)
-        if run.shard == shard and low < high:
-            lows = None if run.lows is None else tuple(max(0, x - (low - offset)) for x in run.lows)
-            runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), lows))
-    return runs
 
 
 def seconds(step: StepTotals) -> LayerTime:

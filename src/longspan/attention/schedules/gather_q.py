@@ -38,6 +38,7 @@ SCHEDULE = Schedule(
     run=run,
     bytes=StepTotals.queries_sent,
     seconds=seconds,
+    recordable=True,
     colour="#008888",
     sentence="queries travel to the keys, gathered from all ranks at once",
 )

@@ -30,6 +30,7 @@ SCHEDULE = Schedule(
     run=run,
     bytes=lambda _: 0,
     seconds=seconds,
+    recordable=True,
     colour="#7d8998",
     sentence="nothing travels: all keys are at hand",
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from longspan.attention.cost import LayerTime, StepTotals
 from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
-from longspan.attention.schedules.gather_kv import runs_in_round
 from longspan.attention.schedules.ring import circulate
 from longspan.cache.pages import clip_spans
 
@@ -28,8 +27,8 @@ def run(join: Join) -> Partial:
         tokens = [min(max(share.tokens - start, 0), size) for share in shares]
         shapes = [(*own.shape[:2], count, own.shape[3]) for count in tokens]
         for owner, kv in circulate(group, own, shapes, _NAME):
-            runs = runs_in_round(join.reach.key_runs, owner, start, stop)
-            if runs:
+            runs = join.prepared.in_round(owner, start, stop, len(join.q))
+            if runs is not None:
                 parts = [join.form.merge([*parts, join.form.own(join.q, runs, join.kv.unpacked(kv))])]
     return parts[0]
 

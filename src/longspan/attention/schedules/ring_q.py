@@ -20,9 +20,9 @@ def run(join: Join) -> Partial:
     sends = join.nothing()
     mine = join.form.outgoing(join.q)
     for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _NAME):
-        block = join.reach.blocks[pcp_of[owner]]
-        if block.rows:
-            sends[owner] = pack(join.form.visiting_member(queries, block.runs, join.kv, owner))
+        if len(queries):
+            runs = join.prepared.visiting[pcp_of[owner]]
+            sends[owner] = pack(join.form.visiting_member(queries, runs, join.kv, owner))
     shape = (len(join.q), heads, join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 

@@ -12,8 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend
-from longspan.attention.backends.choice import BackendShape
+from longspan.attention.backends.base import Backend, BackendShape
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
 from longspan.bench.kernels.bed import Bed, Row
@@ -139,7 +138,8 @@ def run_scenes(bed: Bed, what: str, scenes: Iterable[Scene]) -> list[Row]:
 def _attend(
     backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: Scene
 ) -> Callable[[], Partial]:
-    return lambda: backend.attend(q, runs, cache, scene.heads.blocks, _SCALE)
+    prepared = backend.prepare(runs, len(q))
+    return lambda: prepared.attend(q, cache, scene.heads.blocks, _SCALE)
 
 
 @dataclass(frozen=True)

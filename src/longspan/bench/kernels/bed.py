@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from longspan.attention.backends.base import Backend
-from longspan.attention.backends.choice import BACKEND_NAMES, BackendShape, build_backend, choose_backend
+from longspan.attention.backends import BACKENDS
+from longspan.attention.backends.base import Backend, BackendShape
+from longspan.attention.backends.choice import choose_backend
 from longspan.bench.kernels.ceilings import Ceilings, measure_ceilings
 from longspan.clock import Clock, Timing, make_clock
 from longspan.errors import ConfigError
@@ -54,10 +55,9 @@ class Bed:
         """
         found: dict[str, Backend] = {}
         problem: ConfigError | None = None
-        for name in self.backends or BACKEND_NAMES[1:]:
+        for name in self.backends or BACKENDS:
             try:
-                choice = choose_backend(name, self.device.type, shape)
-                found[choice.name] = build_backend(choice, self.device, shape.value_dim)
+                found[name] = choose_backend(name, self.device.type, shape).record.build(self.device, shape)
             except ConfigError as error:
                 problem = error
         if problem and not found:
@@ -92,8 +92,8 @@ def make_bed(device: str, backends: Sequence[str], budget: float, progress: Call
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", device, "PyTorch sees no such device", "use --device cpu")
     for name in backends:
-        if name not in BACKEND_NAMES:
-            raise ConfigError("backends", name, "is unknown", f"choose among {', '.join(BACKEND_NAMES)}")
+        if name not in BACKENDS:
+            raise ConfigError("backends", name, "is unknown", f"choose among {', '.join(BACKENDS)}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     where = torch.device(device)
     clock = make_clock(where, budget)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.backends.base import StaticBackend
-from longspan.attention.backends.choice import build_backend
+from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.calibrate import Calibration
 from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
@@ -88,7 +87,7 @@ def build_runner(
     model = setup.family.build(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
     backend, recordings = attention.kernels.backend, None
-    if setup.records_decode and isinstance(backend, StaticBackend):
+    if setup.records_decode and isinstance(backend, RecordableBackend):
         recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
     transfer = config.transfer
     parts = RankParts(
@@ -119,7 +118,7 @@ def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
 def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Kernels:
     model = setup.model
     return Kernels(
-        build_backend(setup.backend, device, model.cached_value_dim),
+        setup.backend.record.build(device, setup.backend_shape),
         Heads.of(sharding),
         model.attention_scale,
         model.cached_value_dim,

@@ -1,26 +1,27 @@
 """Decode steps of fixed size, recorded once and replayed: a CUDA graph in place of Python between the kernels.
 
-It owns the sizes, the buffers a recording reads and their filling; it must not know what a plan decides, nor where
-rows live. Every choice here follows from what all ranks know alike.
+It owns the sizes, and the tokens and positions a recording reads; it must not know what a plan decides, nor where rows
+live. Every choice here follows from what all ranks know alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.backends.base import StaticBackend, StaticWriter
+from longspan.attention.backends.base import RecordableBackend
+from longspan.attention.prepared import PreparedStep
+from longspan.attention.refillable import RefillableStep, StepSize
+from longspan.attention.schedules import Schedule
 from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
-from longspan.plan.reach import Block, QueryRun, Reach
-from longspan.plan.view import ClassView, RankView
+from longspan.plan.view import RankView
 
-_SCHEDULES = {"local", "gather_q"}
 _STEP = 8  # sizes beyond the small ones are multiples of this
 _SMALL = (1, 2, 4)
 
@@ -72,68 +73,61 @@ def padded_rows(rows: int) -> int:
     return next((size for size in _SMALL if size >= rows), -(-rows // _STEP) * _STEP)
 
 
-def recordable(plan: StepPlan) -> bool:
+def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
     """Whether a step is one token of each of some decoding requests, by schedules of fixed shape."""
     plain = all(not s.prefill and s.length == 1 and s.sample == 1 for s in plan.segments)
-    return bool(plan.segments) and plain and set(plan.decode_schedules) <= _SCHEDULES
+    fixed = all(schedules[name].recordable for name in plan.decode_schedules)
+    return bool(plan.segments) and plain and fixed and len(_moving(plan, schedules)) <= 1
 
 
-def of_one_kind(plan: StepPlan) -> StepPlan:
+def of_one_kind(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
     """The same step with all rows travelling if any does: how many stay at home must not change a recording's shape."""
     kinds = len(plan.decode_schedules)
     if not any(segment.travels for segment in plan.segments):
         return plan
     segments = tuple(replace(segment, travels=kinds) for segment in plan.segments)
-    return replace(plan, segments=segments, decode_schedules=("gather_q",) * kinds)
+    (schedule,) = _moving(plan, schedules)
+    return replace(plan, segments=segments, decode_schedules=(schedule,) * kinds)
 
 
-@dataclass(frozen=True)
-class _Size:
-    rows: int
-    travels: bool
+def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
+    """Schedules of the decoding rows under which something travels."""
+    return {name for name in plan.decode_schedules if schedules[name].moves is not None}
 
 
 class Recordings:
     """All recordings of one rank, made when a size is first met."""
 
     def __init__(
-        self, model: Model, attention: Attention, backend: StaticBackend, recorder: Recorder, pcp: int
+        self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int
     ) -> None:
         self._model = model
         self._attention = attention
         self._backend = backend
         self._recorder = recorder
         self._pcp = pcp
-        self._made: dict[_Size, _Recording] = {}
+        self._made: dict[StepSize, _Recording] = {}
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
         """Of this rank's rows, fp32 [T, vocab], for a step that is `recordable` and `of_one_kind`."""
-        reaches = view.classes[0].kinds
-        size = _Size(padded_rows(max(rows_of_pcp)), any(sum(reach.block_rows) for reach in reaches))
+        moving = {reach.schedule for reach in view.classes[0].kinds if sum(reach.block_rows)}
+        size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
-            self._made[size] = _Recording(self._model, self._attention, self._backend, size, len(reaches), self._pcp)
+            step = RefillableStep(self._attention.preparer, self._backend, size)
+            self._made[size] = _Recording(self._model, self._attention, step, size.rows)
             self._made[size].record(self._recorder)
         return self._made[size].run(view, token_ids, positions)[: len(token_ids)]
 
 
 class _Recording:
-    """One size: rows beyond those of a step write nothing and see nothing."""
+    """One size."""
 
-    def __init__(
-        self, model: Model, attention: Attention, backend: StaticBackend, size: _Size, kinds: int, pcp: int
-    ) -> None:
+    def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int) -> None:
         self._model = model
         self._attention = attention
-        self._rows = size.rows
-        self._backend = backend
-        device = attention.pool.device
-        self._token_ids = torch.zeros(size.rows, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(size.rows, dtype=torch.int64, device=device)
-        self._writer: StaticWriter = backend.writer((), size.rows)
-        blocks = pcp if size.travels else 1
-        self._runs = [[backend.static(size.rows) for _ in range(blocks)] for _ in range(kinds)]
-        self._travels = size.travels
-        self._view = self._padded(self._runs)
+        self._step = step
+        self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._positions = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._replay: Callable[[], Tensor] = self._compute
 
     def record(self, recorder: Recorder) -> None:
@@ -145,35 +139,15 @@ class _Recording:
         count = len(token_ids)
         self._token_ids[:count] = token_ids
         self._positions[:count] = positions
-        self._writer.refill(view.writes)
-        wanted = [self._runs_of(reach) for reach in view.classes[0].kinds]
-        filled = [
-            static.fill(runs)
-            for of_kind, wanted_of_kind in zip(self._runs, wanted, strict=True)
-            for static, runs in zip(of_kind, wanted_of_kind, strict=True)
-        ]
-        if all(filled):
-            return self._replay()
-        self._backend.begin()  # forget the plans of the last step that was not recorded
-        return self._compute_with(self._padded(wanted))  # too scattered for the buffers: the same shapes, unrecorded
-
-    def _runs_of(self, reach: Reach) -> list[Sequence[QueryRun]]:
-        return [block.runs for block in reach.blocks] if self._travels else [reach.own]
-
-    def _padded(self, runs: Sequence[Sequence[Sequence[QueryRun]]]) -> ClassView:
-        return ClassView(0, self._rows, (), tuple(self._reach(of_kind) for of_kind in runs))
-
-    def _reach(self, runs: Sequence[Sequence[QueryRun]]) -> Reach:
-        if self._travels:
-            return Reach("gather_q", 0, (), tuple(Block(self._rows, of_block) for of_block in runs), (), ())
-        return Reach("local", self._rows, runs[0], (), (), ())
+        prepared = self._step.fill(view)
+        return self._replay() if prepared is self._step.prepared else self._compute_with(prepared)
 
     def _compute(self) -> Tensor:
-        return self._compute_with(self._view)
+        return self._compute_with(self._step.prepared)
 
-    def _compute_with(self, view: ClassView) -> Tensor:
+    def _compute_with(self, prepared: PreparedStep) -> Tensor:
         model = self._model
         if model.embedding is None or model.head is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
-        self._attention.resume((view,), self._writer)
+        self._attention.begin(prepared)
         return model.head(model.layers(model.embedding(self._token_ids), self._positions, self._attention))

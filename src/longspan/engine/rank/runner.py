@@ -137,10 +137,11 @@ class Runner:
         self._apply(plan)
         if not plan.segments:
             return StepResult
-        if self.recordings is not None and recordable(plan):
-            return self._replay(of_one_kind(plan), self.recordings)
+        schedules = self._attention.schedules
+        if self.recordings is not None and recordable(plan, schedules):
+            return self._replay(of_one_kind(plan, schedules), self.recordings)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
-        self._attention.begin(view)
+        self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:
             self._groups.pipeline.send(hidden)

@@ -5,25 +5,19 @@ It owns the step from heads and cache rows to launches; it must not know about r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
 from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.merge import merge_parts
-from longspan.attention.backends.triton.plan import (
-    ITEM_FIELDS,
-    SPLIT_FIELDS,
-    StaticPlans,
-    StepPlans,
-    WorkPlan,
-    identities,
-)
-from longspan.attention.backends.triton.work import Slots, Tiling, plan_work, sights_of_diagonal, sights_of_runs
+from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
+from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonWriter
 from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows, unit_stride
@@ -46,23 +40,29 @@ class _Keys:
     shape: Shape
 
 
-class TritonBackend:
+class TritonBackend(RecordableBackend):
     """Decode, prefill off the diagonal and the diagonal are one kernel over different work.
 
-    `value_dim` is the width of the values in a cache of one plane. Plans are kept from `begin` to `begin`, for runs
-    that are the same objects. For a captured graph take `static(...)`, pass it to `attend` as its runs, once before
-    the capture and in it, and `fill` it before each replay.
+    `value_dim` is the width of the values in a cache of one plane. For a captured graph take what `refillable` gives,
+    attend with it once before the capture and in it, and `fill` it before each replay.
     """
 
     def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
         self._device = device
-        self._value_dim = value_dim
-        self._processors = processors or _processors(device)
-        self._plans = StepPlans()
+        self._launcher = _Launcher(value_dim, processors or _processors(device))
 
-    def begin(self) -> None:
-        """See `Backend.begin`."""
-        self._plans.clear()
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> TritonRuns:
+        """See `Backend.prepare`."""
+        return TritonRuns(self._launcher, Plans.of_runs(runs, rows, self._device))
+
+    def prepare_diagonal(self, tokens: int, window: int | None) -> TritonDiagonal:
+        """See `Backend.prepare_diagonal`."""
+        return TritonDiagonal(self._launcher, Plans.of_diagonal(tokens, window, self._device))
+
+    def refillable(self, rows: int, longest: int = 1, index: int | None = None) -> RefillableTritonRuns:
+        """See `RecordableBackend.refillable`; `longest` and `index` are `RefillablePlans`'."""
+        index = _GATHERED_SLOTS * rows if index is None else index
+        return RefillableTritonRuns(self._launcher, RefillablePlans(rows, longest, index, self._device))
 
     def writer(self, writes: Sequence[WriteRun], rows: int) -> TritonWriter:
         """See `Backend.writer`."""
@@ -72,75 +72,73 @@ class TritonBackend:
         """See `Backend.merge`."""
         return merge_parts(parts)
 
-    def static(self, rows: int, longest: int = 1, index: int | None = None) -> StaticPlans:
-        """Runs to be refilled: `rows` rows, `longest` of them in a run, `index` slots in spans too short for a range.
 
-        Longer runs are right, but not cut for speed.
-        """
-        return StaticPlans(rows, longest, _GATHERED_SLOTS * rows if index is None else index, self._device)
+class TritonRuns:
+    """Runs against cached rows; `out` is as wide as the values' part of a row of one plane."""
 
-    def causal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        window: int | None = None,
-    ) -> Partial:
-        """See `Backend.causal`."""
-        tokens, shared = q.shape[0], v is None
+    def __init__(self, launcher: _Launcher, plans: Plans) -> None:
+        self._launcher = launcher
+        self.plans = plans
+
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedRuns.attend`."""
+        return self._launcher.attend(q, self._launcher.cached(kv, _wide(q)), blocks, scale, self.plans)
+
+
+class RefillableTritonRuns(TritonRuns):
+    """Runs that are replaced in place."""
+
+    plans: RefillablePlans
+
+    def __init__(self, launcher: _Launcher, plans: RefillablePlans) -> None:
+        super().__init__(launcher, plans)
+
+    def fill(self, runs: Sequence[QueryRun]) -> bool:
+        """See `RefillableRuns.fill`."""
+        return self.plans.fill(runs)
+
+
+class TritonDiagonal:
+    """A segment against itself."""
+
+    def __init__(self, launcher: _Launcher, plans: Plans) -> None:
+        self._launcher = launcher
+        self._plans = plans
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+        """See `PreparedDiagonal.attend`."""
+        return self._launcher.attend(q, self._launcher.fresh(k, v, _wide(q)), blocks, scale, self._plans)
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """From tensors and work to launches on one device."""
+
+    # width of the values in a cache of one plane
+    value_dim: int
+    # of the device
+    processors: int
+
+    def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
+        """Keys and values [T, Hkv, D] of new tokens."""
         keys = unit_stride(k).transpose(0, 1)
         values = keys if v is None else unit_stride(v).transpose(0, 1)
-        shape = shape_of(keys.shape[2], self._value_dim if shared else values.shape[2], (), shared, _wide(q))
+        shape = shape_of(keys.shape[2], self.value_dim if v is None else values.shape[2], (), v is None, wide)
+        return _Keys(keys, values, keys, keys, shape)
 
-        def plan(tiling: Tiling) -> WorkPlan:
-            return self._plans.get(
-                (tokens, window, tiling),
-                None,
-                lambda: WorkPlan(plan_work(sights_of_diagonal(tokens, window), Slots(), tokens, tiling), self._device),
-            )
-
-        return self._attend(q, _Keys(keys, values, keys, keys, shape), blocks, scale, tokens, plan)
-
-    def attend(
-        self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
-        """See `Backend.attend`; `out` is as wide as the values' part of a row of one plane."""
-        rows = q.shape[0]
-        if isinstance(runs, StaticPlans):
-            if runs.rows != rows:
-                raise ValueError(f"{rows} rows for static runs of {runs.rows}")
-            return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, runs.longest, runs.plan)
-        names = identities(runs)
-
-        def plan(tiling: Tiling) -> WorkPlan:
-            def make() -> WorkPlan:
-                sights, index = sights_of_runs(runs)
-                return WorkPlan(plan_work(sights, index, rows, tiling), self._device)
-
-            return self._plans.get((names, rows, tiling), tuple(runs), make)
-
-        longest = max((run.length for run in runs), default=1)
-        return self._attend(q, self._cached(kv, _wide(q)), blocks, scale, longest, plan)
-
-    def _cached(self, kv: CacheRows, wide: bool) -> _Keys:
+    def cached(self, kv: CacheRows, wide: bool) -> _Keys:
+        """Rows of a cache."""
         values = unit_stride(kv.values)
         scales = values if kv.scales is None else unit_stride(kv.scales)
         shared = values.shape[0] == 1
         groups = () if kv.scales is None else kv.groups or (kv.width,)
-        shape = shape_of(kv.width, self._value_dim if shared else kv.width, groups, shared, wide)
+        shape = shape_of(kv.width, self.value_dim if shared else kv.width, groups, shared, wide)
         return _Keys(values[0], values[-1], scales[0], scales[-1], shape)
 
-    def _attend(
-        self,
-        q: Tensor,
-        keys: _Keys,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        longest: int,
-        plan_of: Callable[[Tiling], WorkPlan],
-    ) -> Partial:
+    def attend(self, q: Tensor, keys: _Keys, blocks: Sequence[HeadBlock], scale: float, plans: Plans) -> Partial:
+        """q [T, Hq, D] against the keys that the plans' work names. Raises `ValueError` for other rows than theirs."""
+        if len(q) != plans.rows:
+            raise ValueError(f"{len(q)} rows for work of {plans.rows}")
         if q.dtype == torch.float64 or not q.is_cuda:  # the kernels sum in fp32; their interpreter multiplies no bf16
             q = q.float()
         q = unit_stride(q)
@@ -151,10 +149,11 @@ class TritonBackend:
             torch.empty((tokens, heads), dtype=torch.float32, device=q.device),
         )
         for block in blocks if tokens else ():
-            config = config_for(keys.shape, longest * block.group)
-            programs = self._processors * config.resident
+            rows = plans.longest * block.group
+            config = config_for(keys.shape, rows)
+            programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
-            _launch(q, keys, block, scale, config, plan_of(tiling), whole, longest * block.group)
+            _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
         return whole
 
 

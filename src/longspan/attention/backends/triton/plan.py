@@ -6,14 +6,13 @@ It owns the buffers and their copying; what is in them is `work`'s, who reads th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import StaticRuns
 from longspan.attention.backends.triton.work import (
     Item,
     Slots,
@@ -23,6 +22,7 @@ from longspan.attention.backends.triton.work import (
     most_blocks,
     most_items,
     plan_work,
+    sights_of_diagonal,
     sights_of_runs,
 )
 from longspan.plan.reach import QueryRun
@@ -86,29 +86,48 @@ class WorkPlan:
         return True
 
 
-class StaticPlans(StaticRuns):
-    """Runs whose plans stay at one address: what a captured graph attends to, refilled before each replay.
+class Plans:
+    """One `WorkPlan` for each way of cutting the same rows, made when a layer first asks."""
 
-    Pass it to `TritonBackend.attend` in place of runs. A first call outside the capture makes the buffers that the
-    capture then finds.
+    def __init__(self, rows: int, longest: int, device: torch.device, work: Callable[[Tiling], Work]) -> None:
+        self.rows = rows
+        self.longest = longest
+        self._device = device
+        self._work = work
+        self._plans: dict[Tiling, WorkPlan] = {}
+
+    @staticmethod
+    def of_runs(runs: Sequence[QueryRun], rows: int, device: torch.device) -> Plans:
+        """Of runs against cached rows."""
+        longest = max((run.length for run in runs), default=1)
+        return Plans(rows, longest, device, _work_of_runs(runs, rows))
+
+    @staticmethod
+    def of_diagonal(tokens: int, window: int | None, device: torch.device) -> Plans:
+        """Of a segment against itself."""
+        sights = sights_of_diagonal(tokens, window)
+        return Plans(tokens, tokens, device, lambda tiling: plan_work(sights, Slots(), tokens, tiling))
+
+    def plan(self, tiling: Tiling) -> WorkPlan:
+        """The buffers for one way of cutting."""
+        if tiling not in self._plans:
+            self._plans[tiling] = self._make(tiling)
+        return self._plans[tiling]
+
+    def _make(self, tiling: Tiling) -> WorkPlan:
+        return WorkPlan(self._work(tiling), self._device)
+
+
+class RefillablePlans(Plans):
+    """Plans that stay at one address: what a captured graph attends to, refilled before each replay.
+
+    A first call outside the capture makes the buffers that the capture then finds. `index` is how many slots of spans
+    too short for a range there is room for. Runs longer than `longest` are right, but not cut for speed.
     """
 
     def __init__(self, rows: int, longest: int, index: int, device: torch.device) -> None:
-        self.rows = rows
-        self.longest = longest
+        super().__init__(rows, longest, device, _work_of_runs((), rows))
         self._index = index
-        self._device = device
-        self._runs: tuple[QueryRun, ...] = ()
-        self._plans: dict[Tiling, WorkPlan] = {}
-
-    def plan(self, tiling: Tiling) -> WorkPlan:
-        """The buffers for one way of cutting. Raises RuntimeError if a capture asks for them first."""
-        if tiling not in self._plans:
-            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
-            work = self._work(self._runs, tiling)
-            self._plans[tiling] = WorkPlan(work, self._device, self._capacity(tiling))
-        return self._plans[tiling]
 
     @property
     def plans(self) -> tuple[WorkPlan, ...]:
@@ -117,48 +136,30 @@ class StaticPlans(StaticRuns):
 
     def fill(self, runs: Sequence[QueryRun]) -> bool:
         """Attend to `runs` from now on. False if they need more room than there is: then attend without the graph."""
-        works = {tiling: self._work(runs, tiling) for tiling in self._plans}
+        work_of = _work_of_runs(runs, self.rows)
+        works = {tiling: work_of(tiling) for tiling in self._plans}
         if not all(self._plans[tiling].capacity.holds(Capacity.of(work)) for tiling, work in works.items()):
             return False
-        self._runs = tuple(runs)
+        self._work = work_of
         for tiling, work in works.items():
             self._plans[tiling].fill(work)
         return True
 
-    def _work(self, runs: Sequence[QueryRun], tiling: Tiling) -> Work:
-        sights, index = sights_of_runs(runs)
-        return plan_work(sights, index, self.rows, tiling)
+    def _make(self, tiling: Tiling) -> WorkPlan:
+        """Raises RuntimeError if a capture asks for the buffers first."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
+        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling))
 
     def _capacity(self, tiling: Tiling) -> Capacity:
         items = most_items(self.rows, tiling)
         gathered = items if self._index else 0
         return Capacity(items, gathered, most_blocks(self.rows, tiling), items + gathered, self.rows, self._index)
 
-    def __len__(self) -> int:
-        return len(self._runs)
 
-    def __getitem__(self, at):  # type: ignore[no-untyped-def]  # as a tuple's
-        return self._runs[at]
-
-    def __iter__(self) -> Iterator[QueryRun]:
-        return iter(self._runs)
-
-
-class StepPlans:
-    """The plans of a step, made once for all its layers."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[WorkPlan, object]] = {}
-
-    def clear(self) -> None:
-        """Another step."""
-        self._known.clear()
-
-    def get(self, name: tuple[object, ...], owner: object, make: Callable[[], WorkPlan]) -> WorkPlan:
-        """The plan of that name; `owner` is kept alive with it, since names may hold the identity of its parts."""
-        if name not in self._known:
-            self._known[name] = make(), owner
-        return self._known[name][0]
+def _work_of_runs(runs: Sequence[QueryRun], rows: int) -> Callable[[Tiling], Work]:
+    sights, index = sights_of_runs(runs)
+    return lambda tiling: plan_work(sights, index, rows, tiling)
 
 
 def _expanded(slots: Slots) -> Tensor | None:
@@ -177,8 +178,3 @@ def _copy(target: Tensor, source: Tensor | None) -> None:
         return
     host = source.pin_memory() if target.is_cuda else source  # its allocator keeps it until the copy is over
     target[: len(source)].copy_(host, non_blocking=True)
-
-
-def identities(runs: Iterable[QueryRun]) -> tuple[int, ...]:
-    """A name for runs that costs nothing to compare: the same objects in the same order."""
-    return tuple(map(id, runs))
