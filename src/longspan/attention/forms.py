@@ -73,12 +73,9 @@ class Form(Protocol):
         """Own queries as they travel."""
         ...
 
-    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows) -> Partial:
-        """Queries of the whole DCP group that came here, `travelling_dim` wide results for the way back."""
-        ...
-
-    def visiting_member(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int) -> Partial:
-        """Queries of one member of the context group that came here, likewise."""
+    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> Partial:
+        """Queries that came here, of one member of the context group or of a whole DCP group at once, `travelling_dim`
+        wide results for the way back."""
         ...
 
     def incoming(self, part: Partial) -> Partial:
@@ -96,13 +93,10 @@ class _Base:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows) -> Partial:
+    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> Partial:
         """See `Form.visiting`."""
-        return self._attend(q, runs, kv, self._kernels.heads.shard)
-
-    def visiting_member(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int) -> Partial:
-        """See `Form.visiting_member`."""
-        return self._attend(q, runs, kv, self._kernels.heads.by_member[member])
+        heads = self._kernels.heads
+        return self._attend(q, runs, kv, heads.shard if member is None else heads.by_member[member])
 
     def merge(self, parts: Sequence[Partial]) -> Partial:
         """See `Form.merge`."""

@@ -22,7 +22,7 @@ def run(join: Join) -> Partial:
     for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _NAME):
         if len(queries):
             runs = join.prepared.visiting[pcp_of[owner]]
-            sends[owner] = pack(join.form.visiting_member(queries, runs, join.kv, owner))
+            sends[owner] = pack(join.form.visiting(queries, runs, join.kv, owner))
     shape = (len(join.q), heads, join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 
