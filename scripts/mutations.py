@@ -43,8 +43,8 @@ ATTENTION = (
     ),
     Fault(
         "a part that came back is not merged", "attention/schedules/base.py",
-        "self.form.merge([unpack(part) for part in packed])",
-        "self.form.merge([unpack(part) for part in packed[:-1] or packed])",
+        "self.variant.merge([unpack(part) for part in packed])",
+        "self.variant.merge([unpack(part) for part in packed[:-1] or packed])",
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
@@ -54,12 +54,12 @@ ATTENTION = (
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
-        "the smallest lse has the largest weight", "attention/partial.py",
+        "the smallest lse has the largest weight", "attention/state.py",
         "weights = torch.softmax(lse, 0)", "weights = torch.softmax(-lse, 0)",
         ("tests/unit/test_merge_algebra.py::test_merging_shards_equals_attention_over_all_keys",),
     ),
     Fault(
-        "a merged lse is in base 2", "attention/partial.py",
+        "a merged lse is in base 2", "attention/state.py",
         "torch.logsumexp(lse, 0))", "torch.logsumexp(lse, 0) * 1.4426950408889634)",
         ("tests/unit/test_merge_algebra.py::test_merging_shards_equals_attention_over_all_keys",),
     ),
@@ -69,12 +69,12 @@ ATTENTION = (
         (f"{_RANKS}::test_partials_of_bf16_rows_are_fp32_with_a_natural_lse",),
     ),
     Fault(
-        "garbage of weight zero is multiplied", "attention/partial.py",
+        "garbage of weight zero is multiplied", "attention/state.py",
         "torch.where(weights > 0, outs, 0.0).mul_(weights)", "outs.mul_(weights)",
         ("tests/unit/test_merge_algebra.py::test_garbage_of_weight_zero_is_skipped_not_multiplied",),
     ),
     Fault(
-        "a sink counts as a value", "attention/partial.py",
+        "a sink counts as a value", "attention/state.py",
         "part.out * torch.sigmoid(part.lse - sink)[..., None]", "part.out",
         ("tests/unit/test_merge_algebra.py::test_a_sink_is_one_more_key_whose_value_is_zero",),
     ),
@@ -146,7 +146,7 @@ RANKS = (
     ),
     Fault(
         "a tree merges nothing on the way home", "attention/schedules/tree_q.py",
-        "return pack(join.form.merge([unpack(part) for part in parts]))", "return parts[0]",
+        "return pack(join.variant.merge([unpack(part) for part in parts]))", "return parts[0]",
         (f"{_DENSE}[12over3-tree_q-(1, 2, 1)]", f"{_RANKS}::test_partials_merge_inside_machines_of_any_size"),
     ),
     Fault(

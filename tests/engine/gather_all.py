@@ -6,16 +6,16 @@ It moves more than it must, and does nothing but what a schedule's file may.
 import torch
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules import Join, Schedule
+from longspan.attention.state import AttentionState
 
 _NAME = "gather_all"
 
 
-def run(join: Join) -> Partial:
+def run(join: Join) -> AttentionState:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows = join.group.collectives, join.rows
-    queries = group.all_gather(join.form.outgoing(join.q), rows, _NAME)
+    queries = group.all_gather(join.variant.outgoing(join.q), rows, _NAME)
     everyones = torch.cat(join.visit(queries))
     found = group.all_gather(everyones, [sum(rows)] * group.size, _NAME)
     return join.merged([torch.split(packed, rows)[group.rank] for packed in found])
@@ -25,7 +25,7 @@ def sent(step: StepTotals) -> int:
     """Every member's queries, and every member's partials of all rows, to all others."""
     shape, group = step.model.shape, step.model.group
     rows = group.members_per_pcp * sum(step.totals.rows)
-    return (group.members - 1) * rows * (shape.query_bytes + group.members * shape.partial_bytes)
+    return (group.members - 1) * rows * (shape.query_bytes + group.members * shape.state_bytes)
 
 
 def seconds(step: StepTotals) -> LayerTime:

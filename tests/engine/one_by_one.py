@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longspan.attention.backends.base import AttentionBackend, BackendShape
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
@@ -37,13 +37,13 @@ class Runs:
     runs: Sequence[QueryRun]
     used: int = 0
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         self.used += 1
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         for run in self.runs:
             seen = kv.take(run.spans).read(q.dtype)
             for number in range(run.length):
-                first = run.lows[number] if run.lows else 0
+                first = run.window_starts[number] if run.window_starts else 0
                 one_row(whole, q, run.row + number, seen[0][:, first:], seen[-1][:, first:], blocks, scale)
         return whole
 
@@ -52,9 +52,11 @@ class Runs:
 class Diagonal:
     window: int | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         values = k if v is None else v
-        whole = Partial.empty(q.shape[0], q.shape[1], values.shape[-1], q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], values.shape[-1], q)
         for row in range(len(q)):
             seen = slice(max(0, row + 1 - (self.window or len(q))), row + 1)
             one_row(whole, q, row, k[seen].transpose(0, 1), values[seen].transpose(0, 1), blocks, scale)
@@ -62,7 +64,7 @@ class Diagonal:
 
 
 def one_row(
-    whole: Partial, q: Tensor, row: int, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float
+    whole: AttentionState, q: Tensor, row: int, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float
 ) -> None:
     """Put softmax(q kᵀ · scale) v of one row, k and v [Hkv, S, D], in its place."""
     if not k.shape[1]:

@@ -5,7 +5,7 @@ import torch
 
 from longspan import SamplingParams
 from longspan.attention.cost import StepTotals
-from longspan.attention.facts import ClassTotals
+from longspan.attention.workload import WorkloadTotals
 from longspan.config import CostConstants
 from tests.engine.test_every_layout_gives_the_same_tokens import tokens_of
 from tests.oracle import prompt_of
@@ -35,7 +35,7 @@ def formula_bytes(llm, schedule: str) -> int:
     """What the schedule's own formula says of such a step: a row on one pcp index, its context somewhere."""
     setup = llm.engine.setup
     grid = setup.grid
-    totals = ClassTotals((1,) + (0,) * (grid.pcp - 1), (CONTEXT + 1,) + (0,) * (grid.num_shards - 1), (), ())
+    totals = WorkloadTotals((1,) + (0,) * (grid.pcp - 1), (CONTEXT + 1,) + (0,) * (grid.num_shards - 1), (), ())
     a_layer = setup.schedules[schedule].bytes(StepTotals(setup.cost_model(CostConstants()), totals))
     return setup.model.num_layers * grid.head_shards * a_layer
 

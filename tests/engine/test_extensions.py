@@ -22,7 +22,7 @@ def moved(llm) -> set[str]:
 
 def backends_of(llm) -> list[OneByOne]:
     """The attention backend of every rank."""
-    return [runner.attention.kernels.backend for runner in llm.engine.executor.runners]
+    return [runner.attention.ops.backend for runner in llm.engine.executor.runners]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -87,7 +87,7 @@ def record(llm, has_room=True):
     for runner in llm.engine.executor.runners:
         backend = RefillableCpu()
         backend.has_room = has_room
-        runner.attention.kernels = replace(runner.attention.kernels, backend=backend)
+        runner.attention.ops = replace(runner.attention.ops, backend=backend)
         runner.recordings = Recordings(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)
     return recorder
 

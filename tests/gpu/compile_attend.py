@@ -24,8 +24,8 @@ from longspan.attention.backends.triton.attend import attend_kernel
 from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.plan import ITEM_FIELDS
-from longspan.attention.facts import ExpansionCost
-from longspan.attention.forms import Heads, Kernels, LatentForm
+from longspan.attention.variants import AttentionOps, Heads, MultiHeadLatentVariant
+from longspan.attention.workload import ExpansionCost
 from longspan.parallel.heads import HeadBlock
 
 LATENT = (512, 64)
@@ -47,10 +47,10 @@ def diagonal_of_latents(heads: int) -> tuple[Shape, int, str, bool]:
     """What the engine launches for a segment of two tokens against itself: asked of its own code, not repeated here."""
     blocks = (HeadBlock(0, heads, 0, 1),)
     cpu = torch.device("cpu")
-    kernels = Kernels(TritonBackend(cpu, LATENT[0]), Heads(blocks, blocks, ()), 0.1, LATENT[0], ExpansionCost())
+    ops = AttentionOps(TritonBackend(cpu, LATENT[0]), Heads(blocks, blocks, ()), 0.1, LATENT[0], ExpansionCost())
     q, row = (torch.zeros(2, count, width, dtype=torch.bfloat16) for count, width in ((heads, 192), (1, sum(LATENT))))
     with patch.object(backend, "_launch") as launch:
-        LatentForm(kernels, Latents()).diagonal(q, row, row, kernels.backend.prepare_diagonal(2, None))
+        MultiHeadLatentVariant(ops, Latents()).diagonal(q, row, row, ops.backend.prepare_diagonal(2, None))
     _, keys, *_, rows = launch.call_args.args
     return keys.shape, rows, "bf16", False
 

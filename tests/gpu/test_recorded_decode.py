@@ -27,9 +27,9 @@ def tokens_of(llm):
 def test_refilled_plans_give_the_tokens_of_the_oracle(model):
     with LLM(tiny_folder(model), **DEFAULTS) as llm:
         (runner,) = llm.engine.executor.runners
-        kernels = runner.attention.kernels
-        backend = TritonBackend(torch.device("cpu"), kernels.value_dim)
-        runner.attention.kernels = replace(kernels, backend=backend)
+        ops = runner.attention.ops
+        backend = TritonBackend(torch.device("cpu"), ops.value_dim)
+        runner.attention.ops = replace(ops, backend=backend)
         runner.recordings = Recordings(runner.model, runner.attention, backend, EagerRecorder(), 1)
         assert tokens_of(llm) == [greedy(oracle(model), prompt, 4)[0] for prompt in PROMPTS]
 

@@ -11,8 +11,8 @@ from longspan.attention.backends.reference import ReferenceBackend  # noqa: E402
 from longspan.attention.backends.triton import plan as plan_module  # noqa: E402
 from longspan.attention.backends.triton.backend import TritonBackend  # noqa: E402
 from longspan.attention.backends.triton.work import plan_work  # noqa: E402
-from longspan.attention.partial import Partial  # noqa: E402
 from longspan.attention.rows import CacheRows, quantise  # noqa: E402
+from longspan.attention.state import AttentionState  # noqa: E402
 from longspan.cache.pages import Span  # noqa: E402
 from longspan.parallel.heads import HeadBlock, head_blocks  # noqa: E402
 from longspan.plan.reach import QueryRun  # noqa: E402
@@ -35,15 +35,15 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def run(row: int, length: int, *spans: tuple[int, int], lows: tuple[int, ...] | None = None) -> QueryRun:
-    return QueryRun(row, length, tuple(Span(*span) for span in spans), lows)
+def run(row: int, length: int, *spans: tuple[int, int], window_starts: tuple[int, ...] | None = None) -> QueryRun:
+    return QueryRun(row, length, tuple(Span(*span) for span in spans), window_starts)
 
 
 def on_device(rows: CacheRows) -> CacheRows:
     return CacheRows(rows.values.to(DEVICE), None if rows.scales is None else rows.scales.to(DEVICE), rows.groups)
 
 
-def check(part: Partial, reference: Partial, tolerance: float = TOLERANCE) -> None:
+def check(part: AttentionState, reference: AttentionState, tolerance: float = TOLERANCE) -> None:
     width = part.out.shape[-1]
     assert part.out.dtype == part.lse.dtype == torch.float32
     torch.testing.assert_close(part.out.cpu().double(), reference.out[..., :width], rtol=tolerance, atol=tolerance)
@@ -103,12 +103,12 @@ def test_latent_values_wider_than_the_rows_largest_power_of_two():
 
 
 def test_a_window_hides_the_first_tokens_of_a_run():
-    lows = tuple(range(0, 120, 3))
-    attends_as_reference((run(0, 40, (9, 130), lows=lows), run(40, 2, (200, 9))), rows=42)
+    window_starts = tuple(range(0, 120, 3))
+    attends_as_reference((run(0, 40, (9, 130), window_starts=window_starts), run(40, 2, (200, 9))), rows=42)
 
 
 def test_rows_whose_window_ends_before_the_run_see_nothing():
-    part = attends_as_reference((run(0, 3, (9, 50), lows=(10, 50, 70)),), rows=3)
+    part = attends_as_reference((run(0, 3, (9, 50), window_starts=(10, 50, 70)),), rows=3)
     assert torch.isneginf(part.lse[1:]).all() and not part.out[1:].any()
 
 
@@ -134,8 +134,8 @@ def test_pages_of_one_token_anywhere():
 
 def test_short_and_long_spans_of_one_run():
     spans = ((0, 5), (7, 9), (20, 1100), (1200, 1), (1300, 30), (1203, 4))
-    lows = (2, 12, 900, 1120)
-    attends_as_reference((run(0, 4, *spans, lows=lows), run(4, 1, *spans)), rows=5)
+    window_starts = (2, 12, 900, 1120)
+    attends_as_reference((run(0, 4, *spans, window_starts=window_starts), run(4, 1, *spans)), rows=5)
 
 
 def test_slots_whose_offset_needs_more_than_32_bits():
@@ -212,7 +212,7 @@ DECODES = (
     (run(0, 1, (3, 300)), run(1, 1, (310, 40)), run(2, 1, (360, 130))),
     (run(0, 1, (50, 10), (90, 30), (70, 5)), run(2, 1, (0, 490))),
     (),
-    (run(1, 2, (5, 64), lows=(3, 30)),),
+    (run(1, 2, (5, 64), window_starts=(3, 30)),),
 )
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from longspan.attention.partial import Partial, merge
 from longspan.attention.schedules.base import pack, unpack
+from longspan.attention.state import AttentionState, merge
 
 pytest.importorskip("triton")
 
@@ -17,7 +17,7 @@ INF = float("inf")
 def partials(count, tokens=5, heads=3, dim=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        Partial(
+        AttentionState(
             torch.randn(tokens, heads, dim, generator=generator).to(DEVICE),
             (torch.randn(tokens, heads, generator=generator) * 4).to(DEVICE),
         )
@@ -52,12 +52,12 @@ def test_packed_partials_and_slices_of_them_beside_whole_ones():
     travelled = [pack(part) for part in others]
     parts = [whole, unpack(travelled[0]), *(unpack(packed) for packed in travelled[1:])]
     assert_same(merge_parts(parts), merge(parts))
-    parts = [Partial(part.out[1:4, 2:], part.lse[1:4, 2:]) for part in parts]
+    parts = [AttentionState(part.out[1:4, 2:], part.lse[1:4, 2:]) for part in parts]
     assert_same(merge_parts(parts), merge(parts))
 
 
 def test_partials_with_heads_before_tokens():
-    parts = [Partial(part.out.transpose(0, 1), part.lse.transpose(0, 1)) for part in partials(2)]
+    parts = [AttentionState(part.out.transpose(0, 1), part.lse.transpose(0, 1)) for part in partials(2)]
     assert_same(merge_parts(parts), merge(parts))
 
 
@@ -73,7 +73,7 @@ def test_a_part_of_weight_0_is_skipped_whatever_it_holds():
 
 
 def test_where_no_part_saw_anything_the_result_is_the_identity():
-    parts = [Partial.empty(2, 3, 8, part.out) for part in partials(3)]
+    parts = [AttentionState.empty(2, 3, 8, part.out) for part in partials(3)]
     merged = merge_parts(parts)
     assert merged.lse.isneginf().all()
     assert not merged.out.any()
@@ -81,7 +81,7 @@ def test_where_no_part_saw_anything_the_result_is_the_identity():
 
 def test_scores_of_any_size_do_not_overflow():
     parts = partials(2)
-    parts = [Partial(part.out, part.lse + 1e4) for part in parts]
+    parts = [AttentionState(part.out, part.lse + 1e4) for part in parts]
     assert_same(merge_parts(parts), merge(parts))
 
 
@@ -93,7 +93,7 @@ def test_parts_without_rows():
 
 @pytest.mark.gpu
 def test_rows_beyond_32_bit_offsets():
-    part = Partial(torch.randn(40_000, 128, 512, device="cuda"), torch.randn(40_000, 128, device="cuda"))
+    part = AttentionState(torch.randn(40_000, 128, 512, device="cuda"), torch.randn(40_000, 128, device="cuda"))
     merged = merge_parts([part, part])
     torch.testing.assert_close(merged.out[-1], part.out[-1])
     torch.testing.assert_close(merged.lse[-1], part.lse[-1] + 0.6931472)

@@ -82,7 +82,7 @@ def test_every_row_meets_every_slot_it_sees_once_and_is_written_once(seed):
     for run in runs:
         slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
         for row in range(run.length):
-            for slot in slots[run.lows[row] if run.lows else 0 :]:
+            for slot in slots[run.window_starts[row] if run.window_starts else 0 :]:
                 expected.update(((run.row + row) * tiling.group + head, slot) for head in range(tiling.group))
     assert pairs(work, tiling) == expected
     assert rows_written(work, tiling) == Counter(range(rows * tiling.group))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from longspan import LLM, SamplingParams
-from longspan.attention.facts import ExpansionCost
+from longspan.attention.workload import ExpansionCost
 from longspan.config import CostConstants, EngineConfig
 from longspan.engine.setup import resolve
 from longspan.errors import ModelError
@@ -44,7 +44,7 @@ def test_logprobs_and_tokens_equal_transformers(family, layout):
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 3, 2)], ids=["one rank", "tp2 pcp3 dcp2"])
 def test_both_forms_of_latent_attention_give_the_same(layout, expands, schedule, monkeypatch):
     monkeypatch.setattr(ExpansionCost, "pays", lambda *_, **__: expands)
-    monkeypatch.setattr("longspan.attention.forms._EXPANDED_TOKENS", 7)
+    monkeypatch.setattr("longspan.attention.prepared._EXPANDED_TOKENS", 7)
     tp, pcp, dcp = layout
     with LLM(
         tiny_folder("deepseek-v3"), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,

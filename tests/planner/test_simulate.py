@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from longspan.attention.cost import CostModel, ScheduleChooser
-from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.attention.schedules import SCHEDULES
+from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.bench.serving.dataset import Load, open_dataset
 from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError

@@ -20,12 +20,12 @@ from longspan.attention.attend import Attention
 from longspan.attention.backends.base import Backend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.cost import CostModel, ScheduleChooser
-from longspan.attention.facts import AttentionShape, ExpansionCost, GroupShape
-from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
 from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup
+from longspan.attention.variants import AttentionOps, Heads
+from longspan.attention.workload import AttentionShape, ExpansionCost, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
@@ -137,10 +137,10 @@ class World:
             )  # whatever is read before it is written shows
         members = self.grid.context_group(rank)
         group = ThreadedCollectives(fabric, self.grid.context_group(rank), rank, self.traffic[rank])
-        kernels = Kernels(self.backend, Heads.of(sharding), at.head_dim**-0.5, at.head_dim, ExpansionCost())
+        ops = AttentionOps(self.backend, Heads.of(sharding), at.head_dim**-0.5, at.head_dim, ExpansionCost())
         return Attention(
             pool,
-            kernels,
+            ops,
             ContextGroup(group, self.grid.shards_of_pcp, self.grid.nodes(members), at.workspace_tokens),
             at.windows,
         )

@@ -6,8 +6,8 @@ import pytest
 
 from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostModel, ScheduleChooser
-from longspan.attention.facts import AttentionShape, ClassFacts, GroupShape
 from longspan.attention.schedules import SCHEDULES
+from longspan.attention.workload import AttentionShape, GroupShape, PhaseWorkload
 from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import CostConstants, Fixed, ParallelConfig
@@ -39,7 +39,7 @@ def test_the_faster_ring_on_four_published_machines(new, keys_ms, queries_ms):
     assert taken / min(keys_ms, queries_ms) < 1.015
 
 
-def facts_of(new: int, cached: int, grid: Grid) -> ClassFacts:
+def facts_of(new: int, cached: int, grid: Grid) -> PhaseWorkload:
     model = model_of(grid, LLAMA_405B_RANK, CostConstants())
     return lay_out(Situation(grid, new, cached), model).facts[0]
 
@@ -78,7 +78,7 @@ def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
     grid = Grid(ParallelConfig(1, 2, 1))
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, CostConstants()), "ring_kv")
     assert chooser.choose(facts_of(8, 100, grid)) == "ring_kv"
-    assert chooser.choose(ClassFacts(2)) == "local"
+    assert chooser.choose(PhaseWorkload(2)) == "local"
 
 
 def test_a_forced_schedule_is_one_of_the_models():

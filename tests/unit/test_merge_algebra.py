@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.attention.partial import Partial, concatenate, merge, with_sink
+from longspan.attention.state import AttentionState, concatenate, merge, with_sink
 
 INF = float("inf")
 
@@ -13,9 +13,9 @@ INF = float("inf")
 def attention(scores, values):
     """The partial over keys with these scores [T, H, S] and values [S, H, D]."""
     if scores.shape[-1] == 0:
-        return Partial.empty(scores.shape[0], scores.shape[1], values.shape[-1], values)
+        return AttentionState.empty(scores.shape[0], scores.shape[1], values.shape[-1], values)
     weights = torch.softmax(scores, -1)
-    return Partial(torch.einsum("ths,shd->thd", weights, values), torch.logsumexp(scores, -1))
+    return AttentionState(torch.einsum("ths,shd->thd", weights, values), torch.logsumexp(scores, -1))
 
 
 def close(a, b, tolerance=1e-12):
@@ -56,7 +56,7 @@ def test_order_and_grouping_do_not_matter(case, random):
 @settings(max_examples=50, deadline=None)
 def test_the_empty_partial_is_the_identity(case):
     _, whole = case
-    empty = Partial.empty(3, 2, 4, whole.out)
+    empty = AttentionState.empty(3, 2, 4, whole.out)
     assert close(merge([whole, empty]), whole)
     assert close(merge([empty, whole]), whole)
 
@@ -74,36 +74,36 @@ def test_a_sink_is_one_more_key_whose_value_is_zero(seed, score):
 
 
 def test_a_sink_alone_gives_nothing():
-    part = with_sink(Partial.empty(3, 2, 4, torch.zeros(1)), torch.tensor([1.0, -2.0]))
+    part = with_sink(AttentionState.empty(3, 2, 4, torch.zeros(1)), torch.tensor([1.0, -2.0]))
     assert torch.equal(part.out, torch.zeros(3, 2, 4))
     assert torch.equal(part.lse, torch.tensor([1.0, -2.0]).expand(3, 2))
 
 
 def test_all_shards_empty_stays_empty():
-    empty = Partial.empty(3, 2, 4, torch.zeros(1))
+    empty = AttentionState.empty(3, 2, 4, torch.zeros(1))
     merged = merge([empty, empty, empty])
     assert torch.equal(merged.out, torch.zeros(3, 2, 4))
     assert torch.all(merged.lse == -INF)
 
 
 def test_garbage_of_weight_zero_is_skipped_not_multiplied():
-    good = Partial(torch.ones(1, 1, 2), torch.zeros(1, 1))
-    bad = Partial(torch.full((1, 1, 2), float("nan")), torch.full((1, 1), -INF))
+    good = AttentionState(torch.ones(1, 1, 2), torch.zeros(1, 1))
+    bad = AttentionState(torch.full((1, 1, 2), float("nan")), torch.full((1, 1), -INF))
     assert torch.equal(merge([good, bad]).out, good.out)
 
 
 @pytest.mark.parametrize("lse", [float("nan"), INF, -INF])
 def test_a_backend_edge_turns_any_empty_side_into_the_identity(lse):
-    part = Partial.normalised(torch.full((1, 1, 2), float("nan")), torch.full((1, 1), lse))
+    part = AttentionState.normalised(torch.full((1, 1, 2), float("nan")), torch.full((1, 1), lse))
     assert torch.equal(part.out, torch.zeros(1, 1, 2))
     assert part.lse.item() == -INF
 
 
 def test_a_half_precision_model_still_merges_in_fp32():
-    empty = Partial.empty(1, 1, 2, torch.zeros(1, dtype=torch.bfloat16))
+    empty = AttentionState.empty(1, 1, 2, torch.zeros(1, dtype=torch.bfloat16))
     assert empty.out.dtype == empty.lse.dtype == torch.float32
 
 
 def test_concatenate_keeps_rows_in_order():
-    parts = [Partial(torch.full((n, 1, 1), float(n)), torch.full((n, 1), float(n))) for n in (1, 2)]
+    parts = [AttentionState(torch.full((n, 1, 1), float(n)), torch.full((n, 1), float(n))) for n in (1, 2)]
     assert concatenate(parts).lse[:, 0].tolist() == [1.0, 2.0, 2.0]

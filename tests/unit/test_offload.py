@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from longspan import ConfigError
 from longspan.attention.cost import CostModel, ScheduleChooser
-from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.attention.schedules import SCHEDULES
+from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.cache.manager import CacheManager
 from longspan.cache.offload import LoadRates, OffloadIndex, PageLoad, PageSave, Spill, Tier
 from longspan.cache.pages import PageRef

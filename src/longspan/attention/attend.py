@@ -10,42 +10,42 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from longspan.attention.forms import Form, Kernels
 from longspan.attention.layer import AttentionLayer
-from longspan.attention.partial import Partial, concatenate, with_sink
 from longspan.attention.pool import KVPool
 from longspan.attention.prepared import PreparedReach, PreparedStep, Preparer
 from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join, Schedule
+from longspan.attention.state import AttentionState, concatenate, with_sink
+from longspan.attention.variants import AttentionOps, AttentionVariant
 
 
 class Attention:
     """The attention of all layers on one rank; call `begin` with each step first.
 
-    `windows` are the kinds of layers a view has, in its order; `moves` is what travels under each schedule.
+    `windows` are the layer groups a view has, in its order; `moves` is what travels under each schedule.
     """
 
     def __init__(
         self,
         pool: KVPool,
-        kernels: Kernels,
+        ops: AttentionOps,
         group: ContextGroup,
         windows: Sequence[int | None],
         schedules: Mapping[str, Schedule] = SCHEDULES,
     ) -> None:
         self.pool = pool
-        self.kernels = kernels
+        self.ops = ops
         self._group = group
         self.windows = tuple(windows)
         self.schedules = schedules
         self.moves = {name: schedule.moves for name, schedule in schedules.items()}
-        self._kind_of = {window: kind for kind, window in enumerate(windows)}
-        self._step = PreparedStep((), kernels.backend.writer((), 0))
+        self._group_of = {window: group for group, window in enumerate(windows)}
+        self._step = PreparedStep((), ops.backend.writer((), 0))
 
     @property
     def preparer(self) -> Preparer:
         """What makes the steps that `begin` takes."""
-        return Preparer(self.kernels.backend, self.kernels.expansion, self.windows)
+        return Preparer(self.ops.backend, self.ops.expansion, self.windows)
 
     def begin(self, step: PreparedStep) -> None:
         """Compute this step from now on."""
@@ -55,42 +55,46 @@ class Attention:
         """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
         kv = self.pool.layers[layer.index]
         self._step.writer.write(kv, k, v)
-        form, kind = self.kernels.form(layer), self._kind_of[layer.window]
-        parts: list[Partial] = []
-        for each in self._step.classes:
-            rows, prepared = slice(each.start, each.stop), each.kinds[kind]
-            off = self._off_diagonal(prepared, form, kv, q[rows])
-            diagonal = _diagonal(prepared, form, q[rows], through(k[rows], kv), through(v[rows], kv))
-            parts.append(self.kernels.backend.merge([part for part in (diagonal, off) if part is not None]))
+        variant, group = self.ops.variant(layer), self._group_of[layer.window]
+        parts: list[AttentionState] = []
+        for each in self._step.phases:
+            rows, prepared = slice(each.start, each.stop), each.groups[group]
+            off = self._off_diagonal(prepared, variant, kv, q[rows])
+            diagonal = _diagonal(prepared, variant, q[rows], through(k[rows], kv), through(v[rows], kv))
+            parts.append(self.ops.backend.merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
-            return q.new_zeros(*q.shape[:-1], form.value_dim)
+            return q.new_zeros(*q.shape[:-1], variant.value_dim)
         whole = concatenate(parts)
         return (whole if layer.sink is None else with_sink(whole, layer.sink)).out.to(q.dtype)
 
-    def _off_diagonal(self, prepared: PreparedReach, form: Form, kv: CacheRows, q: Tensor) -> Partial | None:
+    def _off_diagonal(
+        self, prepared: PreparedReach, variant: AttentionVariant, kv: CacheRows, q: Tensor
+    ) -> AttentionState | None:
         """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
         reach = prepared.reach
         local = q[: reach.travel]
-        parts: list[Partial] = []
+        parts: list[AttentionState] = []
         if sum(reach.block_rows):
             schedule = self.schedules[reach.schedule]
-            parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, form, self._group)))
+            parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, variant, self._group)))
         if len(local) or not (parts or prepared.diagonal):
-            parts.insert(0, form.own(local, prepared.own, kv))
+            parts.insert(0, variant.own(local, prepared.own, kv))
         return concatenate(parts) if parts else None
 
 
-def _diagonal(prepared: PreparedReach, form: Form, q: Tensor, k: Tensor, v: Tensor) -> Partial | None:
-    """Every segment longer than one token of a class's rows against itself. None if there is none."""
+def _diagonal(
+    prepared: PreparedReach, variant: AttentionVariant, q: Tensor, k: Tensor, v: Tensor
+) -> AttentionState | None:
+    """Every segment longer than one token of a phase's rows against itself. None if there is none."""
     if not prepared.diagonal:
         return None
-    parts: list[Partial] = []
+    parts: list[AttentionState] = []
     at = 0
     for row, length, diagonal in prepared.diagonal:
         if row > at:
-            parts.append(Partial.empty(row - at, q.shape[1], form.value_dim, q))
+            parts.append(AttentionState.empty(row - at, q.shape[1], variant.value_dim, q))
         at = row + length
-        parts.append(form.diagonal(q[row:at], k[row:at], v[row:at], diagonal))
+        parts.append(variant.diagonal(q[row:at], k[row:at], v[row:at], diagonal))
     if at < len(q):
-        parts.append(Partial.empty(len(q) - at, q.shape[1], form.value_dim, q))
+        parts.append(AttentionState.empty(len(q) - at, q.shape[1], variant.value_dim, q))
     return concatenate(parts)

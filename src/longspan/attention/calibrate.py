@@ -12,12 +12,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from longspan.attention.facts import AttentionShape, ExpansionCost
-from longspan.attention.forms import Kernels, PlainForm
-from longspan.attention.partial import Partial
 from longspan.attention.prepared import Preparer
 from longspan.attention.rows import CacheRows
 from longspan.attention.schedules import ContextGroup, Join, Schedule
+from longspan.attention.state import AttentionState
+from longspan.attention.variants import AttentionOps, GroupedQueryVariant
+from longspan.attention.workload import AttentionShape, ExpansionCost
 from longspan.cache.pages import Span
 from longspan.clock import Run, repeated
 from longspan.config import CostConstants, Fixed
@@ -51,7 +51,7 @@ def combine(measured: Sequence[CostConstants]) -> CostConstants:
 class Calibration:
     """One rank's part in measuring; every member of the group must measure at the same time."""
 
-    kernels: Kernels
+    ops: AttentionOps
     context: ContextGroup
     place: Place
     shape: AttentionShape
@@ -109,8 +109,8 @@ class Calibration:
             key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
         )
         kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
-        prepared = Preparer(self.kernels.backend, ExpansionCost(), (None,)).reach(reach)
-        join = Join(q, kv, prepared, PlainForm(self.kernels), self.context)
+        prepared = Preparer(self.ops.backend, ExpansionCost(), (None,)).reach(reach)
+        join = Join(q, kv, prepared, GroupedQueryVariant(self.ops), self.context)
         return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)
 
     def _random(self, *shape: int) -> Tensor:
@@ -121,17 +121,17 @@ class Calibration:
 
     def _attention(self, rows: int, tokens: int) -> Run:
         kv, q = self._rows(tokens), self._random(rows, self.shape.q_heads, self.shape.head_dim)
-        kernels = self.kernels
-        run = kernels.backend.prepare([QueryRun(0, rows, (Span(0, tokens),))], rows)
-        return lambda: run.attend(q, kv, kernels.heads.own, kernels.scale)
+        ops = self.ops
+        run = ops.backend.prepare([QueryRun(0, rows, (Span(0, tokens),))], rows)
+        return lambda: run.attend(q, kv, ops.heads.own, ops.scale)
 
     def _copy(self) -> float:
-        """Seconds a byte of partials that are merged."""
-        part = Partial.empty(
+        """Seconds a byte of states that are merged."""
+        part = AttentionState.empty(
             _ROWS, self.shape.q_heads, self.shape.out_dim, torch.zeros(1, dtype=self.dtype, device=self.device)
         )
-        parts = [Partial(torch.randn_like(part.out), torch.randn_like(part.lse)) for _ in range(2)]
-        return self._together(lambda: self.kernels.backend.merge(parts)) / (2 * _ROWS * self.shape.partial_bytes)
+        parts = [AttentionState(torch.randn_like(part.out), torch.randn_like(part.lse)) for _ in range(2)]
+        return self._together(lambda: self.ops.backend.merge(parts)) / (2 * _ROWS * self.shape.state_bytes)
 
     def _exchange(self) -> tuple[float, float]:
         """(seconds a collective, seconds a byte received)."""

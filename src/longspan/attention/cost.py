@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
-from longspan.attention.facts import AttentionShape, ClassFacts, ClassTotals, ExpansionCost, GroupShape, Load
+from longspan.attention.workload import AttentionShape, ExpansionCost, GroupShape, Load, PhaseWorkload, WorkloadTotals
 from longspan.config import CostConstants, Fixed, require_choice
 from longspan.plan.reach import Moves
 
@@ -90,7 +90,7 @@ class CostModel:
         """The schedules under which something travels."""
         return tuple(schedule for schedule in self.schedules.values() if schedule.moves is not None)
 
-    def estimates(self, facts: ClassFacts) -> list[Estimate]:
+    def estimates(self, facts: PhaseWorkload) -> list[Estimate]:
         """Every schedule that could carry out the step."""
         step = StepTotals(self, facts.totals(self.group.members))
         return [Estimate(each.name, each.bytes(step), each.seconds(step)) for each in self.moving]
@@ -118,7 +118,7 @@ class CostModel:
 class StepTotals:
     """A step's totals under a model, and what several formulas need of them, each worked out once."""
 
-    def __init__(self, model: CostModel, totals: ClassTotals) -> None:
+    def __init__(self, model: CostModel, totals: WorkloadTotals) -> None:
         self.model, self.totals = model, totals
 
     def cheapest(self) -> Priced:
@@ -127,12 +127,12 @@ class StepTotals:
 
     @cached_property
     def queries(self) -> tuple[float, float, float]:
-        """(bytes of queries the busiest member takes in, of partials, of partials it packs and merges)."""
+        """(bytes of queries the busiest member takes in, of states, of states it packs and merges)."""
         shape, members, rows = self.model.shape, self.model.group.members, self.totals.rows
         each, most = self.model.group.members_per_pcp, max(rows)
         arriving = (sum(rows) * each - min(rows)) * shape.query_bytes
-        returning = (members - 1) * most * shape.partial_bytes
-        handled = sum(rows) * each * shape.partial_bytes + members * most * shape.partial_bytes
+        returning = (members - 1) * most * shape.state_bytes
+        handled = sum(rows) * each * shape.state_bytes + members * most * shape.state_bytes
         return arriving, returning, handled
 
     @cached_property
@@ -157,12 +157,12 @@ class StepTotals:
         return max(load.calls for load in self.totals.by_pcp) - self.model.group.members
 
     def queries_sent(self) -> int:
-        """Bytes the group sends when queries travel: every member's to all others, each of which returns a partial.
+        """Bytes the group sends when queries travel: every member's to all others, each of which returns a state.
 
         A ring and a tree move the same bytes another way.
         """
         shape, group = self.model.shape, self.model.group
-        each_way = shape.query_bytes + shape.partial_bytes
+        each_way = shape.query_bytes + shape.state_bytes
         return (group.members - 1) * group.members_per_pcp * sum(self.totals.rows) * each_way
 
     def keys_sent(self) -> int:
@@ -174,7 +174,7 @@ class StepTotals:
         shape, members, needed = self.model.shape, self.model.group.members, self.totals.needed
         rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
         arriving = (sum(needed) - min(needed)) * shape.kv_bytes
-        merged = rounds * members * 2 * max(self.totals.rows) * shape.partial_bytes
+        merged = rounds * members * 2 * max(self.totals.rows) * shape.state_bytes
         own = max(needed) * shape.kv_bytes
         return arriving, own + merged, rounds
 
@@ -197,7 +197,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class ScheduleChooser:
-    """Chooses a schedule by class: what the user forced, or the fewest seconds."""
+    """Chooses a schedule for a phase: what the user forced, or the fewest seconds."""
 
     model: CostModel
     forced: str = "auto"
@@ -205,7 +205,7 @@ class ScheduleChooser:
     def __post_init__(self) -> None:
         require_choice("schedule", self.forced, ("auto", *self.model.schedules))
 
-    def choose(self, facts: ClassFacts) -> str:
+    def choose(self, facts: PhaseWorkload) -> str:
         """`local` if nothing travels; else the forced schedule, or the cheapest."""
         if not sum(facts.rows):
             return "local"

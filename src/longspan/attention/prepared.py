@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from longspan.attention.backends.base import Backend, PreparedDiagonal, PreparedRuns, Writer
-from longspan.attention.facts import ExpansionCost
+from longspan.attention.workload import ExpansionCost
 from longspan.cache.pages import Span, clip_spans
 from longspan.plan.reach import KeyRun, QueryRun, Reach
-from longspan.plan.view import ClassView, RankView
+from longspan.plan.view import PhaseView, RankView
 
 _EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
 
@@ -39,7 +39,7 @@ class OwnRuns:
 
 @dataclass(frozen=True)
 class PreparedReach:
-    """What rows of one class attend to in layers of one kind, prepared."""
+    """What rows of one phase attend to in layers of one group, prepared."""
 
     reach: Reach
     # of rows that stay
@@ -61,19 +61,19 @@ class PreparedReach:
 
 
 @dataclass(frozen=True)
-class PreparedClass:
-    """The rows [start, stop) of one class, by kind of layer."""
+class PreparedPhase:
+    """The rows [start, stop) of one phase, by layer group."""
 
     start: int
     stop: int
-    kinds: tuple[PreparedReach, ...]
+    groups: tuple[PreparedReach, ...]
 
 
 @dataclass(frozen=True)
 class PreparedStep:
     """What attention does in a step."""
 
-    classes: tuple[PreparedClass, ...]
+    phases: tuple[PreparedPhase, ...]
     writer: Writer
 
 
@@ -84,25 +84,25 @@ class Preparer:
     backend: Backend
     # when latents are better expanded
     expansion: ExpansionCost
-    # of the model's kinds of layers, in a view's order
+    # of the model's layer groups, in a view's order
     windows: tuple[int | None, ...]
 
     def step(self, view: RankView) -> PreparedStep:
         """All of a step."""
         return PreparedStep(
-            tuple(self.rows(each) for each in view.classes), self.backend.writer(view.writes, len(view.positions))
+            tuple(self.rows(each) for each in view.phases), self.backend.writer(view.writes, len(view.positions))
         )
 
-    def rows(self, view: ClassView) -> PreparedClass:
-        """The rows of one class."""
-        kinds = tuple(
+    def rows(self, view: PhaseView) -> PreparedPhase:
+        """The rows of one phase."""
+        groups = tuple(
             self.reach(reach, self._diagonals(view, window))
-            for reach, window in zip(view.kinds, self.windows, strict=True)
+            for reach, window in zip(view.groups, self.windows, strict=True)
         )
-        return PreparedClass(view.start, view.stop, kinds)
+        return PreparedPhase(view.start, view.stop, groups)
 
     def reach(self, reach: Reach, diagonal: tuple[tuple[int, int, PreparedDiagonal], ...] = ()) -> PreparedReach:
-        """What rows of one class see in layers of one kind."""
+        """What rows of one phase see in layers of one group."""
         visiting = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
         return PreparedReach(reach, self.own(reach.own, reach.travel), visiting, diagonal, self)
 
@@ -114,13 +114,13 @@ class Preparer:
         expanded: list[tuple[ExpandedBlock, ...]] = []
         for sharers in _sharers(runs):
             pairs = sum(run.length * run.tokens for run in sharers)
-            if not any(run.lows for run in sharers) and self.expansion.pays(pairs, sharers[0].tokens):
+            if not any(run.window_starts for run in sharers) and self.expansion.pays(pairs, sharers[0].tokens):
                 expanded.append(tuple(self._blocks(sharers, rows)))
             else:
                 direct += sharers
         return OwnRuns(self.backend.prepare(direct, rows) if direct or not expanded else None, tuple(expanded))
 
-    def _diagonals(self, view: ClassView, window: int | None) -> tuple[tuple[int, int, PreparedDiagonal], ...]:
+    def _diagonals(self, view: PhaseView, window: int | None) -> tuple[tuple[int, int, PreparedDiagonal], ...]:
         """Segments of one length share what is prepared for it."""
         lengths = {length for _, length in view.diagonal}
         of_length = {length: self.backend.prepare_diagonal(length, window) for length in lengths}
@@ -147,8 +147,10 @@ def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int)
         offset, length = run.span
         low, high = max(offset, start), min(offset + length, stop)
         if run.shard == shard and low < high:
-            lows = None if run.lows is None else tuple(max(0, x - (low - offset)) for x in run.lows)
-            runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), lows))
+            window_starts = (
+                None if run.window_starts is None else tuple(max(0, x - (low - offset)) for x in run.window_starts)
+            )
+            runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), window_starts))
     return runs
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longspan.attention.backends.base import RecordableBackend
-from longspan.attention.prepared import OwnRuns, PreparedClass, PreparedReach, PreparedStep, Preparer
+from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
 from longspan.plan.reach import Block, QueryRun, Reach
-from longspan.plan.view import ClassView, RankView
+from longspan.plan.view import PhaseView, RankView
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class RefillableStep:
         self._writer = backend.writer((), size.rows)
         reach = self._reach([()] * blocks)
         nothing = OwnRuns(backend.prepare((), 0))
-        kinds = tuple(
+        groups = tuple(
             PreparedReach(reach, OwnRuns(runs[0]), (), (), preparer)
             if size.schedule is None
             else PreparedReach(reach, nothing, tuple(runs), (), preparer)
             for runs in self._runs
         )
-        self.prepared = PreparedStep((PreparedClass(0, size.rows, kinds),), self._writer)
+        self.prepared = PreparedStep((PreparedPhase(0, size.rows, groups),), self._writer)
 
     def fill(self, view: RankView) -> PreparedStep:
         """`prepared`, now for this step; or another of the same shapes if the runs are too scattered for the buffers.
@@ -51,15 +51,15 @@ class RefillableStep:
         Which of the two may differ between ranks.
         """
         self._writer.refill(view.writes)
-        wanted = [self._runs_of(reach) for reach in view.classes[0].kinds]
+        wanted = [self._runs_of(reach) for reach in view.phases[0].groups]
         filled = [
             refillable.fill(runs)
-            for of_kind, wanted_of_kind in zip(self._runs, wanted, strict=True)
-            for refillable, runs in zip(of_kind, wanted_of_kind, strict=True)
+            for of_group, wanted_of_kind in zip(self._runs, wanted, strict=True)
+            for refillable, runs in zip(of_group, wanted_of_kind, strict=True)
         ]
         if all(filled):
             return self.prepared
-        padded = ClassView(0, self._size.rows, (), tuple(self._reach(of_kind) for of_kind in wanted))
+        padded = PhaseView(0, self._size.rows, (), tuple(self._reach(of_group) for of_group in wanted))
         return PreparedStep((self._preparer.rows(padded),), self._writer)
 
     def _runs_of(self, reach: Reach) -> list[Sequence[QueryRun]]:

@@ -16,11 +16,11 @@ from longspan.attention.attend import Attention
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.calibrate import Calibration, combine
 from longspan.attention.cost import CostModel
-from longspan.attention.facts import GroupShape
-from longspan.attention.forms import Heads, Kernels
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import SCHEDULES, ContextGroup
+from longspan.attention.variants import AttentionOps, Heads
+from longspan.attention.workload import GroupShape
 from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.bench.situation import LaidOut, Situation, estimates, lay_out
 from longspan.cache.layout import KVLayout
@@ -181,12 +181,12 @@ class MeasureCells:
         group = make_group(first.grid.context_group(rank))
         everyone = make_group(tuple(range(first.grid.world_size)))
         shape = first.model(CostConstants()).shape
-        kernels = _kernels(first, rank)
+        ops = _ops(first, rank)
         grid = first.grid
         context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), WORKSPACE_TOKENS)
         place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-        constants = Calibration(kernels, context, place, shape, SCHEDULES, torch.float32).measure()
-        spans = tuple(_measure(cell, rank, kernels, group, everyone, traffic, self.iterations) for cell in self.cells)
+        constants = Calibration(ops, context, place, shape, SCHEDULES, torch.float32).measure()
+        spans = tuple(_measure(cell, rank, ops, group, everyone, traffic, self.iterations) for cell in self.cells)
         return _Measured(constants, spans)
 
 
@@ -232,18 +232,24 @@ def _elapsed(ranks: Sequence[list[tuple[float, float]]]) -> float:
     return float(median(max(end for _, end in r) - min(start for start, _ in r) for r in repetitions))
 
 
-def _kernels(cell: Cell, rank: int) -> Kernels:
+def _ops(cell: Cell, rank: int) -> AttentionOps:
     model, shape = cell.heads.model, cell.model(CostConstants()).shape
     heads = Heads.of(cell.sharding(rank))
-    return Kernels(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, shape.expansion)
+    return AttentionOps(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, shape.expansion)
 
 
 def _measure(
-    cell: Cell, rank: int, kernels: Kernels, group: Collectives, everyone: Collectives, traffic: Traffic, count: int
+    cell: Cell,
+    rank: int,
+    ops: AttentionOps,
+    group: Collectives,
+    everyone: Collectives,
+    traffic: Traffic,
+    count: int,
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, int]]:
     laid_out = lay_out(cell.situation, cell.model(CostConstants()))
     layer = cell.heads.layer(cell.q_heads(rank))
-    run, q, k, v = _prepare(cell, rank, kernels, group, laid_out)
+    run, q, k, v = _prepare(cell, rank, ops, group, laid_out)
     spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in _MEASURED}
     sent: dict[str, int] = {}
     for _ in range(count + 1):  # the first is not counted
@@ -259,7 +265,7 @@ def _measure(
 
 
 def _prepare(
-    cell: Cell, rank: int, kernels: Kernels, group: Collectives, laid_out: LaidOut
+    cell: Cell, rank: int, ops: AttentionOps, group: Collectives, laid_out: LaidOut
 ) -> tuple[dict[str, Attention], Tensor, Tensor, Tensor]:
     """An `Attention` for every schedule over one pool, and this rank's rows."""
     grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]
@@ -272,7 +278,7 @@ def _prepare(
     rows = 0
     for schedule in _MEASURED:
         view = rank_view(laid_out.under(schedule), laid_out.mirror.requests, place, (None,), _MOVES)
-        attentions[schedule] = Attention(pool, kernels, context, (None,))
+        attentions[schedule] = Attention(pool, ops, context, (None,))
         attentions[schedule].begin(attentions[schedule].preparer.step(view))
         rows = len(view.positions)
     q = torch.randn(rows, cell.q_heads(rank), heads.query_dim)

@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 from longspan.attention.cost import CostModel, ScheduleChooser
-from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.attention.schedules import SCHEDULES
+from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import ParallelConfig, SchedulerConfig

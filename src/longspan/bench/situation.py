@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
-from longspan.attention.facts import ClassFacts
+from longspan.attention.workload import PhaseWorkload
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import root_key
 from longspan.config import SchedulerConfig
@@ -40,12 +40,12 @@ class _Recorder(ScheduleChooser):
     """Keeps what it was asked about."""
 
     @property
-    def asked(self) -> list[ClassFacts]:
+    def asked(self) -> list[PhaseWorkload]:
         """In the order of the questions."""
-        found: list[ClassFacts] = self.__dict__.setdefault("_asked", [])
+        found: list[PhaseWorkload] = self.__dict__.setdefault("_asked", [])
         return found
 
-    def choose(self, facts: ClassFacts) -> str:
+    def choose(self, facts: PhaseWorkload) -> str:
         self.asked.append(facts)
         return super().choose(facts)
 
@@ -56,7 +56,7 @@ class LaidOut:
 
     plan: StepPlan
     mirror: Mirror
-    facts: tuple[ClassFacts, ...]
+    facts: tuple[PhaseWorkload, ...]
 
     def under(self, schedule: str) -> StepPlan:
         """The same plan with another schedule for all that travels."""

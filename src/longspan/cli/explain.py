@@ -48,14 +48,14 @@ def explain(
         from longspan.bench.constants import measure_constants
 
         constants = measure_constants(setup)
-    situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.kinds)
+    situation = Situation(setup.grid, new, cached, config.cache.page_size, setup.model.layer_groups)
     tables = estimates(situation, setup.cost_model(constants))
     if as_json:
         report = {
             "constants": asdict(constants),
             "kinds": [
                 {"window": window, "schedules": [_as_json(e) for e in found]}
-                for window, found in zip(setup.model.kinds, tables, strict=True)
+                for window, found in zip(setup.model.layer_groups, tables, strict=True)
             ],
         }
         print(json.dumps(report))
@@ -63,7 +63,7 @@ def explain(
     console = Console()
     console.print(constants_line(constants), highlight=False, soft_wrap=True)
     forced = config.scheduler.schedule
-    for window, found in zip(setup.model.kinds, tables, strict=True):
+    for window, found in zip(setup.model.layer_groups, tables, strict=True):
         layers = sum(setup.model.window(layer) == window for layer in range(setup.model.num_layers))
         kind = "" if window is None else f", window of {window}"
         title = f"{new:,} new tokens, {cached:,} cached: one layer of {layers}{kind}"

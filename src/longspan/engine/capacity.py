@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from longspan.attention.facts import AttentionShape, ExpansionCost
+from longspan.attention.workload import AttentionShape, ExpansionCost
 from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError

@@ -14,8 +14,8 @@ import torch
 from longspan.attention.backends.base import BackendShape
 from longspan.attention.backends.choice import Choice, choose_backend
 from longspan.attention.cost import CostModel
-from longspan.attention.facts import AttentionShape, GroupShape
 from longspan.attention.schedules import Schedule
+from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout

@@ -119,7 +119,7 @@ class ModelConfig:
         return self.windows[layer] if self.windows else None
 
     @property
-    def kinds(self) -> tuple[int | None, ...]:
+    def layer_groups(self) -> tuple[int | None, ...]:
         """The windows there are, widest first."""
         found = {self.window(layer) for layer in range(self.num_layers)}
         return tuple(sorted(found, key=lambda window: -(window or self.max_position_embeddings + 1)))

@@ -59,7 +59,7 @@ class Fetch:
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    Some rank of the group lacks a page the segment attends to in the first `travels` of the model's kinds of layers,
+    Some rank of the group lacks a page the segment attends to in the first `travels` of the model's layer groups,
     which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
     """
 
@@ -69,7 +69,7 @@ class Segment:
     # those that the scheduler knows: all, unless the last one is pending
     token_ids: tuple[int, ...]
     pcp: int
-    # its class: prefill or decode
+    # its phase: prefill or decode
     prefill: bool
     travels: int
     # how many of its last rows give a token: none, one, or more to verify drafts
@@ -114,7 +114,7 @@ class StepPlan:
     """One step of the engine, the same on every rank. Applied in the order of its fields.
 
     Copies between the device and other tiers come first. Without segments there is nothing to compute. Schedules are
-    one for each kind of layer.
+    one for each layer group.
     """
 
     step: int

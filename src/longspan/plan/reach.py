@@ -1,4 +1,4 @@
-"""What a rank's rows see off the diagonal: which slots of which shard, in layers of one kind (idea 4).
+"""What a rank's rows see off the diagonal: which slots of which shard, in layers of one group (idea 4).
 
 It owns the translation from segments and page tables to runs of rows and slots; plain integers, it must
 not touch tensors or communicate.
@@ -24,14 +24,14 @@ _WINDOW_ROWS = 256  # rows under a window that share a run: it bounds their mask
 class QueryRun:
     """Query rows [row, row + length) of one segment and the slots they attend to.
 
-    Without `lows` every row sees all of them. Under a window that ends inside, row i sees those from number
-    `lows[i]` on, counted over the spans.
+    Without `window_starts` every row sees all of them. Under a window that ends inside, row i sees those from number
+    `window_starts[i]` on, counted over the spans.
     """
 
     row: int
     length: int
     spans: tuple[Span, ...]
-    lows: tuple[int, ...] | None = None
+    window_starts: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,14 +63,14 @@ class KeyRun:
     row: int
     length: int
     span: Span
-    lows: tuple[int, ...] | None = None
+    window_starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What rows of one class attend to off the diagonal in layers of one kind.
+    """What rows of one phase attend to off the diagonal in layers of one group.
 
-    Rows from `travel` on (counted in the class) travel, or what they see does. `own` are the others, whose pages all
+    Rows from `travel` on (counted in the phase) travel, or what they see does. `own` are the others, whose pages all
     lie here. `blocks` (queries travel) and `shares`, `key_runs` (keys travel) describe the travelling segments, whose
     rows count from `travel`.
     """
@@ -98,18 +98,18 @@ class Place:
 
 
 class _Sight(NamedTuple):
-    """Rows [row, row + length) of a segment see tokens [first, first + tokens) of a shard's, or less by `lows`."""
+    """Rows [row, row + length) of a segment see tokens [first, first + tokens) of a shard, less by `window_starts`."""
 
     row: int
     length: int
     first: int
     tokens: int
-    lows: tuple[int, ...] | None
+    window_starts: tuple[int, ...] | None
 
 
 def reach(
     schedule: str,
-    kind: int,
+    group: int,
     window: int | None,
     members: Sequence[Segment],
     mine: Sequence[Segment],
@@ -117,12 +117,14 @@ def reach(
     place: Place,
     moves: Moves | None,
 ) -> Reach:
-    """What the segments `mine` of one class see in layers of `kind`; `members` are the class's on all ranks.
+    """What the segments `mine` of one phase see in layers of `group`; `members` are the phase's on all ranks.
 
     `moves` is what travels under `schedule`.
     """
-    local = [segment for segment in mine if segment.travels <= kind]
-    moving = sorted((s for s in members if s.travels > kind), key=lambda s: s.travels)  # the order of their ranks' rows
+    local = [segment for segment in mine if segment.travels <= group]
+    moving = sorted(
+        (s for s in members if s.travels > group), key=lambda s: s.travels
+    )  # the order of their ranks' rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
     keys_travel = moves == "keys"
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())
@@ -148,9 +150,9 @@ def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) 
         return
     for row in range(0, segment.length, _WINDOW_ROWS):
         positions = range(segment.start + row, min(segment.start + row + _WINDOW_ROWS, segment.stop))
-        lows = [table.visible(shard, window_start(position, window)) for position in positions]
-        first = lows[0]
-        seeing = tuple(low - first for low in lows if low < until)
+        window_starts = [table.visible(shard, window_start(position, window)) for position in positions]
+        first = window_starts[0]
+        seeing = tuple(low - first for low in window_starts if low < until)
         if not seeing:
             return
         yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)
@@ -167,7 +169,7 @@ def _runs(
             spans = table.spans(shard, segment.unmasked_until)
             if sight.first:
                 spans = tuple(clip_spans(spans, sight.first, sight.first + sight.tokens))
-            runs.append(QueryRun(row + sight.row, sight.length, spans, sight.lows))
+            runs.append(QueryRun(row + sight.row, sight.length, spans, sight.window_starts))
         row += segment.length
     return tuple(runs)
 
@@ -208,6 +210,6 @@ def _keys(
         for segment in mine:
             for sight in _sights(segment, requests[segment.request_id].table, shard, window):
                 seen = Span(offset[key(segment)] + sight.first, sight.tokens)
-                runs.append(KeyRun(shard, row + sight.row, sight.length, seen, sight.lows))
+                runs.append(KeyRun(shard, row + sight.row, sight.length, seen, sight.window_starts))
             row += segment.length
     return tuple(shares), tuple(runs)

@@ -15,17 +15,17 @@ from longspan.plan.reach import Moves, Place, Reach, reach
 
 
 @dataclass(frozen=True)
-class ClassView:
-    """The rows of one class (decode or prefill) on this rank: [start, stop).
+class PhaseView:
+    """The rows of one phase (decode or prefill) on this rank: [start, stop).
 
-    `diagonal` are the (row, length) of segments longer than one token, counted from `start`; `kinds` has one `Reach`
-    for each kind of layer.
+    `diagonal` are the (row, length) of segments longer than one token, counted from `start`; `groups` has one `Reach`
+    for each layer group.
     """
 
     start: int
     stop: int
     diagonal: tuple[tuple[int, int], ...]
-    kinds: tuple[Reach, ...]
+    groups: tuple[Reach, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RankView:
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     writes: tuple[WriteRun, ...]
-    classes: tuple[ClassView, ...]
+    phases: tuple[PhaseView, ...]
     samples: tuple[SampleRequest, ...]
     scored: tuple[ScoredRows, ...]
     pending: tuple[tuple[int, str], ...] = ()
@@ -79,21 +79,21 @@ def rank_view(
     windows: Sequence[int | None],
     moves: Mapping[str, Moves | None],
 ) -> RankView:
-    """One rank's share; `windows` are the model's kinds of layers, widest first, `moves` what travels by schedule."""
+    """One rank's share; `windows` are the model's layer groups, widest first, `moves` what travels by schedule."""
     ordered: list[Segment] = []
-    classes: list[ClassView] = []
+    phases: list[PhaseView] = []
     row = 0
     for prefill, schedules in ((False, plan.decode_schedules), (True, plan.prefill_schedules)):
         members = [segment for segment in plan.segments if segment.prefill == prefill]
         if not members:
             continue
         mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.travels)
-        kinds = [
-            reach(schedule, kind, window, members, mine, requests, place, moves[schedule])
-            for kind, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
+        groups = [
+            reach(schedule, group, window, members, mine, requests, place, moves[schedule])
+            for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        classes.append(ClassView(row, stop, _diagonal(mine), tuple(kinds)))
+        phases.append(PhaseView(row, stop, _diagonal(mine), tuple(groups)))
         ordered += mine
         row = stop
     token_ids: list[int] = []
@@ -118,7 +118,7 @@ def rank_view(
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
-        tuple(token_ids), tuple(positions), tuple(writes), tuple(classes), tuple(samples), tuple(scored),
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored),
         tuple(pending),
     )  # fmt: skip
 

@@ -9,17 +9,17 @@ import math
 from copy import copy
 from dataclasses import dataclass, replace
 
-from longspan.attention.facts import AttentionShape
+from longspan.attention.workload import AttentionShape
 from longspan.engine.capacity import RankMemory, attention_shape
 from longspan.planner.hardware import Hardware
 
 
 @dataclass(frozen=True)
 class Deployment(RankMemory):
-    """See `RankMemory`; `partial_element_bytes` is the size in which results of attention travel."""
+    """See `RankMemory`; `state_element_bytes` is the size in which results of attention travel."""
 
     hardware: Hardware
-    partial_element_bytes: int = 4
+    state_element_bytes: int = 4
 
     def on(self, machine: Hardware) -> Deployment:
         """The same on another machine; what has been worked out so far depends on none."""
@@ -36,4 +36,4 @@ class Deployment(RankMemory):
     def attention_shape(self) -> AttentionShape:
         """The engine's own, but for the size in which results travel."""
         shape = attention_shape(self.grid, self.model, self.layout, int(self.weights.embedding))
-        return replace(shape, partial_element_bytes=self.partial_element_bytes)
+        return replace(shape, state_element_bytes=self.state_element_bytes)

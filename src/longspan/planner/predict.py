@@ -77,7 +77,7 @@ def deployment(row: Row, assumed: Assumed, machine: Hardware | None = None) -> D
         memory_fraction=assumed.memory_fraction, gpus_per_node=assumed.gpus_per_node,
         max_num_batched_tokens=assumed.max_num_batched_tokens or (8192 if large else 2048),
         max_num_seqs=1024 if large else 256,
-        travelling_tokens=_UNBOUNDED, partial_element_bytes=assumed.kv_element_bytes,
+        travelling_tokens=_UNBOUNDED, state_element_bytes=assumed.kv_element_bytes,
     )  # fmt: skip
 
 

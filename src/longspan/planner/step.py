@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from longspan.attention.cost import CostModel, LayerTime, Priced, ScheduleChooser, StepTotals
-from longspan.attention.facts import ClassTotals, GroupShape, Load
 from longspan.attention.schedules import SCHEDULES
+from longspan.attention.workload import GroupShape, Load, WorkloadTotals
 from longspan.planner.deployment import Deployment
 from longspan.planner.linear import LinearTime, Seconds
 
@@ -64,7 +64,8 @@ class StepModel:
         self._per_segment = deployment.hardware.calls_per_segment
         model = deployment.model
         self._kinds = [
-            (kind, sum(model.window(layer) == kind for layer in range(model.num_layers))) for kind in model.kinds
+            (window, sum(model.window(layer) == window for layer in range(model.num_layers)))
+            for window in model.layer_groups
         ]
 
     def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
@@ -104,7 +105,7 @@ class StepModel:
         return self._around[key]
 
     def _attention(self, chunks: Sequence[Chunk], window: int | None, schedule: str) -> tuple[LayerTime, bool, bool]:
-        """One layer of a kind, whether nothing travels, and whether reading takes most of its computing."""
+        """One layer of a group, whether nothing travels, and whether reading takes most of its computing."""
         totals = self._totals(chunks, window)
         step = StepTotals(self.model, totals)
         found: Priced
@@ -117,7 +118,7 @@ class StepModel:
         reading = max([load.reads for load in loads]) * self.model.shape.kv_bytes * self.model.constants.read_s
         return taken, found.moves is None, 2 * reading > taken.compute
 
-    def _totals(self, chunks: Sequence[Chunk], window: int | None) -> ClassTotals:
+    def _totals(self, chunks: Sequence[Chunk], window: int | None) -> WorkloadTotals:
         """What the cost model counts. A chunk's causal half is taken off all shards alike."""
         members = self.model.group.members
         rows = _sums("rows_by_pcp", chunks)
@@ -134,7 +135,7 @@ class StepModel:
             Load((count if self._per_segment else min(count, 1)) * members, int(reads), int(pairs))
             for count, reads, pairs in by_pcp
         ]
-        return ClassTotals(rows, needed, tuple(by_shard), tuple(at_pcp))
+        return WorkloadTotals(rows, needed, tuple(by_shard), tuple(at_pcp))
 
     def _general(
         self, chunks: Sequence[Chunk], window: int | None, places: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longspan.attention.cost import ScheduleChooser
-from longspan.attention.facts import ClassFacts
+from longspan.attention.workload import PhaseWorkload
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
@@ -40,7 +40,7 @@ class StepBuilder:
         self._new_pages: dict[str, list[PageRef]] = {}
         self.fetches: list[Fetch] = []
         self._windows = windows
-        self._facts = {prefill: [ClassFacts(grid.pcp) for _ in windows] for prefill in (False, True)}
+        self._facts = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
 
     def admit(self, sequence: SequenceState) -> None:
         """A waiting request joins; a short one gets a home shard."""
@@ -109,7 +109,7 @@ class StepBuilder:
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
 
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
-        """The finished plan, with what travels chosen for each class and kind of layer."""
+        """The finished plan, with what travels chosen for each phase and layer group."""
         saves, loads = self._cache.take_copies()
         return StepPlan(
             step=step,

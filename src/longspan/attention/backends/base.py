@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -74,10 +74,10 @@ class Writer(Protocol):
 class PreparedRuns(Protocol):
     """Runs of rows against cached rows (the off-diagonal), ready for every layer of a step."""
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """Each run's rows of q [T, Hq, D] against its spans of `kv`: out [T, Hq, D], or as wide as a row's values.
 
-        Rows of no run give the identity, and so do rows whose `lows` leave them nothing.
+        Rows of no run give the identity, and so do rows whose `window_starts` leave them nothing.
         """
         ...
 
@@ -85,7 +85,9 @@ class PreparedRuns(Protocol):
 class PreparedDiagonal(Protocol):
     """New tokens against themselves, ready for every layer of a step."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal: out [T, Hq, Dv].
 
         Without v the rows of k are keys and values, as in a cache of one plane, and a result is as wide as that of
@@ -111,12 +113,12 @@ class Backend(ABC):
         """Of a step with `rows` rows; rows that no run names are not written."""
 
     @abstractmethod
-    def merge(self, parts: Sequence[Partial]) -> Partial:
-        """`partial.merge`, the same to rounding."""
+    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
+        """`state.merge`, the same to rounding."""
 
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> Partial:
+    ) -> AttentionState:
         """`PreparedRuns.attend` of runs that are used once."""
         return self.prepare(runs, len(q)).attend(q, kv, blocks, scale)
 
@@ -128,7 +130,7 @@ class Backend(ABC):
         blocks: Sequence[HeadBlock],
         scale: float,
         window: int | None = None,
-    ) -> Partial:
+    ) -> AttentionState:
         """`PreparedDiagonal.attend` of a segment that is attended once."""
         return self.prepare_diagonal(len(q), window).attend(q, k, v, blocks, scale)
 

@@ -30,7 +30,7 @@ class Batch:
 
 def batches(runs: Sequence[QueryRun]) -> tuple[tuple[Batch, ...], tuple[QueryRun, ...]]:
     """Runs that are worth a batch, and the others."""
-    short = [run for run in runs if run.length == 1 and run.lows is None and 0 < run.tokens <= _MAX_TOKENS]
+    short = [run for run in runs if run.length == 1 and run.window_starts is None and 0 < run.tokens <= _MAX_TOKENS]
     short.sort(key=lambda run: -run.tokens)
     groups: list[list[QueryRun]] = []
     for run in short:

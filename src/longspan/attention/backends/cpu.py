@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from longspan.attention.backends.base import AttentionBackend
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial, concatenate, merge
 from longspan.attention.rows import CacheRows, unit_stride
+from longspan.attention.state import AttentionState, concatenate, merge
 from longspan.cache.pages import clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
@@ -49,12 +49,12 @@ class _Runs:
     def _batched(self) -> tuple[Sequence[Batch], Sequence[QueryRun]]:
         return batches(self._runs)
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         runs = self._runs
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         together, alone = self._batched if kv.is_whole else ((), runs)
         for batch in together:
             part = _join_heads([_batch_block(q[batch.rows], batch, kv, block, scale) for block in blocks])
@@ -72,12 +72,14 @@ class _Runs:
 class _Diagonal:
     window: int | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         v, window = k if v is None else v, self.window
         if window is None or q.shape[0] <= window:
             return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
-        parts: list[Partial] = []
+        parts: list[AttentionState] = []
         for start in range(0, q.shape[0], _BAND_ROWS):
             stop = min(start + _BAND_ROWS, q.shape[0])
             first = max(0, start + 1 - window)
@@ -87,13 +89,13 @@ class _Diagonal:
         return concatenate(parts)
 
 
-def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
     spans = run.spans
-    if run.lows is not None:
+    if run.window_starts is not None:
         within = kv.take(spans).read(q.dtype)
-        seen = torch.arange(run.tokens) >= torch.tensor(run.lows)[:, None]
+        seen = torch.arange(run.tokens) >= torch.tensor(run.window_starts)[:, None]
         part = _join_heads([_dense_block(q, within, block, scale, _additive(seen, q)) for block in blocks])
-        return Partial.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
+        return AttentionState.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
     if kv.scales is not None:
         cut = range(0, run.tokens, _READ_TOKENS)
         views = [kv.take(clip_spans(spans, at, at + _READ_TOKENS)).read(q.dtype) for at in cut]
@@ -104,7 +106,7 @@ def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], s
     return merge([_join_heads([_dense_block(q, view, block, scale) for block in blocks]) for view in views])
 
 
-def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Tensor | None = None) -> Partial:
+def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Tensor | None = None) -> AttentionState:
     """Pack the query heads of a KV head as rows of one head: q [T, H, D] → [1, Hkv, T·group, D]."""
     tokens, _, dim = q.shape
     heads = block.q_stop - block.q_start
@@ -117,13 +119,13 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
         mask = mask.repeat_interleave(block.group, dim=0)
     out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
     if tokens == 1:  # nothing to put back in order: a decode step has many of these
-        return Partial(out.reshape(1, heads, dim).to(lse.dtype), lse.reshape(1, heads))
+        return AttentionState(out.reshape(1, heads, dim).to(lse.dtype), lse.reshape(1, heads))
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
-    return Partial(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
+    return AttentionState(out.reshape(tokens, heads, dim).to(lse.dtype), lse.reshape(tokens, heads))
 
 
-def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale: float) -> Partial:
+def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale: float) -> AttentionState:
     """Lone queries [B, H, D], each over its own slots of the pool."""
     count, _, dim = q.shape
     heads, (planes_held, kv_heads, slots, _) = block.q_stop - block.q_start, kv.values.shape
@@ -135,17 +137,17 @@ def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale
     packed = q[:, block.q_start : block.q_stop].reshape(count, block.kv_heads, block.group, dim)
     mask = _additive(batch.seen, q)[:, None, None].expand(count, block.kv_heads, block.group, -1)
     out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
-    return Partial(out.reshape(count, heads, dim).to(lse.dtype), lse.reshape(count, heads))
+    return AttentionState(out.reshape(count, heads, dim).to(lse.dtype), lse.reshape(count, heads))
 
 
 def _causal_block(
     q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float, band: Tensor | None = None
-) -> Partial:
+) -> AttentionState:
     queries = unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
     keys = unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     values = unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     out, lse = _FLASH(queries, keys, values, is_causal=band is None, attn_mask=band, scale=scale)
-    return Partial(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1)).columns(v.shape[-1])
+    return AttentionState(out[0].transpose(0, 1).to(lse.dtype), lse[0].transpose(0, 1)).columns(v.shape[-1])
 
 
 def _band(rows: int, keys: int, offset: int, window: int, like: Tensor) -> Tensor:
@@ -164,10 +166,10 @@ def _as_wide(v: Tensor, width: int) -> Tensor:
     return v if v.shape[-1] == width else F.pad(v, (0, width - v.shape[-1]))
 
 
-def _join_heads(parts: Sequence[Partial]) -> Partial:
+def _join_heads(parts: Sequence[AttentionState]) -> AttentionState:
     if len(parts) == 1:
         return parts[0]
-    return Partial(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))
+    return AttentionState(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))
 
 
 BACKEND = AttentionBackend(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longspan.attention.backends.base import AttentionBackend
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial, merge
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState, merge
 from longspan.cache.pages import clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
@@ -45,19 +45,19 @@ class _Runs:
     runs: tuple[QueryRun, ...]
     max_scores: int
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         for run in self.runs:
-            lows = None if run.lows is None else torch.tensor(run.lows, device=q.device)
+            window_starts = None if run.window_starts is None else torch.tensor(run.window_starts, device=q.device)
             for rows in _cut(run.row, run.row + run.length, _ROWS):
-                parts = [Partial(whole.out[rows], whole.lse[rows])]
+                parts = [AttentionState(whole.out[rows], whole.lse[rows])]
                 for at in _cut(0, run.tokens, _keys_at_once(q[rows], self.max_scores)):
                     within = kv.take(clip_spans(run.spans, at.start, at.stop)).read(q.dtype)
                     seen = None
-                    if lows is not None:
+                    if window_starts is not None:
                         numbers = torch.arange(at.start, at.stop, device=q.device)
-                        seen = numbers >= lows[rows.start - run.row : rows.stop - run.row, None]
+                        seen = numbers >= window_starts[rows.start - run.row : rows.stop - run.row, None]
                     parts = [merge([*parts, _attend(q[rows], within[0], within[-1], blocks, scale, seen)])]
                 whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
         return whole
@@ -68,15 +68,17 @@ class _Diagonal:
     window: int | None
     max_scores: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         v, window = k if v is None else v, self.window
-        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
         keys, values = k.transpose(0, 1), v.transpose(0, 1)
         numbers = torch.arange(q.shape[0], device=q.device)
         for rows in _cut(0, q.shape[0], _ROWS):
             first = 0 if window is None else max(0, rows.start + 1 - window)
-            parts: list[Partial] = []
+            parts: list[AttentionState] = []
             for at in _cut(first, rows.stop, _keys_at_once(q[rows], self.max_scores)):
                 back = numbers[rows, None] - numbers[at]
                 seen = back >= 0 if window is None else (back >= 0) & (back < window)
@@ -97,9 +99,9 @@ def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
 
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[HeadBlock], scale: float, seen: Tensor | None
-) -> Partial:
+) -> AttentionState:
     """q [T, H, D] against keys, values [Hkv, L, D]; `seen` [T, L]. The query heads of a KV head are packed as rows."""
-    part = Partial.empty(q.shape[0], q.shape[1], values.shape[-1], q)
+    part = AttentionState.empty(q.shape[0], q.shape[1], values.shape[-1], q)
     wide = part.out.dtype
     for block in blocks:
         heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)

@@ -24,8 +24,8 @@ from longspan.attention.backends.base import (
 )
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
@@ -46,7 +46,7 @@ class FlashAttnBackend(PlainBackend):
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
-        masked = [run for run in runs if run.lows is not None]
+        masked = [run for run in runs if run.window_starts is not None]
         return _Runs(self._library, runs, self._plain.prepare(runs, rows), self._plain.prepare(masked, rows))
 
     def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
@@ -62,13 +62,13 @@ class _Runs:
     plain: PreparedRuns
     masked: PreparedRuns
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         if not _fits(q) or kv.scales is not None:
             return self.plain.attend(q, kv, blocks, scale)
         whole = self.masked.attend(q, kv, blocks, scale)
         for run in self.runs:
-            if run.lows is not None or not run.tokens:
+            if run.window_starts is not None or not run.tokens:
                 continue
             rows = slice(run.row, run.row + run.length)
             within = kv.take(run.spans).values.transpose(1, 2)
@@ -83,7 +83,9 @@ class _Diagonal:
     window: int | None
     plain: PreparedDiagonal
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         v = k if v is None else v
         if not _fits(q):
@@ -94,15 +96,15 @@ class _Diagonal:
         return part.columns(v.shape[-1])
 
 
-def _call(library: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], **options: Any) -> Partial:
+def _call(library: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], **options: Any) -> AttentionState:
     """q, k, v [T, H, D] of one sequence; the library returns lse [1, H, T]."""
-    part = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+    part = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
     for block in blocks:
         heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
         out, lse, _ = library.flash_attn_func(
             q[None, :, heads], k[None, :, held], v[None, :, held], return_attn_probs=True, **options
         )
-        found = Partial.normalised(out[0].float(), lse[0].transpose(0, 1))
+        found = AttentionState.normalised(out[0].float(), lse[0].transpose(0, 1))
         part.out[:, heads], part.lse[:, heads] = found.out, found.lse
     return part
 

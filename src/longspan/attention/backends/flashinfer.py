@@ -25,8 +25,8 @@ from longspan.attention.backends.base import (
 )
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.cache.pages import Span, clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
@@ -69,12 +69,12 @@ class _Runs:
     def _table(self) -> _Table:
         return _table(self._runs, self._workspace.device)
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         latent = len(kv.values) == 1 and kv.width == _LATENT + _ROPE
         if kv.scales is not None or q.element_size() != 2 or not (latent or _is_plain(kv)):
             return self._plain.attend(q, kv, blocks, scale)
-        whole, table = Partial.empty(q.shape[0], q.shape[1], _LATENT if latent else kv.width, q), self._table
+        whole, table = AttentionState.empty(q.shape[0], q.shape[1], _LATENT if latent else kv.width, q), self._table
         if not len(table.rows):
             return whole
         for block in blocks:
@@ -123,12 +123,14 @@ class _Diagonal:
     window: int | None
     plain: PreparedDiagonal
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         v = k if v is None else v
         if q.element_size() != 2 or q.shape[-1] not in _DIMS or v.shape[-1] != q.shape[-1]:
             return self.plain.attend(q, k, v, blocks, scale)
-        whole = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
         left = -1 if self.window is None else self.window - 1
         for block in blocks:
             heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
@@ -172,10 +174,10 @@ def _table(runs: Sequence[QueryRun], device: torch.device) -> _Table:
 
 def _without_mask(run: QueryRun) -> Iterator[QueryRun]:
     """Rows under a window become runs of one row: page tables can say what a mask would."""
-    if run.lows is None:
+    if run.window_starts is None:
         yield run
         return
-    for number, low in enumerate(run.lows):
+    for number, low in enumerate(run.window_starts):
         spans: tuple[Span, ...] = tuple(clip_spans(run.spans, low, run.tokens))
         yield QueryRun(run.row + number, 1, spans)
 
@@ -188,9 +190,9 @@ def _is_plain(kv: CacheRows) -> bool:
     return len(kv.values) == 2 and kv.width in _DIMS
 
 
-def _natural(out: Tensor, lse: Tensor) -> Partial:
+def _natural(out: Tensor, lse: Tensor) -> AttentionState:
     """The library's logarithms are to base 2."""
-    return Partial.normalised(out.float(), lse.float() * math.log(2))
+    return AttentionState.normalised(out.float(), lse.float() * math.log(2))
 
 
 def _supports(shape: BackendShape) -> str | None:

@@ -1,4 +1,4 @@
-"""What backends of plain tensor operations have in common: writing slots and merging partials.
+"""What backends of plain tensor operations have in common: writing slots and merging states.
 
 It owns these two; how queries meet keys is each backend's own.
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from longspan.attention.backends.base import Backend
-from longspan.attention.partial import Partial, merge
 from longspan.attention.pool import SlotWriter
+from longspan.attention.state import AttentionState, merge
 from longspan.plan.view import WriteRun
 
 
@@ -25,6 +25,6 @@ class PlainBackend(Backend):
         """See `Backend.writer`."""
         return SlotWriter(writes, rows, self._device)
 
-    def merge(self, parts: Sequence[Partial]) -> Partial:
+    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
         """See `Backend.merge`."""
         return merge(parts)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.plain import PlainBackend
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
@@ -34,15 +34,15 @@ class ReferenceBackend(PlainBackend):
 class _Runs:
     runs: tuple[QueryRun, ...]
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
-        whole = Partial.empty(q.shape[0], q.shape[1], kv.width, q)
+        whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         values = kv.read(q.dtype)
         for run in self.runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
-            lows = torch.tensor(run.lows or (0,) * run.length)
-            mask = torch.arange(len(slots)) >= lows[:, None]
+            window_starts = torch.tensor(run.window_starts or (0,) * run.length)
+            mask = torch.arange(len(slots)) >= window_starts[:, None]
             part = _attend(q[rows], values[0][:, slots], values[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
@@ -52,7 +52,9 @@ class _Runs:
 class _Diagonal:
     window: int | None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         v = k if v is None else v
         mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
@@ -61,8 +63,8 @@ class _Diagonal:
         return _attend(q, k.transpose(0, 1), v.transpose(0, 1), blocks, scale, mask)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor) -> Partial:
-    part = Partial.empty(q.shape[0], q.shape[1], v.shape[-1], q)
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor) -> AttentionState:
+    part = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
     for block in blocks:
         for head in range(block.q_start, block.q_stop):
             kv_head = block.kv_start + (head - block.q_start) // block.group

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.forms import Form
-from longspan.attention.partial import Partial
 from longspan.attention.prepared import PreparedReach
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
+from longspan.attention.variants import AttentionVariant
 from longspan.parallel.collectives import Collectives
 from longspan.plan.reach import Moves, Reach
 
@@ -35,7 +35,7 @@ class ContextGroup:
 
 @dataclass(frozen=True)
 class Join:
-    """One layer's travelling queries of one class on one rank, and the pages stored here.
+    """One layer's travelling queries of one phase on one rank, and the pages stored here.
 
     q [T, Hq, D] are this rank's travelling rows, kv its pool.
     """
@@ -43,7 +43,7 @@ class Join:
     q: Tensor
     kv: CacheRows
     prepared: PreparedReach
-    form: Form
+    variant: AttentionVariant
     group: ContextGroup
 
     @property
@@ -60,16 +60,16 @@ class Join:
 
     @property
     def packed_dim(self) -> int:
-        """Width of a partial on its way: out and lse."""
-        return self.form.travelling_dim + 1
+        """Width of a state on its way: out and lse."""
+        return self.variant.travelling_dim + 1
 
     def nothing(self) -> list[Tensor]:
-        """Packed partials of no rows for every member."""
+        """Packed states of no rows for every member."""
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         return [self.q.new_empty(0, self.q.shape[1], self.packed_dim, dtype=dtype)] * self.group.collectives.size
 
     def visit(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """Every member's queries [T, Hq, D] against the pages stored here: packed partials [T, Hq, out | lse]."""
+        """Every member's queries [T, Hq, D] against the pages stored here: packed states [T, Hq, out | lse]."""
         heads, found = self.q.shape[1], self.nothing()
         blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, self.prepared.visiting, strict=True)
         for shards, rows, runs in blocks:
@@ -78,26 +78,26 @@ class Join:
                 continue
             held = [queries[shard] for shard in shards]
             together = held[0] if len(held) == 1 else torch.cat(held, dim=1)
-            packed = pack(self.form.visiting(together, runs, self.kv))
+            packed = pack(self.variant.visiting(together, runs, self.kv))
             for shard, piece in zip(shards, torch.split(packed, heads, dim=1), strict=True):
                 found[shard] = piece
         return found
 
-    def merged(self, packed: Sequence[Tensor]) -> Partial:
-        """This rank's rows, from partials over all that they see."""
+    def merged(self, packed: Sequence[Tensor]) -> AttentionState:
+        """This rank's rows, from states over all that they see."""
         if not len(self.q):
-            return Partial.empty(0, self.q.shape[1], self.form.value_dim, self.q)
-        return self.form.incoming(self.form.merge([unpack(part) for part in packed]))
+            return AttentionState.empty(0, self.q.shape[1], self.variant.value_dim, self.q)
+        return self.variant.incoming(self.variant.merge([unpack(part) for part in packed]))
 
 
-def pack(part: Partial) -> Tensor:
-    """[T, H, out | lse], so that a partial travels as one tensor."""
+def pack(part: AttentionState) -> Tensor:
+    """[T, H, out | lse], so that a state travels as one tensor."""
     return torch.cat([part.out, part.lse[..., None]], dim=-1)
 
 
-def unpack(packed: Tensor) -> Partial:
+def unpack(packed: Tensor) -> AttentionState:
     """The inverse of `pack`."""
-    return Partial(packed[..., :-1], packed[..., -1])
+    return AttentionState(packed[..., :-1], packed[..., -1])
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Schedule:
     name: str
     # what travels; None: nothing does
     moves: Moves | None
-    # partials [T, Hq, D] of this rank's travelling rows over all pages of the context group
-    run: Callable[[Join], Partial]
+    # states [T, Hq, D] of this rank's travelling rows over all pages of the context group
+    run: Callable[[Join], AttentionState]
     # that all members of a context group send for one layer
     bytes: Callable[[StepTotals], int]
     # that one layer takes

@@ -1,4 +1,4 @@
-"""Keys travel: the needed pages are gathered round by round into a bounded workspace; no partials return.
+"""Keys travel: the needed pages are gathered round by round into a bounded workspace; no states return.
 
 It owns the rounds, which follow from the plan alone, so every rank joins the same number of them.
 """
@@ -6,20 +6,20 @@ It owns the rounds, which follow from the plan alone, so every rank joins the sa
 from __future__ import annotations
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
+from longspan.attention.state import AttentionState
 from longspan.cache.pages import clip_spans
 
 _NAME = "gather_kv"
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     shares = join.reach.shares
     group = join.group
     span = max(1, group.workspace_tokens // len(shares))
     longest = max(share.tokens for share in shares)
-    parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
+    parts = [AttentionState.empty(join.q.shape[0], join.q.shape[1], join.variant.value_dim, join.q)]
     for start in range(0, longest, span):
         stop = start + span
         own = join.kv.take(clip_spans(shares[group.collectives.rank].spans, start, stop)).packed()
@@ -28,8 +28,8 @@ def run(join: Join) -> Partial:
         for shard, kv in enumerate(gathered):
             runs = join.prepared.in_round(shard, start, stop, len(join.q))
             if runs is not None:
-                parts.append(join.form.own(join.q, runs, join.kv.unpacked(kv)))
-        parts = [join.form.merge(parts)]
+                parts.append(join.variant.own(join.q, runs, join.kv.unpacked(kv)))
+        parts = [join.variant.merge(parts)]
     return parts[0]
 
 

@@ -1,4 +1,4 @@
-"""Queries travel (pass-Q): all-gather queries, attend own pages, all-to-all the partials, merge.
+"""Queries travel (pass-Q): all-gather queries, attend own pages, all-to-all the states, merge.
 
 Bytes do not depend on the length of the context. It owns this choreography and knows the group only
 through its collectives.
@@ -7,22 +7,22 @@ through its collectives.
 from __future__ import annotations
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
+from longspan.attention.state import AttentionState
 
 _NAME = "gather_q"
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows = join.group.collectives, join.rows
-    sends = join.visit(group.all_gather(join.form.outgoing(join.q), rows, _NAME))
+    sends = join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))
     shape = (len(join.q), join.q.shape[1], join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """Two collectives: queries out, partials back."""
+    """Two collectives: queries out, states back."""
     model, (arriving, returning, handled) = step.model, step.queries
     return LayerTime(
         fixed=step.fixed(_NAME, 2, step.query_calls),

@@ -1,7 +1,7 @@
-"""Queries travel, and partials are summed on their way back: all-gather lse, rescale, reduce-scatter.
+"""Queries travel, and states are summed on their way back: all-gather lse, rescale, reduce-scatter.
 
 The variant of `gather_q` for groups whose reduce-scatter is fast: every member learns every row's lse, weighs its
-own partials with it, and what is left is a sum. It owns this choreography.
+own states with it, and what is left is a sum. It owns this choreography.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule, unpack
+from longspan.attention.state import AttentionState
 
 _NAME = "gather_q_rs"
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
-    parts = [unpack(packed) for packed in join.visit(group.all_gather(join.form.outgoing(join.q), rows, _NAME))]
+    parts = [unpack(packed) for packed in join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))]
     mine = torch.cat([part.lse for part in parts])
     lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _NAME)).logsumexp(0)
     totals = torch.split(lse, [len(part.lse) for part in parts])
     sends = [_weighed(part, total) for part, total in zip(parts, totals, strict=True)]
-    shape = (len(join.q), heads, join.form.travelling_dim)
+    shape = (len(join.q), heads, join.variant.travelling_dim)
     returned = group.all_to_all(sends, [shape] * len(rows), _NAME)
     if not len(join.q):
-        return Partial.empty(0, heads, join.form.value_dim, join.q)
+        return AttentionState.empty(0, heads, join.variant.value_dim, join.q)
     own = totals[group.rank]
-    return join.form.incoming(Partial(torch.stack(returned).sum(0), own))
+    return join.variant.incoming(AttentionState(torch.stack(returned).sum(0), own))
 
 
-def _weighed(part: Partial, total: Tensor) -> Tensor:
+def _weighed(part: AttentionState, total: Tensor) -> Tensor:
     """out · exp(lse − total); what saw nothing is skipped, not multiplied."""
     weight = torch.exp(part.lse - total).nan_to_num_(0.0)[..., None]
     return torch.where(weight > 0, part.out, 0.0) * weight
@@ -42,7 +42,7 @@ def sent(step: StepTotals) -> int:
     """As `gather_q`, but only values come back, and every member learns every row's lse."""
     shape, group = step.model.shape, step.model.group
     rows = group.members_per_pcp * sum(step.totals.rows)
-    values = shape.partial_bytes - shape.lse_bytes
+    values = shape.state_bytes - shape.lse_bytes
     return (group.members - 1) * rows * (shape.query_bytes + values + group.members * shape.lse_bytes)
 
 

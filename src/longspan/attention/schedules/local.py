@@ -6,16 +6,16 @@ The plan marks such segments, so a step whose schedule is `local` has no travell
 from __future__ import annotations
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
+from longspan.attention.state import AttentionState
 from longspan.errors import EngineError
 
 
-def run(join: Join) -> Partial:
+def run(join: Join) -> AttentionState:
     """The identity for no rows."""
     if sum(join.reach.block_rows):
         raise EngineError(f"schedule=local with travelling rows {join.reach.block_rows}: the plan is wrong")
-    return Partial.empty(0, join.q.shape[1], join.form.value_dim, join.q)
+    return AttentionState.empty(0, join.q.shape[1], join.variant.value_dim, join.q)
 
 
 def seconds(step: StepTotals) -> LayerTime:

@@ -1,4 +1,4 @@
-"""Keys circulate (ring pass-KV): while one shard's block is attended, the next one arrives; no partials travel.
+"""Keys circulate (ring pass-KV): while one shard's block is attended, the next one arrives; no states travel.
 
 Ring Attention (Liu et al. 2023) over pages: a round takes a block of bounded size from every shard's share. It owns
 the rounds, which follow from the plan alone.
@@ -7,20 +7,20 @@ the rounds, which follow from the plan alone.
 from __future__ import annotations
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule
 from longspan.attention.schedules.ring import circulate
+from longspan.attention.state import AttentionState
 from longspan.cache.pages import clip_spans
 
 _NAME = "ring_kv"
 _BLOCKS = 2  # held at once: the one attended and the one arriving
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     shares, group = join.reach.shares, join.group.collectives
     size = max(1, join.group.workspace_tokens // _BLOCKS)
-    parts = [Partial.empty(join.q.shape[0], join.q.shape[1], join.form.value_dim, join.q)]
+    parts = [AttentionState.empty(join.q.shape[0], join.q.shape[1], join.variant.value_dim, join.q)]
     for start in range(0, max(share.tokens for share in shares), size):
         stop = start + size
         own = join.kv.take(clip_spans(shares[group.rank].spans, start, stop)).packed()
@@ -29,7 +29,7 @@ def run(join: Join) -> Partial:
         for owner, kv in circulate(group, own, shapes, _NAME):
             runs = join.prepared.in_round(owner, start, stop, len(join.q))
             if runs is not None:
-                parts = [join.form.merge([*parts, join.form.own(join.q, runs, join.kv.unpacked(kv))])]
+                parts = [join.variant.merge([*parts, join.variant.own(join.q, runs, join.kv.unpacked(kv))])]
     return parts[0]
 
 

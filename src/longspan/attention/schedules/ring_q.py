@@ -1,4 +1,4 @@
-"""Queries circulate (ring pass-Q): while one member's are attended, the next ones arrive; partials go home at the end.
+"""Queries circulate (ring pass-Q): while one member's are attended, the next ones arrive; states go home at the end.
 
 Context Parallelism for Scalable Million-Token Inference (2024, algorithm 3). It owns this choreography.
 """
@@ -6,23 +6,23 @@ Context Parallelism for Scalable Million-Token Inference (2024, algorithm 3). It
 from __future__ import annotations
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule, pack
 from longspan.attention.schedules.ring import circulate
+from longspan.attention.state import AttentionState
 
 _NAME = "ring_q"
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
     pcp_of = {shard: pcp for pcp, shards in enumerate(join.group.shards_of_pcp) for shard in shards}
     sends = join.nothing()
-    mine = join.form.outgoing(join.q)
+    mine = join.variant.outgoing(join.q)
     for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _NAME):
         if len(queries):
             runs = join.prepared.visiting[pcp_of[owner]]
-            sends[owner] = pack(join.form.visiting(queries, runs, join.kv, owner))
+            sends[owner] = pack(join.variant.visiting(queries, runs, join.kv, owner))
     shape = (len(join.q), heads, join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 

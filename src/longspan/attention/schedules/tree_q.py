@@ -1,7 +1,7 @@
-"""Queries travel, and partials are merged inside each machine before they leave it.
+"""Queries travel, and states are merged inside each machine before they leave it.
 
 Tree Attention (Shyam et al. 2024) with two levels: what crosses machines is one copy of a row's queries and one
-partial for each machine, not for each member. It owns this choreography; who is on which machine the group says.
+state for each machine, not for each member. It owns this choreography; who is on which machine the group says.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from longspan.attention.cost import LayerTime, StepTotals
-from longspan.attention.partial import Partial
 from longspan.attention.schedules.base import Join, Schedule, pack, unpack
+from longspan.attention.state import AttentionState
 from longspan.parallel.collectives import Collectives
 
 _NAME = "tree_q"
 _Nodes = Sequence[Sequence[int]]
 
 
-def run(join: Join) -> Partial:
-    """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+def run(join: Join) -> AttentionState:
+    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, nodes, rows = join.group.collectives, join.group.nodes, join.rows
     exchange = _Exchange(group, rows)
     home = next(node for node in nodes if group.rank in node)
@@ -29,16 +29,16 @@ def run(join: Join) -> Partial:
     mine = stands_for[group.rank]
 
     def merged(parts: Sequence[Tensor]) -> Tensor:
-        return pack(join.form.merge([unpack(part) for part in parts]))
+        return pack(join.variant.merge([unpack(part) for part in parts]))
 
     queries = exchange(
         {deputy(node, nodes, group.rank): [group.rank] for node in nodes},
         {member: [member] for member in mine},
-        {group.rank: join.form.outgoing(join.q)},
+        {group.rank: join.variant.outgoing(join.q)},
     )
     queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
-    partials = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
-    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), partials, merged)
+    states = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
+    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), states, merged)
     reps = [deputy(node, nodes, group.rank) for node in nodes]
     home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
     return join.merged([home_again[group.rank]])
@@ -92,14 +92,14 @@ def seconds(step: StepTotals) -> LayerTime:
     widest, most, visiting = max(map(len, nodes)), max(rows), sum(rows) * model.group.members_per_pcp
     arriving = visiting * shape.query_bytes
     across = (len(nodes) - 1) / len(nodes)
-    column = most * len(nodes) * shape.partial_bytes
+    column = most * len(nodes) * shape.state_bytes
     inside = (arriving + (widest - 1) * column) * at.byte_s
-    crossing = (arriving / widest * across + (len(nodes) - 1) * most * shape.partial_bytes) * at.cross_byte_s
+    crossing = (arriving / widest * across + (len(nodes) - 1) * most * shape.state_bytes) * at.cross_byte_s
     return LayerTime(
         fixed=step.fixed(_NAME, 4, step.query_calls),
         compute=step.query_compute,
         transfer=inside + crossing,
-        copies=(visiting * shape.partial_bytes + (widest + 1) * column) * at.copy_s,
+        copies=(visiting * shape.state_bytes + (widest + 1) * column) * at.copy_s,
     )
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.base import Backend, BackendShape
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.bench.kernels.bed import Bed, Row
 from longspan.cache.pages import Span
 from longspan.clock import Timing
@@ -137,7 +137,7 @@ def run_scenes(bed: Bed, what: str, scenes: Iterable[Scene]) -> list[Row]:
 
 def _attend(
     backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: Scene
-) -> Callable[[], Partial]:
+) -> Callable[[], AttentionState]:
     prepared = backend.prepare(runs, len(q))
     return lambda: prepared.attend(q, cache, scene.heads.blocks, _SCALE)
 
@@ -175,7 +175,7 @@ def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str
         rows = [
             bed.measure(scene.case("whole"), name, scene.size(bed), _attend(backend, q, scene.runs(), cache, scene))
         ]
-        parts: list[Partial] = []
+        parts: list[AttentionState] = []
         for number, span in enumerate(spans):
             runs = (QueryRun(0, scene.new, (span,)),)
             part = Scene(scene.heads, scene.format, 1, scene.new, span.length)
@@ -192,9 +192,9 @@ def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str
     return found, shared
 
 
-def _merge_row(bed: Bed, name: str, backend: Backend, parts: list[Partial], scene: Scene) -> Row:
+def _merge_row(bed: Bed, name: str, backend: Backend, parts: list[AttentionState], scene: Scene) -> Row:
     travelled = [torch.cat([part.out, part.lse[..., None]], dim=-1) for part in parts]
-    arrived = [Partial(packed[..., :-1], packed[..., -1]) for packed in travelled]
+    arrived = [AttentionState(packed[..., :-1], packed[..., -1]) for packed in travelled]
     moved = 4 * travelled[0].numel() * (len(parts) + 1)
     return bed.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
 

@@ -1,4 +1,4 @@
-"""Kernels that only move memory: the merge of partials, and writing new rows into the cache.
+"""Kernels that only move memory: the merge of states, and writing new rows into the cache.
 
 It owns the cases and the bytes they must move; it must not know how a backend works.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from longspan.attention.backends.base import Writer
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.bench.kernels.attention import FORMATS, Heads, Scene
 from longspan.bench.kernels.bed import Bed, Row
 from longspan.plan.view import WriteRun
@@ -20,7 +20,7 @@ _SPREAD = 4  # slots in the pool for each that is written
 
 
 def run_merges(bed: Bed, heads: Heads, tokens: Iterable[int], parts: int) -> list[Row]:
-    """Merging `parts` partials of so many tokens, as they arrive (out and lse packed) and as kernels return them."""
+    """Merging `parts` states of so many tokens, as they arrive (out and lse packed) and as kernels return them."""
     found: list[Row] = []
     for count in tokens:
         width = heads.value_dim + 1
@@ -34,16 +34,18 @@ def run_merges(bed: Bed, heads: Heads, tokens: Iterable[int], parts: int) -> lis
                 found.append(Row(case, "-", moved, 0, None, lacking))
                 continue
             packed = torch.randn(parts, count, heads.q_heads, width, device=bed.device)
-            given = [Partial(part[..., :-1], part[..., -1]) for part in packed]
+            given = [AttentionState(part[..., :-1], part[..., -1]) for part in packed]
             if layout == "whole":
-                given = [Partial(part.out.contiguous(), part.lse.contiguous()) for part in given]
+                given = [AttentionState(part.out.contiguous(), part.lse.contiguous()) for part in given]
             for name, backend in bed.contestants(heads.shape(bed, quantised=False)).items():
                 found.append(bed.measure(case, name, (moved, 0), _merge(backend.merge, given)))
             del packed, given
     return found
 
 
-def _merge(merge: Callable[[list[Partial]], Partial], given: list[Partial]) -> Callable[[], object]:
+def _merge(
+    merge: Callable[[list[AttentionState]], AttentionState], given: list[AttentionState]
+) -> Callable[[], object]:
     return lambda: merge(given)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.calibrate import Calibration
-from longspan.attention.forms import Heads, Kernels
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
+from longspan.attention.variants import AttentionOps, Heads
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
@@ -86,7 +86,7 @@ def build_runner(
         experts = SharedExperts(make_group(peers), extents)
     model = setup.family.build(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
-    backend, recordings = attention.kernels.backend, None
+    backend, recordings = attention.ops.backend, None
     if setup.records_decode and isinstance(backend, RecordableBackend):
         recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
     transfer = config.transfer
@@ -105,9 +105,9 @@ def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torc
     """The cost model's constants; all ranks of a context group must measure at the same time."""
     grid, model = setup.grid, setup.model
     place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-    kernels = _kernels(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
+    ops = _ops(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
     context = _context(setup, rank, group)
-    return Calibration(kernels, context, place, setup.attention_shape, setup.schedules, setup.dtype, device).measure()
+    return Calibration(ops, context, place, setup.attention_shape, setup.schedules, setup.dtype, device).measure()
 
 
 def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
@@ -115,9 +115,9 @@ def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
     return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
 
 
-def _kernels(setup: EngineSetup, sharding: Sharding, device: torch.device) -> Kernels:
+def _ops(setup: EngineSetup, sharding: Sharding, device: torch.device) -> AttentionOps:
     model = setup.model
-    return Kernels(
+    return AttentionOps(
         setup.backend.record.build(device, setup.backend_shape),
         Heads.of(sharding),
         model.attention_scale,
@@ -137,4 +137,4 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, devic
         device,
     )
     context = _context(setup, sharding.rank, group)
-    return Attention(pool, _kernels(setup, sharding, device), context, setup.model.kinds, setup.schedules)
+    return Attention(pool, _ops(setup, sharding, device), context, setup.model.layer_groups, setup.schedules)

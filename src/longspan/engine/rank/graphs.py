@@ -82,12 +82,12 @@ def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
 
 def of_one_kind(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
     """The same step with all rows travelling if any does: how many stay at home must not change a recording's shape."""
-    kinds = len(plan.decode_schedules)
+    groups = len(plan.decode_schedules)
     if not any(segment.travels for segment in plan.segments):
         return plan
-    segments = tuple(replace(segment, travels=kinds) for segment in plan.segments)
+    segments = tuple(replace(segment, travels=groups) for segment in plan.segments)
     (schedule,) = _moving(plan, schedules)
-    return replace(plan, segments=segments, decode_schedules=(schedule,) * kinds)
+    return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
 
 
 def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
@@ -110,7 +110,7 @@ class Recordings:
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
         """Of this rank's rows, fp32 [T, vocab], for a step that is `recordable` and `of_one_kind`."""
-        moving = {reach.schedule for reach in view.classes[0].kinds if sum(reach.block_rows)}
+        moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
         size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
             step = RefillableStep(self._attention.preparer, self._backend, size)

@@ -39,7 +39,7 @@ def instance_config(
         pages_per_shard=pages,
         timer=model,
         chooser=replace(model.chooser, forced=scheduler.schedule),
-        windows=deployment.model.kinds,
+        windows=deployment.model.layer_groups,
         enable_prefix_caching=enable_prefix_caching,
     )
 

@@ -19,8 +19,8 @@ from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonWriter
-from longspan.attention.partial import Partial
 from longspan.attention.rows import CacheRows, unit_stride
+from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -68,7 +68,7 @@ class TritonBackend(RecordableBackend):
         """See `Backend.writer`."""
         return TritonWriter(writes, rows, self._device)
 
-    def merge(self, parts: Sequence[Partial]) -> Partial:
+    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
         """See `Backend.merge`."""
         return merge_parts(parts)
 
@@ -80,7 +80,7 @@ class TritonRuns:
         self._launcher = launcher
         self.plans = plans
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         return self._launcher.attend(q, self._launcher.cached(kv, _wide(q)), blocks, scale, self.plans)
 
@@ -105,7 +105,9 @@ class TritonDiagonal:
         self._launcher = launcher
         self._plans = plans
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float) -> Partial:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+    ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
         return self._launcher.attend(q, self._launcher.fresh(k, v, _wide(q)), blocks, scale, self._plans)
 
@@ -135,7 +137,7 @@ class _Launcher:
         shape = shape_of(kv.width, self.value_dim if shared else kv.width, groups, shared, wide)
         return _Keys(values[0], values[-1], scales[0], scales[-1], shape)
 
-    def attend(self, q: Tensor, keys: _Keys, blocks: Sequence[HeadBlock], scale: float, plans: Plans) -> Partial:
+    def attend(self, q: Tensor, keys: _Keys, blocks: Sequence[HeadBlock], scale: float, plans: Plans) -> AttentionState:
         """q [T, Hq, D] against the keys that the plans' work names. Raises `ValueError` for other rows than theirs."""
         if len(q) != plans.rows:
             raise ValueError(f"{len(q)} rows for work of {plans.rows}")
@@ -144,7 +146,7 @@ class _Launcher:
         q = unit_stride(q)
         tokens, heads, _ = q.shape
         width = keys.shape.value[0] + keys.shape.value[2]
-        whole = Partial(
+        whole = AttentionState(
             torch.empty((tokens, heads, width), dtype=torch.float32, device=q.device),
             torch.empty((tokens, heads), dtype=torch.float32, device=q.device),
         )
@@ -158,7 +160,14 @@ class _Launcher:
 
 
 def _launch(
-    q: Tensor, keys: _Keys, block: HeadBlock, scale: float, config: Config, plan: WorkPlan, whole: Partial, rows: int
+    q: Tensor,
+    keys: _Keys,
+    block: HeadBlock,
+    scale: float,
+    config: Config,
+    plan: WorkPlan,
+    whole: AttentionState,
+    rows: int,
 ) -> None:
     """The heads of one block: items over adjacent slots, over gathered ones, then rows that several items share."""
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity

@@ -1,6 +1,6 @@
-"""The merge of partials as one pass over memory.
+"""The merge of states as one pass over memory.
 
-It owns the kernel and the reading of partials where they lie; it must not know where they come from.
+It owns the kernel and the reading of states where they lie; it must not know where they come from.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from longspan.attention.partial import Partial
 from longspan.attention.rows import unit_stride
+from longspan.attention.state import AttentionState
 
 _MAX_PARTS = 16  # of one launch: each has two pointers among the kernel's arguments
 _ELEMENTS = 1024  # of the result, computed by one program: 8 a thread, so that every part has loads in flight
 _WARPS = 4
 
 
-def merge_parts(parts: Sequence[Partial]) -> Partial:
-    """`partial.merge` in fp32: parts are read once, where they are, if their rows [T, H] have one stride."""
+def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
+    """`state.merge` in fp32: parts are read once, where they are, if their rows [T, H] have one stride."""
     while len(parts) > _MAX_PARTS:
         groups = [parts[at : at + _MAX_PARTS] for at in range(0, len(parts), _MAX_PARTS)]
         parts = [merge_parts(group) for group in groups]
@@ -30,7 +30,7 @@ def merge_parts(parts: Sequence[Partial]) -> Partial:
     out = torch.empty((tokens, heads, width), dtype=torch.float32, device=parts[0].out.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=out.device)
     if not out.numel():
-        return Partial(out, lse)
+        return AttentionState(out, lse)
     outs = tuple(unit_stride(part.out.reshape(-1, width)) for part in parts)
     lses = tuple(part.lse.reshape(-1) for part in parts)
     strides = tuple((o.stride(0), s.stride(0)) for o, s in zip(outs, lses, strict=True))
@@ -40,7 +40,7 @@ def merge_parts(parts: Sequence[Partial]) -> Partial:
     _merge_kernel[grid](
         outs, lses, strides, out, lse, tokens * heads, WIDTH=width, COLUMNS=columns, ROWS=rows, num_warps=_WARPS
     )
-    return Partial(out, lse)
+    return AttentionState(out, lse)
 
 
 @triton.jit

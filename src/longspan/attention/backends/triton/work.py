@@ -131,7 +131,7 @@ def sights_of_runs(runs: Sequence[QueryRun]) -> tuple[list[Sight], Slots]:
     for run in runs:
         if run.spans not in seen:
             seen[run.spans] = tuple(_stretches(run.spans, index))
-        lows = (0,) * run.length if run.lows is None else run.lows
+        lows = (0,) * run.length if run.window_starts is None else run.window_starts
         sights.append(Sight(run.row, seen[run.spans], lows, (run.tokens,) * run.length))
     return sights, index
 

@@ -50,7 +50,7 @@ class AttentionShape:
     value_dim: int | None = None  # of a result over cache rows; None: `head_dim`
     expansion: ExpansionCost = ExpansionCost()
     row_bytes: int | None = None  # of a cached row with its scales; None: as many as a query's of one head
-    partial_element_bytes: int = 4  # of a result on its way; its lse is always fp32
+    state_element_bytes: int = 4  # of a result on its way; its lse is always fp32
 
     @property
     def out_dim(self) -> int:
@@ -63,9 +63,9 @@ class AttentionShape:
         return self.q_heads * self.head_dim * self.element_bytes
 
     @property
-    def partial_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Bytes of one token's partial result: out and lse of every head."""
-        return self.q_heads * self.out_dim * self.partial_element_bytes + self.lse_bytes
+        return self.q_heads * self.out_dim * self.state_element_bytes + self.lse_bytes
 
     @property
     def lse_bytes(self) -> int:
@@ -107,8 +107,8 @@ class Load:
 
 
 @dataclass(frozen=True)
-class ClassTotals:
-    """All travelling segments of a class: query rows of every pcp index, tokens of each shard that some segment sees,
+class WorkloadTotals:
+    """All travelling segments of a phase: query rows of every pcp index, tokens of each shard that some segment sees,
     what each shard computes if queries come to it, and what the ranks of each pcp index compute if keys come to them.
     """
 
@@ -118,8 +118,8 @@ class ClassTotals:
     by_pcp: tuple[Load, ...]
 
 
-class ClassFacts:
-    """A step's travelling segments of one class in layers of one kind."""
+class PhaseWorkload:
+    """A step's travelling segments of one phase in layers of one group."""
 
     def __init__(self, pcp: int) -> None:
         self.rows = [0] * pcp
@@ -133,7 +133,7 @@ class ClassFacts:
         self.rows[pcp] += rows
         self._segments.append((keys, pcp, rows, visible))
 
-    def totals(self, shards: int) -> ClassTotals:
+    def totals(self, shards: int) -> WorkloadTotals:
         """Summed up."""
         most: dict[tuple[object, int], int] = {}
         by_shard = [[0, 0, 0] for _ in range(shards)]
@@ -149,6 +149,6 @@ class ClassFacts:
         needed = [0] * shards
         for (_, shard), tokens in most.items():
             needed[shard] += tokens
-        return ClassTotals(
+        return WorkloadTotals(
             tuple(self.rows), tuple(needed), tuple(Load(*x) for x in by_shard), tuple(Load(*x) for x in by_pcp)
         )
