@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from longspan.attention.schedules import SCHEDULES
 from longspan.bench.schedules import HEAD_SHAPES, Cell, CellResult, Timing
 from longspan.bench.serving.report import Spread
 from longspan.cli import plots
@@ -19,15 +20,37 @@ def matplotlib():
     return pytest.importorskip("matplotlib")
 
 
-def result(new: int, chosen: str) -> CellResult:
-    timings = tuple(Timing(name, seconds, seconds, 1, 1) for name, seconds in (("ring_q", 1.0), ("gather_q", 1.5)))
+def result(new: int, chosen: str, best: str = "ring_q") -> CellResult:
+    seconds = {chosen: 1.5, best: 1.0}
+    timings = tuple(Timing(name, value, value, 1, 1) for name, value in seconds.items())
     return CellResult(Cell(HEAD_SHAPES[0], 1, 2, 1, new, 100), timings, chosen, CostConstants())
 
 
 def test_a_map_has_the_fastest_schedule_in_each_box_and_the_choice_where_it_differs(matplotlib):
     (panel,) = plots.schedule_map([result(1, "ring_q"), result(8, "gather_q")], "winners").axes
-    assert [text.get_text() for text in panel.texts] == ["ring_q", "ring_q\nauto: gather_q +50%"]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["1 new", "8 new"]
+    assert [text.get_text() for text in panel.texts] == ["ring_q", "ring_q", "gather_q +50%"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["1", "8"]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("cached tokens", "new tokens")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_small_white_text_is_readable_on_every_schedules_box(matplotlib, name):
+    (panel,) = plots.schedule_map([result(1, name, name)], "winners").axes
+    parts = panel.patches[0].get_facecolor()[:3]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    contrast = 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    assert contrast > 4.5  # as WCAG asks of small text
+
+
+def test_no_text_of_a_map_is_wider_than_its_box(matplotlib):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plots.schedule_map([result(1, "gather_q", "gather_q_rs"), result(8, "gather_q_rs", "tree_q")], "winners")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (panel,) = figure.axes
+    box = min(patch.get_window_extent().width for patch in panel.patches)
+    assert max(text.get_window_extent(canvas.get_renderer()).width for text in panel.texts) < box
 
 
 def report(concurrency: int | None, ttft: Spread | None) -> SimpleNamespace:

@@ -27,7 +27,9 @@ _SPREADS = ("median", "p90", "p99")
 _LATENCIES = {"time to first token, ms": "ttft_s", "time per output token, ms": "tpot_s"}
 _LAYOUT_PANELS = {"time to first token, s": "ttft", "requests that fit": "requests"}
 _MAPS_A_ROW = 3
-_BOX = (1.4, 0.6)  # inches of a situation in a map
+_MAP_LEGEND = "Bold: the fastest. Below it, where the engine chooses another: its choice, and how much slower that is."
+_MAP_SHADE = 0.75  # schedules' colours are darkened by this, so that small white text is readable on them
+_BOX = (1.08, 0.5)  # inches of a situation in a map
 _PANEL = (4.8, 3.6)  # inches of a panel with axes
 
 
@@ -68,24 +70,34 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
 
     Each box has the fastest schedule, and the automatic choice with what it loses where they differ.
     """
+    from matplotlib.colors import to_rgb
+
     maps: dict[str, list[CellResult]] = {}
     for result in results:
         cell = result.cell
         maps.setdefault(f"{cell.heads.name}, tp {cell.tp} pcp {cell.pcp} dcp {cell.dcp}", []).append(result)
     news, cached = (sorted({getattr(result.cell, name) for result in results}) for name in ("new", "cached"))
     across = min(_MAPS_A_ROW, len(maps))
-    size = (len(cached) * _BOX[0] + 1, len(news) * _BOX[1] + 0.8)
-    figure, axes = _panels(title, ceil(len(maps) / across), across, size)
+    size = (len(cached) * _BOX[0] + 0.6, len(news) * _BOX[1] + 0.7)
+    figure, axes = _panels(f"{title}\n{_MAP_LEGEND}", ceil(len(maps) / across), across, size)
+    figure.get_layout_engine().set(hspace=0.08)
     for panel, (name, members) in zip(axes, maps.items(), strict=False):
-        panel.set_title(name, fontsize="medium")
-        panel.set_xticks(range(len(cached)), [f"{tokens:,} cached" for tokens in cached])
-        panel.set_yticks(range(len(news)), [f"{tokens:,} new" for tokens in news])
+        panel.set_title(name, fontsize=10, fontweight="bold")
+        panel.set_xticks(range(len(cached)), [f"{tokens:,}" for tokens in cached])
+        panel.set_yticks(range(len(news)), [f"{tokens:,}" for tokens in news])
         panel.set(xlim=(-0.5, len(cached) - 0.5), ylim=(len(news) - 0.5, -0.5))
+        panel.set(xlabel="cached tokens", ylabel="new tokens")
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
         for result in members:
             x, y, best = cached.index(result.cell.cached), news.index(result.cell.new), result.best.schedule
-            panel.bar(x, 0.96, 0.96, y - 0.48, color=SCHEDULES[best].colour)
-            note = "" if result.chosen == best else f"\nauto: {result.chosen} +{result.regret:.0%}"
-            panel.text(x, y, best + note, ha="center", va="center", color="white", fontsize="x-small")
+            colour = tuple(part * _MAP_SHADE for part in to_rgb(SCHEDULES[best].colour))
+            panel.bar(x, 0.96, 0.97, y - 0.48, color=colour)
+            text = {"x": x, "ha": "center", "va": "center", "color": "white"}
+            agrees = result.chosen == best
+            panel.text(y=y if agrees else y - 0.18, s=best, fontsize=9, fontweight="bold", **text)
+            if not agrees:
+                panel.text(y=y + 0.22, s=f"{result.chosen} +{result.regret:.0%}", fontsize=8, **text)
     for unused in axes[len(maps) :]:
         unused.set_axis_off()
     return figure
