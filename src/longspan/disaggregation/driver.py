@@ -51,23 +51,18 @@ class Desk(Protocol):
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
         """Queue a request whose prompt is computed here, or fetched."""
-        ...
 
     def add(self, request: CoreRequest) -> None:
         """Queue a request, as a user's is."""
-        ...
 
     def leave(self, request_id: str) -> None:
         """Take a request out of the scheduler, to `begin` it anew; its pages are free."""
-        ...
 
     def finish(self, request_id: str) -> None:
         """End a request; its pages are free."""
-        ...
 
     def arrived(self, request_id: str) -> None:
         """All pages of a fetched prompt are filled."""
-        ...
 
 
 @dataclass
@@ -91,40 +86,31 @@ class Role(Protocol):
 
     def start(self, desk: Desk, ranks: int) -> None:
         """The core's ranks are ready."""
-        ...
 
     def add(self, request: CoreRequest) -> bool:
         """Whether the role takes a new request in charge."""
-        ...
 
     def finish(self, request_id: str) -> None:
         """A request has ended in the core."""
-        ...
 
     def submitted(self, plan: StepPlan) -> None:
         """The ranks will hear of a plan."""
-        ...
 
     def keeps(self, output: TokenOutput) -> bool:
         """Whether an ended request's pages stay; its output is then nobody's."""
-        ...
 
     def exchange(self) -> None:
         """Read what has come, answer, and look after what takes too long."""
-        ...
 
     def wait(self, seconds: float) -> None:
         """Until something comes, or so long."""
-        ...
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """Those to listen to while the core has nothing to do."""
-        ...
 
     def close(self) -> None:
         """End all connections."""
-        ...
 
 
 class Mailbox:

@@ -43,7 +43,6 @@ class HasMemory(Protocol):
     @property
     def memory_bytes(self) -> float:
         """Bytes of its memory."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -63,19 +63,15 @@ class Reply(Protocol):
 
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """Chunks of a stream before any token."""
-        ...
 
     def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """Chunks of a stream for outputs that changed."""
-        ...
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer of a request that does not stream."""
-        ...
 
     def envelope(self) -> dict[str, Any]:
         """Identity of every chunk."""
-        ...
 
 
 class Identity:

@@ -27,7 +27,6 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that form no character."""
-        ...
 
 
 class Detokenizer:

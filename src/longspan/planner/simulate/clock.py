@@ -22,7 +22,6 @@ class StepTimer(Protocol):
 
     def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
         """One step of the whole engine."""
-        ...
 
 
 class StepClock:
