@@ -27,12 +27,7 @@ _SHAPE = AttentionShape(q_heads=8, kv_heads=1, head_dim=128, element_bytes=2)
 
 
 def run_scheduling(
-    running: int,
-    contexts: Sequence[int],
-    shards: int,
-    page_size: int,
-    steps: int,
-    on_progress: Callable[[str], None],
+    running: int, contexts: Sequence[int], shards: int, page_size: int, steps: int, on_progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One row for each context length: µs a step for `schedule`, `commit` and the plan's encoding (medians)."""
     rows = []

@@ -99,9 +99,7 @@ class Scheduler:
         computed for another instance.
         """
         max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
-        sequence = SequenceState(
-            request_id, prompt, params, seed, self.cache.new_table(), max_stored, source, for_peer
-        )  # fmt: skip
+        sequence = SequenceState(request_id, prompt, params, seed, self.cache.new_table(), max_stored, source, for_peer)
         sequence.tokens += output
         self.waiting.append(sequence)
         self._sequences[request_id] = sequence

@@ -171,10 +171,7 @@ class StepBuilder:
             Segment(
                 request_id=sequence.request_id,
                 start=piece.start,
-                token_ids=(
-                    *sequence.tokens[piece.start : piece.stop],
-                    *_cut(drafts, piece, len(sequence.tokens)),
-                ),
+                token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
                 pcp=piece.pcp,
                 prefill=prefill,
                 travels=travels,

@@ -51,9 +51,7 @@ async def _named_peers(engine: AsyncEngine, request: Request) -> tuple[str, ...]
     try:
         return named_peers(config, named, signature, body, time.time())
     except RequestError as error:
-        raise HttpError(
-            403, "prefill_refused", error.field, error.value, error.problem, error.remedy
-        ) from error  # fmt: skip
+        raise HttpError(403, "prefill_refused", error.field, error.value, error.problem, error.remedy) from error
 
 
 class Json(Response):

@@ -132,6 +132,4 @@ class Metrics:
         return Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
-        return Histogram(
-            f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry
-        )  # fmt: skip
+        return Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry)
