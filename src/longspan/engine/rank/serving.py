@@ -40,8 +40,8 @@ from longspan.engine.transport.messages import (
 )
 from longspan.errors import ConfigError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.trace import Trace
+from longspan.parallel.world import join_world, leave_world, open_group
 from longspan.plan.plan import StepPlan
 from longspan.version import __version__
 
