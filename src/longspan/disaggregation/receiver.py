@@ -16,20 +16,8 @@ import zmq
 
 from longspan.cache.pages import PageTable, Span
 from longspan.config import TransferConfig
+from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
-from longspan.disaggregation.messages import (
-    Arrived,
-    Ask,
-    Block,
-    FetchFailed,
-    Have,
-    Missing,
-    Moving,
-    ToReceiver,
-    Unwatch,
-    Watch,
-    encode,
-)
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
@@ -104,7 +92,7 @@ class PageReceiver(TransferThread):
         source = fetch.source
         fetching = self._active[fetch.number] = self._start(fetch, table)
         for rank in fetching.pulls.ranks:
-            self._socket(source.addresses[rank]).send(encode(Watch(source.life, source.request)))
+            self._socket(source.addresses[rank]).send(messages.encode(messages.Watch(source.life, source.request)))
         self._end_if_done(fetching)
 
     def _listen(self) -> None:
@@ -115,17 +103,17 @@ class PageReceiver(TransferThread):
         self._ask()
 
     def _take(self, address: str, frames: Sequence[zmq.Frame]) -> None:
-        match decoded(frames[0].bytes, ToReceiver):
-            case Have(life, request, runs):
+        match decoded(frames[0].bytes, messages.ToReceiver):
+            case messages.Have(life, request, runs):
                 for fetching in self._from(address):
                     if (life, request) == (fetching.fetch.source.life, fetching.fetch.source.request):
                         with self._failing_alone(fetching.fetch):
                             self._offer(fetching, address, runs)
-            case Block(block) if len(frames) == 2 and self._was_asked(address, block):
+            case messages.Block(block) if len(frames) == 2 and self._was_asked(address, block):
                 fetching, pull = self._under_way.pop(block)
                 with self._failing_alone(fetching.fetch):
                     self._store(fetching, pull, frames[1])
-            case Missing(block) if self._was_asked(address, block):
+            case messages.Missing(block) if self._was_asked(address, block):
                 fetching, pull = self._under_way.pop(block)
                 fetching.pulls.refused(pull)
             case None:
@@ -160,7 +148,7 @@ class PageReceiver(TransferThread):
         fetching.pulls.arrived(pull)
         if time.monotonic() - fetching.told > _MOVING_SECONDS:
             fetching.told = time.monotonic()
-            self._tell(Moving(fetching.fetch.number))
+            self._tell(messages.Moving(fetching.fetch.number))
         self._end_if_done(fetching)
 
     def _spans(self, table: PageTable, pull: Pull) -> list[Span]:
@@ -177,13 +165,13 @@ class PageReceiver(TransferThread):
         while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
             block = next(self._blocks)
             self._under_way[block] = (fetching, pull)
-            ask = Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
-            self._socket(source.addresses[pull.rank]).send(encode(ask))
+            ask = messages.Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
+            self._socket(source.addresses[pull.rank]).send(messages.encode(ask))
 
     def _end_if_done(self, fetching: _Fetching) -> None:
         if fetching.pulls.done:
             self._end(fetching.fetch)
-            self._tell(Arrived(self._part.rank, fetching.fetch.number, fetching.received))
+            self._tell(messages.Arrived(self._part.rank, fetching.fetch.number, fetching.received))
 
     @contextmanager
     def _failing_alone(self, fetch: Fetch) -> Iterator[None]:
@@ -196,7 +184,7 @@ class PageReceiver(TransferThread):
     def _fail(self, fetch: Fetch, reason: str) -> None:
         self._end(fetch)
         self._close_unused(fetch)
-        self._tell(FetchFailed(self._part.rank, fetch.number, reason))
+        self._tell(messages.FetchFailed(self._part.rank, fetch.number, reason))
 
     def _end(self, fetch: Fetch) -> None:
         """Write no more of it."""
@@ -213,7 +201,7 @@ class PageReceiver(TransferThread):
         del self._active[fetching.fetch.number]
         self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}
         for address in {source.addresses[rank] for rank in fetching.pulls.ranks} & self._sockets.keys():
-            self._sockets[address].send(encode(Unwatch(source.life, source.request)))
+            self._sockets[address].send(messages.encode(messages.Unwatch(source.life, source.request)))
 
     def _socket(self, address: str) -> zmq.Socket[bytes]:
         if address not in self._sockets:
