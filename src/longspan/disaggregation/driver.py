@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -77,42 +78,6 @@ class TransferCounters:
     retried: int = 0
 
 
-class Role(Protocol):
-    """One side of pairs, beside a core; called between steps."""
-
-    config: TransferConfig  # with what the ranks must know
-    counters: TransferCounters
-    card: PeerCard
-
-    def start(self, desk: Desk, ranks: int) -> None:
-        """The core's ranks are ready."""
-
-    def add(self, request: CoreRequest) -> bool:
-        """Whether the role takes a new request in charge."""
-
-    def finish(self, request_id: str) -> None:
-        """A request has ended in the core."""
-
-    def submitted(self, plan: StepPlan) -> None:
-        """The ranks will hear of a plan."""
-
-    def keeps(self, output: TokenOutput) -> bool:
-        """Whether an ended request's pages stay; its output is then nobody's."""
-
-    def exchange(self) -> None:
-        """Read what has come, answer, and look after what takes too long."""
-
-    def wait(self, seconds: float) -> None:
-        """Until something comes, or so long."""
-
-    @property
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        """Those to listen to while the core has nothing to do."""
-
-    def close(self) -> None:
-        """End all connections."""
-
-
 class Mailbox:
     """A socket that ranks and decode instances write to. Raises `ConfigError` for an address that cannot be taken."""
 
@@ -165,6 +130,55 @@ class Mailbox:
         except zmq.ZMQError:
             return False
         return True
+
+
+class Role(ABC):
+    """One side of pairs, beside a core; called between steps. Raises `ConfigError` for an address it cannot have."""
+
+    def __init__(self, config: TransferConfig, form: Format) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._mailbox = Mailbox(config, self._context)
+        self.config = self._mailbox.config  # with what the ranks must know
+        self.card = PeerCard.of(config, self._mailbox.address, form)
+        self.counters = TransferCounters()
+        self._desk: Desk | None = None
+
+    @abstractmethod
+    def start(self, desk: Desk, ranks: int) -> None:
+        """The core's ranks are ready."""
+
+    def add(self, request: CoreRequest) -> bool:
+        """Whether the role takes a new request in charge."""
+        return False
+
+    @abstractmethod
+    def finish(self, request_id: str) -> None:
+        """A request has ended in the core."""
+
+    @abstractmethod
+    def submitted(self, plan: StepPlan) -> None:
+        """The ranks will hear of a plan."""
+
+    def keeps(self, output: TokenOutput) -> bool:
+        """Whether an ended request's pages stay; its output is then nobody's."""
+        return False
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Read what has come, answer, and look after what takes too long."""
+
+    def wait(self, seconds: float) -> None:
+        """Until something comes, or so long."""
+        wait_for(self.sockets, seconds)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """Those to listen to while the core has nothing to do."""
+        return [self._mailbox.socket]
+
+    def close(self) -> None:
+        """End all connections."""
+        self._context.destroy(linger=100)
 
 
 def keep_alive(socket: zmq.Socket[bytes]) -> None:
