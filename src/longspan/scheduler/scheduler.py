@@ -32,11 +32,11 @@ _MAX_LOOKAHEAD = 64  # waiting requests looked at for short prompts that may pas
 class SchedulerCounters:
     """What the scheduler has done so far."""
 
-    waiting: int
-    running: int
-    preemptions: int
-    drafted_tokens: int
-    accepted_tokens: int
+    waiting: int = 0
+    running: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:

@@ -132,13 +132,10 @@ def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
 
 
 def _load(core: EngineCore) -> messages.Load:
-    counters = core.scheduler.counters()
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
-    return messages.Load(
-        counters.waiting, counters.running, counters.preemptions, counters.drafted_tokens, counters.accepted_tokens,
-        used, replace(core.role.counters) if core.role else None,
-        replace(core.cache.offload.counters) if core.cache.offload else None,
-    )  # fmt: skip
+    transfer = replace(core.role.counters) if core.role else None
+    offload = core.cache.offload.counters if core.cache.offload else None
+    return messages.Load(used, core.scheduler.counters(), transfer, offload)
 
 
 def _state(core: EngineCore) -> messages.CoreState:
