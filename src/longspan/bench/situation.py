@@ -61,11 +61,8 @@ class LaidOut:
         def forced(schedules: tuple[str, ...]) -> tuple[str, ...]:
             return tuple("local" if old == "local" else schedule for old in schedules)
 
-        return replace(
-            self.plan,
-            decode_schedules=forced(self.plan.decode_schedules),
-            prefill_schedules=forced(self.plan.prefill_schedules),
-        )
+        decode, prefill = forced(self.plan.decode_schedules), forced(self.plan.prefill_schedules)
+        return replace(self.plan, decode_schedules=decode, prefill_schedules=prefill)
 
 
 def lay_out(situation: Situation, model: CostModel) -> LaidOut:

@@ -14,7 +14,7 @@ from itertools import count
 import torch
 import zmq
 
-from longspan.cache.pages import PageTable, Span
+from longspan.cache.pages import PageTable
 from longspan.config import TransferConfig
 from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
@@ -70,11 +70,6 @@ class PageReceiver(TransferThread):
     def computed(self, plan: StepPlan) -> None:
         """See `TransferThread.computed`: nothing is asked of this side."""
 
-    def _start(self, fetch: Fetch, table: PageTable) -> _Fetching:
-        parts = cells(self._part, fetch.source.parts)
-        limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
-        return _Fetching(fetch, table, Pulls(parts, runs_on(table, self._part.shard, fetch.start, fetch.stop), limits))
-
     def _woke(self) -> None:
         with self._lock:
             new, self._new = self._new, []
@@ -90,7 +85,9 @@ class PageReceiver(TransferThread):
 
     def _begin(self, fetch: Fetch, table: PageTable) -> None:
         source = fetch.source
-        fetching = self._active[fetch.number] = self._start(fetch, table)
+        parts, wanted = cells(self._part, source.parts), runs_on(table, self._part.shard, fetch.start, fetch.stop)
+        limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
+        fetching = self._active[fetch.number] = _Fetching(fetch, table, Pulls(parts, wanted, limits))
         for rank in fetching.pulls.ranks:
             self._socket(source.addresses[rank]).send(messages.encode(messages.Watch(source.life, source.request)))
         self._end_if_done(fetching)
@@ -142,7 +139,8 @@ class PageReceiver(TransferThread):
         with self._lock:
             if self._live.get(fetching.fetch.request_id) != fetching.fetch.number:
                 return
-            self._access.write(pull.layers, pull.heads, self._spans(fetching.table, pull), whole)
+            spans = [s for start, stop in pull.runs for _, s in fetching.table.slots(self._part.shard, start, stop)]
+            self._access.write(pull.layers, pull.heads, spans, whole)
         fetching.received += whole.numel()
         self.received += whole.numel()
         fetching.pulls.arrived(pull)
@@ -150,9 +148,6 @@ class PageReceiver(TransferThread):
             fetching.told = time.monotonic()
             self._tell(messages.Moving(fetching.fetch.number))
         self._end_if_done(fetching)
-
-    def _spans(self, table: PageTable, pull: Pull) -> list[Span]:
-        return [span for start, stop in pull.runs for _, span in table.slots(self._part.shard, start, stop)]
 
     def _ask(self) -> None:
         """As many blocks as may be under way, for the oldest fetches that have something to ask for."""

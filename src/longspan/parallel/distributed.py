@@ -54,12 +54,9 @@ class DistributedCollectives(Collectives):
         ]
         peers = [member for member in range(self.size) if member != self.rank]
         whole = {id(sends[member]): sends[member].contiguous() for member in peers}  # one where all get the same
-        self._wait(
-            self._start(
-                [(dist.irecv, received[member], member) for member in peers]
-                + [(dist.isend, whole[id(sends[member])], member) for member in peers]
-            )
-        )
+        arriving: list[Transfer] = [(dist.irecv, received[member], member) for member in peers]
+        leaving: list[Transfer] = [(dist.isend, whole[id(sends[member])], member) for member in peers]
+        self._wait(self._start(arriving + leaving))
         return received
 
     def _start(self, transfers: Sequence[Transfer]) -> list[dist.Work]:

@@ -110,14 +110,14 @@ def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes
     runner, constants = build_runner(setup, rank, store, make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(messages.Ready(rank, constants))
-    loop = StepLoop(runner, lambda result: answer(messages.Stepped(rank, result)), lambda: bool(line.poll(0)))
+    loop = StepLoop(runner, lambda result: answer(messages.Stepped(result)), lambda: bool(line.poll(0)))
     while (message := line.recv()) != messages.STOP:
         if message not in _WORDS:
             loop.take(StepPlan.decode(message))
             continue
         loop.flush()  # it may have waited for what is only a word
         if message == messages.TRAFFIC:
-            answer(messages.TrafficReport(rank, traffic.bytes_by_label, traffic.calls_by_label))
+            answer(messages.TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
         elif message == messages.TRACE:
             answer(messages.TraceReport(rank, traffic.trace.spans))
     runner.close()

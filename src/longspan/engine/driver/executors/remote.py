@@ -214,7 +214,9 @@ class RemoteExecutor(ABC):
         if message is None:
             self._check_alive()
         elif isinstance(message, messages.Alive):
-            self._hear(name, message.rank)
+            self._heartbeats[name] = message.rank
+            if message.rank in self._silences:
+                self._silences[message.rank].heard()
         elif name not in self._ranks:  # a rank of an engine before this one, or one too many
             return
         elif isinstance(message, messages.Failed):
@@ -223,11 +225,6 @@ class RemoteExecutor(ABC):
             if isinstance(message, messages.Ready):
                 self._silences[message.rank] = Silence()
             self._answers[self._ranks[name]].append(message)
-
-    def _hear(self, heartbeat: bytes, rank: int) -> None:
-        self._heartbeats[heartbeat] = rank
-        if rank in self._silences:
-            self._silences[rank].heard()
 
     def _next(self) -> tuple[bytes, messages.FromWorker | None]:
         """The next message and who sent it, or None if there is none for a while."""
