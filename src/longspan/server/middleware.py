@@ -17,7 +17,7 @@ from longspan.server.generation import refusal
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
 _SMALL_BODY = 64 << 10  # uvicorn holds as much of each connection in any case
 _LARGEST_BODIES = 8  # of the largest size in flight together
-_LEAST_HELD = 64 << 20
+_LEAST_HELD = 64 << 20  # bytes of bodies in flight together, whatever the largest size
 
 
 class KeyCheck:
@@ -49,7 +49,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int | None = None) -> None:
         self._app = app
         self._max = max_bytes
-        self._max_held = held_bytes(max_bytes) if max_held_bytes is None else max_held_bytes
+        self._max_held = max_held_bytes or max(_LARGEST_BODIES * max_bytes, _LEAST_HELD)
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,8 +103,3 @@ class BodyLimit:
             "bodies", f"{self._held} bytes", f"of requests are in flight, of at most {self._max_held}",
             "try again in a moment, or raise --max-body-bytes, of which that is a multiple",
         )  # fmt: skip
-
-
-def held_bytes(max_body_bytes: int) -> int:
-    """How many bytes of bodies may be in flight together."""
-    return max(_LARGEST_BODIES * max_body_bytes, _LEAST_HELD)
