@@ -183,7 +183,7 @@ RANKS = (
 PLACEMENT = (
     Fault(
         "a page is placed on another shard than that of the rank that computes it", "scheduler/step.py",
-        "self._grid.shards_of_pcp[piece.pcp] if", "self._grid.shards_of_pcp[piece.pcp - 1] if",
+        "self._grid.shards_of_pcp[piece.pcp])", "self._grid.shards_of_pcp[piece.pcp - 1])",
         (_ANY_LOAD,),
     ),
     Fault(

@@ -35,6 +35,7 @@ FORBIDDEN = {
         "longspan.parallel.threaded",
         "longspan.parallel.distributed",
         "longspan.parallel.nccl",
+        "longspan.parallel.world",
         "longspan.attention.schedules",
     ),
     "models": ("longspan.parallel", "longspan.cache", "longspan.scheduler", "longspan.plan.plan", "longspan.engine"),

@@ -124,7 +124,7 @@ def test_more_requests_than_pages_wait_for_their_turn():
     prompts = [tuple(prompt_of(60, seed)) for seed in range(6)]
     small = config_of(memory=24 * 4 * 256)
     with pair(small, small) as both:
-        assert both.decode.core.cache.num_pages < 60 * 6 // 4
+        assert sum(both.decode.core.setup.pages_per_shard) < 60 * 6 // 4
         for number, prompt in enumerate(prompts):
             both.decode.start(str(number), prompt, 30, (both.prefill.address,))
         for number, prompt in enumerate(prompts):

@@ -29,7 +29,7 @@ def deployed(name: str, parallel: ParallelConfig = ALONE, machine: str = "h200")
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_a_token_takes_what_the_models_publish(name):
-    assert deployed(name).kv_bytes_per_token == KV_BYTES[name]
+    assert deployed(name).layout.bytes_per_token == KV_BYTES[name]
 
 
 @pytest.mark.parametrize(("name", "gigabytes"), CHECKPOINT_GB.items())
@@ -45,7 +45,7 @@ def test_context_ranks_of_a_tp_group_multiply_the_tokens_of_a_latent_cache():
 def test_a_quantised_cache_row_carries_its_scales():
     model, weights = find_model("llama-3-70b")
     eight_bits = Deployment(model, hardware("h200"), ParallelConfig(8), weights, 1)
-    assert eight_bits.kv_bytes_per_token == 80 * 2 * (128 + 4)
+    assert eight_bits.layout.bytes_per_token == 80 * 2 * (128 + 4)
 
 
 def test_a_rank_that_lacks_room_says_by_how_much():

@@ -17,7 +17,7 @@ from longspan.planner.simulate.asks import Ask, read_asks
 from longspan.planner.simulate.instance import Instance, InstanceConfig
 from longspan.planner.simulate.run import choose, simulate
 from longspan.planner.step import StepTime
-from longspan.request import SamplingParams
+from longspan.request import CoreRequest, SamplingParams
 from longspan.scheduler.limits import Limits
 
 STEP_S, TOKEN_S, CONTEXT_S = 1e-2, 1e-4, 1e-7
@@ -127,7 +127,7 @@ def test_page_keys_given_from_outside_place_and_share_as_real_tokens_do(tmp_path
         keyed.add(ask.number, ask.prompt_tokens, ask.max_tokens, list(ask.page_keys(16)), ask.arrival_s)
         real.add(ask.number, ask.prompt_tokens, ask.max_tokens, (), ask.arrival_s)
         real.scheduler.finish(str(ask.number))
-        real.scheduler.add(str(ask.number), prompt, SamplingParams(temperature=0), 0, ask.max_tokens)
+        real.scheduler.add(CoreRequest(str(ask.number), prompt, SamplingParams(temperature=0), 0, ask.max_tokens))
         for instance in (keyed, real):
             instance.advance(ask.arrival_s + 0.1)
         assert keyed.scheduler.cached_tokens(str(ask.number)) == real.scheduler.cached_tokens(str(ask.number))

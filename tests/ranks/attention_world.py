@@ -39,7 +39,7 @@ from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.result import StepResult
 from longspan.plan.view import rank_view
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import CoreRequest, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
 
@@ -148,7 +148,7 @@ class World:
     def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
-        self.scheduler.add(request_id, prompt, params, 0, max_tokens)
+        self.scheduler.add(CoreRequest(request_id, prompt, params, 0, max_tokens))
         self.left[request_id] = max_tokens
         self.prefixes[request_id] = []
         for token in prompt:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from longspan.bench.serving.client import Failure, Finished, Outcome, Target, run_load
 from longspan.bench.serving.dataset import Load, LoadRequest, open_dataset, poisson_arrivals, trace_arrivals
-from longspan.bench.serving.report import percentile, summarise
+from longspan.bench.serving.report import Spread, spread, summarise
 from longspan.bench.serving.stream import EventSplitter, Reply, error_message
 from longspan.cli.bench_serve import serve
 from longspan.errors import ConfigError
@@ -485,9 +485,8 @@ def outcome(start=0.0, chunks=(1.0,), output=1, failure=None, due=0.0) -> Outcom
 
 
 def test_a_percentile_lies_on_the_line_between_its_neighbours():
-    values = [10.0, 20.0, 30.0, 40.0, 50.0]
-    assert [percentile(values, percent) for percent in (0, 50, 90, 100)] == [10, 30, pytest.approx(46), 50]
-    assert percentile([4.0], 99) == 4
+    assert spread([50.0, 10.0, 40.0, 20.0, 30.0]) == Spread(30, 30, pytest.approx(46), pytest.approx(49.6))
+    assert spread([4.0]) == Spread(4, 4, 4, 4)
 
 
 def test_latencies_follow_their_definitions():

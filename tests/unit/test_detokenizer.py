@@ -123,7 +123,7 @@ def test_characters_that_never_end_on_a_token_are_released_all_the_same() -> Non
 
 @pytest.mark.parametrize(("skip", "text"), [(True, "ab"), (False, "a<special>b")])
 def test_special_tokens_are_skipped_unless_wanted(skip: bool, text: str) -> None:
-    detokenizer = Detokenizer(byte_tokenizer(), PLAIN, skip_special_tokens=skip)
+    detokenizer = Detokenizer(byte_tokenizer(), SamplingParams(skip_special_tokens=skip))
     feed(detokenizer, [0x61, SPECIAL, 0x62])
     assert detokenizer.text == text
 
@@ -311,7 +311,8 @@ class SpaceDroppingTokenizer:
 
 @pytest.mark.parametrize(("stop", "text"), [((), " is Paris"), ((" Paris",), " is")])
 def test_a_completion_keeps_its_first_space_and_finds_stops_in_it(stop, text):
-    completion = Completion("0", 0, SamplingParams(stop=stop), 0, SpaceDroppingTokenizer(), [0])
+    params = SamplingParams(stop=stop)
+    completion = Completion("0", 0, params, 0, Detokenizer(SpaceDroppingTokenizer(), params, [0]))
     completion.take(TokenOutput("0", (SampledToken("0", 1),), None, 0))
     completion.take(TokenOutput("0", (SampledToken("0", 2),), FinishReason.LENGTH, 0))
     assert completion.output.text == text

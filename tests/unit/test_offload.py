@@ -21,7 +21,7 @@ from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import CoreRequest, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
 ROOT = root_key("test")
@@ -101,7 +101,7 @@ class World:
         return key
 
     def add(self, request_id, prompt, max_tokens=1):
-        self.scheduler.add(request_id, prompt, SamplingParams(), 0, max_tokens)
+        self.scheduler.add(CoreRequest(request_id, prompt, SamplingParams(), 0, max_tokens))
         self.tokens[request_id], self.left[request_id] = list(prompt), max_tokens
 
     def submit(self):
@@ -289,7 +289,7 @@ def test_prompts_to_be_scored_load_nothing():
     world = World()
     world.ask("0", [1] * 9)
     world.ask("1", [2] * 15)
-    world.scheduler.add("2", [1] * 9, SamplingParams(prompt_logprobs=1), 0, 1)
+    world.scheduler.add(CoreRequest("2", [1] * 9, SamplingParams(prompt_logprobs=1), 0, 1))
     world.tokens["2"], world.left["2"] = [1] * 9, 1
     assert world.submit()
     assert not world.plans[-1].loads

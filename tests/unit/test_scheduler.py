@@ -15,7 +15,7 @@ from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import CoreRequest, SampledToken, SamplingParams
 from longspan.scheduler.limits import Limits
 from longspan.scheduler.scheduler import Scheduler
 
@@ -41,7 +41,7 @@ class Rig:
     def add(self, request_id, prompt, max_tokens=4):
         params = SamplingParams(max_tokens=max_tokens)
         max_tokens = self.limits.check(len(prompt), params)
-        self.scheduler.add(request_id, prompt, params, 0, max_tokens)
+        self.scheduler.add(CoreRequest(request_id, prompt, params, 0, max_tokens))
         self.left[request_id] = max_tokens
         self.tokens[request_id] = list(prompt)
 

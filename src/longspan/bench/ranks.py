@@ -17,8 +17,8 @@ import torch
 from longspan.engine.rank.build import share_of_cores
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
+from longspan.parallel.world import join_world, leave_world, open_group
 
 MakeGroup = Callable[[Sequence[int]], Collectives]
 

@@ -19,7 +19,7 @@ from longspan.config import ParallelConfig, SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import CoreRequest, SampledToken, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
 _CHUNK = 1 << 20
@@ -27,12 +27,7 @@ _SHAPE = AttentionShape(q_heads=8, kv_heads=1, head_dim=128, element_bytes=2)
 
 
 def run_scheduling(
-    running: int,
-    contexts: Sequence[int],
-    shards: int,
-    page_size: int,
-    steps: int,
-    on_progress: Callable[[str], None],
+    running: int, contexts: Sequence[int], shards: int, page_size: int, steps: int, on_progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One row for each context length: µs a step for `schedule`, `commit` and the plan's encoding (medians)."""
     rows = []
@@ -64,9 +59,8 @@ def _filled(running: int, context: int, shards: int, page_size: int, steps: int)
     key = root_key("bench", "bf16", page_size)
     scheduler = Scheduler(config, cache, grid, chooser, key)
     prompt = [1] * context
-    params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
     for number in range(running):
-        scheduler.add(str(number), prompt, params, 0, steps + 2)
+        scheduler.add(CoreRequest(str(number), prompt, SamplingParams(temperature=0), 0, steps + 2))
     while any(s.computed < context for s in scheduler.running) or scheduler.waiting:
         _timed_step(scheduler)
     return scheduler

@@ -5,7 +5,7 @@ It owns bringing a bare scheduler into that state; benchmarks and `explain` look
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from longspan.attention.cost import CostModel, Estimate, ScheduleChooser
 from longspan.attention.workload import PhaseWorkload
@@ -16,7 +16,7 @@ from longspan.parallel.grid import Grid
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
-from longspan.request import SamplingParams
+from longspan.request import CoreRequest, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 
 
@@ -36,14 +36,11 @@ class Situation:
         return 1 + -(-(self.new + self.cached) // self.page_size)
 
 
+@dataclass(frozen=True)
 class _Recorder(ScheduleChooser):
-    """Keeps what it was asked about."""
+    """Keeps what it was asked about, in the order of the questions."""
 
-    @property
-    def asked(self) -> list[PhaseWorkload]:
-        """In the order of the questions."""
-        found: list[PhaseWorkload] = self.__dict__.setdefault("_asked", [])
-        return found
+    asked: list[PhaseWorkload] = field(default_factory=list)
 
     def choose(self, facts: PhaseWorkload) -> str:
         self.asked.append(facts)
@@ -64,11 +61,8 @@ class LaidOut:
         def forced(schedules: tuple[str, ...]) -> tuple[str, ...]:
             return tuple("local" if old == "local" else schedule for old in schedules)
 
-        return replace(
-            self.plan,
-            decode_schedules=forced(self.plan.decode_schedules),
-            prefill_schedules=forced(self.plan.prefill_schedules),
-        )
+        decode, prefill = forced(self.plan.decode_schedules), forced(self.plan.prefill_schedules)
+        return replace(self.plan, decode_schedules=decode, prefill_schedules=prefill)
 
 
 def lay_out(situation: Situation, model: CostModel) -> LaidOut:
@@ -79,8 +73,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     chooser = _Recorder(model)
     config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
     scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
-    params = SamplingParams(temperature=0, max_tokens=1)
-    scheduler.add("0", [0] * length, params, 0, 1)
+    scheduler.add(CoreRequest("0", [0] * length, SamplingParams(temperature=0), 0, 1))
     mirror = Mirror(situation.page_size, grid.num_shards)
     if situation.cached:
         plan = _next(scheduler)

@@ -40,11 +40,6 @@ class CacheManager:
         """Number of shards."""
         return len(self.pools)
 
-    @property
-    def num_pages(self) -> int:
-        """Pages of all shards."""
-        return sum(pool.num_pages for pool in self.pools)
-
     def new_table(self) -> PageTable:
         """An empty page table over these shards."""
         return PageTable(self.page_size, self.num_shards)

@@ -30,9 +30,7 @@ def shard_for_decode(
     """
     roomy = [shard for shard in range(cache.num_shards) if cache.available(shard)]
     return min(
-        roomy,
-        key=lambda shard: (rows[pcp_of_shard[shard]], table.count(shard), -cache.available(shard)),
-        default=None,
+        roomy, key=lambda shard: (rows[pcp_of_shard[shard]], table.count(shard), -cache.available(shard)), default=None
     )
 
 

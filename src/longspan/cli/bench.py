@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from longspan.cli.options import Json, PageSize, parse_integers
+from longspan.cli.show import new_table, progress_bar
 from longspan.config import EngineConfig, ParallelConfig, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
@@ -50,11 +49,8 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """Prefill and decode rates of one batch."""
-    for name, value in (
-        ("input_len", input_len), ("output_len", output_len), ("batch_size", batch_size), ("iterations", iterations),
-    ):  # fmt: skip
-        _at_least(name, value, 1)
-    _at_least("warmup", warmup, 0)
+    _at_least(1, input_len=input_len, output_len=output_len, batch_size=batch_size, iterations=iterations)
+    _at_least(0, warmup=warmup)
     if compare is not None:
         require_choice("compare", compare, ("transformers",))
     from longspan.bench.latency import Load, run_latency
@@ -86,20 +82,15 @@ def throughput(
     as_json: Json = False,
 ) -> None:
     """Continuous batching under a random load of lengths within ±50 % of the means."""
-    for name, value in (("num_prompts", num_prompts), ("input_len", input_len), ("output_len", output_len)):
-        _at_least(name, value, 1)
+    _at_least(1, num_prompts=num_prompts, input_len=input_len, output_len=output_len)
     from longspan.bench.throughput import run_throughput
     from longspan.engine.engine import Engine
 
     console = Console(stderr=True)
     with console.status(f"loading {config.model}"):
         engine = Engine(config)
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with engine, Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("requests", total=num_prompts)
-        report = run_throughput(
-            engine, num_prompts, input_len, output_len, config.seed, lambda done: progress.update(task, completed=done)
-        )
+    with engine, progress_bar(console, "requests", num_prompts) as on_done:
+        report = run_throughput(engine, num_prompts, input_len, output_len, config.seed, on_done)
     _show_table(console, f"Throughput of {config.model}", [report])
     _print_json(as_json, {"model": config.model, **report})
 
@@ -115,11 +106,8 @@ def mixed(
     as_json: Json = False,
 ) -> None:
     """Short chats beside long contexts, placed by length, all spread, and all local, in turn."""
-    for name, value in (
-        ("chats", chats), ("chat_len", chat_len - 1), ("contexts", contexts), ("context_len", context_len),
-        ("output_len", output_len - 1), ("iterations", iterations),
-    ):  # fmt: skip
-        _at_least(name, value, 1)
+    _at_least(1, chats=chats, chat_len=chat_len - 1, contexts=contexts, context_len=context_len)
+    _at_least(1, output_len=output_len - 1, iterations=iterations)
     dcp = config.parallel.decode_context_parallel_size
     require(dcp == 1, "decode_context_parallel_size", dcp, "leaves nothing local to compare with", "use -pcp")
     from longspan.bench.mixed import MixedLoad, run_mixed
@@ -142,14 +130,7 @@ def scheduler(
 ) -> None:
     """The scheduler's own time a decode step, without a model."""
     contexts = parse_integers("context", context)
-    for name, value in (
-        ("running", running),
-        ("shards", shards),
-        ("steps", steps),
-        ("context", min(contexts)),
-        ("page_size", page_size),
-    ):
-        _at_least(name, value, 1)
+    _at_least(1, running=running, shards=shards, steps=steps, context=min(contexts), page_size=page_size)
     from longspan.bench.scheduling import run_scheduling
 
     console = Console(stderr=True)
@@ -159,14 +140,14 @@ def scheduler(
     _print_json(as_json, {"shards": shards, "page_size": page_size, "rows": rows})
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    require(value >= least, name, value, f"must be at least {least}", f"give {least} or more")
+def _at_least(least: int, **options: int) -> None:
+    for name, value in options.items():
+        require(value >= least, name, value, f"must be at least {least}", f"give {least} or more")
 
 
 def _show_rates(console: Console, report: Mapping[str, Any], batch_size: int) -> None:
-    table = Table(title=f"Latency, batch of {batch_size}: median (least to most)")
-    for column in ("", "first token, s", "prefill, tokens/s", "decode, tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("", "first token, s", "prefill, tokens/s", "decode, tokens/s")
+    table = new_table(f"Latency, batch of {batch_size}: median (least to most)", columns)
     for name, rates in report.items():
         if name == "ratio":
             continue
@@ -182,9 +163,7 @@ def _spread(values: Mapping[str, float] | None) -> str:
 
 
 def _show_table(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="right")
+    table = new_table(title, [column.replace("_", " ") for column in rows[0]])
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from longspan.cli.options import Json, parse_integers
+from longspan.cli.show import new_table
 from longspan.config import require, require_choice
 from longspan.errors import ConfigError
 
@@ -158,9 +158,8 @@ def _run(
 
 def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """`to first` is the first backend's time over this one's on the same case. Single shards are in the JSON only."""
-    table = Table(title=title)
-    for column in ("case", "backend", "µs", "best", "TB/s", "of copy", "TFLOP/s", "of matmul", "to first"):
-        table.add_column(column, justify="left" if column in ("case", "backend") else "right")
+    columns = ("case", "backend", "µs", "best", "TB/s", "of copy", "TFLOP/s", "of matmul", "to first")
+    table = new_table(title, columns, left=columns[:2])
     first: dict[str, float] = {}
     for row in rows:
         if row["kernel"] == "shard":

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from longspan.cli import plots
 from longspan.cli.options import Json, parse_integers
+from longspan.cli.show import new_table
 from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
@@ -90,10 +91,8 @@ def _rows(results: list[CellResult]) -> list[dict[str, Any]]:
 
 
 def _table(results: list[CellResult]) -> Table:
-    table = Table(title="Milliseconds a layer; * fastest, > chosen")
-    names = [timing.schedule for timing in results[0].timings]
-    for column in ("heads", "tp.pcp.dcp", "new", "cached", *names, "regret"):
-        table.add_column(column, justify="left" if column == "heads" else "right", no_wrap=True)
+    columns = ("heads", "tp.pcp.dcp", "new", "cached", *(timing.schedule for timing in results[0].timings), "regret")
+    table = new_table("Milliseconds a layer; * fastest, > chosen", columns, left=("heads",), no_wrap=True)
     for r in results:
         times = (
             f"{'>' if t.schedule == r.chosen else ''}{'*' if t is r.best else ''}{t.seconds * 1e3:.2f}"

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from longspan.cli import plots
 from longspan.cli.options import Json, parse_integers
+from longspan.cli.show import new_table, progress_bar
 from longspan.config import require
 from longspan.errors import ConfigError
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _METRICS = {"first token": "ttft_s", "per output token": "tpot_s", "between chunks": "itl_s", "whole request": "e2e_s"}
 _BUSY = 0.8  # share of a core from which the client may have slowed what it measures
-_REFRESHES = 4  # progress bar, a second: drawing takes the client's time
 
 BaseUrl = Annotated[str, typer.Option("--base-url", help="the server's root, as in http://127.0.0.1:8000")]
 ModelName = Annotated[str | None, typer.Option("--model", help="default: the first the server lists")]
@@ -125,15 +123,9 @@ def _run_all(console: Console, target: Target, prompts: Dataset, limits: Sequenc
     from longspan.bench.serving.client import run_load
     from longspan.bench.serving.report import summarise
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     reports: list[RunReport] = []
     for number, limit in enumerate(limits):
-        with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
-            task = progress.add_task("requests" if limit is None else f"requests, {limit} at once", total=None)
-
-            def on_done(done: int, total: int, progress: Progress = progress, task: TaskID = task) -> None:
-                progress.update(task, completed=done, total=total)
-
+        with progress_bar(console, "requests" if limit is None else f"requests, {limit} at once") as on_done:
             finished = asyncio.run(run_load(target, prompts.requests(number), limit, on_done))
         reports.append(summarise(finished, limit))
         if not any(report.completed for report in reports):
@@ -156,12 +148,9 @@ def _warnings(reports: Sequence[RunReport]) -> list[str]:
 
 
 def show_reports(console: Console, title: str, reports: Sequence[RunReport], notes: Sequence[str]) -> None:
-    rates = Table(title=title)
-    latencies = Table(title="Latency, ms")
-    for column in ("at once", "completed", "failed", "seconds", "requests/s", "output tokens/s", "all tokens/s"):
-        rates.add_column(column, justify="right")
-    for column in ("at once", "", "mean", "median", "p90", "p99"):
-        latencies.add_column(column, justify="right" if column else "left")
+    counted = ("at once", "completed", "failed", "seconds", "requests/s", "output tokens/s", "all tokens/s")
+    rates = new_table(title, counted)
+    latencies = new_table("Latency, ms", ("at once", "", "mean", "median", "p90", "p99"))
     for report in reports:
         limit = "all" if report.concurrency is None else str(report.concurrency)
         numbers = (report.duration_s, report.requests_per_s, report.output_tokens_per_s, report.total_tokens_per_s)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from longspan.cli.options import Json
+from longspan.cli.show import new_table
 from longspan.config import require, require_choice
 from longspan.errors import ConfigError
 
@@ -98,9 +98,9 @@ def _check(console: Console, model: str, machine: Hardware, executor: str, as_js
 
 
 def _show(console: Console, model: str, checks: Checks) -> None:
-    table = Table(title=f"{model}: predicted and measured, ms", caption="* two measurements differ by more than 10 %")
-    for column in ("", "size", "ranks", "predicted", "measured", "again", "error"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("", "size", "ranks", "predicted", "measured", "again", "error")
+    caption = "* two measurements differ by more than 10 %"
+    table = new_table(f"{model}: predicted and measured, ms", columns, caption=caption)
     for row in checks.rows:
         times = (f"{seconds * 1e3:,.1f}" for seconds in (row.predicted_s, row.measured_s, row.again_s))
         doubt = "" if row.agrees else " *"
@@ -113,9 +113,8 @@ def _show(console: Console, model: str, checks: Checks) -> None:
 
 def _show_trace(console: Console, checks: Checks) -> None:
     found = checks.trace
-    table = Table(title=f"The same {found.real.completed} requests, simulated and real")
-    for column in ("", "output tokens/s", "median first token, ms", "median per output token, ms"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("", "output tokens/s", "median first token, ms", "median per output token, ms")
+    table = new_table(f"The same {found.real.completed} requests, simulated and real", columns)
     for name, report in (("simulated", found.simulated), ("real", found.real)):
         spreads = (report.ttft_s, report.tpot_s)
         cells = (f"{spread.median * 1e3:,.1f}" if spread else "-" for spread in spreads)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from longspan.attention.cost import Estimate
 from longspan.cli.options import Json
+from longspan.cli.show import new_table
 from longspan.config import CostConstants, EngineConfig, require
 
 _BY_REFERENCE = 1e-13  # seconds a byte: threads hand tensors over
@@ -92,9 +93,9 @@ def _as_json(e: Estimate) -> dict[str, object]:
 
 
 def _table(title: str, found: list[Estimate], chosen: str) -> Table:
-    table = Table(title=title if found else f"{title}: nothing travels", caption=_CAPTION if found else None)
-    for column in ("schedule", "MB", "fixed", "compute", "transfer", "copies", "hidden", "ms"):
-        table.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
+    columns = ("schedule", "MB", "fixed", "compute", "transfer", "copies", "hidden", "ms")
+    title, caption = (title, _CAPTION) if found else (f"{title}: nothing travels", None)
+    table = new_table(title, columns, left=("schedule",), no_wrap=True, caption=caption)
     for e in found:
         time = e.time
         parts = (time.fixed, time.compute, time.transfer, time.copies, -time.hidden, time.seconds)

@@ -29,9 +29,8 @@ from longspan.cli.options import takes_engine_options
 from longspan.errors import LongspanError
 
 _USAGE, _INTERRUPTED = 2, 130
-_UsageError: type[Exception] = typer.BadParameter.__mro__[
-    1
-]  # typer brings its own copy of click, or uses click's: either way, this
+# typer brings its own copy of click, or uses click's: either way, this
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def build_app() -> typer.Typer:

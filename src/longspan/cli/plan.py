@@ -19,6 +19,7 @@ from rich.table import Table
 
 from longspan.cli import plots
 from longspan.cli.options import ExpertParallel, Json
+from longspan.cli.show import new_table
 from longspan.config import ParallelConfig, require
 
 if TYPE_CHECKING:
@@ -180,25 +181,14 @@ def _span(span: Span) -> dict[str, Any] | None:
 
 def _table(found: Sequence[Outlook], title: str) -> Table:
     caption = "link: ranks wait for each other's bytes; tok/s: output a device"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
-    for name in (
-        "tp·pcp·dcp·pp",
-        "KV tokens",
-        "fit",
-        "TTFT s",
-        "bound",
-        "link s",
-        "TPOT ms",
-        "bound",
-        "link ms",
-        "tok/s",
-    ):
-        table.add_column(name, justify="left" if name == "bound" else "right", no_wrap=True)
+    times = ("TTFT s", "bound", "link s", "TPOT ms", "bound", "link ms", "tok/s")
+    columns = ("tp·pcp·dcp·pp", "KV tokens", "fit", *times)
+    table = new_table(title, columns, left=("bound",), no_wrap=True, caption=caption, box=SIMPLE_HEAD)
     for one in found[:_SHOWN]:
         layout = "·".join(map(str, one.sizes))
         if one.running:
-            times = (*_cells(one.ttft, 1), *_cells(one.tpot, 1e3), f"{one.throughput_per_gpu:,.1f}")
-            table.add_row(layout, f"{one.capacity_tokens:,}", f"{one.requests:,}", *times)
+            cells = (*_cells(one.ttft, 1), *_cells(one.tpot, 1e3), f"{one.throughput_per_gpu:,.1f}")
+            table.add_row(layout, f"{one.capacity_tokens:,}", f"{one.requests:,}", *cells)
         else:
             table.add_row(layout, f"lacks {one.missing_bytes / 1e9:,.1f} GB")
     return table

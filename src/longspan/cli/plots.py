@@ -93,7 +93,7 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
             x, y, best = cached.index(result.cell.cached), news.index(result.cell.new), result.best.schedule
             colour = tuple(part * _MAP_SHADE for part in to_rgb(SCHEDULES[best].colour))
             panel.bar(x, 0.96, 0.97, y - 0.48, color=colour)
-            text = {"x": x, "ha": "center", "va": "center", "color": "white"}
+            text: dict[str, Any] = {"x": x, "ha": "center", "va": "center", "color": "white"}
             agrees = result.chosen == best
             panel.text(y=y if agrees else y - 0.18, s=best, fontsize=9, fontweight="bold", **text)
             if not agrees:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longspan.cli.options import Json
+from longspan.cli.show import new_table
 from longspan.config import require
 from longspan.errors import ConfigError
 
@@ -122,10 +123,9 @@ def _described(row: Row) -> str:
 def _table(found: Sequence[Prediction]) -> Table:
     from longspan.planner.rows import QUANTITIES
 
-    table = Table(box=SIMPLE_HEAD)
     named = any(one.id for one in found)
-    for name in (*(["id"] if named else []), "quantity", "predicted", "measured", "unit", "error"):
-        table.add_column(name, justify="left" if name in ("id", "quantity", "unit") else "right", no_wrap=True)
+    columns = (*(["id"] if named else []), "quantity", "predicted", "measured", "unit", "error")
+    table = new_table(None, columns, left=("id", "quantity", "unit"), no_wrap=True, box=SIMPLE_HEAD)
     for one in found:
         measured = "" if one.value is None else f"{one.value:,.2f}"
         error = "" if one.error is None else f"{one.error:+.1%}"

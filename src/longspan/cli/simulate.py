@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from longspan.cli import plots
 from longspan.cli.bench_serve import show_reports
 from longspan.cli.options import Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
+from longspan.cli.show import new_table, progress_bar
 from longspan.config import ParallelConfig, SchedulerConfig, require
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from longspan.planner.simulate.instance import InstanceConfig
     from longspan.planner.simulate.run import Simulation
     from longspan.scheduler.limits import Limits
-
-_REFRESHES = 4  # progress bar, a second: drawing takes the simulation's time
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id or built-in name", show_default=False)]
 HardwareName = Annotated[
@@ -124,11 +121,8 @@ def simulate(
 def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:
     from longspan.planner.simulate.run import simulate as play
 
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
-        task = progress.add_task("requests", total=len(asks))
-        return play(config, asks, instances, limits, lambda done: progress.update(task, completed=done))
+    with progress_bar(Console(stderr=True), "requests", len(asks)) as on_done:
+        return play(config, asks, instances, limits, on_done)
 
 
 def _notes(deployment: Deployment, asks: Sequence[Ask], asked: int | None) -> list[str]:
@@ -144,9 +138,8 @@ def _notes(deployment: Deployment, asks: Sequence[Ask], asked: int | None) -> li
 def _show(title: str, result: Simulation, notes: Sequence[str]) -> None:
     console = Console(stderr=True)
     show_reports(console, title, [result.report], notes)
-    table = Table(title="KV pages in use, % of a shard's")
-    for column in ("instance", "requests", "mean", "mean of the fullest shard", "peak of the fullest shard"):
-        table.add_column(column, justify="right")
+    columns = ("instance", "requests", "mean", "mean of the fullest shard", "peak of the fullest shard")
+    table = new_table("KV pages in use, % of a shard's", columns)
     pages = result.memory.pages_per_shard
     for number, used in enumerate(result.memory.used):
         means = [fmean(row) / size for row, size in zip(used, pages, strict=True)]

@@ -11,29 +11,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 import zmq
 
 from longspan.config import TransferConfig
+from longspan.disaggregation import messages
 from longspan.disaggregation.connection import Connection, one_line
-from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
+from longspan.disaggregation.driver import Desk, Role
 from longspan.disaggregation.layout_map import problem_of
-from longspan.disaggregation.messages import (
-    Accepted,
-    Arrived,
-    Computed,
-    Ended,
-    FetchFailed,
-    Format,
-    Moving,
-    Prefill,
-    Release,
-    ToDecode,
-)
+from longspan.disaggregation.messages import Format
 from longspan.plan.plan import Fetch, StepPlan
 from longspan.plan.source import Part
-from longspan.request import CoreRequest, TokenOutput
+from longspan.request import CoreRequest
 
 _MAX_CONNECTIONS = 64
 _LOG = logging.getLogger("longspan.disaggregation")
@@ -61,22 +52,17 @@ class _Remote:
     received: int = 0
 
 
-class DecodeRole:
+class DecodeRole(Role):
     """See `Role`. `cached` says how many of a request's tokens need not be computed anywhere."""
 
     def __init__(
         self, config: TransferConfig, form: Format, parts: tuple[Part, ...], cached: CachedTokens, page_size: int
     ) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._mailbox = Mailbox(config, self._context)
-        self.config = self._mailbox.config
-        self.card = PeerCard.of(config, self._mailbox.address, form)
-        self.counters = TransferCounters()
+        super().__init__(config, form)
         self._parts = parts
         self._own_peers = deque(config.prefill_peers)
         self._cached = cached
         self._page_size = page_size
-        self._desk: Desk | None = None
         self._ranks = 0
         self._connections: dict[str, Connection] = {}
         self._remotes: dict[str, _Remote] = {}
@@ -117,19 +103,15 @@ class DecodeRole:
         if remote is not None:
             self._leave(remote)
 
-    def keeps(self, output: TokenOutput) -> bool:
-        """See `Role.keeps`: never."""
-        return False
-
     def exchange(self) -> None:
         """See `Role.exchange`."""
         for _, message in self._mailbox.messages():
             match message:
-                case Moving(fetch) if fetch in self._by_fetch:
+                case messages.Moving(fetch) if fetch in self._by_fetch:
                     self._by_fetch[fetch].heard = time.monotonic()
-                case Arrived(rank, fetch, received) if fetch in self._by_fetch:
+                case messages.Arrived(rank, fetch, received) if fetch in self._by_fetch:
                     self._arrived(self._by_fetch[fetch], rank, received)
-                case FetchFailed(rank, fetch, reason) if fetch in self._by_fetch:
+                case messages.FetchFailed(rank, fetch, reason) if fetch in self._by_fetch:
                     self._retry(self._by_fetch[fetch], f"rank {rank}: {one_line(reason)}")
         for connection in list(self._connections.values()):
             self._hear(connection)
@@ -138,20 +120,16 @@ class DecodeRole:
             if remote.computed and remote.fetch and now - remote.heard > self.config.patience_seconds:
                 self._retry(remote, f"sent nothing for {self.config.patience_seconds:g} s")
 
-    def wait(self, seconds: float) -> None:
-        """See `Role.wait`."""
-        wait_for(self.sockets, seconds)
-
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """See `Role.sockets`."""
-        return [self._mailbox.socket, *(s for connection in self._connections.values() for s in connection.sockets)]
+        return [*super().sockets, *(s for connection in self._connections.values() for s in connection.sockets)]
 
     def close(self) -> None:
         """See `Role.close`."""
         for connection in self._connections.values():
             connection.close()
-        self._context.destroy(linger=100)
+        super().close()
 
     def _ask(self, remote: _Remote) -> None:
         """Have the prompt computed by the next instance that may be there, at last by this one."""
@@ -162,7 +140,7 @@ class DecodeRole:
                 remote.connection, remote.sent = connection, next(self._numbers)
                 self._by_sent[remote.sent] = remote
                 tokens = [*request.prompt_token_ids, *request.output_token_ids][:-1]
-                connection.send(Prefill(remote.sent, tokens))
+                connection.send(messages.Prefill(remote.sent, tokens))
                 return
         del self._remotes[request.request_id]
         if self._desk is not None:
@@ -174,13 +152,8 @@ class DecodeRole:
                 used = {remote.connection for remote in self._remotes.values()}
                 for idle in [known for known, connection in self._connections.items() if connection not in used]:
                     self._connections.pop(idle).close()
-            self._connections[address] = Connection(
-                address,
-                self.card.format,
-                self.config.patience_seconds,
-                self._context,
-                lambda source: problem_of(source, self._parts),
-            )
+            check, patience = partial(problem_of, ours=self._parts), self.config.patience_seconds
+            self._connections[address] = Connection(address, self.card.format, patience, self._context, check)
         return self._connections[address]
 
     def _hear(self, connection: Connection) -> None:
@@ -192,21 +165,21 @@ class DecodeRole:
             for remote in [r for r in self._remotes.values() if r.connection is connection]:
                 self._retry(remote, problem)
 
-    def _obey(self, connection: Connection, message: ToDecode) -> None:
+    def _obey(self, connection: Connection, message: messages.ToDecode) -> None:
         remote = self._by_sent.get(getattr(message, "number", 0))
         if remote is None or remote.connection is not connection:
             return
         match message:
-            case Accepted(_, request) if connection.source is not None and self._desk is not None:
+            case messages.Accepted(_, request) if connection.source is not None and self._desk is not None:
                 taken = {r.accepted for r in self._remotes.values() if r.connection is connection}
                 if remote.accepted is not None or request in taken:
                     connection.refuse(f"calls two prompts {one_line(request)}, or one prompt twice")
                     return
                 remote.accepted = request
                 self._desk.begin(remote.request, replace(connection.source, request=request))
-            case Computed():
+            case messages.Computed():
                 remote.computed, remote.heard = True, time.monotonic()
-            case Ended(_, reason):
+            case messages.Ended(_, reason):
                 self._retry(remote, one_line(reason))
 
     def _arrived(self, remote: _Remote, rank: int, received: int) -> None:
@@ -235,7 +208,7 @@ class DecodeRole:
     def _leave(self, remote: _Remote) -> None:
         """The prefill instance can let go of it."""
         if remote.connection is not None:
-            remote.connection.send(Release(remote.sent))
+            remote.connection.send(messages.Release(remote.sent))
         self._by_sent.pop(remote.sent, None)
         if remote.fetch is not None:
             self._by_fetch.pop(remote.fetch.number, None)

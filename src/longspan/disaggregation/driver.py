@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -51,23 +52,18 @@ class Desk(Protocol):
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
         """Queue a request whose prompt is computed here, or fetched."""
-        ...
 
     def add(self, request: CoreRequest) -> None:
         """Queue a request, as a user's is."""
-        ...
 
     def leave(self, request_id: str) -> None:
         """Take a request out of the scheduler, to `begin` it anew; its pages are free."""
-        ...
 
     def finish(self, request_id: str) -> None:
         """End a request; its pages are free."""
-        ...
 
     def arrived(self, request_id: str) -> None:
         """All pages of a fetched prompt are filled."""
-        ...
 
 
 @dataclass
@@ -80,51 +76,6 @@ class TransferCounters:
     tokens: int = 0
     bytes: int = 0
     retried: int = 0
-
-
-class Role(Protocol):
-    """One side of pairs, beside a core; called between steps."""
-
-    config: TransferConfig  # with what the ranks must know
-    counters: TransferCounters
-    card: PeerCard
-
-    def start(self, desk: Desk, ranks: int) -> None:
-        """The core's ranks are ready."""
-        ...
-
-    def add(self, request: CoreRequest) -> bool:
-        """Whether the role takes a new request in charge."""
-        ...
-
-    def finish(self, request_id: str) -> None:
-        """A request has ended in the core."""
-        ...
-
-    def submitted(self, plan: StepPlan) -> None:
-        """The ranks will hear of a plan."""
-        ...
-
-    def keeps(self, output: TokenOutput) -> bool:
-        """Whether an ended request's pages stay; its output is then nobody's."""
-        ...
-
-    def exchange(self) -> None:
-        """Read what has come, answer, and look after what takes too long."""
-        ...
-
-    def wait(self, seconds: float) -> None:
-        """Until something comes, or so long."""
-        ...
-
-    @property
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        """Those to listen to while the core has nothing to do."""
-        ...
-
-    def close(self) -> None:
-        """End all connections."""
-        ...
 
 
 class Mailbox:
@@ -179,6 +130,55 @@ class Mailbox:
         except zmq.ZMQError:
             return False
         return True
+
+
+class Role(ABC):
+    """One side of pairs, beside a core; called between steps. Raises `ConfigError` for an address it cannot have."""
+
+    def __init__(self, config: TransferConfig, form: Format) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._mailbox = Mailbox(config, self._context)
+        self.config = self._mailbox.config  # with what the ranks must know
+        self.card = PeerCard.of(config, self._mailbox.address, form)
+        self.counters = TransferCounters()
+        self._desk: Desk | None = None
+
+    @abstractmethod
+    def start(self, desk: Desk, ranks: int) -> None:
+        """The core's ranks are ready."""
+
+    def add(self, request: CoreRequest) -> bool:
+        """Whether the role takes a new request in charge."""
+        return False
+
+    @abstractmethod
+    def finish(self, request_id: str) -> None:
+        """A request has ended in the core."""
+
+    @abstractmethod
+    def submitted(self, plan: StepPlan) -> None:
+        """The ranks will hear of a plan."""
+
+    def keeps(self, output: TokenOutput) -> bool:
+        """Whether an ended request's pages stay; its output is then nobody's."""
+        return False
+
+    @abstractmethod
+    def exchange(self) -> None:
+        """Read what has come, answer, and look after what takes too long."""
+
+    def wait(self, seconds: float) -> None:
+        """Until something comes, or so long."""
+        wait_for(self.sockets, seconds)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """Those to listen to while the core has nothing to do."""
+        return [self._mailbox.socket]
+
+    def close(self) -> None:
+        """End all connections."""
+        self._context.destroy(linger=100)
 
 
 def keep_alive(socket: zmq.Socket[bytes]) -> None:

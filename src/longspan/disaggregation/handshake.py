@@ -32,8 +32,9 @@ _NAMES = {
 
 def format_of(setup: InstanceSetup) -> Format:
     """What an instance's pages mean. Reads a little of some weights, to tell revisions apart."""
+    model = blake2b(repr(setup.model).encode(), digest_size=8).hexdigest()
     return Format(
-        PROTOCOL, _digest(repr(setup.model).encode()), _weights(setup.source.checkpoint), str(setup.dtype),
+        PROTOCOL, model, _weights(setup.source.checkpoint), str(setup.dtype),
         setup.config.cache.dtype, setup.layout.planes, setup.layout.row_bytes,
     )  # fmt: skip
 
@@ -74,7 +75,3 @@ def _weights(checkpoint: Checkpoint) -> str:
         checkpoint.read(name, tuple(slice(0, size) for size in sizes), sample)
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=8).hexdigest()

@@ -37,18 +37,14 @@ class InstanceSetup(Protocol):
     @property
     def layout(self) -> KVLayout:
         """Of a cache row."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
-        ...
 
     @property
     def limits(self) -> Limits:
         """What one request may ask for."""
-        ...
 
     def device(self, number: int = 0) -> torch.device:
         """The device of that number on a machine."""
-        ...

@@ -10,23 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 
-import zmq
-
 from longspan.config import TransferConfig
-from longspan.disaggregation.driver import Desk, Mailbox, PeerCard, TransferCounters, wait_for
+from longspan.disaggregation import messages
+from longspan.disaggregation.driver import Desk, Role
 from longspan.disaggregation.handshake import difference
-from longspan.disaggregation.messages import (
-    Accepted,
-    Computed,
-    Ended,
-    Format,
-    Hello,
-    Prefill,
-    Pulse,
-    Refused,
-    Release,
-    Welcome,
-)
+from longspan.disaggregation.messages import Format
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Part, Source
 from longspan.request import CoreRequest, SamplingParams, TokenOutput
@@ -45,18 +33,16 @@ class _Prompt:
     computed: float | None = None
 
 
-class PrefillRole:
-    """See `Role`. `check` says what is wrong with a prompt, None if it can be computed."""
+class PrefillRole(Role):
+    """See `Role`; users' requests are computed like anywhere.
+
+    `check` says what is wrong with a prompt, None if it can be computed.
+    """
 
     def __init__(self, config: TransferConfig, form: Format, parts: tuple[Part, ...], check: CheckPrompt) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._mailbox = Mailbox(config, self._context)
-        self.config = self._mailbox.config
-        self.card = PeerCard.of(config, self._mailbox.address, form)
-        self.counters = TransferCounters()
+        super().__init__(config, form)
         self._source = Source(self.config.life, (), parts)
         self._check = check
-        self._desk: Desk | None = None
         self._welcome: set[bytes] = set()
         self._prompts: dict[str, _Prompt] = {}
         self._request_of: dict[tuple[bytes, int], str] = {}
@@ -67,10 +53,6 @@ class PrefillRole:
         """See `Role.start`."""
         self._desk = desk
         self._source = replace(self._source, addresses=self._mailbox.addresses(ranks))
-
-    def add(self, request: CoreRequest) -> bool:
-        """See `Role.add`: users' requests are computed like anywhere."""
-        return False
 
     def finish(self, request_id: str) -> None:
         """See `Role.finish`."""
@@ -87,18 +69,18 @@ class PrefillRole:
             self._end(output.request_id, output.error)
         else:
             prompt.computed = time.monotonic()
-            self._mailbox.send(prompt.peer, Computed(prompt.number))
+            self._mailbox.send(prompt.peer, messages.Computed(prompt.number))
         return True
 
     def exchange(self) -> None:
         """See `Role.exchange`."""
         for peer, message in self._mailbox.messages():
             match message:
-                case Hello(form):
+                case messages.Hello(form):
                     self._greet(peer, form)
-                case Prefill(number, token_ids):
+                case messages.Prefill(number, token_ids):
                     self._take(peer, number, token_ids)
-                case Release(number):
+                case messages.Release(number):
                     request = self._request_of.get((peer, number))
                     if request is not None:
                         self.counters.sent += self._prompts[request].computed is not None
@@ -108,26 +90,13 @@ class PrefillRole:
             self._pulsed = now
             self._look_after(now)
 
-    def wait(self, seconds: float) -> None:
-        """See `Role.wait`."""
-        wait_for(self.sockets, seconds)
-
-    @property
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        """See `Role.sockets`."""
-        return [self._mailbox.socket]
-
-    def close(self) -> None:
-        """See `Role.close`."""
-        self._context.destroy(linger=100)
-
     def _greet(self, peer: bytes, form: Format) -> None:
         reason = difference(form, self.card.format)
         if reason is None:
             self._welcome.add(peer)
-            self._mailbox.send(peer, Welcome(self._source))
+            self._mailbox.send(peer, messages.Welcome(self._source))
         else:
-            self._mailbox.send(peer, Refused(reason))
+            self._mailbox.send(peer, messages.Refused(reason))
 
     def _take(self, peer: bytes, number: int, token_ids: list[int]) -> None:
         if (peer, number) in self._request_of:
@@ -137,17 +106,17 @@ class PrefillRole:
         else:
             reason = self._check(token_ids)
         if reason is not None or self._desk is None:
-            self._mailbox.send(peer, Ended(number, reason or "not ready yet"))
+            self._mailbox.send(peer, messages.Ended(number, reason or "not ready yet"))
             return
         request = f"peer-{next(self._taken)}"  # no user's: theirs end with a dot and a number
         self._prompts[request] = _Prompt(peer, number)
         self._request_of[peer, number] = request
         self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1, for_peer=True))
-        self._mailbox.send(peer, Accepted(number, request))
+        self._mailbox.send(peer, messages.Accepted(number, request))
 
     def _look_after(self, now: float) -> None:
         """Drop prompts of instances that are gone, and pages that nobody fetches."""
-        gone = {peer for peer in self._welcome if not self._mailbox.send(peer, Pulse())}
+        gone = {peer for peer in self._welcome if not self._mailbox.send(peer, messages.Pulse())}
         self._welcome -= gone
         for request, prompt in list(self._prompts.items()):
             if prompt.peer in gone:
@@ -157,7 +126,7 @@ class PrefillRole:
 
     def _end(self, request: str, reason: str) -> None:
         prompt = self._prompts[request]
-        self._mailbox.send(prompt.peer, Ended(prompt.number, reason))
+        self._mailbox.send(prompt.peer, messages.Ended(prompt.number, reason))
         self._drop(request)
 
     def _drop(self, request: str) -> None:

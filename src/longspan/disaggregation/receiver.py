@@ -14,22 +14,10 @@ from itertools import count
 import torch
 import zmq
 
-from longspan.cache.pages import PageTable, Span
+from longspan.cache.pages import PageTable
 from longspan.config import TransferConfig
+from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
-from longspan.disaggregation.messages import (
-    Arrived,
-    Ask,
-    Block,
-    FetchFailed,
-    Have,
-    Missing,
-    Moving,
-    ToReceiver,
-    Unwatch,
-    Watch,
-    encode,
-)
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
@@ -82,11 +70,6 @@ class PageReceiver(TransferThread):
     def computed(self, plan: StepPlan) -> None:
         """See `TransferThread.computed`: nothing is asked of this side."""
 
-    def _start(self, fetch: Fetch, table: PageTable) -> _Fetching:
-        parts = cells(self._part, fetch.source.parts)
-        limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
-        return _Fetching(fetch, table, Pulls(parts, runs_on(table, self._part.shard, fetch.start, fetch.stop), limits))
-
     def _woke(self) -> None:
         with self._lock:
             new, self._new = self._new, []
@@ -102,9 +85,11 @@ class PageReceiver(TransferThread):
 
     def _begin(self, fetch: Fetch, table: PageTable) -> None:
         source = fetch.source
-        fetching = self._active[fetch.number] = self._start(fetch, table)
+        parts, wanted = cells(self._part, source.parts), runs_on(table, self._part.shard, fetch.start, fetch.stop)
+        limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
+        fetching = self._active[fetch.number] = _Fetching(fetch, table, Pulls(parts, wanted, limits))
         for rank in fetching.pulls.ranks:
-            self._socket(source.addresses[rank]).send(encode(Watch(source.life, source.request)))
+            self._socket(source.addresses[rank]).send(messages.encode(messages.Watch(source.life, source.request)))
         self._end_if_done(fetching)
 
     def _listen(self) -> None:
@@ -115,17 +100,17 @@ class PageReceiver(TransferThread):
         self._ask()
 
     def _take(self, address: str, frames: Sequence[zmq.Frame]) -> None:
-        match decoded(frames[0].bytes, ToReceiver):
-            case Have(life, request, runs):
+        match decoded(frames[0].bytes, messages.ToReceiver):
+            case messages.Have(life, request, runs):
                 for fetching in self._from(address):
                     if (life, request) == (fetching.fetch.source.life, fetching.fetch.source.request):
                         with self._failing_alone(fetching.fetch):
                             self._offer(fetching, address, runs)
-            case Block(block) if len(frames) == 2 and self._was_asked(address, block):
+            case messages.Block(block) if len(frames) == 2 and self._was_asked(address, block):
                 fetching, pull = self._under_way.pop(block)
                 with self._failing_alone(fetching.fetch):
                     self._store(fetching, pull, frames[1])
-            case Missing(block) if self._was_asked(address, block):
+            case messages.Missing(block) if self._was_asked(address, block):
                 fetching, pull = self._under_way.pop(block)
                 fetching.pulls.refused(pull)
             case None:
@@ -154,17 +139,15 @@ class PageReceiver(TransferThread):
         with self._lock:
             if self._live.get(fetching.fetch.request_id) != fetching.fetch.number:
                 return
-            self._access.write(pull.layers, pull.heads, self._spans(fetching.table, pull), whole)
+            spans = [s for start, stop in pull.runs for _, s in fetching.table.slots(self._part.shard, start, stop)]
+            self._access.write(pull.layers, pull.heads, spans, whole)
         fetching.received += whole.numel()
         self.received += whole.numel()
         fetching.pulls.arrived(pull)
         if time.monotonic() - fetching.told > _MOVING_SECONDS:
             fetching.told = time.monotonic()
-            self._tell(Moving(fetching.fetch.number))
+            self._tell(messages.Moving(fetching.fetch.number))
         self._end_if_done(fetching)
-
-    def _spans(self, table: PageTable, pull: Pull) -> list[Span]:
-        return [span for start, stop in pull.runs for _, span in table.slots(self._part.shard, start, stop)]
 
     def _ask(self) -> None:
         """As many blocks as may be under way, for the oldest fetches that have something to ask for."""
@@ -177,13 +160,13 @@ class PageReceiver(TransferThread):
         while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
             block = next(self._blocks)
             self._under_way[block] = (fetching, pull)
-            ask = Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
-            self._socket(source.addresses[pull.rank]).send(encode(ask))
+            ask = messages.Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
+            self._socket(source.addresses[pull.rank]).send(messages.encode(ask))
 
     def _end_if_done(self, fetching: _Fetching) -> None:
         if fetching.pulls.done:
             self._end(fetching.fetch)
-            self._tell(Arrived(self._part.rank, fetching.fetch.number, fetching.received))
+            self._tell(messages.Arrived(self._part.rank, fetching.fetch.number, fetching.received))
 
     @contextmanager
     def _failing_alone(self, fetch: Fetch) -> Iterator[None]:
@@ -196,7 +179,7 @@ class PageReceiver(TransferThread):
     def _fail(self, fetch: Fetch, reason: str) -> None:
         self._end(fetch)
         self._close_unused(fetch)
-        self._tell(FetchFailed(self._part.rank, fetch.number, reason))
+        self._tell(messages.FetchFailed(self._part.rank, fetch.number, reason))
 
     def _end(self, fetch: Fetch) -> None:
         """Write no more of it."""
@@ -213,7 +196,7 @@ class PageReceiver(TransferThread):
         del self._active[fetching.fetch.number]
         self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}
         for address in {source.addresses[rank] for rank in fetching.pulls.ranks} & self._sockets.keys():
-            self._sockets[address].send(encode(Unwatch(source.life, source.request)))
+            self._sockets[address].send(messages.encode(messages.Unwatch(source.life, source.request)))
 
     def _socket(self, address: str) -> zmq.Socket[bytes]:
         if address not in self._sockets:

@@ -13,19 +13,8 @@ import zmq
 
 from longspan.cache.pages import PageTable, Span
 from longspan.config import TransferConfig
+from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, runs_on
-from longspan.disaggregation.messages import (
-    Ask,
-    Block,
-    Have,
-    Missing,
-    Serving,
-    ToReceiver,
-    ToSender,
-    Unwatch,
-    Watch,
-    encode,
-)
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import StepPlan
@@ -66,7 +55,7 @@ class PageSender(TransferThread):
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
-        self._tell(Serving(part.rank, f"tcp://{config.host}:{port}"))
+        self._tell(messages.Serving(part.rank, f"tcp://{config.host}:{port}"))
         self._thread.start()
 
     def apply(self, plan: StepPlan, table_of: TableOf) -> None:
@@ -100,15 +89,15 @@ class PageSender(TransferThread):
         self._poller.poll()
         while self._socket.poll(0):
             peer, *_, data = self._socket.recv_multipart()
-            match decoded(data, ToSender):
-                case Watch(life, request) if life == self._config.life:
+            match decoded(data, messages.ToSender):
+                case messages.Watch(life, request) if life == self._config.life:
                     watcher = self._watchers[peer, request] = _Watcher()
                     self._announce(peer, request, watcher)
                     if len(self._watchers) > _MAX_WATCHERS:
                         self._watchers.popitem(last=False)
-                case Unwatch(_, request):
+                case messages.Unwatch(_, request):
                     self._watchers.pop((peer, request), None)
-                case Ask() as ask:
+                case messages.Ask() as ask:
                     self._answer(peer, ask)
                 case _:  # of another life of this instance, or no message at all
                     continue
@@ -127,9 +116,9 @@ class PageSender(TransferThread):
             runs = runs_on(served.table, self._part.shard, watcher.told, stop)
             watcher.told = stop
         if runs:
-            self._send(peer, Have(self._config.life, request, runs))
+            self._send(peer, messages.Have(self._config.life, request, runs))
 
-    def _answer(self, peer: bytes, ask: Ask) -> None:
+    def _answer(self, peer: bytes, ask: messages.Ask) -> None:
         block = None
         try:
             with self._lock:
@@ -138,11 +127,13 @@ class PageSender(TransferThread):
         except Exception as error:  # of one question: others go on
             _LOG.warning("request %s: a block cannot be read: %s: %s", ask.request, type(error).__name__, error)
         if block is None:
-            self._send(peer, Missing(ask.block))
+            self._send(peer, messages.Missing(ask.block))
         else:
-            self._socket.send_multipart([peer, encode(Block(ask.block)), block.numpy().data], copy=False)
+            self._socket.send_multipart(
+                [peer, messages.encode(messages.Block(ask.block)), block.numpy().data], copy=False
+            )
 
-    def _spans(self, ask: Ask) -> list[Span]:
+    def _spans(self, ask: messages.Ask) -> list[Span]:
         """The slots of what is asked for; none unless all of it is here."""
         served = self._served.get(ask.request)
         (low, high), (first, last) = self._part.layers, self._part.heads
@@ -159,5 +150,5 @@ class PageSender(TransferThread):
             found += spans
         return found
 
-    def _send(self, peer: bytes, message: ToReceiver) -> None:
-        self._socket.send_multipart([peer, encode(message)])
+    def _send(self, peer: bytes, message: messages.ToReceiver) -> None:
+        self._socket.send_multipart([peer, messages.encode(message)])

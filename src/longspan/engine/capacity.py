@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
-from longspan.models.context import Provided
+from longspan.models.context import Loader, Provided
 from longspan.models.decoder import DecoderModel, Embedding, build_attention
 from longspan.models.experts import routed_expert, shared_expert
 from longspan.models.mlp import GatedMLP
@@ -43,7 +43,6 @@ class HasMemory(Protocol):
     @property
     def memory_bytes(self) -> float:
         """Bytes of its memory."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -110,26 +109,17 @@ class RankMemory:
     def shared(self) -> Part:
         """A mixture's shared expert on one rank."""
         moe = self.model.moe
-        if moe is None or not moe.shared_intermediate_size:
-            return Part()
-        hidden = self.model.hidden_size
-        return self._part(lambda given: shared_expert(moe, hidden, "", given.loader), self.weights.ffn)
+        return self._of_mixture(shared_expert, self.weights.ffn) if moe and moe.shared_intermediate_size else Part()
 
     @cached_property
     def router(self) -> Part:
         """A mixture's router, whole on every rank."""
-        moe, hidden = self.model.moe, self.model.hidden_size
-        if moe is None:
-            return Part()
-        return self._part(lambda given: Router(moe, hidden, "", given.loader), self.weights.embedding)
+        return self._of_mixture(Router, self.weights.embedding)
 
     @cached_property
     def expert(self) -> Part:
         """One routed expert, whole."""
-        moe, hidden = self.model.moe, self.model.hidden_size
-        if moe is None:
-            return Part()
-        return self._part(lambda given: routed_expert(moe, hidden, "", 0, given.loader), self.weights.experts)
+        return self._of_mixture(partial(routed_expert, expert=0), self.weights.experts)
 
     @cached_property
     def experts_held(self) -> int:
@@ -189,11 +179,6 @@ class RankMemory:
         return usable - self.weight_bytes - self.workspace_bytes
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes a token takes on a rank that holds it."""
-        return self.layout.bytes_per_token
-
-    @property
     def pages_per_shard(self) -> tuple[int, ...]:
         """Pages of every shard; zeros where nothing fits."""
         return (max(0, self.layout.pages_in(int(self.cache_bytes), self.page_size)),) * self.grid.num_shards
@@ -206,7 +191,7 @@ class RankMemory:
     def missing_bytes(self, tokens: int) -> float:
         """Bytes that a rank lacks for one request of `tokens`; not positive where it has room."""
         pages = math.ceil(tokens / self.page_size / self.grid.num_shards)
-        return pages * self.page_size * self.kv_bytes_per_token - self.cache_bytes
+        return pages * self.page_size * self.layout.bytes_per_token - self.cache_bytes
 
     def check_fits(self, tokens: int) -> None:
         """Raise `ConfigError` with the missing GB of a rank unless a request of `tokens` fits."""
@@ -222,6 +207,13 @@ class RankMemory:
     def _part(self, build: Callable[[Provided], object], element_bytes: float) -> Part:
         asked = asked_by(build)
         return Part(self._held(asked.params), element_bytes, len(asked.matrices))
+
+    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> Part:
+        """Of a mixture; nothing where the model has none."""
+        moe, hidden = self.model.moe, self.model.hidden_size
+        if moe is None:
+            return Part()
+        return self._part(lambda given: build(moe, hidden, "", given.loader), element_bytes)
 
     def _held(self, params: Iterable[Param]) -> int:
         """Elements on the rank that holds the most of them."""

@@ -56,7 +56,7 @@ def cache_bytes(
         config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.step_tokens,
         max_num_seqs=config.scheduler.running_limit, build=build,
     )  # fmt: skip
-    least = config.cache.memory_bytes or here.kv_bytes_per_token * config.cache.page_size
+    least = config.cache.memory_bytes or here.layout.bytes_per_token * config.cache.page_size
     if here.cache_bytes >= least:
         return config.cache.memory_bytes or int(here.cache_bytes)
     needed = here.weight_bytes + here.workspace_bytes + least

@@ -21,11 +21,9 @@ class TensorParallel(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the group. The input is given away: it must not be written to afterwards."""
-        ...
 
     def all_gather_last(self, x: Tensor) -> Tensor:
         """The members' tensors concatenated along the last dimension, which may be uneven."""
-        ...
 
 
 class ExpertParallel(Protocol):
@@ -38,7 +36,6 @@ class ExpertParallel(Protocol):
 
         `compute` sums those of its rows' choices that are held here; all such sums of a row are added up.
         """
-        ...
 
 
 class Attend(Protocol):
@@ -49,7 +46,6 @@ class Attend(Protocol):
 
         In a latent layer k and v are its cache rows, as wide as `layer.latent.absorb` makes queries.
         """
-        ...
 
 
 class Linear(Protocol):
@@ -57,7 +53,6 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
-        ...
 
 
 class Loader(Protocol):
@@ -68,15 +63,12 @@ class Loader(Protocol):
 
     def load(self, *params: Param) -> Tensor:
         """The parameter; several are concatenated along dim 0."""
-        ...
 
     def linear(self, *params: Param) -> Linear:
         """The parameter, or several concatenated along their rows, for products only."""
-        ...
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
         """(start, stop) of the part of a logical axis of whole size `size`."""
-        ...
 
 
 class Alone:
@@ -112,23 +104,18 @@ class Model(Protocol):
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states that go from one run of layers to the next."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of hidden states."""
-        ...
 
     @property
     def embedding(self) -> Callable[[Tensor], Tensor] | None:
         """int64 token ids [T] → hidden states [T, hidden]; None where the first layer is not held."""
-        ...
 
     @property
     def head(self) -> Callable[[Tensor], Tensor] | None:
         """[R, hidden] → fp32 logits [R, vocab]; None where the last layer is not held."""
-        ...
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""
-        ...

@@ -35,7 +35,7 @@ class Expert:
         return self.down(inner, self.down_bias)
 
 
-def routed_expert(moe: MoEConfig, hidden: int, prefix: str, expert: int, loader: Loader) -> Expert:
+def routed_expert(moe: MoEConfig, hidden: int, prefix: str, loader: Loader, expert: int) -> Expert:
     """An expert from tensors of its own, or from its part of those that hold all experts."""
     if moe.stacked:
         return _stacked(moe, hidden, f"{prefix}.experts", expert, loader)

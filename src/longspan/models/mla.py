@@ -47,9 +47,7 @@ class MultiHeadLatentAttention:
         kv_b = load(Param(f"{prefix}.kv_b_proj.weight", (heads * expanded, latent), ("q_heads", None), expanded))
         expand = kv_b.view(self._heads, expanded, latent)
         self._layer = AttentionLayer(
-            layer,
-            config.window(layer),
-            latent=LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :]),
+            layer, config.window(layer), latent=LatentSpace(mla, expand[:, : mla.query_dim], expand[:, mla.query_dim :])
         )
         width = heads * mla.value_dim
         self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, width), (None, "q_heads"), mla.value_dim))

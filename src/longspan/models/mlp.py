@@ -17,12 +17,8 @@ class GatedMLP:
     """down(silu(gate(x)) · up(x)) on the part of the width its loader gives."""
 
     def __init__(self, config: ModelConfig, prefix: str, given: Provided) -> None:
-        load, linear, hidden, wide = (
-            given.loader.load,
-            given.loader.linear,
-            config.hidden_size,
-            config.intermediate_size,
-        )
+        load, linear = given.loader.load, given.loader.linear
+        hidden, wide = config.hidden_size, config.intermediate_size
         inner = [f"{prefix}.{name}_proj" for name in ("gate", "up")]
         self._tp = given.tp
         self._gate_up = linear(*(Param(f"{name}.weight", (wide, hidden), ("ffn", None)) for name in inner))

@@ -43,7 +43,7 @@ class MixtureOfExperts:
         self._group = given.experts
         self._router = Router(moe, hidden, prefix, loader)
         start, stop = loader.extent("experts", moe.num_experts)
-        self._experts = {expert: routed_expert(moe, hidden, prefix, expert, loader) for expert in range(start, stop)}
+        self._experts = {expert: routed_expert(moe, hidden, prefix, loader, expert) for expert in range(start, stop)}
         self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None
 
     def __call__(self, x: Tensor) -> Tensor:

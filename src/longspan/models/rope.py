@@ -24,11 +24,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Frequencies:
     if scale is None:
         raise UnsupportedModel(f"rope_type={rope.rope_type} is not supported; supported are {', '.join(_SCALINGS)}")
     dim = int(head_dim * rope.partial_rotary_factor)
-    return scale(rope, _base(rope.theta, dim), dim)
-
-
-def _base(theta: float, dim: int) -> Tensor:
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    inverse = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    return scale(rope, inverse, dim)
 
 
 def _default(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:

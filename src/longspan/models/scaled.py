@@ -36,7 +36,8 @@ class BlockScaledLinear:
     def __init__(self, weight: BlockScaled, fused: bool = False) -> None:
         self.out_features = weight.values.shape[0]
         self._weight = weight
-        self._inner_first = _padded(weight.scales).t() if fused else None
+        padding = -weight.scales.shape[1] % _ROWS_TOGETHER
+        self._inner_first = F.pad(weight.scales, (0, padding)).t() if fused else None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product, in x's dtype."""
@@ -99,7 +100,3 @@ def _difference(device: torch.device) -> str | None:
     expected = BlockScaledLinear(weight)(x).float()
     error = (BlockScaledLinear(weight, fused=True)(x).float() - expected).abs().max() / expected.abs().max()
     return None if error < _TOLERANCE else f"PyTorch's scaled_mm is off by {float(error):.1%}"
-
-
-def _padded(scales: Tensor) -> Tensor:
-    return F.pad(scales, (0, -scales.shape[1] % _ROWS_TOGETHER))

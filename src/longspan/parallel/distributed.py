@@ -1,15 +1,13 @@
-"""Collectives between processes through torch.distributed.
+"""Collectives between processes through torch.distributed's default group, on CPUs gloo.
 
-It owns the way into the world of processes, and point-to-point transfers over gloo (CPUs); it must not know what the
-tensors mean.
+It owns transfers between pairs and their failures; it must not know what the tensors mean.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,100 +15,67 @@ from torch import Tensor
 
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Arrival, Collectives, Traffic
-from longspan.parallel.nccl import NcclCollectives
 
-_TIMEOUT = timedelta(minutes=30)
 _MAX_LEAVING = 8  # sends to one group that may be under way
-
-
-def join_world(rank: int, world_size: int, meet_at: str, device: torch.device) -> None:
-    """Join the default process group; ranks meet at a path all of them can open, or at `tcp://host:port`.
-
-    Processes on GPUs, a device each, talk over NCCL.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # a rank may replay a step that its peer runs eagerly
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=meet_at if "://" in meet_at else f"file://{meet_at}",
-        rank=rank,
-        world_size=world_size,
-        timeout=_TIMEOUT,
-    )
-
-
-def open_group(group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> Collectives:
-    """This process's handle on a group of ranks that have joined."""
-    if device.type == "cuda":
-        return NcclCollectives(group, rank, traffic, device)
-    return DistributedCollectives(group, rank, traffic)
-
-
-def leave_world() -> None:
-    """Leave the default process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+Transfer = tuple[Callable[..., dist.Work | None], Tensor, int]
+"""`dist.isend` or `dist.irecv`, what it reads or writes, and the member on the other side."""
 
 
 class DistributedCollectives(Collectives):
     """A group of processes. Uneven shapes need no padding: pairs send what they have, empty tensors nothing."""
 
-    def __init__(self, group: Sequence[int], rank: int, traffic: Traffic) -> None:
+    def __init__(self, group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> None:
         super().__init__(group.index(rank), len(group), traffic)
         self._group = tuple(group)
         self._me = rank
-        self._leaving: deque[tuple[dist.Work | None, Tensor]] = deque()  # a tensor must live until it has arrived
+        self._device = device
+        self._leaving: deque[tuple[list[dist.Work], Tensor]] = deque()  # a tensor must live until it has arrived
 
     def _send(self, x: Tensor, member: int) -> None:
-        if not x.numel():
-            return
-        try:
-            whole = x.contiguous()
-            self._leaving.append((dist.isend(whole, self._group[member]), whole))
-            while len(self._leaving) > _MAX_LEAVING:
-                work, _ = self._leaving.popleft()
-                if work is not None:
-                    work.wait()
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        whole = x.contiguous()
+        self._leaving.append((self._start([(dist.isend, whole, member)]), whole))
+        while len(self._leaving) > _MAX_LEAVING:
+            self._wait(self._leaving.popleft()[0])
 
     def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
-        x = torch.empty(shape, dtype=dtype)
-        work = dist.irecv(x, self._group[member]) if x.numel() else None
+        x = torch.empty(shape, dtype=dtype, device=self._device)
+        work = self._start([(dist.irecv, x, member)])
 
         def arrived() -> Tensor:
-            try:
-                if work is not None:
-                    work.wait()
-            except RuntimeError as error:
-                raise self._lost(error) from error
+            self._wait(work)
             return x
 
         return arrived
 
-    def _lost(self, error: RuntimeError) -> WorkerDied:
-        return WorkerDied(f"rank {self._me} lost a peer: {error}")
-
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        received: list[Tensor] = []
-        pending: list[dist.Work | None] = []
-        kept: list[Tensor] = []
-        try:
-            for index, peer in enumerate(self._group):
-                if peer == self._me:
-                    received.append(sends[index])
-                    continue
-                received.append(torch.empty(shapes[index], dtype=sends[index].dtype))
-                if received[-1].numel():
-                    pending.append(dist.irecv(received[-1], peer))
-            for index, peer in enumerate(self._group):
-                if peer != self._me and sends[index].numel():
-                    kept.append(sends[index].contiguous())
-                    pending.append(dist.isend(kept[-1], peer))
-            for work in pending:
-                if work is not None:
-                    work.wait()
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        received = [
+            sends[member] if member == self.rank else torch.empty(shape, dtype=sends[member].dtype, device=self._device)
+            for member, shape in enumerate(shapes)
+        ]
+        peers = [member for member in range(self.size) if member != self.rank]
+        whole = {id(sends[member]): sends[member].contiguous() for member in peers}  # one where all get the same
+        arriving: list[Transfer] = [(dist.irecv, received[member], member) for member in peers]
+        leaving: list[Transfer] = [(dist.isend, whole[id(sends[member])], member) for member in peers]
+        self._wait(self._start(arriving + leaving))
         return received
+
+    def _start(self, transfers: Sequence[Transfer]) -> list[dist.Work]:
+        """Those that carry something, all at once."""
+        with self._lost_peers():
+            started = [direction(x, self._group[member]) for direction, x, member in transfers if x.numel()]
+        return [work for work in started if work is not None]
+
+    def _wait(self, work: Sequence[dist.Work]) -> None:
+        """On a GPU the current stream waits, not the caller."""
+        with self._lost_peers():
+            for one in work:
+                one.wait()
+
+    @contextmanager
+    def _lost_peers(self) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own trouble
+            raise
+        except RuntimeError as error:
+            raise WorkerDied(f"rank {self._me} lost a peer: {error}") from error

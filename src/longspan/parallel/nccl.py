@@ -6,31 +6,24 @@ communicator's own stream, and are waited for by that stream's events, not by th
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.errors import WorkerDied
-from longspan.parallel.collectives import Arrival, Collectives, Traffic
+from longspan.parallel.collectives import Arrival, Traffic
+from longspan.parallel.distributed import DistributedCollectives, Transfer
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
-_MAX_LEAVING = 8  # sends to one group that may be under way
 
 
-class NcclCollectives(Collectives):
+class NcclCollectives(DistributedCollectives):
     """A group of processes. Every member opens its groups in the same order."""
 
     def __init__(self, group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> None:
-        super().__init__(group.index(rank), len(group), traffic)
-        self._group = tuple(group)
-        self._me = rank
-        self._device = device
+        super().__init__(group, rank, traffic, device)
         self._members = dist.new_group(list(group), use_local_synchronization=True) if len(group) > 1 else None
-        self._leaving: deque[tuple[list[dist.Work], Tensor]] = deque()  # a tensor must live until it has arrived
         if self._members is not None:  # transfers between some members need a communicator that all have joined
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
 
@@ -67,39 +60,7 @@ class NcclCollectives(Collectives):
             dist.all_reduce(x, group=self._members)
         return x
 
-    def _send(self, x: Tensor, member: int) -> None:
-        whole = x.contiguous()
-        self._leaving.append((self._start([(dist.isend, whole, member)]), whole))
-        while len(self._leaving) > _MAX_LEAVING:
-            self._wait(self._leaving.popleft()[0])
-
-    def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
-        x = torch.empty(shape, dtype=dtype, device=self._device)
-        work = self._start([(dist.irecv, x, member)])
-
-        def arrived() -> Tensor:
-            self._wait(work)
-            return x
-
-        return arrived
-
-    def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        received = [
-            sends[member] if member == self.rank else torch.empty(shape, dtype=sends[member].dtype, device=self._device)
-            for member, shape in enumerate(shapes)
-        ]
-        peers = [member for member in range(self.size) if member != self.rank]
-        copies = {id(x): x.contiguous() for x in sends}  # one for all peers where all get the same
-        whole = {member: copies[id(sends[member])] for member in peers}
-        work = self._start(
-            [(dist.isend, whole[member], member) for member in peers]
-            + [(dist.irecv, received[member], member) for member in peers]
-        )
-        self._wait(work)
-        return received
-
-    def _start(self, transfers: Sequence[tuple[Callable[..., dist.Work | None], Tensor, int]]) -> list[dist.Work]:
-        """Of (direction, tensor, member) those that carry something, all at once."""
+    def _start(self, transfers: Sequence[Transfer]) -> list[dist.Work]:
         operations = [
             dist.P2POp(direction, tensor, self._group[member], self._members)
             for direction, tensor, member in transfers
@@ -109,18 +70,3 @@ class NcclCollectives(Collectives):
             return []
         with self._lost_peers():
             return list(dist.batch_isend_irecv(operations))
-
-    def _wait(self, work: Sequence[dist.Work]) -> None:
-        """On a GPU the current stream waits, not the caller."""
-        with self._lost_peers():
-            for one in work:
-                one.wait()
-
-    @contextmanager
-    def _lost_peers(self) -> Iterator[None]:
-        try:
-            yield
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # this rank's own trouble
-            raise
-        except RuntimeError as error:
-            raise WorkerDied(f"rank {self._me} lost a peer: {error}") from error

@@ -118,9 +118,8 @@ def rank_view(
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
-        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored),
-        tuple(pending),
-    )  # fmt: skip
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending)
+    )
 
 
 def _diagonal(mine: Sequence[Segment]) -> tuple[tuple[int, int], ...]:

@@ -158,7 +158,7 @@ class EngineBench:
     @contextmanager
     def _engine(
         self, depth: int, width: int | None, executor: str = "threads", ranks: int = 1, schedule: str = "auto"
-    ) -> Iterator[Engine]:  # fmt: skip
+    ) -> Iterator[Engine]:
         with plain_folder(self._values, depth, width) as folder:
             config = EngineConfig(
                 folder, executor=executor, parallel=ParallelConfig(1, ranks, 1),

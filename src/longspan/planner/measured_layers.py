@@ -82,8 +82,8 @@ class LayerBench:
         self.sizes = _product_sizes(self._shape)
         self._each = sum(out * into for out, into in self.sizes)
         most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
-        self._deep = max(_FEW_LAYERS, min(shape.num_layers, most))
-        self._models = {count: self._model(count) for count in (self._deep, _FEW_LAYERS)}
+        self.deep = max(_FEW_LAYERS, min(shape.num_layers, most))  # layers that few rows go through
+        self._models = {count: self._model(count) for count in (self.deep, _FEW_LAYERS)}
         self._head = bench.tensor(shape.vocab_size, shape.hidden_size)
 
     def measure(self) -> LayerTimes:
@@ -103,7 +103,7 @@ class LayerBench:
         table: list[tuple[int, float]] = []
         for rows, seconds in taken.items():
             products = seconds - KERNELS_A_LAYER * kernel - rows * passed * read
-            products, elements = max(products, _LEAST_SHARE * seconds) * self._deep, self._deep * self._each
+            products, elements = max(products, _LEAST_SHARE * seconds) * self.deep, self.deep * self._each
             if rows in _FEW_ROWS:
                 products, elements = products + found[f"logits of {rows} rows"], elements + self._head.numel()
             table.append((rows, products / elements))
@@ -135,13 +135,8 @@ class LayerBench:
         """Seconds of the logits of that many rows."""
         return self._bench.seconds(f"logits of {rows} rows", self._logits(rows))
 
-    @property
-    def deep(self) -> int:
-        """How many layers few rows go through."""
-        return self._deep
-
     def _count(self, rows: int) -> int:
-        return self._deep if rows <= _FEW_ROWS[-1] else _FEW_LAYERS
+        return self.deep if rows <= _FEW_ROWS[-1] else _FEW_LAYERS
 
     def _logits(self, rows: int) -> Run:
         return partial(table_product, self._bench.tensor(rows, self._shape.hidden_size), self._head)

@@ -20,7 +20,7 @@ from longspan.parallel.grid import Grid
 from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.result import StepResult
 from longspan.plan.source import Source
-from longspan.request import SampledToken, SamplingParams
+from longspan.request import CoreRequest, SampledToken
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
@@ -32,11 +32,11 @@ _MAX_LOOKAHEAD = 64  # waiting requests looked at for short prompts that may pas
 class SchedulerCounters:
     """What the scheduler has done so far."""
 
-    waiting: int
-    running: int
-    preemptions: int
-    drafted_tokens: int
-    accepted_tokens: int
+    waiting: int = 0
+    running: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -82,29 +82,17 @@ class Scheduler:
         self._runs_ahead = bool(config.run_ahead) and grid.pp == 1 and not config.prompt_lookup
         self.steps_at_once = 2 if self._runs_ahead else grid.pp
 
-    def add(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        max_tokens: int,
-        output: Sequence[int] = (),
-        source: Source | None = None,
-        for_peer: bool = False,
-    ) -> None:
-        """Queue a request that `Limits.check` has passed; `max_tokens` is what it returned, `output` tokens it has.
+    def add(self, request: CoreRequest, source: Source | None = None) -> None:
+        """Queue a request that `Limits.check` has passed.
 
-        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`. One `for_peer` is
-        computed for another instance.
+        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`.
         """
-        max_stored = len(prompt) + max_tokens - 1  # the last token's KV is never needed
-        sequence = SequenceState(
-            request_id, prompt, params, seed, self.cache.new_table(), max_stored, source, for_peer
-        )  # fmt: skip
-        sequence.tokens += output
+        self.queue(SequenceState(request, self.cache.new_table(), source))
+
+    def queue(self, sequence: SequenceState) -> None:
+        """Let a request wait for its first step."""
         self.waiting.append(sequence)
-        self._sequences[request_id] = sequence
+        self._sequences[sequence.request_id] = sequence
 
     def finish(self, request_id: str) -> None:
         """End a request, wherever it is: its pages are free for the next step. Unknown ids are ignored."""
@@ -201,10 +189,6 @@ class Scheduler:
         holding = (*self.running, *self._fetching.values(), *self._held.values())
         self.cache.check_integrity(sequence.table for sequence in holding)
 
-    @property
-    def _num_active(self) -> int:
-        return len(self.running) + len(self._fetching)
-
     def _micro_batch(self, amount: int) -> int:
         """The share of one step when every pipeline stage works on a step of its own."""
         return -(-amount // self.grid.pp)
@@ -246,7 +230,7 @@ class Scheduler:
         a prompt the cache has no room for holds back all behind it, or it might wait for ever."""
         passed: list[SequenceState] = []
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
-        while self.waiting and step.budget and self._num_active < self.config.running_limit:
+        while self.waiting and step.budget and len(self.running) + len(self._fetching) < self.config.running_limit:
             sequence = self.waiting.popleft()
             if sequence.in_flight:  # preempted, but a step under way will still give it a token
                 passed.append(sequence)

@@ -5,12 +5,12 @@ It owns per-request state between steps; it must not know about budgets or other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key
 from longspan.plan.source import Source
-from longspan.request import SamplingParams
+from longspan.request import CoreRequest
 from longspan.scheduler.lookup import PromptLookup
 
 
@@ -25,35 +25,25 @@ class SequenceState:
     `for_peer` says that another one will fetch its pages.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        table: PageTable,
-        max_stored: int,
-        source: Source | None = None,
-        for_peer: bool = False,
-    ) -> None:
-        self.request_id = request_id
-        self.tokens = list(prompt)
-        self.num_prompt = len(prompt)
-        self.params = params
-        self.seed = seed
+    def __init__(self, request: CoreRequest, table: PageTable, source: Source | None = None, keys: Iterable[Key] = ()):
+        self.request_id = request.request_id
+        self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt = len(request.prompt_token_ids)
+        self.params = request.params
+        self.seed = request.seed
         self.table = table
         self.computed = 0
         self.cached_tokens: int | None = None
-        self.max_stored = max_stored
+        self.max_stored = self.num_prompt + request.max_tokens - 1  # the last token's KV is never needed
         self.source = source
-        self.for_peer = for_peer
+        self.for_peer = request.for_peer
         self.published = 0
         self.in_flight = 0
         self.pending = 0
         self.sampled_on = 0
         self.home: int | None = None
         self.lookup = PromptLookup()
-        self._keys: list[Key] = []
+        self._keys = list(keys)  # of its first pages
 
     @property
     def length(self) -> int:

@@ -87,25 +87,14 @@ class StepBuilder:
         start = sequence.computed
         pieces = self._pieces(sequence, start, tokens)
         for piece in pieces:
-            candidates = self._grid.shards_of_pcp[piece.pcp] if sequence.home is None else (sequence.home,)
-            while len(sequence.table.pages) * sequence.table.page_size < piece.stop:
-                shard = shard_for_page(self._cache, sequence.table, candidates)
-                if shard is None:
-                    raise EngineError(f"no room on shards {candidates} for positions {piece.start}..{piece.stop}")
-                self._place(sequence, shard)
+            self._place_until(piece.stop, sequence, self._grid.shards_of_pcp[piece.pcp])
         for piece in pieces:
             self._add_segment(sequence, piece, prefill=True)
 
     def add_fetch(self, sequence: SequenceState, number: int, source: Source) -> None:
         """Place pages for all tokens but the last, to be filled from elsewhere."""
-        table, stop = sequence.table, len(sequence.tokens) - 1
-        while len(table.pages) * table.page_size < stop:
-            home = sequence.home
-            shards = range(self._cache.num_shards) if home is None else (home,)
-            shard = shard_for_page(self._cache, table, shards)
-            if shard is None:
-                raise EngineError(f"no room on shards {shards} for {stop} fetched tokens")
-            self._place(sequence, shard)
+        stop = len(sequence.tokens) - 1
+        self._place_until(stop, sequence, range(self._cache.num_shards))
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
 
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
@@ -152,6 +141,15 @@ class StepBuilder:
         stop = start + min(tokens, room_for_chunk(start, size, free))
         return split_chunk(start, stop, size, free, self._load, tail) if stop > start else []
 
+    def _place_until(self, stop: int, sequence: SequenceState, shards: Sequence[int]) -> None:
+        """Place pages for all positions before `stop` on these shards, or on the request's home."""
+        table, candidates = sequence.table, shards if sequence.home is None else (sequence.home,)
+        while len(table.pages) * table.page_size < stop:
+            shard = shard_for_page(self._cache, table, candidates)
+            if shard is None:
+                raise EngineError(f"no room on shards {candidates} for positions up to {stop}")
+            self._place(sequence, shard)
+
     def _place(self, sequence: SequenceState, shard: int) -> None:
         page = self._cache.allocate(shard, sequence.table.last_index(shard))
         sequence.table.append(page)
@@ -171,10 +169,7 @@ class StepBuilder:
             Segment(
                 request_id=sequence.request_id,
                 start=piece.start,
-                token_ids=(
-                    *sequence.tokens[piece.start : piece.stop],
-                    *_cut(drafts, piece, len(sequence.tokens)),
-                ),
+                token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
                 pcp=piece.pcp,
                 prefill=prefill,
                 travels=travels,

@@ -233,7 +233,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def peer() -> Response:
         load = service.engine.metrics.load
         card = service.engine.peer if service.engine.is_ready else None
-        state = {"waiting": load.waiting, "running": load.running, "transfer": load.transfer}
+        state = {"waiting": load.scheduler.waiting, "running": load.scheduler.running, "transfer": load.transfer}
         return Json({"card": card, "model": service.model, **state})
 
     @app.get("/internal/state", include_in_schema=False)

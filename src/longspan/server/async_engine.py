@@ -74,7 +74,7 @@ class AsyncEngine:
         self.metrics = metrics
         self.restarts = 0
         self.peer: PeerCard | None = None
-        self._tracker = RequestTracker(setup, tokenizer)
+        self.tracker = RequestTracker(setup, tokenizer)  # the unfinished requests; others read it
         self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
@@ -102,11 +102,6 @@ class AsyncEngine:
         if self._core is None or not self._ready.is_set():
             return f"the engine starts again, after: {self._last_error}"
         return self._core.trouble
-
-    @property
-    def tracker(self) -> RequestTracker:
-        """The unfinished requests, to read."""
-        return self._tracker
 
     @property
     def process_ids(self) -> list[int]:
@@ -205,14 +200,10 @@ class AsyncEngine:
         """
         if self._draining:
             raise _shutting_down()
-        held = ahead + sum(len(self._tracker.core_ids(request_id)) for request_id in self._calls)
+        held = ahead + sum(len(self.tracker.core_ids(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
-            raise RequestError(
-                "n",
-                wanted,
-                f"completions in one request exceed the {self._capacity} this server holds",
-                "ask for fewer",
-            )
+            problem = f"completions in one request exceed the {self._capacity} this server holds"
+            raise RequestError("n", wanted, problem, "ask for fewer")
         if held + wanted > self._capacity:
             raise QueueFull(
                 "requests", held, f"completions are running or waiting, of at most {self._capacity}",
@@ -221,7 +212,7 @@ class AsyncEngine:
 
     def _add(self, job: Job, call: _Call) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
-        output = self._tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
+        output = self.tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
         if output.finished:
             self.metrics.ended(output, 0.0)
         else:
@@ -230,8 +221,8 @@ class AsyncEngine:
         return output
 
     def _abort(self, request_id: str) -> None:
-        core_ids = self._tracker.core_ids(request_id)
-        output = self._tracker.abort(request_id)
+        core_ids = self.tracker.core_ids(request_id)
+        output = self.tracker.abort(request_id)
         if output is not None:
             self._closed(output, core_ids)
 
@@ -245,7 +236,7 @@ class AsyncEngine:
 
     def _flush(self) -> None:
         """Tell the core; without one nothing is lost: a new one hears of everything that is unfinished."""
-        orders, self._tracker.orders = self._tracker.orders, Orders()
+        orders, self.tracker.orders = self.tracker.orders, Orders()
         if self._core is None:
             return
         if orders.start:
@@ -261,8 +252,8 @@ class AsyncEngine:
         core.worker_ids = message.worker_ids
         self.peer = message.peer
         self._core = core
-        self._tracker.orders = Orders()
-        requests = self._tracker.resume()
+        self.tracker.orders = Orders()
+        requests = self.tracker.resume()
         if requests:
             core.send(Start.of(requests))
         self._ready.set()
@@ -323,9 +314,9 @@ class AsyncEngine:
         for answer in self._states:
             answer.cancel()
         self._states.clear()
-        for request in self._tracker.resume():
+        for request in self.tracker.resume():
             self._strikes[request.request_id] = self._strikes.get(request.request_id, 0) + 1
-            output = self._tracker.request_of(request.request_id)
+            output = self.tracker.request_of(request.request_id)
             if output and self._strikes[request.request_id] >= _MAX_STRIKES:
                 call = self._calls[output.request_id]
                 call.error = EngineUnavailable(
@@ -339,12 +330,12 @@ class AsyncEngine:
         now = time.monotonic()
         core_ids_of = {}
         for tokens in outputs:
-            output = self._tracker.request_of(tokens.request_id)
+            output = self.tracker.request_of(tokens.request_id)
             if output is None:
                 continue
-            core_ids_of[output.request_id] = self._tracker.core_ids(output.request_id)
+            core_ids_of[output.request_id] = self.tracker.core_ids(output.request_id)
             self._time(tokens, output, now)
-        for output in self._tracker.take(outputs):
+        for output in self.tracker.take(outputs):
             call = self._calls[output.request_id]
             call.changed[output.request_id] = output
             call.heard = now

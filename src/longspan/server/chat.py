@@ -22,7 +22,7 @@ from longspan.server.bodies import JsonBounds
 from longspan.server.errors import shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.grammar import grammar_of
-from longspan.server.replies import Cursor, Identity, News, usage
+from longspan.server.replies import Cursor, News, identity, usage
 from longspan.server.text import Conversation, Text
 from longspan.server.tools import ToolCall, ToolParser
 
@@ -200,7 +200,7 @@ class ChatReply:
         self.stream_options = body.usage_in_stream
         self._body = body
         self._text = text
-        self._identity = Identity("chatcmpl", "chat.completion", model)
+        self._identity = identity("chatcmpl", "chat.completion", model)
         self._tool_format = tool_format
         self._forced = forced
         self._cursors: list[Cursor] = []
@@ -208,7 +208,7 @@ class ChatReply:
 
     def envelope(self) -> dict[str, Any]:
         """See `Reply.envelope`."""
-        return self._identity.envelope("chat.completion.chunk")
+        return {**self._identity, "object": "chat.completion.chunk"}
 
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """See `Reply.open`."""
@@ -237,7 +237,7 @@ class ChatReply:
         """See `Reply.whole`."""
         (output,) = outputs
         choices = [self._choice(completion) for completion in output.outputs]
-        return {**self._identity.envelope(), "choices": choices, "usage": usage(outputs)}
+        return {**self._identity, "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         news = Cursor(completion, False).news()

@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from longspan.errors import RequestError
-from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
+from longspan.request import RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import GenerationBody, Ids
-from longspan.server.replies import Cursor, Identity, News, usage
+from longspan.server.replies import Cursor, News, identity, usage
 from longspan.server.text import Text
 
 _DEFAULT_MAX_TOKENS = 16
@@ -78,7 +78,7 @@ class CompletionReply:
         self.stream_options = body.usage_in_stream
         self._body = body
         self._text = text
-        self._identity = Identity("cmpl", "text_completion", model)
+        self._identity = identity("cmpl", "text_completion", model)
         self._first: dict[str, int] = {}  # index of a request's first choice
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
@@ -86,7 +86,7 @@ class CompletionReply:
 
     def envelope(self) -> dict[str, Any]:
         """See `Reply.envelope`."""
-        return self._identity.envelope()
+        return self._identity
 
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """See `Reply.open`."""
@@ -112,7 +112,7 @@ class CompletionReply:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See `Reply.whole`."""
-        everything = [(output, Cursor(choice, False).news()) for output, choice in _each(outputs)]
+        everything = [(output, Cursor(choice, False).news()) for output in outputs for choice in output.outputs]
         choices = [self._choice(index, output, news) for index, (output, news) in enumerate(everything)]
         return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
 
@@ -150,7 +150,3 @@ class CompletionReply:
     def _top(self, token: str, row: TokenLogprobs) -> dict[str, float]:
         best = {self._text.token(other): value for other, value in zip(row.top_ids, row.top_values, strict=True)}
         return {token: row.sampled, **best} if best else {}
-
-
-def _each(outputs: Sequence[RequestOutput]) -> list[tuple[RequestOutput, CompletionOutput]]:
-    return [(output, completion) for output in outputs for completion in output.outputs]

@@ -25,24 +25,11 @@ from longspan.engine.transport.heartbeat import Heartbeat
 from longspan.engine.transport.lifetime import end_with_parent
 from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
-from longspan.server.messages import (
-    AskState,
-    Beat,
-    CoreState,
-    Failed,
-    Finish,
-    FromCore,
-    Load,
-    Ready,
-    SequenceReport,
-    Start,
-    Stop,
-    ToCore,
-    Tokens,
-)
+from longspan.server import messages
 
 _IDLE_MS = 500  # between looks at the ranks while there is nothing to do
 _SEQUENCES_SHOWN = 64
+Tell = Callable[[messages.FromCore], None]
 
 
 def main(folder: Path, parent: int) -> None:
@@ -57,7 +44,7 @@ def main(folder: Path, parent: int) -> None:
     outbox.connect(f"ipc://{folder}/from-core")
     pulse = _Pulse()
 
-    def tell(message: FromCore) -> None:
+    def tell(message: messages.FromCore) -> None:
         outbox.send(msgspec.msgpack.encode(message))
 
     try:
@@ -70,7 +57,7 @@ def main(folder: Path, parent: int) -> None:
         finally:
             heartbeat.stop()
     except BaseException as error:
-        tell(Failed(type(error).__name__, str(error)))
+        tell(messages.Failed(type(error).__name__, str(error)))
     finally:
         context.destroy(linger=1000)
 
@@ -84,49 +71,49 @@ class _Pulse:
     def word(self) -> bytes:
         return msgspec.msgpack.encode(self._message())
 
-    def _message(self) -> FromCore:
+    def _message(self) -> messages.FromCore:
         if self.core is None:
-            return Beat()
+            return messages.Beat()
         try:
             self.core.watch.check()
         except StepTimeout as error:  # the main thread says so too, unless it hangs itself
-            return Failed(type(error).__name__, str(error))
-        return Beat(self.core.executor.late(), self.core.watch.pace)
+            return messages.Failed(type(error).__name__, str(error))
+        return messages.Beat(self.core.executor.late(), self.core.watch.pace)
 
 
-def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None], pulse: _Pulse) -> None:
+def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, pulse: _Pulse) -> None:
     core = pulse.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(Ready(workers, core.role.card if core.role else None))
+        tell(messages.Ready(workers, core.role.card if core.role else None))
         told = _load(core)
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
             if outputs or load != told:
-                tell(Tokens(outputs, load))
+                tell(messages.Tokens(outputs, load))
             told = load
     finally:
         core.shutdown()
 
 
-def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Callable[[FromCore], None]) -> bool:
+def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Tell) -> bool:
     """Carry out every message that is there, waiting for one if there is nothing to compute; False: stop."""
     for message in _messages(core, inbox):
         match message:
-            case Start():
+            case messages.Start():
                 for request in message.requests:
                     core.add(request)
-            case Finish(request_ids):
+            case messages.Finish(request_ids):
                 for request_id in request_ids:
                     core.finish(request_id)
-            case AskState():
+            case messages.AskState():
                 tell(_state(core))
-            case Stop():
+            case messages.Stop():
                 return False
     return True
 
 
-def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[ToCore]:
+def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[messages.ToCore]:
     role = core.role
     while not (inbox.poll(0) if core.has_unfinished else _wait(inbox, role)):
         if core.has_unfinished:
@@ -135,7 +122,7 @@ def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[ToCore]:
         if role:
             role.exchange()
     while inbox.poll(0):
-        yield msgspec.msgpack.decode(inbox.recv(), type=ToCore)
+        yield msgspec.msgpack.decode(inbox.recv(), type=messages.ToCore)
 
 
 def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
@@ -144,29 +131,26 @@ def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
     return bool(inbox.poll(0))
 
 
-def _load(core: EngineCore) -> Load:
-    counters = core.scheduler.counters()
+def _load(core: EngineCore) -> messages.Load:
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
-    return Load(
-        counters.waiting, counters.running, counters.preemptions, counters.drafted_tokens, counters.accepted_tokens,
-        used, replace(core.role.counters) if core.role else None,
-        replace(core.cache.offload.counters) if core.cache.offload else None,
-    )  # fmt: skip
+    transfer = replace(core.role.counters) if core.role else None
+    offload = core.cache.offload.counters if core.cache.offload else None
+    return messages.Load(used, core.scheduler.counters(), transfer, offload)
 
 
-def _state(core: EngineCore) -> CoreState:
+def _state(core: EngineCore) -> messages.CoreState:
     scheduler, cache = core.scheduler, core.cache
     reports = [_report(sequence, True) for sequence in scheduler.running[:_SEQUENCES_SHOWN]]
     room = _SEQUENCES_SHOWN - len(reports)
     reports += [_report(sequence, False) for sequence in list(scheduler.waiting)[:room]]
     cached = tuple(cache.available(shard) - cache.pools[shard].num_free for shard in range(cache.num_shards))
-    return CoreState(_load(core), cached, reports, list(core.recent), core.executor.traffic().bytes_by_label)
+    return messages.CoreState(_load(core), cached, reports, list(core.recent), core.executor.traffic().bytes_by_label)
 
 
-def _report(sequence: SequenceState, running: bool) -> SequenceReport:
+def _report(sequence: SequenceState, running: bool) -> messages.SequenceReport:
     shards = (page.shard for page in sequence.table.pages)
     runs = [(shard, len(list(pages))) for shard, pages in groupby(shards)]
-    return SequenceReport(sequence.request_id, running, sequence.computed, runs)
+    return messages.SequenceReport(sequence.request_id, running, sequence.computed, runs)
 
 
 if __name__ == "__main__":

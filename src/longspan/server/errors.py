@@ -11,14 +11,7 @@ from difflib import get_close_matches
 from reprlib import Repr
 from typing import Any
 
-from longspan.errors import (
-    ContextOverflow,
-    EngineError,
-    LongspanError,
-    QueueFull,
-    RequestError,
-    RequestTimeout,
-)
+from longspan.errors import ContextOverflow, EngineError, LongspanError, QueueFull, RequestError, RequestTimeout
 
 _SHOWN = 80  # characters of a value
 _BRIEF = Repr()
@@ -81,9 +74,7 @@ def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, kno
     if kind == "extra_forbidden":
         near = get_close_matches(path[-1], known, 1)
         remedy = f"did you mean {near[0]}? otherwise leave it out" if near else "leave it out"
-        return Problem(
-            400, f"{param}={value}: unknown parameter; {remedy}", param=param, code="unknown_parameter"
-        )  # fmt: skip
+        return Problem(400, f"{param}={value}: unknown parameter; {remedy}", param=param, code="unknown_parameter")
     problem = " or ".join(dict.fromkeys(_lowered(error["msg"]) for error in errors if _path(error, body) == path))
     return Problem(400, f"{param}={value}: {problem}; change it", param=param, code="invalid_type")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -29,6 +29,7 @@ _KEEP_ALIVE = b": keep-alive\n\n"  # for proxies that lose patience in a long pr
 CLIENT_GONE = 499  # nginx's; nobody reads it
 _LOG = logging.getLogger("longspan.server")
 
+T = TypeVar("T")
 Updates = AsyncGenerator[list[RequestOutput], None]
 
 
@@ -51,9 +52,7 @@ async def _named_peers(engine: AsyncEngine, request: Request) -> tuple[str, ...]
     try:
         return named_peers(config, named, signature, body, time.time())
     except RequestError as error:
-        raise HttpError(
-            403, "prefill_refused", error.field, error.value, error.problem, error.remedy
-        ) from error  # fmt: skip
+        raise HttpError(403, "prefill_refused", error.field, error.value, error.problem, error.remedy) from error
 
 
 class Json(Response):
@@ -64,6 +63,12 @@ class Json(Response):
     def render(self, content: Any) -> bytes:
         """Encode it."""
         return msgspec.json.encode(content)
+
+
+def refusal(error: Exception) -> Json:
+    """The answer to a request that failed with an error."""
+    problem = problem_of(error)
+    return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
 
 
 class EventStream(Response):
@@ -79,15 +84,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or as much as the client waits for."""
-        sending = asyncio.create_task(self._send(send))
-        gone = asyncio.create_task(_until_gone(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(OSError):
+                await unless_gone(self._send(send), receive)
         finally:
-            for task in (sending, gone):
-                task.cancel()
-                with suppress(asyncio.CancelledError, OSError):
-                    await task
             await self._updates.aclose()
 
     async def _send(self, send: Send) -> None:
@@ -98,25 +98,31 @@ class EventStream(Response):
 
 
 async def _whole(reply: Reply, outputs: Sequence[RequestOutput], updates: Updates, request: Request) -> Response:
-    finishing = asyncio.create_task(_exhaust(updates))
-    gone = asyncio.create_task(_until_gone(request.receive))
     try:
-        await asyncio.wait({finishing, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not finishing.done():
-            return Response(status_code=CLIENT_GONE)
-        finishing.result()
-        return Json(reply.whole(outputs))
+        if await unless_gone(_exhausted(updates), request.receive):
+            return Json(reply.whole(outputs))
+        return Response(status_code=CLIENT_GONE)
     finally:
-        for task in (finishing, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
         await updates.aclose()
 
 
-async def _exhaust(updates: Updates) -> None:
+async def _exhausted(updates: Updates) -> bool:
     async for _ in updates:
         pass
+    return True
+
+
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
+    """What the work comes to, or raises; None if the client goes first, which cancels it."""
+    working, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import PeerCard, TransferCounters
 from longspan.engine.driver.core import StepRecord
 from longspan.request import CoreRequest, TokenOutput
+from longspan.scheduler.scheduler import SchedulerCounters
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
@@ -76,14 +77,10 @@ class Beat(msgspec.Struct, tag=True, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What the scheduler has before it, sent with every step's tokens; with what offload and a role have moved."""
+    """What is in use and was done, sent with every step's tokens; with what offload and a role have moved."""
 
-    waiting: int = 0
-    running: int = 0
-    preemptions: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
     used_pages: tuple[int, ...] = ()
+    scheduler: SchedulerCounters = SchedulerCounters()
     transfer: TransferCounters | None = None
     offload: OffloadCounters | None = None
 

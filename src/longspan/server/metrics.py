@@ -100,8 +100,8 @@ class Metrics:
                 "t": round(now - self._started, 1),
                 "output_tokens_per_s": round((self.totals["output_tokens"] - outputs) / seconds, 2),
                 "prompt_tokens_per_s": round((self.totals["prompt_tokens"] - prompts) / seconds, 2),
-                "running": self.load.running,
-                "waiting": self.load.waiting,
+                "running": self.load.scheduler.running,
+                "waiting": self.load.scheduler.waiting,
                 "ttft_median_s": round(median(self._recent_ttft), 4) if self._recent_ttft else None,
             }
         )
@@ -113,11 +113,12 @@ class Metrics:
             self.load = state.load
             for schedule, moved in state.bytes_by_label.items():
                 self._moved.labels(self._model, schedule).set(moved)
-        self._waiting.labels(self._model).set(self.load.waiting)
-        self._running.labels(self._model).set(self.load.running)
-        self._preemptions.labels(self._model).set(self.load.preemptions)
-        self._drafted.labels(self._model).set(self.load.drafted_tokens)
-        self._accepted.labels(self._model).set(self.load.accepted_tokens)
+        counted = self.load.scheduler
+        self._waiting.labels(self._model).set(counted.waiting)
+        self._running.labels(self._model).set(counted.running)
+        self._preemptions.labels(self._model).set(counted.preemptions)
+        self._drafted.labels(self._model).set(counted.drafted_tokens)
+        self._accepted.labels(self._model).set(counted.accepted_tokens)
         for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
             self._kv_usage.labels(self._model, str(shard)).set(used / pages)
         for gauge, counters in ((self._offload, self.load.offload), (self._transfer, self.load.transfer)):
@@ -132,6 +133,4 @@ class Metrics:
         return Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
 
     def _histogram(self, name: str, help_text: str) -> Histogram:
-        return Histogram(
-            f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry
-        )  # fmt: skip
+        return Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry)

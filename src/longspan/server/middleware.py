@@ -11,13 +11,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longspan.errors import LongspanError, QueueFull
-from longspan.server.errors import HttpError, problem_of
-from longspan.server.generation import Json
+from longspan.server.errors import HttpError
+from longspan.server.generation import refusal
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
 _SMALL_BODY = 64 << 10  # uvicorn holds as much of each connection in any case
 _LARGEST_BODIES = 8  # of the largest size in flight together
-_LEAST_HELD = 64 << 20
+_LEAST_HELD = 64 << 20  # bytes of bodies in flight together, whatever the largest size
 
 
 class KeyCheck:
@@ -37,7 +37,7 @@ class KeyCheck:
                     401, "invalid_api_key", "Authorization", value, "is missing or wrong",
                     "send 'Authorization: Bearer KEY' with the key the server was started with",
                 )  # fmt: skip
-                await _refuse(error, scope, receive, send)
+                await refusal(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -49,7 +49,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int | None = None) -> None:
         self._app = app
         self._max = max_bytes
-        self._max_held = held_bytes(max_bytes) if max_held_bytes is None else max_held_bytes
+        self._max_held = max_held_bytes or max(_LARGEST_BODIES * max_bytes, _LEAST_HELD)
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,38 +59,38 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and len(declared) < 20 and int(declared) > self._max:
-            await _refuse(self._too_large(declared.decode()), scope, receive, send)
+            await refusal(self._too_large(declared.decode()))(scope, receive, send)
             return
         seen = held = 0
-        refusal: LongspanError | None = None
+        refused: LongspanError | None = None
 
         async def counted() -> Message:
-            nonlocal seen, held, refusal
+            nonlocal seen, held, refused
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._max:
-                refusal = self._too_large(f"more than {self._max}")
-            elif seen > _SMALL_BODY and refusal is None:
+                refused = self._too_large(f"more than {self._max}")
+            elif seen > _SMALL_BODY and refused is None:
                 if self._held + seen - held > self._max_held:
-                    refusal = self._too_many()
+                    refused = self._too_many()
                 else:
                     self._held += seen - held
                     held = seen
-            return {"type": "http.disconnect"} if refusal else message
+            return {"type": "http.disconnect"} if refused else message
 
         async def unless_refused(message: Message) -> None:
-            if refusal is None:
+            if refused is None:
                 await send(message)
 
         try:
             await self._app(scope, counted, unless_refused)
         except ClientDisconnect:
-            if refusal is None:
+            if refused is None:
                 raise
         finally:
             self._held -= held
-        if refusal is not None:  # whatever the application made of a body that broke off
-            await _refuse(refusal, scope, receive, send)
+        if refused is not None:  # whatever the application made of a body that broke off
+            await refusal(refused)(scope, receive, send)
 
     def _too_large(self, size: str) -> HttpError:
         return HttpError(
@@ -103,13 +103,3 @@ class BodyLimit:
             "bodies", f"{self._held} bytes", f"of requests are in flight, of at most {self._max_held}",
             "try again in a moment, or raise --max-body-bytes, of which that is a multiple",
         )  # fmt: skip
-
-
-def held_bytes(max_body_bytes: int) -> int:
-    """How many bytes of bodies may be in flight together."""
-    return max(_LARGEST_BODIES * max_body_bytes, _LEAST_HELD)
-
-
-async def _refuse(error: LongspanError, scope: Scope, receive: Receive, send: Send) -> None:
-    problem = problem_of(error)
-    await Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))(scope, receive, send)

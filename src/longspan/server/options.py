@@ -5,7 +5,7 @@ It owns the fields and their checks; it must not import the engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from longspan.config import require
 
@@ -24,13 +24,8 @@ class HttpLimits:
     max_connections: int | None = None  # None: what the process may open (`ulimit -n`), less a reserve
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_header_bytes", "header_seconds", "body_seconds", "stall_seconds", "min_body_rate",
-            "keep_alive_seconds", "linger_seconds",
-        ):  # fmt: skip
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive", "give more")
-        if self.max_connections is not None:
-            require(self.max_connections > 0, "max_connections", self.max_connections, "must be positive", "give more")
+        for name, value in asdict(self).items():
+            require(value is None or value > 0, name, value, "must be positive", "give more")
 
 
 @dataclass(frozen=True)
@@ -50,17 +45,12 @@ class ServeOptions:
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "port", self.port, "is no port", "give 0..65535; 0 takes a free one")
         require(self.api_key != "", "api_key", "''", "is empty", "leave it out for an open server")
-        require(
-            self.max_queued_requests >= 0, "max_queued_requests", self.max_queued_requests, "must not be negative",
-            "0 refuses what cannot run at once",
-        )  # fmt: skip
-        if self.max_body_bytes is not None:
-            require(self.max_body_bytes >= 1, "max_body_bytes", self.max_body_bytes, "must be positive", "give bytes")
-        if self.request_timeout is not None:
-            require(
-                self.request_timeout > 0, "request_timeout", self.request_timeout, "must be positive",
-                "leave it out for no limit",
-            )  # fmt: skip
+        queued, size, timeout = self.max_queued_requests, self.max_body_bytes, self.request_timeout
+        remedy = "0 refuses what cannot run at once"
+        require(queued >= 0, "max_queued_requests", queued, "must not be negative", remedy)
+        require(size is None or size >= 1, "max_body_bytes", size, "must be positive", "give bytes")
+        remedy = "leave it out for no limit"
+        require(timeout is None or timeout > 0, "request_timeout", timeout, "must be positive", remedy)
 
     @property
     def warnings(self) -> list[str]:

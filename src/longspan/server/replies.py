@@ -63,32 +63,20 @@ class Reply(Protocol):
 
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """Chunks of a stream before any token."""
-        ...
 
     def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """Chunks of a stream for outputs that changed."""
-        ...
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The answer of a request that does not stream."""
-        ...
 
     def envelope(self) -> dict[str, Any]:
         """Identity of every chunk."""
-        ...
 
 
-class Identity:
-    """Id, time and model, the same in every chunk of an answer."""
-
-    def __init__(self, prefix: str, kind: str, model: str) -> None:
-        self._fields = {
-            "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model,
-        }  # fmt: skip
-
-    def envelope(self, kind: str | None = None) -> dict[str, Any]:
-        """The fields, with the kind of object replaced if one is given."""
-        return {**self._fields, "object": kind} if kind else dict(self._fields)
+def identity(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """Id, kind of object, time and model of an answer."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

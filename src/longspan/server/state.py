@@ -6,9 +6,9 @@ It owns the object's form; figures are the core's, the tracker's and the metrics
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
-from longspan.engine.driver.core import StepRecord
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.messages import CoreState, SequenceReport
 from longspan.version import __version__
@@ -51,9 +51,9 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
         "requests": requests[:_SHOWN],
         "requests_total": len(engine.tracker),
         "cached_pages_by_shard": list(core.cached_pages) if core else [0] * len(setup.pages_per_shard),
-        "steps": [_step(step) for step in (core.steps if core else [])],
+        "steps": [{**asdict(step), "seconds": round(step.seconds, 5)} for step in (core.steps if core else [])],
         "totals": {
-            **metrics.totals, "preemptions": metrics.load.preemptions,
+            **metrics.totals, "preemptions": metrics.load.scheduler.preemptions,
             "bytes_by_schedule": core.bytes_by_label if core else {},
         },
         "history": list(metrics.history),
@@ -86,11 +86,3 @@ def _requests(engine: AsyncEngine, sequences: list[SequenceReport]) -> list[dict
             }
         )
     return found
-
-
-def _step(step: StepRecord) -> dict[str, Any]:
-    return {
-        "step": step.step, "decode_rows": step.decode_rows, "prefill_tokens": step.prefill_tokens,
-        "decode_schedule": step.decode_schedule, "prefill_schedule": step.prefill_schedule,
-        "seconds": round(step.seconds, 5),
-    }  # fmt: skip

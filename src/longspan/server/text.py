@@ -52,13 +52,8 @@ class Text:
         self._max_model_len = max_model_len
         self._short = ThreadPoolExecutor(2, "longspan-tokenizer")
         self._long = ThreadPoolExecutor(1, "longspan-tokenizer-long")
-        self._num_pending = self._num_long = 0
+        self.num_pending = self._num_long = 0  # calls that wait for the tokenizer, or that it works on
         self.token = lru_cache(1 << 16)(self._token)
-
-    @property
-    def num_pending(self) -> int:
-        """Calls that wait for the tokenizer, or that it works on."""
-        return self._num_pending
 
     async def run(self, size: int, call: Callable[[], Result]) -> Result:
         """Run a call on a text of about that size in the thread for such texts. Raises `QueueFull`."""
@@ -68,12 +63,12 @@ class Text:
                 "prompts", self._num_long, f"of more than {_SHORT} bytes wait for the tokenizer already",
                 "try again in a moment",
             )  # fmt: skip
-        self._num_pending += 1
+        self.num_pending += 1
         self._num_long += is_long
         try:
             return await asyncio.get_running_loop().run_in_executor(self._long if is_long else self._short, call)
         finally:
-            self._num_pending -= 1
+            self.num_pending -= 1
             self._num_long -= is_long
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:

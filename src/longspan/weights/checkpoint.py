@@ -18,11 +18,9 @@ class Checkpoint(Protocol):
 
     def names(self) -> frozenset[str]:
         """Every tensor's name."""
-        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's whole shape; raises `WeightError` if there is none of this name."""
-        ...
 
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """Copy `tensor[index]` into `out`, which has that slice's shape, converting to its dtype.
@@ -30,7 +28,6 @@ class Checkpoint(Protocol):
         One slice a dimension, with start and stop. Reads no more of the file than the slice, where the
         format permits, and holds no more than a block of it besides `out`.
         """
-        ...
 
 
 def missing_tensor(name: str, names: frozenset[str]) -> WeightError:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+import numpy as np
+
 from longspan.bench.serving.client import Finished, Outcome
 
 _DETAIL = 200  # characters shown of what was said of an error
@@ -107,19 +109,11 @@ def _tpot(outcome: Outcome) -> float:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and percentiles; None of nothing."""
+    """Mean and percentiles, on a straight line between neighbours; None of nothing."""
     if not values:
         return None
-    ordered = sorted(values)
-    return Spread(fmean(ordered), percentile(ordered, 50), percentile(ordered, 90), percentile(ordered, 99))
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the sorted values lie, on a straight line between neighbours."""
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+    median, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
+    return Spread(fmean(values), median, p90, p99)
 
 
 def count_errors(outcomes: Sequence[Outcome]) -> tuple[ErrorCount, ...]:

@@ -117,10 +117,7 @@ class EngineCore:
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
         """See `Desk.begin`."""
-        self.scheduler.add(
-            request.request_id, request.prompt_token_ids, request.params, request.seed, request.max_tokens,
-            request.output_token_ids, source, request.for_peer,
-        )  # fmt: skip
+        self.scheduler.add(request, source)
 
     def leave(self, request_id: str) -> None:
         """See `Desk.leave`."""

@@ -5,9 +5,7 @@ It owns stop strings and what of its tokens is text; it must not know about sche
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
+from longspan.engine.frontend.detokenizer import Detokenizer
 from longspan.request import CompletionOutput, FinishReason, SampledToken, SamplingParams, TokenOutput
 
 
@@ -18,20 +16,14 @@ class Completion:
     """
 
     def __init__(
-        self,
-        request_id: str,
-        index: int,
-        params: SamplingParams,
-        seed: int,
-        tokenizer: Tokenizer | None,
-        context: Sequence[int],
+        self, request_id: str, index: int, params: SamplingParams, seed: int, detokenizer: Detokenizer
     ) -> None:
         self.request_id = request_id
         self.index = index
         self.seed = seed
         self.output = CompletionOutput(index, logprobs=[] if params.logprobs is not None else None)
         self._params = params
-        self._detokenizer = Detokenizer(tokenizer, params, params.skip_special_tokens, context)
+        self._detokenizer = detokenizer
 
     @property
     def finished(self) -> bool:

@@ -27,7 +27,6 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that form no character."""
-        ...
 
 
 class Detokenizer:
@@ -43,20 +42,14 @@ class Detokenizer:
         RequestError: `params.stop` is not empty and there is no tokenizer to find stop strings with.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        params: SamplingParams,
-        skip_special_tokens: bool = True,
-        context: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, context: Sequence[int] = ()) -> None:
         if tokenizer is None and params.stop:
             raise RequestError(
                 "stop", list(params.stop), "stop strings need a tokenizer and this model has none",
                 "use stop_token_ids, or add tokenizer files to the model's folder",
             )  # fmt: skip
         self.stopped_by: str | None = None
-        self._window = None if tokenizer is None else _Window(tokenizer, skip_special_tokens, context)
+        self._window = None if tokenizer is None else _Window(tokenizer, params.skip_special_tokens, context)
         self._stops = tuple(params.stop)
         self._include_stop = params.include_stop_str_in_output
         self._held = ""

@@ -12,10 +12,10 @@ from itertools import count
 from typing import SupportsIndex
 
 from longspan.engine.frontend.completion import Completion
-from longspan.engine.frontend.detokenizer import Tokenizer
+from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
 from longspan.engine.setup import EngineSetup
 from longspan.errors import RequestError
-from longspan.request import CoreRequest, FinishReason, PromptScore, RequestOutput, SamplingParams, TokenOutput
+from longspan.request import CoreRequest, FinishReason, RequestOutput, SamplingParams, TokenOutput
 
 _CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
@@ -66,7 +66,8 @@ class RequestTracker:
         """Take a request; its output, which is kept up to date. Raises `RequestError` if it can never be served."""
         if request_id in self._groups:
             raise RequestError("request_id", request_id, "is in use", "choose another")
-        tokens = self._check_tokens(prompt_token_ids)
+        tokens = _integers(prompt_token_ids)
+        self._check_known("prompt_token_ids", tokens)
         self._check_known("logit_bias", (token for token, _ in params.logit_bias))
         self._check_known("stop_token_ids", params.stop_token_ids)
         params = self._under_grammar(params)
@@ -107,7 +108,8 @@ class RequestTracker:
             group, completion = self._group_of[tokens.request_id]
             if completion.index == 0:
                 group.output.num_cached_tokens = tokens.num_cached_tokens
-                _keep_scores(group.output, tokens.prompt_scores)
+                for score in tokens.prompt_scores:
+                    group.output.prompt_logprobs[score.position] = score.logprobs
             completion.take(tokens)
             if completion.finished:
                 self._drop(completion, known=tokens.finish_reason is not None)
@@ -131,11 +133,6 @@ class RequestTracker:
         entry = self._group_of.get(core_id)
         return entry[0].output if entry else None
 
-    def _check_tokens(self, prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
-        tokens = _integers(prompt_token_ids)
-        self._check_known("prompt_token_ids", tokens)
-        return tokens
-
     def _under_grammar(self, params: SamplingParams) -> SamplingParams:
         """A grammar's end is an end of text, even if the model's configuration names none."""
         if params.grammar is None:
@@ -158,10 +155,9 @@ class RequestTracker:
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
         own = number if params.seed is None else index
-        return Completion(
-            f"{request_id}.{number}", index, params, (seed + own * _SEED_STRIDE) % (1 << 63), self._tokenizer,
-            tokens[-_CONTEXT_TOKENS:],
-        )  # fmt: skip
+        detokenizer = Detokenizer(self._tokenizer, params, tokens[-_CONTEXT_TOKENS:])
+        own_seed = (seed + own * _SEED_STRIDE) % (1 << 63)
+        return Completion(f"{request_id}.{number}", index, params, own_seed, detokenizer)
 
     def _start(self, group: _Group, completion: Completion) -> None:
         self._group_of[completion.request_id] = (group, completion)
@@ -190,11 +186,6 @@ class RequestTracker:
         group.output.finished = True
         del self._groups[group.output.request_id]
         return group.output
-
-
-def _keep_scores(output: RequestOutput, scores: Sequence[PromptScore]) -> None:
-    for score in scores:
-        output.prompt_logprobs[score.position] = score.logprobs
 
 
 def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:

@@ -18,34 +18,18 @@ from longspan.engine.rank.build import build_runner, share_of_cores
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
+from longspan.engine.transport import messages
 from longspan.engine.transport.connection import interface_of, meet_driver, open_store, own_address, watch_peers
 from longspan.engine.transport.heartbeat import Heartbeat
-from longspan.engine.transport.messages import (
-    ASK,
-    STOP,
-    THERE,
-    TRACE,
-    TRAFFIC,
-    Alive,
-    Begin,
-    FromWorker,
-    Hello,
-    Ready,
-    Refused,
-    Stepped,
-    ToWorker,
-    TraceReport,
-    TrafficReport,
-    failure,
-)
 from longspan.errors import ConfigError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.distributed import join_world, leave_world, open_group
 from longspan.parallel.trace import Trace
+from longspan.parallel.world import join_world, leave_world, open_group
 from longspan.plan.plan import StepPlan
 from longspan.version import __version__
 
-_WORDS = (THERE, TRAFFIC, TRACE)
+Answer = Callable[[messages.FromWorker], None]
+_WORDS = (messages.THERE, messages.TRAFFIC, messages.TRACE)
 
 
 def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> bool:
@@ -63,14 +47,14 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         watch_peers(line, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
         store = open_store(host) if rank == 0 else None
-        hello = Hello(rank, world_size, __version__, host, store.port if store else 0)
+        hello = messages.Hello(rank, world_size, __version__, host, store.port if store else 0)
         word, watch = meet_driver(line, address, msgspec.msgpack.encode(hello))
         leaving.callback(watch.stop)
-        begin = msgspec.msgpack.decode(word, type=ToWorker)
-        if isinstance(begin, Refused):
+        begin = msgspec.msgpack.decode(word, type=messages.ToWorker)
+        if isinstance(begin, messages.Refused):
             raise ConfigError("rank", rank, begin.reason, "see the driver's output")
 
-        def answer(message: FromWorker) -> None:
+        def answer(message: messages.FromWorker) -> None:
             line.send(msgspec.msgpack.encode(message))
 
         heartbeat = _open_heartbeat(context, address, rank, begin.config.liveness.heartbeat_interval)
@@ -79,7 +63,7 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
             _use_interface(host)
             _serve(begin, rank, device, line, answer)
         except BaseException as error:
-            answer(failure(rank, error))
+            answer(messages.failure(rank, error))
             return False
         return True
 
@@ -91,13 +75,13 @@ def _open_heartbeat(context: zmq.Context[zmq.Socket[bytes]], address: str, rank:
     """
     line = context.socket(zmq.DEALER)
     line.connect(address)
-    word = msgspec.msgpack.encode(Alive(rank))
+    word = msgspec.msgpack.encode(messages.Alive(rank))
     line.send(word)
 
     def answer() -> bytes | None:
         asked = False
         while line.poll(0):
-            asked = line.recv() == ASK
+            asked = line.recv() == messages.ASK
         return word if asked else None
 
     return Heartbeat(line, answer, seconds)
@@ -110,7 +94,7 @@ def _use_interface(host: str) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
-def _serve(begin: Begin, rank: int, number: int, line: zmq.Socket[bytes], answer: Callable[[FromWorker], None]) -> None:
+def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes], answer: Answer) -> None:
     if resolve_device(begin.config.device) == "cuda":
         torch.cuda.set_device(number)  # first: what allocates later, as `resolve` does, would open a context on GPU 0
     setup = resolve(begin.config)
@@ -125,15 +109,15 @@ def _serve(begin: Begin, rank: int, number: int, line: zmq.Socket[bytes], answer
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
     runner, constants = build_runner(setup, rank, store, make_group)
     traffic.reset()  # what was measured with is not the engine's
-    answer(Ready(rank, constants))
-    loop = StepLoop(runner, lambda result: answer(Stepped(rank, result)), lambda: bool(line.poll(0)))
-    while (message := line.recv()) != STOP:
+    answer(messages.Ready(rank, constants))
+    loop = StepLoop(runner, lambda result: answer(messages.Stepped(result)), lambda: bool(line.poll(0)))
+    while (message := line.recv()) != messages.STOP:
         if message not in _WORDS:
             loop.take(StepPlan.decode(message))
             continue
         loop.flush()  # it may have waited for what is only a word
-        if message == TRAFFIC:
-            answer(TrafficReport(rank, traffic.bytes_by_label, traffic.calls_by_label))
-        elif message == TRACE:
-            answer(TraceReport(rank, traffic.trace.spans))
+        if message == messages.TRAFFIC:
+            answer(messages.TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
+        elif message == messages.TRACE:
+            answer(messages.TraceReport(rank, traffic.trace.spans))
     runner.close()

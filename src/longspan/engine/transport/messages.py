@@ -57,14 +57,12 @@ class Alive(msgspec.Struct, tag=True, frozen=True):
 class Stepped(msgspec.Struct, tag=True, frozen=True):
     """A step is done."""
 
-    rank: int
     result: StepResult
 
 
 class TrafficReport(msgspec.Struct, tag=True, frozen=True):
     """What the rank has sent so far."""
 
-    rank: int
     bytes_by_label: dict[str, int]
     calls_by_label: dict[str, int]
 

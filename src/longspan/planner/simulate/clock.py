@@ -10,7 +10,7 @@ from typing import Protocol
 
 from longspan.cache.pages import PageTable
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import StepPlan
+from longspan.plan.plan import Segment, StepPlan
 from longspan.planner.step import Chunk, StepTime
 
 _GROWTH = 64  # a decoding batch is timed anew when its contexts have grown by one part in so many
@@ -22,7 +22,6 @@ class StepTimer(Protocol):
 
     def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
         """One step of the whole engine."""
-        ...
 
 
 class StepClock:
@@ -57,25 +56,16 @@ class StepClock:
         self.left -= steps
 
     def _chunks(self, plan: StepPlan, table: Callable[[str], PageTable]) -> list[Chunk]:
-        rows: dict[str, list[int]] = {}
-        begins: dict[str, int] = {}
-        stops: dict[str, int] = {}
-        prefill: dict[str, bool] = {}
+        segments_of: dict[str, list[Segment]] = {}
         for segment in plan.segments:
-            request_id = segment.request_id
-            if request_id not in rows:
-                rows[request_id] = [0] * self._grid.pcp
-                begins[request_id], prefill[request_id] = segment.start, segment.prefill
-            rows[request_id][segment.pcp] += segment.length
-            stops[request_id] = segment.stop
-        shards = range(self._grid.num_shards)
-        return [
-            Chunk(
-                new_tokens=stops[request_id] - begin,
-                cached_tokens=begin,
-                rows_by_pcp=tuple(rows[request_id]),
-                tokens_by_shard=tuple(table(request_id).visible(shard, stops[request_id]) for shard in shards),
-                prefill=prefill[request_id],
-            )
-            for request_id, begin in begins.items()
-        ]
+            segments_of.setdefault(segment.request_id, []).append(segment)
+        return [self._chunk(segments, table(request_id)) for request_id, segments in segments_of.items()]
+
+    def _chunk(self, segments: Sequence[Segment], table: PageTable) -> Chunk:
+        """One request's, whose segments are in position order."""
+        start, stop, prefill = segments[0].start, segments[-1].stop, segments[0].prefill
+        rows = [0] * self._grid.pcp
+        for segment in segments:
+            rows[segment.pcp] += segment.length
+        seen = tuple(table.visible(shard, stop) for shard in range(self._grid.num_shards))
+        return Chunk(stop - start, start, tuple(rows), seen, prefill)

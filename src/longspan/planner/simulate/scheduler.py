@@ -10,32 +10,21 @@ from collections.abc import Iterable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key
-from longspan.request import SamplingParams
+from longspan.request import CoreRequest, SamplingParams
 from longspan.scheduler.scheduler import Scheduler
 from longspan.scheduler.sequence import SequenceState
-
-
-class _KeyedSequence(SequenceState):
-    """A request whose prompt's page keys are given, as its tokens are made up.
-
-    All its tokens are its own number, so that pages with output tokens are like no other request's.
-    """
-
-    def __init__(self, number: int, prompt_tokens: int, max_tokens: int, table: PageTable, keys: Iterable[Key]) -> None:
-        made_up = [number] * prompt_tokens
-        params, max_stored = SamplingParams(temperature=0), prompt_tokens + max_tokens - 1
-        super().__init__(str(number), made_up, params, 0, table, max_stored)
-        self._keys = list(keys)
 
 
 class SimulatedScheduler(Scheduler):
     """See `Scheduler`."""
 
     def add_keyed(self, number: int, prompt_tokens: int, max_tokens: int, keys: Iterable[Key]) -> None:
-        """Queue a request that `Limits.check` has passed."""
-        sequence = _KeyedSequence(number, prompt_tokens, max_tokens, self.cache.new_table(), keys)
-        self.waiting.append(sequence)
-        self._sequences[sequence.request_id] = sequence
+        """Queue a request that `Limits.check` has passed, whose prompt's page keys are given: its tokens are made up.
+
+        All its tokens are its own number, so that pages with output tokens are like no other request's.
+        """
+        request = CoreRequest(str(number), [number] * prompt_tokens, SamplingParams(temperature=0), 0, max_tokens)
+        self.queue(SequenceState(request, self.cache.new_table(), keys=keys))
 
     def cached_pages(self, keys: Sequence[Key]) -> int:
         """How many leading pages of a prompt its cache has now."""

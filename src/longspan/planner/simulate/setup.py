@@ -17,10 +17,7 @@ from longspan.scheduler.limits import Limits
 
 
 def instance_config(
-    deployment: Deployment,
-    scheduler: SchedulerConfig,
-    cache_bytes: int | None = None,
-    enable_prefix_caching: bool = True,
+    deployment: Deployment, scheduler: SchedulerConfig, cache_bytes: int | None, enable_prefix_caching: bool
 ) -> InstanceConfig:
     """An engine of the deployment, with the memory it leaves for pages or `cache_bytes` a rank.
 

@@ -60,7 +60,3 @@ class Balance:
     def end(self, name: str, added: float) -> None:
         """A request's work there is done."""
         self._load[name] = self._load.get(name, 0.0) - added
-
-    def forget(self, name: str) -> None:
-        """An instance has begun anew: it has seen nothing."""
-        self._seen.pop(name, None)

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -23,14 +22,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive
 from yarl import URL
 
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, sign
 from longspan.errors import EngineUnavailable, RequestError
 from longspan.server.bodies import INLINE_BYTES, JsonBounds
 from longspan.server.errors import Problem, problem_of
-from longspan.server.generation import Json
+from longspan.server.generation import CLIENT_GONE, Json, refusal, unless_gone
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import HttpLimits
 from longspan.server.protocol import HttpConfig, announce
@@ -47,7 +45,6 @@ _HOP_BY_HOP = {
     PREFILL_HEADER, SIGNATURE_HEADER,
 }  # fmt: skip
 _PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # bytes of prompt that a request counts for
-_CLIENT_GONE = 499
 _LOG = logging.getLogger("longspan.disaggregation")
 
 
@@ -96,7 +93,7 @@ class Router:
             except BaseException:
                 ended(False)
                 raise
-        return _failed(EngineUnavailable("no decode instance is there; try again later, and see the router's log"))
+        return refusal(EngineUnavailable("no decode instance is there; try again later, and see the router's log"))
 
     def state(self) -> dict[str, Any]:
         """Who is there."""
@@ -141,22 +138,11 @@ class Router:
     ) -> Response:  # fmt: skip
         """What the instance answers, as it comes. Raises what keeps it from answering at all."""
         url = URL(f"{instance.url}{_target(request)}", encoded=True)
-        asking = asyncio.create_task(
-            self._session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
-        )
-        gone = asyncio.create_task(_until_gone(request.receive))
-        try:
-            await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                ended(False)
-                return Response(status_code=_CLIENT_GONE)
-            answer = asking.result()
-        finally:
-            for task in (asking, gone):
-                if not task.done():
-                    task.cancel()
-                    with suppress(asyncio.CancelledError, Exception):
-                        await task
+        asking = self._session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
+        answer = await unless_gone(asking, request.receive)
+        if answer is None:
+            ended(False)
+            return Response(status_code=CLIENT_GONE)
         kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP}
         return StreamingResponse(_bytes(answer, instance, ended), answer.status, kept)
 
@@ -245,11 +231,6 @@ def _target(request: Request) -> str:
     return f"{path}?{query}" if query else path
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _prompt_of(body: bytes) -> bytes:
     """See `_prompt`; a long one does not hold up other requests."""
     return _prompt(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_prompt, body)
@@ -264,8 +245,3 @@ def _prompt(body: bytes) -> bytes:
         return b""
     found = (values.get("messages") or values.get("prompt")) if isinstance(values, dict) else None
     return found.encode(errors="replace") if isinstance(found, str) else msgspec.json.encode(found) if found else b""
-
-
-def _failed(error: Exception) -> Response:
-    problem = problem_of(error)
-    return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))

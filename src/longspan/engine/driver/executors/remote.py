@@ -22,26 +22,9 @@ from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
 from longspan.engine.setup import EngineSetup
+from longspan.engine.transport import messages
 from longspan.engine.transport.connection import watch_peers
 from longspan.engine.transport.heartbeat import Silence
-from longspan.engine.transport.messages import (
-    ASK,
-    STOP,
-    THERE,
-    TRACE,
-    TRAFFIC,
-    Alive,
-    Begin,
-    Failed,
-    FromWorker,
-    Hello,
-    Ready,
-    Refused,
-    Stepped,
-    TraceReport,
-    TrafficReport,
-    report_error,
-)
 from longspan.errors import ConfigError, WorkerDied
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.grid import Grid
@@ -55,7 +38,7 @@ _POLL_MS = 200
 _SAY_SECONDS = 5.0
 _STOP_SECONDS = 5.0
 _EXPLAIN_SECONDS = 0.5  # between a connection's end and the word of who started the process
-M = TypeVar("M", Ready, Stepped, TrafficReport, TraceReport)
+M = TypeVar("M", messages.Ready, messages.Stepped, messages.TrafficReport, messages.TraceReport)
 
 
 class RemoteExecutor(ABC):
@@ -73,8 +56,8 @@ class RemoteExecutor(ABC):
         self._ranks: dict[bytes, int] = {}  # by the name of their connection
         self._heartbeats: dict[bytes, int] = {}  # ranks by the name of their heartbeat's connection
         self._silences: dict[int, Silence] = {}  # of ranks that are ready: C code may hold the interpreter before
-        self._failed: dict[int, Failed] = {}
-        self._answers: list[deque[FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
+        self._failed: dict[int, messages.Failed] = {}
+        self._answers: list[deque[messages.FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
         self._context = zmq.Context()
         self._line = self._context.socket(zmq.ROUTER)
         self._line.router_mandatory = True  # a message to a rank that is gone must not vanish in silence
@@ -84,7 +67,7 @@ class RemoteExecutor(ABC):
             self._bind(listen)
             self._launch(self._line.getsockopt_string(zmq.LAST_ENDPOINT))
             self._begin(self._gather(patience))
-            measured = [ready.constants for ready in self._collect(Ready) if ready.constants]
+            measured = [ready.constants for ready in self._collect(messages.Ready) if ready.constants]
             self.constants = combine(measured) if measured else None
         except BaseException:
             self._end(0.0)
@@ -110,7 +93,7 @@ class RemoteExecutor(ABC):
     def collect(self, look: Callable[[], None]) -> StepResult:
         """See `Executor.collect`."""
         require_open(self._closed)
-        return StepResult.joined([message.result for message in self._collect(Stepped, look)])
+        return StepResult.joined([message.result for message in self._collect(messages.Stepped, look)])
 
     def check(self) -> None:
         """See `Executor.check`."""
@@ -126,16 +109,16 @@ class RemoteExecutor(ABC):
 
     def traffic(self) -> Traffic:
         """See `Executor.traffic`."""
-        self._broadcast(TRAFFIC)
+        self._broadcast(messages.TRAFFIC)
         total = Traffic()
-        for message in self._collect(TrafficReport):
+        for message in self._collect(messages.TrafficReport):
             total.add(Traffic(message.bytes_by_label, message.calls_by_label))
         return total
 
     def trace(self) -> dict[int, list[TraceSpan]]:
         """See `Executor.trace`."""
-        self._broadcast(TRACE)
-        return {message.rank: message.spans for message in self._collect(TraceReport)}
+        self._broadcast(messages.TRACE)
+        return {message.rank: message.spans for message in self._collect(messages.TraceReport)}
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""
@@ -143,7 +126,7 @@ class RemoteExecutor(ABC):
             return
         self._closed = True
         for name in self._ranks:
-            self._reaches(name, STOP)
+            self._reaches(name, messages.STOP)
         self._end(_STOP_SECONDS)
         self._line.close(linger=0)
         # once seen to wait for ever, after a rank that was stopped: whoever shuts down must not
@@ -159,25 +142,25 @@ class RemoteExecutor(ABC):
                 "listen", listen, f"cannot be listened at ({error})", "give an address of this host as tcp://host:port"
             ) from error
 
-    def _gather(self, patience: float) -> list[Hello]:
+    def _gather(self, patience: float) -> list[messages.Hello]:
         """Wait for every rank to report; of a rank that reports twice the later one counts."""
-        found: dict[int, tuple[bytes, Hello]] = {}
+        found: dict[int, tuple[bytes, messages.Hello]] = {}
         waiting = _Patience(patience, self.setup.grid.world_size, self._line.getsockopt_string(zmq.LAST_ENDPOINT))
         while len(found) < self.setup.grid.world_size:
             waiting.check(found)
             name, message = self._next()
             if message is None and (end := self._known_end()):
                 raise WorkerDied(f"{end} before it had started")
-            if not isinstance(message, Hello):
+            if not isinstance(message, messages.Hello):
                 continue
             if objection := self._objection(message):
-                self._reaches(name, msgspec.msgpack.encode(Refused(objection)))
+                self._reaches(name, msgspec.msgpack.encode(messages.Refused(objection)))
             else:
                 found[message.rank] = (name, message)
         self._ranks = {name: rank for rank, (name, _) in sorted(found.items())}
         return [found[rank][1] for rank in sorted(found)]
 
-    def _objection(self, hello: Hello) -> str | None:
+    def _objection(self, hello: messages.Hello) -> str | None:
         size = self.setup.grid.world_size
         if hello.version != __version__:
             return f"it runs version {hello.version} and the driver {__version__}"
@@ -185,13 +168,13 @@ class RemoteExecutor(ABC):
             return f"the driver's layout has {size} ranks, and this is one of {hello.world_size}"
         return None
 
-    def _begin(self, hellos: Sequence[Hello]) -> None:
+    def _begin(self, hellos: Sequence[messages.Hello]) -> None:
         hosts = [hello.host for hello in hellos]
         self.setup = _placed(self.setup, hosts)
         config = replace(self.setup.config, device=self.setup.device_type)  # the same on every host
         meet_at = f"tcp://{hosts[0] or 'localhost'}:{hellos[0].store_port}"
         for name, rank in self._ranks.items():
-            begin = Begin(config, meet_at, hosts.count(hosts[rank]))
+            begin = messages.Begin(config, meet_at, hosts.count(hosts[rank]))
             if not self._reaches(name, msgspec.msgpack.encode(begin)):
                 self._check_alive()
 
@@ -230,36 +213,33 @@ class RemoteExecutor(ABC):
         name, message = self._next()
         if message is None:
             self._check_alive()
-        elif isinstance(message, Alive):
-            self._hear(name, message.rank)
+        elif isinstance(message, messages.Alive):
+            self._heartbeats[name] = message.rank
+            if message.rank in self._silences:
+                self._silences[message.rank].heard()
         elif name not in self._ranks:  # a rank of an engine before this one, or one too many
             return
-        elif isinstance(message, Failed):
+        elif isinstance(message, messages.Failed):
             self._fail(message)
         else:
-            if isinstance(message, Ready):
+            if isinstance(message, messages.Ready):
                 self._silences[message.rank] = Silence()
             self._answers[self._ranks[name]].append(message)
 
-    def _hear(self, heartbeat: bytes, rank: int) -> None:
-        self._heartbeats[heartbeat] = rank
-        if rank in self._silences:
-            self._silences[rank].heard()
-
-    def _next(self) -> tuple[bytes, FromWorker | None]:
+    def _next(self) -> tuple[bytes, messages.FromWorker | None]:
         """The next message and who sent it, or None if there is none for a while."""
         if not self._line.poll(_POLL_MS):
             return b"", None
         name, body = self._line.recv_multipart()
         try:
-            return name, msgspec.msgpack.decode(body, type=FromWorker)
+            return name, msgspec.msgpack.decode(body, type=messages.FromWorker)
         except msgspec.MsgspecError:  # no rank of ours: the port may be open to others
             return name, None
 
     def _check_alive(self) -> None:
         end = self._known_end()
         if end is None:
-            lost = [rank for name, rank in self._ranks.items() if not self._reaches(name, THERE)]
+            lost = [rank for name, rank in self._ranks.items() if not self._reaches(name, messages.THERE)]
             silent = [rank for rank in lost if rank not in self._failed]
             if silent:
                 end = self._explained() or f"rank {silent[0]} has ended, or its host cannot be reached"
@@ -273,7 +253,7 @@ class RemoteExecutor(ABC):
     def _long_silent(self) -> str | None:
         """Ask every rank's heartbeat; what is to be said of one that has not answered for too long."""
         for name in self._heartbeats:
-            self._reaches(name, ASK)
+            self._reaches(name, messages.ASK)
         for silence in self._silences.values():
             silence.look()
         rank, seconds = self._longest_silence()
@@ -299,19 +279,19 @@ class RemoteExecutor(ABC):
             time.sleep(0.02)
         return None
 
-    def _fail(self, message: Failed) -> None:
+    def _fail(self, message: messages.Failed) -> None:
         """A rank reports an error. A lost peer is only the echo of another rank's end: look for that first."""
         self._failed[message.rank] = message
         deadline = time.monotonic() + _POLL_MS / 1000
         while all(failed.lost_peer for failed in self._failed.values()) and time.monotonic() < deadline:
             name, other = self._next()
-            if isinstance(other, Failed) and name in self._ranks:
+            if isinstance(other, messages.Failed) and name in self._ranks:
                 self._failed[other.rank] = other
         cause = next((failed for failed in self._failed.values() if not failed.lost_peer), None)
         if cause is None:
             self._check_alive()
         self._abandon()
-        raise report_error(cause or message)
+        raise messages.report_error(cause or message)
 
     def _abandon(self) -> None:
         self._end(0.0)

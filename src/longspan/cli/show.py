@@ -1,0 +1,35 @@
+"""Tables and progress bars of the commands, on stderr.
+
+It owns how they look; what stands in them is the commands'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_REFRESHES = 4  # of a bar, a second: drawing takes the time of what is measured
+
+
+def new_table(
+    title: str | None, columns: Sequence[str], left: Collection[str] = ("",), no_wrap: bool = False, **options: Any
+) -> Table:
+    """A table without rows. Its columns are of numbers, and so to the right, but for those in `left`."""
+    table = Table(title=title, **options)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=no_wrap)
+    return table
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar that goes with the block, which calls what it is given with how many are done, and of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done, total=None: progress.update(task, completed=done, total=total)
