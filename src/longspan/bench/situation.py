@@ -77,7 +77,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     grid = situation.grid
     cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
     chooser = _Recorder(model)
-    config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
+    config = SchedulerConfig(max_num_batched_tokens=max(situation.cached, 1), max_num_seqs=1, local_context=0)
     scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
     params = SamplingParams(temperature=0, max_tokens=1)
     scheduler.add("0", [0] * length, params, 0, 1)
@@ -86,7 +86,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
         plan = _next(scheduler)
         mirror.apply(plan)
         scheduler.commit(plan, StepResult())
-    scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
+    scheduler.config = SchedulerConfig(max_num_batched_tokens=situation.new, max_num_seqs=1, local_context=0)
     chooser.asked.clear()
     plan = _next(scheduler)
     mirror.apply(plan)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from longspan.cli.options import Json, PageSize, parse_integers
-from longspan.config import EngineConfig, ParallelConfig, require, require_choice
+from longspan.cli.options import Json, PageSize
+from longspan.config import EngineConfig, ParallelConfig, parse_integers, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]

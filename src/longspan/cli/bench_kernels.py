@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from longspan.cli.options import Json, parse_integers
-from longspan.config import require, require_choice
+from longspan.cli.options import Json
+from longspan.config import parse_integers, require, require_choice
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longspan.cli import plots
-from longspan.cli.options import Json, parse_integers
-from longspan.config import ParallelConfig, require, require_choice
+from longspan.cli.options import Json
+from longspan.config import ParallelConfig, parse_integers, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from longspan.cli import plots
-from longspan.cli.options import Json, parse_integers
-from longspan.config import require
+from longspan.cli.options import Json
+from longspan.config import parse_integers, require
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
