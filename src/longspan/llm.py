@@ -8,21 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import count
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from longspan.attention.backends import AttentionBackend
 from longspan.attention.schedules import Schedule
-from longspan.config import (
-    CacheConfig,
-    ClusterConfig,
-    CostConstants,
-    EngineConfig,
-    LivenessConfig,
-    OffloadConfig,
-    ParallelConfig,
-    SchedulerConfig,
-    drafted_tokens,
-)
+from longspan.config import EngineConfig, EngineOptions
+from longspan.config.option import lists_options
 from longspan.engine.driver.core import EngineStats
 from longspan.engine.engine import Engine
 from longspan.engine.extensions import NONE_ADDED, Extensions
@@ -41,12 +32,11 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model ready to generate, its context spread over ranks.
 
-    `model` is a Hugging Face folder, a hub id, a `.gguf` file or `smollm2`. A prompt is text or token ids; text needs
-    a tokenizer beside the weights. Use it in a `with` block, or call `shutdown` to end its ranks.
+    A prompt is text or token ids; text needs a tokenizer beside the weights. Use it in a `with` block, or call
+    `shutdown` to end its ranks. `help(LLM.__init__)` lists the options: those of the command line, by the same names.
 
-    A step that takes longer than `step_timeout` seconds raises `StepTimeout` and ends the ranks. The limit is the
-    larger of 60 and 20 times what recent steps let expect by default; the first 8 steps, which compile, have none.
-    Ranks as threads (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
+    A step that takes longer than `step_timeout` raises `StepTimeout` and ends the ranks. Ranks as threads
+    (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
 
     `schedules` (`longspan.attention.schedules`), `families` (each a module or a `longspan.models.registry.Family`) and
     `backends` (`longspan.attention.backends`) are added to the built-in ones; they need ranks as threads.
@@ -55,65 +45,18 @@ class LLM:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
     """
 
+    @lists_options(EngineConfig, EngineOptions)
     def __init__(
         self,
         model: str,
         *,
-        tensor_parallel_size: int = 1,
-        prefill_context_parallel_size: int = 1,
-        decode_context_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        enable_expert_parallel: bool = False,
-        ranks_per_node: int | None = None,
-        page_size: int = 16,
-        kv_cache_memory_bytes: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        pages_per_shard: Sequence[int] | None = None,
-        enable_prefix_caching: bool = True,
-        kv_offload_memory: int | None = None,
-        kv_offload_disk: str | None = None,
-        kv_offload_disk_bytes: int | None = None,
-        max_num_batched_tokens: int | None = None,
-        max_num_seqs: int | None = None,
-        max_model_len: int | None = None,
-        local_context: int | None = None,
-        schedule: str = "auto",
-        speculative: str | None = None,
-        run_ahead: bool | None = None,
-        executor: str = "auto",
-        cluster: ClusterConfig | None = None,
-        step_timeout: float | None = None,
-        dtype: str = "auto",
-        kv_cache_dtype: str = "auto",
-        device: str = "auto",
-        attention_backend: str = "auto",
-        quantization: str = "auto",
-        enforce_eager: bool = False,
-        seed: int = 0,
-        num_threads: int | None = None,
-        debug: bool = False,
-        cost: CostConstants | None = None,
         schedules: Sequence[Schedule] = (),
         families: Sequence[Family | ModuleType] = (),
         backends: Sequence[AttentionBackend] = (),
+        **options: Unpack[EngineOptions],
     ) -> None:
-        config = EngineConfig(
-            model=model, dtype=dtype, device=device, attention_backend=attention_backend, quantization=quantization,
-            enforce_eager=enforce_eager, executor=executor, seed=seed, num_threads=num_threads, debug=debug,
-            parallel=ParallelConfig(
-                tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
-                pipeline_parallel_size, enable_expert_parallel, ranks_per_node,
-            ),
-            cache=CacheConfig(
-                page_size, kv_cache_memory_bytes, None if pages_per_shard is None else tuple(pages_per_shard),
-                enable_prefix_caching, kv_cache_dtype, gpu_memory_utilization,
-                OffloadConfig(kv_offload_memory, kv_offload_disk, kv_offload_disk_bytes),
-            ),
-            scheduler=SchedulerConfig(
-                max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule,
-                drafted_tokens(speculative), run_ahead,
-            ), cost=cost, cluster=cluster or ClusterConfig(), liveness=LivenessConfig(step_timeout),
-        )  # fmt: skip
+        """Start an engine; options are those of the command line, see docs/cli.md."""
+        config = EngineConfig.of(model, **options)
         self._start(config, Extensions(tuple(schedules), tuple(map(family_of, families)), tuple(backends)))
 
     @classmethod

@@ -32,8 +32,9 @@ def config_of(
     return EngineConfig(
         tiny_folder(model), executor=executor, num_threads=1, debug=True, dtype=dtype,
         parallel=ParallelConfig(**{SIZES[name]: size for name, size in sizes.items()}),
-        cache=CacheConfig(page_size, memory, dtype=kv),
-        scheduler=SchedulerConfig(budget, 8, None, 8), cost=CostConstants(), transfer=transfer,
+        cache=CacheConfig(page_size=page_size, memory_bytes=memory, dtype=kv),
+        scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=8, local_context=8),
+        cost=CostConstants(), transfer=transfer,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from threading import Thread
 
 PATIENCE = 90.0
 SERVE = "from longspan.cli.main import main; main()"
-ROUTE = "import typer; from longspan.cli.route import route; typer.run(route)"
+ROUTE = "import sys; sys.argv.insert(1, 'route'); from longspan.cli.main import main; main()"
 READY = re.compile(r"(?:serving \S+|routing) at (http://\S+)")
 
 

@@ -107,7 +107,10 @@ class World:
         shape = AttentionShape(at.q_heads // at.tp, kv_heads, at.head_dim, self.dtype.itemsize)
         group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
         self.scheduler = Scheduler(
-            SchedulerConfig(at.budget, min(at.budget, 64), None, at.local_context, at.schedule),
+            SchedulerConfig(
+                max_num_batched_tokens=at.budget, max_num_seqs=min(at.budget, 64), local_context=at.local_context,
+                schedule=at.schedule,
+            ),
             self.cache, self.grid, ScheduleChooser(CostModel(shape, group, SCHEDULES), at.schedule), root_key("test"),
             at.windows,
         )  # fmt: skip

@@ -28,7 +28,8 @@ import sys
 from longspan import LLM
 from longspan.config import ClusterConfig
 from tests.engine.conftest import DEFAULTS
-llm = LLM(sys.argv[1], executor="ray", cluster=ClusterConfig(sys.argv[2]), prefill_context_parallel_size=2, **DEFAULTS)
+cluster = ClusterConfig(ray_address=sys.argv[2])
+llm = LLM(sys.argv[1], executor="ray", cluster=cluster, prefill_context_parallel_size=2, **DEFAULTS)
 print("ready", flush=True)
 sys.stdin.read()
 """

@@ -42,7 +42,7 @@ def listener(answer: bytes | None) -> Iterator[str]:
 def refused(address: str, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(ConfigError, match=rf"ray_address={address}: .*{message}"):
-        LLM(tiny_folder("llama"), executor="ray", cluster=ClusterConfig(address), **DEFAULTS)
+        LLM(tiny_folder("llama"), executor="ray", cluster=ClusterConfig(ray_address=address), **DEFAULTS)
     assert time.monotonic() - started < BOUND
 
 

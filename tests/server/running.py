@@ -117,8 +117,8 @@ def running(
         ascii_folder(), executor=executor, num_threads=1, parallel=ParallelConfig(**parallel),
         cache=CacheConfig(page_size=4, pages_per_shard=None, memory_bytes=pages * 4 * 2 * 2 * 4 * 4 * 4,
                           offload=offload or OffloadConfig()),
-        scheduler=SchedulerConfig(64, 16, None, 8), cost=CostConstants(), transfer=transfer,
-        liveness=liveness or LivenessConfig(),
+        scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=16, local_context=8),
+        cost=CostConstants(), transfer=transfer, liveness=liveness or LivenessConfig(),
     )  # fmt: skip
     options = options or ServeOptions(port=0, served_model_name="tiny")
     service = make_service(config, options)

@@ -200,7 +200,7 @@ def test_health_and_metrics_tell_what_happened(server):
 
 
 def test_metrics_count_pages_that_were_offloaded_and_came_back():
-    with running(pages=40, offload=OffloadConfig(1 << 20)) as server:
+    with running(pages=40, offload=OffloadConfig(memory_bytes=1 << 20)) as server:
         for prompt in ("a" * 120, "b" * 120, "a" * 120):
             server.complete(prompt, 4)
         counts = metric(server, "longspan:kv_offload_pages")

@@ -35,7 +35,7 @@ def check(prompts, tp, pcp, dcp, page_size, chunk, schedule):
     config = EngineConfig(
         "smollm2",
         parallel=ParallelConfig(tp, pcp, dcp),
-        cache=CacheConfig(page_size, memory_bytes=512 << 20),
+        cache=CacheConfig(page_size=page_size, memory_bytes=512 << 20),
         scheduler=SchedulerConfig(max_num_batched_tokens=chunk, max_num_seqs=8, local_context=8, schedule=schedule),
     )
     params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=TOP, ignore_eos=True)

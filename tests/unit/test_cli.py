@@ -16,9 +16,7 @@ import typer
 from longspan.bench.twin import transformers_twin
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
-from longspan.cli.options import offload_config
 from longspan.cli.reference import reference
-from longspan.config import OffloadConfig
 from longspan.request import CompletionOutput, RequestOutput
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
@@ -392,11 +390,3 @@ def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
 def test_a_page_of_no_tokens_is_refused_by_the_scheduler_benchmark(run):
     code, _, err = run("bench", "scheduler", "--page-size", "0")
     assert (code, "page_size=0: must be at least 1" in err) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("text", "folder", "size"),
-    [("/a/b", "/a/b", None), ("/a/b:2k", "/a/b", 2048), ("/a:b", "/a:b", None), ("/a:b:1.5M", "/a:b", 3 << 19)],
-)
-def test_a_disk_is_a_folder_and_may_have_a_size(text, folder, size):
-    assert offload_config(None, text) == OffloadConfig(disk=folder, disk_bytes=size)

@@ -3,8 +3,7 @@
 import pytest
 
 from longspan import LLM
-from longspan.cli.options import engine_config
-from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
+from longspan.config import CostConstants, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder
 
@@ -21,7 +20,7 @@ from tests.oracle import tiny_folder
     ids=str,
 )
 def test_the_size_of_a_batch_that_is_left_out_adapts_to_the_one_that_is_given(given, step_tokens, running_limit):
-    for config in (SchedulerConfig(**given), engine_config("smollm2", **given).scheduler):
+    for config in (SchedulerConfig(**given), EngineConfig.of("smollm2", **given).scheduler):
         assert (config.step_tokens, config.running_limit) == (step_tokens, running_limit)
 
 

@@ -26,9 +26,8 @@ class Bench:
     """Files of both tiers, and stores with pools of random pages for every rank of a layout."""
 
     def __init__(self, folder, model="llama", dtype="auto", offload=None, **layout):
-        cache = CacheConfig(
-            PAGE, pages_per_shard=None, dtype=dtype, offload=offload or OffloadConfig(1 << 18, str(folder), 1 << 18)
-        )
+        offload = offload or OffloadConfig(memory_bytes=1 << 18, disk=str(folder), disk_bytes=1 << 18)
+        cache = CacheConfig(page_size=PAGE, dtype=dtype, offload=offload)
         names = {"tp": "tensor", "pcp": "prefill_context", "dcp": "decode_context", "pp": "pipeline"}
         sizes = {f"{names[name]}_parallel_size": size for name, size in layout.items()}
         self.files = OffloadFiles(
@@ -178,8 +177,12 @@ MISTAKES = {
     "a file": (OffloadConfig(disk="/etc/hostname"), r"kv_offload_disk=/etc/hostname: cannot be written \(Not a dir"),
     "too little disk": (OffloadConfig(disk="/tmp", disk_bytes=9), r"kv_offload_disk=9: one page takes \d+ bytes"),
     "too much disk": (OffloadConfig(disk="/tmp", disk_bytes=1 << 60), r"kv_offload_disk=\d+: only \d+ bytes are free"),
-    "too little memory": (OffloadConfig(9), r"kv_offload_memory=9: one page takes \d+ bytes on all ranks; give at"),
-    "too much memory": (OffloadConfig(1 << 60), r"kv_offload_memory=\d+: only \d+ bytes are free; give less"),
+    "too little memory": (
+        OffloadConfig(memory_bytes=9), r"kv_offload_memory=9: one page takes \d+ bytes on all ranks; give at"
+    ),
+    "too much memory": (
+        OffloadConfig(memory_bytes=1 << 60), r"kv_offload_memory=\d+: only \d+ bytes are free; give less"
+    ),
 }  # fmt: skip
 
 
@@ -193,7 +196,7 @@ def test_what_cannot_be_is_refused_at_the_start(tmp_path, mistake):
 def test_ranks_on_several_machines_are_refused(tmp_path):
     setup = resolve(EngineConfig(
         tiny_folder("llama"), parallel=ParallelConfig(prefill_context_parallel_size=2, ranks_per_node=1),
-        cache=CacheConfig(offload=OffloadConfig(1 << 20)),
+        cache=CacheConfig(offload=OffloadConfig(memory_bytes=1 << 20)),
     ))  # fmt: skip
     with pytest.raises(ConfigError, match=r"kv_offload=on: ranks on several machines cannot share"):
         OffloadFiles(setup)

@@ -71,7 +71,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
     grid = situation.grid
     cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
     chooser = _Recorder(model)
-    config = SchedulerConfig(max(situation.cached, 1), 1, None, 0)
+    config = SchedulerConfig(max_num_batched_tokens=max(situation.cached, 1), max_num_seqs=1, local_context=0)
     scheduler = Scheduler(config, cache, grid, chooser, root_key("situation"), situation.windows)
     scheduler.add(CoreRequest("0", [0] * length, SamplingParams(temperature=0), 0, 1))
     mirror = Mirror(situation.page_size, grid.num_shards)
@@ -79,7 +79,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
         plan = _next(scheduler)
         mirror.apply(plan)
         scheduler.commit(plan, StepResult())
-    scheduler.config = SchedulerConfig(situation.new, 1, None, 0)
+    scheduler.config = SchedulerConfig(max_num_batched_tokens=situation.new, max_num_seqs=1, local_context=0)
     chooser.asked.clear()
     plan = _next(scheduler)
     mirror.apply(plan)

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from longspan.cli.options import Json, PageSize, parse_integers
+from longspan.cli.options import Json, PageSize
 from longspan.cli.show import new_table, progress_bar
-from longspan.config import EngineConfig, ParallelConfig, require, require_choice
+from longspan.config import EngineConfig, ParallelConfig, parse_integers, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from longspan.cli.options import Json, parse_integers
+from longspan.cli.options import Json
 from longspan.cli.show import new_table
-from longspan.config import require, require_choice
+from longspan.config import parse_integers, require, require_choice
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:

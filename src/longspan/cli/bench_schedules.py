@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from longspan.cli import plots
-from longspan.cli.options import Json, parse_integers
+from longspan.cli.options import Json
 from longspan.cli.show import new_table
-from longspan.config import ParallelConfig, require, require_choice
+from longspan.config import ParallelConfig, parse_integers, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 
 from longspan.cli import plots
-from longspan.cli.options import Json, parse_integers
+from longspan.cli.options import Json
 from longspan.cli.show import new_table, progress_bar
-from longspan.config import require
+from longspan.config import parse_integers, require
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:

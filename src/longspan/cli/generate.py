@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from longspan.cli.explain import constants_line
-from longspan.cli.options import Json, parse_integers
-from longspan.config import EngineConfig
+from longspan.cli.options import Json
+from longspan.config import EngineConfig, parse_integers
 from longspan.errors import ConfigError, RequestError
 from longspan.parallel.trace import COMPUTE, STEP, TRANSFER, TraceSpan, chrome_trace, overlap
 from longspan.request import CompletionOutput, RequestOutput, SamplingParams

@@ -25,7 +25,7 @@ from longspan.cli import (
     serve,
     simulate,
 )
-from longspan.cli.options import takes_engine_options
+from longspan.cli.options import takes_records
 from longspan.errors import LongspanError
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -43,18 +43,18 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    app.command("generate", help="Complete one prompt.")(takes_engine_options(generate.generate))
-    app.command("explain", help="What each schedule would take, and the choice.")(takes_engine_options(explain.explain))
+    app.command("generate", help="Complete one prompt.")(takes_records(generate.generate))
+    app.command("explain", help="What each schedule would take, and the choice.")(takes_records(explain.explain))
     app.command("plan", help="What every layout of a cluster will do.")(plan.plan)
     app.command("predict", help="One measured setup, predicted.")(predict.predict)
     app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
     app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
-    app.command("serve", help="Serve a model over OpenAI's API.")(takes_engine_options(serve.serve))
-    app.command("route", help="One front for prefill and decode instances.")(route.route)
+    app.command("serve", help="Serve a model over OpenAI's API.")(takes_records(serve.serve))
+    app.command("route", help="One front for prefill and decode instances.")(takes_records(route.route))
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
-    benches.command("latency", help="Prefill and decode rates of one batch.")(takes_engine_options(bench.latency))
-    benches.command("throughput", help="Continuous batching under load.")(takes_engine_options(bench.throughput))
-    benches.command("mixed", help="Short chats beside long contexts.")(takes_engine_options(bench.mixed))
+    benches.command("latency", help="Prefill and decode rates of one batch.")(takes_records(bench.latency))
+    benches.command("throughput", help="Continuous batching under load.")(takes_records(bench.throughput))
+    benches.command("mixed", help="Short chats beside long contexts.")(takes_records(bench.mixed))
     benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
     benches.command("schedules", help="Every schedule in the same situations.")(bench_schedules.schedules)
     benches.command("attention", help="Attention kernels, against what the device can do.")(

@@ -80,7 +80,7 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
     across = min(_MAPS_A_ROW, len(maps))
     size = (len(cached) * _BOX[0] + 0.6, len(news) * _BOX[1] + 0.7)
     figure, axes = _panels(f"{title}\n{_MAP_LEGEND}", ceil(len(maps) / across), across, size)
-    figure.get_layout_engine().set(hspace=0.08)
+    figure.set_layout_engine("constrained", hspace=0.08)
     for panel, (name, members) in zip(axes, maps.items(), strict=False):
         panel.set_title(name, fontsize=10, fontweight="bold")
         panel.set_xticks(range(len(cached)), [f"{tokens:,}" for tokens in cached])

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from longspan.cli import plots
 from longspan.cli.bench_serve import show_reports
-from longspan.cli.options import Json, LocalContext, NumSeqs, PrefixCaching, Schedule, parse_bytes
+from longspan.cli.options import Json, LocalContext, NumSeqs, PrefixCaching, Schedule
 from longspan.cli.show import new_table, progress_bar
-from longspan.config import ParallelConfig, SchedulerConfig, require
+from longspan.config import ParallelConfig, SchedulerConfig, parse_bytes, require
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
@@ -93,7 +93,9 @@ def simulate(
     require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
     require(page_size >= 1, "page_size", page_size, "must be at least 1", "512 is the default")
     plots.check_plot(plot)
-    scheduler = SchedulerConfig(max_num_batched_tokens, max_num_seqs, max_model_len, local_context, schedule)
+    scheduler = SchedulerConfig(
+        max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+        local_context=local_context, schedule=schedule)  # fmt: skip
     shape, weights = find_model(model, dtype, weight_dtype)
     deployment = Deployment(
         shape, machine(hardware), ParallelConfig.parse("layout", layout), weights,
@@ -108,12 +110,11 @@ def simulate(
     notes = _notes(deployment, asks, num_requests)
     _show(title, result, notes)
     if as_json:
-        options = {
+        print(json.dumps({
             "model": model, "hardware": hardware, "layout": deployment.parallel.name, "trace": trace,
             "instances": instances, "num_requests": len(asks), "time_scale": time_scale,
-            "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes,
-        }  # fmt: skip
-        print(json.dumps({**options, **asdict(result)}))
+            "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes, **asdict(result),
+        }))  # fmt: skip
     if plot is not None:
         plots.save(plots.memory_map(result.memory, title), plot)
 

@@ -11,23 +11,16 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.options import flag
 from longspan.config import TransferConfig, require
 from longspan.errors import ConfigError
 
 TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"
 
-Role = Annotated[
-    str | None,
-    typer.Option("--role", help="prefill or decode: one side of a pair, see `longspan route`; default: both"),
-]
-TransferHost = Annotated[
-    str | None, typer.Option("--transfer-host", help="address for other instances and all ranks; default: --host")
-]
-TransferPort = Annotated[int, typer.Option("--transfer-port", help="port for other instances; 0 takes a free one")]
-PrefillPeers = Annotated[
-    str | None,
-    typer.Option("--prefill-peers", help="transfer addresses a decode instance may use: tcp://HOST:PORT,..."),
-]
+Role = Annotated[str | None, flag(TransferConfig, "role")]
+TransferHost = Annotated[str | None, flag(TransferConfig, "transfer_host")]
+TransferPort = Annotated[int, flag(TransferConfig, "transfer_port")]
+PrefillPeers = Annotated[str | None, flag(TransferConfig, "prefill_peers")]
 TransferTokenFile = Annotated[
     str | None,
     typer.Option(
@@ -59,7 +52,7 @@ def transfer_config(
             require(value is None, name, value, "means nothing without a role", "give --role prefill or --role decode")
         return None
     peers = tuple(filter(None, (prefill_peers or "").replace(" ", "").split(",")))
-    return TransferConfig(role, host, port, prefill_peers=peers, token=read_token(token_file))
+    return TransferConfig(role=role, host=host, port=port, prefill_peers=peers, token=read_token(token_file))
 
 
 def warnings(config: TransferConfig | None) -> list[str]:

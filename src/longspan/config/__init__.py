@@ -1,6 +1,6 @@
 """Frozen configuration, by subject: pure data that travels to every process."""
 
-from longspan.config.checks import require, require_choice
+from longspan.config.checks import parse_bytes, parse_integers, require, require_choice
 from longspan.config.cost import CostConstants, Fixed
 from longspan.config.engine import (
     DEFAULT_LOCAL_CONTEXT,
@@ -18,8 +18,8 @@ from longspan.config.engine import (
     OffloadConfig,
     ParallelConfig,
     SchedulerConfig,
-    drafted_tokens,
 )
+from longspan.config.keywords import EngineOptions
 from longspan.config.transfer import ROLE_NAMES, TransferConfig
 
 __all__ = [
@@ -36,13 +36,15 @@ __all__ = [
     "ClusterConfig",
     "CostConstants",
     "EngineConfig",
+    "EngineOptions",
     "Fixed",
     "LivenessConfig",
     "OffloadConfig",
     "ParallelConfig",
     "SchedulerConfig",
     "TransferConfig",
-    "drafted_tokens",
+    "parse_bytes",
+    "parse_integers",
     "require",
     "require_choice",
 ]

@@ -1,8 +1,12 @@
-"""Checks of a user's options: what fails names the field, the value and the remedy."""
+"""What users write: how texts are read and values checked. What fails names the field, the value and the remedy."""
 
 from __future__ import annotations
 
+import re
+
 from longspan.errors import ConfigError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def require(ok: bool, field_name: str, value: object, problem: str, remedy: str) -> None:
@@ -14,3 +18,19 @@ def require(ok: bool, field_name: str, value: object, problem: str, remedy: str)
 def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`."""
     require(value in choices, field_name, value, "unknown choice", f"use one of {', '.join(choices)}")
+
+
+def parse_bytes(field_name: str, text: str) -> int:
+    """`512M`, `1.5G` or a plain number of bytes. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ConfigError(field_name, text, "is not a size", "give bytes, or a number with k, M, G or T")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_integers(field_name: str, text: str) -> tuple[int, ...]:
+    """A comma-separated list of integers. Raises `ConfigError`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(field_name, text, "is not a list of integers", "write them as 1,2,3") from None

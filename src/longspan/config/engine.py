@@ -6,11 +6,16 @@ or know how any option is carried out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Unpack
 
-from longspan.config.checks import require, require_choice
-from longspan.config.cost import CostConstants
+from longspan.config.checks import parse_bytes, parse_integers, require, require_choice
+from longspan.config.cost import CostConstants, read_constants
+from longspan.config.option import OPTION, Option, build, check_keywords, option
 from longspan.config.transfer import TransferConfig
+
+if TYPE_CHECKING:
+    from longspan.config.keywords import EngineOptions
 
 DEFAULT_LOCAL_CONTEXT = 512
 DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
@@ -29,34 +34,28 @@ _SIZES = {
 }  # what a layout's text calls them
 
 
-def drafted_tokens(speculative: str | None) -> int:
-    """How many tokens `prompt-lookup:K` drafts; 0 for None. Raises `ConfigError`."""
-    if speculative is None:
-        return 0
-    name, _, count = speculative.partition(":")
+def drafted_tokens(field: str, text: str) -> int:
+    """How many tokens `prompt-lookup:K` drafts. Raises `ConfigError`, which names the field."""
+    name, _, count = text.partition(":")
     remedy = "use prompt-lookup:K with K in 1..64, as in prompt-lookup:4"
-    require(
-        name == "prompt-lookup" and count.isdecimal() and int(count) > 0, "speculative", speculative, "unknown", remedy
-    )
+    require(name == "prompt-lookup" and count.isdecimal() and int(count) > 0, field, text, "unknown", remedy)
     return int(count)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group.
+    """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group."""
 
-    With `enable_expert_parallel` the experts of a mixture are split over tp · pcp ranks, else over tp. Each run of
-    `ranks_per_node` ranks shares a machine; None means that all do, or what `node_of_rank` says: the machine of every
-    rank as the executor found it.
-    """
-
-    tensor_parallel_size: int = 1
-    prefill_context_parallel_size: int = 1
-    decode_context_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    enable_expert_parallel: bool = False
-    ranks_per_node: int | None = None
-    node_of_rank: tuple[int, ...] = ()
+    tensor_parallel_size: int = option(1, "ranks the heads are split over", short="-tp")
+    prefill_context_parallel_size: int = option(1, "ranks a prompt's tokens are split over", short="-pcp")
+    decode_context_parallel_size: int = option(
+        1, "ranks of a TP group that split the context; divides tp", short="-dcp"
+    )
+    pipeline_parallel_size: int = option(1, "stages the layers are split over", short="-pp")
+    _: KW_ONLY
+    enable_expert_parallel: bool = option(False, "split a mixture's experts over tp x pcp ranks, not tp alone")
+    ranks_per_node: int | None = option(None, "ranks per machine, for tree_q; default: all of them")
+    node_of_rank: tuple[int, ...] = ()  # the machine of every rank, as the executor found it; () follows ranks_per_node
 
     @staticmethod
     def parse(field: str, text: str) -> ParallelConfig:
@@ -98,18 +97,24 @@ class ParallelConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
-    """Where pages go that the prefix cache has no room for: host memory, then disk; sizes are for all ranks together.
+    """Where pages go that the prefix cache has no room for; sizes are for all ranks together."""
 
-    On disk it is a file in the folder `disk`, of at most `disk_bytes` (None: half of what is free there). `memory_file`
-    and `disk_file` are what the driver has opened.
-    """
-
-    memory_bytes: int | None = None
-    disk: str | None = None
-    disk_bytes: int | None = None
-    memory_file: str | None = None
+    memory_bytes: int | None = option(
+        None, "host memory over all ranks for pages evicted from the KV cache, as in 8G",
+        name="kv_offload_memory", metavar="SIZE", parse=parse_bytes,
+    )  # fmt: skip
+    disk: str | None = option(
+        None, "folder for pages evicted from host memory, or for the flag folder:size; "
+        "default: half of what is free there",
+        name="kv_offload_disk", metavar="PATH[:SIZE]",
+    )  # fmt: skip
+    disk_bytes: int | None = option(
+        None, "bytes in that folder over all ranks; default: half of what is free there",
+        name="kv_offload_disk_bytes", flag=None,
+    )  # fmt: skip
+    memory_file: str | None = None  # these two are what the driver has opened
     disk_file: str | None = None
 
     @property
@@ -118,23 +123,27 @@ class OffloadConfig:
         return self.memory_bytes is not None or self.disk is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The KV cache: page size in tokens, memory a rank in bytes, or pages of each shard outright.
+    """The KV cache: pages, their number and type, and where they go when it is full."""
 
-    Without `memory_bytes` it takes 1 GiB, or on a GPU what weights and workspace leave of `gpu_memory_utilization`.
-    `memory_settled` says that `memory_bytes` was found to fit: other processes take it as it is. `dtype` is that of its
-    rows: the model's (`auto`), or quantised with a scale for each token and head.
-    """
-
-    page_size: int = 16
-    memory_bytes: int | None = None
-    pages_per_shard: tuple[int, ...] | None = None
-    enable_prefix_caching: bool = True
-    dtype: str = "auto"
-    gpu_memory_utilization: float = 0.9
+    page_size: int = option(16, "tokens per KV page")
+    memory_bytes: int | None = option(
+        None, "KV cache per rank in bytes; k, M, G are 1024-based; default: 1G, or what is left of a GPU",
+        name="kv_cache_memory_bytes", parse=parse_bytes,
+    )  # fmt: skip
+    gpu_memory_utilization: float = option(
+        0.9, "fraction of each GPU's free memory for weights, workspace and KV cache together"
+    )
+    pages_per_shard: tuple[int, ...] | None = option(
+        None, "KV pages of each shard, as in 100,80, instead of the memory", parse=parse_integers
+    )
+    enable_prefix_caching: bool = option(True, "share KV pages of equal prefixes")
     offload: OffloadConfig = field(default_factory=OffloadConfig)
-    memory_settled: bool = False
+    dtype: str = option(
+        "auto", "auto (the model's), int8 or fp8_e4m3, with a scale per token and head", name="kv_cache_dtype"
+    )
+    memory_settled: bool = False  # memory_bytes was found to fit: other processes take it as it is
 
     def __post_init__(self) -> None:
         require(
@@ -152,24 +161,24 @@ class CacheConfig:
             require(pages >= 1, "pages_per_shard", pages, "must be at least 1", "give every shard a page")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """How work is batched.
+    """How work is batched; `step_tokens` and `running_limit` are the bounds that hold."""
 
-    `max_num_batched_tokens` is the number of new tokens a step computes over all ranks, `max_num_seqs` how many
-    requests run at once; None adapts to the other one, and `step_tokens` and `running_limit` are what holds.
-    Contexts of up to `local_context` tokens stay on one shard (None: 512, or what a shard holds if that is less);
-    `schedule` forces what travels. `prompt_lookup` is how many tokens a decoding request drafts at most. With
-    `run_ahead` a step is planned and handed out while the one before it runs (None: on GPUs).
-    """
-
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int | None = None
-    max_model_len: int | None = None
-    local_context: int | None = None
-    schedule: str = "auto"
-    prompt_lookup: int = 0
-    run_ahead: bool | None = None
+    max_num_batched_tokens: int | None = option(
+        None, "new tokens per step over all ranks; default: 2048, or max_num_seqs if that is more"
+    )
+    max_num_seqs: int | None = option(None, "requests that run at once; default: 256, or as many as a step has tokens")
+    max_model_len: int | None = option(None, "tokens of prompt and completion; default: the model's own limit")
+    local_context: int | None = option(
+        None, "contexts of up to this many tokens stay on one shard; default: 512, or what a shard holds if less"
+    )
+    schedule: str = option("auto", "what ranks exchange in attention")
+    prompt_lookup: int = option(
+        0, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the text itself",
+        name="speculative", parse=drafted_tokens,
+    )  # fmt: skip
+    run_ahead: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
 
     def __post_init__(self) -> None:
         require(
@@ -225,30 +234,27 @@ class SchedulerConfig:
         return replace(self, local_context=min(DEFAULT_LOCAL_CONTEXT, tokens) if asked is None else asked)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Ranks on other machines.
+    """Ranks on other machines."""
 
-    `ray_address` is the Ray cluster to join, `host:port`; None starts one on this machine. At `listen`,
-    `tcp://host:port`, ranks report that the user has started. `timeout` is how many seconds machines and ranks are
-    waited for.
-    """
-
-    ray_address: str | None = None
-    listen: str = "tcp://127.0.0.1:7850"
-    timeout: float = 120.0
+    ray_address: str | None = option(None, "Ray cluster to join, HOST:PORT; default: start one here")
+    listen: str = option("tcp://127.0.0.1:7850", "where ranks that you start with torchrun report (executor external)")
+    timeout: float = option(120.0, "seconds to wait for machines and ranks of a cluster", name="cluster_timeout")
 
     def __post_init__(self) -> None:
         require(self.timeout > 0, "cluster_timeout", self.timeout, "must be positive", "give seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LivenessConfig:
     """When a process that exists but does not go on counts as dead; all in seconds."""
 
-    # of one step, once the engine has warmed up; None: the larger of `step_floor` and 20 times what recent steps let
-    # expect
-    step_timeout: float | None = None
+    step_timeout: float | None = option(
+        None,
+        "seconds a step may take, but for the first 8 after a start, which compile; "
+        "default: the larger of 60 and 20 times what recent steps let expect",
+    )
     step_floor: float = 60.0  # a limit that nobody has given is never shorter
     heartbeat_interval: float = 1.0  # between two signs of life of a core or a rank
     heartbeat_late: float = 3.0  # silence after which `/health` says 503
@@ -264,33 +270,46 @@ class LivenessConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything an engine and its workers need to start; plain data, so it travels to processes.
+    """Everything an engine and its workers need to start; plain data, so it travels to processes."""
 
-    `quantization` says whether FP8 weights are kept: `auto` where PyTorch multiplies them as they are, `fp8`
-    everywhere, `none` nowhere. `executor` is `auto` until `setup.resolve` has chosen: `processes` for several ranks on
-    GPUs, else `threads`. With `enforce_eager` decode steps are not recorded as CUDA graphs. `cost` fixes the
-    constants of the cost model, which are measured when the engine starts otherwise. With `trace` ranks record when
-    they compute and transfer.
-    """
-
-    model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    executor: str = "auto"
-    attention_backend: str = "auto"
-    quantization: str = "auto"
-    enforce_eager: bool = False
-    seed: int = 0
-    num_threads: int | None = None
-    debug: bool = False
+    model: str = field(metadata={OPTION: Option("Hugging Face folder or hub id, .gguf file, or smollm2")})
+    _: KW_ONLY
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    # auto until `setup.resolve` has chosen
+    executor: str = option(
+        "auto", "auto (processes for several ranks on GPUs, else threads), threads, processes, ray, external, "
+        "or dry: no ranks, made-up tokens",
+    )  # fmt: skip
+    cluster: ClusterConfig = field(
+        default_factory=ClusterConfig, metadata={OPTION: Option("ranks on other machines", flag=None)}
+    )
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
-    cost: CostConstants | None = None
-    trace: bool = False
-    transfer: TransferConfig | None = None
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
+    attention_backend: str = option("auto", "attention kernels")
+    quantization: str = option(
+        "auto", "a checkpoint's FP8 weights: auto (kept where the GPU multiplies them), fp8 (kept), "
+        "none (dequantised at load)", short="-q",
+    )  # fmt: skip
+    enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
+    seed: int = option(0, "random seed of requests that bring none")
+    num_threads: int | None = option(None, "CPU threads per rank; default: an even share")
+    debug: bool = option(False, "compare the plan between ranks at every step")
+    cost: CostConstants | None = option(
+        None, "constants of the cost model, for the flag a JSON file of them; default: measured",
+        flag="cost_constants", parse=read_constants,
+    )  # fmt: skip
+    trace: bool = False  # ranks record when they compute and transfer
+    transfer: TransferConfig | None = None  # this instance is one side of a pair
+
+    @classmethod
+    def of(cls, model: str, **options: Unpack[EngineOptions]) -> EngineConfig:
+        """From options by name, those of the records in it too. Raises `ConfigError`."""
+        given = {"model": model, **options}
+        check_keywords(cls, given)
+        return build(cls, given)
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)

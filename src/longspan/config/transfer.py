@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from longspan.config.addresses import is_address
+from longspan.config.option import OPTION, Option, option
 from longspan.errors import ConfigError
 
 ROLE_NAMES = ("prefill", "decode")
@@ -18,11 +19,11 @@ _SHORTEST_TOKEN = 16
 class TransferConfig:
     """How an instance hands pages to others, or takes them."""
 
-    # prefill or decode
-    role: str
-    # where it listens for other instances; port 0 is a free one
-    host: str = "127.0.0.1"
-    port: int = 0
+    role: str = field(
+        metadata={OPTION: Option("prefill or decode: one side of a pair, see `longspan route`; default: both")}
+    )
+    host: str = option("127.0.0.1", "address for other instances and all ranks; default: --host", name="transfer_host")
+    port: int = option(0, "port for other instances; 0 takes a free one", name="transfer_port")
     # the most bytes of KV in one message, and the most messages on their way to one rank
     block_bytes: int = 1 << 21
     max_blocks: int = 8
@@ -32,8 +33,9 @@ class TransferConfig:
     patience_seconds: float = 30.0
     # whether pages leave while the rest of the prompt is computed
     overlap: bool = True
-    # prefill instances that a decode instance may use whoever asks for it, as tcp://HOST:PORT
-    prefill_peers: tuple[str, ...] = ()
+    prefill_peers: tuple[str, ...] = option(
+        (), "transfer addresses a decode instance may use, whoever asks for it: tcp://HOST:PORT,..."
+    )
     # the secret that instances and routers share; '' for none. A decode instance believes what is signed with it
     token: str = field(default="", repr=False)
     # for the ranks: where their driver listens, and which start of the instance they belong to

@@ -144,7 +144,7 @@ def layouts(gpus: int, expert_parallel: bool = False) -> Iterator[ParallelConfig
         for pcp in _divisors(gpus / pp):
             tp = int(gpus / pp / pcp)
             for dcp in _divisors(tp):
-                yield ParallelConfig(tp, pcp, dcp, pp, expert_parallel)
+                yield ParallelConfig(tp, pcp, dcp, pp, enable_expert_parallel=expert_parallel)
 
 
 def _divisors(number: float) -> list[int]:

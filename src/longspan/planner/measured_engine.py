@@ -163,7 +163,10 @@ class EngineBench:
             config = EngineConfig(
                 folder, executor=executor, parallel=ParallelConfig(1, ranks, 1),
                 cache=CacheConfig(memory_bytes=_CACHE_BYTES, enable_prefix_caching=False),
-                scheduler=SchedulerConfig(self._chunk, 2 * _MANY, schedule=schedule, local_context=0),  # all spread
+                scheduler=SchedulerConfig(
+                    max_num_batched_tokens=self._chunk, max_num_seqs=2 * _MANY, schedule=schedule,
+                    local_context=0,  # all spread
+                ),
             )  # fmt: skip
             with Engine(config) as engine:
                 yield engine

@@ -1,4 +1,4 @@
-"""How a server behaves beyond its engine: address, key, bounds.
+"""How a server and a router behave beyond their engines: address, key, bounds.
 
 It owns the fields and their checks; it must not import the engine.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from longspan.config import require
+from longspan.config import parse_bytes, require
+from longspan.config.option import option
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,49 @@ class HttpLimits:
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """Address, key and bounds of a server."""
+class ListenOptions:
+    """Where HTTP is served, and to whom."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    served_model_name: str | None = None  # None: the model as it was given
-    max_queued_requests: int = 512  # completions that wait beyond those that run
-    max_body_bytes: int | None = None  # of one request; None: what the model's longest prompt can need
-    request_timeout: float | None = None  # seconds; None for no limit
-    tool_call_parser: str | None = None  # None: what the chat template tells
-    http: HttpLimits = field(default_factory=HttpLimits)
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one")
+    port: int = option(8000, "0 takes a free one")
+    api_key: str | None = option(None, "key that clients must send")
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "port", self.port, "is no port", "give 0..65535; 0 takes a free one")
+
+
+@dataclass(frozen=True)
+class RouteOptions(ListenOptions):
+    """A router's; `api_key` is its instances' too."""
+
+    max_body_bytes: int = option(
+        64 << 20, "largest request body; k, M, G are 1024-based", parse=parse_bytes, text="64M"
+    )
+    wait_seconds: float = option(60.0, "seconds the instances may take to start", name="wait")
+    http: HttpLimits = field(default_factory=HttpLimits)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.wait_seconds >= 0, "wait", self.wait_seconds, "must not be negative", "give seconds")
+
+
+@dataclass(frozen=True)
+class ServeOptions(ListenOptions):
+    """A server's."""
+
+    served_model_name: str | None = option(None, "default: MODEL as given")
+    max_queued_requests: int = option(512, "completions that may wait beyond max_num_seqs; then 429")
+    max_body_bytes: int | None = option(
+        None,
+        "largest request body; k, M, G are 1024-based; default: what the longest prompt can need, 2M to 64M",
+        parse=parse_bytes,
+    )
+    request_timeout: float | None = option(None, "seconds a request may take; default: no limit")
+    tool_call_parser: str | None = option(None, "form of tool calls; default: what the chat template tells")
+    http: HttpLimits = field(default_factory=HttpLimits)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.api_key != "", "api_key", "''", "is empty", "leave it out for an open server")
         queued, size, timeout = self.max_queued_requests, self.max_body_bytes, self.request_timeout
         remedy = "0 refuses what cannot run at once"

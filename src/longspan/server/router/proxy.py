@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -30,7 +29,7 @@ from longspan.server.bodies import INLINE_BYTES, JsonBounds
 from longspan.server.errors import Problem, problem_of
 from longspan.server.generation import CLIENT_GONE, Json, refusal, unless_gone
 from longspan.server.middleware import BodyLimit, KeyCheck
-from longspan.server.options import HttpLimits
+from longspan.server.options import RouteOptions
 from longspan.server.protocol import HttpConfig, announce
 from longspan.server.router.balance import Balance, blocks_of
 from longspan.server.router.instances import Instance, Instances
@@ -46,18 +45,6 @@ _HOP_BY_HOP = {
 }  # fmt: skip
 _PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # bytes of prompt that a request counts for
 _LOG = logging.getLogger("longspan.disaggregation")
-
-
-@dataclass(frozen=True)
-class RouteOptions:
-    """Where the router listens and how long it waits for its instances, in seconds; `api_key` is theirs and its own."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    wait_seconds: float = 60.0
-    max_body_bytes: int = 64 << 20
-    http: HttpLimits = field(default_factory=HttpLimits)
 
 
 class Router:
