@@ -44,7 +44,7 @@ def test_engine_and_planner_count_the_same_bytes(engine, name, cache_dtype):
     for layout in (one for one in LAYOUTS if heads % one.tensor_parallel_size == 0):
         ours, theirs = engine(name, layout, cache_dtype), planned(name, layout, cache_dtype)
         assert theirs.layout.bytes_per_token == ours.layout.bytes_per_token
-        for field in ("query_bytes", "partial_bytes", "kv_bytes", "q_heads", "kv_heads", "out_dim", "expansion"):
+        for field in ("query_bytes", "state_bytes", "kv_bytes", "q_heads", "kv_heads", "out_dim", "expansion"):
             assert getattr(theirs.attention_shape, field) == getattr(ours.attention_shape, field), (layout, field)
         assert theirs.attention_shape == ours.attention_shape
 
