@@ -208,7 +208,7 @@ class World:
     def _rows(self, plan: StepPlan, pcp: int) -> list[tuple[str, int]]:
         """(request, position) of a rank's rows: decode before prefill, local before travelling."""
         mine = [s for s in plan.segments if s.pcp == pcp]
-        mine.sort(key=lambda s: (s.prefill, s.travels))
+        mine.sort(key=lambda s: (s.prefill, s.num_remote_groups))
         return [(s.request_id, position) for s in mine for position in range(s.start, s.stop)]
 
     def _gather(self, rows: list[_Prefix], sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:

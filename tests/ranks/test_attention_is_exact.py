@@ -67,7 +67,10 @@ def test_several_requests_travel_in_one_step(grid, schedule):
         world.add(str(number), [number] * 2 * length, 5)
     world.run()
     for prefill in (False, True):
-        together = [{s.request_id for s in plan.segments if s.travels and s.prefill == prefill} for plan in world.plans]
+        together = [
+            {s.request_id for s in plan.segments if s.num_remote_groups and s.prefill == prefill}
+            for plan in world.plans
+        ]
         assert max(map(len, together)) >= 2
     assert_exact(world)
 
@@ -128,7 +131,7 @@ def test_requests_that_travel_in_some_layers_and_not_in_others(pcp, schedule):
     for number, length in enumerate((1, 3, 16, 33, 100)):
         world.add(str(number), [number] * length, 10)
     world.run()
-    kinds = {segment.travels for plan in world.plans for segment in plan.segments}
+    kinds = {segment.num_remote_groups for plan in world.plans for segment in plan.segments}
     assert kinds == {0, 1, 2, 3}
     assert_exact(world)
 
@@ -199,7 +202,7 @@ def test_short_contexts_stay_on_one_shard_and_move_nothing():
     for request_id in range(6):
         world.add(str(request_id), [request_id] * 20, 8)
     world.run()
-    assert all(not segment.travels for plan in world.plans for segment in plan.segments)
+    assert all(not segment.num_remote_groups for plan in world.plans for segment in plan.segments)
     assert sum(sum(t.bytes_by_label.values()) for t in world.traffic) == 0
     assert {s.pcp for plan in world.plans for s in plan.segments} == {0, 1, 2, 3}
 

@@ -137,7 +137,7 @@ def test_token_ids_that_are_none_are_refused(server: Running):
 def test_nothing_is_left_behind_by_refusals(server: Running):
     refused(server.post("/v1/completions", {"prompt": ["fine", ""]}))
     assert server.used_pages() == 0
-    assert len(server.engine.tracker) == 0
+    assert len(server.engine.output_processor) == 0
 
 
 def test_a_server_with_a_key_is_open_to_nobody_else():

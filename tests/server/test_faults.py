@@ -143,19 +143,19 @@ def test_a_client_that_goes_away_frees_its_pages(server, stream):
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         until(lambda: server.used_pages() > 10, "the request to run")
     until(lambda: server.used_pages() == 0, "the pages to be free", NOTICE)
-    assert len(server.engine.tracker) == 0
+    assert len(server.engine.output_processor) == 0
 
 
 def test_requests_beyond_the_queue_are_told_to_come_back():
     with running(options=ServeOptions(port=0, max_queued_requests=0)) as server, ThreadPoolExecutor(16) as pool:
         body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}
-        under_way = [pool.submit(stream_text, server, body) for _ in range(16)]
-        until(lambda: len(server.engine.tracker) == 16, "all to be accepted")
+        in_flight = [pool.submit(stream_text, server, body) for _ in range(16)]
+        until(lambda: len(server.engine.output_processor) == 16, "all to be accepted")
         answer = server.post("/v1/completions", body)
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert "--max-queued-requests" in answer.json()["error"]["message"]
-        assert {future.result() for future in under_way} == {expected("abc", 300)}
+        assert {future.result() for future in in_flight} == {expected("abc", 300)}
         assert server.complete("abc", 3)["choices"][0]["text"] == expected("abc", 3)
         answer = server.post("/v1/completions", {**body, "n": 17})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
@@ -165,22 +165,22 @@ def test_a_first_signal_lets_requests_end_and_takes_no_new_ones():
     with running() as server, ThreadPoolExecutor(1) as pool:
         begun: list[int] = []
         body = {"prompt": "abc", "max_tokens": 200, "temperature": 0}
-        under_way = pool.submit(stream_text, server, body, begun.append)
+        in_flight = pool.submit(stream_text, server, body, begun.append)
         until(lambda: begun, "the stream to begin")
         server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
         until(lambda: not server.engine.is_ready, "the drain")
-        assert under_way.result() == expected("abc", 200)
+        assert in_flight.result() == expected("abc", 200)
         until(lambda: not server.engine.process_ids, "the ranks to end")
 
 
 def test_a_second_signal_ends_requests_with_a_word():
     with running() as server, ThreadPoolExecutor(1) as pool:
         begun: list[int] = []
-        under_way = pool.submit(stream_text, server, {"prompt": "abc", "max_tokens": 500}, begun.append)
+        in_flight = pool.submit(stream_text, server, {"prompt": "abc", "max_tokens": 500}, begun.append)
         until(lambda: begun, "the stream to begin")
         for _ in range(2):
             server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
-        assert under_way.exception(PATIENCE) is not None
+        assert in_flight.exception(PATIENCE) is not None
         until(lambda: not server.engine.process_ids, "the ranks to end")
 
 
@@ -223,13 +223,13 @@ def test_the_state_shows_where_a_running_request_lies(server):
         return any(sum(request["pages_by_shard"]) >= 25 for request in shown)
 
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(server.complete, "a prompt over both ranks " * 4, 300)
+        in_flight = pool.submit(server.complete, "a prompt over both ranks " * 4, 300)
         until(has_all_pages, "the prompt's pages to be shown")
         (request,) = shown
         assert request["prompt_tokens"] == 100
         assert sum(request["pages_by_shard"]) == sum(pages for _, pages in request["runs"])
         assert all(request["pages_by_shard"])
-        under_way.result()
+        in_flight.result()
     state = server.client.get("/internal/state").json()
     assert state["schedules"] == [
         {"name": one.name, "moves": one.moves, "colour": one.colour, "sentence": one.sentence}

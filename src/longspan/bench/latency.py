@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from longspan.bench.sides import LongspanSide, SideProcess, Timing, TransformersSide
+from longspan.bench.contestants import ContestantTiming, LongspanSide, SideProcess, TransformersSide
 
 _SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchLoad:
     """What is run: `iterations` counted and `warmup` uncounted times."""
 
     input_len: int
@@ -39,15 +39,15 @@ class Load:
 
 
 def run_latency(
-    load: Load, sides: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
+    load: BatchLoad, contestants: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Rates of every side, and the first side's over each other's, from runs in turn (A B A B) on the same tokens.
 
     A ratio is the median of the ratios of neighbouring runs, which a slow drift of the machine leaves alone.
     """
-    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    timings: dict[str, list[ContestantTiming]] = {name: [] for name in contestants}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(SideProcess(side)) for name, side in sides.items()}
+        processes = {name: stack.enter_context(SideProcess(side)) for name, side in contestants.items()}
         for name, process in processes.items():
             on_progress(f"loading {name}")
             process.wait_ready()
@@ -65,7 +65,7 @@ def run_latency(
     return report
 
 
-def _rates(prompt_tokens: int, runs: list[Timing]) -> dict[str, Any]:
+def _rates(prompt_tokens: int, runs: list[ContestantTiming]) -> dict[str, Any]:
     return {
         "ttft_s": _spread([run.prefill_s for run in runs]),
         "prefill_tokens_per_s": _spread([prompt_tokens / run.prefill_s for run in runs]),
@@ -77,7 +77,7 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
 
-def _ratio(ours: list[Timing], theirs: list[Timing]) -> dict[str, float | None]:
+def _ratio(ours: list[ContestantTiming], theirs: list[ContestantTiming]) -> dict[str, float | None]:
     pairs = list(zip(ours, theirs, strict=True))
     decode = [b.decode_s / b.decode_tokens * a.decode_tokens / a.decode_s for a, b in pairs if a.decode_tokens]
     return {

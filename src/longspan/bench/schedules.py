@@ -81,7 +81,7 @@ HEAD_SHAPES = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class ScheduleCell:
     """One situation on one layout."""
 
     heads: HeadShape
@@ -129,7 +129,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Timing:
+class ScheduleTiming:
     """One schedule in one cell: measured and estimated seconds a layer, bytes sent by all ranks and by the formula."""
 
     schedule: str
@@ -143,13 +143,13 @@ class Timing:
 class CellResult:
     """All schedules of a cell; `chosen` is the automatic choice."""
 
-    cell: Cell
-    timings: tuple[Timing, ...]
+    cell: ScheduleCell
+    timings: tuple[ScheduleTiming, ...]
     chosen: str
     constants: CostConstants
 
     @property
-    def best(self) -> Timing:
+    def best(self) -> ScheduleTiming:
         """The fastest."""
         return min(self.timings, key=lambda timing: timing.seconds)
 
@@ -172,7 +172,7 @@ class _Measured:
 class MeasureCells:
     """What every rank runs: the cells of one layout and head shape."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[ScheduleCell, ...]
     iterations: int
 
     def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> _Measured:
@@ -191,11 +191,11 @@ class MeasureCells:
 
 
 def run_attention(
-    executor: str, cells: Sequence[Cell], iterations: int, on_progress: Callable[[str], None]
+    executor: str, cells: Sequence[ScheduleCell], iterations: int, on_progress: Callable[[str], None]
 ) -> list[CellResult]:
     """Every cell measured; cells of one layout and head shape share their ranks and constants."""
     results: list[CellResult] = []
-    alike: dict[tuple[HeadShape, int, int, int], list[Cell]] = {}
+    alike: dict[tuple[HeadShape, int, int, int], list[ScheduleCell]] = {}
     for cell in cells:
         alike.setdefault((cell.heads, cell.tp, cell.pcp, cell.dcp), []).append(cell)
     for (heads, tp, pcp, dcp), members in alike.items():
@@ -205,14 +205,14 @@ def run_attention(
     return results
 
 
-def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellResult]:
+def _results(cells: Sequence[ScheduleCell], measured: Sequence[_Measured]) -> list[CellResult]:
     constants = combine([one.constants for one in measured])
     results: list[CellResult] = []
     for number, cell in enumerate(cells):
         expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))[0]}
         groups = cell.grid.head_shards
         timings = tuple(
-            Timing(
+            ScheduleTiming(
                 schedule,
                 _elapsed([one.spans[number][0][schedule] for one in measured]),
                 expected[schedule].seconds,
@@ -232,14 +232,14 @@ def _elapsed(ranks: Sequence[list[tuple[float, float]]]) -> float:
     return float(median(max(end for _, end in r) - min(start for start, _ in r) for r in repetitions))
 
 
-def _ops(cell: Cell, rank: int) -> AttentionOps:
+def _ops(cell: ScheduleCell, rank: int) -> AttentionOps:
     model, shape = cell.heads.model, cell.model(CostConstants()).shape
     heads = Heads.of(cell.sharding(rank))
     return AttentionOps(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, shape.expansion)
 
 
 def _measure(
-    cell: Cell,
+    cell: ScheduleCell,
     rank: int,
     ops: AttentionOps,
     group: Collectives,
@@ -265,7 +265,7 @@ def _measure(
 
 
 def _prepare(
-    cell: Cell, rank: int, ops: AttentionOps, group: Collectives, laid_out: LaidOut
+    cell: ScheduleCell, rank: int, ops: AttentionOps, group: Collectives, laid_out: LaidOut
 ) -> tuple[dict[str, Attention], Tensor, Tensor, Tensor]:
     """An `Attention` for every schedule over one pool, and this rank's rows."""
     grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]

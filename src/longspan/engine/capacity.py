@@ -19,11 +19,11 @@ from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
-from longspan.models.context import Loader, Provided
+from longspan.models.context import LayerContext, Loader
 from longspan.models.decoder import DecoderModel, Embedding, build_attention
 from longspan.models.experts import routed_expert, shared_expert
 from longspan.models.mlp import GatedMLP
-from longspan.models.moe import Router
+from longspan.models.moe import ExpertRouter
 from longspan.models.params import Extent, Param
 from longspan.models.registry import BuildModel
 from longspan.models.shapes import asked_by
@@ -46,7 +46,7 @@ class HasMemory(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """Weights a rank holds of one part of a layer: elements, bytes an element, and the products they take part in."""
 
     elements: float = 0.0
@@ -95,29 +95,31 @@ class RankMemory:
         return cache_layout(self.grid, self.model, self.kv_element_bytes, quantised=self.kv_element_bytes == 1)
 
     @cached_property
-    def attention(self) -> Part:
+    def attention(self) -> WeightPart:
         """A layer's projections on one rank; q, k and v are one product."""
-        products = asked_by(lambda given: build_attention(self.model, 0, "", given)).matrices
-        return Part(self._held(chain(*products)), self.weights.attention, len(products))
+        products = asked_by(lambda context: build_attention(self.model, 0, "", context)).matrices
+        return WeightPart(self._held(chain(*products)), self.weights.attention, len(products))
 
     @cached_property
-    def ffn(self) -> Part:
+    def ffn(self) -> WeightPart:
         """A dense layer's MLP on one rank; gate and up are one product."""
-        return self._part(lambda given: GatedMLP(self.model, "", given), self.weights.ffn)
+        return self._part(lambda context: GatedMLP(self.model, "", context), self.weights.ffn)
 
     @cached_property
-    def shared(self) -> Part:
+    def shared(self) -> WeightPart:
         """A mixture's shared expert on one rank."""
         moe = self.model.moe
-        return self._of_mixture(shared_expert, self.weights.ffn) if moe and moe.shared_intermediate_size else Part()
+        return (
+            self._of_mixture(shared_expert, self.weights.ffn) if moe and moe.shared_intermediate_size else WeightPart()
+        )
 
     @cached_property
-    def router(self) -> Part:
+    def router(self) -> WeightPart:
         """A mixture's router, whole on every rank."""
-        return self._of_mixture(Router, self.weights.embedding)
+        return self._of_mixture(ExpertRouter, self.weights.embedding)
 
     @cached_property
-    def expert(self) -> Part:
+    def expert(self) -> WeightPart:
         """One routed expert, whole."""
         return self._of_mixture(partial(routed_expert, expert=0), self.weights.experts)
 
@@ -133,9 +135,9 @@ class RankMemory:
         return len(self.grid.expert_holders(0))
 
     @cached_property
-    def head(self) -> Part:
+    def head(self) -> WeightPart:
         """The logits' product on one rank."""
-        return self._part(lambda given: Embedding(self.model, given), self.weights.embedding)
+        return self._part(lambda context: Embedding(self.model, context), self.weights.embedding)
 
     @property
     def moe_layers(self) -> int:
@@ -204,16 +206,16 @@ class RankMemory:
                 "use more ranks, a smaller weight or cache format, or a shorter context",
             )  # fmt: skip
 
-    def _part(self, build: Callable[[Provided], object], element_bytes: float) -> Part:
+    def _part(self, build: Callable[[LayerContext], object], element_bytes: float) -> WeightPart:
         asked = asked_by(build)
-        return Part(self._held(asked.params), element_bytes, len(asked.matrices))
+        return WeightPart(self._held(asked.params), element_bytes, len(asked.matrices))
 
-    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> Part:
+    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> WeightPart:
         """Of a mixture; nothing where the model has none."""
         moe, hidden = self.model.moe, self.model.hidden_size
         if moe is None:
-            return Part()
-        return self._part(lambda given: build(moe, hidden, "", given.loader), element_bytes)
+            return WeightPart()
+        return self._part(lambda context: build(moe, hidden, "", context.loader), element_bytes)
 
     def _held(self, params: Iterable[Param]) -> int:
         """Elements on the rank that holds the most of them."""
@@ -223,7 +225,7 @@ class RankMemory:
     def _bytes_as_built(self, rank: int) -> float:
         """Bytes of a family that builds its own layers, all of its weights in the dtype of activations."""
         extent = self._extent(rank)
-        asked = asked_by(lambda given: self.build(self.model, given, torch.float32), extent)
+        asked = asked_by(lambda context: self.build(self.model, context, torch.float32), extent)
         return _elements(set(asked.params), extent) * self.weights.embedding
 
     def _extent(self, rank: int) -> Extent:
@@ -240,7 +242,7 @@ def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: 
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
     groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
     return KVLayout(
-        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
+        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_factor,
         groups if quantised else (),
     )  # fmt: skip
 
@@ -256,7 +258,7 @@ def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_by
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         element_bytes=element_bytes,
-        planes=layout.planes,
+        kv_factor=layout.kv_factor,
         value_dim=model.cached_value_dim,
         expansion=expansion,
         row_bytes=layout.row_bytes,

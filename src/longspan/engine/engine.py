@@ -14,7 +14,7 @@ from longspan.config import EngineConfig
 from longspan.engine.driver.build import build_core
 from longspan.engine.driver.core import EngineStats
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.tracker import Orders, RequestTracker
+from longspan.engine.frontend.output_processor import Orders, OutputProcessor
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.request import RequestOutput, SamplingParams
 from longspan.scheduler.sequence import SequenceState
@@ -31,7 +31,7 @@ class Engine:
         self.config = self.setup.config
         self.core = build_core(self.setup)
         self.scheduler, self.executor = self.core.scheduler, self.core.executor
-        self._tracker = RequestTracker(self.setup, tokenizer)
+        self._output_processor = OutputProcessor(self.setup, tokenizer)
         self._ended: list[RequestOutput] = []
 
     def add_request(
@@ -42,14 +42,14 @@ class Engine:
         prompt: str | None = None,
     ) -> None:
         """Queue a request. Raises `RequestError` at once if it can never be served."""
-        output = self._tracker.add(request_id, prompt_token_ids, params, prompt)
+        output = self._output_processor.add(request_id, prompt_token_ids, params, prompt)
         if output.finished:
             self._ended.append(output)
         self._carry_out()
 
     def abort(self, request_id: str) -> None:
         """End a request now; its pages are free for the next step. Unknown ids are ignored."""
-        output = self._tracker.abort(request_id)
+        output = self._output_processor.abort(request_id)
         if output is not None:
             self._ended.append(output)
         self._carry_out()
@@ -57,10 +57,10 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work or outputs to give."""
-        return bool(len(self._tracker) or self._ended or self.core.has_unfinished)
+        return bool(len(self._output_processor) or self._ended or self.core.has_unfinished)
 
     def progress(self, request_id: str) -> tuple[int, int]:
-        """(prompt tokens computed or under way, prompt tokens) of a request's first completion: for a progress bar."""
+        """(prompt tokens computed or in flight, prompt tokens) of a request's first completion: for a progress bar."""
         sequence = self._first_sequence(request_id)
         return (min(sequence.computed, sequence.num_prompt), sequence.num_prompt) if sequence else (0, 0)
 
@@ -72,7 +72,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One step of the core. Returns the requests that changed, finished ones for the last time."""
         ended, self._ended = self._ended, []
-        changed = self._tracker.take(self.core.step())
+        changed = self._output_processor.take(self.core.step())
         self._carry_out()
         return [*ended, *changed]
 
@@ -91,12 +91,12 @@ class Engine:
         self.shutdown()
 
     def _carry_out(self) -> None:
-        orders, self._tracker.orders = self._tracker.orders, Orders()
+        orders, self._output_processor.orders = self._output_processor.orders, Orders()
         for request in orders.start:
             self.core.add(request)
         for request_id in orders.finish:
             self.core.finish(request_id)
 
     def _first_sequence(self, request_id: str) -> SequenceState | None:
-        first = self._tracker.core_ids(request_id)[:1]
+        first = self._output_processor.core_ids(request_id)[:1]
         return next((s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request_id in first), None)

@@ -165,8 +165,8 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     )
     pages = _pages_per_shard(config, grid, layout)
     scheduler = config.scheduler.on_shards(max(pages) * config.cache.page_size)
-    if scheduler.run_ahead is None:
-        scheduler = replace(scheduler, run_ahead=device_type == "cuda")
+    if scheduler.async_scheduling is None:
+        scheduler = replace(scheduler, async_scheduling=device_type == "cuda")
     config = replace(config, scheduler=scheduler)
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
@@ -255,7 +255,7 @@ def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
 
 def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
     return BackendShape(
-        model.head_dim, model.cached_value_dim, model.kv_planes, config.cache.dtype in _QUANTISED,
+        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in _QUANTISED,
         _model_dtype(config, device_type),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longspan.models.config import ModelConfig
-from longspan.models.context import Provided
+from longspan.models.context import LayerContext
 from longspan.models.experts import swiglu
 from longspan.models.params import Param
 
@@ -16,11 +16,11 @@ from longspan.models.params import Param
 class GatedMLP:
     """down(silu(gate(x)) · up(x)) on the part of the width its loader gives."""
 
-    def __init__(self, config: ModelConfig, prefix: str, given: Provided) -> None:
-        load, linear = given.loader.load, given.loader.linear
+    def __init__(self, config: ModelConfig, prefix: str, context: LayerContext) -> None:
+        load, linear = context.loader.load, context.loader.linear
         hidden, wide = config.hidden_size, config.intermediate_size
         inner = [f"{prefix}.{name}_proj" for name in ("gate", "up")]
-        self._tp = given.tp
+        self._tp = context.tp
         self._gate_up = linear(*(Param(f"{name}.weight", (wide, hidden), ("ffn", None)) for name in inner))
         self._down = linear(Param(f"{prefix}.down_proj.weight", (hidden, wide), (None, "ffn")))
         self._gate_up_bias: Tensor | None = None

@@ -16,12 +16,12 @@ from typing import NoReturn
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import PeerCard
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.tracker import Orders, RequestTracker
+from longspan.engine.frontend.output_processor import Orders, OutputProcessor
 from longspan.engine.setup import EngineSetup
 from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
 from longspan.request import FinishReason, RequestOutput, SamplingParams, TokenOutput
 from longspan.server.core_client import CoreProcess
-from longspan.server.messages import AskState, CoreState, Finish, Ready, Start, Tokens
+from longspan.server.messages import AskState, CoreReady, CoreState, Finish, NewTokens, Start
 from longspan.server.metrics import Metrics
 
 _LOG = logging.getLogger("longspan.server")
@@ -74,7 +74,7 @@ class AsyncEngine:
         self.metrics = metrics
         self.restarts = 0
         self.peer: PeerCard | None = None
-        self.tracker = RequestTracker(setup, tokenizer)  # the unfinished requests; others read it
+        self.output_processor = OutputProcessor(setup, tokenizer)  # the unfinished requests; others read it
         self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
@@ -200,7 +200,7 @@ class AsyncEngine:
         """
         if self._draining:
             raise _shutting_down()
-        held = ahead + sum(len(self.tracker.core_ids(request_id)) for request_id in self._calls)
+        held = ahead + sum(len(self.output_processor.core_ids(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
             problem = f"completions in one request exceed the {self._capacity} this server holds"
             raise RequestError("n", wanted, problem, "ask for fewer")
@@ -212,7 +212,7 @@ class AsyncEngine:
 
     def _add(self, job: Job, call: _Call) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
-        output = self.tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
+        output = self.output_processor.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
         if output.finished:
             self.metrics.ended(output, 0.0)
         else:
@@ -221,8 +221,8 @@ class AsyncEngine:
         return output
 
     def _abort(self, request_id: str) -> None:
-        core_ids = self.tracker.core_ids(request_id)
-        output = self.tracker.abort(request_id)
+        core_ids = self.output_processor.core_ids(request_id)
+        output = self.output_processor.abort(request_id)
         if output is not None:
             self._closed(output, core_ids)
 
@@ -236,7 +236,7 @@ class AsyncEngine:
 
     def _flush(self) -> None:
         """Tell the core; without one nothing is lost: a new one hears of everything that is unfinished."""
-        orders, self.tracker.orders = self.tracker.orders, Orders()
+        orders, self.output_processor.orders = self.output_processor.orders, Orders()
         if self._core is None:
             return
         if orders.start:
@@ -247,13 +247,13 @@ class AsyncEngine:
     async def _welcome(self, core: CoreProcess) -> None:
         """Wait for a core's first word and give it all there is to do."""
         message = await core.receive()
-        if not isinstance(message, Ready):
+        if not isinstance(message, CoreReady):
             raise EngineError(f"the core began with {type(message).__name__} instead of Ready")
         core.worker_ids = message.worker_ids
         self.peer = message.peer
         self._core = core
-        self.tracker.orders = Orders()
-        requests = self.tracker.resume()
+        self.output_processor.orders = Orders()
+        requests = self.output_processor.resume()
         if requests:
             core.send(Start.of(requests))
         self._ready.set()
@@ -292,7 +292,7 @@ class AsyncEngine:
         while True:
             message = await core.receive()
             match message:
-                case Tokens(outputs, load):
+                case NewTokens(outputs, load):
                     self.metrics.load = load
                     self._deliver(outputs)
                 case CoreState():
@@ -314,9 +314,9 @@ class AsyncEngine:
         for answer in self._states:
             answer.cancel()
         self._states.clear()
-        for request in self.tracker.resume():
+        for request in self.output_processor.resume():
             self._strikes[request.request_id] = self._strikes.get(request.request_id, 0) + 1
-            output = self.tracker.request_of(request.request_id)
+            output = self.output_processor.request_of(request.request_id)
             if output and self._strikes[request.request_id] >= _MAX_STRIKES:
                 call = self._calls[output.request_id]
                 call.error = EngineUnavailable(
@@ -330,12 +330,12 @@ class AsyncEngine:
         now = time.monotonic()
         core_ids_of = {}
         for tokens in outputs:
-            output = self.tracker.request_of(tokens.request_id)
+            output = self.output_processor.request_of(tokens.request_id)
             if output is None:
                 continue
-            core_ids_of[output.request_id] = self.tracker.core_ids(output.request_id)
+            core_ids_of[output.request_id] = self.output_processor.core_ids(output.request_id)
             self._time(tokens, output, now)
-        for output in self.tracker.take(outputs):
+        for output in self.output_processor.take(outputs):
             call = self._calls[output.request_id]
             call.changed[output.request_id] = output
             call.heard = now

@@ -22,7 +22,7 @@ from longspan.server.bodies import JsonBounds
 from longspan.server.errors import shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.grammar import grammar_of
-from longspan.server.replies import Cursor, News, identity, usage
+from longspan.server.replies import Cursor, TextDelta, identity, usage
 from longspan.server.text import Conversation, Text
 from longspan.server.tools import ToolCall, ToolParser
 
@@ -223,14 +223,14 @@ class ChatReply:
         """See `Reply.chunks`."""
         found: list[dict[str, Any]] = []
         for completion in (completion for output in outputs for completion in output.outputs):
-            news = self._cursors[completion.index].news()
-            if not news.worth_sending:
+            delta = self._cursors[completion.index].delta()
+            if not delta.worth_sending:
                 continue
             calls = self._parsers[completion.index]
-            delta = calls.delta(news)
-            wanted = news.logprobs is not None or self._body.return_token_ids
-            if delta or news.finish_reason or (wanted and news.tokens):
-                found.append(self._chunk(completion.index, delta, news, calls.reason(news.finish_reason)))
+            change = calls.change(delta)
+            wanted = delta.logprobs is not None or self._body.return_token_ids
+            if change or delta.finish_reason or (wanted and delta.tokens):
+                found.append(self._chunk(completion.index, change, delta, calls.reason(delta.finish_reason)))
         return found
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -240,35 +240,35 @@ class ChatReply:
         return {**self._identity, "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        news = Cursor(completion, False).news()
+        delta = Cursor(completion, False).delta()
         calls = _Calls(self._tool_format, self._forced)
-        delta = calls.delta(news)
+        change = calls.change(delta)
         made = [
-            {name: value for name, value in call.items() if name != "index"} for call in delta.get("tool_calls", [])
+            {name: value for name, value in call.items() if name != "index"} for call in change.get("tool_calls", [])
         ]
-        content = delta.get("content")
+        content = change.get("content")
         message: dict[str, Any] = {"role": "assistant", "content": content if made else content or ""}
         if made:
             message["tool_calls"] = made
         return {
-            "index": completion.index, "message": message, "logprobs": self._logprobs(news),
-            "finish_reason": calls.reason(news.finish_reason), "stop_reason": news.stop_reason, **self._ids(news),
+            "index": completion.index, "message": message, "logprobs": self._logprobs(delta),
+            "finish_reason": calls.reason(delta.finish_reason), "stop_reason": delta.stop_reason, **self._ids(delta),
         }  # fmt: skip
 
-    def _chunk(self, index: int, delta: dict[str, Any], news: News | None, reason: str | None) -> dict[str, Any]:
+    def _chunk(self, index: int, change: dict[str, Any], delta: TextDelta | None, reason: str | None) -> dict[str, Any]:
         choice = {
-            "index": index, "delta": delta, "logprobs": self._logprobs(news) if news else None,
-            "finish_reason": reason, **(self._ids(news) if news else {}),
+            "index": index, "delta": change, "logprobs": self._logprobs(delta) if delta else None,
+            "finish_reason": reason, **(self._ids(delta) if delta else {}),
         }  # fmt: skip
         return {**self.envelope(), "choices": [choice]}
 
-    def _ids(self, news: News) -> dict[str, Any]:
-        return {"token_ids": list(news.tokens)} if self._body.return_token_ids else {}
+    def _ids(self, delta: TextDelta) -> dict[str, Any]:
+        return {"token_ids": list(delta.tokens)} if self._body.return_token_ids else {}
 
-    def _logprobs(self, news: News) -> dict[str, Any] | None:
-        if news.logprobs is None:
+    def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
+        if delta.logprobs is None:
             return None
-        rows = zip(news.tokens, news.logprobs, strict=True)
+        rows = zip(delta.tokens, delta.logprobs, strict=True)
         return {"content": [self._row(token_id, row) for token_id, row in rows]}
 
     def _row(self, token_id: int, row: TokenLogprobs) -> dict[str, Any]:
@@ -288,21 +288,21 @@ class _Calls:
         self._forced = forced
         self._made = 0
 
-    def delta(self, news: News) -> dict[str, Any]:
+    def change(self, delta: TextDelta) -> dict[str, Any]:
         """What the news add to a message."""
         if self._forced is not None:
-            return {"tool_calls": [self._forced_call(self._forced.name, news.text)]} if news.text else {}
+            return {"tool_calls": [self._forced_call(self._forced.name, delta.text)]} if delta.text else {}
         if self._parser is None:
-            return {"content": news.text} if news.text else {}
-        parsed = self._parser.append(news.text)
+            return {"content": delta.text} if delta.text else {}
+        parsed = self._parser.append(delta.text)
         content, calls = parsed.content, parsed.calls
-        if news.finish_reason:
+        if delta.finish_reason:
             rest = self._parser.finish()
             content, calls = content + rest.content, (*calls, *rest.calls)
-        delta: dict[str, Any] = {"content": content} if content else {}
+        change: dict[str, Any] = {"content": content} if content else {}
         if calls:
-            delta["tool_calls"] = [self._call(call) for call in calls]
-        return delta
+            change["tool_calls"] = [self._call(call) for call in calls]
+        return change
 
     def reason(self, reason: str | None) -> str | None:
         """A completion that stops with calls made stops for them."""

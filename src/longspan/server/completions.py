@@ -15,7 +15,7 @@ from longspan.errors import RequestError
 from longspan.request import RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import GenerationBody, Ids
-from longspan.server.replies import Cursor, News, identity, usage
+from longspan.server.replies import Cursor, TextDelta, identity, usage
 from longspan.server.text import Text
 
 _DEFAULT_MAX_TOKENS = 16
@@ -104,36 +104,36 @@ class CompletionReply:
         for output in outputs:
             for completion in output.outputs:
                 index = self._first[output.request_id] + completion.index
-                news = self._cursors[index].news()
-                if news.worth_sending:
-                    choice = self._choice(index, output, news)
+                delta = self._cursors[index].delta()
+                if delta.worth_sending:
+                    choice = self._choice(index, output, delta)
                     found.append({**self.envelope(), "choices": [choice]})
         return found
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See `Reply.whole`."""
-        everything = [(output, Cursor(choice, False).news()) for output in outputs for choice in output.outputs]
-        choices = [self._choice(index, output, news) for index, (output, news) in enumerate(everything)]
+        everything = [(output, Cursor(choice, False).delta()) for output in outputs for choice in output.outputs]
+        choices = [self._choice(index, output, delta) for index, (output, delta) in enumerate(everything)]
         return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
 
-    def _choice(self, index: int, output: RequestOutput, news: News) -> dict[str, Any]:
+    def _choice(self, index: int, output: RequestOutput, delta: TextDelta) -> dict[str, Any]:
         """With the prompt before the first news, if it is to be echoed."""
         echo = bool(self._body.echo) and index not in self._echoed
         self._echoed.add(index)
         prompt = (output.prompt or "") if echo else ""
         choice: dict[str, Any] = {
             "index": index,
-            "text": prompt + news.text,
-            "logprobs": None if news.logprobs is None else self._logprobs(index, output, news, echo),
-            "finish_reason": news.finish_reason,
-            "stop_reason": news.stop_reason,
+            "text": prompt + delta.text,
+            "logprobs": None if delta.logprobs is None else self._logprobs(index, output, delta, echo),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._body.return_token_ids:
-            choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *news.tokens]
+            choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *delta.tokens]
         return choice
 
-    def _logprobs(self, index: int, output: RequestOutput, news: News, echo: bool) -> dict[str, Any]:
-        rows: list[tuple[int, TokenLogprobs | None]] = list(zip(news.tokens, news.logprobs or (), strict=False))
+    def _logprobs(self, index: int, output: RequestOutput, delta: TextDelta, echo: bool) -> dict[str, Any]:
+        rows: list[tuple[int, TokenLogprobs | None]] = list(zip(delta.tokens, delta.logprobs or (), strict=False))
         if echo:
             rows = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=False), *rows]
         lines: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -22,7 +22,7 @@ import zmq.asyncio
 from longspan.config import EngineConfig
 from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
-from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
+from longspan.server.messages import Beat, CoreFailed, CoreReady, FromCore, Stop, ToCore
 
 _POLL_MS = 200
 _STDERR = 2
@@ -83,12 +83,12 @@ class CoreProcess:
         while True:
             message = await self._next()
             match message:
-                case Failed(kind, told):
+                case CoreFailed(kind, told):
                     raise error_named(kind, told) or EngineError(f"{kind}: {told}")
                 case Beat(late, pace):
                     self._late, self._pace = late, pace
                     continue
-                case Ready():
+                case CoreReady():
                     self._longest_silence = self._config.liveness.heartbeat_timeout
             return message
 

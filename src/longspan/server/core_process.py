@@ -42,7 +42,7 @@ def main(folder: Path, parent: int) -> None:
     inbox.connect(f"ipc://{folder}/to-core")
     outbox = context.socket(zmq.PUSH)
     outbox.connect(f"ipc://{folder}/from-core")
-    pulse = _Pulse()
+    vitals = _Vitals()
 
     def tell(message: messages.FromCore) -> None:
         outbox.send(msgspec.msgpack.encode(message))
@@ -51,18 +51,18 @@ def main(folder: Path, parent: int) -> None:
         config = msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig)
         line = context.socket(zmq.PUSH)
         line.connect(f"ipc://{folder}/from-core")
-        heartbeat = Heartbeat(line, pulse.word, config.liveness.heartbeat_interval)
+        heartbeat = Heartbeat(line, vitals.word, config.liveness.heartbeat_interval)
         try:
-            _serve(config, inbox, tell, pulse)
+            _serve(config, inbox, tell, vitals)
         finally:
             heartbeat.stop()
     except BaseException as error:
-        tell(messages.Failed(type(error).__name__, str(error)))
+        tell(messages.CoreFailed(type(error).__name__, str(error)))
     finally:
         context.destroy(linger=1000)
 
 
-class _Pulse:
+class _Vitals:
     """What the heartbeat says, while the main thread may be anywhere."""
 
     def __init__(self) -> None:
@@ -77,20 +77,20 @@ class _Pulse:
         try:
             self.core.watch.check()
         except StepTimeout as error:  # the main thread says so too, unless it hangs itself
-            return messages.Failed(type(error).__name__, str(error))
+            return messages.CoreFailed(type(error).__name__, str(error))
         return messages.Beat(self.core.executor.late(), self.core.watch.pace)
 
 
-def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, pulse: _Pulse) -> None:
-    core = pulse.core = build_core(resolve(config))
+def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _Vitals) -> None:
+    core = vitals.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(messages.Ready(workers, core.role.card if core.role else None))
+        tell(messages.CoreReady(workers, core.role.card if core.role else None))
         told = _load(core)
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
             if outputs or load != told:
-                tell(messages.Tokens(outputs, load))
+                tell(messages.NewTokens(outputs, load))
             told = load
     finally:
         core.shutdown()
@@ -131,11 +131,11 @@ def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
     return bool(inbox.poll(0))
 
 
-def _load(core: EngineCore) -> messages.Load:
+def _load(core: EngineCore) -> messages.CoreLoad:
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
     transfer = replace(core.role.counters) if core.role else None
     offload = core.cache.offload.counters if core.cache.offload else None
-    return messages.Load(used, core.scheduler.counters(), transfer, offload)
+    return messages.CoreLoad(used, core.scheduler.counters(), transfer, offload)
 
 
 def _state(core: EngineCore) -> messages.CoreState:

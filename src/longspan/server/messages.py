@@ -59,7 +59,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
 ToCore = Start | Finish | AskState | Stop
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
+class CoreReady(msgspec.Struct, tag=True, frozen=True):
     """Every rank has loaded its weights; `worker_ids` are the processes of the ranks, if they have any.
 
     `peer` is what others of a pair must know of it, if it has a role.
@@ -76,7 +76,7 @@ class Beat(msgspec.Struct, tag=True, frozen=True):
     pace: float | None = None  # its `StepWatch.pace`
 
 
-class Load(msgspec.Struct, frozen=True):
+class CoreLoad(msgspec.Struct, frozen=True):
     """What is in use and was done, sent with every step's tokens; with what offload and a role have moved."""
 
     used_pages: tuple[int, ...] = ()
@@ -85,11 +85,11 @@ class Load(msgspec.Struct, frozen=True):
     offload: OffloadCounters | None = None
 
 
-class Tokens(msgspec.Struct, tag=True, frozen=True):
+class NewTokens(msgspec.Struct, tag=True, frozen=True):
     """What a step gave."""
 
     outputs: list[TokenOutput]
-    load: Load
+    load: CoreLoad
 
 
 class SequenceReport(msgspec.Struct, frozen=True):
@@ -104,18 +104,18 @@ class SequenceReport(msgspec.Struct, frozen=True):
 class CoreState(msgspec.Struct, tag=True, frozen=True):
     """Everything the live page shows of the core. `cached_pages` are those that only the prefix cache holds."""
 
-    load: Load
+    load: CoreLoad
     cached_pages: tuple[int, ...]
     sequences: list[SequenceReport]
     steps: list[StepRecord]
     bytes_by_label: dict[str, int]
 
 
-class Failed(msgspec.Struct, tag=True, frozen=True):
+class CoreFailed(msgspec.Struct, tag=True, frozen=True):
     """The core cannot go on; `kind` is the name of the error."""
 
     kind: str
     message: str
 
 
-FromCore = Ready | Beat | Tokens | CoreState | Failed
+FromCore = CoreReady | Beat | NewTokens | CoreState | CoreFailed

@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from longspan.request import FinishReason, RequestOutput
-from longspan.server.messages import CoreState, Load
+from longspan.server.messages import CoreLoad, CoreState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TTFT_WINDOW = 64
@@ -50,7 +50,7 @@ class Metrics:
         self._itl = self._histogram("inter_token_latency_seconds", "between tokens of a completion")
         self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end")
         self.totals = {"prompt_tokens": 0, "output_tokens": 0, "requests": 0, "prefix_cached_tokens": 0}
-        self.load = Load(used_pages=(0,) * len(pages_per_shard))
+        self.load = CoreLoad(used_pages=(0,) * len(pages_per_shard))
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._recent_ttft: deque[float] = deque(maxlen=_TTFT_WINDOW)
         self._last = (time.monotonic(), 0, 0)
@@ -89,7 +89,7 @@ class Metrics:
     def restarted(self) -> None:
         """The ranks were started again."""
         self._restarts.labels(self._model).inc()
-        self.load = Load(used_pages=(0,) * len(self._pages))
+        self.load = CoreLoad(used_pages=(0,) * len(self._pages))
 
     def tick(self) -> None:
         """Add a second to the history."""

@@ -17,7 +17,7 @@ from longspan.server.fields import StreamOptions
 
 
 @dataclass(frozen=True)
-class News:
+class TextDelta:
     """What a completion gained since it was last asked. `logprobs` are of `tokens`, None if not wanted."""
 
     text: str
@@ -43,13 +43,13 @@ class Cursor:
         self._tokens = 0
         self._ended = False
 
-    def news(self) -> News:
+    def delta(self) -> TextDelta:
         """What is new, which counts as sent from now on."""
         output = self._output
         text, tokens = output.text[self._text :], tuple(output.token_ids[self._tokens :])
         logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens :])
         reason = None if output.finish_reason is None or self._ended else output.finish_reason.value
-        found = News(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
+        found = TextDelta(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
         if found.worth_sending:
             self._text, self._tokens, self._ended = len(output.text), len(output.token_ids), reason is not None
         return found

@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
         else:
             self._engine.drain()
-            waiting = len(self._engine.tracker)
+            waiting = len(self._engine.output_processor)
             _LOG.warning("%s: %d requests in flight end first; again to stop now", signal.Signals(sig).name, waiting)
         self.should_exit = True
 
@@ -84,7 +84,7 @@ async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
 
 async def _end_drain(server: Server, engine: AsyncEngine) -> None:
     """A client that has stopped reading must not keep a drained server alive."""
-    while not (server.should_exit and not len(engine.tracker)):
+    while not (server.should_exit and not len(engine.output_processor)):
         await asyncio.sleep(0.2)
     await asyncio.sleep(_LAST_BYTES_SECONDS)
     server.force_exit = True

@@ -1,4 +1,4 @@
-"""MXFP4 tensors (OCP Microscaling 1.0) of stacked experts, multiplied out as they are read.
+"""MXFP4 tensors (OCP Microscaling 1.0) of stacked experts, dequantised as they are read.
 
 It owns the format; the files are another checkpoint's.
 """

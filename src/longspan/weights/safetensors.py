@@ -23,7 +23,7 @@ _INDEX = "model.safetensors.index.json"
 class SafetensorsCheckpoint:
     """The tensors of a folder. Raises `WeightError` if a file is missing or damaged, before anything is read.
 
-    An FP8 tensor with one scale for each `scale_block` of rows and columns (DeepSeek-V3) is multiplied out as it is
+    An FP8 tensor with one scale for each `scale_block` of rows and columns (DeepSeek-V3) is dequantised as it is
     read; its scales are not listed as tensors of their own.
     """
 

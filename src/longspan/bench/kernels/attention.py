@@ -15,7 +15,7 @@ from torch import Tensor
 from longspan.attention.backends.base import Backend, BackendShape
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
-from longspan.bench.kernels.bed import Bed, Row
+from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.cache.pages import Span
 from longspan.clock import Timing
 from longspan.parallel.heads import HeadBlock
@@ -26,7 +26,7 @@ _SCALE = 0.05
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShape:
     """A model's heads: query and KV heads, elements of a row, of which `value_dim` are values, planes of a cache."""
 
     name: str
@@ -34,7 +34,7 @@ class Heads:
     kv_heads: int
     head_dim: int
     value_dim: int
-    planes: int
+    kv_factor: int
 
     @property
     def blocks(self) -> tuple[HeadBlock, ...]:
@@ -45,19 +45,19 @@ class Heads:
     def groups(self) -> tuple[int, ...]:
         """What shares a scale where rows are quantised."""
         rest = self.head_dim - self.value_dim
-        return (self.value_dim, rest) if self.planes == 1 and rest else (self.head_dim,)
+        return (self.value_dim, rest) if self.kv_factor == 1 and rest else (self.head_dim,)
 
-    def shape(self, bed: Bed, quantised: bool) -> BackendShape:
+    def shape(self, harness: Harness, quantised: bool) -> BackendShape:
         """For the choice of backends."""
-        return BackendShape(self.head_dim, self.value_dim, self.planes, quantised, bed.dtype)
+        return BackendShape(self.head_dim, self.value_dim, self.kv_factor, quantised, harness.dtype)
 
 
 HEADS = {
     heads.name: heads
     for heads in (
-        Heads("gqa", 64, 8, 128, 128, 2),
-        Heads("mla", 128, 1, 576, 512, 1),
-        Heads("mha", 16, 16, 128, 128, 2),
+        HeadShape("gqa", 64, 8, 128, 128, 2),
+        HeadShape("mla", 128, 1, 576, 512, 1),
+        HeadShape("mha", 16, 16, 128, 128, 2),
     )
 }
 
@@ -66,7 +66,7 @@ HEADS = {
 class Scene:
     """`batch` requests with `new` query tokens each, over `cached` tokens of their own in a cache of some format."""
 
-    heads: Heads
+    heads: HeadShape
     format: str
     batch: int
     new: int
@@ -77,18 +77,18 @@ class Scene:
         """Query rows."""
         return self.batch * self.new
 
-    def row_bytes(self, bed: Bed) -> int:
+    def row_bytes(self, harness: Harness) -> int:
         """One cached token's."""
         quantised = FORMATS[self.format] is not None
-        size = 1 if quantised else bed.dtype.itemsize
+        size = 1 if quantised else harness.dtype.itemsize
         scales = 4 * len(self.heads.groups) if quantised else 0
-        return self.heads.planes * self.heads.kv_heads * (self.heads.head_dim * size + scales)
+        return self.heads.kv_factor * self.heads.kv_heads * (self.heads.head_dim * size + scales)
 
-    def size(self, bed: Bed) -> tuple[int, int]:
+    def size(self, harness: Harness) -> tuple[int, int]:
         """Bytes that must move and operations that must be done."""
         heads = self.heads
-        queries = heads.head_dim * bed.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
-        moved = self.batch * self.cached * self.row_bytes(bed) + self.rows * heads.q_heads * queries
+        queries = heads.head_dim * harness.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
+        moved = self.batch * self.cached * self.row_bytes(harness) + self.rows * heads.q_heads * queries
         return moved, 2 * self.rows * self.cached * heads.q_heads * (heads.head_dim + heads.value_dim)
 
     def case(self, what: str) -> dict[str, str | int]:
@@ -105,32 +105,34 @@ class Scene:
             for number in range(self.batch)
         )
 
-    def tensors(self, bed: Bed) -> tuple[Tensor, CacheRows]:
+    def tensors(self, harness: Harness) -> tuple[Tensor, CacheRows]:
         """Random queries and a random cache."""
-        q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=bed.device, dtype=bed.dtype)
-        shape = (self.heads.planes, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
+        q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=harness.device, dtype=harness.dtype)
+        shape = (self.heads.kv_factor, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
         stored = FORMATS[self.format]
         if stored is None:
-            return q, CacheRows(torch.randn(shape, device=bed.device, dtype=bed.dtype))
-        values = torch.empty(shape, dtype=stored, device=bed.device)
+            return q, CacheRows(torch.randn(shape, device=harness.device, dtype=harness.dtype))
+        values = torch.empty(shape, dtype=stored, device=harness.device)
         for plane in values.flatten(0, 1):  # a head at a time: what is random is larger than what is stored
-            plane.copy_(torch.randn(plane.shape, device=bed.device, dtype=bed.dtype).mul_(30).to(stored))
-        scales = torch.rand(*shape[:3], len(self.heads.groups), device=bed.device) / 30
+            plane.copy_(torch.randn(plane.shape, device=harness.device, dtype=harness.dtype).mul_(30).to(stored))
+        scales = torch.rand(*shape[:3], len(self.heads.groups), device=harness.device) / 30
         return q, CacheRows(values, scales, self.heads.groups)
 
 
-def run_scenes(bed: Bed, what: str, scenes: Iterable[Scene]) -> list[Row]:
+def run_scenes(harness: Harness, what: str, scenes: Iterable[Scene]) -> list[KernelRow]:
     """Every backend on every scene."""
-    found: list[Row] = []
+    found: list[KernelRow] = []
     for scene in scenes:
-        lacking = bed.lacks(scene.batch * scene.cached * scene.row_bytes(bed))
+        lacking = harness.lacks(scene.batch * scene.cached * scene.row_bytes(harness))
         if lacking:
-            found.append(Row(scene.case(what), "-", *scene.size(bed), None, lacking))
+            found.append(KernelRow(scene.case(what), "-", *scene.size(harness), None, lacking))
             continue
-        q, cache = scene.tensors(bed)
+        q, cache = scene.tensors(harness)
         runs = scene.runs()
-        for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
-            found.append(bed.measure(scene.case(what), name, scene.size(bed), _attend(backend, q, runs, cache, scene)))
+        for name, backend in harness.contestants(scene.heads.shape(harness, cache.scales is not None)).items():
+            found.append(
+                harness.measure(scene.case(what), name, scene.size(harness), _attend(backend, q, runs, cache, scene))
+            )
         del q, cache
     return found
 
@@ -161,30 +163,32 @@ class Shared:
         return self.merge / self.whole
 
 
-def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str, Shared]]:
+def run_shards(harness: Harness, scene: Scene, shards: int) -> tuple[list[KernelRow], dict[str, Shared]]:
     """A scene of one request on `shards` virtual ranks, one after the other on this device, and the merge."""
-    lacking = bed.lacks(scene.cached * scene.row_bytes(bed))
+    lacking = harness.lacks(scene.cached * scene.row_bytes(harness))
     if lacking:
-        return [Row(scene.case("whole"), "-", *scene.size(bed), None, lacking)], {}
-    q, cache = scene.tensors(bed)
+        return [KernelRow(scene.case("whole"), "-", *scene.size(harness), None, lacking)], {}
+    q, cache = scene.tensors(harness)
     bounds = [scene.cached * number // shards for number in range(shards + 1)]
     spans = [Span(start, stop - start) for start, stop in pairwise(bounds)]
-    found: list[Row] = []
+    found: list[KernelRow] = []
     shared: dict[str, Shared] = {}
-    for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
+    for name, backend in harness.contestants(scene.heads.shape(harness, cache.scales is not None)).items():
         rows = [
-            bed.measure(scene.case("whole"), name, scene.size(bed), _attend(backend, q, scene.runs(), cache, scene))
+            harness.measure(
+                scene.case("whole"), name, scene.size(harness), _attend(backend, q, scene.runs(), cache, scene)
+            )
         ]
         parts: list[AttentionState] = []
         for number, span in enumerate(spans):
             runs = (QueryRun(0, scene.new, (span,)),)
             part = Scene(scene.heads, scene.format, 1, scene.new, span.length)
             case = {**part.case("shard"), "shard": number}
-            rows.append(bed.measure(case, name, part.size(bed), _attend(backend, q, runs, cache, scene)))
+            rows.append(harness.measure(case, name, part.size(harness), _attend(backend, q, runs, cache, scene)))
             if rows[-1].timing is not None:
                 parts.append(backend.attend(q, runs, cache, scene.heads.blocks, _SCALE).columns(scene.heads.value_dim))
         if len(parts) == shards:
-            rows.append(_merge_row(bed, name, backend, parts, scene))
+            rows.append(_merge_row(harness, name, backend, parts, scene))
         found += rows
         times = [row.timing for row in rows]
         if len(rows) == shards + 2 and all(times):
@@ -192,11 +196,11 @@ def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str
     return found, shared
 
 
-def _merge_row(bed: Bed, name: str, backend: Backend, parts: list[AttentionState], scene: Scene) -> Row:
+def _merge_row(harness: Harness, name: str, backend: Backend, parts: list[AttentionState], scene: Scene) -> KernelRow:
     travelled = [torch.cat([part.out, part.lse[..., None]], dim=-1) for part in parts]
     arrived = [AttentionState(packed[..., :-1], packed[..., -1]) for packed in travelled]
     moved = 4 * travelled[0].numel() * (len(parts) + 1)
-    return bed.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
+    return harness.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
 
 
 def _shared(times: list[Timing]) -> Shared:

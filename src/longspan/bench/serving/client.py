@@ -16,7 +16,7 @@ import aiohttp
 import msgspec
 
 from longspan.bench.serving.dataset import LoadRequest
-from longspan.bench.serving.stream import Reply, error_message
+from longspan.bench.serving.stream import StreamedReply, error_message
 from longspan.config import require, require_choice
 from longspan.errors import ConfigError
 
@@ -205,7 +205,7 @@ class _Run:
         return outcome
 
     async def _send(self, job: _Job, due_s: float) -> Outcome:
-        reply, start_s = Reply(), time.perf_counter()
+        reply, start_s = StreamedReply(), time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
                 failure = await self._receive(job.body, reply)
@@ -221,7 +221,7 @@ class _Run:
             job.max_tokens, counted, failure,
         )  # fmt: skip
 
-    async def _receive(self, body: bytes, reply: Reply) -> Failure | None:
+    async def _receive(self, body: bytes, reply: StreamedReply) -> Failure | None:
         lost = None
         try:
             async with self._session.post(self._url, data=body, allow_redirects=False) as response:

@@ -38,7 +38,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True)
-class Load:
+class RequestLoad:
     """The options of a load. Lengths are tokens, `request_rate` is requests a second.
 
     `output_len` None is 128, or each row's own in a trace. An option that the dataset has no use for is an error.
@@ -126,7 +126,7 @@ class _TraceRow(msgspec.Struct):
 _T = TypeVar("_T")
 
 
-def open_dataset(load: Load) -> Dataset:
+def open_dataset(load: RequestLoad) -> Dataset:
     """Read the load's file, if it has one. Raises `ConfigError` naming file, line, field and what was expected."""
     if load.dataset_path is None:
         return RandomPrompts(load)
@@ -155,10 +155,10 @@ def trace_arrivals(timestamps_ms: Sequence[float], speedup: float) -> list[float
     return [(timestamp - first) / 1000 / speedup for timestamp in timestamps_ms]
 
 
-class Tokens:
+class TokenCounts:
     """Random tokens; equal keys give equal tokens, in every process."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: RequestLoad) -> None:
         self._seed = load.seed
         self._words = _WORDS.split() if load.text_prompts else None
         self._ids = list(range(load.vocab_size if self._words is None else len(self._words)))
@@ -175,8 +175,8 @@ class Tokens:
 class RandomPrompts:
     """Random tokens behind a prefix that all prompts of a run share."""
 
-    def __init__(self, load: Load) -> None:
-        self._load, self._tokens = load, Tokens(load)
+    def __init__(self, load: RequestLoad) -> None:
+        self._load, self._tokens = load, TokenCounts(load)
 
     def requests(self, run: int) -> Iterator[LoadRequest]:
         """The prompts' lengths are uniform within ±`vary` of `input_len`, and so are the outputs'."""
@@ -199,7 +199,7 @@ class RandomPrompts:
 class TextPrompts:
     """Texts of a file in shuffled order; each run goes on where the last one stopped."""
 
-    def __init__(self, load: Load, texts: Sequence[str]) -> None:
+    def __init__(self, load: RequestLoad, texts: Sequence[str]) -> None:
         self._load = load
         self._texts = random.Random(load.seed).sample(texts, len(texts))
 
@@ -220,8 +220,8 @@ class TextPrompts:
 class TracePrompts:
     """A recorded trace at its own times: equal hash ids stand for equal tokens."""
 
-    def __init__(self, load: Load, rows: Sequence[_TraceRow]) -> None:
-        self._load, self._tokens = load, Tokens(load)
+    def __init__(self, load: RequestLoad, rows: Sequence[_TraceRow]) -> None:
+        self._load, self._tokens = load, TokenCounts(load)
         self._rows = sorted(rows, key=lambda row: row.timestamp)
 
     def requests(self, run: int) -> Iterator[LoadRequest]:

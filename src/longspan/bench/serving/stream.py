@@ -72,7 +72,7 @@ class _Chunk(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Chunk)
 
 
-class Reply:
+class StreamedReply:
     """One answer as it comes in; token counts are None until the server tells them."""
 
     def __init__(self) -> None:

@@ -140,7 +140,7 @@ class EngineCore:
         return bool(self._endings or self._under_way)
 
     @property
-    def steps_under_way(self) -> int:
+    def steps_in_flight(self) -> int:
         """Steps that were submitted and not yet collected."""
         return len(self._under_way)
 
@@ -192,12 +192,12 @@ class EngineCore:
             self.role.close()
 
     def _tokens_under_way(self) -> int:
-        """Those that are computed or loaded in steps under way."""
+        """Those that are computed or loaded in steps in flight."""
         page_size = self.cache.page_size
         return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
 
     def _deliver(self, result: StepResult) -> list[TokenOutput]:
-        """Commit the oldest step under way."""
+        """Commit the oldest step in flight."""
         plan, submitted, alone = self._under_way.popleft()
         counted = self.scheduler.commit(plan, result)
         tokens_of: dict[str, list[SampledToken]] = {}

@@ -20,13 +20,13 @@ from longspan.attention.variants import AttentionOps, Heads
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
-from longspan.engine.rank.graphs import CudaRecorder, Recordings
+from longspan.engine.rank.graphs import CudaRecorder, GraphRunner
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, ExpertParallel, Provided
+from longspan.models.context import Alone, ExpertParallel, LayerContext
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
@@ -84,16 +84,16 @@ def build_runner(
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
-    model = setup.family.build(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    model = setup.family.build(model_config, LayerContext(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
-    backend, recordings = attention.ops.backend, None
+    backend, cuda_graphs = attention.ops.backend, None
     if setup.records_decode and isinstance(backend, RecordableBackend):
-        recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+        cuda_graphs = GraphRunner(model, attention, backend, CudaRecorder(store.device), grid.pcp)
     transfer = config.transfer
     parts = RankParts(
         grid, rank, model, attention, groups, store.device,
         Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
-        config.cache.page_size, config.debug, bool(config.scheduler.run_ahead), recordings,
+        config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
         store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
     )  # fmt: skip

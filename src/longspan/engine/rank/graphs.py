@@ -80,12 +80,12 @@ def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
     return bool(plan.segments) and plain and fixed and len(_moving(plan, schedules)) <= 1
 
 
-def of_one_kind(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
+def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
     """The same step with all rows travelling if any does: how many stay at home must not change a recording's shape."""
     groups = len(plan.decode_schedules)
-    if not any(segment.travels for segment in plan.segments):
+    if not any(segment.num_remote_groups for segment in plan.segments):
         return plan
-    segments = tuple(replace(segment, travels=groups) for segment in plan.segments)
+    segments = tuple(replace(segment, num_remote_groups=groups) for segment in plan.segments)
     (schedule,) = _moving(plan, schedules)
     return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
 
@@ -95,7 +95,7 @@ def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
     return {name for name in plan.decode_schedules if schedules[name].moves is not None}
 
 
-class Recordings:
+class GraphRunner:
     """All recordings of one rank, made when a size is first met."""
 
     def __init__(
@@ -106,20 +106,20 @@ class Recordings:
         self._backend = backend
         self._recorder = recorder
         self._pcp = pcp
-        self._made: dict[StepSize, _Recording] = {}
+        self._made: dict[StepSize, _Graph] = {}
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Of this rank's rows, fp32 [T, vocab], for a step that is `recordable` and `of_one_kind`."""
+        """Of this rank's rows, fp32 [T, vocab], for a step that is `recordable` and `uniform`."""
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
         size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
             step = RefillableStep(self._attention.preparer, self._backend, size)
-            self._made[size] = _Recording(self._model, self._attention, step, size.rows)
+            self._made[size] = _Graph(self._model, self._attention, step, size.rows)
             self._made[size].record(self._recorder)
         return self._made[size].run(view, token_ids, positions)[: len(token_ids)]
 
 
-class _Recording:
+class _Graph:
     """One size."""
 
     def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int) -> None:

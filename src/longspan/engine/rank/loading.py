@@ -22,10 +22,10 @@ from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
-_Key = tuple["Piece", ...]
+_Key = tuple["WeightPiece", ...]
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
     """A slice of a tensor: [start, stop) of each dimension; of a `stacked` one an entry, to be transposed."""
 
     name: str
@@ -72,31 +72,31 @@ class TensorStore:
         self._linears: dict[_Key, Linear] = {}
         self._lock = Lock()
 
-    def tensor(self, pieces: Sequence[Piece], exact: bool = False) -> Tensor:
+    def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
         """The slices, concatenated along dim 0 if there are several; in fp32 if `exact`."""
         dtype = torch.float32 if exact else self._dtype
         with self._lock:
             return _once(self._tensors, pieces, lambda wanted: self._read(wanted, dtype))
 
-    def linear(self, pieces: Sequence[Piece]) -> Linear:
+    def linear(self, pieces: Sequence[WeightPiece]) -> Linear:
         """The slices as the weight of products; the plain tensor is dropped once it is packed."""
         with self._lock:
             return _once(self._linears, pieces, self._linear)
 
-    def _linear(self, pieces: Sequence[Piece]) -> Linear:
+    def _linear(self, pieces: Sequence[WeightPiece]) -> Linear:
         kept = self._scaled
         if kept and all(piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces):
             return BlockScaledLinear(self._read_scaled(kept, pieces), kept.fused)
         return DenseLinear(self._read(pieces, self._dtype))
 
-    def _read(self, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    def _read(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
         rows = [piece.shape[0] for piece in pieces]
         whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
         for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
             piece.read(self._checkpoint, out)
         return whole.to(self.device)
 
-    def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[Piece]) -> BlockScaled:
+    def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[WeightPiece]) -> BlockScaled:
         rows, columns = [piece.shape[0] for piece in pieces], pieces[0].shape[1]
         values = torch.empty(sum(rows), columns, dtype=torch.float8_e4m3fn)
         scales = torch.empty(sum(rows) // BLOCK, columns // BLOCK)
@@ -106,7 +106,7 @@ class TensorStore:
         return BlockScaled(values.to(self.device), scales.to(self.device))
 
 
-def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:
+def _once(made: dict[_Key, T], pieces: Sequence[WeightPiece], make: Callable[[Sequence[WeightPiece]], T]) -> T:
     key = tuple(pieces)
     if key not in made:
         made[key] = make(pieces)
@@ -138,5 +138,5 @@ class RankLoader:
         """The same, as the weight of products."""
         return self._store.linear([self._piece(param) for param in params])
 
-    def _piece(self, param: Param) -> Piece:
-        return Piece(param.name, param.bounds(self.extent), param.stacked is not None)
+    def _piece(self, param: Param) -> WeightPiece:
+        return WeightPiece(param.name, param.bounds(self.extent), param.stacked is not None)

@@ -34,7 +34,7 @@ _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
-class Part:
+class PagePart:
     """Where in a slot of `slot_bytes` a rank's record of a page is: `record_bytes` from `start`.
 
     Ranks of one stage and head shard have the same part, so that each can read what another of them wrote.
@@ -45,7 +45,7 @@ class Part:
     slot_bytes: int
 
 
-def parts_of_a_slot(setup: EngineSetup) -> list[Part]:
+def parts_of_a_slot(setup: EngineSetup) -> list[PagePart]:
     """Every rank's part, in rank order."""
     model, grid = setup.model, setup.grid
     sizes: dict[tuple[int, int], int] = {}
@@ -56,7 +56,7 @@ def parts_of_a_slot(setup: EngineSetup) -> list[Part]:
         sizes[place.pp, place.head_shard] = _HEADER_BYTES + own.bytes_per_token * setup.config.cache.page_size
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
     keys = [(place.pp, place.head_shard) for place in grid.ranks]
-    return [Part(ends[key] - sizes[key], sizes[key], sum(sizes.values())) for key in keys]
+    return [PagePart(ends[key] - sizes[key], sizes[key], sum(sizes.values())) for key in keys]
 
 
 class OffloadFiles:
@@ -220,9 +220,9 @@ class PageStore:
 
 
 def _by_page(rows: Tensor, page_size: int) -> Tensor:
-    """Rows [planes, Hkv, slots, D] as bytes [planes, Hkv, pages, bytes of a page]."""
-    planes, heads, slots, _ = rows.shape
-    return rows.view(torch.uint8).view(planes, heads, slots // page_size, -1)
+    """Rows [kv_factor, Hkv, slots, D] as bytes [kv_factor, Hkv, pages, bytes of a page]."""
+    kv_factor, heads, slots, _ = rows.shape
+    return rows.view(torch.uint8).view(kv_factor, heads, slots // page_size, -1)
 
 
 def _mapped(path: str) -> Tensor:

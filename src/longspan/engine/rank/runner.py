@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.disaggregation.worker import TransferThread
-from longspan.engine.rank.graphs import Recordings, of_one_kind, recordable
+from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.grammar import Matcher, Vocabulary
 from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, start_sampling
@@ -60,9 +60,9 @@ class RankParts:
     # whether ranks compare the digests of their plans
     debug: bool
     # whether a step may begin before the last one's tokens are read
-    runs_ahead: bool
+    async_scheduling: bool
     # of decode steps; None where none is recorded
-    recordings: Recordings | None = None
+    cuda_graphs: GraphRunner | None = None
     # pages outside the device, if any are kept there
     store: PageStore | None = None
     # pages on their way from or to other instances, if this one has a role
@@ -83,11 +83,11 @@ class Runner:
         self._debug = parts.debug
         self._device = parts.device
         self._vocabulary = parts.vocabulary
-        self._runs_ahead = parts.runs_ahead
+        self._async_scheduling = parts.async_scheduling
         self._sampled: dict[str, Tensor] = {}  # the last step's tokens, where the next may need them unread
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._matchers: dict[str, Matcher] = {}  # of requests under a grammar
-        self.recordings = parts.recordings
+        self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
 
@@ -138,8 +138,8 @@ class Runner:
         if not plan.segments:
             return StepResult
         schedules = self._attention.schedules
-        if self.recordings is not None and recordable(plan, schedules):
-            return self._replay(of_one_kind(plan, schedules), self.recordings)
+        if self.cuda_graphs is not None and recordable(plan, schedules):
+            return self._replay(uniform(plan, schedules), self.cuda_graphs)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
@@ -153,18 +153,18 @@ class Runner:
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
         return self._finish(view, logits, scores)
 
-    def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
+    def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """A decode step through a recording, in which every row is sampled."""
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
-        logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
+        logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
 
     def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
         """Sample `logits` [samples, vocab]; on ranks that do not return tokens only if the next step may need them."""
         self._sampled.clear()
         returns = self._grid.returns_tokens(self._rank)
-        if not view.samples or (not returns and not self._runs_ahead):
+        if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(scores))
         errors, sampling = self._sample(logits, view.samples)
         return lambda: StepResult(tuple(sampling.finish()), tuple(scores), errors) if returns else StepResult()
@@ -201,7 +201,7 @@ class Runner:
         found = torch.tensor(values, dtype=torch.int64)
         if self._device.type == "cpu":
             return found
-        return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step under way
+        return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step in flight
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
         """By request why it cannot go on, and the sampling of the others."""
@@ -215,7 +215,7 @@ class Runner:
             except RequestError as error:
                 errors[wanted.request_id] = str(error)
         sampling = start_sampling(logits[kept] if errors else logits, rows)
-        if self._runs_ahead:
+        if self._async_scheduling:
             self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
         return errors, sampling
 

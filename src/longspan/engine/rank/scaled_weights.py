@@ -24,7 +24,7 @@ class ScaledWeights:
 
 @dataclass(frozen=True)
 class ScaledChoice:
-    """What was decided, None to multiply out, and why; no reason where the checkpoint has no FP8."""
+    """What was decided, None to dequantise at load, and why; no reason where the checkpoint has no FP8."""
 
     weights: ScaledWeights | None = None
     reason: str = ""
@@ -52,10 +52,10 @@ def choose_scaled(quantization: str, stored: SafetensorsCheckpoint | None, devic
         f"weights in blocks of {blocks[0]}x{blocks[1]} cannot be multiplied as they are", "use --quantization none",
     )  # fmt: skip
     if quantization == "none" or blocks != (BLOCK, BLOCK):
-        return ScaledChoice(reason="multiplied out as they are loaded")
+        return ScaledChoice(reason="dequantised at load")
     problem = problem_of_kernel(device)
     if problem is None:
         return ScaledChoice(ScaledWeights(stored, fused=True), "kept, multiplied by PyTorch's scaled_mm")
     if quantization == "auto":
-        return ScaledChoice(reason=f"multiplied out as they are loaded ({problem})")
-    return ScaledChoice(ScaledWeights(stored, fused=False), f"kept, multiplied out for each product ({problem})")
+        return ScaledChoice(reason=f"dequantised at load ({problem})")
+    return ScaledChoice(ScaledWeights(stored, fused=False), f"kept, dequantised for each product ({problem})")

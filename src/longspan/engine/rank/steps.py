@@ -30,7 +30,7 @@ class StepLoop:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the step under way and answer it."""
+        """Wait for the step in flight and answer it."""
         finish, self._under_way = self._under_way, None
         if finish is not None:
             self._answer(finish())

@@ -17,7 +17,7 @@ ASK = b"alive?"  # of a rank's heartbeat, which answers with `Alive`
 STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # whatever else comes once a rank is ready is a plan
 
 
-class Hello(msgspec.Struct, tag=True, frozen=True):
+class RankHello(msgspec.Struct, tag=True, frozen=True):
     """A rank's first word. Rank 0 keeps the store at `store_port` of its host where all ranks meet."""
 
     rank: int
@@ -35,13 +35,13 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     ranks_here: int
 
 
-class Refused(msgspec.Struct, tag=True, frozen=True):
+class RankRefused(msgspec.Struct, tag=True, frozen=True):
     """The driver has no place for the rank."""
 
     reason: str
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
+class RankReady(msgspec.Struct, tag=True, frozen=True):
     """The rank has loaded its weights, and measured the cost model's constants if it was to."""
 
     rank: int
@@ -74,7 +74,7 @@ class TraceReport(msgspec.Struct, tag=True, frozen=True):
     spans: list[TraceSpan]
 
 
-class Failed(msgspec.Struct, tag=True, frozen=True):
+class RankFailed(msgspec.Struct, tag=True, frozen=True):
     """The rank cannot go on. `lost_peer`: only because another one ended."""
 
     rank: int
@@ -83,16 +83,16 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     lost_peer: bool
 
 
-ToWorker = Begin | Refused
-FromWorker = Hello | Ready | Alive | Stepped | TrafficReport | TraceReport | Failed
+ToWorker = Begin | RankRefused
+FromWorker = RankHello | RankReady | Alive | Stepped | TrafficReport | TraceReport | RankFailed
 
 
-def failure(rank: int, error: BaseException) -> Failed:
+def failure(rank: int, error: BaseException) -> RankFailed:
     """The message for an error."""
-    return Failed(rank, type(error).__name__, str(error), isinstance(error, WorkerDied))
+    return RankFailed(rank, type(error).__name__, str(error), isinstance(error, WorkerDied))
 
 
-def report_error(message: Failed) -> LongspanError:
+def report_error(message: RankFailed) -> LongspanError:
     """The error for a message: of the same class where it is one of ours with a plain message."""
     told = f"rank {message.rank} failed: {message.kind}: {message.message}"
     return error_named(message.kind, message.message) or WorkerDied(told)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from longspan.config import require_choice
-from longspan.server.tools.formats import FORMATS, Format, detect_format
+from longspan.server.tools.formats import FORMATS, ToolFormat, detect_format
 from longspan.server.tools.reader import NoCall, ParsedDelta, Reader, ToolCall, Wait
 
 __all__ = ["TOOL_FORMATS", "ParsedDelta", "ToolCall", "ToolParser", "detect_format"]
@@ -45,7 +45,7 @@ class ToolParser:
         return self._reader.pop()
 
 
-def _read_all(reader: Reader, form: Format) -> Wait[None]:
+def _read_all(reader: Reader, form: ToolFormat) -> Wait[None]:
     """Reads a whole completion; yields whenever it needs more text."""
     while (yield from _find_call(reader, form)):
         reader.taken = False
@@ -60,7 +60,7 @@ def _read_all(reader: Reader, form: Format) -> Wait[None]:
     reader.release(len(reader.text))
 
 
-def _find_call(reader: Reader, form: Format) -> Wait[bool]:
+def _find_call(reader: Reader, form: ToolFormat) -> Wait[bool]:
     """Releases text up to where a call begins; False if none will."""
     while True:
         reader.release(form.find(reader.text))

@@ -24,7 +24,7 @@ CALL_BEGIN, CALL_SEP, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep�
 
 
 @dataclass(frozen=True)
-class Format:
+class ToolFormat:
     """How calls are written: they begin with one of `openers`, anywhere or only as a completion's first word.
 
     `read` starts at an opener and takes call after call until the text goes on otherwise. Then it returns or raises
@@ -141,13 +141,13 @@ def _pythonic(reader: Reader) -> Wait[None]:
         reader.take()
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
+FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": Format(("<tool_call>",), _hermes),
-        "llama3_json": Format(("{", "<|python_tag|>"), _llama3_json, at_start=True),
-        "mistral": Format(("[TOOL_CALLS]",), _mistral),
-        "deepseek_v3": Format((CALLS_BEGIN, CALL_BEGIN), _deepseek_v3),
-        "pythonic": Format(("[", "<|python_start|>"), _pythonic, at_start=True),
+        "hermes": ToolFormat(("<tool_call>",), _hermes),
+        "llama3_json": ToolFormat(("{", "<|python_tag|>"), _llama3_json, at_start=True),
+        "mistral": ToolFormat(("[TOOL_CALLS]",), _mistral),
+        "deepseek_v3": ToolFormat((CALLS_BEGIN, CALL_BEGIN), _deepseek_v3),
+        "pythonic": ToolFormat(("[", "<|python_start|>"), _pythonic, at_start=True),
     }
 )
 

@@ -41,7 +41,7 @@ class _Group:
     prefill_at: tuple[str, ...] = ()
 
 
-class RequestTracker:
+class OutputProcessor:
     """Every unfinished request. What the core must hear gathers in `orders`, for the caller to take."""
 
     def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
@@ -120,7 +120,7 @@ class RequestTracker:
         return list(changed.values())
 
     def resume(self) -> list[CoreRequest]:
-        """Every completion under way with the tokens it has: what a core that starts anew must go on with."""
+        """Every completion in flight with the tokens it has: what a core that starts anew must go on with."""
         return [self._core_request(*entry) for entry in self._group_of.values()]
 
     def core_ids(self, request_id: str) -> list[str]:
@@ -151,7 +151,7 @@ class RequestTracker:
                 raise RequestError(field_name, token, f"is not in 0..{last}", "check the tokenizer")
 
     def _completion(self, request_id: str, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
-        """Its id is never used again, unlike the user's: steps under way may name a completion that has ended."""
+        """Its id is never used again, unlike the user's: steps in flight may name a completion that has ended."""
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
         own = number if params.seed is None else index

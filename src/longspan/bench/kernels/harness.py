@@ -23,7 +23,7 @@ _USABLE = 0.8  # of the memory that is free
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One contestant on one case: what was done (bytes moved at least, floating-point operations), in what time.
 
     `problem` says why there is no time.
@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bed:
+class Harness:
     """A device ready to measure."""
 
     device: torch.device
@@ -66,13 +66,13 @@ class Bed:
 
     def measure(
         self, case: dict[str, str | int], backend: str, size: tuple[int, int], work: Callable[[], object]
-    ) -> Row:
+    ) -> KernelRow:
         """One row; `size` is bytes and operations. A kernel that fails leaves the other rows."""
         self.progress(f"{backend}: {', '.join(f'{name} {value}' for name, value in case.items())}")
         try:
-            return Row(case, backend, *size, self.clock.time(work))
+            return KernelRow(case, backend, *size, self.clock.time(work))
         except Exception as error:  # whatever a compiler or a library raises
-            return Row(case, backend, *size, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
+            return KernelRow(case, backend, *size, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
 
     def lacks(self, needed: int) -> str:
         """Why `needed` bytes cannot be had; empty if they can."""
@@ -84,7 +84,7 @@ class Bed:
         return f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free" if needed > _USABLE * free else ""
 
 
-def make_bed(device: str, backends: Sequence[str], budget: float, progress: Callable[[str], None]) -> Bed:
+def make_harness(device: str, backends: Sequence[str], budget: float, progress: Callable[[str], None]) -> Harness:
     """A bed on `device`, cpu or cuda, its ceilings measured; `budget` is seconds for each case.
 
     Raises `ConfigError` for a device or a backend that is not there.
@@ -98,10 +98,10 @@ def make_bed(device: str, backends: Sequence[str], budget: float, progress: Call
     where = torch.device(device)
     clock = make_clock(where, budget)
     progress("measuring the device's ceilings")
-    return Bed(where, dtype, clock, measure_ceilings(clock, where, dtype), tuple(backends), progress)
+    return Harness(where, dtype, clock, measure_ceilings(clock, where, dtype), tuple(backends), progress)
 
 
-def as_json(row: Row, ceilings: Ceilings) -> dict[str, Any]:
+def as_json(row: KernelRow, ceilings: Ceilings) -> dict[str, Any]:
     """A row as plain data: seconds, bytes and operations a second, and both as shares of the ceilings."""
     plain: dict[str, Any] = {**row.case, "backend": row.backend, "bytes": row.bytes, "flops": row.flops}
     if row.timing is None:

@@ -18,7 +18,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Timing:
+class ContestantTiming:
     """One run: seconds until every request had its first token, and of the decode steps after it."""
 
     prefill_s: float
@@ -26,7 +26,7 @@ class Timing:
     decode_tokens: int
 
 
-Runner = Callable[[Prompts, int], Timing]
+Runner = Callable[[Prompts, int], ContestantTiming]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class LongspanSide:
 
         engine = Engine(self.config)
 
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
             measured = run_batch(engine, prompts, params)
-            return Timing(measured.ttft_s, measured.decode_s, measured.decode_tokens)
+            return ContestantTiming(measured.ttft_s, measured.decode_s, measured.decode_tokens)
 
         return run
 
@@ -72,7 +72,7 @@ class TransformersSide:
         model = transformers_twin(setup.source, setup.dtype).to(device)
 
         @torch.inference_mode()
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             started = now(device)
             out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -80,7 +80,7 @@ class TransformersSide:
             for _ in range(output_len - 1):
                 out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            return Timing(first - started, now(device) - first, len(prompts) * (output_len - 1))
+            return ContestantTiming(first - started, now(device) - first, len(prompts) * (output_len - 1))
 
         return run
 
@@ -99,10 +99,10 @@ class SideProcess:
         """Until the model is loaded."""
         self._receive()
 
-    def run(self, prompts: Prompts, output_len: int) -> Timing:
+    def run(self, prompts: Prompts, output_len: int) -> ContestantTiming:
         """One timed run."""
         self._pipe.send((prompts, output_len))
-        timing: Timing = self._receive()
+        timing: ContestantTiming = self._receive()
         return timing
 
     def close(self) -> None:
