@@ -81,19 +81,19 @@ ATTENTION = (
     Fault(
         "a window is one position too wide", "plan/plan.py",
         "max(0, position + 1 - window)", "max(0, position - window)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "the diagonal forgets its window", "attention/forms.py",
         "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, self._window)",
         "return self._kernels.backend.causal(q, k, v, self._kernels.heads.own, self._kernels.scale, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "a row's window starts where the segment's first does", "plan/reach.py",
         "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
         "yield _Sight(row, len(seeing), first, until - first, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "the diagonal is not causal", "attention/backends/cpu.py",
