@@ -150,7 +150,7 @@ class ThreadExecutor:
         busy = {segment.pcp for segment in plan.segments}
         if self.setup.config.num_threads or grid.ranks[rank].pcp not in busy:
             return threads_per_rank(self.setup)
-        return share_of_cores(grid.world_size * len(busy) // grid.pcp)
+        return share_of_cores(sum(place.pcp in busy for place in grid.ranks))
 
     def _open(self, group: Sequence[int], rank: int) -> Collectives:
         return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])
