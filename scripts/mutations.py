@@ -81,18 +81,18 @@ ATTENTION = (
     Fault(
         "a window is one position too wide", "plan/plan.py",
         "max(0, position + 1 - window)", "max(0, position - window)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "the diagonal forgets its window", "attention/prepared.py",
         "self.backend.prepare_diagonal(length, window)", "self.backend.prepare_diagonal(length, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "a row's window starts where the segment's first does", "plan/reach.py",
         "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
         "yield _Sight(row, len(seeing), first, until - first, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "the diagonal is not causal", "attention/backends/cpu.py",

@@ -32,7 +32,7 @@ def test_any_number_of_stages_with_latents_and_experts(tiny, grid):
 
 
 def test_stages_as_processes(tiny):
-    llm = tiny("llama-deep", pp=2, pcp=2, executor="processes")
+    llm = tiny("llama-deep", pp=2, executor="processes")
     assert tokens_of(llm, prompts()) == expected("llama-deep")
     assert llm.stats().traffic.bytes_by_label["pipeline"] > 0
 

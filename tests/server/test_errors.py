@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -140,26 +141,32 @@ def test_nothing_is_left_behind_by_refusals(server: Running):
     assert len(server.engine.output_processor) == 0
 
 
-def test_a_server_with_a_key_is_open_to_nobody_else():
-    with running(options=ServeOptions(port=0, api_key="sesame", served_model_name="tiny")) as server:
-        for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
-            headers = {} if key is None else {"Authorization": key.encode("latin-1")}
-            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
-            error = refused(answer, 401)
-            assert error["code"] == "invalid_api_key"
-            assert httpx.get(f"{server.url}/internal/state", headers=headers).status_code == 401
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert server.client.get("/v1/models").status_code == 200
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Running]:
+    """A server that has a key and takes small bodies."""
+    options = ServeOptions(port=0, api_key="sesame", served_model_name="tiny", max_body_bytes=1000)
+    with running(options=options) as started:
+        yield started
 
 
-def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not():
-    with running(options=ServeOptions(port=0, max_body_bytes=1000)) as server:
-        body = b'{"prompt": "' + b"a" * 2000 + b'"}'
-        headers = {"content-type": "application/json"}
-        for content in (body, iter([body[:900], body[900:]])):
-            error = refused(server.client.post("/v1/completions", content=content, headers=headers), 413)
-            assert "--max-body-bytes" in error["message"]
-        server.complete("abc", 2)
+def test_a_server_with_a_key_is_open_to_nobody_else(strict: Running):
+    for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
+        headers = {} if key is None else {"Authorization": key.encode("latin-1")}
+        answer = httpx.get(f"{strict.url}/v1/models", headers=headers)
+        error = refused(answer, 401)
+        assert error["code"] == "invalid_api_key"
+        assert httpx.get(f"{strict.url}/internal/state", headers=headers).status_code == 401
+    assert httpx.get(f"{strict.url}/health").status_code == 200
+    assert strict.client.get("/v1/models").status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not(strict: Running):
+    body = b'{"prompt": "' + b"a" * 2000 + b'"}'
+    headers = {"content-type": "application/json"}
+    for content in (body, iter([body[:900], body[900:]])):
+        error = refused(strict.client.post("/v1/completions", content=content, headers=headers), 413)
+        assert "--max-body-bytes" in error["message"]
+    strict.complete("abc", 2)
 
 
 def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():

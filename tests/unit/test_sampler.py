@@ -100,8 +100,7 @@ def test_filters_leave_the_tokens_and_probabilities_of_their_definitions(
     assert distribution(logits, params) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("spread", [0.001, 1.0, 5.0], ids=["flat", "normal", "peaked"])
-@pytest.mark.parametrize("top_p", [0.0201, 0.8503, 0.9993])
+@pytest.mark.parametrize(("spread", "top_p"), [(0.001, 0.8503), (1.0, 0.0201), (1.0, 0.9993), (5.0, 0.8503)], ids=str)
 def test_top_p_of_a_large_vocabulary_is_exact(spread: float, top_p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(4000, generator=generator) * spread).tolist()
@@ -130,24 +129,22 @@ def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
     return sum((counts[k] - total * p) ** 2 / (total * p) for k, p in expected.items())
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.7),
-        SamplingParams(top_k=5),
-        SamplingParams(top_p=0.9),
-        SamplingParams(temperature=1.5, min_p=0.2),
-    ],
-    ids=["plain", "temperature", "top_k", "top_p", "min_p"],
-)
-@pytest.mark.parametrize("varied", ["seed", "position"])
-def test_sampled_frequencies_are_the_probabilities(params: SamplingParams, varied: str) -> None:
+FILTERED = {
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.7),
+    "top_k": SamplingParams(top_k=5),
+    "top_p": SamplingParams(top_p=0.9),
+    "min_p": SamplingParams(temperature=1.5, min_p=0.2),
+}
+
+
+@pytest.mark.parametrize(("varied", "params"), [("position", "plain"), *(("seed", name) for name in FILTERED)])
+def test_sampled_frequencies_are_the_probabilities(varied: str, params: str) -> None:
     logits = [1.0, 0.0, 0.5, -1.0, 2.0, 1.5, 0.2, -0.5]
-    drawn = tokens(torch.tensor(logits).expand(2000, -1), rows_over(varied, 2000, params))
+    drawn = tokens(torch.tensor(logits).expand(2000, -1), rows_over(varied, 2000, FILTERED[params]))
     counts = Counter(drawn)
     # 24.32 is the 99.9th percentile for 7 degrees of freedom; filtered rows have fewer.
-    assert chi_square(counts, literal_filter(logits, params)[0]) < 24.32
+    assert chi_square(counts, literal_filter(logits, FILTERED[params])[0]) < 24.32
 
 
 @pytest.mark.parametrize("varied", ["seed", "position"])
