@@ -26,7 +26,7 @@ _SCALE = 0.05
 
 
 @dataclass(frozen=True)
-class HeadShape:
+class KernelHeads:
     """A model's heads: query and KV heads, elements of a row, of which `value_dim` are values, planes of a cache."""
 
     name: str
@@ -55,9 +55,9 @@ class HeadShape:
 HEADS = {
     heads.name: heads
     for heads in (
-        HeadShape("gqa", 64, 8, 128, 128, 2),
-        HeadShape("mla", 128, 1, 576, 512, 1),
-        HeadShape("mha", 16, 16, 128, 128, 2),
+        KernelHeads("gqa", 64, 8, 128, 128, 2),
+        KernelHeads("mla", 128, 1, 576, 512, 1),
+        KernelHeads("mha", 16, 16, 128, 128, 2),
     )
 }
 
@@ -66,7 +66,7 @@ HEADS = {
 class Scene:
     """`batch` requests with `new` query tokens each, over `cached` tokens of their own in a cache of some format."""
 
-    heads: HeadShape
+    heads: KernelHeads
     format: str
     batch: int
     new: int

@@ -12,14 +12,14 @@ import torch
 from longspan.attention.backends.base import Writer
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
-from longspan.bench.kernels.attention import FORMATS, HeadShape, Scene
+from longspan.bench.kernels.attention import FORMATS, KernelHeads, Scene
 from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.plan.view import WriteRun
 
 _SPREAD = 4  # slots in the pool for each that is written
 
 
-def run_merges(harness: Harness, heads: HeadShape, tokens: Iterable[int], parts: int) -> list[KernelRow]:
+def run_merges(harness: Harness, heads: KernelHeads, tokens: Iterable[int], parts: int) -> list[KernelRow]:
     """Merging `parts` states of so many tokens, as they arrive (out and lse packed) and as kernels return them."""
     found: list[KernelRow] = []
     for count in tokens:
@@ -49,7 +49,7 @@ def _merge(
     return lambda: merge(given)
 
 
-def run_writes(harness: Harness, heads: HeadShape, formats: Iterable[str], rows: Iterable[int]) -> list[KernelRow]:
+def run_writes(harness: Harness, heads: KernelHeads, formats: Iterable[str], rows: Iterable[int]) -> list[KernelRow]:
     """Writing so many rows into the cache, stored in each format: rows read once, values and scales written once."""
     found: list[KernelRow] = []
     for count in rows:
