@@ -167,7 +167,14 @@ class Runner:
         if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(scores))
         errors, sampling = self._sample(logits, view.samples)
-        return lambda: StepResult(tuple(sampling.finish()), tuple(scores), errors) if returns else StepResult()
+
+        def finish() -> StepResult:
+            if not returns:
+                return StepResult()
+            sampled = sampling.finish()
+            return StepResult(tuple(sampled.tokens), tuple(scores), {**errors, **sampled.errors})
+
+        return finish
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool

@@ -52,12 +52,17 @@ class Sampling:
     """Tokens being sampled: `token_ids` [R] int64 on the device of the logits, and what remains to be read from it."""
 
     token_ids: Tensor
-    finish: Callable[[], list[SampledToken]]
+    finish: Callable[[], Sampled]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-    """`start_sampling`, waited for."""
-    return start_sampling(logits, rows).finish()
+@dataclass(frozen=True)
+class Sampled:
+    """What became of a batch."""
+
+    # of requests all of whose rows could be sampled, in the order of the rows
+    tokens: list[SampledToken]
+    # by request why it cannot go on
+    errors: dict[str, str]
 
 
 def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
@@ -67,10 +72,11 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
 
     The order is vLLM's documented one: penalties, temperature, top-k, top-p, min-p, then a race of
     exponentials. Log-probabilities, where asked for, are of the logits before all of these. A row's
-    result does not depend on the other rows.
+    result does not depend on the other rows. A row that holds NaN or +inf, or nothing but -inf, is an error of its
+    request alone.
 
     Raises:
-        EngineError: the shape does not fit the rows, or a row holds NaN or +inf or nothing but -inf.
+        EngineError: the shape does not fit the rows.
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise EngineError(
@@ -81,22 +87,27 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     token_ids = peaks.indices
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        if logits.device.type == "cpu":
-            _require_finite(peaks.values, rows)
-        token_ids[_ids(others, logits)] = _sample_rows(logits, others, rows)
+        finite = peaks.values.isfinite()
+        all_finite = logits.device.type == "cpu" and bool(finite.all())  # a GPU would be waited for
+        usable = logits if all_finite else torch.where(finite[:, None], logits, 0.0)
+        token_ids[_ids(others, logits)] = _sample_rows(usable, others, rows)
 
     described = {i: logits[i].clone() for i, row in enumerate(rows) if row.params.logprobs is not None}
     arrived = _on_its_way(token_ids, peaks.values)
 
-    def finish() -> list[SampledToken]:
+    def finish() -> Sampled:
         tokens, highest = arrived()
-        _require_finite(highest, rows)
-        chosen = tokens.tolist()
-        logprobs = {i: _logprobs(raw, chosen[i], rows[i].params.logprobs or 0) for i, raw in described.items()}
-        return [
-            SampledToken(row.request_id, token, logprobs.get(i), row.position)
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True))
+        errors = _not_finite(highest, rows)
+        good = [
+            (i, row, token)
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
+            if row.request_id not in errors
         ]
+        found: list[SampledToken] = []
+        for i, row, token in good:
+            logprobs = _logprobs(described[i], token, row.params.logprobs or 0) if i in described else None
+            found.append(SampledToken(row.request_id, token, logprobs, row.position))
+        return Sampled(found, errors)
 
     return Sampling(token_ids, finish)
 
@@ -238,16 +249,15 @@ def _logprobs(raw: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(sampled, tuple(ids.tolist()), tuple((raw[ids] - normaliser).tolist()))
 
 
-def _require_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> None:
-    """NaN wins every maximum, so one reduction finds all rows that cannot be sampled."""
-    bad = (~peaks.isfinite()).nonzero().squeeze(1).tolist()
-    if bad:
-        i = bad[0]
-        raise EngineError(
-            f"logits of request {rows[i].request_id} at output position {rows[i].position} have maximum "
-            f"{float(peaks[i])}: no token can be sampled; check the weights, or use a wider dtype "
-            "(float32) if activations overflow"
-        )
+def _not_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[str, str]:
+    """By request why it cannot be sampled. NaN wins every maximum, so one reduction finds all such rows."""
+    return {
+        rows[
+            i
+        ].request_id: f"logits at output position {rows[i].position} have maximum {float(peaks[i])}: no token can "
+        "be sampled; check the weights, or use a wider dtype (float32) if activations overflow"
+        for i in (~peaks.isfinite()).nonzero().squeeze(1).tolist()
+    }
 
 
 def _is_greedy(params: SamplingParams) -> bool:
