@@ -223,6 +223,16 @@ PLACEMENT = (
         (f"{_RANKS}::test_short_contexts_stay_on_one_shard_and_move_nothing",),
     ),
     Fault(
+        "a cached page is found whatever its salt", "scheduler/sequence.py",
+        "root_key(root, salt) if salt else root", "root",
+        ("tests/engine/test_requests.py::test_a_cached_prefix_is_found_by_requests_of_the_same_salt_only",),
+    ),
+    Fault(
+        "a row that is no number gets a token", "engine/rank/sampling/sampler.py",
+        "if row.request_id not in errors", "if True",
+        ("tests/unit/test_sampler.py::test_nan_logits_end_their_request_and_no_other",),
+    ),
+    Fault(
         "a page's key does not cover what is before it", "cache/prefix.py",
         "blake2b(parent + array(", "blake2b(array(", (f"{_PAGES}::test_keys_cover_parent_tokens_and_model",),
     ),

@@ -53,6 +53,8 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
     skip_special_tokens: bool = True
+    # cached prefixes are shared among requests of one salt only, so that nobody learns what others have sent
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

@@ -270,3 +270,16 @@ def test_a_request_whose_logits_are_no_numbers_ends_and_the_others_go_on(tiny, p
     together = llm.generate([good[0], [3, 4, bad, 5], good[1]], SamplingParams(max_tokens=6, **params))
     assert [o.outputs[0].finish_reason for o in together] == ["length", "error", "length"]
     assert [together[0].outputs[0].token_ids, together[2].outputs[0].token_ids] == expected
+
+
+def test_a_cached_prefix_is_found_by_requests_of_the_same_salt_only(tiny):
+    """Otherwise a tenant could learn from its speed, or from `cached_tokens`, what another one has sent."""
+    llm = tiny(pcp=2)
+    prompt = prompt_of(40)
+
+    def cached(salt):
+        (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4, cache_salt=salt))
+        assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 4)[0]
+        return output.num_cached_tokens
+
+    assert [cached("mine"), cached("yours"), cached(""), cached("mine"), cached("")] == [0, 0, 0, 36, 36]
