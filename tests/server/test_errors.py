@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from longspan.errors import ConfigError
-from longspan.server.options import ServeOptions
+from longspan.server.options import ServeOptions, parse_origins
 from tests.server.running import Running, running
 
 TALK = [{"role": "user", "content": "Hello"}]
@@ -130,6 +130,36 @@ def test_a_wrong_path_or_method_has_the_same_shape(server: Running, method, path
     refused(server.client.request(method, path), status)
 
 
+def test_a_path_that_is_not_served_names_those_that_are(server: Running):
+    message = refused(server.client.get("/v1/complete"), 404)["message"]
+    assert message.startswith("GET '/v1/complete': is not served; there are POST /v1/completions,")
+    message = refused(server.post("/v1/embeddings", {"input": "a"}), 404)["message"]
+    assert (
+        message
+        == "path='/v1/embeddings': this server generates text and does nothing else; ask a server of another kind"
+    )
+
+
+def test_a_page_of_an_allowed_origin_may_call_the_server_and_no_other(strict: Running, server: Running):
+    def preflight(at: Running, origin: str) -> httpx.Response:
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+        return httpx.options(f"{at.url}/v1/completions", headers=asked)
+
+    allowed = preflight(strict, "https://a.example")
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-origin" not in preflight(strict, "https://b.example").headers
+    assert "access-control-allow-origin" not in preflight(server, "https://a.example").headers
+
+
+@pytest.mark.parametrize("text", ["a.example", "https://a.example/page", "https://a.example, b"])
+def test_an_origin_is_a_scheme_and_a_host(text):
+    with pytest.raises(ConfigError, match=r"allowed_origins=.*: is no origin; write it as https://HOST"):
+        parse_origins("allowed_origins", text)
+
+
 def test_token_ids_that_are_none_are_refused(server: Running):
     assert "is not in 0..96" in refused(server.post("/detokenize", {"tokens": [97]}))["message"]
     assert refused(server.post("/tokenize", {}))["param"] == "prompt"
@@ -144,7 +174,9 @@ def test_nothing_is_left_behind_by_refusals(server: Running):
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Running]:
     """A server that has a key and takes small bodies."""
-    options = ServeOptions(port=0, api_key="sesame", served_model_name="tiny", max_body_bytes=1000)
+    options = ServeOptions(
+        port=0, api_key="sesame", served_model_name="tiny", max_body_bytes=1000, allowed_origins=("https://a.example",)
+    )
     with running(options=options) as started:
         yield started
 

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
@@ -40,6 +41,7 @@ from longspan.version import __version__
 _ESCAPED_BYTES = 6  # \\u0001 for one byte
 _ID_BYTES = 8  # digits, comma and space of a token id
 _LEAST_BODY, _LARGEST_BODY = 2 << 20, 64 << 20
+_OTHER_TASKS = ("/v1/embeddings", "/v1/audio", "/v1/images", "/v1/moderations", "/v1/rerank", "/pooling", "/score")
 _LOG = logging.getLogger("longspan.server")
 _ERROR_BODY = {"application/json": {"example": Problem(400, "field=value: what is wrong; remedy").body()}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -145,6 +147,11 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     if service.options.api_key:
         app.add_middleware(KeyCheck, api_key=service.options.api_key)
+    if service.options.allowed_origins:  # outermost: a browser asks first without the key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.options.allowed_origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )  # fmt: skip
     return app
 
 
@@ -241,6 +248,19 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         return Json(state_of(service.engine, await service.engine.state(), service.model, service.started))
 
 
+def _not_served(app: FastAPI, request: Request) -> str:
+    """Why a path or method is refused, and what there is in its place."""
+    path = shortened(request.scope["path"])
+    if request.scope["path"].startswith(_OTHER_TASKS):
+        return f"path={path}: this server generates text and does nothing else; ask a server of another kind"
+    served = [
+        f"{'/'.join(sorted(route.methods or ()))} {route.path}"
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    ]
+    return f"{request.method} {path}: is not served; there are {', '.join(served)}, and their fields at /docs"
+
+
 def _add_errors(app: FastAPI, service: Service) -> None:
     def tell(problem: Problem) -> Response:
         service.engine.metrics.failed(problem.status)
@@ -254,9 +274,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return tell(problem_of_validation(error.errors(), error.body, known))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).name.lower()
-        return tell(Problem(error.status_code, str(error.detail), code=code, headers=error.headers or {}))
+        message = _not_served(app, request) if error.status_code in (404, 405) else str(error.detail)
+        return tell(Problem(error.status_code, message, code=code, headers=error.headers or {}))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

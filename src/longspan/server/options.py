@@ -5,10 +5,20 @@ It owns the fields and their checks; it must not import the engine.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 
 from longspan.config import parse_bytes, require
 from longspan.config.option import option
+
+
+def parse_origins(field: str, text: str) -> tuple[str, ...]:
+    """`https://a.example,http://localhost:3000`, or `*`. Raises `ConfigError`."""
+    origins = tuple(part.strip() for part in text.split(",") if part.strip())
+    for origin in origins:
+        known = origin == "*" or re.fullmatch(r"https?://[^/?#\s]+", origin) is not None
+        require(known, field, origin, "is no origin", "write it as https://HOST or https://HOST:PORT, without a path")
+    return origins
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,10 @@ class ServeOptions(ListenOptions):
     )
     request_timeout: float | None = option(None, "seconds a request may take; default: no limit")
     tool_call_parser: str | None = option(None, "form of tool calls; default: what the chat template tells")
+    allowed_origins: tuple[str, ...] = option(
+        (), "web pages of these origins may call the server from a browser, as in https://a.example,https://b.example; "
+        "* is all; default: none", parse=parse_origins, text=None,
+    )  # fmt: skip
     http: HttpLimits = field(default_factory=HttpLimits)
 
     def __post_init__(self) -> None:
