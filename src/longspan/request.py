@@ -72,6 +72,8 @@ class SamplingParams:
     grammar: str | None = None
     # whether special tokens are left out of the text
     skip_special_tokens: bool = True
+    # cached prefixes are shared among requests with the same salt only, so that timing does not reveal others' prompts
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

@@ -36,6 +36,7 @@ Runner = Callable[[Prompts, int], ContestantTiming]
 class LongspanSide:
     """Longspan in one configuration."""
 
+    # model, layout and options
     config: EngineConfig
 
     def open(self) -> Runner:

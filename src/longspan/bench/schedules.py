@@ -84,10 +84,13 @@ HEAD_SHAPES = (
 class ScheduleCell:
     """One situation in one layout."""
 
+    # the model's heads
     heads: HeadShape
-    # the layout
+    # tensor parallel size
     tp: int
+    # prefill context parallel size
     pcp: int
+    # decode context parallel size
     dcp: int
     # tokens that the step computes
     new: int
@@ -135,6 +138,7 @@ class ScheduleCell:
 class ScheduleTiming:
     """The result of one schedule in one cell."""
 
+    # its name
     schedule: str
     # measured for one layer
     seconds: float
@@ -150,7 +154,9 @@ class ScheduleTiming:
 class CellResult:
     """The results of all schedules in one cell."""
 
+    # what was measured
     cell: ScheduleCell
+    # one for each schedule that sends anything
     timings: tuple[ScheduleTiming, ...]
     # the schedule that the cost model chooses
     chosen: str
@@ -173,6 +179,7 @@ class CellResult:
 class _Measured:
     """The measurements of one rank."""
 
+    # of the cost model
     constants: CostConstants
     # for each cell: by schedule the (start, end) of each repetition, and by schedule the bytes sent in one
     spans: tuple[tuple[dict[str, list[tuple[float, float]]], dict[str, int]], ...]
@@ -222,7 +229,7 @@ def _results(cells: Sequence[ScheduleCell], measured: Sequence[_Measured]) -> li
     results: list[CellResult] = []
     for number, cell in enumerate(cells):
         expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))[0]}
-        groups = cell.grid.head_shards
+        groups = cell.grid.head_shards  # the formula gives the bytes of one context group
         timings = tuple(
             ScheduleTiming(
                 schedule,
@@ -268,7 +275,7 @@ def _measure(
         for schedule in _MEASURED:
             attend = run[schedule]
             before = traffic.bytes_by_label.get(schedule, 0)
-            everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")
+            everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")  # ranks start together
             started = now()
             attend(layer, q, k, v)
             spans[schedule].append((started, now()))

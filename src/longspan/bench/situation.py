@@ -88,6 +88,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
         plan = _next(scheduler)
         mirror.apply(plan)
         scheduler.commit(plan, StepResult())
+    # the next step has exactly the new tokens
     scheduler.config = SchedulerConfig(max_num_batched_tokens=situation.new, max_num_seqs=1, local_context=0)
     chooser.asked.clear()
     plan = _next(scheduler)

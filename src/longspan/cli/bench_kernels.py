@@ -19,7 +19,7 @@ from longspan.config import parse_integers, require, require_choice
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.bench.kernels.attention import HeadShape, Shared
+    from longspan.bench.kernels.attention import KernelHeads, Shared
     from longspan.bench.kernels.harness import Harness, KernelRow
 
 _WIDTH = 150
@@ -199,7 +199,7 @@ def _sizes(device: str) -> dict[str, Any]:
     return _SIZES[device]
 
 
-def _heads(names: str) -> list[HeadShape]:
+def _heads(names: str) -> list[KernelHeads]:
     from longspan.bench.kernels.attention import HEADS
 
     for name in names.split(","):

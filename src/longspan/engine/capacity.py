@@ -66,11 +66,13 @@ class WeightPart:
 class RankMemory:
     """The memory of one rank of a model in a layout. Raises `ConfigError` if the layout is impossible for the model."""
 
+    # the model's sizes
     model: ModelConfig
     # the device of one rank
     hardware: HasMemory
     # the layout
     parallel: ParallelConfig
+    # bytes of weights
     weights: WeightFormat
     # bytes of one element of the cache; 1 means quantised
     kv_element_bytes: int
@@ -165,6 +167,7 @@ class RankMemory:
         ]
         stages = [sum(each[slice(*split_evenly(len(each), self.grid.pp, n))]) for n in range(self.grid.pp)]
         stages[0] += self.head.bytes
+        # tied weights are held once only if the first stage is also the last
         if not self.model.tie_word_embeddings or len(stages) != 1:
             stages[-1] += self.head.bytes
         return max(stages)

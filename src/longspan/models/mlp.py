@@ -6,10 +6,10 @@ It owns its three projections; it must not know how wide its slice is.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext
-from longspan.models.experts import swiglu
 from longspan.models.params import Param
 
 
@@ -33,3 +33,9 @@ class GatedMLP:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
         summed = self._tp.all_reduce(self._down(swiglu(self._gate_up(x, self._gate_up_bias))))
         return summed if self._down_bias is None else summed + self._down_bias
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of [R, gate | up] (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from longspan.cache.pages import PageTable
-from longspan.cache.prefix import Key, page_key
+from longspan.cache.prefix import Key, page_key, root_key
 from longspan.plan.source import Source
 from longspan.request import CoreRequest
 from longspan.scheduler.lookup import PromptLookup
@@ -85,10 +85,10 @@ class SequenceState:
         self.home = None
 
     def page_keys(self, first: int, count: int, root: Key) -> Sequence[Key]:
-        """Content keys of whole pages [first, count)."""
-        size = self.table.page_size
+        """Content keys of whole pages [first, count); those of one cache salt are like no others."""
+        size, salt = self.table.page_size, self.params.cache_salt
         while len(self._keys) < count:
-            parent = self._keys[-1] if self._keys else root
+            parent = self._keys[-1] if self._keys else root_key(root, salt) if salt else root
             start = len(self._keys) * size
             self._keys.append(page_key(parent, self.tokens[start : start + size]))
         return self._keys[first:count]

@@ -55,9 +55,11 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 class Service:
     """Everything that the endpoints use."""
 
+    # completes prompts
     engine: AsyncEngine
     # the tokenizer
     text: Text
+    # key and limits
     options: ServeOptions
     # name of the served model
     model: str

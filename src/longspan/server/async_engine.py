@@ -38,6 +38,7 @@ class Job:
 
     # the prompt's tokens
     prompt_token_ids: Sequence[int]
+    # for all its completions
     params: SamplingParams
     # the prompt's text, where it has to be returned
     prompt: str | None = None
@@ -282,6 +283,7 @@ class AsyncEngine:
                         await self._welcome(core)
                     await self._listen(core)
                 except Exception as error:  # of any type: requests wait for a new core
+                    # a core that was ready is replaced at once; one that does not start, after growing pauses
                     pause = 0.0 if self._ready.is_set() else min(2 * pause + 0.1, _LONGEST_PAUSE)
                     _LOG.warning("the engine has failed and starts again: %s: %s", type(error).__name__, error)
                     self._mourn(error)
@@ -342,7 +344,7 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         now = time.monotonic()
-        core_ids_of = {}
+        core_ids_of = {}  # kept here, because the output processor forgets them when a request ends
         for tokens in outputs:
             output = self.output_processor.request_of(tokens.request_id)
             if output is None:

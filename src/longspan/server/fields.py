@@ -20,7 +20,7 @@ _MAX_DIGITS = 20  # of a token id; Python refuses to convert thousands of digits
 _SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-    "skip_special_tokens",
+    "skip_special_tokens", "cache_salt",
 )  # fmt: skip
 
 
@@ -115,6 +115,9 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = Field(default=None, description="not OpenAI's")
     response_format: ResponseFormat | None = None
     skip_special_tokens: bool | None = Field(default=None, description="not OpenAI's")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="not OpenAI's: cached prefixes are shared with requests of the same salt only"
+    )
     user: str | None = Field(default=None, description="taken, not used")
     safety_identifier: str | None = Field(default=None, description="taken, not used")
     prompt_cache_key: str | None = Field(default=None, description="taken, not used")

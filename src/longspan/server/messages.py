@@ -83,6 +83,7 @@ class CoreLoad(msgspec.Struct, frozen=True):
 
     # pages of each shard that requests hold
     used_pages: tuple[int, ...] = ()
+    # requests that wait and run, preemptions, draft tokens
     scheduler: SchedulerCounters = SchedulerCounters()
     # prompts moved between instances; None without a role
     transfer: TransferCounters | None = None
@@ -115,6 +116,7 @@ class SequenceReport(msgspec.Struct, frozen=True):
 class CoreState(msgspec.Struct, tag=True, frozen=True):
     """What the live page shows of the core."""
 
+    # counters now
     load: CoreLoad
     # pages of each shard that only the prefix cache holds
     cached_pages: tuple[int, ...]

@@ -115,6 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
         room = self._limits.max_header_bytes - self._quiet
+        # in two parts, so that `_feed` notices headers over the limit before the parser has more of them
         if self._phase is _Phase.HEAD and len(data) > room:
             self._feed(data[:room])
             data = data[room:]

@@ -26,12 +26,14 @@ _SCALE = 0.05
 
 
 @dataclass(frozen=True)
-class HeadShape:
+class KernelHeads:
     """The heads of a model, as attention sees them."""
 
     # name in tables
     name: str
+    # query heads
     q_heads: int
+    # KV heads
     kv_heads: int
     # elements of a cached row
     head_dim: int
@@ -59,9 +61,9 @@ class HeadShape:
 HEADS = {
     heads.name: heads
     for heads in (
-        HeadShape("gqa", 64, 8, 128, 128, 2),
-        HeadShape("mla", 128, 1, 576, 512, 1),
-        HeadShape("mha", 16, 16, 128, 128, 2),
+        KernelHeads("gqa", 64, 8, 128, 128, 2),
+        KernelHeads("mla", 128, 1, 576, 512, 1),
+        KernelHeads("mha", 16, 16, 128, 128, 2),
     )
 }
 
@@ -70,8 +72,9 @@ HEADS = {
 class Scene:
     """One case: a batch of requests that attend to their cached tokens."""
 
-    heads: HeadShape
-    # the cache's, one of `FORMATS`
+    # the model's heads
+    heads: KernelHeads
+    # of the cache, one of `FORMATS`
     format: str
     # number of requests
     batch: int

@@ -44,9 +44,11 @@ class KernelRow:
 class Harness:
     """A device with everything that measurements need."""
 
+    # where kernels run
     device: torch.device
     # of queries and of caches that are not quantised
     dtype: torch.dtype
+    # times the kernels
     clock: Clock
     # the device's best rates
     ceilings: Ceilings

@@ -12,14 +12,14 @@ import torch
 from longspan.attention.backends.base import Writer
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
-from longspan.bench.kernels.attention import FORMATS, HeadShape, Scene
+from longspan.bench.kernels.attention import FORMATS, KernelHeads, Scene
 from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.plan.view import WriteRun
 
 _SPREAD = 4  # slots of the pool for each slot that is written
 
 
-def run_merges(harness: Harness, heads: HeadShape, tokens: Iterable[int], parts: int) -> list[KernelRow]:
+def run_merges(harness: Harness, heads: KernelHeads, tokens: Iterable[int], parts: int) -> list[KernelRow]:
     """Time merging `parts` states, for each number of tokens.
 
     Layout `packed` is as states arrive from other ranks (out and lse in one tensor [T, Hq, Dv + 1]), `whole` as kernels
@@ -53,7 +53,7 @@ def _merge(
     return lambda: merge(given)
 
 
-def run_writes(harness: Harness, heads: HeadShape, formats: Iterable[str], rows: Iterable[int]) -> list[KernelRow]:
+def run_writes(harness: Harness, heads: KernelHeads, formats: Iterable[str], rows: Iterable[int]) -> list[KernelRow]:
     """Time writing rows k, v [T, Hkv, D] into the cache, for each number of rows and format.
 
     The bytes counted are the rows read once, and values and scales written once.

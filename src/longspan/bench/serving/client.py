@@ -44,6 +44,7 @@ class Target:
     model: str
     # one of `ENDPOINTS`
     endpoint: str = "completions"
+    # 0 is greedy
     temperature: float = 0.0
     # whether to ask for exactly `max_tokens` tokens
     ignore_eos: bool = True

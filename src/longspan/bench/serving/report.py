@@ -23,8 +23,8 @@ class Spread:
 
     mean: float
     median: float
-    p90: float
-    p99: float
+    p90: float  # 90th percentile
+    p99: float  # 99th percentile
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class RunReport:
     prompt_tokens: int
     # tokens generated
     output_tokens: int
-    # over `duration_s`, as the two rates below
+    # completed requests over `duration_s`
     requests_per_s: float
+    # tokens generated over `duration_s`
     output_tokens_per_s: float
-    # prompt and output tokens
+    # prompt and output tokens over `duration_s`
     total_tokens_per_s: float
     # requests with fewer tokens than asked for
     short_outputs: int

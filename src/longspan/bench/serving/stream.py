@@ -35,15 +35,22 @@ class EventSplitter:
 
 
 class _Delta(msgspec.Struct):
+    # set in the first chunk of a message
     role: str | None = None
+    # text of the answer
     content: str | None = None
+    # text of the reasoning, by vLLM's and DeepSeek's name
     reasoning_content: str | None = None
+    # text of the reasoning, by another name
     reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
+    # of completions
     text: str | None = None
+    # of chats
     delta: _Delta | None = None
+    # set in the last chunk
     finish_reason: str | None = None
 
     def brings_token(self, first: bool) -> bool:
@@ -66,10 +73,15 @@ class _Usage(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
+    # one, or none in the chunk with usage
     choices: list[_Choice] = []
+    # set in one chunk, usually the last
     usage: _Usage | None = None
+    # OpenAI's error object, or a text
     error: Any = None
+    # "error" in vLLM's older format of errors
     object: str | None = None
+    # the error's message in that format
     message: str | None = None
 
 

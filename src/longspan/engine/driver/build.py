@@ -30,6 +30,7 @@ from longspan.scheduler.scheduler import Scheduler
 def build_core(setup: EngineSetup) -> EngineCore:
     """Start the ranks and build a core on them. Raises `ConfigError`, `ModelError` or `EngineError`."""
     config, cached = setup.config, setup.config.cache
+    # the ranks' setup has the paths of the offload files and the address of the role, so both come before the executor
     with ExitStack() as undo:
         offload = OffloadFiles(setup) if cached.offload.is_on else None
         index = None

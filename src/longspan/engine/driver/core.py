@@ -66,6 +66,7 @@ class EngineStats:
     prefill_schedule: str
     # schedule of the last step with decode
     decode_schedule: str
+    # requests that wait and run, preemptions, draft tokens
     scheduler: SchedulerCounters
     # bytes and calls of all ranks since they started
     traffic: Traffic
@@ -114,6 +115,7 @@ class EngineCore:
         self._offload = offload
         self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
+        # steps in flight: plan, time of submission, and whether no other step was in flight then
         self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[str, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
@@ -223,7 +225,7 @@ class EngineCore:
             scores_of.setdefault(score.request_id, []).append(score)
         seconds = time.perf_counter() - submitted
         self._record(plan, seconds)
-        if alone and self.cache.offload:
+        if alone and self.cache.offload:  # otherwise the seconds include waiting for earlier steps
             self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
         outputs = [
             self._output(each, tokens_of.get(each, ()), scores_of.get(each, ()), counted.errors.get(each))

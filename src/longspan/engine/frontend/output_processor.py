@@ -38,6 +38,7 @@ class _Group:
 
     # what the user gets; updated in place
     output: RequestOutput
+    # as the user gave them
     params: SamplingParams
     # the most tokens of each completion, resolved
     max_tokens: int
@@ -88,14 +89,14 @@ class OutputProcessor:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(tokens)
         group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at)
-        if max_tokens == 0 and params.prompt_logprobs is None:
+        if max_tokens == 0 and params.prompt_logprobs is None:  # there is nothing to compute
             for completion in completions:
                 completion.end(FinishReason.LENGTH)
             output.finished = True
             return output
         self._groups[request_id] = group
         self._start(group, completions[0])
-        if not self._setup.config.cache.enable_prefix_caching:
+        if not self._setup.config.cache.enable_prefix_caching:  # completions cannot share the prompt's pages
             self._start_rest(group)
         return output
 
@@ -165,6 +166,7 @@ class OutputProcessor:
         """A new completion. Its id in the core is never used again, because steps in flight may name an ended one."""
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
+        # with a seed of the user, tokens must not depend on how many requests came before
         own = number if params.seed is None else index
         detokenizer = Detokenizer(self._tokenizer, params, tokens[-_CONTEXT_TOKENS:])
         own_seed = (seed + own * _SEED_STRIDE) % (1 << 63)

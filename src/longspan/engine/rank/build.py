@@ -53,7 +53,7 @@ class TensorParallelGroup:
         self._vocab_sizes = vocab_sizes
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of `x`, of any shape, over the members of the group."""
+        """The sum of `x` [...] over the members of the group."""
         return self._group.all_reduce(x, "tp")
 
     def all_gather_last(self, x: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class WeightPiece(NamedTuple):
         return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
 
     def read(self, checkpoint: Checkpoint, out: Tensor) -> None:
-        """Read the slice into `out`, which has the shape `shape`."""
+        """Read the slice into `out`, of shape `shape` and any dtype. Raises `WeightError`."""
         target = out.permute(*reversed(range(out.dim())))[None] if self.stacked else out
         checkpoint.read(self.name, self.slices, target)
 
@@ -76,7 +76,7 @@ class TensorStore:
         self._lock = Lock()
 
     def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
-        """The slices concatenated along dimension 0, in fp32 if `exact`, else in the model's dtype."""
+        """The slices concatenated along dimension 0, [rows, ...], in fp32 if `exact`, else in the model's dtype."""
         dtype = torch.float32 if exact else self._dtype
         with self._lock:
             return _once(self._tensors, pieces, lambda wanted: self._read(wanted, dtype))
@@ -136,7 +136,7 @@ class RankLoader:
         return self._sharding.extent(axis, size)
 
     def load(self, *params: Param) -> Tensor:
-        """This rank's slice of each parameter, concatenated along dimension 0."""
+        """This rank's slice of each parameter, concatenated along dimension 0: [rows, ...]."""
         exact = any(param.exact for param in params)
         return self._store.tensor([self._piece(param) for param in params], exact)
 

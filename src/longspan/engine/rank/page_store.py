@@ -145,6 +145,7 @@ class PageStore:
         self._shard = setup.grid.ranks[rank].shard
         caches = list(pool.layers.values())
         values, scales = [cache.values for cache in caches], [c.scales for c in caches if c.scales is not None]
+        # values of all layers, and scales of all layers if the cache is quantised
         self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in (values, scales) if kind]
         self._sizes = [sum(page[:, :, 0].numel() for page in pages) for pages in self._pages]
         self._scratch = torch.empty(self._part.record_bytes, dtype=torch.uint8)
@@ -157,7 +158,7 @@ class PageStore:
             if save.page.shard != self._shard:
                 continue
             record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
-            if save.spill:
+            if save.spill:  # the slot's page moves to disk before it is overwritten
                 self._write(save.spill.slot, save.spill.key, record)
             self._gather(save.page.index, record[_HEADER_BYTES:])
             if save.tier is Tier.MEMORY:
@@ -196,7 +197,7 @@ class PageStore:
             os.pwritev(self._on_disk, [_header(key, data), data], self._offset(slot))
 
     def _read(self, slot: int, key: Key, record: Tensor) -> bool:
-        """Read a record of a page from disk; False if it is not the one that was written."""
+        """Read a record from disk into `record`, uint8 [record_bytes]; False if it is not the one that was written."""
         whole = _buffer(record)
         try:
             read = os.preadv(self._on_disk, [whole], self._offset(slot))
@@ -216,7 +217,7 @@ class PageStore:
             part.copy_(torch.stack([page[:, :, index] for page in pages]).flatten())
 
     def _scatter(self, index: int, data: Tensor) -> None:
-        """The inverse of `_gather`."""
+        """The inverse of `_gather`: copy `data`, uint8 [bytes], to page `index` of every layer."""
         for pages, part in zip(self._pages, torch.split(data, self._sizes), strict=True):
             layers = part.to(pages[0].device).view(len(pages), *pages[0][:, :, index].shape)
             for page, layer in zip(pages, layers, strict=True):

@@ -58,7 +58,9 @@ class RankParts:
     model: Model
     # with this rank's KV pool
     attention: Attention
+    # groups of ranks that this rank belongs to
     groups: Groups
+    # where the rank's tensors are
     device: torch.device
     # tokens as the grammar library sees them
     vocabulary: Vocabulary
@@ -120,7 +122,7 @@ class Runner:
     def start(self, plan: StepPlan) -> Finish:
         """Start one step. The returned function waits for its result, which a GPU may still be computing."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
-            failed_loads = self._copy_pages(plan)
+            failed_loads = self._copy_pages(plan)  # first: the step may overwrite pages that are saved
             finish = self._start(plan)
         if self.transfer is not None:
             self.transfer.computed(plan)
@@ -150,7 +152,7 @@ class Runner:
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
-        if self._model.head is None:
+        if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
@@ -177,7 +179,14 @@ class Runner:
         if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(scores))
         errors, sampling = self._sample(logits, view.samples)
-        return lambda: StepResult(tuple(sampling.finish()), tuple(scores), errors) if returns else StepResult()
+
+        def finish() -> StepResult:
+            if not returns:
+                return StepResult()
+            sampled = sampling.finish()
+            return StepResult(tuple(sampled.tokens), tuple(scores), {**errors, **sampled.errors})
+
+        return finish
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
@@ -218,7 +227,10 @@ class Runner:
         return found.pin_memory().to(self._device, non_blocking=True)  # a plain copy would wait for the step in flight
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
-        """Errors of requests that cannot go on, by request id, and the sampling of the others."""
+        """Start sampling from `logits` fp32 [samples, vocab].
+
+        Returns the errors of requests that cannot go on, by request id, and the sampling of the others.
+        """
         rows: list[SampleRow] = []
         kept: list[int] = []
         errors: dict[str, str] = {}

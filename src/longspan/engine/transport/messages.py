@@ -20,6 +20,7 @@ STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # any other message to a r
 class RankHello(msgspec.Struct, tag=True, frozen=True):
     """The first message of a rank."""
 
+    # the sender
     rank: int
     # number of ranks that its launcher started
     world_size: int
@@ -34,6 +35,7 @@ class RankHello(msgspec.Struct, tag=True, frozen=True):
 class Begin(msgspec.Struct, tag=True, frozen=True):
     """The driver's answer to every rank, once all of them have sent `RankHello`."""
 
+    # the driver's, from which the rank makes its setup
     config: EngineConfig
     # `tcp://host:port` of the TCPStore of rank 0
     meet_at: str
@@ -51,6 +53,7 @@ class RankRefused(msgspec.Struct, tag=True, frozen=True):
 class RankReady(msgspec.Struct, tag=True, frozen=True):
     """The rank has loaded its weights and is ready for plans."""
 
+    # the sender
     rank: int
     # of the cost model; None if the rank was not to measure them
     constants: CostConstants | None
@@ -59,6 +62,7 @@ class RankReady(msgspec.Struct, tag=True, frozen=True):
 class Alive(msgspec.Struct, tag=True, frozen=True):
     """A heartbeat, sent on a connection of its own."""
 
+    # the sender
     rank: int
 
 
@@ -81,6 +85,7 @@ class TrafficReport(msgspec.Struct, tag=True, frozen=True):
 class TraceReport(msgspec.Struct, tag=True, frozen=True):
     """The answer to `TRACE`."""
 
+    # the sender
     rank: int
     # what the rank did, with start and end
     spans: list[TraceSpan]
@@ -89,6 +94,7 @@ class TraceReport(msgspec.Struct, tag=True, frozen=True):
 class RankFailed(msgspec.Struct, tag=True, frozen=True):
     """The rank has failed and ends."""
 
+    # the sender
     rank: int
     # name of the exception's class
     kind: str

@@ -42,6 +42,7 @@ def _kept(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     kept = values >= values.gather(1, top_k[:, None] - 1)
     weights = values.exp().masked_fill_(~kept, 0.0).double()
     mass = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+    # 2.0 is no filter: the mass may exceed 1 by rounding. The best token always stays, as there is no mass before it.
     top_p = torch.tensor([one.top_p if one.top_p < 1.0 else 2.0 for one in params], dtype=torch.float64, device=device)
     kept[:, 1:] &= mass[:, :-1] < top_p[:, None]
     floors = [math.log(one.min_p) if one.min_p > 0.0 else float("-inf") for one in params]

@@ -28,7 +28,9 @@ _LARGEST = 1e38
 class SampleRow:
     """One row of logits to sample."""
 
+    # the completion's id
     request_id: str
+    # its sampling parameters
     params: SamplingParams
     # of the completion; random numbers depend on it and on `position` only
     seed: int
@@ -53,13 +55,18 @@ class Sampling:
 
     # int64 [R], on the device of the logits
     token_ids: Tensor
-    # waits for the device and returns the tokens; raises `EngineError` for logits that cannot be sampled
-    finish: Callable[[], list[SampledToken]]
+    # waits for the device and returns the tokens
+    finish: Callable[[], Sampled]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-    """Sample one token for each row of `logits` fp32 [R, vocab] and wait for the result. See `start_sampling`."""
-    return start_sampling(logits, rows).finish()
+@dataclass(frozen=True)
+class Sampled:
+    """The result of sampling a batch."""
+
+    # tokens of requests whose rows could all be sampled, in the order of the rows
+    tokens: list[SampledToken]
+    # by request id, why a request cannot go on
+    errors: dict[str, str]
 
 
 def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
@@ -67,11 +74,10 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
 
     The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
     probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
-    `Sampling.finish` is called.
+    `Sampling.finish` is called. A row that holds NaN or +inf, or nothing but -inf, is an error of its request alone.
 
     Raises:
-        EngineError: the shape does not fit the rows, or a row holds NaN or +inf or nothing but -inf. The second may be
-            raised by `Sampling.finish` instead.
+        EngineError: the shape does not fit the rows.
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise EngineError(
@@ -82,28 +88,34 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     token_ids = peaks.indices
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        if logits.device.type == "cpu":
-            _require_finite(peaks.values, rows)
-        token_ids[_ids(others, logits)] = _sample_rows(logits, others, rows)
+        finite = peaks.values.isfinite()
+        all_finite = logits.device.type == "cpu" and bool(finite.all())  # on a GPU this would wait for the device
+        usable = logits if all_finite else torch.where(finite[:, None], logits, 0.0)
+        token_ids[_ids(others, logits)] = _sample_rows(usable, others, rows)
 
+    # copies, because the caller may overwrite the logits (a CUDA graph does) before `finish` is called
     described = {i: logits[i].clone() for i, row in enumerate(rows) if row.params.logprobs is not None}
     arrived = _on_its_way(token_ids, peaks.values)
 
-    def finish() -> list[SampledToken]:
+    def finish() -> Sampled:
         tokens, highest = arrived()
-        _require_finite(highest, rows)
-        chosen = tokens.tolist()
-        logprobs = {i: _logprobs(raw, chosen[i], rows[i].params.logprobs or 0) for i, raw in described.items()}
-        return [
-            SampledToken(row.request_id, token, logprobs.get(i), row.position)
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True))
+        errors = _not_finite(highest, rows)
+        good = [
+            (i, row, token)
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
+            if row.request_id not in errors
         ]
+        found: list[SampledToken] = []
+        for i, row, token in good:
+            logprobs = _logprobs(described[i], token, row.params.logprobs or 0) if i in described else None
+            found.append(SampledToken(row.request_id, token, logprobs, row.position))
+        return Sampled(found, errors)
 
     return Sampling(token_ids, finish)
 
 
 def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Start copies of the tensors to the CPU; the returned function waits for them.
+    """Start copies of tensors, of any shape, to the CPU; the returned function waits for them.
 
     The copies are queued on the current stream now, so they do not wait for kernels that are launched later.
     """
@@ -247,19 +259,18 @@ def _logprobs(raw: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(sampled, tuple(ids.tolist()), tuple((raw[ids] - normaliser).tolist()))
 
 
-def _require_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Raise `EngineError` for a row that cannot be sampled, given the maximum of each row.
+def _not_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[str, str]:
+    """Errors of rows that cannot be sampled, by request id, given the maximum of each row, `peaks` fp32 [R].
 
     The maximum of a row with NaN is NaN, so it shows every such row.
     """
-    bad = (~peaks.isfinite()).nonzero().squeeze(1).tolist()
-    if bad:
-        i = bad[0]
-        raise EngineError(
-            f"logits of request {rows[i].request_id} at output position {rows[i].position} have maximum "
-            f"{float(peaks[i])}: no token can be sampled; check the weights, or use a wider dtype "
-            "(float32) if activations overflow"
-        )
+    return {
+        rows[
+            i
+        ].request_id: f"logits at output position {rows[i].position} have maximum {float(peaks[i])}: no token can "
+        "be sampled; check the weights, or use a wider dtype (float32) if activations overflow"
+        for i in (~peaks.isfinite()).nonzero().squeeze(1).tolist()
+    }
 
 
 def _is_greedy(params: SamplingParams) -> bool:
