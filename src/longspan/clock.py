@@ -23,9 +23,9 @@ _FLUSH_BYTES = 256 << 20  # several times the largest L2 cache
 
 
 def now(device: torch.device = _CPU) -> float:
-    """Wait until the device is idle, then read the clock.
+    """Wait until the device is idle and return the time in seconds.
 
-    In seconds since an arbitrary moment, which is the same for all processes of a machine.
+    The time is counted from an arbitrary moment, which is the same for all processes of a machine.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -53,9 +53,9 @@ def repeated(run: Run, repeats: int, device: torch.device = _CPU, before: Run | 
 class Timing:
     """Seconds of one call of a warm function."""
 
-    median: float  # over the timed repetitions
-    best: float  # the shortest of them
-    runs: int  # timed repetitions
+    median: float  # median of the timed repetitions
+    best: float  # shortest of the timed repetitions
+    runs: int  # number of timed repetitions
     captured: bool = False  # whether a CUDA graph was replayed, so that launches are not timed
 
 
@@ -107,7 +107,7 @@ class CudaClock(Clock):
         return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
 
     def _captured(self, function: Run) -> Run | None:
-        """The function as a CUDA graph to replay; None if it cannot be captured, as where it copies from the host."""
+        """Capture the function as a CUDA graph; None if that is impossible, for example if it copies from the host."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

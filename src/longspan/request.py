@@ -52,7 +52,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     # subtracted from a token's logit for each of its occurrences in the output
     frequency_penalty: float = 0.0
-    # makes this request's tokens reproducible, however it is batched or sharded; None: a random seed
+    # makes this request's tokens reproducible, however it is batched or sharded; None: derived from the engine's seed
     seed: int | None = None
     # strings that end the completion
     stop: str | Sequence[str] = ()
@@ -124,7 +124,7 @@ def _check(ok: bool, name: str, value: object, problem: str) -> None:
 class TokenLogprobs:
     """Log probabilities at one position, in natural logarithms."""
 
-    # that of the sampled token, or of the prompt's token
+    # log probability of the sampled token, or of the prompt's token
     sampled: float
     # the most likely tokens, best first
     top_ids: tuple[int, ...]
@@ -154,7 +154,7 @@ class PromptScore:
     request_id: str
     # the token's index in the prompt
     position: int
-    # its own, and those of the most likely tokens at its position
+    # log probabilities of the token and of the most likely ones at its position
     logprobs: TokenLogprobs
 
 
@@ -204,7 +204,7 @@ class CoreRequest:
     request_id: str
     # the prompt's tokens
     prompt_token_ids: Sequence[int]
-    # those of the user's request
+    # the parameters of the user's request
     params: SamplingParams
     # seed of this completion; completions of one user's request have different seeds
     seed: int

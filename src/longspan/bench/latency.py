@@ -31,9 +31,9 @@ class BatchLoad:
     iterations: int
     # runs before them that are not counted
     warmup: int
-    # of the prompts' random tokens
+    # seed of the prompts' random tokens
     seed: int
-    # bounds their ids
+    # random token ids are below this
     vocab_size: int
 
     def prompts(self, number: int) -> list[list[int]]:

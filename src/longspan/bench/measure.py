@@ -44,7 +44,7 @@ class Measured:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second after that; None if there were none."""
+        """Tokens generated per second after that moment; None if there were none."""
         return self.decode_tokens / self.decode_s if self.decode_tokens else None
 
 

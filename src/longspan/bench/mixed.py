@@ -31,7 +31,7 @@ class MixedLoad:
     context_len: int
     # tokens to generate for each request
     output_len: int
-    # of lengths and tokens
+    # seed of lengths and tokens
     seed: int
 
 

@@ -140,13 +140,13 @@ class ScheduleTiming:
 
     # its name
     schedule: str
-    # measured for one layer
+    # measured time of one layer
     seconds: float
-    # seconds by the cost model
+    # the cost model's seconds for one layer
     estimated: float
-    # sent by all ranks, as counted
+    # bytes sent by all ranks, as counted
     bytes: int
-    # sent by all ranks, by the schedule's formula
+    # bytes sent by all ranks, by the schedule's formula
     formula_bytes: int
 
 
@@ -160,7 +160,7 @@ class CellResult:
     timings: tuple[ScheduleTiming, ...]
     # the schedule that the cost model chooses
     chosen: str
-    # measured on these ranks, and used for the choice
+    # the cost model's constants, measured on these ranks and used for the choice
     constants: CostConstants
 
     @property
@@ -179,7 +179,7 @@ class CellResult:
 class _Measured:
     """The measurements of one rank."""
 
-    # of the cost model
+    # the cost model's constants
     constants: CostConstants
     # for each cell: by schedule the (start, end) of each repetition, and by schedule the bytes sent in one
     spans: tuple[tuple[dict[str, list[tuple[float, float]]], dict[str, int]], ...]
@@ -189,7 +189,7 @@ class _Measured:
 class MeasureCells:
     """The function that every rank runs."""
 
-    # all of one layout and head shape
+    # cells to measure, all of the same layout and head shape
     cells: tuple[ScheduleCell, ...]
     # repetitions that are counted
     iterations: int
@@ -271,7 +271,7 @@ def _measure(
     run, q, k, v = _prepare(cell, rank, ops, group, laid_out)
     spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in _MEASURED}
     sent: dict[str, int] = {}
-    for _ in range(count + 1):  # the first is not counted
+    for _ in range(count + 1):  # the first repetition is a warm-up
         for schedule in _MEASURED:
             attend = run[schedule]
             before = traffic.bytes_by_label.get(schedule, 0)

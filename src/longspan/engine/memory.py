@@ -30,7 +30,7 @@ _MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class _Device:
-    """A device whose memory is what is free of a GPU's."""
+    """The free memory of a GPU, as a device for `RankMemory`."""
 
     # bytes that are free
     memory_bytes: float

@@ -65,8 +65,10 @@ class EngineSetup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations. `auto` is bfloat16 on a GPU, and float32 on a CPU: bfloat16 is slow on
-        CPUs without AVX-512."""
+        """Dtype of weights and activations.
+
+        `auto` is bfloat16 on a GPU, and float32 on a CPU, because bfloat16 is slow on CPUs without AVX-512.
+        """
         return _model_dtype(self.config, self.device_type)
 
     def device(self, number: int = 0) -> torch.device:

@@ -38,7 +38,7 @@ class Job:
 
     # the prompt's tokens
     prompt_token_ids: Sequence[int]
-    # for all its completions
+    # sampling parameters of its completions
     params: SamplingParams
     # the prompt's text, where it has to be returned
     prompt: str | None = None
@@ -62,7 +62,7 @@ class _Call:
     first: dict[str, float] = field(default_factory=dict)
     # set when there is something to yield or raise
     event: asyncio.Event = field(default_factory=asyncio.Event)
-    # to be raised
+    # the exception that ends the call
     error: LongspanError | None = None
 
 

@@ -32,7 +32,7 @@ class Problem:
 
     # HTTP status
     status: int
-    # for people
+    # text for people
     message: str
     # OpenAI's class of errors
     type: str = "invalid_request_error"
@@ -44,7 +44,7 @@ class Problem:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
+        """The error as OpenAI's JSON object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 

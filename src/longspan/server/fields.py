@@ -28,7 +28,7 @@ Ids = Annotated[list[int], Field(fail_fast=True)]  # stop at the first wrong id:
 
 
 class Body(BaseModel):
-    """A JSON object whose unknown fields are refused by name, and whose types are what they say."""
+    """A JSON object with strict types. An unknown field is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     _num_bytes: int = PrivateAttr(0)
@@ -92,7 +92,7 @@ class ResponseFormat(Body):
 
 
 class GenerationBody(Body):
-    """Common to completions and chat. None is the same as leaving a field out."""
+    """The fields that completions and chats share. None is the same as leaving a field out."""
 
     model: str | None = Field(default=None, description="the served model; default: the only one there is")
     stream: bool | None = None
@@ -137,7 +137,7 @@ class GenerationBody(Body):
         grammar: str | None = None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """The sampling parameters. Raises `RequestError`."""
+        """The fields as sampling parameters. Raises `RequestError`."""
         given = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         if self.n is not None and self.n > _MAX_N:
             raise RequestError("n", self.n, f"must be at most {_MAX_N}", "send several requests")

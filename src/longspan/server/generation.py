@@ -61,7 +61,7 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Encode it."""
+        """Encode `content` as JSON."""
         return msgspec.json.encode(content)
 
 

@@ -13,7 +13,7 @@ from longspan.config.option import option
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """Limits on connections, in the server and the router alike. Beyond a limit the answer has the status named."""
+    """Limits on connections, in the server and the router alike. Comments give the HTTP status beyond a limit."""
 
     max_header_bytes: int = 64 << 10  # of the request line and headers together, and of trailers; then 431
     header_seconds: float = 30.0  # from the first byte of a request to the end of its headers; then 408

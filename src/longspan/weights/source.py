@@ -27,11 +27,11 @@ _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
 class ModelSource:
     """A model whose files are found and open."""
 
-    # as the user gave it
+    # the name that the user gave
     name: str
     # its folder, or its GGUF file
     path: Path
-    # with the keys of a Hugging Face config.json
+    # its configuration, with the keys of a Hugging Face config.json
     config: dict[str, Any]
     # its weights
     checkpoint: Checkpoint

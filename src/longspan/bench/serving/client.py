@@ -48,9 +48,9 @@ class Target:
     temperature: float = 0.0
     # whether to ask for exactly `max_tokens` tokens
     ignore_eos: bool = True
-    # for a request as a whole
+    # limit on the seconds of one request
     timeout_s: float = 600.0
-    # not shown in reports
+    # the server's API key; not shown in reports
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ def _server_root(base_url: str) -> str:
 class Failure:
     """Why a request failed."""
 
-    # by which failures are counted
+    # the kind by which failures are counted
     kind: str
     # the error's message
     detail: str
@@ -147,9 +147,9 @@ class Outcome:
     start_s: float
     # when each chunk with a token arrived
     chunk_times: tuple[float, ...]
-    # by the server's count, else the ids sent
+    # tokens of the prompt: the server's count, else the number of ids sent
     prompt_tokens: int
-    # by the server's count, else the chunks with a token
+    # tokens generated: the server's count, else the number of chunks with a token
     output_tokens: int
     # `max_tokens` of the request
     asked_tokens: int

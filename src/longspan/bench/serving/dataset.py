@@ -46,7 +46,7 @@ class RequestLoad:
 
     # one of `DATASETS`
     dataset: str = "random"
-    # for every dataset but `random`
+    # file of the dataset; required by every dataset except `random`
     dataset_path: str | None = None
     # requests of one run
     num_prompts: int = 100
@@ -64,7 +64,7 @@ class RequestLoad:
     speedup: float = 1.0
     # longer prompts of a trace are cut to this
     max_input_len: int | None = None
-    # of tokens, lengths and arrival times
+    # seed of tokens, lengths and arrival times
     seed: int = 0
     # random token ids are below this
     vocab_size: int = 30000

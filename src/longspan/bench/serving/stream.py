@@ -46,9 +46,9 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    # of completions
+    # text of a completion
     text: str | None = None
-    # of chats
+    # message of a chat
     delta: _Delta | None = None
     # set in the last chunk
     finish_reason: str | None = None

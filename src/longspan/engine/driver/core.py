@@ -44,7 +44,7 @@ class StepRecord:
     decode_schedule: str
     # schedule of the prefill phase in the widest layer group
     prefill_schedule: str
-    # from submission to result
+    # wall-clock time from submission to result
     seconds: float
 
 

@@ -22,7 +22,7 @@ _FACTOR = 20.0  # a step may take this many times the expected seconds: the time
 class _Running:
     """The step that the core works on or waits for."""
 
-    started: float  # on the watch's clock
+    started: float  # when the core began, on the watch's clock
     step: int | None = None  # None while it is being scheduled
     tokens: int = 0  # computed or loaded by the steps in flight
 

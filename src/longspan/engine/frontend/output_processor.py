@@ -38,7 +38,7 @@ class _Group:
 
     # what the user gets; updated in place
     output: RequestOutput
-    # as the user gave them
+    # the user's parameters, and a stop token where a grammar needs one
     params: SamplingParams
     # the most tokens of each completion, resolved
     max_tokens: int

@@ -38,11 +38,11 @@ Finish = Callable[[], StepResult]
 class Groups:
     """The groups of ranks that one rank belongs to."""
 
-    # splits heads
+    # the TP group, which splits heads
     tp: Collectives
-    # splits the pages of a context
+    # the context group, which splits the pages of a context
     context: Collectives
-    # splits layers
+    # the stages, which split layers
     pipeline: Pipeline
 
 
@@ -56,7 +56,7 @@ class RankParts:
     rank: int
     # this rank's stage and head shard of the model
     model: Model
-    # with this rank's KV pool
+    # attention with this rank's KV pool
     attention: Attention
     # groups of ranks that this rank belongs to
     groups: Groups
@@ -95,7 +95,7 @@ class Runner:
         self._async_scheduling = parts.async_scheduling
         self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
         self._mirror = Mirror(parts.page_size, grid.num_shards)
-        self._matchers: dict[str, Matcher] = {}  # of requests with a grammar
+        self._matchers: dict[str, Matcher] = {}  # by id of requests with a grammar
         self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
@@ -107,7 +107,7 @@ class Runner:
 
     @property
     def attention(self) -> Attention:
-        """This rank's attention."""
+        """Attention with this rank's KV pool."""
         return self._attention
 
     @property

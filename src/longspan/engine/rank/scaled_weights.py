@@ -26,7 +26,7 @@ class ScaledWeights:
 
 @dataclass(frozen=True)
 class ScaledChoice:
-    """The decision."""
+    """The decision of `choose_scaled`."""
 
     # None: dequantise at load, or the checkpoint has no FP8
     weights: ScaledWeights | None = None

@@ -35,7 +35,7 @@ class RankHello(msgspec.Struct, tag=True, frozen=True):
 class Begin(msgspec.Struct, tag=True, frozen=True):
     """The driver's answer to every rank, once all of them have sent `RankHello`."""
 
-    # the driver's, from which the rank makes its setup
+    # the driver's configuration, from which the rank makes its setup
     config: EngineConfig
     # `tcp://host:port` of the TCPStore of rank 0
     meet_at: str
@@ -46,7 +46,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 class RankRefused(msgspec.Struct, tag=True, frozen=True):
     """The driver's answer to a rank that does not fit its layout or version."""
 
-    # for the rank's error message
+    # why the rank is refused, for its error message
     reason: str
 
 
@@ -55,7 +55,7 @@ class RankReady(msgspec.Struct, tag=True, frozen=True):
 
     # the sender
     rank: int
-    # of the cost model; None if the rank was not to measure them
+    # the cost model's constants; None if the rank was not to measure them
     constants: CostConstants | None
 
 

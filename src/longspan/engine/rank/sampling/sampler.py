@@ -32,7 +32,7 @@ class SampleRow:
     request_id: str
     # its sampling parameters
     params: SamplingParams
-    # of the completion; random numbers depend on it and on `position` only
+    # the completion's seed; random numbers depend on it and on `position` only
     seed: int
     # index of the wanted token in the output, from 0
     position: int
