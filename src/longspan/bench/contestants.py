@@ -1,6 +1,6 @@
-"""The contestants of a comparison, each in a process of its own, so that neither's threads or memory touch the other's.
+"""The contestants of a comparison. Each has a process, so that they do not share threads or memory.
 
-It owns those processes and what one timed run of each kind does; it must not know how results are shown.
+It owns those processes and what one timed run of each contestant does; it must not know how results are shown.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class ContestantTiming:
-    """One run: seconds until every request had its first token, and of the decode steps after it."""
+    """The times of one run."""
 
+    # seconds until every request had its first token
     prefill_s: float
+    # seconds of the decode steps after that
     decode_s: float
+    # tokens generated in `decode_s`, of all requests
     decode_tokens: int
 
 
@@ -31,12 +34,13 @@ Runner = Callable[[Prompts, int], ContestantTiming]
 
 @dataclass(frozen=True)
 class LongspanSide:
-    """This engine in one configuration."""
+    """Longspan in one configuration."""
 
+    # model, layout and options
     config: EngineConfig
 
     def open(self) -> Runner:
-        """Load the model; the engine lives as long as its process."""
+        """Load the model and return the function for one timed run. The engine is not shut down before its process."""
         from longspan.bench.measure import run_batch
         from longspan.engine.engine import Engine
         from longspan.request import SamplingParams
@@ -53,13 +57,15 @@ class LongspanSide:
 
 @dataclass(frozen=True)
 class TransformersSide:
-    """Hugging Face transformers on the same weights: one forward for the prompts, then a greedy loop over its cache."""
+    """Hugging Face transformers on the same weights: one forward pass for the prompts, then greedy decoding."""
 
+    # names model, dtype and device
     config: EngineConfig
+    # CPU threads
     num_threads: int
 
     def open(self) -> Runner:
-        """Load the model."""
+        """Load the model and return the function for one timed run."""
         import torch
 
         from longspan.bench.twin import transformers_twin
@@ -86,7 +92,7 @@ class TransformersSide:
 
 
 class SideProcess:
-    """A side in its own process. Use it in a `with` block; raises `EngineError` if the side fails."""
+    """A contestant in its own process, to be used in a `with` block. Raises `EngineError` if the contestant fails."""
 
     def __init__(self, side: LongspanSide | TransformersSide) -> None:
         context = get_context("spawn")
@@ -96,11 +102,11 @@ class SideProcess:
         theirs.close()
 
     def wait_ready(self) -> None:
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         self._receive()
 
     def run(self, prompts: Prompts, output_len: int) -> ContestantTiming:
-        """One timed run."""
+        """Run the prompts once, with `output_len` tokens each, and return the times."""
         self._pipe.send((prompts, output_len))
         timing: ContestantTiming = self._receive()
         return timing

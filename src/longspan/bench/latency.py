@@ -1,6 +1,6 @@
-"""Prefill and decode rates of one batch, for one contestant or for two in turn.
+"""Prefill and decode rates of one batch, for one contestant or for several in turn.
 
-It owns the order of the runs and the statistics; the contestants run themselves.
+It owns the order of the runs and the statistics; it must not know how a contestant runs a batch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,25 @@ _SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
 
 @dataclass(frozen=True)
 class BatchLoad:
-    """What is run: `iterations` counted and `warmup` uncounted times."""
+    """The batch that is run."""
 
+    # tokens of each prompt
     input_len: int
+    # tokens to generate for each
     output_len: int
+    # number of prompts
     batch_size: int
+    # runs that are counted
     iterations: int
+    # runs before them that are not counted
     warmup: int
+    # seed of the prompts' random tokens
     seed: int
+    # random token ids are below this
     vocab_size: int
 
     def prompts(self, number: int) -> list[list[int]]:
-        """The prompts of one iteration, new each time."""
+        """The prompts of run `number`, different for each run."""
         generator = random.Random(self.seed + number)
         first = min(_SAFE_FIRST_TOKEN, self.vocab_size - 1)
         return [
@@ -41,9 +48,10 @@ class BatchLoad:
 def run_latency(
     load: BatchLoad, contestants: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Rates of every side, and the first side's over each other's, from runs in turn (A B A B) on the same tokens.
+    """Rates of every contestant, and the ratios of the first one's rates to those of each other one.
 
-    A ratio is the median of the ratios of neighbouring runs, which a slow drift of the machine leaves alone.
+    Contestants run in turn (A B A B) on the same tokens. A ratio is the median of the ratios of neighbouring runs, so a
+    slow drift of the machine's speed does not change it.
     """
     timings: dict[str, list[ContestantTiming]] = {name: [] for name in contestants}
     with ExitStack() as stack:

@@ -1,7 +1,6 @@
-"""The engine: requests in, tokens and text out, one step at a time.
+"""The engine in one process: requests in, tokens and text out, one step at a time.
 
-It owns the way between a core and its requests within one process; how tokens come to be is the core's, what users are
-owed the tracker's.
+It owns the loop between the core, which computes tokens, and the output processor, which turns them into outputs.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Engine:
         self._carry_out()
 
     def abort(self, request_id: str) -> None:
-        """End a request now; its pages are free for the next step. Unknown ids are ignored."""
+        """End a request now. The next step can use its pages. Unknown ids are ignored."""
         output = self._output_processor.abort(request_id)
         if output is not None:
             self._ended.append(output)
@@ -56,32 +55,32 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has work or outputs to give."""
+        """Whether `step` has work to do or outputs to return."""
         return bool(len(self._output_processor) or self._ended or self.core.has_unfinished)
 
     def progress(self, request_id: str) -> tuple[int, int]:
-        """(prompt tokens computed or in flight, prompt tokens) of a request's first completion: for a progress bar."""
+        """For a progress bar: prompt tokens computed or in flight, and all prompt tokens, of the first completion."""
         sequence = self._first_sequence(request_id)
         return (min(sequence.computed, sequence.num_prompt), sequence.num_prompt) if sequence else (0, 0)
 
     def pages(self, request_id: str) -> list[PageRef]:
-        """Where the context of a request's first completion lives now, in position order."""
+        """The pages that hold the context of a request's first completion now, in order of positions."""
         sequence = self._first_sequence(request_id)
         return list(sequence.table.pages) if sequence else []
 
     def step(self) -> list[RequestOutput]:
-        """One step of the core. Returns the requests that changed, finished ones for the last time."""
+        """Run one step of the core. Returns the requests that changed; a finished one is not returned again."""
         ended, self._ended = self._ended, []
         changed = self._output_processor.take(self.core.step())
         self._carry_out()
         return [*ended, *changed]
 
     def stats(self) -> EngineStats:
-        """What is in use and what has travelled so far."""
+        """Requests, pages and counters at this moment."""
         return self.core.stats()
 
     def shutdown(self) -> None:
-        """End every rank; safe to call again."""
+        """End every rank. May be called more than once."""
         self.core.shutdown()
 
     def __enter__(self) -> Engine:

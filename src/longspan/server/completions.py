@@ -1,6 +1,6 @@
-"""`/v1/completions`: one text or many to continue.
+"""`/v1/completions`: continuations of one or more prompts.
 
-It owns the body and the answer's shape; sampling and streaming are common to all endpoints.
+It owns the formats of request and answer; sampling and streaming are common to all endpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CompletionBody(GenerationBody):
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
 
     async def reply(self, text: Text, model: str) -> CompletionReply:
-        """The answer to be filled. Raises `RequestError`."""
+        """Tokenise the prompts and make the reply, which has no output yet. Raises `RequestError`."""
         if self.suffix:
             raise RequestError("suffix", repr(self.suffix[:20]), "is not supported", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -47,7 +47,7 @@ class CompletionBody(GenerationBody):
         max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
         prompt_logprobs = self.logprobs if self.echo else None
         sampling = partial(self.sampling, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
-        # a grammar may take long to make
+        # making a grammar may take long
         params = await text.run(self.num_bytes, sampling) if self.response_format else sampling()
         special = self.add_special_tokens is not False
         jobs: list[Job] = []
@@ -79,7 +79,7 @@ class CompletionReply:
         self._body = body
         self._text = text
         self._identity = identity("cmpl", "text_completion", model)
-        self._first: dict[str, int] = {}  # index of a request's first choice
+        self._first: dict[str, int] = {}  # index of each request's first choice
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
         self._echoed: set[int] = set()
@@ -117,7 +117,7 @@ class CompletionReply:
         return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, index: int, output: RequestOutput, delta: TextDelta) -> dict[str, Any]:
-        """With the prompt before the first news, if it is to be echoed."""
+        """A choice with a delta. With `echo` the first one of a choice begins with the prompt."""
         echo = bool(self._body.echo) and index not in self._echoed
         self._echoed.add(index)
         prompt = (output.prompt or "") if echo else ""

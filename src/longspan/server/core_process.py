@@ -27,14 +27,14 @@ from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
 from longspan.server import messages
 
-_IDLE_MS = 500  # between looks at the ranks while there is nothing to do
+_IDLE_MS = 500  # interval of checks on the ranks while there is nothing to compute
 _SEQUENCES_SHOWN = 64
 Tell = Callable[[messages.FromCore], None]
 
 
 def main(folder: Path, parent: int) -> None:
-    """Serve until told to stop, or the parent is gone, or a rank has failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the parent decides what they mean
+    """Serve until a `Stop` message, the parent's end or a failure of a rank."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent acts on them
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
     context = zmq.Context()
@@ -63,10 +63,10 @@ def main(folder: Path, parent: int) -> None:
 
 
 class _Vitals:
-    """What the heartbeat says, while the main thread may be anywhere."""
+    """The messages of the heartbeat thread, which do not depend on what the main thread does."""
 
     def __init__(self) -> None:
-        self.core: EngineCore | None = None  # once its ranks are ready
+        self.core: EngineCore | None = None  # None until its ranks are ready
 
     def word(self) -> bytes:
         return msgspec.msgpack.encode(self._message())
@@ -76,7 +76,7 @@ class _Vitals:
             return messages.Beat()
         try:
             self.core.watch.check()
-        except StepTimeout as error:  # the main thread says so too, unless it hangs itself
+        except StepTimeout as error:  # the main thread reports it too, unless it hangs
             return messages.CoreFailed(type(error).__name__, str(error))
         return messages.Beat(self.core.executor.late(), self.core.watch.pace)
 
@@ -97,7 +97,7 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _
 
 
 def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Tell) -> bool:
-    """Carry out every message that is there, waiting for one if there is nothing to compute; False: stop."""
+    """Handle all messages that have arrived; waits for one if there is nothing to compute. False after `Stop`."""
     for message in _messages(core, inbox):
         match message:
             case messages.Start():
@@ -126,7 +126,7 @@ def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[messages.T
 
 
 def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
-    """Whether something has come for the core while it has nothing to compute; wakes for other instances too."""
+    """Wait for messages of the server or of other instances; returns whether the server has sent one."""
     wait_for([inbox, *(role.sockets if role else ())], _IDLE_MS / 1000)
     return bool(inbox.poll(0))
 

@@ -1,6 +1,6 @@
-"""What the live page shows, as one JSON object.
+"""The state of a server as one JSON object, for the live page.
 
-It owns the object's form; figures are the core's, the tracker's and the metrics'.
+It owns the object's format; the values come from the core, the output processor and the metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SHOWN = 64
 
 
 def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: float) -> dict[str, Any]:
-    """The object; `core` is None while the ranks are not there. `started` is of `time.monotonic()`."""
+    """The JSON object. `core` is None while there is no core. `started` is in `time.monotonic()`."""
     setup, metrics = engine.setup, engine.metrics
     parallel = setup.config.parallel
     requests = _requests(engine, core.sequences if core else [])

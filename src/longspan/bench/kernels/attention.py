@@ -1,6 +1,6 @@
-"""Attention kernels: decode over cached rows, long prefill off the diagonal, and one context over several shards.
+"""Benchmarks of attention kernels: decode, off-diagonal prefill, and one context over several shards.
 
-It owns the cases and what they must move and compute at least; it must not know how a backend works.
+It owns the cases and the least bytes and operations that they need; it must not know how a backend works.
 """
 
 from __future__ import annotations
@@ -27,28 +27,34 @@ _SCALE = 0.05
 
 @dataclass(frozen=True)
 class KernelHeads:
-    """A model's heads: query and KV heads, elements of a row, of which `value_dim` are values, planes of a cache."""
+    """The heads of a model, as attention sees them."""
 
+    # name in tables
     name: str
+    # query heads
     q_heads: int
+    # KV heads
     kv_heads: int
+    # elements of a cached row
     head_dim: int
+    # those of them that are values
     value_dim: int
+    # 2 for keys and values, 1 for latents
     kv_factor: int
 
     @property
     def blocks(self) -> tuple[HeadBlock, ...]:
-        """All of them in one block."""
+        """All heads as one block."""
         return (HeadBlock(0, self.q_heads, 0, self.kv_heads),)
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """What shares a scale where rows are quantised."""
+        """Elements of a row in each scale group, where rows are quantised."""
         rest = self.head_dim - self.value_dim
         return (self.value_dim, rest) if self.kv_factor == 1 and rest else (self.head_dim,)
 
     def shape(self, harness: Harness, quantised: bool) -> BackendShape:
-        """For the choice of backends."""
+        """The shape that a backend must support."""
         return BackendShape(self.head_dim, self.value_dim, self.kv_factor, quantised, harness.dtype)
 
 
@@ -64,63 +70,68 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """`batch` requests with `new` query tokens each, over `cached` tokens of their own in a cache of some format."""
+    """One case: a batch of requests that attend to their cached tokens."""
 
+    # the model's heads
     heads: KernelHeads
+    # of the cache, one of `FORMATS`
     format: str
+    # number of requests
     batch: int
+    # query tokens of each request
     new: int
+    # cached tokens of each request
     cached: int
 
     @property
     def rows(self) -> int:
-        """Query rows."""
+        """Query tokens of all requests."""
         return self.batch * self.new
 
     def row_bytes(self, harness: Harness) -> int:
-        """One cached token's."""
+        """Bytes of one cached token, including scales."""
         quantised = FORMATS[self.format] is not None
         size = 1 if quantised else harness.dtype.itemsize
         scales = 4 * len(self.heads.groups) if quantised else 0
         return self.heads.kv_factor * self.heads.kv_heads * (self.heads.head_dim * size + scales)
 
     def size(self, harness: Harness) -> tuple[int, int]:
-        """Bytes that must move and operations that must be done."""
+        """The least bytes that have to be moved, and the floating-point operations."""
         heads = self.heads
         queries = heads.head_dim * harness.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
         moved = self.batch * self.cached * self.row_bytes(harness) + self.rows * heads.q_heads * queries
         return moved, 2 * self.rows * self.cached * heads.q_heads * (heads.head_dim + heads.value_dim)
 
     def case(self, what: str) -> dict[str, str | int]:
-        """Its name in a table."""
+        """The columns that identify the case in a table; `what` is the kernel."""
         return {
             "kernel": what, "heads": self.heads.name, "format": self.format,
             "batch": self.batch, "new": self.new, "cached": self.cached,
         }  # fmt: skip
 
     def runs(self) -> tuple[QueryRun, ...]:
-        """Each request over its part of the cache."""
+        """One run for each request, over its own range of the cache."""
         return tuple(
             QueryRun(number * self.new, self.new, (Span(number * self.cached, self.cached),))
             for number in range(self.batch)
         )
 
     def tensors(self, harness: Harness) -> tuple[Tensor, CacheRows]:
-        """Random queries and a random cache."""
+        """Random queries q [T, Hq, D] and a random cache [kv_factor, Hkv, S, D]."""
         q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=harness.device, dtype=harness.dtype)
         shape = (self.heads.kv_factor, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
         stored = FORMATS[self.format]
         if stored is None:
             return q, CacheRows(torch.randn(shape, device=harness.device, dtype=harness.dtype))
         values = torch.empty(shape, dtype=stored, device=harness.device)
-        for plane in values.flatten(0, 1):  # a head at a time: what is random is larger than what is stored
+        for plane in values.flatten(0, 1):  # one head at a time, as random numbers take more memory
             plane.copy_(torch.randn(plane.shape, device=harness.device, dtype=harness.dtype).mul_(30).to(stored))
         scales = torch.rand(*shape[:3], len(self.heads.groups), device=harness.device) / 30
         return q, CacheRows(values, scales, self.heads.groups)
 
 
 def run_scenes(harness: Harness, what: str, scenes: Iterable[Scene]) -> list[KernelRow]:
-    """Every backend on every scene."""
+    """Time every backend on every scene. A scene that does not fit the memory gives one row that says so."""
     found: list[KernelRow] = []
     for scene in scenes:
         lacking = harness.lacks(scene.batch * scene.cached * scene.row_bytes(harness))
@@ -146,25 +157,28 @@ def _attend(
 
 @dataclass(frozen=True)
 class Shared:
-    """One context whole, and cut over shards: seconds of the whole, of each shard, of merging the shards' results."""
+    """Seconds of attention to one context, on one device and divided over shards."""
 
+    # the whole context
     whole: float
+    # each shard's part of it
     shards: tuple[float, ...]
+    # merging the shards' states
     merge: float
 
     @property
     def slowest_share(self) -> float:
-        """The slowest shard's part of the whole's time: 1 / shards at best."""
+        """Seconds of the slowest shard over those of the whole context: 1 / shards at best."""
         return max(self.shards) / self.whole
 
     @property
     def merge_share(self) -> float:
-        """The merge's part of the whole's time."""
+        """Seconds of the merge over those of the whole context."""
         return self.merge / self.whole
 
 
 def run_shards(harness: Harness, scene: Scene, shards: int) -> tuple[list[KernelRow], dict[str, Shared]]:
-    """A scene of one request on `shards` virtual ranks, one after the other on this device, and the merge."""
+    """Time a scene of one request whole, each of its `shards` parts one after another on this device, and the merge."""
     lacking = harness.lacks(scene.cached * scene.row_bytes(harness))
     if lacking:
         return [KernelRow(scene.case("whole"), "-", *scene.size(harness), None, lacking)], {}

@@ -1,6 +1,6 @@
-"""Kernels that only move memory: the merge of states, and writing new rows into the cache.
+"""Benchmarks of kernels that are bound by memory: merging attention states, and writing rows into the cache.
 
-It owns the cases and the bytes they must move; it must not know how a backend works.
+It owns the cases and the bytes that they have to move; it must not know how a backend works.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from longspan.bench.kernels.attention import FORMATS, KernelHeads, Scene
 from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.plan.view import WriteRun
 
-_SPREAD = 4  # slots in the pool for each that is written
+_SPREAD = 4  # slots of the pool for each slot that is written
 
 
 def run_merges(harness: Harness, heads: KernelHeads, tokens: Iterable[int], parts: int) -> list[KernelRow]:
-    """Merging `parts` states of so many tokens, as they arrive (out and lse packed) and as kernels return them."""
+    """Time merging `parts` states, for each number of tokens.
+
+    Layout `packed` is as states arrive from other ranks (out and lse in one tensor [T, Hq, Dv + 1]), `whole` as kernels
+    return them.
+    """
     found: list[KernelRow] = []
     for count in tokens:
         width = heads.value_dim + 1
@@ -50,7 +54,10 @@ def _merge(
 
 
 def run_writes(harness: Harness, heads: KernelHeads, formats: Iterable[str], rows: Iterable[int]) -> list[KernelRow]:
-    """Writing so many rows into the cache, stored in each format: rows read once, values and scales written once."""
+    """Time writing rows k, v [T, Hkv, D] into the cache, for each number of rows and format.
+
+    The bytes counted are the rows read once, and values and scales written once.
+    """
     found: list[KernelRow] = []
     for count in rows:
         k, v = torch.randn(2, count, heads.kv_heads, heads.head_dim, device=harness.device, dtype=harness.dtype)
@@ -76,5 +83,5 @@ def _write(writer: Writer, cache: CacheRows, k: torch.Tensor, v: torch.Tensor) -
 
 
 def _scattered(rows: int) -> tuple[WriteRun, ...]:
-    """Pages of 16 rows with as many free slots between them as make them spread over the pool."""
+    """Runs of 16 rows, one page each, at equal distances over a pool of `rows * _SPREAD` slots."""
     return tuple(WriteRun(at, at * _SPREAD, min(16, rows - at)) for at in range(0, rows, 16))
