@@ -1,4 +1,4 @@
-"""Expert parallelism: rows go to the ranks whose experts they chose, and their sums come back.
+"""Expert parallelism: rows are sent to the ranks that hold their experts, and the weighted sums are sent back.
 
 It owns this exchange; it must not know what an expert computes.
 """
@@ -14,13 +14,14 @@ from longspan.parallel.collectives import Collectives
 
 _LABEL = "experts"
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [T, hidden], experts [T, k] int64, weights [T, k]) → [T, hidden]: the weighted sum over the experts held here."""
 
 
 class SharedExperts:
-    """Member m holds experts [extents[m][0], extents[m][1]).
+    """Experts that are split over a group: member m holds experts [extents[m][0], extents[m][1]).
 
-    The number of rows that go somewhere is known only from their routing, so it travels first; a row goes once to a
-    member, however many of its experts it chose.
+    The numbers of rows are exchanged first, since they depend on the routing. A row is sent to a member once, however
+    many of that member's experts it is routed to.
     """
 
     def __init__(self, group: Collectives, extents: Sequence[tuple[int, int]]) -> None:
