@@ -57,6 +57,7 @@ class Attention:
         k and v are also written to the pool.
         """
         kv = self.pool.layers[layer.index]
+        # writing comes first: a segment of one token finds its own key in the cache
         self._step.writer.write(kv, k, v)
         variant, group = self.ops.variant(layer), self._group_of[layer.window]
         parts: list[AttentionState] = []
@@ -84,7 +85,7 @@ class Attention:
         if sum(reach.block_rows):
             schedule = self.schedules[reach.schedule]
             parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, variant, self._group)))
-        if len(local) or not (parts or prepared.diagonal):
+        if len(local) or not (parts or prepared.diagonal):  # a phase without rows here still needs an empty state
             parts.insert(0, variant.own(local, prepared.own, kv))
         return concatenate(parts) if parts else None
 

@@ -127,9 +127,11 @@ class Calibration:
         return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)
 
     def _random(self, *shape: int) -> Tensor:
+        """A random tensor of the measured dtype."""
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     def _rows(self, tokens: int) -> CacheRows:
+        """Random cached rows [kv_factor, Hkv, tokens, D]."""
         return CacheRows(self._random(self.shape.kv_factor, self.shape.kv_heads, tokens, self.shape.head_dim))
 
     def _attention(self, rows: int, tokens: int) -> Run:
@@ -180,6 +182,7 @@ class Calibration:
         return min(1.0, max(0.0, (moving + computing - both) / min(moving, computing)))
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
+        """All-gather x [R] of equal size on all members."""
         return self.group.all_gather(x, [len(x)] * self.group.size, _LABEL)
 
     def _alone(self, run: Run) -> float:

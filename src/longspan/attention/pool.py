@@ -15,7 +15,7 @@ from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.layout import KVLayout
 from longspan.plan.view import WriteRun
 
-_FEW_RUNS = 4  # up to so many runs are written as slices, more runs with an index tensor
+_FEW_RUNS = 4  # up to this many runs are written as slices, more with an index tensor
 
 
 class SlotWriter:

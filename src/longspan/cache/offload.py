@@ -14,7 +14,7 @@ from enum import StrEnum
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 
-_TOKENS_TO_TRUST = 2048  # a step that computes so many tokens weighs as much as all measurements before it
+_TOKENS_TO_TRUST = 2048  # a step with this many tokens weighs as much as all measurements before it
 _PAGES_TO_TRUST = 64  # the same for a step that loads pages
 _FADES = 0.1  # largest fraction by which a step that computes tokens lowers the measured time of loads
 

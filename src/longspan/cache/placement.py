@@ -40,7 +40,7 @@ def home_shard(
     """The home of a short context: a shard with room for `pages` pages whose ranks have the fewest rows.
 
     `rows[pcp]` counts the rows of this step. Of equal shards the one with most room is chosen. Shards of fewer than
-    `least_pool` pages are left out: a request that must not leave its home may grow to so many. None if no shard fits.
+    `least_pool` pages are left out: a request that must not leave its home can grow to that. None if no shard fits.
     """
     roomy = [
         shard

@@ -18,7 +18,7 @@ Key = bytes
 
 
 def root_key(*facts: object) -> Key:
-    """The parent key of a first page: a hash of what the KV depends on beside tokens (model, dtype, page size)."""
+    """The parent key of a first page: a hash of what the KV depends on besides tokens (model, dtype, page size)."""
     return blake2b(repr(facts).encode(), digest_size=16).digest()
 
 

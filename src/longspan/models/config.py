@@ -84,7 +84,7 @@ class MoEConfig:
     num_groups: int = 1
     # groups from which a token's experts are chosen
     groups_per_token: int = 1
-    # a group's score is the sum of the scores of so many of its best experts
+    # number of a group's best experts whose scores are summed to the group's score
     group_top: int = 1
     # whether a learned bias is added to the scores when experts are chosen
     correction_bias: bool = False

@@ -97,8 +97,10 @@ class DecoderModel:
 
 
 def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
+    """This rank's part [tokens, hidden] of a table with a row for each token of the vocabulary."""
     return context.loader.load(Param(name, (config.vocab_size, config.hidden_size), ("vocab", None)))
 
 
 def _norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:
+    """A norm over the hidden states."""
     return RMSNorm(context.loader.load(Param(name, (config.hidden_size,), (None,))), config.rms_norm_eps)

@@ -75,7 +75,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
         return chosen.indices, chosen.values.softmax(-1)
     scores = logits.softmax(-1) if moe.scoring == "softmax" else logits.sigmoid()
     merit = scores if bias is None else scores + bias
-    if moe.num_groups > 1:
+    if moe.num_groups > 1:  # experts outside the best groups cannot be chosen
         grouped = merit.unflatten(-1, (moe.num_groups, -1))  # type: ignore[no-untyped-call]
         group_merit = grouped.topk(moe.group_top, dim=-1).values.sum(-1)
         best = group_merit.topk(moe.groups_per_token, dim=-1, sorted=False).indices

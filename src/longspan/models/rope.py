@@ -30,10 +30,12 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Frequencies:
 
 
 def _default(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """No scaling. `inverse` [rotary dim / 2] are the frequencies without scaling, here and below."""
     return inverse, 1.0
 
 
 def _linear(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """Position interpolation (Chen et al. 2023): all frequencies are divided by `factor`."""
     return inverse / float(rope.require("factor")), 1.0
 
 
@@ -72,6 +74,7 @@ def _yarn(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
 
     def dimension(rotations: float) -> float:
+        """The dimension whose frequency makes so many rotations within the trained length."""
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(fast), dimension(slow)

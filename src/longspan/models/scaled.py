@@ -49,11 +49,13 @@ class BlockScaledLinear:
         return product if bias is None else product + bias
 
     def _plain(self, x: Tensor) -> Tensor:
+        """x [T, in] → [T, out], in fp32 with the dequantised weight."""
         values, scales = rounded(x)
         left = values.float() * scales.repeat_interleave(BLOCK, 1)
         return F.linear(left, multiplied_out(self._weight)).to(x.dtype)
 
     def _fused(self, x: Tensor, weight_scales: Tensor) -> Tensor:
+        """x [T, in] → [T, out], with `scaled_mm`. Rows are padded to a multiple of 4."""
         rows = x.shape[0]
         values, scales = rounded(F.pad(x, (0, 0, 0, -rows % _ROWS_TOGETHER)))
         torch_functional: Any = F  # its type stubs may be older than scaled_mm

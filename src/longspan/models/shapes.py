@@ -15,6 +15,7 @@ from longspan.models.params import Extent, Param, loaded_shape
 
 
 def _whole(axis: str, size: int) -> tuple[int, int]:
+    """The `Extent` of a model that is not sharded."""
     return 0, size
 
 
@@ -57,4 +58,5 @@ def asked_by(build: Callable[[LayerContext], object], extent: Extent = _whole) -
 
 
 def _no_product(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The `Linear` of a `ShapeLoader`: raises `TypeError`."""
     raise TypeError("a model built for its shapes has no weights to multiply by")

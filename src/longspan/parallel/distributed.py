@@ -56,7 +56,7 @@ class DistributedCollectives(Collectives):
         whole = {id(sends[member]): sends[member].contiguous() for member in peers}  # one copy if all get the same
         arriving: list[Transfer] = [(dist.irecv, received[member], member) for member in peers]
         leaving: list[Transfer] = [(dist.isend, whole[id(sends[member])], member) for member in peers]
-        self._wait(self._start(arriving + leaving))
+        self._wait(self._start(arriving + leaving))  # receives first, so that no send waits for a peer's receive
         return received
 
     def _start(self, transfers: Sequence[Transfer]) -> list[dist.Work]:

@@ -29,7 +29,8 @@ class SharedExperts:
         self._extents = tuple(extents)
 
     def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
-        """See `ExpertParallel.apply`."""
+        """See `ExpertParallel.apply`: x [T, hidden], experts and weights [T, k] → [T, hidden]."""
+        # for each member, the rows that are routed to some of its experts
         wanted = [
             ((experts >= start) & (experts < stop)).any(-1).nonzero().squeeze(-1) for start, stop in self._extents
         ]
@@ -46,5 +47,6 @@ class SharedExperts:
         return total
 
     def _swap(self, sends: Sequence[Tensor], arriving: Sequence[int]) -> list[Tensor]:
+        """All-to-all of rows: `sends[i]` goes to member i, which sends `arriving[i]` rows of the same width."""
         rest = sends[0].shape[1:]
         return self._group.all_to_all(sends, [(rows, *rest) for rows in arriving], _LABEL)

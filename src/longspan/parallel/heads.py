@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadBlock:
-    """Query heads [q_start, q_stop) read KV heads [kv_start, kv_stop), with as many query heads for each KV head."""
+    """Query heads [q_start, q_stop) read KV heads [kv_start, kv_stop): the same number of query heads for each."""
 
     # first query head, counted on this rank
     q_start: int
@@ -39,7 +39,7 @@ def kv_range(q_range: tuple[int, int], group: int) -> tuple[int, int]:
 
 
 def head_blocks(q_range: tuple[int, int], kv_start: int, group: int) -> tuple[HeadBlock, ...]:
-    """Cut the model's query heads `q_range` into blocks with as many query heads for each KV head.
+    """Cut the model's query heads `q_range` into blocks, in each of which every KV head has equally many query heads.
 
     `group` is the model's number of query heads for each KV head, `kv_start` the first KV head that the rank stores.
     In the result query heads count from `q_range[0]` and KV heads from `kv_start`. There is one block if the heads
@@ -52,7 +52,7 @@ def head_blocks(q_range: tuple[int, int], kv_start: int, group: int) -> tuple[He
         kv = q // group
         end = min(q_stop, (kv + 1) * group)
         piece = HeadBlock(q - q_first, end - q_first, kv - kv_start, kv + 1 - kv_start)
-        if blocks and blocks[-1].group == piece.group:
+        if blocks and blocks[-1].group == piece.group:  # the next KV head of the same block
             last = blocks.pop()
             piece = HeadBlock(last.q_start, piece.q_stop, last.kv_start, piece.kv_stop)
         blocks.append(piece)

@@ -61,7 +61,7 @@ class ThreadedCollectives(Collectives):
         return lambda: self._fabric.receive(self._group[member], self._me)
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        for peer, tensor in zip(self._group, sends, strict=True):
+        for peer, tensor in zip(self._group, sends, strict=True):  # sending never waits, so all can send first
             if peer != self._me:
                 self._fabric.send(self._me, peer, tensor)
         return [

@@ -154,7 +154,7 @@ def reach(
     local = [segment for segment in mine if segment.num_remote_groups <= group]
     moving = sorted(
         (s for s in members if s.num_remote_groups > group), key=lambda s: s.num_remote_groups
-    )  # the order of their ranks' rows
+    )  # as the ranks that compute them order their rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
     keys_travel = moves == "keys"
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())

@@ -136,12 +136,12 @@ def rank_view(
         token_ids += segment.token_ids
         if segment.pending:
             pending.append((len(token_ids), segment.request_id))
-            token_ids.append(0)
+            token_ids.append(0)  # a placeholder
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt
             samples.append(SampleRequest(len(token_ids) - 1 - before_end, segment.request_id, output))
-        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)
+        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)  # a row scores the token after its own
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(

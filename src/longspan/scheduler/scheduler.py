@@ -253,7 +253,7 @@ class Scheduler:
             self._match_prefix(sequence)
             whole = sequence.source is not None or sequence.remaining <= step.budget
             room = self._has_room(sequence, reserved)
-            if room and self._must_load(sequence):
+            if room and self._must_load(sequence):  # its match is released below, and made again after the load
                 reserved += sequence.pages_missing
             elif room and (whole or not prefilling):
                 if sequence.cached_tokens is None:
@@ -270,6 +270,7 @@ class Scheduler:
                 reserved += sequence.pages_missing
                 prefilling = prefilling or not whole
                 continue
+            # it does not start in this step: later requests may
             self._forget_match(sequence)
             passed.append(sequence)
             if not room or len(passed) >= _MAX_LOOKAHEAD:
@@ -277,7 +278,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
 
     def _has_room(self, sequence: SequenceState, reserved: int) -> bool:
-        """Whether the cache has pages for the request, beside `reserved` ones that other requests still need."""
+        """Whether the cache has pages for the request, besides `reserved` ones that other requests still need."""
         if self.config.schedule == "local":
             held = {page.shard for page in sequence.table.pages}
             return any(self._can_be_home(shard, sequence) for shard in held or range(self.cache.num_shards))

@@ -93,6 +93,7 @@ def _zigzag(start: int, stop: int, page_size: int, load: Sequence[int], tail: in
     if last - first < 2 * ranks:
         return []
     order = _rank_order(load, tail)
+    # pieces are whole pages, but for the ends of the chunk
     cuts = [first + round((last - first) * i / (2 * ranks)) for i in range(2 * ranks + 1)]
     bounds = [min(max(cut * page_size, start), stop) for cut in cuts]
     owners = [*order, *reversed(order)]

@@ -56,6 +56,7 @@ class _Runs:
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         runs = self._runs
+        # the result of a run over all rows needs no copy into a whole
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
@@ -105,7 +106,7 @@ def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], s
         part = _join_heads([_dense_block(q, within, block, scale, _additive(seen, q)) for block in blocks])
         # the kernel returns no usable lse for rows whose keys are all masked
         return AttentionState.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
-    if kv.scales is not None:
+    if kv.scales is not None:  # dequantise a bounded number of rows at a time
         cut = range(0, run.tokens, _READ_TOKENS)
         views = [kv.take(clip_spans(spans, at, at + _READ_TOKENS)).read(q.dtype) for at in cut]
     elif len(spans) > 1 and run.tokens < _SHORT_SPAN * len(spans):

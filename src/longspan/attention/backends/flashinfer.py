@@ -62,9 +62,10 @@ class _Runs:
 
     def __init__(self, library: Any, workspace: Tensor, runs: Sequence[QueryRun], plain: PreparedRuns) -> None:
         self._library = library
-        self._workspace = workspace
+        self._workspace = workspace  # uint8, shared by all calls of the library
         self._runs = runs
-        self._plain = plain
+        self._plain = plain  # for shapes that the library cannot compute
+        # planned wrappers, by the sizes that a plan depends on
         self._wrappers: dict[tuple[object, ...], Any] = {}
 
     @cached_property

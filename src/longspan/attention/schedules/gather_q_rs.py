@@ -20,6 +20,7 @@ def run(join: Join) -> AttentionState:
     """See `Schedule.run`."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
     parts = [unpack(packed) for packed in join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))]
+    # the lse of every row of the group, from this member's pages; then from all pages
     mine = torch.cat([part.lse for part in parts])
     lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _NAME)).logsumexp(0)
     totals = torch.split(lse, [len(part.lse) for part in parts])
