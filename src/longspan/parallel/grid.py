@@ -119,7 +119,7 @@ class Grid:
         return tuple(place.rank for place in self._stage(rank) if place.tp == self.ranks[rank].tp)
 
     def expert_holders(self, rank: int) -> tuple[int, ...]:
-        """Ranks over which the experts of a layer are split: the whole stage, or without expert parallelism tp."""
+        """Ranks over which a layer's experts are split: with expert parallelism the stage, else the TP group."""
         whole_stage = self.parallel.enable_expert_parallel
         return tuple(place.rank for place in self._stage(rank)) if whole_stage else self.tp_group(rank)
 

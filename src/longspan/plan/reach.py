@@ -41,11 +41,11 @@ class QueryRun:
 
 @dataclass(frozen=True)
 class Block:
-    """The travelling query rows of one pcp index, for schedules under which queries travel."""
+    """The travelling query rows of one pcp index."""
 
     # number of rows
     rows: int
-    # what these rows attend to on this shard
+    # what these rows attend to on this shard; empty where keys travel
     runs: Sequence[QueryRun]
 
 

@@ -26,12 +26,12 @@ from longspan.plan.reach import QueryRun
 _SHORT_SPAN = 512  # tokens; spans that are shorter on average are copied together, to save kernel calls
 _READ_TOKENS = 4096  # most quantised rows that are dequantised at once
 _BAND_ROWS = 256  # most rows of a diagonal with a window that share a mask
-# (q, k, v [B, H, T, D], additive mask) → (out [B, H, T, D], natural lse [B, H, T] fp32); k and v may have any strides
+# (q, k, v [B, H, T, D], additive mask) → (out [B, H, T, D], natural lse [B, H, T] fp32)
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuBackend(PlainBackend):
-    """Attends to pages in place, since the flash kernel reads keys and values of any strides."""
+    """Attends to pages in place: the flash kernel reads keys and values that are strided views of the pool."""
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
