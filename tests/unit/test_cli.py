@@ -45,7 +45,8 @@ OPTIONS = {
         "--concurrency", "--context", "--decode-context-parallel-size", "-dcp", "--dtype", "--enable-expert-parallel",
         "--gpus", "--hardware", "--help", "--json", "--kv-cache-dtype", "--max-num-batched-tokens", "--memory-fraction",
         "--new", "--nodes", "--objective", "--output", "--pipeline-parallel-size", "-pp", "--plot",
-        "--prefill-context-parallel-size", "-pcp", "--tensor-parallel-size", "-tp", "--weight-dtype",
+        "--prefill-context-parallel-size", "-pcp", "--tensor-parallel-size", "-tp", "--weight-dtype", "--all",
+        "--max-ttft", "--max-tpot", "--price",
     },
     ("predict",): {
         "--batch", "--cached-tokens", "--dcp", "--dtype", "--gpus", "--gpus-per-node", "--hardware", "--help", "--id",

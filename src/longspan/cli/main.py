@@ -45,7 +45,7 @@ def build_app() -> typer.Typer:
     )
     app.command("generate", help="Complete one prompt.")(takes_records(generate.generate))
     app.command("explain", help="What each schedule would take, and the choice.")(takes_records(explain.explain))
-    app.command("plan", help="What every layout of a cluster will do.")(plan.plan)
+    app.command("plan", help="What every layout of a cluster will do.")(takes_records(plan.plan))
     app.command("predict", help="One measured setup, predicted.")(predict.predict)
     app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
     app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)

@@ -162,7 +162,8 @@ def resolve(
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
+    device = torch.device(device_type)
+    scaled = choose_scaled(config.quantization, source.block_scaled, device) if needs_weights else ScaledChoice()
     config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type, _backend_shape(config, model, device_type),
