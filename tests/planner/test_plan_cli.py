@@ -95,6 +95,7 @@ def test_every_printed_command_starts_what_was_planned(app, case):
         assert row["command"].startswith(f"longspan serve {hub_id(find_config(found['model']))} ")
         setup = started(row["command"], "--executor", "dry")
         assert setup.config.parallel.short_name == row["name"]
+        assert setup.config.parallel.enable_expert_parallel == ("--enable-expert-parallel" in PLANNED[case])
         assert setup.capacity_tokens == pytest.approx(row["capacity_tokens"], rel=0.01)
         assert setup.max_model_len == min(found["context"] + 256, setup.model.max_position_embeddings)
         spread = row["tp"] * row["pcp"] * row["pp"] > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 import typer
 
 from longspan.bench.twin import transformers_twin
+from longspan.cli.explain import constants_line
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
+from longspan.config import CostConstants
 from longspan.models.registry import load_config
 from longspan.request import CompletionOutput, RequestOutput
+from longspan.version import __version__
 from longspan.weights.builtin import builtin_config, builtin_names
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
@@ -167,7 +171,54 @@ def test_explain_names_every_schedule_and_the_choice(run):
     assert "window of 11" in out
     for schedule in TRAVELLING:
         assert schedule in out
-    assert out.count(" *") == 2  # one choice for each kind of layer
+    assert out.count(" * ") == 1
+    assert "window of 11: nothing travels" in out  # and so there is nothing to choose
+
+
+def test_explain_says_what_its_columns_mean_and_has_no_negative_zero(run):
+    _, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--new", "64", "--hardware", "h100")
+    assert "-0.00" not in out
+    for term in ("fixed: ", "transfer: ", "copies: ", "hidden: "):
+        assert term in " ".join(out.split())
+
+
+def test_ranks_that_share_memory_have_no_rate_of_a_link():
+    line = constants_line(CostConstants(byte_s=0.0, cross_byte_s=1e-9))
+    assert "; ranks share memory, collective" in line
+    assert "between machines link 1.0 GB/s" in line
+
+
+def test_the_version_is_printed(run):
+    assert run("--version") == (0, f"longspan {__version__}\n", "")
+
+
+def test_a_busy_port_is_told_before_the_model_is_loaded(run):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        code, out, err = run("serve", "./no-such-model", "--port", str(port))
+    assert (code, out) == (2, "")
+    remedy = "end what listens there, or give another --port; 0 takes a free one"
+    assert err.splitlines()[-1] == f"longspan: error: port={port}: is in use on 127.0.0.1; {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("host", "message"), [("8.8.8.8", "host=8.8.8.8: is no address of this machine"), ("no.such.", "host=no.such.: ca")]
+)
+def test_a_host_that_cannot_be_served_is_named(run, host, message):
+    code, _, err = run("serve", "./no-such-model", "--host", host, "--api-key", "k")
+    assert code == 2
+    assert message in err
+
+
+def test_the_latency_benchmark_says_what_it_is_at(run):
+    code, _, err = run("bench", "latency", tiny_folder("llama"), "--input-len", "8", "--output-len", "2",
+                       "--iterations", "2", "--warmup", "0")  # fmt: skip
+    assert code == 0
+    assert [line for line in err.splitlines() if "longspan" in line][:3] == [
+        "loading longspan", "longspan: run 1 of 2", "longspan: run 2 of 2",
+    ]  # fmt: skip
 
 
 def test_explain_from_published_figures_takes_layouts_of_more_ranks_than_there_are_gpus(run, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from longspan.engine.rank.loading import Piece, TensorStore
@@ -366,6 +370,19 @@ def test_without_weights_a_model_is_its_configuration(tmp_path):
         assert source.config == {"model_type": "llama"} and not source.checkpoint.names()
         with pytest.raises(WeightError, match="not been opened"):
             source.checkpoint.shape("w")
+
+
+def test_a_prompt_longer_than_the_tokenizer_says_is_encoded_without_a_warning(tmp_path):
+    built = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=4).save_pretrained(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from longspan.weights.source import ModelSource; "
+        "from longspan.weights.tokenizer import load_tokenizer; "
+        "load_tokenizer(ModelSource('t', Path(sys.argv[1]), {})).encode('a b ' * 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():

@@ -60,12 +60,15 @@ class TransformersSide:
 
     def open(self) -> Runner:
         """Load the model."""
+        import warnings
+
         import torch
 
         from longspan.bench.twin import transformers_twin
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
+        warnings.filterwarnings("ignore", module="transformers")  # of names that a release to come drops
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
@@ -88,7 +89,7 @@ def fast_enough(found: Sequence[Outlook], max_ttft: float | None, max_tpot: floa
     """Those within both limits, in seconds. Raises `ConfigError` with the nearest where there is none."""
     kept = list(found)
     for name, limit, value in (
-        ("max_ttft", max_ttft, lambda one: one.ttft.seconds), ("max_tpot", max_tpot, lambda one: one.tpot.seconds),
+        ("max_ttft", max_ttft, attrgetter("ttft.seconds")), ("max_tpot", max_tpot, attrgetter("tpot.seconds")),
     ):  # fmt: skip
         if limit is None:
             continue
