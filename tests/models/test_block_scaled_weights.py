@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import LLM, SamplingParams
 from longspan.config import CostConstants, EngineConfig
-from longspan.engine.rank.loading import Piece, TensorStore
+from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
 from longspan.models.layers import DenseLinear
@@ -122,7 +122,7 @@ def test_a_slice_that_cuts_a_block_is_multiplied_out(stored):
     setup = resolve(EngineConfig(folder, quantization="fp8"))
     store = TensorStore(setup.source.checkpoint, torch.float32, scaled=setup.scaled.weights)
     name = "model.layers.0.mlp.up_proj.weight"
-    whole, cut = (store.linear([Piece(name, ((0, stop), (0, 256)), stacked=False)]) for stop in (384, 192))
+    whole, cut = (store.linear([WeightPiece(name, ((0, stop), (0, 256)), stacked=False)]) for stop in (384, 192))
     assert isinstance(whole, BlockScaledLinear)
     assert isinstance(cut, DenseLinear)
     x = rounded(torch.randn(3, 256))[0].float()  # no rounding is left to do, but for the scale

@@ -36,7 +36,7 @@ ENGINE_OPTIONS = {
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
-    "--kv-cache-dtype", "--device", "--run-ahead", "--no-run-ahead", "--gpu-memory-utilization",
+    "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
 }  # fmt: skip
 OPTIONS = {
@@ -250,9 +250,9 @@ def test_the_measured_constants_are_printed(generate):
 @pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
     file = tmp_path / "trace.json"
-    code, _, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
-                            "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
-    assert code == 0
+    code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
+                              "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
+    assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])
     assert "s of them at once" in " ".join(err.split())
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {(event["pid"], event["cat"]) for event in events} >= {

@@ -8,7 +8,7 @@ from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.schedules import SCHEDULES
 from longspan.attention.workload import AttentionShape, GroupShape, PhaseWorkload
-from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
+from longspan.bench.schedules import HEAD_SHAPES, ScheduleCell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import CostConstants, Fixed, ParallelConfig
 from longspan.errors import ConfigError
@@ -102,7 +102,7 @@ def test_an_unknown_accelerator_is_refused_with_the_names():
 @pytest.mark.slow
 def test_the_benchmark_counts_the_bytes_of_the_formulas():
     layouts = [(1, 2, 1), (2, 2, 2)]
-    cells = [Cell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
+    cells = [ScheduleCell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
     results = run_attention("threads", cells, 1, lambda _: None)
     assert [result.cell for result in results] == cells
     for result in results:

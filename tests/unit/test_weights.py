@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from longspan.engine.rank.loading import Piece, TensorStore
+from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
 from longspan.weights.builtin import builtin_config, builtin_name, builtin_names, hub_id
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(shapes, message):
 def test_ranks_that_need_the_same_slice_share_one_copy(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
-    piece = [Piece("a", ((0, 3), (0, 4)), stacked=False)]
+    piece = [WeightPiece("a", ((0, 3), (0, 4)), stacked=False)]
     assert store.tensor(piece).data_ptr() == store.tensor(piece).data_ptr()
     assert store.linear(piece) is store.linear(piece)
 
@@ -242,8 +242,8 @@ def test_an_entry_of_a_stacked_tensor_is_loaded_transposed(tmp_path):
     stack = torch.randn(3, 4, 5)
     save_file({"s": stack, "b": stack[:, 0].clone()}, tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
-    assert torch.equal(store.tensor([Piece("s", ((1, 2), (0, 4), (2, 5)), stacked=True)]), stack[1, :, 2:].t())
-    assert torch.equal(store.tensor([Piece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
+    assert torch.equal(store.tensor([WeightPiece("s", ((1, 2), (0, 4), (2, 5)), stacked=True)]), stack[1, :, 2:].t())
+    assert torch.equal(store.tensor([WeightPiece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
 
 
 class Counting:
@@ -261,7 +261,9 @@ def test_a_rank_reads_its_own_slices_only(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     counting = Counting(SafetensorsCheckpoint(tmp_path))
     store = TensorStore(counting, torch.float32)
-    whole = store.tensor([Piece("a", ((2, 4), (0, 4)), stacked=False), Piece("a", ((5, 6), (0, 4)), stacked=False)])
+    whole = store.tensor(
+        [WeightPiece("a", ((2, 4), (0, 4)), stacked=False), WeightPiece("a", ((5, 6), (0, 4)), stacked=False)]
+    )
     assert torch.equal(whole, tensors()["a"][[2, 3, 5]])
     assert counting.elements == 3 * 4
 
@@ -396,7 +398,7 @@ def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():
 def test_an_exact_parameter_stays_fp32_in_a_bf16_model(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
-    assert torch.equal(store.tensor([Piece("b", ((0, 5),), stacked=False)], exact=True), tensors()["b"])
+    assert torch.equal(store.tensor([WeightPiece("b", ((0, 5),), stacked=False)], exact=True), tensors()["b"])
 
 
 def write_tokenizer(path: Path, pre: str, add_bos: bool | None) -> None:

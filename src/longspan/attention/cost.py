@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
-from longspan.attention.workload import AttentionShape, ExpansionCost, GroupShape, Load, PhaseWorkload, WorkloadTotals
+from longspan.attention.workload import (
+    AttentionShape,
+    ComputeLoad,
+    ExpansionCost,
+    GroupShape,
+    PhaseWorkload,
+    WorkloadTotals,
+)
 from longspan.config import CostConstants, Fixed, require_choice
 from longspan.plan.reach import Moves
 
@@ -95,7 +102,9 @@ class CostModel:
         step = StepTotals(self, facts.totals(self.group.members))
         return [Estimate(each.name, each.bytes(step), each.seconds(step)) for each in self.moving]
 
-    def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1, visitors: bool = False) -> float:
+    def compute(
+        self, loads: Sequence[ComputeLoad], heads: int, ranks_per_load: int = 1, visitors: bool = False
+    ) -> float:
         """Seconds until the busiest rank has attended, with `heads` query heads each; visitors stay absorbed."""
         at, shape, seconds = self.constants, self.shape, []
         width, row = shape.head_dim + shape.out_dim, shape.kv_bytes * at.read_s

@@ -1,6 +1,6 @@
 """A decode rank's side of a transfer: asks for the tokens it is to store, and puts them into its pool.
 
-It owns what is under way to this rank and its bound; it must not decide what is fetched nor from whom.
+It owns what is in flight to this rank and its bound; it must not decide what is fetched nor from whom.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class PageReceiver(TransferThread):
         self._end_if_done(fetching)
 
     def _ask(self) -> None:
-        """As many blocks as may be under way, for the oldest fetches that have something to ask for."""
+        """As many blocks as may be in flight, for the oldest fetches that have something to ask for."""
         for fetching in list(self._active.values()):
             with self._failing_alone(fetching.fetch):
                 self._ask_for(fetching)
@@ -191,7 +191,7 @@ class PageReceiver(TransferThread):
             self._forget(fetching)
 
     def _forget(self, fetching: _Fetching) -> None:
-        """Its blocks under way count no more: they may never come."""
+        """Its blocks in flight count no more: they may never come."""
         source = fetching.fetch.source
         del self._active[fetching.fetch.number]
         self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}

@@ -1,6 +1,6 @@
 """One engine of a simulation: the real scheduler and cache, a clock in place of the ranks.
 
-It owns the steps under way and what they give; it must not know of other instances nor of a trace.
+It owns the steps in flight and what they give; it must not know of other instances nor of a trace.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Instance:
         return min(steps, *(self._left(sequence.request_id) - 1 for sequence in running)) if steps else 0
 
     def _repeat(self, first_end: float, until: float) -> None:
-        """End the step under way, which is like the last one, and as many behind it as end by `until`."""
+        """End the step in flight, which is like the last one, and as many behind it as end by `until`."""
         behind = self._alike() - 1  # none if somebody has come meanwhile
         times = list(accumulate(repeat(self._clock.seconds, behind), initial=first_end))
         del times[max(1, bisect_right(times, until)) :]

@@ -1,6 +1,6 @@
-"""The contestants of a comparison, each in a process of its own, so that neither's threads or memory touch the other's.
+"""The contestants of a comparison. Each has a process, so that they do not share threads or memory.
 
-It owns those processes and what one timed run of each kind does; it must not know how results are shown.
+It owns those processes and what one timed run of each contestant does; it must not know how results are shown.
 """
 
 from __future__ import annotations
@@ -18,48 +18,54 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One run: seconds until every request had its first token, and of the decode steps after it."""
+class ContestantTiming:
+    """The times of one run."""
 
+    # seconds until every request had its first token
     prefill_s: float
+    # seconds of the decode steps after that
     decode_s: float
+    # tokens generated in `decode_s`, of all requests
     decode_tokens: int
 
 
-Runner = Callable[[Prompts, int], Timing]
+Runner = Callable[[Prompts, int], ContestantTiming]
 
 
 @dataclass(frozen=True)
 class LongspanSide:
-    """This engine in one configuration."""
+    """Longspan in one configuration."""
 
+    # model, layout and options
     config: EngineConfig
 
     def open(self) -> Runner:
-        """Load the model; the engine lives as long as its process."""
+        """Load the model and return the function for one timed run. The engine is not shut down before its process."""
         from longspan.bench.measure import run_batch
         from longspan.engine.engine import Engine
         from longspan.request import SamplingParams
 
         engine = Engine(self.config)
 
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
             measured = run_batch(engine, prompts, params)
-            return Timing(measured.ttft_s, measured.decode_s, measured.decode_tokens)
+            return ContestantTiming(measured.ttft_s, measured.decode_s, measured.decode_tokens)
 
         return run
 
 
 @dataclass(frozen=True)
 class TransformersSide:
-    """Hugging Face transformers on the same weights: one forward for the prompts, then a greedy loop over its cache."""
+    """Hugging Face transformers on the same weights: one forward pass for the prompts, then greedy decoding."""
 
+    # names model, dtype and device
     config: EngineConfig
+    # CPU threads
     num_threads: int
 
     def open(self) -> Runner:
-        """Load the model."""
+        """Load the model and return the function for one timed run."""
         import warnings
 
         import torch
@@ -75,7 +81,7 @@ class TransformersSide:
         model = transformers_twin(setup.source, setup.dtype).to(device)
 
         @torch.inference_mode()
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             started = now(device)
             out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -83,13 +89,13 @@ class TransformersSide:
             for _ in range(output_len - 1):
                 out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            return Timing(first - started, now(device) - first, len(prompts) * (output_len - 1))
+            return ContestantTiming(first - started, now(device) - first, len(prompts) * (output_len - 1))
 
         return run
 
 
 class SideProcess:
-    """A side in its own process. Use it in a `with` block; raises `EngineError` if the side fails."""
+    """A contestant in its own process, to be used in a `with` block. Raises `EngineError` if the contestant fails."""
 
     def __init__(self, side: LongspanSide | TransformersSide) -> None:
         context = get_context("spawn")
@@ -99,13 +105,13 @@ class SideProcess:
         theirs.close()
 
     def wait_ready(self) -> None:
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         self._receive()
 
-    def run(self, prompts: Prompts, output_len: int) -> Timing:
-        """One timed run."""
+    def run(self, prompts: Prompts, output_len: int) -> ContestantTiming:
+        """Run the prompts once, with `output_len` tokens each, and return the times."""
         self._pipe.send((prompts, output_len))
-        timing: Timing = self._receive()
+        timing: ContestantTiming = self._receive()
         return timing
 
     def close(self) -> None:
