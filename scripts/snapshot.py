@@ -151,7 +151,7 @@ def _metrics() -> Iterator[str]:
 def _planner() -> Iterator[str]:
     from longspan.models.registry import architectures
     from longspan.planner.hardware import hardware_table
-    from longspan.planner.models import builtin_names
+    from longspan.weights.builtin import builtin_names
 
     yield from (f"architecture {name}" for name in architectures())
     yield from (f"planner's model {name}" for name in builtin_names())

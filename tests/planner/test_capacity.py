@@ -6,7 +6,8 @@ from longspan.config import ParallelConfig
 from longspan.errors import ConfigError, ModelError, ModelNotFound
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import hardware
-from longspan.planner.models import builtin_names, find_config, find_model
+from longspan.planner.models import find_config, find_model
+from longspan.weights.builtin import builtin_names
 from longspan.weights.formats import WeightFormat
 
 KV_BYTES = {

@@ -9,9 +9,9 @@ from longspan.errors import ConfigError
 from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware, hardware
-from longspan.planner.layouts import Fixed, plan_layouts
+from longspan.planner.layouts import Fixed, pareto_set, plan_layouts, smallest_layout
 from longspan.planner.models import find_model
-from longspan.planner.outlook import Load, outlook, time_to_first_token
+from longspan.planner.outlook import Load, Outlook, Span, outlook, time_to_first_token
 from longspan.planner.step import StepModel
 
 LOAD = Load(32768, concurrency=4)
@@ -43,6 +43,27 @@ def test_sizes_that_do_not_divide_the_heads_are_left_out():
 def test_layouts_are_in_the_order_of_the_objective(objective, value):
     found = [one for one in plan_layouts(base(), 8, Fixed(), LOAD, objective) if one.running]
     assert [value(one) for one in found] == sorted(map(value, found))
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept"), [("ttft", "acd"), ("capacity", "ace")]
+)  # b is as fast as a and slower a token; d and e are alike, but e is larger
+def test_no_layout_of_the_pareto_set_is_beaten_by_another(objective, kept):
+    times = {"a": (1.0, 9.0, 5), "b": (1.0, 10.0, 5), "c": (2.0, 8.0, 5), "d": (3.0, 7.0, 5), "e": (3.0, 7.0, 6)}
+    found = [
+        Outlook(ParallelConfig(), capacity, 1, 1.0, 0.0, 1, Span(ttft, "", {}), Span(tpot, "", {}))
+        for ttft, tpot, capacity in times.values()
+    ]
+    assert pareto_set(found, LOAD, objective) == [found["abcde".index(name)] for name in kept]
+
+
+def test_the_smallest_layout_is_on_the_fewest_devices_and_splits_heads_first():
+    assert smallest_layout(base(), 32768) == ParallelConfig(2)
+    assert smallest_layout(base("llama-3.1-8b"), 32768) == ParallelConfig(1)
+    assert smallest_layout(base("llama-3.1-8b", "rtx-5090"), 200_000) == ParallelConfig(2)
+    assert smallest_layout(base("kimi-k2"), 4_000_000) == ParallelConfig(16, 1, 8)
+    with pytest.raises(ConfigError, match="have no room on 64 devices"):
+        smallest_layout(base(), 1_000_000_000)
 
 
 def test_layouts_without_room_come_last_and_say_what_is_missing():

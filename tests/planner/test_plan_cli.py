@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,9 +10,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from longspan.cli.options import takes_records
 from longspan.cli.plan import plan
 from longspan.cli.predict import predict
+from longspan.config import EngineConfig
+from longspan.engine.setup import EngineSetup, resolve
 from longspan.errors import ConfigError
+from longspan.planner.models import find_config
+from longspan.server.options import ServeOptions
+from longspan.weights.builtin import builtin_names, hub_id
 
 PUBLISHED = str(Path(__file__).parent / "published.csv")
 LLAMA = ["plan", "llama-3-70b", "--hardware", "h200", "--context", "32768"]
@@ -20,7 +27,7 @@ LLAMA = ["plan", "llama-3-70b", "--hardware", "h200", "--context", "32768"]
 @pytest.fixture(scope="module")
 def app() -> typer.Typer:
     made = typer.Typer(pretty_exceptions_enable=False)
-    made.command("plan")(plan)
+    made.command("plan")(takes_records(plan))
     made.command("predict")(predict)
     return made
 
@@ -31,16 +38,107 @@ def run(app: typer.Typer, *arguments: str) -> dict:
     return json.loads(result.stdout)
 
 
-def test_a_plan_has_times_bounds_and_the_command_of_every_layout(app):
-    rows = run(app, *LLAMA)["layouts"]
+def test_a_plan_has_times_and_bounds_of_every_layout_in_the_order_asked_for(app):
+    rows = run(app, *LLAMA, "--objective", "ttft")["layouts"]
     best = rows[0]
     assert best["fits"]
     assert best["ttft"]["seconds"] == min(row["ttft"]["seconds"] for row in rows if row["fits"])
     assert best["ttft"]["bound"] == "compute"
     assert best["tpot"]["exposed"] >= 0
-    assert best["command"].startswith("longspan serve llama-3-70b")
-    spread = next(row for row in rows if row["dcp"] == 4 and row["pp"] == row["pcp"] == 1)
-    assert "-tp 8 -dcp 4" in spread["command"]
+    assert next(row for row in rows if row["dcp"] == 4 and row["pp"] == row["pcp"] == 1)["name"] == "tp8 dcp4"
+
+
+def test_by_default_the_time_of_a_whole_request_decides(app):
+    rows = [row for row in run(app, *LLAMA, "--output", "256")["layouts"] if row["fits"]]
+    whole = [row["ttft"]["seconds"] + 255 * row["tpot"]["seconds"] for row in rows]
+    assert whole == sorted(whole)
+
+
+def started(command: str, *more: str) -> EngineSetup:
+    """What the engine makes of a printed command, on a machine that has neither the weights nor the devices."""
+    found: list[EngineConfig] = []
+
+    def serve(config: EngineConfig, options: ServeOptions) -> None:
+        found.append(config)
+
+    made = typer.Typer(pretty_exceptions_enable=False)
+    made.command()(takes_records(serve))
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("longspan", "serve")
+    result = CliRunner().invoke(made, [*arguments, *more], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return resolve(found[0])
+
+
+PLANNED = {
+    **{f"{name} as it is": ["plan", name, "--gpus", "16"] for name in builtin_names()},
+    "one device": ["plan", "qwen3-8b", "--gpus", "1", "--context", "20000"],
+    "FP8 weights dequantised": ["plan", "qwen3-235b-a22b-fp8", "--weight-dtype", "bf16"],
+    "4-bit weights dequantised": ["plan", "gpt-oss", "--weight-dtype", "bf16"],
+    "an FP8 cache": [*LLAMA, "--kv-cache-dtype", "fp8"],
+    "experts in parallel": ["plan", "qwen3-235b", "--enable-expert-parallel"],
+    "four machines, fp16": [*LLAMA, "--gpus", "16", "--nodes", "4", "--dtype", "fp16"],
+    "few tokens at once": [*LLAMA, "--max-num-batched-tokens", "128"],
+}
+NOT_SERVED = {"gpt-oss-120b", "kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}  # weights as they are on the hub
+
+
+@pytest.mark.parametrize("case", PLANNED)
+def test_every_printed_command_starts_what_was_planned(app, case):
+    found = run(app, *PLANNED[case], "--hardware", "h200")
+    rows = [row for row in found["layouts"] if row["fits"]]
+    if case.removesuffix(" as it is") in NOT_SERVED:
+        assert found["no_command"] and not any(row["command"] for row in rows)
+        return
+    assert found["no_command"] is None and rows
+    for row in rows:
+        assert row["command"].startswith(f"longspan serve {hub_id(find_config(found['model']))} ")
+        setup = started(row["command"], "--executor", "dry")
+        assert setup.config.parallel.short_name == row["name"]
+        assert setup.config.parallel.enable_expert_parallel == ("--enable-expert-parallel" in PLANNED[case])
+        assert setup.capacity_tokens == pytest.approx(row["capacity_tokens"], rel=0.01)
+        assert setup.max_model_len == min(found["context"] + 256, setup.model.max_position_embeddings)
+        spread = row["tp"] * row["pcp"] * row["pp"] > 1
+        assert bool(re.search("--executor (processes|ray)", row["command"])) == spread
+
+
+def test_layouts_over_several_machines_are_started_by_ray(app):
+    result = CliRunner().invoke(app, [*LLAMA, "--gpus", "16"], catch_exceptions=False)
+    assert "--executor ray --ray-address" in result.stderr
+    assert "the head of a Ray cluster of 2 machines" in result.stderr
+
+
+def test_only_the_pareto_set_is_shown_unless_all_is_asked_for(app):
+    rows = run(app, *LLAMA)["layouts"]
+    best = [row for row in rows if row["pareto"]]
+    beaten = next(row for row in rows if row["fits"] and not row["pareto"])
+    assert any(
+        other["ttft"]["seconds"] <= beaten["ttft"]["seconds"] and other["tpot"]["seconds"] <= beaten["tpot"]["seconds"]
+        for other in best
+    )
+    shown, every = (CliRunner().invoke(app, [*LLAMA, *more], catch_exceptions=False).stderr for more in ([], ["--all"]))
+    assert re.findall(r"^  (\S.*?)  +[\d,]+  ", shown, re.MULTILINE) == [row["name"] for row in best]
+    hidden = [sum(row["fits"] and not row["pareto"] for row in rows), sum(not row["fits"] for row in rows)]
+    assert f"hidden: {hidden[0]} slower, {hidden[1]} without room; --all shows them" in shown
+    assert "lacks" in every and f"{best[0]['name']} *" in every and f"{beaten['name']} *" not in every
+
+
+def test_limits_leave_the_layouts_that_keep_them(app):
+    rows = run(app, *LLAMA, "--objective", "ttft")["layouts"]
+    limit = sorted(row["tpot"]["seconds"] for row in rows if row["fits"])[3] * 1e3
+    kept = run(app, *LLAMA, "--objective", "ttft", "--max-tpot", str(limit))["layouts"]
+    assert {row["name"] for row in kept if row["within_limits"]} == {
+        row["name"] for row in rows if row["fits"] and row["tpot"]["seconds"] * 1e3 <= limit
+    }
+    with pytest.raises(ConfigError, match=r"max_ttft=0\.001 s: no layout is so fast; tp.* takes .*; raise it"):
+        CliRunner().invoke(app, [*LLAMA, "--max-ttft", "0.001"], catch_exceptions=False)
+
+
+def test_a_price_gives_what_a_million_tokens_cost(app):
+    row = run(app, *LLAMA, "--price", "3.6")["layouts"][0]
+    assert row["price_per_million"] == pytest.approx(1e3 / row["throughput_per_gpu"])
+    assert run(app, *LLAMA)["layouts"][0]["price_per_million"] is None
+    assert "price of" in CliRunner().invoke(app, [*LLAMA, "--price", "3.6"], catch_exceptions=False).stderr
 
 
 def test_weights_of_half_the_size_leave_room_for_more_tokens(app):
@@ -56,18 +154,16 @@ def test_more_machines_make_a_tp_group_slower(app):
     assert far["ttft"]["exposed"] > 2 * near["ttft"]["exposed"]
 
 
-def test_a_plan_draws_its_best_layouts(app, tmp_path):
+def test_a_plan_draws_its_layouts_and_names_the_best(app, tmp_path):
     pytest.importorskip("matplotlib")
-    run(app, *LLAMA, "--plot", str(tmp_path / "plan.svg"))
+    rows = run(app, *LLAMA, "--plot", str(tmp_path / "plan.svg"))["layouts"]
     texts = {text.text for text in ElementTree.parse(tmp_path / "plan.svg").getroot().iterfind(".//{*}text")}
-    assert "tokens of context" in texts
-    assert len([text for text in texts if "tp" in text]) == 4
+    assert {"time to first token, s", *(row["name"] for row in rows if row["pareto"])} <= texts
 
 
 def test_without_json_the_table_ends_with_the_command_to_start(app):
     result = CliRunner().invoke(app, [*LLAMA, "-tp", "8", "-dcp", "2"], catch_exceptions=False)
-    assert "longspan serve llama-3-70b -tp 8 -dcp 2" in result.stderr
-    assert "131,072" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("longspan serve meta-llama/Llama-3.1-70B-Instruct -tp 8 -dcp 2 ")
 
 
 def test_a_context_beyond_the_models_positions_is_told(app):
@@ -80,7 +176,8 @@ def test_a_context_beyond_the_models_positions_is_told(app):
     [
         (["--gpus", "0"], "gpus=0"), (["--nodes", "3"], "nodes=3"), (["--objective", "fast"], "objective=fast"),
         (["--weight-dtype", "fp5"], "weight_dtype=fp5"), (["--kv-cache-dtype", "int4"], "kv_cache_dtype=int4"),
-        (["--memory-fraction", "2"], "memory_fraction=2"), (["--enable-expert-parallel"], "has no experts"),
+        (["--memory-fraction", "2"], "memory_fraction=2"), (["--max-tpot", "0"], "max_tpot=0"),
+        (["--enable-expert-parallel"], "has no experts"),
         (["--concurrency", "0"], "concurrency=0"), (["--plot", "/nowhere/x.svg"], "plot=/nowhere/x.svg"),
     ],
 )  # fmt: skip

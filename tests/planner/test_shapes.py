@@ -5,30 +5,21 @@ from dataclasses import replace
 import pytest
 
 from longspan.config import CacheConfig, EngineConfig, ParallelConfig
-from longspan.engine import setup
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.models.registry import load_config
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import hardware
-from longspan.planner.models import builtin_names, find_config, find_model
+from longspan.planner.models import find_config, find_model
+from longspan.weights.builtin import builtin_names
 from longspan.weights.formats import element_bytes
-from longspan.weights.source import ModelSource
 
 LAYOUTS = [ParallelConfig(1), ParallelConfig(8), ParallelConfig(8, 1, 8), ParallelConfig(4, 2, 1)]
 
 
-@pytest.fixture
-def engine(monkeypatch):
-    """`engine(name, layout, cache_dtype)`: the engine's own setup of a model whose weights nobody has."""
-    monkeypatch.setattr(setup, "check_checkpoint", lambda *_: None)
-
-    def made(name: str, layout: ParallelConfig, cache_dtype: str) -> EngineSetup:
-        source = ModelSource(name, None, find_config(name), None)
-        monkeypatch.setattr(setup, "resolve_model", lambda _: source)
-        cache = CacheConfig(dtype=cache_dtype)
-        return resolve(EngineConfig(name, parallel=layout, cache=cache, device="cpu", dtype="bfloat16", executor="dry"))
-
-    return made
+def engine(name: str, layout: ParallelConfig, cache_dtype: str) -> EngineSetup:
+    """The engine's own setup of a model whose weights nobody has."""
+    cache = CacheConfig(dtype=cache_dtype)
+    return resolve(EngineConfig(name, parallel=layout, cache=cache, device="cpu", dtype="bfloat16", executor="dry"))
 
 
 def planned(name: str, layout: ParallelConfig, cache_dtype: str) -> Deployment:
@@ -39,7 +30,7 @@ def planned(name: str, layout: ParallelConfig, cache_dtype: str) -> Deployment:
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8", "fp8"])
 @pytest.mark.parametrize("name", builtin_names())
-def test_engine_and_planner_count_the_same_bytes(engine, name, cache_dtype):
+def test_engine_and_planner_count_the_same_bytes(name, cache_dtype):
     heads = load_config(find_config(name)).num_q_heads
     for layout in (one for one in LAYOUTS if heads % one.tensor_parallel_size == 0):
         ours, theirs = engine(name, layout, cache_dtype), planned(name, layout, cache_dtype)

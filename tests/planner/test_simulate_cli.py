@@ -48,6 +48,26 @@ def test_a_trace_shorter_than_asked_and_requests_beyond_the_models_positions_are
     assert json.loads(capsys.readouterr().out)["notes"] == ["the trace has 20 requests, 30 were asked for"]
 
 
+@pytest.mark.parametrize("ids", [None, []])
+def test_a_trace_without_block_ids_has_prompts_that_share_nothing(tmp_path, capsys, ids):
+    rows = [{"timestamp": 9000 * n, "input_length": 3000, "output_length": 3} for n in range(3)]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(json.dumps(row if ids is None else {**row, "hash_ids": ids}) for row in rows))
+    simulate("llama-3.1-8b", "h200", str(path), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["report"]["completed"], found["cached_tokens"]) == (3, 0)
+
+
+def test_without_a_layout_the_smallest_that_has_room_is_simulated(trace, capsys):
+    simulate("llama-3-70b", "h200", trace, as_json=True)
+    assert json.loads(capsys.readouterr().out)["layout"] == "tp=2,pcp=1,dcp=1,pp=1"
+
+
+def test_a_trace_is_read_before_a_layout_is_looked_at(tmp_path):
+    with pytest.raises(LongspanError, match="trace="):
+        simulate("llama-3-70b", "h200", str(tmp_path / "none"), layout="tp=7")
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -183,6 +183,16 @@ def test_equal_hash_ids_are_equal_tokens_and_the_last_block_is_cut(tmp_path):
     assert third[:512] != first[:512]
 
 
+def test_rows_of_a_trace_without_block_ids_share_no_tokens(tmp_path):
+    bare = {key: value for key, value in trace_row(0, 600, []).items() if key != "hash_ids"}
+    load = RequestLoad(
+        "trace", write_lines(tmp_path / "t.jsonl", bare, trace_row(0, 600, []), trace_row(0, 600, [1, 2]))
+    )
+    prompts = [ask.prompt for ask in open_dataset(load).requests(0)]
+    assert [len(prompt) for prompt in prompts] == [600] * 3
+    assert len({tuple(prompt[:16]) for prompt in prompts}) == 3
+
+
 def test_another_run_of_a_trace_has_other_tokens_of_the_same_lengths(tmp_path):
     dataset = open_dataset(RequestLoad("trace", write_lines(tmp_path / "t.jsonl", trace_row(0, 700, [1, 2]))))
     (first,), (second,) = dataset.requests(0), dataset.requests(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,15 @@ import torch
 import typer
 
 from longspan.bench.reference import transformers_reference
+from longspan.cli.explain import constants_line
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
+from longspan.config import CostConstants
+from longspan.models.registry import load_config
 from longspan.request import CompletionOutput, RequestOutput
+from longspan.version import __version__
+from longspan.weights.builtin import builtin_config, builtin_names
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 from tests.traffic import TRAVELLING
@@ -43,7 +49,8 @@ OPTIONS = {
         "--concurrency", "--context", "--decode-context-parallel-size", "-dcp", "--dtype", "--enable-expert-parallel",
         "--gpus", "--hardware", "--help", "--json", "--kv-cache-dtype", "--max-num-batched-tokens", "--memory-fraction",
         "--new", "--nodes", "--objective", "--output", "--pipeline-parallel-size", "-pp", "--plot",
-        "--prefill-context-parallel-size", "-pcp", "--tensor-parallel-size", "-tp", "--weight-dtype",
+        "--prefill-context-parallel-size", "-pcp", "--tensor-parallel-size", "-tp", "--weight-dtype", "--all",
+        "--max-ttft", "--max-tpot", "--price",
     },
     ("predict",): {
         "--batch", "--cached-tokens", "--dcp", "--dtype", "--gpus", "--gpus-per-node", "--hardware", "--help", "--id",
@@ -164,7 +171,54 @@ def test_explain_names_every_schedule_and_the_choice(run):
     assert "window of 11" in out
     for schedule in TRAVELLING:
         assert schedule in out
-    assert out.count(" *") == 2  # one choice for each kind of layer
+    assert out.count(" * ") == 1
+    assert "window of 11: nothing travels" in out  # and so there is nothing to choose
+
+
+def test_explain_says_what_its_columns_mean_and_has_no_negative_zero(run):
+    _, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--new", "64", "--hardware", "h100")
+    assert "-0.00" not in out
+    for term in ("fixed: ", "transfer: ", "copies: ", "hidden: "):
+        assert term in " ".join(out.split())
+
+
+def test_ranks_that_share_memory_have_no_rate_of_a_link():
+    line = constants_line(CostConstants(byte_s=0.0, cross_byte_s=1e-9))
+    assert "; ranks share memory, collective" in line
+    assert "between machines link 1.0 GB/s" in line
+
+
+def test_the_version_is_printed(run):
+    assert run("--version") == (0, f"longspan {__version__}\n", "")
+
+
+def test_a_busy_port_is_told_before_the_model_is_loaded(run):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        code, out, err = run("serve", "./no-such-model", "--port", str(port))
+    assert (code, out) == (2, "")
+    remedy = "end what listens there, or give another --port; 0 takes a free one"
+    assert err.splitlines()[-1] == f"longspan: error: port={port}: is in use on 127.0.0.1; {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("host", "message"), [("8.8.8.8", "host=8.8.8.8: is no address of this machine"), ("no.such.", "host=no.such.: ca")]
+)
+def test_a_host_that_cannot_be_served_is_named(run, host, message):
+    code, _, err = run("serve", "./no-such-model", "--host", host, "--api-key", "k")
+    assert code == 2
+    assert message in err
+
+
+def test_the_latency_benchmark_says_what_it_is_at(run):
+    code, _, err = run("bench", "latency", tiny_folder("llama"), "--input-len", "8", "--output-len", "2",
+                       "--iterations", "2", "--warmup", "0")  # fmt: skip
+    assert code == 0
+    assert [line for line in err.splitlines() if "longspan" in line][:3] == [
+        "loading longspan", "longspan: run 1 of 2", "longspan: run 2 of 2",
+    ]  # fmt: skip
 
 
 def test_explain_from_published_figures_takes_layouts_of_more_ranks_than_there_are_gpus(run, monkeypatch):
@@ -310,12 +364,37 @@ def test_a_missing_model_is_named(run, name):
     assert f"model={name}: no such folder or file; give a folder with config.json" in err
 
 
-def test_an_unknown_architecture_is_named(run, tmp_path):
-    (tmp_path / "config.json").write_text('{"architectures": ["StrangeForCausalLM"]}')
-    (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"architectures": ["StrangeForCausalLM"]}', "architectures=['StrangeForCausalLM'] in config.json is not su"),
+        ('{"model_type": "strange"}', "config.json names no architectures, and model_type=strange is not supported"),
+        ("{}", "config.json names no architectures, and model_type=None is not supported; supported are Llama"),
+    ],
+)
+def test_an_unknown_architecture_is_named_whether_there_are_weights_or_not(run, tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
     code, _, err = run("generate", str(tmp_path), "--prompt-ids", "1")
     assert code == 2
-    assert "architectures=['StrangeForCausalLM'] in config.json is not supported; supported are Llama" in err
+    assert message in err
+
+
+def test_a_config_that_names_no_architectures_is_read_by_its_model_type():
+    for name in builtin_names():
+        values = builtin_config(name)
+        assert load_config({**values, "architectures": None}) == load_config(values), name
+
+
+def test_a_dry_run_takes_a_built_in_model(run):
+    code, out, err = run("generate", "qwen3-235b", "--prompt-ids", "1,2,3", "--max-tokens", "3", "--executor", "dry")
+    assert code == 0, err
+    assert len(out.split()) == 3
+
+
+def test_explain_takes_a_built_in_model_and_every_layout_of_it(run):
+    code, out, err = run("explain", "llama-3-405b", "-tp", "8", "-pcp", "4", "--hardware", "h200")
+    assert code == 0, err
+    assert "ring_kv" in out
 
 
 def test_the_scheduler_benchmark_reports_every_context(run):

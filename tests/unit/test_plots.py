@@ -1,5 +1,6 @@
 """Pictures for `--plot`, looked at as Matplotlib's figures."""
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -66,11 +67,27 @@ def test_latencies_are_lines_over_the_runs_in_milliseconds(matplotlib):
     assert [label.get_text() for label in first.get_xticklabels()] == ["1", "8", "all"]
 
 
-def test_the_line_of_a_layout_ends_where_no_request_fits(matplotlib):
-    lines = {"tp=8": [plots.Point(1024, 1.0, 9), plots.Point(1 << 20, math.inf, 0)], "tp=4": []}
-    ttft, requests = plots.layout_lines(lines, "layouts").axes
-    assert list(ttft.lines[0].get_xdata()) == list(requests.lines[0].get_xdata()) == [1024]
-    assert [label.get_text() for label in ttft.get_xticklabels()] == ["1k", "1M"]
+BEST = [plots.LayoutPoint("tp8", 9.0, 0.011, True), plots.LayoutPoint("tp4 pcp2", 8.0, 0.017, True)]
+
+
+def test_layouts_are_points_and_those_of_the_pareto_set_are_named(matplotlib):
+    (panel,) = plots.layout_scatter([*BEST, plots.LayoutPoint("pp8", 12.0, 0.05, False)], "layouts").axes
+    others, best = panel.lines
+    assert (list(others.get_xdata()), list(others.get_ydata())) == ([12.0], [50.0])
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([8.0, 9.0], [17.0, 11.0])
+    assert [text.get_text() for text in panel.texts] == ["tp4 pcp2", "tp8"]
+
+
+def test_names_of_points_that_are_close_do_not_overlap(matplotlib):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    near = [plots.LayoutPoint(f"tp4 pcp{n}", 8.0 + n / 100, 0.017 - n / 1e5, True) for n in range(4)]
+    figure = plots.layout_scatter([*BEST[:1], *near, plots.LayoutPoint("far", 99, 9, False)], "layouts")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in figure.axes[0].texts]  # without its line
+    assert not any(one.overlaps(other) for at, one in enumerate(boxes) for other in boxes[:at])
 
 
 def test_memory_has_a_row_for_each_shard_of_each_instance(matplotlib):
@@ -78,10 +95,28 @@ def test_memory_has_a_row_for_each_shard_of_each_instance(matplotlib):
     panel = plots.memory_map(memory, "memory").axes[0]
     assert panel.images[0].get_array().tolist() == [[0, 0.5], [1, 0.5], [0, 0], [0, 0]]
     assert panel.images[0].get_extent() == [0, 4, 4, 0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        f"instance {instance}, shard {shard}" for instance in (0, 1) for shard in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(("instances", "shards"), [(1, 1), (2, 8), (16, 16)])
+def test_rows_of_a_map_are_high_enough_for_the_labels_they_have(matplotlib, instances, shards):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    memory = Memory(60.0, (10,) * shards, ((((5,) * 100),) * shards,) * instances, ((5,) * shards,) * instances)
+    figure = plots.memory_map(memory, "memory")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    panel = figure.axes[0]
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in panel.get_yticklabels()]
+    assert boxes and not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+    assert panel.get_window_extent().height > 60
+    assert panel.get_xlabel() == "minutes"
 
 
 def test_a_picture_is_an_svg_file_with_its_title_as_text(matplotlib, tmp_path):
-    plots.save(plots.layout_lines({}, "a <model> & $more"), tmp_path / "x.svg")
+    plots.save(plots.layout_scatter([], "a <model> & $more"), tmp_path / "x.svg")
     assert "a &lt;model&gt; &amp; $more" in (tmp_path / "x.svg").read_text()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
+from longspan.weights.builtin import builtin_config, builtin_name, builtin_names, hub_id
 from longspan.weights.gguf import GGUFCheckpoint, hub_name
 from longspan.weights.gguf_config import gguf_config
 from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
-from longspan.weights.source import ModelSource, resolve_model
+from longspan.weights.source import ModelSource, find_source, resolve_model
 from longspan.weights.tokenizer import load_tokenizer
 
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 4, 2, 8, 32, 1
@@ -326,6 +331,60 @@ def test_another_quantisation_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(UnsupportedModel, match=r"quant_method=gptq.*not supported; use the unquantised model"):
         resolve_model(str(tmp_path))
+
+
+def test_a_refused_quantisation_is_quoted_as_the_file_has_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(UnsupportedModel, match=r"quantization_config \(quant_method=awq\) is not supported"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["llama-3-70b", "qwq-32b"])
+def test_a_description_without_weights_names_the_hub_id(model):
+    at = {"llama-3-70b": "meta-llama/Llama-3.1-70B-Instruct", "qwq-32b": "Qwen/QwQ-32B"}[model]
+    with pytest.raises(ModelNotFound, match=f"model={model}: .* without weights; give its hub id, {at}, or --exec"):
+        resolve_model(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("qwen3-8b", "qwen3-8b"), ("Qwen3-8B", "qwen3-8b"), ("Qwen/Qwen3-8B", "qwen3-8b"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "llama-3-70b"),  # by its hub id
+        ("gpt", "gpt-oss-120b"),  # the beginning of one
+        ("qwen3-235b", "qwen3-235b-a22b"),  # of a series, of which this is the beginning
+        ("llama-3", None), ("", None), ("./qwen3-8b", None), ("nothing", None),
+    ],
+)  # fmt: skip
+def test_a_built_in_model_is_known_by_name_beginning_and_hub_id(text, name):
+    assert builtin_name(text) == name
+
+
+def test_hub_ids_of_built_in_models_name_one_model_each():
+    ids = [found for name in builtin_names() if (found := hub_id(builtin_config(name)))]
+    assert len({found.lower() for found in ids}) == len(ids) >= len(builtin_names()) - 1
+
+
+def test_without_weights_a_model_is_its_configuration(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in (str(tmp_path), str(tmp_path / "config.json")):
+        source = find_source(name, needs_weights=False)
+        assert source.config == {"model_type": "llama"} and not source.checkpoint.names()
+        with pytest.raises(WeightError, match="not been opened"):
+            source.checkpoint.shape("w")
+
+
+def test_a_prompt_longer_than_the_tokenizer_says_is_encoded_without_a_warning(tmp_path):
+    built = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=4).save_pretrained(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from longspan.weights.source import ModelSource; "
+        "from longspan.weights.tokenizer import load_tokenizer; "
+        "load_tokenizer(ModelSource('t', Path(sys.argv[1]), {})).encode('a b ' * 9)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():

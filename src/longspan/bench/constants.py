@@ -22,7 +22,7 @@ class _Measure:
     config: EngineConfig
 
     def __call__(self, rank: int, make_group: MakeGroup, traffic: object) -> CostConstants:
-        setup = resolve(self.config)
+        setup = resolve(self.config, needs_weights=False)
         device = setup.device(rank if setup.config.executor == "processes" else 0)
         return measure_cost(setup, rank, make_group(setup.grid.context_group(rank)), device)
 

@@ -66,12 +66,15 @@ class TransformersContestant:
 
     def open(self) -> Runner:
         """Load the model and return the function for one timed run."""
+        import warnings
+
         import torch
 
         from longspan.bench.reference import transformers_reference
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
+        warnings.filterwarnings("ignore", module="transformers")  # of names that a release to come drops
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from longspan.cli.options import Json, PageSize
-from longspan.cli.show import new_table, progress_bar
+from longspan.cli.show import new_table, progress_bar, step_bar
 from longspan.config import EngineConfig, ParallelConfig, parse_integers, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
@@ -68,8 +68,8 @@ def latency(
         contestants[compare] = TransformersContestant(config, threads_per_rank(setup) * setup.grid.world_size)
     load = BatchLoad(input_len, output_len, batch_size, iterations, warmup, config.seed, setup.model.vocab_size)
     console = Console(stderr=True)
-    with console.status("starting") as status:
-        report = run_latency(load, contestants, status.update)
+    with step_bar(console, len(contestants) * (1 + warmup + iterations)) as show:
+        report = run_latency(load, contestants, show)
     _show_rates(console, report, load.batch_size)
     _print_json(as_json, {"model": config.model, "input_len": input_len, "batch_size": batch_size, **report})
 
@@ -114,8 +114,8 @@ def mixed(
 
     load = MixedLoad(chats, chat_len, contexts, context_len, output_len, config.seed)
     console = Console(stderr=True)
-    with console.status("starting") as status:
-        rows = run_mixed(config, load, iterations, status.update)
+    with step_bar(console) as show:
+        rows = run_mixed(config, load, iterations, show)
     _show_table(console, f"{chats} chats and {contexts} contexts of {context_len:,} tokens", rows)
     _print_json(as_json, {"model": config.model, "rows": rows})
 

@@ -19,7 +19,10 @@ from longspan.cli.show import new_table
 from longspan.config import CostConstants, EngineConfig, require
 
 _BY_REFERENCE = 1e-13  # seconds a byte: threads hand tensors over
-_CAPTION = "* chosen; milliseconds; hidden: what of the transfer goes on beside computing"
+_LEGEND = (
+    "* chosen; times in ms. fixed: starting kernels and messages; transfer: bytes between ranks; "
+    "copies: packing and merging; hidden: transfer that goes on while ranks compute, so taken off the sum"
+)
 New = Annotated[int, typer.Option("--new", help="new tokens of the request")]
 Cached = Annotated[int, typer.Option("--cached", help="tokens of it that are in the cache")]
 HardwareName = Annotated[
@@ -43,7 +46,7 @@ def explain(
         config = replace(config, cost=accelerator(hardware).cost, dtype=dtype)
     if config.cost is not None:
         config = replace(config, executor="dry")  # nothing runs, so a layout may have more ranks than there are GPUs
-    setup = resolve(config)
+    setup = resolve(config, needs_weights=False)
     constants = config.cost
     if constants is None:
         from longspan.bench.constants import measure_constants
@@ -68,24 +71,30 @@ def explain(
         layers = sum(setup.model.window(layer) == window for layer in range(setup.model.num_layers))
         kind = "" if window is None else f", window of {window}"
         title = f"{new:,} new tokens, {cached:,} cached: one layer of {layers}{kind}"
-        console.print(_table(title, found, found[0].schedule if forced == "auto" and found else forced))
+        if not found:
+            console.print(f"{title}: nothing travels", highlight=False)
+            continue
+        console.print(_table(title, found, found[0].schedule if forced == "auto" else forced))
+    console.print(_LEGEND, highlight=False)
 
 
 def constants_line(constants: CostConstants) -> str:
     """The constants as rates."""
     parallel = f", {constants.parallelism:.1f} ranks compute at once" if constants.parallelism else ""
     hides = f"{constants.hidden:.0%} of a ring's transfer hides"
-    links = f"link {_rate(constants.byte_s)} GB/s, collective {constants.message_s * 1e6:,.0f} µs"
+    links = f"{_link(constants.byte_s)}, collective {constants.message_s * 1e6:,.0f} µs"
     if constants.cross_byte_s != constants.byte_s:
-        links += f"; between machines {_rate(constants.cross_byte_s)} GB/s"
+        links += f"; between machines {_link(constants.cross_byte_s)}"
+    reads, merges = (1e-9 / seconds for seconds in (constants.read_s, constants.copy_s))
     return (
-        f"cost model: attention {1e-9 / constants.flop_s:,.1f} GFLOP/s, keys read at {_rate(constants.read_s)} GB/s, "
-        f"merged at {_rate(constants.copy_s)} GB/s; {links}; {hides}{parallel}"
+        f"cost model: attention {1e-9 / constants.flop_s:,.1f} GFLOP/s, keys read at {reads:,.1f} GB/s, "
+        f"merged at {merges:,.1f} GB/s; {links}; {hides}{parallel}"
     )
 
 
-def _rate(seconds: float) -> str:
-    return f"{1e-9 / seconds:,.1f}" if seconds > _BY_REFERENCE else "any number of"
+def _link(byte_s: float) -> str:
+    """A link by its rate, if bytes are sent at all."""
+    return f"link {1e-9 / byte_s:,.1f} GB/s" if byte_s > _BY_REFERENCE else "ranks share memory"
 
 
 def _as_json(e: Estimate) -> dict[str, object]:
@@ -94,12 +103,15 @@ def _as_json(e: Estimate) -> dict[str, object]:
 
 def _table(title: str, found: list[Estimate], chosen: str) -> Table:
     columns = ("schedule", "MB", "fixed", "compute", "transfer", "copies", "hidden", "ms")
-    title, caption = (title, _CAPTION) if found else (f"{title}: nothing travels", None)
-    table = new_table(title, columns, left=("schedule",), no_wrap=True, caption=caption)
+    table = new_table(title, columns, left=("schedule",), no_wrap=True)
     for e in found:
         time = e.time
         parts = (time.fixed, time.compute, time.transfer, time.copies, -time.hidden, time.seconds)
         style = "bold" if e.schedule == chosen else ""
         name = f"{e.schedule} *" if e.schedule == chosen else e.schedule
-        table.add_row(name, f"{e.bytes / 1e6:,.2f}", *(f"{part * 1e3:,.2f}" for part in parts), style=style)
+        table.add_row(name, f"{e.bytes / 1e6:,.2f}", *map(_milliseconds, parts), style=style)
     return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{round(seconds * 1e3, 2) + 0.0:,.2f}"  # what rounds to zero has no sign

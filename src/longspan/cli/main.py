@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,10 +27,17 @@ from longspan.cli import (
 )
 from longspan.cli.options import takes_records
 from longspan.errors import LongspanError
+from longspan.version import __version__
 
 _USAGE, _INTERRUPTED = 2, 130
 # typer brings its own copy of click, or uses click's: either way, this
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"longspan {__version__}")
+        raise typer.Exit
 
 
 def build_app() -> typer.Typer:
@@ -43,9 +50,10 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_options)
     app.command("generate", help="Complete one prompt.")(takes_records(generate.generate))
     app.command("explain", help="What each schedule would take, and the choice.")(takes_records(explain.explain))
-    app.command("plan", help="What every layout of a cluster will do.")(plan.plan)
+    app.command("plan", help="What every layout of a cluster will do.")(takes_records(plan.plan))
     app.command("predict", help="One measured setup, predicted.")(predict.predict)
     app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
     app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
@@ -65,6 +73,14 @@ def build_app() -> typer.Typer:
     benches.command("serve", help="Load on any OpenAI-compatible server.")(bench_serve.serve)
     app.add_typer(benches, name="bench")
     return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and end", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Those of `longspan` itself."""
 
 
 def main() -> None:

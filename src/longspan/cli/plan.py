@@ -6,10 +6,8 @@ It owns the options and what is shown; the planner decides.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from longspan.cli import plots
-from longspan.cli.options import ExpertParallel, Json
+from longspan.cli.options import Json
+from longspan.cli.serve_command import DTYPES, command_notes, serve_command, served
 from longspan.cli.show import new_table
-from longspan.config import ParallelConfig, require
+from longspan.config import ParallelConfig, require, require_choice
+from longspan.config.option import option
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
@@ -34,143 +34,195 @@ Model = Annotated[
     ),
 ]  # fmt: skip
 HardwareName = Annotated[str, typer.Option("--hardware", help="a machine's name, as in h200, or a .yaml file")]
-Gpus = Annotated[int, typer.Option("--gpus", help="devices in all")]
-Nodes = Annotated[int | None, typer.Option("--nodes", help="machines they are in; default: 8 devices a machine")]
-Context = Annotated[int, typer.Option("--context", help="tokens of a request before its first output")]
-New = Annotated[int | None, typer.Option("--new", help="last tokens of it that are not cached; default: all")]
-Output = Annotated[int, typer.Option("--output", help="tokens generated for a request")]
-Concurrency = Annotated[
-    int | None, typer.Option("--concurrency", help="requests at once; default: 1, for throughput as many as fit")
-]
-Objective = Annotated[str, typer.Option("--objective", help="order: ttft, tpot, throughput or capacity")]
-Tensor = Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp", help="tp of all layouts; default: any")]
-Prefill = Annotated[
-    int | None, typer.Option("--prefill-context-parallel-size", "-pcp", help="pcp of all layouts; default: any")
-]
-Decode = Annotated[
-    int | None, typer.Option("--decode-context-parallel-size", "-dcp", help="dcp of all layouts; default: any")
-]
-Pipeline = Annotated[
-    int | None, typer.Option("--pipeline-parallel-size", "-pp", help="pp of all layouts; default: any")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="of activations and embedding: bf16, fp16 or fp32")]
-WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", help="bf16, fp8, int4, mxfp4, fp32; default: the model's own")
-]
-CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp8, int8 or fp32")]
-MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
-BatchedTokens = Annotated[int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="SVG file of the best layouts against context")]
 
-_SHOWN, _DRAWN, _LEAST_WIDTH = 30, 4, 110
+_SHOWN, _LEAST_WIDTH = 30, 128
 
 
-def plan(
-    model: Model,
-    hardware: HardwareName,
-    gpus: Gpus = 8,
-    nodes: Nodes = None,
-    context: Context = 131072,
-    new: New = None,
-    output: Output = 256,
-    concurrency: Concurrency = None,
-    objective: Objective = "ttft",
-    tensor_parallel_size: Tensor = None,
-    prefill_context_parallel_size: Prefill = None,
-    decode_context_parallel_size: Decode = None,
-    pipeline_parallel_size: Pipeline = None,
-    enable_expert_parallel: ExpertParallel = False,
-    dtype: Dtype = "bf16",
-    weight_dtype: WeightDtype = None,
-    kv_cache_dtype: CacheDtype = "auto",
-    memory_fraction: MemoryFraction = 0.9,
-    max_num_batched_tokens: BatchedTokens = 8192,
-    plot: Plot = None,
-    as_json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is planned, and what of it is shown."""
+
+    gpus: int = option(8, "devices in all")
+    nodes: int | None = option(None, "machines they are in; default: 8 devices a machine")
+    context: int = option(131072, "tokens of a request before its first output")
+    new: int | None = option(None, "last tokens of it that are not cached; default: all")
+    output: int = option(256, "tokens generated for a request")
+    concurrency: int | None = option(None, "requests at once; default: 1, for throughput as many as fit")
+    objective: str = option("e2e", "order: e2e (time of a whole request), ttft, tpot, throughput or capacity")
+    max_ttft: float | None = option(None, "seconds to the first token at most")
+    max_tpot: float | None = option(None, "milliseconds per output token at most")
+    tp: int | None = option(None, "tp of all layouts; default: any", name="tensor_parallel_size", short="-tp")
+    pcp: int | None = option(
+        None, "pcp of all layouts; default: any", name="prefill_context_parallel_size", short="-pcp"
+    )
+    dcp: int | None = option(
+        None, "dcp of all layouts; default: any", name="decode_context_parallel_size", short="-dcp"
+    )
+    pp: int | None = option(None, "pp of all layouts; default: any", name="pipeline_parallel_size", short="-pp")
+    experts: bool = option(False, "experts are split over tp x pcp ranks", name="enable_expert_parallel")
+    dtype: str = option("bf16", "of activations and embedding: bf16, fp16 or fp32")
+    weight_dtype: str | None = option(None, "bf16, fp8, int4, mxfp4, fp32; default: the model's own")
+    kv_cache_dtype: str = option("auto", "auto (as dtype), fp8 or int8")
+    memory_fraction: float = option(0.9, "of a device's memory that is used in all")
+    max_num_batched_tokens: int = option(8192, "new tokens a step computes")
+    price: float | None = option(None, "of a device and hour, for a column of costs; default: the machine's own")
+    show_all: bool = option(False, "dominated and impossible layouts too", name="all")
+    plot: str | None = option(None, "SVG file: time per token over time to first token")
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 1, "gpus", self.gpus, "must be at least 1", "give the devices in all")
+        batched, fraction, price = self.max_num_batched_tokens, self.memory_fraction, self.price
+        require(batched >= 1, "max_num_batched_tokens", batched, "must be at least 1", "give tokens")
+        require(0 < fraction <= 1, "memory_fraction", fraction, "is not in 0..1", "give 0.9 or so")
+        require(price is None or price >= 0, "price", price, "must not be negative", "give a price an hour")
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choice("kv_cache_dtype", self.kv_cache_dtype, tuple(dict.fromkeys(("auto", self.dtype, "fp8", "int8"))))
+        valid = [n for n in range(1, self.gpus + 1) if self.gpus % n == 0]
+        require(self.nodes is None or self.nodes in valid, "nodes", self.nodes,
+                f"does not divide {self.gpus} devices evenly", f"use one of {', '.join(map(str, valid))}")  # fmt: skip
+
+    @property
+    def per_node(self) -> int:
+        """Devices of a machine."""
+        return min(self.gpus, 8) if self.nodes is None else self.gpus // self.nodes
+
+
+def plan(model: Model, hardware: HardwareName, options: PlanOptions, as_json: Json = False) -> None:
     """Every valid layout with capacity and times, the best first."""
-    from longspan.planner.layouts import Fixed, plan_layouts
+    from longspan.planner.layouts import Fixed, fast_enough, pareto_set, plan_layouts
+    from longspan.planner.models import find_config
     from longspan.planner.outlook import Load
 
-    plots.check_plot(plot)
-    require(gpus >= 1, "gpus", gpus, "must be at least 1", "give the devices in all")
-    require(max_num_batched_tokens >= 1, "max_num_batched_tokens", max_num_batched_tokens, "must be at least 1",
-            "give tokens")  # fmt: skip
-    require(0 < memory_fraction <= 1, "memory_fraction", memory_fraction, "is not in 0..1", "give 0.9 or so")
-    base = _base(model, hardware, dtype, weight_dtype, kv_cache_dtype, enable_expert_parallel, _per_node(gpus, nodes),
-                 memory_fraction, max_num_batched_tokens)  # fmt: skip
-    if concurrency is None and objective != "throughput":
-        concurrency = 1
-    load = Load(context, new, output, concurrency)
-    fixed = Fixed(tensor_parallel_size, prefill_context_parallel_size, decode_context_parallel_size,
-                  pipeline_parallel_size)  # fmt: skip
-    found = plan_layouts(base, gpus, fixed, load, objective)
-    if plot is not None:
-        lines = _lines(base, [one for one in found if one.running], load)
-        plots.save(plots.layout_lines(lines, f"{model} on {gpus} x {hardware}"), plot)
+    plots.check_plot(options.plot)
+    base = _base(model, hardware, options)
+    alone = options.concurrency is None and options.objective != "throughput"
+    load = Load(options.context, options.new, options.output, 1 if alone else options.concurrency)
+    fixed = Fixed(options.tp, options.pcp, options.dcp, options.pp)
+    layouts = plan_layouts(base, options.gpus, fixed, load, options.objective)
+    max_tpot = None if options.max_tpot is None else options.max_tpot / 1e3
+    fast = fast_enough([one for one in layouts if one.running], options.max_ttft, max_tpot)
+    found = _Plan(
+        base, load, layouts, fast, pareto_set(fast, load, options.objective),
+        _title(model, hardware, options), base.hardware.price_per_hour,
+    )  # fmt: skip
+    start = served(model, find_config(model), base.weights, options.dtype)
+    commands = [
+        serve_command(start, base, one, options.dtype, options.kv_cache_dtype, load.context + load.output)
+        for one in layouts
+    ]
+    if options.plot is not None:
+        plots.save(plots.layout_scatter(found.points, found.title), options.plot)
     if as_json:
-        rows = [_as_json(one, _command(model, base, one, kv_cache_dtype)) for one in found]
-        print(json.dumps({"model": model, "hardware": hardware, "gpus": gpus, "context": context, "layouts": rows}))
+        rows = [found.as_json(one, command) for one, command in zip(layouts, commands, strict=True)]
+        print(json.dumps({
+            "model": model, "hardware": hardware, "gpus": options.gpus, "context": options.context, "layouts": rows,
+            "no_command": start.problem,
+        }))  # fmt: skip
         return
     console = Console(stderr=True)
     console.width = max(console.width, _LEAST_WIDTH)
-    console.print(_table(found, f"{model} on {gpus} x {hardware}: {context:,} tokens, by {objective}"))
-    console.print(_command(model, base, found[0], kv_cache_dtype), soft_wrap=True, highlight=False)
-    positions = base.model.max_position_embeddings
-    if context + output > positions:
-        console.print(f"{model} was made for {positions:,} positions", soft_wrap=True, highlight=False)
+    console.print(found.table(options.show_all))
+    best = fast[0]
+    lines = [f"no command: {start.problem}"] if start.problem else [commands[layouts.index(best)] or ""]
+    for line in (*lines, *command_notes(base, best, load.context + load.output)):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _per_node(gpus: int, nodes: int | None) -> int:
-    if nodes is None:
-        return min(gpus, 8)
-    valid = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    require(nodes in valid, "nodes", nodes, f"does not divide {gpus} devices evenly",
-            f"use one of {', '.join(map(str, valid))}")  # fmt: skip
-    return int(gpus / nodes)
+def _title(model: str, hardware: str, options: PlanOptions) -> str:
+    from longspan.weights.builtin import builtin_name
+
+    name = builtin_name(model) or model
+    return f"{name} on {options.gpus} x {hardware}: {options.context:,} tokens, by {options.objective}"
 
 
-def _base(
-    model: str, hardware: str, dtype: str, weight_dtype: str | None, kv_dtype: str, experts: bool, per_node: int,
-    fraction: float, batched: int,
-) -> Deployment:  # fmt: skip
+def _base(model: str, hardware: str, options: PlanOptions) -> Deployment:
     from longspan.planner.deployment import Deployment
-    from longspan.planner.hardware import hardware as machine
+    from longspan.planner.hardware import hardware as named
     from longspan.planner.models import find_model
     from longspan.weights.formats import element_bytes
 
-    config, weights = find_model(model, dtype, weight_dtype)
-    require(config.moe is not None or not experts, "enable_expert_parallel", True, f"{model} has no experts",
+    config, weights = find_model(model, options.dtype, options.weight_dtype)
+    require(config.moe is not None or not options.experts, "enable_expert_parallel", True, f"{model} has no experts",
             "leave it out")  # fmt: skip
-    stored = element_bytes("kv_cache_dtype", dtype if kv_dtype == "auto" else kv_dtype)
-    require(stored.is_integer(), "kv_cache_dtype", kv_dtype, "no cache has it", "use auto, bf16, fp8 or fp32")
+    stored = options.dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    machine = named(hardware)
+    if options.price is not None:
+        machine = replace(machine, price_per_hour=options.price)
     return Deployment(
-        config, machine(hardware), ParallelConfig(enable_expert_parallel=experts), weights, int(stored),
-        memory_fraction=fraction, gpus_per_node=per_node, max_num_batched_tokens=batched,
+        config, machine, ParallelConfig(enable_expert_parallel=options.experts), weights,
+        int(element_bytes("kv_cache_dtype", stored)), memory_fraction=options.memory_fraction,
+        gpus_per_node=options.per_node, max_num_batched_tokens=options.max_num_batched_tokens,
     )  # fmt: skip
 
 
-def _command(model: str, base: Deployment, one: Outlook, kv_dtype: str) -> str:
-    """What starts the layout."""
-    sizes = zip(("-tp", "-pcp", "-dcp", "-pp"), one.sizes, strict=True)
-    options = [f"{name} {size}" for name, size in sizes if size != 1]
-    if one.parallel.enable_expert_parallel:
-        options.append("--enable-expert-parallel")
-    if base.kv_element_bytes == 1:
-        options.append(f"--kv-cache-dtype {kv_dtype}")
-    options.append(f"--max-num-batched-tokens {base.max_num_batched_tokens}")
-    options.append(f"--kv-cache-memory-bytes {max(0, math.floor(one.cache_bytes / 2**20))}M")
-    return " ".join(["longspan serve", model, *options])
+@dataclass(frozen=True)
+class _Plan:
+    """What was found, as it is shown."""
 
+    base: Deployment
+    load: Load
+    layouts: Sequence[Outlook]  # all, the best first
+    fast: Sequence[Outlook]  # those with room and within the limits
+    best: Sequence[Outlook]  # of these the Pareto set
+    title: str
+    price: float  # of a device and hour; 0: not known
 
-def _as_json(one: Outlook, command: str) -> dict[str, Any]:
-    return {
-        **dict(zip(("tp", "pcp", "dcp", "pp"), one.sizes, strict=True)),
-        "fits": one.running > 0, "missing_gb": max(0.0, one.missing_bytes / 1e9),
-        "capacity_tokens": one.capacity_tokens, "capacity_requests": one.requests, "running": one.running,
-        "ttft": _span(one.ttft), "tpot": _span(one.tpot), "throughput_per_gpu": one.throughput_per_gpu,
-        "command": command,
-    }  # fmt: skip
+    @property
+    def points(self) -> list[plots.LayoutPoint]:
+        """For a picture."""
+        return [
+            plots.LayoutPoint(one.parallel.short_name, one.ttft.seconds, one.tpot.seconds, one in self.best)
+            for one in self.fast
+        ]
+
+    def cost(self, one: Outlook) -> float | None:
+        """Of a million output tokens."""
+        if not (self.price and one.running):
+            return None
+        return self.price * 1e6 / (one.throughput_per_gpu * 3600)
+
+    def as_json(self, one: Outlook, command: str | None) -> dict[str, Any]:
+        """One layout."""
+        return {
+            "name": one.parallel.short_name, **dict(zip(("tp", "pcp", "dcp", "pp"), one.sizes, strict=True)),
+            "fits": one.running > 0, "within_limits": one in self.fast, "pareto": one in self.best,
+            "missing_gb": max(0.0, one.missing_bytes / 1e9), "capacity_tokens": one.capacity_tokens,
+            "capacity_requests": one.requests, "running": one.running, "ttft": _span(one.ttft),
+            "tpot": _span(one.tpot), "throughput_per_gpu": one.throughput_per_gpu,
+            "price_per_million": self.cost(one), "command": command,
+        }  # fmt: skip
+
+    def table(self, show_all: bool) -> Table:
+        """The Pareto set, or all."""
+        columns = ["layout", "KV tokens", "fit", "TTFT\ns", "TTFT\nbound by", "TTFT\nlink s", "TPOT\nms",
+                   "TPOT\nbound by", "TPOT\nlink ms", "tok/s\na device"]  # fmt: skip
+        columns += ["price of\n1M tok"] if self.price else []
+        left = ("layout", "TTFT\nbound by", "TPOT\nbound by")
+        table = new_table(self.title, columns, left, no_wrap=True, caption=self._caption(show_all), box=SIMPLE_HEAD)
+        shown = self.layouts if show_all else self.best
+        for one in shown[:_SHOWN]:
+            name = f"{one.parallel.short_name} *" if show_all and one in self.best else one.parallel.short_name
+            if not one.running:
+                table.add_row(name, f"lacks {one.missing_bytes / 1e9:,.1f} GB")
+                continue
+            cost = self.cost(one)
+            table.add_row(
+                name, f"{one.capacity_tokens:,}", f"{one.requests:,}", *_cells(one.ttft, 1), *_cells(one.tpot, 1e3),
+                f"{one.throughput_per_gpu:,.1f}", *([] if cost is None else [f"{cost:,.2f}"]),
+            )  # fmt: skip
+        return table
+
+    def _caption(self, show_all: bool) -> str:
+        means = "link: ranks wait for each other's bytes; tok/s: output"
+        if show_all:
+            return f"{means}\n* no other layout is better in all of time to first token, time per token and order"
+        running = sum(one.running > 0 for one in self.layouts)
+        hidden = {
+            "slower": len(self.fast) - len(self.best), "beyond the limits": running - len(self.fast),
+            "without room": len(self.layouts) - running,
+        }  # fmt: skip
+        named = ", ".join(f"{count} {why}" for why, count in hidden.items() if count)
+        return f"{means}\nhidden: {named}; --all shows them" if named else means
 
 
 def _span(span: Span) -> dict[str, Any] | None:
@@ -179,33 +231,5 @@ def _span(span: Span) -> dict[str, Any] | None:
     return {"seconds": span.seconds, "bound": span.bound, "exposed": span.exposed, "parts": dict(span.parts)}
 
 
-def _table(found: Sequence[Outlook], title: str) -> Table:
-    caption = "link: ranks wait for each other's bytes; tok/s: output a device"
-    times = ("TTFT s", "bound", "link s", "TPOT ms", "bound", "link ms", "tok/s")
-    columns = ("tp·pcp·dcp·pp", "KV tokens", "fit", *times)
-    table = new_table(title, columns, left=("bound",), no_wrap=True, caption=caption, box=SIMPLE_HEAD)
-    for one in found[:_SHOWN]:
-        layout = "·".join(map(str, one.sizes))
-        if one.running:
-            cells = (*_cells(one.ttft, 1), *_cells(one.tpot, 1e3), f"{one.throughput_per_gpu:,.1f}")
-            table.add_row(layout, f"{one.capacity_tokens:,}", f"{one.requests:,}", *cells)
-        else:
-            table.add_row(layout, f"lacks {one.missing_bytes / 1e9:,.1f} GB")
-    return table
-
-
 def _cells(span: Span, unit: float) -> tuple[str, str, str]:
     return f"{span.seconds * unit:,.2f}", span.bound, f"{span.exposed * unit:,.2f}"
-
-
-def _lines(base: Deployment, found: Sequence[Outlook], load: Load) -> dict[str, list[plots.Point]]:
-    """What is drawn of the first layouts, at lengths around the one asked for."""
-    from longspan.planner.outlook import Load, outlook
-
-    contexts = [max(1, math.floor(load.context * 2.0**power)) for power in range(-4, 4)]
-    lines: dict[str, list[plots.Point]] = {}
-    for one in found[:_DRAWN]:
-        deployed = replace(base, parallel=one.parallel)
-        at = [(context, outlook(deployed, Load(context, None, load.output))) for context in contexts]
-        lines[one.parallel.name] = [plots.Point(context, o.ttft.seconds, o.requests) for context, o in at]
-    return lines

@@ -5,7 +5,7 @@ It owns what they look like; Matplotlib draws them and is imported only here, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf, nan
 from pathlib import Path
@@ -25,21 +25,26 @@ if TYPE_CHECKING:
 
 _SPREADS = ("median", "p90", "p99")
 _LATENCIES = {"time to first token, ms": "ttft_s", "time per output token, ms": "tpot_s"}
-_LAYOUT_PANELS = {"time to first token, s": "ttft", "requests that fit": "requests"}
+_TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 _MAPS_A_ROW = 3
 _MAP_LEGEND = "Bold: the fastest. Below it, where the engine chooses another: its choice, and how much slower that is."
 _MAP_SHADE = 0.75  # schedules' colours are darkened by this, so that small white text is readable on them
 _BOX = (1.08, 0.5)  # inches of a situation in a map
 _PANEL = (4.8, 3.6)  # inches of a panel with axes
+_SCATTER = (7.5, 5.0)  # of one whose points are named
+_LABEL_ROW = 16  # pixels of such a name's height
+_SHARD_ROW, _LEAST_ROW = 0.3, 0.18  # inches of a shard in a map of memory, and of the least that can be labelled
+_LEAST_MAP, _MOST_MAP = 1.2, 7.0  # inches of such a map
 
 
 @dataclass(frozen=True)
-class Point:
-    """One layout at one length of context."""
+class LayoutPoint:
+    """One layout of a plan."""
 
-    context: int  # tokens
+    name: str
     ttft: float  # seconds to the first token
-    requests: int  # that fit
+    tpot: float  # seconds per output token
+    best: bool  # in the Pareto set
 
 
 def check_plot(path: str | Path | None) -> None:
@@ -122,21 +127,39 @@ def latency_lines(reports: Sequence[RunReport], title: str) -> Figure:
     return figure
 
 
-def layout_lines(lines: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """Time to first token and requests that fit, against context: a line a layout, which ends where nothing fits."""
-    figure, axes = _panels(title, 1, 2, _PANEL)
-    for panel, (name, field) in zip(axes, _LAYOUT_PANELS.items(), strict=True):
-        panel.set(title=name, xlabel="tokens of context")
-        for layout, points in lines.items():
-            drawn = [(point.context, getattr(point, field)) for point in points if 0 < getattr(point, field) < inf]
-            panel.loglog([x for x, _ in drawn], [y for _, y in drawn], "o-", label=layout)
-        contexts = sorted({point.context for points in lines.values() for point in points})
-        panel.set_xticks(contexts, map(_tokens, contexts), minor=False)
-        panel.minorticks_off()
-        panel.grid(axis="y")
-    if lines:
-        axes[0].legend()
+def layout_scatter(points: Sequence[LayoutPoint], title: str) -> Figure:
+    """Time per token over time to first token: the Pareto set named and joined, the other layouts behind it."""
+    figure, (panel,) = _panels(title, 1, 1, _SCATTER)
+    best = sorted((point for point in points if point.best), key=lambda point: (point.ttft, -point.tpot))
+    others = [point for point in points if not point.best]
+    panel.loglog([p.ttft for p in others], [p.tpot * 1e3 for p in others], "o", color="0.75", label="other layouts")
+    panel.loglog([p.ttft for p in best], [p.tpot * 1e3 for p in best], "o-", label="no other layout is better in both")
+    panel.set(xlabel="time to first token, s", ylabel="time per output token, ms")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("{x:,g}")
+        axis.get_minor_locator().set_params(subs=(2, 5))  # type: ignore[call-arg]
+    panel.margins(0.15)
+    panel.grid(which="both", color="0.92")
+    panel.set_axisbelow(True)
+    _label_points(panel, best)
+    panel.legend(loc="upper right", frameon=False)
     return figure
+
+
+def _label_points(panel: Axes, points: Sequence[LayoutPoint]) -> None:
+    """Each point's name to its lower left, clear of the line, which falls; one too near to the last goes lower."""
+    panel.figure.draw_without_rendering()  # type: ignore[union-attr]  # settles where points are
+    last = inf
+    for point in points:
+        _, height = panel.transData.transform((point.ttft, point.tpot * 1e3))
+        drop = max(0.0, height - last + _LABEL_ROW)
+        last = height - drop
+        panel.annotate(
+            point.name, (point.ttft, point.tpot * 1e3), (-7, -5 - drop * 72 / panel.figure.dpi),
+            textcoords="offset points", ha="right", va="top", fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if drop else None,
+        )  # fmt: skip
 
 
 def memory_map(memory: Memory, title: str) -> Figure:
@@ -146,14 +169,23 @@ def memory_map(memory: Memory, title: str) -> Figure:
         [count / pages for count in row or (0,)]
         for instance in memory.used for pages, row in zip(memory.pages_per_shard, instance, strict=True)
     ]  # fmt: skip
-    figure, (panel,) = _panels(title, 1, 1, (10, 1.5 + 0.1 * len(rows)))
-    ends = (0, memory.interval_s * len(rows[0]), len(rows), 0)
+    height = max(_LEAST_MAP, min(_SHARD_ROW * len(rows), _MOST_MAP))
+    figure, (panel,) = _panels(title, 1, 1, (10, 1 + height))
+    seconds = memory.interval_s * len(rows[0])
+    scale, unit = next((scale, unit) for scale, unit in _TIME_UNITS if seconds >= 2 * scale or scale == 1)
+    ends = (0, seconds / scale, len(rows), 0)
     picture = panel.imshow(rows, "Blues", aspect="auto", vmin=0, vmax=1, extent=ends, interpolation="nearest")
-    panel.set_yticks([(n + 0.5) * shards for n in range(instances)], [f"instance {n}" for n in range(instances)])
+    least = ceil(len(rows) * _LEAST_ROW / height)  # shards from one tick to the next, so that they can be read
+    every = next((n for n in range(least, shards) if shards % n == 0), shards * ceil(least / shards))
+    named = range(0, len(rows), every)
+    name = "shard {shard}" if instances == 1 else "instance {instance}, shard {shard}"
+    labels = [name.format(instance=row // shards, shard=row % shards) for row in named]
+    panel.set_yticks([row + 0.5 for row in named], labels)
     for n in range(1, instances):
-        panel.axhline(n * shards, color="grey", linewidth=0.5)
-    panel.set_xlabel("seconds")
-    figure.colorbar(picture, label="part of a shard's KV pages in use")
+        panel.axhline(n * shards, color="grey", linewidth=0.8)
+    panel.set_xlabel(unit)
+    bar = figure.colorbar(picture, label="KV pages in use")
+    bar.ax.yaxis.set_major_formatter(lambda part, _: f"{part:.0%}")
     return figure
 
 
@@ -167,7 +199,3 @@ def _panels(title: str, rows: int, columns: int, size: tuple[float, float]) -> t
     figure.suptitle(title, parse_math=False)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
-
-
-def _tokens(count: int) -> str:
-    return f"{count / 2**20:.3g}M" if count >= 1 << 20 else f"{count / 1024:.3g}k" if count >= 1024 else str(count)

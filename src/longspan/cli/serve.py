@@ -29,6 +29,7 @@ def serve(
     import uvloop
 
     from longspan.cli.generate import kv_cache_line
+    from longspan.server.listening import open_sockets
     from longspan.server.run import Server, make_service
     from longspan.server.run import serve as run
 
@@ -40,6 +41,7 @@ def serve(
     console = Console(stderr=True)
     for warning in (*options.warnings, *transfer.warnings(pairing)):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    sockets = open_sockets(options)  # a busy port is noticed before the model is loaded
     with console.status("starting"):
         service = make_service(config, options)
 
@@ -54,4 +56,4 @@ def serve(
         ):  # fmt: skip
             console.print(line, highlight=False, soft_wrap=True)
 
-    uvloop.run(run(service, ready))
+    uvloop.run(run(service, ready, sockets))

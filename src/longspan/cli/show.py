@@ -27,6 +27,25 @@ def new_table(
 
 
 @contextmanager
+def step_bar(console: Console, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """What goes on while a block runs, which calls what it is given with each new step, of `total`, and the time since
+    the start: a bar on a terminal, elsewhere a line a step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+        task = progress.add_task("starting", total=total)
+        begun = 0
+
+        def show(what: str) -> None:
+            nonlocal begun
+            progress.update(task, description=what, completed=begun)
+            begun += 1
+            if not console.is_terminal:
+                console.print(what, highlight=False, markup=False, soft_wrap=True)
+
+        yield show
+
+
+@contextmanager
 def progress_bar(console: Console, what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """A bar that goes with the block, which calls what it is given with how many are done, and of how many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

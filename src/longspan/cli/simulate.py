@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +31,12 @@ ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id 
 HardwareName = Annotated[
     str, typer.Option("--hardware", help="a machine's name, as in h200, or a .yaml file, as calibrate writes")
 ]
-Layout = Annotated[str, typer.Option("--layout", help="ranks of an instance, as in tp=8,dcp=8; also pcp and pp")]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout", help="ranks of an instance, as in tp=8,dcp=8; also pcp and pp; default: the fewest that have room"
+    ),
+]
 Trace = Annotated[str, typer.Option("--trace", help="file of requests, as bench serve reads with --dataset trace")]
 Instances = Annotated[int, typer.Option("--instances", help="engines that share the requests")]
 BatchedTokens = Annotated[
@@ -61,7 +66,7 @@ def simulate(
     model: ModelName,
     hardware: HardwareName,
     trace: Trace,
-    layout: Layout = "tp=1",
+    layout: Layout = None,
     instances: Instances = 1,
     num_requests: NumRequests = None,
     time_scale: TimeScale = 1.0,
@@ -96,19 +101,19 @@ def simulate(
     scheduler = SchedulerConfig(
         max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
         local_context=local_context, schedule=schedule)  # fmt: skip
+    asks = read_asks(trace, num_requests, time_scale, max_input_len)
     shape, weights = find_model(model, dtype, weight_dtype)
     deployment = Deployment(
-        shape, machine(hardware), ParallelConfig.parse("layout", layout), weights,
+        shape, machine(hardware), ParallelConfig(), weights,
         int(element_bytes("kv_cache_dtype", kv_cache_dtype or dtype)), page_size, memory_fraction, gpus_per_node,
         scheduler.step_tokens, scheduler.running_limit,
     )  # fmt: skip
+    deployment = replace(deployment, parallel=_parallel(layout, deployment, asks))
     memory = None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes)
     config = instance_config(deployment, scheduler, memory, enable_prefix_caching)
-    asks = read_asks(trace, num_requests, time_scale, max_input_len)
     result = _play(config, asks, instances, limits_of(config, max_model_len, asks))
-    title = f"{model} on {instances} x {deployment.parallel.name} of {hardware}, simulated"
-    notes = _notes(deployment, asks, num_requests)
-    _show(title, result, notes)
+    title = f"{model} on {instances} x {deployment.parallel.short_name} of {hardware}, simulated"
+    _show(title, result, notes := _notes(deployment, asks, num_requests))
     if as_json:
         print(json.dumps({
             "model": model, "hardware": hardware, "layout": deployment.parallel.name, "trace": trace,
@@ -117,6 +122,15 @@ def simulate(
         }))  # fmt: skip
     if plot is not None:
         plots.save(plots.memory_map(result.memory, title), plot)
+
+
+def _parallel(layout: str | None, base: Deployment, asks: Sequence[Ask]) -> ParallelConfig:
+    """As asked for, or what the longest request needs."""
+    from longspan.planner.layouts import smallest_layout
+
+    if layout is not None:
+        return ParallelConfig.parse("layout", layout)
+    return smallest_layout(base, max(ask.prompt_tokens + ask.max_tokens for ask in asks))
 
 
 def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:

@@ -74,6 +74,12 @@ class ParallelConfig:
         return ",".join(f"{short}={getattr(self, name)}" for short, name in _SIZES.items())
 
     @property
+    def short_name(self) -> str:
+        """As `tp8 dcp2`: for people, without sizes of 1."""
+        sizes = {short: getattr(self, name) for short, name in _SIZES.items()}
+        return " ".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "tp1"
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tensor_parallel_size * self.prefill_context_parallel_size * self.pipeline_parallel_size

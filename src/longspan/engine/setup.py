@@ -26,7 +26,7 @@ from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
-from longspan.weights.source import ModelSource, resolve_model
+from longspan.weights.source import ModelSource, find_source, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
@@ -152,8 +152,13 @@ class EngineSetup:
         )  # fmt: skip
 
 
-def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
-    """Resolve a configuration, for the model that it names. Raises `ConfigError` or `ModelError`."""
+def resolve(
+    config: EngineConfig, extensions: Extensions = NONE_ADDED, needs_weights: bool | None = None
+) -> EngineSetup:
+    """Resolve a configuration, for the model that it names. Raises `ConfigError` or `ModelError`.
+
+    Without `needs_weights` the weights are neither opened nor checked; None: whatever the executor needs.
+    """
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
@@ -163,13 +168,17 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
-    source = resolve_model(config.model)
+    needs_weights = executor != "dry" if needs_weights is None else needs_weights
+    source = find_source(config.model, needs_weights)
     family, model = find_family(source.config, families)
-    check_checkpoint(family, model, source.checkpoint)
+    if needs_weights:
+        source = open_weights(source)
+        check_checkpoint(family, model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
+    device = torch.device(device_type)
+    scaled = choose_scaled(config.quantization, source.block_scaled, device) if needs_weights else ScaledChoice()
     config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type, _backend_shape(config, model, device_type),

@@ -57,17 +57,24 @@ def architectures(families: Sequence[Family] = BUILT_IN) -> tuple[str, ...]:
 def find_family(values: Mapping[str, Any], families: Sequence[Family] = BUILT_IN) -> tuple[Family, ModelConfig]:
     """The first family that has an architecture of this config.json, and the parsed configuration.
 
-    Raises `UnsupportedModel` if no family has it, and `ModelError` if a field is wrong.
+    Where it names no architectures, its `model_type` decides. Raises `UnsupportedModel` if no family has it, and
+    `ModelError` if a field is wrong.
     """
-    names = values.get("architectures") or []
-    for name in names:
+    named = values.get("architectures") or []
+    kind = values.get("model_type")
+    for name in named or architectures(families):
         for family in families:
-            if name in family.architectures:
+            if name in family.architectures and (named or _is_of_type(name, kind)):
                 return family, family.parse(values, name)
-    raise UnsupportedModel(
-        f"architectures={list(names)} in config.json is not supported; "
-        f"supported are {', '.join(architectures(families))}"
-    )
+    problem = f"architectures={list(named)} in config.json is not supported"
+    if not named:
+        problem = f"config.json names no architectures, and model_type={kind} is not supported"
+    raise UnsupportedModel(f"{problem}; supported are {', '.join(architectures(families))}")
+
+
+def _is_of_type(architecture: str, model_type: object) -> bool:
+    """Whether a name is that of the language model of a type: LlamaForCausalLM is of llama."""
+    return architecture.lower() == f"{model_type}".replace("_", "").lower() + "forcausallm"
 
 
 def load_config(values: Mapping[str, Any]) -> ModelConfig:

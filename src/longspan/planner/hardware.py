@@ -19,6 +19,7 @@ import yaml
 
 from longspan.config import CostConstants
 from longspan.errors import ConfigError
+from longspan.weights.builtin import by_prefix
 
 _GIB = 1 << 30
 _SUFFIXES = (".yaml", ".yml")
@@ -49,6 +50,7 @@ class Hardware:
     `sharing` a layer takes so many times as long, by rows, when each of `cores` computes one of its own, as when all
     compute one; between one layer at once and so many, in proportion.
     With `calls_per_segment` attention is a call for each segment and shard, else one for all.
+    `price_per_hour` is a device's, in any currency (0: not known).
     """
 
     tflops: float
@@ -76,6 +78,7 @@ class Hardware:
     calls_per_segment: bool = False
     product_s: tuple[tuple[int, float], ...] = ()
     attention_cost: CostConstants | None = None
+    price_per_hour: float = 0.0
 
     @property
     def memory_bytes(self) -> float:
@@ -118,14 +121,19 @@ class Hardware:
 
 
 def hardware(name: str) -> Hardware:
-    """The device of that name, or of a YAML file; raises `ConfigError` with the names that are near."""
+    """The device of that name, which may be cut short, or of a YAML file.
+
+    Raises `ConfigError` with the names that are near.
+    """
     if name.endswith(_SUFFIXES):
         return hardware_from_yaml(name)
-    table = hardware_table()
-    if name not in table:
-        near = get_close_matches(name, table, 3, 0.4) or list(table)
+    table, short = hardware_table(), name.lower()
+    found = by_prefix(short, table)
+    if found is None:
+        near = [one for one in table if short and one.startswith(short)]
+        near = near or get_close_matches(short, table, 3, 0.4) or list(table)
         raise ConfigError("hardware", name, "is not in the table", f"use one of {', '.join(near)}, or a .yaml file")
-    return table[name]
+    return table[found]
 
 
 def hardware_table() -> dict[str, Hardware]:

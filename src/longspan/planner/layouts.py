@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
-from longspan.config import ParallelConfig, require_choice
+from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
 from longspan.planner.outlook import Load, Outlook, outlook
 
-_ORDERS: Mapping[str, Callable[[Outlook], float]] = {
-    "ttft": lambda found: found.ttft.seconds,
-    "tpot": lambda found: found.tpot.seconds,
-    "throughput": lambda found: -found.throughput_per_gpu,
-    "capacity": lambda found: -found.capacity_tokens,
+# the less the better
+_ORDERS: Mapping[str, Callable[[Outlook, Load], float]] = {
+    "e2e": lambda found, load: found.ttft.seconds + (load.output - 1) * found.tpot.seconds,
+    "ttft": lambda found, _: found.ttft.seconds,
+    "tpot": lambda found, _: found.tpot.seconds,
+    "throughput": lambda found, _: -found.throughput_per_gpu,
+    "capacity": lambda found, _: -found.capacity_tokens,
 }
 OBJECTIVES = tuple(_ORDERS)
 _MOST_NAMED, _MOST_DOUBLINGS = 6, 6
@@ -59,10 +62,60 @@ def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objectiv
             "layout", _wanted(fixed), f"is not possible on {gpus} devices with this model", f"use one of {names}{more}"
         )
     found = [outlook(deployed, load) for deployed in chosen]
-    fitting = sorted((one for one in found if one.fits and one.running), key=_ORDERS[objective])
+    order = _ORDERS[objective]
+    fitting = sorted((one for one in found if one.fits and one.running), key=lambda one: order(one, load))
     if not fitting:
         raise _no_room(base, min(found, key=lambda one: one.missing_bytes), valid, gpus, load)
     return fitting + sorted((one for one in found if one not in fitting), key=lambda one: one.missing_bytes)
+
+
+def pareto_set(found: Sequence[Outlook], load: Load, objective: str) -> list[Outlook]:
+    """Those that no other layout beats in time to first token, time per token and the objective at once."""
+    order = _ORDERS[objective]
+    values = [(one.ttft.seconds, one.tpot.seconds, order(one, load)) for one in found]
+    return [
+        one
+        for number, (one, own) in enumerate(zip(found, values, strict=True))
+        if one.running
+        and not any(
+            all(other <= mine for other, mine in zip(others, own, strict=True)) and (others != own or at < number)
+            for at, others in enumerate(values)
+            if at != number
+        )
+    ]
+
+
+def fast_enough(found: Sequence[Outlook], max_ttft: float | None, max_tpot: float | None) -> list[Outlook]:
+    """Those within both limits, in seconds. Raises `ConfigError` with the nearest where there is none."""
+    kept = list(found)
+    for name, limit, value in (
+        ("max_ttft", max_ttft, attrgetter("ttft.seconds")), ("max_tpot", max_tpot, attrgetter("tpot.seconds")),
+    ):  # fmt: skip
+        if limit is None:
+            continue
+        require(limit > 0, name, f"{limit:g} s", "must be positive", "leave it out for no limit")
+        nearest = min(kept, key=value)
+        kept = [one for one in kept if value(one) <= limit]
+        problem = f"no layout is so fast; {nearest.parallel.short_name} takes {value(nearest):,.3g} s"
+        require(bool(kept), name, f"{limit:g} s", problem, "raise it, or take more devices")
+    return kept
+
+
+def smallest_layout(base: Deployment, tokens: int) -> ParallelConfig:
+    """On the fewest devices that have room for `tokens`: heads split first, then the context, then the layers.
+
+    Raises `ConfigError` if even many have none.
+    """
+    size = 1
+    for _ in range(_MOST_DOUBLINGS + 1):
+        fitting = [one.parallel for one in _valid(base, size)[0] if one.missing_bytes(tokens) <= 0]
+        if fitting:
+            return min(fitting, key=lambda one: (
+                one.pipeline_parallel_size, one.prefill_context_parallel_size, one.decode_context_parallel_size
+            ))  # fmt: skip
+        size *= 2
+    problem = f"{tokens:,} tokens have no room on {size >> 1} devices"
+    raise ConfigError("layout", "(the smallest)", problem, "use a smaller format or shorter requests")
 
 
 def _valid(base: Deployment, gpus: int) -> tuple[list[Deployment], ConfigError | None]:

@@ -8,34 +8,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from longspan.errors import ModelError, ModelNotFound
 from longspan.models.config import ModelConfig
 from longspan.models.registry import load_config
+from longspan.weights.builtin import HUB_ID, builtin_config, builtin_name, builtin_names, near_names
 from longspan.weights.formats import WeightFormat
 
 _KV_HEADS = re.compile(r"(.+) with (\d+) kv heads?")
 
 
-def builtin_names() -> list[str]:
-    """Models that need no file."""
-    folder = files("longspan.planner").joinpath("data/models")
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-
-
 def find_config(name: str) -> Mapping[str, Any]:
-    """The config.json of a model; `NAME with N kv heads` is NAME with that one number changed.
+    """The config.json of a model; a built-in name may be cut short.
+
+    `NAME with N kv heads` is NAME with that one number changed.
 
     Raises `ModelNotFound` with the names that are near, or `ModelError` for a file that cannot be read.
     """
     changed = _KV_HEADS.fullmatch(name.strip())
     if changed:
         return {**find_config(changed[1]), "num_key_value_heads": int(changed[2])}
-    short = name.rsplit("/", 1)[-1].lower()
     path = Path(name).expanduser()
     if path.is_dir():
         path = path / "config.json"
@@ -43,11 +37,12 @@ def find_config(name: str) -> Mapping[str, Any]:
             raise ModelNotFound(f"model={name}: no config.json in it; give the folder that holds it")
     if path.is_file():
         return _read(path)
-    if short in builtin_names():
-        return _read(Path(str(files("longspan.planner").joinpath(f"data/models/{short}.json"))))
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    built_in = builtin_name(name)
+    if built_in is not None:
+        return builtin_config(built_in)
+    if HUB_ID.fullmatch(name):
         return _download(name)
-    near = get_close_matches(short, builtin_names(), 3, 0.4) or builtin_names()
+    near = near_names(name) or builtin_names()
     raise ModelNotFound(
         f"model={name}: no such folder or built-in model; use one of {', '.join(near)}, "
         "a folder with config.json, or a hub id (org/name)"
@@ -86,7 +81,7 @@ def _download(name: str) -> Mapping[str, Any]:
     except ModelError:
         raise
     except Exception as error:  # the hub's many network, name and permission errors
-        near = get_close_matches(name.rsplit("/", 1)[-1].lower(), builtin_names(), 3, 0.4)
+        near = near_names(name)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
             f"model={name}: fetching its config.json from the hub failed ({reason}); check the name and the network"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from longspan.config import EngineConfig, require_choice
 from longspan.engine.setup import resolve
 from longspan.server.app import Service, build_app
 from longspan.server.async_engine import AsyncEngine
+from longspan.server.listening import open_sockets
 from longspan.server.metrics import Metrics
 from longspan.server.options import ServeOptions
 from longspan.server.protocol import HttpConfig, announce
@@ -66,8 +68,14 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
     return Service(engine, text, options, model, _tool_format(options, tokenizer), time.monotonic())
 
 
-async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
-    """Serve until a signal. `on_ready` is called once every rank is ready and the port is open."""
+async def serve(
+    service: Service, on_ready: Callable[[Server], None], sockets: list[socket.socket] | None = None
+) -> None:
+    """Serve until a signal. `on_ready` is called once every rank is ready and the port is open.
+
+    `sockets` are those of `open_sockets`; None opens them first.
+    """
+    sockets = open_sockets(service.options) if sockets is None else sockets
     with _ended_by_sigterm():
         await service.engine.start()
     options = service.options
@@ -75,7 +83,7 @@ async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
     server = Server(config, service.engine)
     tasks = [asyncio.create_task(announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
     try:
-        await server.serve()
+        await server.serve(sockets)
     finally:
         for task in tasks:
             task.cancel()

@@ -34,3 +34,19 @@ def missing_tensor(name: str, names: frozenset[str]) -> WeightError:
     """The error for a tensor that is not in the checkpoint; its message lists the most similar names."""
     near = ", ".join(get_close_matches(name, names, n=3)) or "none"
     return WeightError(f"{name}: not in the checkpoint (nearest names: {near}); the files belong to another model")
+
+
+class NoWeights:
+    """See `Checkpoint`: the files of a model of which only the configuration is at hand."""
+
+    def names(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises `WeightError`."""
+        raise WeightError(f"{name}: the model's weights have not been opened; leave out --executor dry")
+
+    def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
+        """Raises `WeightError`."""
+        self.shape(name)

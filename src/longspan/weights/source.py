@@ -1,31 +1,34 @@
 """Find and open a model's files, given a folder, a GGUF file, a Hugging Face hub id, or the name of the built-in model.
 
-It owns finding and opening the files; it must not interpret the configuration.
+It owns finding and opening the files, the configuration first; it must not interpret the configuration.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel
-from longspan.weights.checkpoint import Checkpoint
+from longspan.weights.builtin import HUB_ID, builtin_config, builtin_name, builtin_names, hub_id, near_names
+from longspan.weights.checkpoint import Checkpoint, NoWeights
 from longspan.weights.gguf import GGUFCheckpoint
 from longspan.weights.gguf_config import gguf_config
 from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 
 SMOLLM2 = "smollm2"
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
+_SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja")  # all but the weights
+_WEIGHT_FILES = ("*.safetensors",)
+_BLOCK = (128, 128)  # rows and columns of an FP8 weight that share a scale, where a config.json does not say
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model whose files are found and open."""
+    """A model whose files are found; its weights are opened later."""
 
     # the name that the user gave
     name: str
@@ -33,27 +36,85 @@ class ModelSource:
     path: Path
     # its configuration, with the keys of a Hugging Face config.json
     config: dict[str, Any]
-    # its weights
-    checkpoint: Checkpoint
+    # its weights, once they are open
+    checkpoint: Checkpoint = field(default_factory=NoWeights)
     # the same files, if their weights are in block-scaled FP8
     block_scaled: SafetensorsCheckpoint | None = None
 
 
 def resolve_model(model: str) -> ModelSource:
-    """Find and open a model. Raises `ModelNotFound`, `ModelError`, `WeightError` or `UnsupportedModel`."""
+    """Find a model and open it. Raises `ModelNotFound`, `ModelError`, `WeightError` or `UnsupportedModel`."""
+    return open_weights(find_source(model))
+
+
+def find_source(model: str, needs_weights: bool = True) -> ModelSource:
+    """A model's configuration; its weights are opened later (those of a GGUF file are in the same file).
+
+    Without `needs_weights` a config.json alone is a model, and so is one that is built in. Raises `ModelNotFound`,
+    `ModelError` or `UnsupportedModel`.
+    """
     if model == SMOLLM2:
         return _gguf(model, _smollm2_file())
     path = Path(model).expanduser()
     if path.is_dir():
         return _folder(model, path)
     if path.is_file():
-        return _gguf(model, path)
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        raise ModelNotFound(
-            f"model={model}: no such folder or file; give a folder with config.json, a .gguf file, "
-            f"a hub id (org/name) or {SMOLLM2}"
-        )
-    return _folder(model, _download(model))
+        alone = path.suffix == ".json" and not needs_weights
+        return ModelSource(model, path, _json(path)) if alone else _gguf(model, path)
+    built_in = builtin_name(model)
+    if built_in is not None and (not needs_weights or not HUB_ID.fullmatch(model)):
+        if needs_weights:
+            raise _only_described(model, built_in)
+        return ModelSource(model, Path(f"{built_in}.json"), builtin_config(built_in))
+    if path.suffix != ".gguf" and HUB_ID.fullmatch(model):
+        return _folder(model, _download(model, _SMALL_FILES))
+    described = near_names(model) or builtin_names()
+    raise ModelNotFound(
+        f"model={model}: no such folder or file; give a folder with config.json, a .gguf file, "
+        f"a hub id (org/name) or {SMOLLM2}"
+        + ("" if needs_weights else f"; without weights also one of {', '.join(described)}")
+    )
+
+
+def open_weights(source: ModelSource) -> ModelSource:
+    """With the tensors of the source's folder, fetched if they are on the hub. Raises as `resolve_model` does."""
+    if not isinstance(source.checkpoint, NoWeights):
+        return source
+    problem = quantisation_problem(source.config)
+    if problem is not None:
+        raise UnsupportedModel(f"model={source.name}: {problem}")
+    path = source.path
+    if not Path(source.name).expanduser().is_dir():
+        path = _download(source.name, (*_SMALL_FILES, *_WEIGHT_FILES))
+    quantisation = source.config.get("quantization_config") or {}
+    if quantisation.get("quant_method") == "mxfp4":
+        return replace(source, path=path, checkpoint=Mxfp4Checkpoint(SafetensorsCheckpoint(path)))
+    files = SafetensorsCheckpoint(path, tuple(quantisation.get("weight_block_size") or _BLOCK))
+    return replace(source, path=path, checkpoint=files, block_scaled=files if quantisation else None)
+
+
+def quantisation_problem(config: Mapping[str, Any]) -> str | None:
+    """Why weights in a configuration's format cannot be loaded, with the remedy; None if they can."""
+    found = config.get("quantization_config") or {}
+    given = {name: found[name] for name in ("quant_method", "weight_block_size") if name in found}
+    method, block = found.get("quant_method", "fp8"), found.get("weight_block_size", list(_BLOCK))
+    if method == "mxfp4" or (method == "fp8" and isinstance(block, list) and len(block) == 2):
+        return None
+    stated = ", ".join(f"{name}={value}" for name, value in given.items())
+    return (
+        f"quantization_config ({stated}) is not supported; "
+        "use the unquantised model, one in block-scaled FP8 or MXFP4, or a GGUF file"
+    )
+
+
+def _only_described(model: str, built_in: str) -> ModelNotFound:
+    """For a name that says what a model is like, where its weights are needed."""
+    at = hub_id(builtin_config(built_in))
+    return ModelNotFound(
+        f"model={model}: {built_in} is built in as a description, without weights; "
+        + (f"give its hub id, {at}, " if at else "give a folder that holds them, ")
+        + "or --executor dry, which needs none"
+    )
 
 
 def _gguf(name: str, path: Path) -> ModelSource:
@@ -68,22 +129,7 @@ def _folder(name: str, path: Path) -> ModelSource:
     if (path / "generation_config.json").is_file():
         generation = _json(path / "generation_config.json")
         config["eos_token_id"] = sorted({*_ids(config), *_ids(generation)})
-    return _open_folder(name, path, config)
-
-
-def _open_folder(name: str, path: Path, config: dict[str, Any]) -> ModelSource:
-    """Open a folder's checkpoint. Raises `UnsupportedModel` for a quantisation but block-scaled FP8 and MXFP4."""
-    quantisation = config.get("quantization_config") or {}
-    method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size", [128, 128])
-    if method == "mxfp4":
-        return ModelSource(name, path, config, Mxfp4Checkpoint(SafetensorsCheckpoint(path)))
-    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-        raise UnsupportedModel(
-            f"model={name}: quantization_config (quant_method={method}, weight_block_size={block}) is not supported; "
-            "use the unquantised model, one in block-scaled FP8 or MXFP4, or a GGUF file"
-        )
-    files = SafetensorsCheckpoint(path, (block[0], block[1]))
-    return ModelSource(name, path, config, files, files if quantisation else None)
+    return ModelSource(name, path, config)
 
 
 def _ids(config: dict[str, Any]) -> list[int]:
@@ -112,11 +158,11 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _download(model: str) -> Path:
+def _download(model: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only needed for hub ids
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub raises many types for errors of network, name and permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(

@@ -42,8 +42,9 @@ def load_tokenizer(source: ModelSource) -> Any:
         return _from_gguf(source.checkpoint)
     if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # importing takes seconds
+    from transformers import AutoTokenizer, logging  # importing takes seconds
 
+    logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
     try:
         return AutoTokenizer.from_pretrained(source.path)
     except Exception as error:  # damaged files, or a tokenizer that needs code or packages that are not installed

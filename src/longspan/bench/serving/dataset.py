@@ -33,7 +33,7 @@ _SHAPES = {
     "sharegpt": '[{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}, ...]',
     "gsm8k": 'a line each of {"question": text, "answer": text}',
     "trace": 'a line each of {"timestamp": ms, "input_length": tokens, "output_length": tokens, '
-    f'"hash_ids": [an id for every {BLOCK_TOKENS} tokens of input]}}',
+    f'"hash_ids": [an id for every {BLOCK_TOKENS} tokens of input, or none]}}',
 }
 
 
@@ -138,8 +138,8 @@ class _TraceRow(msgspec.Struct):
     input_length: Annotated[int, msgspec.Meta(ge=1)]
     # tokens to generate
     output_length: Annotated[int, msgspec.Meta(ge=1)]
-    # one for each `BLOCK_TOKENS` tokens of the prompt; equal ids stand for equal tokens
-    hash_ids: list[int]
+    # one for each `BLOCK_TOKENS` tokens of the prompt; equal ids stand for equal tokens; none: it shares no tokens
+    hash_ids: list[int] = []
 
 
 _T = TypeVar("_T")
@@ -253,9 +253,10 @@ class TracePrompts:
         """See `Dataset.requests`. Prompts longer than `max_input_len` are cut to it."""
         load, tokens = self._load, self._tokens
         arrivals = trace_arrivals([row.timestamp for row in self._rows], load.speedup)
-        for row, arrival in zip(self._rows, arrivals, strict=True):
+        for number, (row, arrival) in enumerate(zip(self._rows, arrivals, strict=True)):
             length = min(row.input_length, load.max_input_len or row.input_length)
-            blocks = row.hash_ids[: -(-length // BLOCK_TOKENS)]
+            count = -(-length // BLOCK_TOKENS)
+            blocks: Sequence[int | str] = row.hash_ids[:count] or [f"alone/{number}/{block}" for block in range(count)]
             ids = [token for block in blocks for token in tokens.draw(f"{run}/{block}", BLOCK_TOKENS)]
             yield LoadRequest(arrival, tokens.prompt(ids[:length]), load.output_len or row.output_length)
 
@@ -288,7 +289,7 @@ def read_trace(path: Path, most: int) -> list[_TraceRow]:
     rows = []
     for (where, row), _ in zip(_json_lines(path, _TraceRow, "trace"), range(most), strict=False):
         needed = -(-row.input_length // BLOCK_TOKENS)
-        if len(row.hash_ids) < needed:
+        if row.hash_ids and len(row.hash_ids) < needed:
             problem = f"Expected {needed} ids for input_length={row.input_length}, got {len(row.hash_ids)}"
             raise ConfigError("dataset_path", where, f"{problem} - at `$.hash_ids`", f"expected {_SHAPES['trace']}")
         rows.append(row)

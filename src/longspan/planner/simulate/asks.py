@@ -19,7 +19,10 @@ _ROOT = root_key("simulated")
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, `arrival_s` seconds after the first one. Equal block ids stand for equal tokens."""
+    """One request, `arrival_s` seconds after the first one. Equal block ids stand for equal tokens.
+
+    Ids of blocks behind the last one given are not needed: a prompt that begins like no other shares nothing.
+    """
 
     number: int
     arrival_s: float
@@ -54,6 +57,6 @@ def read_asks(path: str, most: int | None, time_scale: float, max_input_len: int
     arrivals = trace_arrivals([row.timestamp for row in rows], 1 / time_scale)
     return [
         Ask(number, arrival, min(row.input_length, max_input_len or row.input_length), row.output_length,
-            tuple(row.hash_ids))
+            tuple(row.hash_ids) or (-1 - number,))
         for number, (row, arrival) in enumerate(zip(rows, arrivals, strict=True))
     ]  # fmt: skip

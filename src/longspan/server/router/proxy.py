@@ -27,6 +27,7 @@ from longspan.errors import EngineUnavailable, RequestError
 from longspan.server.bodies import INLINE_BYTES, JsonBounds
 from longspan.server.errors import Problem, problem_of
 from longspan.server.generation import CLIENT_GONE, Json, refusal, unless_gone
+from longspan.server.listening import open_sockets
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import RouteOptions
 from longspan.server.protocol import HttpConfig, announce
@@ -197,6 +198,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
 
     Raises `ConfigError` for instances that do not answer or do not fit together.
     """
+    sockets = open_sockets(options)
     key = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
@@ -209,7 +211,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
         watching = asyncio.create_task(instances.watch(session))
         announcing = asyncio.create_task(announce(server, on_ready))
         try:
-            await server.serve()
+            await server.serve(sockets)
         finally:
             for task in (watching, announcing):
                 task.cancel()
