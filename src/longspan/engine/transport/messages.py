@@ -18,7 +18,7 @@ STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # whatever else comes once
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A rank's first word. Rank 0 keeps the store at `store_port` of its host where all ranks meet."""
+    """A rank's first word. Rank 0 keeps the store where ranks of several machines meet at `store_port` of its host."""
 
     rank: int
     world_size: int
@@ -28,7 +28,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """All ranks are there: what to run, the `tcp://host:port` where they meet, and how many share this one's host."""
+    """All ranks are there: what to run, the file or the `tcp://host:port` where they meet, and how many share
+    this one's host."""
 
     config: EngineConfig
     meet_at: str
