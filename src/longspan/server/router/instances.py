@@ -102,9 +102,9 @@ class Instances:
             await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
 
     def accepts(self, decode: Instance, prefill: Instance) -> bool:
-        """Whether a decode instance lets the router name it this prefill instance."""
-        card = decode.answer.card if decode.answer else None
-        if card is None:
+        """Whether a decode instance lets the router name it this prefill instance, and that one will hear it."""
+        card, other = (side.answer.card if side.answer else None for side in (decode, prefill))
+        if card is None or other is None or card.token != other.token:
             return False
         return prefill.address in card.prefill_peers or (card.token != "" and card.token == token_digest(self.token))
 
@@ -139,13 +139,16 @@ class Instances:
 
     def _refusal(self, decode: Instance) -> str | None:
         """Why a decode instance would not use some prefill instance that the router names, None if it would."""
-        refused = [prefill.address for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
+        refused = [prefill for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
         card = decode.answer.card if decode.answer else None
         if not refused or card is None:
             return None
-        if self.token and card.token:
+        if self.token and card.token and card.token != token_digest(self.token):
             return "has another transfer token than the router"
-        return f"was not told of the prefill instance {refused[0]}"
+        other = refused[0].answer.card if refused[0].answer else None
+        if other is not None and other.token != card.token:
+            return f"has another transfer token than the prefill instance {refused[0].address}, or only one has any"
+        return f"was not told of the prefill instance {refused[0].address}"
 
     async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
         """What is wrong with it, None if it has answered."""
