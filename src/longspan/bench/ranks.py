@@ -15,11 +15,11 @@ import torch
 
 from longspan.engine.rank.build import share_of_cores
 from longspan.engine.transport.connection import use_interface
-from longspan.engine.transport.folder import PrivateFolder
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.parallel.world import join_world, leave_world, open_group
+from longspan.private_folder import PrivateFolder
 
 MakeGroup = Callable[[Sequence[int]], Collectives]
 

@@ -19,10 +19,10 @@ from longspan.disaggregation.lock import lock
 from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
 from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
-from longspan.engine.transport.folder import PrivateFolder
 from longspan.errors import ConfigError, EngineError
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Source
+from longspan.private_folder import PrivateFolder
 from longspan.request import CoreRequest, TokenOutput
 
 _HEARTBEAT_MS = 1000

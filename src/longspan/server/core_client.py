@@ -19,9 +19,9 @@ import zmq
 import zmq.asyncio
 
 from longspan.config import EngineConfig
-from longspan.engine.transport.folder import PrivateFolder
 from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
+from longspan.private_folder import PrivateFolder
 from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
 
 _POLL_MS = 200

@@ -157,7 +157,7 @@ class Instances:
             async with session.get(f"{instance.url}/internal/peer", timeout=timeout) as response:
                 body = await response.read()
             if response.status == 401:
-                return "refuses the key given with --api-key"
+                return "refuses the router's first key; start both with the same --api-key-file"
             if response.status != 200:
                 return f"answers with status {response.status}"
             answer = msgspec.json.decode(body, type=Answer)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from longspan.engine.driver.executors.remote import RemoteExecutor
 from longspan.engine.setup import EngineSetup
-from longspan.engine.transport.folder import PrivateFolder
 from longspan.engine.transport.messages import Hello
+from longspan.private_folder import PrivateFolder
 
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 
