@@ -109,10 +109,12 @@ class CacheManager:
         """What the next step must copy between the device and other tiers."""
         return self.offload.take() if self.offload else ((), ())
 
-    def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
-        """A step has made these copies, except the `lost` loads: publish what it loaded."""
+    def settle(
+        self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int], unsaved: Collection[int]
+    ) -> None:
+        """A step has made these copies, except the `lost` loads and `unsaved` saves: publish what it loaded."""
         if self.offload:
-            self.offload.settle(saves, loads, lost)
+            self.offload.settle(saves, loads, lost, unsaved)
         for number, load in enumerate(loads):
             if number not in lost:
                 self.publish(load.key, load.page)

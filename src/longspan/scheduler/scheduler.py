@@ -151,7 +151,7 @@ class Scheduler:
 
         Returns what of them counts: of requests that have not ended meanwhile, and tokens up to the first wrong draft.
         """
-        self.cache.settle(plan.saves, plan.loads, set(result.failed_loads))
+        self.cache.settle(plan.saves, plan.loads, set(result.failed_loads), set(result.failed_saves))
         accepted: list[SampledToken] = []
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in result.tokens:
