@@ -43,6 +43,7 @@ class FakePeer:
     accept: Callable[[int, str], list[Any]] = lambda number, request: [Accepted(number, request)]
     have: Callable[[str], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
     block: Callable[[bytes], bytes] = lambda zeros: zeros
+    computes: bool = True
     greetings: int = 0
     address: str = ""
     source: Source = field(init=False)
@@ -76,7 +77,7 @@ class FakePeer:
                 said = self.welcome(self.source)
                 yield [said if isinstance(said, bytes) else encode(Welcome(said))]
             case Prefill(number):
-                for message in (*self.accept(number, next(requests)), Computed(number)):
+                for message in (*self.accept(number, next(requests)), *([Computed(number)] if self.computes else ())):
                     yield [encode(message)]
 
     def _asked(self, data: bytes) -> Iterator[list[bytes]]:

@@ -19,8 +19,8 @@ PROMPT = "the quick brown fox jumps over the lazy dog, " * 3
 
 
 @contextmanager
-def prefill_instance():
-    side = Running(replace(config_of(transfer=TransferConfig("prefill")), model=ascii_folder()))
+def prefill_instance(token=""):
+    side = Running(replace(config_of(transfer=TransferConfig("prefill", token=token)), model=ascii_folder()))
     try:
         yield side
     finally:
@@ -68,7 +68,7 @@ def test_what_a_client_names_is_not_fetched_and_the_next_one_gets_the_right_text
 
 
 def test_what_is_signed_is_fetched(decode):
-    with prefill_instance() as side:
+    with prefill_instance(TOKEN) as side:
         before = fetched(decode)
         answer = ask(decode, "s" + PROMPT, side.address, lambda body: sign(TOKEN, [side.address], body, time.time()))
         assert answer.status_code == 200, answer.text

@@ -10,10 +10,12 @@ import zmq
 from longspan.config import TransferConfig
 from longspan.disaggregation.handshake import format_of
 from longspan.disaggregation.layout_map import problem_of
+from longspan.disaggregation.lock import LARGEST_MESSAGE, unlock
 from longspan.disaggregation.messages import (
     Accepted,
     Ask,
     Block,
+    Broken,
     Ended,
     Have,
     Hello,
@@ -33,6 +35,7 @@ from tests.disaggregation.pair import Running, config_of, expected, pair
 from tests.oracle import prompt_of
 
 PROMPT = tuple(prompt_of(100))
+TOKEN = "a secret of some length"
 NO_TEXT = b"\x81\xa4type\xa2\xff\xfe"
 NESTED = b"\x82\xa1x" + b"\x91" * 5000 + b"\x01\xa4type\xa5Pulse"
 
@@ -40,15 +43,15 @@ NESTED = b"\x82\xa1x" + b"\x91" * 5000 + b"\x01\xa4type\xa5Pulse"
 @contextmanager
 def decode_instance(**options):
     """Its patience is longer than any test: what is noticed is noticed because it is wrong."""
-    running = Running(config_of(transfer=TransferConfig("decode", patience_seconds=600, **options)))
+    running = Running(config_of(transfer=TransferConfig("decode", **{"patience_seconds": 600, **options})))
     try:
         yield running
     finally:
         running.close()
 
 
-def assert_computed_elsewhere(**answers):
-    with decode_instance() as decode, fake_peer(decode.core.setup, **answers) as peer:
+def assert_computed_elsewhere(limits=None, **answers):
+    with decode_instance(**(limits or {})) as decode, fake_peer(decode.core.setup, **answers) as peer:
         decode.start("0", PROMPT, 8, (peer.address,))
         assert decode.result("0") == expected("llama", PROMPT)
         decode.start("1", PROMPT, 8)  # what was fetched is no part of the prefix cache
@@ -147,13 +150,23 @@ def test_a_source_of_which_one_shard_lacks_layers_is_not():
     assert "no rank of the shard holds KV head 0" in problem_of(Source("x", ADDRESSES, lacking), PARTS)
 
 
+def test_a_peer_that_greets_and_stays_silent_is_waited_for_no_longer_than_the_patience():
+    assert_computed_elsewhere({"patience_seconds": 0.5}, accept=lambda number, request: [], computes=False)
+
+
+def test_a_peer_that_never_has_a_prompt_is_waited_for_no_longer_than_prompts_may_take():
+    have = lambda request: Have(LIFE, request, [])  # noqa: E731
+    assert_computed_elsewhere({"prompt_seconds": 0.5}, have=have, computes=False)
+
+
 @contextmanager
-def spoken_to(config=None):
+def spoken_to(token=""):
     """A prefill instance and a socket that talks to it as a decode instance, or worse."""
-    running = Running(config_of(transfer=TransferConfig("prefill")))
+    running = Running(config_of(transfer=TransferConfig("prefill", token=token)))
     context = zmq.Context()
     try:
         socket = context.socket(zmq.DEALER)
+        unlock(socket, token)
         socket.connect(running.address)
         yield running, socket
     finally:
@@ -167,6 +180,16 @@ def answer(socket, wanted, kind=ToDecode):
         if isinstance(found, wanted):
             return found
     raise AssertionError(f"no {wanted}")
+
+
+def turned_away(socket, address, data):
+    """Connect and speak, until the other side has closed the connection."""
+    monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+    socket.connect(address)
+    socket.send(data, copy=False)
+    assert monitor.poll(20_000)
+    socket.disable_monitor()
+    monitor.close(linger=0)
 
 
 def greeted(running, socket):
@@ -225,6 +248,70 @@ def test_a_question_that_names_a_token_twice_is_not_answered():
         running.wait_until(lambda: request in running.core.scheduler._held)
         rank.send(encode(Ask(source.life, 3, request, (0, 1), (0, 1), ((0, 50), (0, 50)))))
         assert answer(rank, Missing, ToReceiver).block == 3
+
+
+@pytest.mark.parametrize("token", ["", "another secret of that kind"], ids=["none", "another"])
+def test_who_has_not_the_token_is_not_heard(token):
+    with spoken_to(TOKEN) as (running, friend):
+        stranger = friend.context.socket(zmq.DEALER)
+        unlock(stranger, token)
+        turned_away(stranger, running.address, encode(Hello(format_of(running.core.setup))))
+        assert not stranger.poll(0)
+        greeted(running, friend)
+
+
+def test_instances_with_one_token_work_together():
+    with pair(config_of(), config_of(), token=TOKEN) as both:
+        assert both.complete("0", PROMPT) == expected("llama", PROMPT)
+        both.assert_fetched(len(PROMPT) - 1)
+
+
+def test_a_decode_instance_with_another_token_computes_for_itself_and_says_so(caplog):
+    with pair(config_of(), config_of(), token=TOKEN) as both, decode_instance(token=TOKEN[::-1]) as decode:
+        decode.start("0", PROMPT, 8, (both.prefill.address,))
+        assert decode.result("0") == expected("llama", PROMPT)
+        assert decode.core.role.counters.fetched == 0
+    assert "it has another transfer token" in caplog.text
+
+
+def test_what_a_rank_tells_its_driver_cannot_be_said_by_a_peer():
+    with spoken_to() as (running, socket):
+        source = greeted(running, socket)
+        socket.send_multipart([source.life.encode(), encode(Broken(0, "so they say"))])
+        socket.send(encode(Broken(0, "so they say")))
+        greeted(running, socket)  # so the instance has read what came before
+        running.start("0", PROMPT, 8)
+        assert running.result("0") == expected("llama", PROMPT)
+
+
+def test_pages_of_another_instances_prompt_cannot_be_had_by_counting():
+    with spoken_to() as (running, owner):
+        source = greeted(running, owner)
+        owner.send(encode(Prefill(1, list(PROMPT))))
+        request = answer(owner, Accepted).request
+        rank = owner.context.socket(zmq.DEALER)
+        rank.connect(source.addresses[0])
+        running.wait_until(lambda: request in running.core.scheduler._held)
+        for number in range(8):
+            rank.send(encode(Ask(source.life, number, f"peer-{number}", (0, 1), (0, 1), ((0, 50),))))
+            assert answer(rank, (Block, Missing), ToReceiver) == Missing(number)
+        rank.send(encode(Ask(source.life, 8, request, (0, 1), (0, 1), ((0, 50),))))
+        assert answer(rank, (Block, Missing), ToReceiver) == Block(8)
+
+
+@pytest.mark.parametrize(("listener", "largest"), [("driver", LARGEST_MESSAGE), ("rank", 1 << 22)])
+def test_who_sends_too_large_a_message_is_cut_off(listener, largest):
+    with spoken_to() as (running, socket):
+        source = greeted(running, socket)
+        stranger = socket.context.socket(zmq.DEALER)
+        turned_away(stranger, {"driver": running.address, "rank": source.addresses[0]}[listener], bytes(largest + 1))
+        running.start("0", PROMPT, 8)
+        assert running.result("0") == expected("llama", PROMPT)
+
+
+def test_a_decode_instance_listens_for_nobody():
+    with decode_instance() as decode:
+        assert decode.address == ""
 
 
 @pytest.mark.parametrize(

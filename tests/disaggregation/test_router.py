@@ -153,7 +153,11 @@ def test_configured_peers_are_named_without_a_token():
 @pytest.mark.parametrize(
     ("theirs", "ours", "problem"),
     [
-        ("", TOKEN, "was not told of the prefill instance tcp.*same --transfer-token-file.*--prefill-peers tcp"),
+        (
+            "",
+            TOKEN,
+            "than the prefill instance tcp.*or only one has any; .*same --transfer-token-file.*--prefill-peers tcp",
+        ),
         (TOKEN, "", "was not told of the prefill instance"),
         ("another secret of that kind", TOKEN, "has another transfer token than the router"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -124,6 +125,20 @@ def test_pages_damaged_on_disk_are_computed_again(small, layout):
     assert llm.stats().offload.lost > 20
     serve_twice(llm)
     assert llm.stats().offload.loaded_from_disk > 50
+
+
+def test_a_full_disk_is_warned_of_once_and_costs_no_token(small, monkeypatch, caplog):
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with small("llama", pcp=2) as llm:
+        for _ in range(2):
+            assert tokens_of(llm) == expected("llama")
+        counters = llm.stats().offload
+        assert counters.loaded_from_disk == counters.lost == 0
+        assert 0 < counters.spilled_to_disk < len(PROMPTS) * 15  # of the first step alone, not of every eviction
+    assert [record.name for record in caplog.records].count("longspan.cache") == 1
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])

@@ -141,7 +141,7 @@ def running(
     if failed:
         raise failed[0]
     url = f"http://127.0.0.1:{found['server'].port}"
-    key = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    key = {"Authorization": f"Bearer {options.keys[0].key}"} if options.keys else {}
     with httpx.Client(base_url=url, timeout=PATIENCE, headers=key) as client:
         yield Running(url, service, found["server"], found["loop"], client)
     found["server"].should_exit = True

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from longspan.errors import ConfigError
+from longspan.server.keys import KEY_VARIABLE, read_keys
 from longspan.server.options import ServeOptions, parse_origins
 from tests.server.running import Running, running
 
@@ -199,6 +200,58 @@ def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not(stri
         error = refused(strict.client.post("/v1/completions", content=content, headers=headers), 413)
         assert "--max-body-bytes" in error["message"]
     strict.complete("abc", 2)
+
+
+def test_every_key_of_a_file_opens_a_server_and_no_other_does(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of the two of us\nalice: open-a\n\nbob:open:b\n")
+    with running(options=ServeOptions(port=0, api_key_file=str(file)).with_secrets({})) as server:
+        assert [key.name for key in server.service.options.keys] == ["alice", "bob"]
+
+        def status(key):
+            return httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert [status(key) for key in ("open-a", "open:b")] == [200, 200]
+        assert [status(key) for key in ("open-c", "alice", "bob", "alice: open-a")] == [401] * 4
+
+
+def test_a_key_comes_from_the_environment_if_no_option_names_any(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("of-the-file\n")
+    around = {KEY_VARIABLE: "of-the-environment\n"}
+    found = lambda **options: [one.key for one in ServeOptions(**options).with_secrets(around).keys]  # noqa: E731
+    assert found() == ["of-the-environment"]
+    assert found(api_key="given") == ["given"]
+    assert found(api_key_file=str(file)) == ["of-the-file"]
+    assert found(api_key="given", api_key_file=str(file)) == ["given", "of-the-file"]
+    assert ServeOptions().with_secrets({}).keys == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "has no key"), ("# nothing\n", "has no key"), ("alice:\n", "line 1: holds a key that is empty"),
+        ("alice: x9 9x\n", "line 1: holds a key"), ("a:x9\na:9x\n", "line 2: a second key is called a"),
+        (None, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_file_of_keys_that_cannot_be_is_named_and_no_key_is_shown(tmp_path, text, problem):
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=f"^api_key_file={file}.*{problem}") as error:
+        ServeOptions(api_key_file=str(file)).with_secrets({})
+    assert "x9" not in str(error.value) and "9x" not in str(error.value)
+
+
+def test_an_empty_key_in_the_environment_opens_no_server():
+    with pytest.raises(ConfigError, match=f"^{KEY_VARIABLE}="):
+        ServeOptions().with_secrets({KEY_VARIABLE: " "})
+
+
+def test_keys_are_shown_to_nobody():
+    options = ServeOptions(api_key="sesame").with_secrets({})
+    assert "sesame" not in repr(options) and "secret" not in repr(read_keys(None, {KEY_VARIABLE: "secret"}))
 
 
 def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():

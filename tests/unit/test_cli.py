@@ -66,8 +66,8 @@ OPTIONS = {
         "--trace", "--weight-dtype",
     },
     ("route",): {
-        "--api-key", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill", "--transfer-token-file",
-        "--wait",
+        "--api-key", "--api-key-file", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill",
+        "--transfer-token-file", "--wait",
     },
     ("calibrate",): {"--check", "--executor", "--hardware", "--help", "--json", "--model", "--output"},
     ("bench", "attention"): {
@@ -91,8 +91,8 @@ OPTIONS = {
         "--no-ignore-eos", "--timeout", "--plot", "--json", "--help",
     },
     ("serve",): ENGINE_OPTIONS - {"--json"} | {
-        "--host", "--port", "--api-key", "--served-model-name", "--max-queued-requests", "--max-body-bytes",
-        "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
+        "--host", "--port", "--api-key", "--api-key-file", "--served-model-name", "--max-queued-requests",
+        "--max-body-bytes", "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
         "--prefill-peers", "--transfer-token-file",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {

@@ -363,6 +363,34 @@ def test_a_slot_that_a_step_under_way_uses_is_not_given_to_another_page():
     assert index.is_busy(b"a")
 
 
+@pytest.mark.parametrize("memory", [0, 1], ids=["straight to disk", "through memory"])
+def test_a_disk_that_takes_no_page_is_left_alone_for_a_while_and_warned_of_once(memory, caplog):
+    now = [0.0]
+    index = OffloadIndex(memory, 4, lambda: now[0])
+    keys = (bytes([number]) for number in range(99))
+
+    def to_disk(taken):
+        """Whether the next eviction is saved to disk; the disk takes it, or does not."""
+        key = next(keys)
+        saves = evict(index, key, settle=False)
+        index.settle(saves, (), (), () if taken else range(len(saves)))
+        return any(save.tier is Tier.DISK or save.spill for save in saves)
+
+    for _ in range(memory):
+        to_disk(taken=True)
+    assert to_disk(taken=True)
+    for round_ in range(3):
+        now[0] += 100
+        assert to_disk(taken=False)
+        assert not to_disk(taken=True)  # it rests
+        assert len(caplog.records) == 1, round_
+    now[0] += 100
+    assert to_disk(taken=True) and to_disk(taken=True)
+    assert len([key for key in map(bytes, ([n] for n in range(99))) if index.find(key) is Tier.DISK]) == 3
+    assert to_disk(taken=False)
+    assert len(caplog.records) == 2
+
+
 def test_what_is_not_known_yet_counts_as_free():
     assert LoadRates().pays(Tier.DISK, 16)
     assert LoadRates(token=1e-3).pays(Tier.DISK, 16)

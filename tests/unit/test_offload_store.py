@@ -145,15 +145,19 @@ def test_an_intact_page_of_another_key_is_noticed(bench, tier):
     assert store.load([PageLoad(PageRef(0, 5), tier, 1, KEY)]) == [0]
 
 
-def test_a_page_that_could_not_be_written_is_noticed_when_it_is_loaded(bench, monkeypatch):
+def no_space(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("write", [no_space, lambda *_: 40], ids=["nothing", "a part"])
+def test_a_page_that_could_not_be_written_is_noticed_at_once_and_when_it_is_loaded(bench, monkeypatch, write):
     store = bench().stores[0]
-
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwritev", full)
-    store.save([PageSave(PageRef(0, 2), Tier.DISK, 1, KEY)])
-    assert store.load([PageLoad(PageRef(0, 5), Tier.DISK, 1, KEY)]) == [0]
+    first, second = (PageSave(PageRef(0, page), Tier.DISK, page, KEY) for page in (1, 2))
+    assert store.save([first]) == []
+    monkeypatch.setattr(os, "pwritev", write)
+    assert store.save([first, second]) == [0, 1]
+    assert store.save([PageSave(PageRef(0, 3), Tier.MEMORY, 0, KEY, Spill(3, OTHER))]) == [0]
+    assert store.load([PageLoad(PageRef(0, 5), Tier.DISK, 2, KEY)]) == [0]
 
 
 def test_parts_of_ranks_with_other_heads_or_layers_do_not_overlap(bench):

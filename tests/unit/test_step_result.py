@@ -12,7 +12,7 @@ LIKELY = TokenLogprobs(-0.1, (), ())
 def everything(request_id):
     """One of each that a request can be given."""
     return StepResult(
-        (SampledToken(request_id, 4),), (PromptScore(request_id, 1, LIKELY),), {request_id: "broken"}, (2,)
+        (SampledToken(request_id, 4),), (PromptScore(request_id, 1, LIKELY),), {request_id: "broken"}, (2,), (3,)
     )
 
 
@@ -22,6 +22,7 @@ def test_what_ranks_hand_over_is_one_result():
     assert [score.request_id for score in joined.prompt_scores] == ["a", "b"]
     assert joined.errors == {"a": "broken", "b": "broken"}
     assert joined.failed_loads == (2, 2)
+    assert joined.failed_saves == (3, 3)
 
 
 def committed(ended):
@@ -35,7 +36,7 @@ def committed(ended):
 
 
 def test_what_a_request_is_given_counts_while_it_goes_on():
-    assert committed(ended=False) == replace(everything("a"), failed_loads=())
+    assert committed(ended=False) == replace(everything("a"), failed_loads=(), failed_saves=())
 
 
 def test_nothing_that_a_request_is_given_counts_once_it_has_ended():

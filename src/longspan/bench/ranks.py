@@ -5,7 +5,6 @@ It owns starting the ranks and collecting what they return; it must not know wha
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -15,10 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from longspan.engine.rank.build import share_of_cores
+from longspan.engine.transport.connection import use_interface
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.parallel.world import join_world, leave_world, open_group
+from longspan.private_folder import PrivateFolder
 
 MakeGroup = Callable[[Sequence[int]], Collectives]
 
@@ -58,7 +59,7 @@ def _as_threads(world_size: int, function: RankFunction) -> list[Any]:
 
 def _as_processes(world_size: int, function: RankFunction, device_type: str) -> list[Any]:
     context = get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+    with PrivateFolder() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -87,6 +88,7 @@ def _receive(pipe: Connection) -> Any:
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection, function: RankFunction, device_type: str) -> None:
     torch.set_num_threads(share_of_cores(world_size))
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    use_interface("")
     join_world(rank, world_size, f"{folder}/store", device)
     traffic = Traffic()
     with torch.inference_mode():

@@ -117,10 +117,12 @@ class CacheManager:
         """The copies between the device and other tiers that the next step must make; they are returned once."""
         return self.offload.take() if self.offload else ((), ())
 
-    def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
-        """A step has made these copies: publish the loaded pages. `lost` are the indices of loads that failed."""
+    def settle(
+        self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int], unsaved: Collection[int]
+    ) -> None:
+        """A step has made these copies, except the `lost` loads and `unsaved` saves: publish what it loaded."""
         if self.offload:
-            self.offload.settle(saves, loads, lost)
+            self.offload.settle(saves, loads, lost, unsaved)
         for number, load in enumerate(loads):
             if number not in lost:
                 self.publish(load.key, load.page)

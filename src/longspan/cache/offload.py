@@ -6,8 +6,10 @@ request needs a page.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -17,6 +19,8 @@ from longspan.cache.prefix import Key
 _TOKENS_TO_TRUST = 2048  # a step with this many tokens weighs as much as all measurements before it
 _PAGES_TO_TRUST = 64  # the same for a step that loads pages
 _FADES = 0.1  # largest fraction by which a step that computes tokens lowers the measured time of loads
+_REST_SECONDS = 60.0
+_LOG = logging.getLogger("longspan.cache")
 
 
 class Tier(StrEnum):
@@ -161,8 +165,11 @@ class OffloadIndex:
     `settle` is called when this step is committed.
     """
 
-    def __init__(self, memory_slots: int, disk_slots: int) -> None:
+    def __init__(self, memory_slots: int, disk_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.rates = LoadRates()
+        self._clock = clock
+        self._disk_rests_until = float("-inf")
+        self._disk_refuses = False  # and has been warned of
         self._tiers = {Tier.MEMORY: _Slots(memory_slots), Tier.DISK: _Slots(disk_slots)}
         self._first = Tier.MEMORY if memory_slots else Tier.DISK  # where evicted pages are saved
         self._key_of: dict[PageRef, Key] = {}  # of published pages on the device
@@ -204,7 +211,7 @@ class OffloadIndex:
         if key in slots:
             slots.use(key)
             return
-        placed = slots.put(key)
+        placed = self._put(self._first, key)
         if placed is None:  # all slots are busy: the page is dropped
             return
         slot, victim = placed
@@ -228,12 +235,18 @@ class OffloadIndex:
         loads, self._loads = tuple(self._loads), []
         return saves, loads
 
-    def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
-        """A step has made these copies. `lost` are the indices of loads that found the page missing or damaged."""
-        for save in saves:
+    def settle(
+        self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int], unsaved: Collection[int] = ()
+    ) -> None:
+        """A step has copied these; `lost` are the numbers of loads whose page was not as it had been saved, `unsaved`
+        those of saves of which the disk did not take the page."""
+        for number, save in enumerate(saves):
             self._tiers[save.tier].busy.discard(save.key)
             if save.spill:
                 self._tiers[Tier.DISK].busy.discard(save.spill.key)
+            written = save.spill.key if save.spill else save.key if save.tier is Tier.DISK else None
+            if written is not None:
+                self._wrote(written, number not in unsaved)
         for number, load in enumerate(loads):
             self._tiers[load.tier].busy.discard(load.key)
             self._counts["lost" if number in lost else f"loaded_from_{load.tier}"] += 1
@@ -255,8 +268,27 @@ class OffloadIndex:
         disk = self._tiers[Tier.DISK]
         if key in disk:
             return None
-        placed = disk.put(key)
+        placed = self._put(Tier.DISK, key)
         if placed is None:
             return None
         self._counts["spilled_to_disk"] += 1
         return Spill(placed[0], key)
+
+    def _put(self, tier: Tier, key: Key) -> tuple[int, Key | None] | None:
+        """See `_Slots.put`; nothing goes to a disk that rests."""
+        if tier is Tier.DISK and self._clock() < self._disk_rests_until:
+            return None
+        return self._tiers[tier].put(key)
+
+    def _wrote(self, key: Key, taken: bool) -> None:
+        """The disk took a page, or did not: then no other is tried for a while, and that is said once."""
+        if not taken:
+            self._tiers[Tier.DISK].drop(key)
+            self._disk_rests_until = self._clock() + _REST_SECONDS
+            if not self._disk_refuses:
+                _LOG.warning(
+                    "the disk of --kv-offload-disk took no page: it is full or broken; the engine goes on without "
+                    "saving there, and tries again every %g s",
+                    _REST_SECONDS,
+                )
+        self._disk_refuses = not taken

@@ -6,6 +6,7 @@ It owns the options and what is said at start; forwarding is the router's.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated
 
 import typer
@@ -28,9 +29,12 @@ def route(
     from longspan.server.router.instances import Instances
     from longspan.server.router.proxy import route as run
 
+    options = options.with_secrets(os.environ)
     instances = Instances(prefill, decode, read_token(transfer_token_file))
     logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
     console = Console(stderr=True)
+    for warning in options.warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
 
     def ready(server: uvicorn.Server) -> None:
         opened = server.servers[0].sockets[0].getsockname()[1]

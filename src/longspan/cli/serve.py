@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from dataclasses import replace
 
 from rich.console import Console
@@ -36,7 +37,7 @@ def serve(
     pairing = transfer.transfer_config(
         role, transfer_host or options.host, transfer_port, prefill_peers, transfer_token_file
     )
-    config = replace(config, transfer=pairing)
+    config, options = replace(config, transfer=pairing), options.with_secrets(os.environ)
     logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
     console = Console(stderr=True)
     for warning in (*options.warnings, *transfer.warnings(pairing)):
@@ -53,6 +54,7 @@ def serve(
             kv_cache_line(setup), *setup.notes,
             f"serving {service.model} at http://{options.host}:{server.port} "
             "(API: /v1, live page: /, metrics: /metrics)",
+            *([f"keys: {', '.join(one.name for one in options.keys)}"] if options.keys else ()),
         ):  # fmt: skip
             console.print(line, highlight=False, soft_wrap=True)
 

@@ -13,6 +13,7 @@ import typer
 
 from longspan.cli.options import flag
 from longspan.config import TransferConfig, require
+from longspan.config.addresses import is_loopback
 from longspan.errors import ConfigError
 
 TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"
@@ -57,7 +58,14 @@ def transfer_config(
 
 def warnings(config: TransferConfig | None) -> list[str]:
     """What a user should know of a configuration that does less than it seems to."""
-    if config is None or config.role != "decode" or config.prefill_peers or config.token:
+    if config is None or config.token:
+        return []
+    if config.role == "prefill" and not is_loopback(config.host):
+        return [
+            f"anybody who reaches {config.host} can have prompts computed for their own instances; "
+            "give --transfer-token-file here and to the decode instances"
+        ]
+    if config.role == "prefill" or config.prefill_peers:
         return []
     return [
         "this decode instance will compute every prompt itself; "

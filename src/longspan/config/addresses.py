@@ -10,6 +10,11 @@ import re
 _ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def is_address(text: str) -> bool:
     """Whether it is `tcp://HOST:PORT`. ZeroMQ knows more forms; none of them may be named by another instance."""
     found = _ADDRESS.fullmatch(text)

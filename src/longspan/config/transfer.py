@@ -29,14 +29,17 @@ class TransferConfig:
     max_blocks: int = 8
     # a prefill instance keeps computed pages so long if nobody fetches them
     hold_seconds: float = 120.0
-    # a decode instance waits so long for an answer, or for pages that are computed
+    # a decode instance waits so long for an answer, or for pages that are computed; and so long for a prompt to be
+    # computed, without any page of it
     patience_seconds: float = 30.0
+    prompt_seconds: float = 600.0
     # whether pages leave while the rest of the prompt is computed
     overlap: bool = True
     prefill_peers: tuple[str, ...] = option(
         (), "transfer addresses a decode instance may use, whoever asks for it: tcp://HOST:PORT,..."
     )
-    # the secret that instances and routers share; '' for none. A decode instance believes what is signed with it
+    # the secret that instances and routers share; '' for none. A decode instance believes what is signed with it, a
+    # prefill instance hears only who has it
     token: str = field(default="", repr=False)
     # for the ranks: where their driver listens, and which start of the instance they belong to
     mailbox: str = ""
@@ -47,7 +50,7 @@ class TransferConfig:
             raise ConfigError("role", self.role, "unknown choice", f"use one of {', '.join(ROLE_NAMES)}")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError("transfer_port", self.port, "is no port", "give 0..65535; 0 takes a free one")
-        for name in ("block_bytes", "max_blocks", "hold_seconds", "patience_seconds"):
+        for name in ("block_bytes", "max_blocks", "hold_seconds", "patience_seconds", "prompt_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(name, getattr(self, name), "must be positive", "leave it out for the default")
         for address in self.prefill_peers:

@@ -14,11 +14,16 @@ from zmq.utils.monitor import recv_monitor_message
 
 from longspan.config.addresses import is_address, reachable
 from longspan.disaggregation.driver import keep_alive
+from longspan.disaggregation.lock import unlock
 from longspan.disaggregation.messages import Format, Hello, Refused, ToDecode, ToPrefill, Welcome, encode
 from longspan.disaggregation.worker import decoded
 from longspan.plan.source import Source
 
-_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_LOST = (
+    zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)  # fmt: skip
+_NO_ANSWER = "does not answer: nobody is there, or it has another transfer token"
 _BRIEF_PAUSE, _LONG_PAUSE = 2.0, 30.0
 _SHOWN = 300  # characters of what the other side says
 CheckSource = Callable[[Source], str | None]
@@ -33,13 +38,15 @@ class Connection:
     """
 
     def __init__(
-        self, address: str, form: Format, patience: float, context: zmq.Context[zmq.Socket[bytes]], check: CheckSource
-    ) -> None:
+        self, address: str, form: Format, patience: float, token: str, context: zmq.Context[zmq.Socket[bytes]],
+        check: CheckSource,
+    ) -> None:  # fmt: skip
         self.address = address
         self.source: Source | None = None
         self.problem: str | None = None
         self._form = form
         self._patience = patience
+        self._token = token
         self._context = context
         self._check = check
         self._socket: zmq.Socket[bytes] | None = None
@@ -65,6 +72,7 @@ class Connection:
         socket = self._context.socket(zmq.DEALER)
         socket.set_hwm(0)  # prompts: bounded where they come in
         keep_alive(socket)
+        unlock(socket, self._token)
         self._socket = socket
         self._monitor = socket.get_monitor_socket(_LOST)
         try:
@@ -120,7 +128,7 @@ class Connection:
     def _look(self) -> None:
         while self._monitor is not None and self._monitor.poll(0):
             recv_monitor_message(self._monitor)
-            self._lose("closed the connection" if self.source else "does not answer", _BRIEF_PAUSE)
+            self._lose("closed the connection" if self.source else _NO_ANSWER, _BRIEF_PAUSE)
         if self._socket is not None and self.source is None and time.monotonic() - self._opened > self._patience:
             self._lose(f"did not answer for {self._patience:g} s", _BRIEF_PAUSE)
 

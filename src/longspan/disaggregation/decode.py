@@ -44,7 +44,7 @@ class _Remote:
     # what the prompt is called there, None until it is told
     accepted: str | None = None
     computed: bool = False
-    # when something moved last, in `time.monotonic()`, once the prompt is computed
+    # when it was asked for, or something moved last, in `time.monotonic()`
     heard: float = 0.0
     # what the ranks carry out, those that have all of theirs, and the bytes of these
     fetch: Fetch | None = None
@@ -60,6 +60,7 @@ class DecodeRole(Role):
     ) -> None:
         super().__init__(config, form)
         self._parts = parts
+        self._token = config.token
         self._own_peers = deque(config.prefill_peers)
         self._cached = cached
         self._page_size = page_size
@@ -106,7 +107,7 @@ class DecodeRole(Role):
 
     def exchange(self) -> None:
         """See `Role.exchange`."""
-        for _, message in self._mailbox.messages():
+        for message in self._mailbox.from_ranks():
             match message:
                 case messages.Moving(fetch) if fetch in self._by_fetch:
                     self._by_fetch[fetch].heard = time.monotonic()
@@ -118,8 +119,8 @@ class DecodeRole(Role):
             self._hear(connection)
         now = time.monotonic()
         for remote in list(self._remotes.values()):
-            if remote.computed and remote.fetch and now - remote.heard > self.config.patience_seconds:
-                self._retry(remote, f"sent nothing for {self.config.patience_seconds:g} s")
+            if problem := self._overdue(remote, now):
+                self._retry(remote, problem)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -132,13 +133,22 @@ class DecodeRole(Role):
             connection.close()
         super().close()
 
+    def _overdue(self, remote: _Remote, now: float) -> str | None:
+        """What has taken too long; None while there is time. A prompt that is computed may wait for pages here."""
+        silent, patience, deadline = now - remote.heard, self.config.patience_seconds, self.config.prompt_seconds
+        if remote.accepted is None:
+            return f"the prompt was not taken for {patience:g} s" if silent > patience else None
+        if not remote.computed:
+            return f"the prompt was not computed for {deadline:g} s" if silent > deadline else None
+        return f"sent nothing for {patience:g} s" if remote.fetch and silent > patience else None
+
     def _ask(self, remote: _Remote) -> None:
         """Have the prompt computed by the next instance that may be there, at last by this one."""
         request = remote.request
         while remote.others:
             connection = self._connection(remote.others.pop(0))
             if connection.open():
-                remote.connection, remote.sent = connection, next(self._numbers)
+                remote.connection, remote.sent, remote.heard = connection, next(self._numbers), time.monotonic()
                 self._by_sent[remote.sent] = remote
                 tokens = [*request.prompt_token_ids, *request.output_token_ids][:-1]
                 connection.send(messages.Prefill(remote.sent, tokens))
@@ -154,7 +164,9 @@ class DecodeRole(Role):
                 for idle in [known for known, connection in self._connections.items() if connection not in used]:
                     self._connections.pop(idle).close()
             check, patience = partial(problem_of, ours=self._parts), self.config.patience_seconds
-            self._connections[address] = Connection(address, self.card.format, patience, self._context, check)
+            self._connections[address] = Connection(
+                address, self.card.format, patience, self._token, self._context, check
+            )
         return self._connections[address]
 
     def _hear(self, connection: Connection) -> None:

@@ -1,6 +1,6 @@
 """What the two roles share beside the engine's core: the mailbox, and the words of the ranks.
 
-It owns the socket that ranks and other instances write to; what they say is the roles' business.
+It owns the sockets that ranks and other instances write to, each their own; what they say is the roles' business.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Protocol
 import zmq
 
 from longspan.config import TransferConfig
+from longspan.disaggregation.lock import lock
 from longspan.disaggregation.messages import Broken, Format, FromRank, Serving, ToDecode, ToPrefill, encode
 from longspan.disaggregation.signature import token_digest
 from longspan.disaggregation.worker import decoded
 from longspan.errors import ConfigError, EngineError
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Source
+from longspan.private_folder import PrivateFolder
 from longspan.request import CoreRequest, TokenOutput
 
 _HEARTBEAT_MS = 1000
@@ -33,7 +35,7 @@ class PeerCard:
     """What an instance says of itself to who puts pairs together."""
 
     role: str
-    # where decode instances reach it
+    # where decode instances reach it; '' for a decode instance, which nobody needs to reach
     address: str
     format: Format
     # prefill instances that it takes work of, whoever names them
@@ -79,46 +81,49 @@ class TransferCounters:
 
 
 class Mailbox:
-    """A socket that ranks and decode instances write to. Raises `ConfigError` for an address that cannot be taken."""
+    """Where ranks and, of a prefill instance, decode instances write to. Raises `ConfigError` for an address that
+    cannot be taken.
+
+    Ranks write to a socket in a folder that no other user can open: what ends the core cannot be said from outside.
+    """
 
     def __init__(self, config: TransferConfig, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.set_hwm(0)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        keep_alive(self.socket)
-        try:
-            self.socket.bind(f"tcp://{config.host}:{config.port or '*'}")
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                "transfer_port", f"{config.host}:{config.port}", f"cannot be listened at ({error})",
-                "give another --transfer-host or --transfer-port",
-            ) from error  # fmt: skip
-        endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.address = endpoint
-        mailbox = endpoint.replace("//0.0.0.0:", "//127.0.0.1:")
+        self._folder = PrivateFolder()
+        self._ranks = context.socket(zmq.PULL)
+        self._ranks.set_hwm(0)
+        self._ranks.bind(f"ipc://{self._folder.name}/ranks")
+        self._peers: zmq.Socket[bytes] | None = None
+        self.address = ""
+        if config.role == "prefill":
+            self._peers = _listen(config, context)
+            self.address = self._peers.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.sockets = [self._ranks] if self._peers is None else [self._ranks, self._peers]
         # ranks need no token, and with some executors their configuration crosses a network
+        mailbox = self._ranks.getsockopt_string(zmq.LAST_ENDPOINT)
         self.config = replace(config, mailbox=mailbox, life=secrets.token_hex(8), token="")
 
-    def messages(self) -> Iterator[tuple[bytes, object]]:
-        """What has come, each with its sender; raises `EngineError` if a rank can move no more pages.
-
-        A rank shows that it is one by the instance's life, which others know only once they are welcome.
-        """
-        while self.socket.poll(0):
-            sender, *frames, data = self.socket.recv_multipart()
-            message = decoded(data, FromRank if frames == [self.config.life.encode()] else ToPrefill)
+    def from_ranks(self) -> Iterator[object]:
+        """What ranks have said; raises `EngineError` if one can move no more pages."""
+        while self._ranks.poll(0):
+            message = decoded(self._ranks.recv(), FromRank)
             if isinstance(message, Broken):
                 raise EngineError(f"rank {message.rank} can move no more pages: {message.reason}")
-            yield sender, message
+            yield message
+
+    def from_peers(self) -> Iterator[tuple[bytes, object]]:
+        """What decode instances have said, each with its sender."""
+        while self._peers is not None and self._peers.poll(0):
+            sender, *_, data = self._peers.recv_multipart()
+            yield sender, decoded(data, ToPrefill)
 
     def addresses(self, ranks: int) -> tuple[str, ...]:
         """Where the ranks answer, in rank order, once all have said so."""
         found: dict[int, str] = {}
         deadline = time.monotonic() + _START_SECONDS
         while len(found) < ranks:
-            if not self.socket.poll(1000) and time.monotonic() > deadline:
+            if not self._ranks.poll(1000) and time.monotonic() > deadline:
                 raise EngineError(f"{ranks - len(found)} ranks did not open their page servers")
-            for _, message in self.messages():
+            for message in self.from_ranks():
                 if isinstance(message, Serving):
                     found[message.rank] = message.address
         return tuple(found[rank] for rank in sorted(found))
@@ -126,10 +131,15 @@ class Mailbox:
     def send(self, receiver: bytes, message: ToDecode) -> bool:
         """Whether the receiver is still there."""
         try:
-            self.socket.send_multipart([receiver, encode(message)], zmq.DONTWAIT)
+            if self._peers is not None:
+                self._peers.send_multipart([receiver, encode(message)], zmq.DONTWAIT)
         except zmq.ZMQError:
             return False
         return True
+
+    def close(self) -> None:
+        """Give the folder back, when the sockets are closed."""
+        self._folder.cleanup()
 
 
 class Role(ABC):
@@ -174,11 +184,29 @@ class Role(ABC):
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """Those to listen to while the core has nothing to do."""
-        return [self._mailbox.socket]
+        return self._mailbox.sockets
 
     def close(self) -> None:
         """End all connections."""
         self._context.destroy(linger=100)
+        self._mailbox.close()
+
+
+def _listen(config: TransferConfig, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The socket for decode instances."""
+    socket = context.socket(zmq.ROUTER)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    keep_alive(socket)
+    lock(socket, config.token)
+    try:
+        socket.bind(f"tcp://{config.host}:{config.port or '*'}")
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            "transfer_port", f"{config.host}:{config.port}", f"cannot be listened at ({error})",
+            "give another --transfer-host or --transfer-port",
+        ) from error  # fmt: skip
+    return socket
 
 
 def keep_alive(socket: zmq.Socket[bytes]) -> None:

@@ -16,7 +16,7 @@ from longspan.parallel.sharding import Sharding
 from longspan.plan.source import Part
 from longspan.weights.checkpoint import Checkpoint
 
-PROTOCOL = 2
+PROTOCOL = 3
 _SAMPLED_TENSORS = 64
 _SAMPLED_ELEMENTS = 64
 _NAMES = {

@@ -5,10 +5,10 @@ It owns whose prompt is whose; computing is the core's, sending pages the ranks'
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
 
 from longspan.config import TransferConfig
 from longspan.disaggregation import messages
@@ -46,7 +46,6 @@ class PrefillRole(Role):
         self._welcome: set[bytes] = set()
         self._prompts: dict[str, _Prompt] = {}
         self._request_of: dict[tuple[bytes, int], str] = {}
-        self._taken = count()
         self._pulsed = time.monotonic()
 
     def start(self, desk: Desk, ranks: int) -> None:
@@ -74,7 +73,9 @@ class PrefillRole(Role):
 
     def exchange(self) -> None:
         """See `Role.exchange`."""
-        for peer, message in self._mailbox.messages():
+        for _ in self._mailbox.from_ranks():  # they have nothing to say but that they cannot go on, which raises
+            pass
+        for peer, message in self._mailbox.from_peers():
             match message:
                 case messages.Hello(form):
                     self._greet(peer, form)
@@ -108,7 +109,7 @@ class PrefillRole(Role):
         if reason is not None or self._desk is None:
             self._mailbox.send(peer, messages.Ended(number, reason or "not ready yet"))
             return
-        request = f"peer-{next(self._taken)}"  # no user's: theirs end with a dot and a number
+        request = f"peer-{secrets.token_hex(16)}"  # who knows it may read the pages: nobody can guess it
         self._prompts[request] = _Prompt(peer, number)
         self._request_of[peer, number] = request
         self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1, for_peer=True))

@@ -18,6 +18,7 @@ from longspan.cache.pages import PageTable
 from longspan.config import TransferConfig
 from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, cells, runs_on
+from longspan.disaggregation.lock import LARGEST_MESSAGE
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.disaggregation.pulls import Pull, Pulls
 from longspan.disaggregation.worker import TableOf, TransferThread, decoded
@@ -204,6 +205,7 @@ class PageReceiver(TransferThread):
                 self._close([a for a in self._sockets if a not in self._used()])
             socket = self._context.socket(zmq.DEALER)
             socket.set_hwm(0)  # questions only, and a bounded number
+            socket.maxmsgsize = max(LARGEST_MESSAGE, 2 * self._config.block_bytes)
             try:
                 socket.connect(address)
             except zmq.ZMQError:

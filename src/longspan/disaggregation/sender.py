@@ -20,6 +20,7 @@ from longspan.disaggregation.worker import TableOf, TransferThread, decoded
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Part
 
+_LARGEST_QUESTION = 1 << 22  # runs of positions are the most of it
 _MAX_WATCHERS = 1 << 16
 _LOG = logging.getLogger("longspan.disaggregation")
 
@@ -51,6 +52,7 @@ class PageSender(TransferThread):
         self._watchers: OrderedDict[tuple[bytes, str], _Watcher] = OrderedDict()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(0)  # a receiver asks for a bounded number of blocks
+        self._socket.maxmsgsize = _LARGEST_QUESTION  # anybody may ask: without a request's name there is no answer
         port = self._socket.bind_to_random_port(f"tcp://{config.host}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)

@@ -41,7 +41,7 @@ class TransferThread(ABC):
         self._woken.bind("inproc://wake")
         self._waking = self._context.socket(zmq.PUSH)
         self._waking.connect("inproc://wake")
-        self._driver = self._context.socket(zmq.DEALER)
+        self._driver = self._context.socket(zmq.PUSH)
         self._driver.connect(config.mailbox)
         self._thread = Thread(target=self._run, name=f"longspan-transfer-{part.rank}", daemon=True)
 
@@ -72,7 +72,7 @@ class TransferThread(ABC):
         self._context.destroy(linger=0)
 
     def _tell(self, message: FromRank) -> None:
-        self._driver.send_multipart([self._config.life.encode(), encode(message)])
+        self._driver.send(encode(message))
 
     def _is_over(self) -> bool:
         """Take in every wake-up; True: end."""

@@ -23,6 +23,8 @@ class StepResult:
     errors: dict[str, str] = field(default_factory=dict)
     # indices into the plan's `loads` of pages that were missing or damaged
     failed_loads: tuple[int, ...] = ()
+    # numbers in the plan's `saves` of those that the disk did not take
+    failed_saves: tuple[int, ...] = ()
 
     @staticmethod
     def joined(parts: Sequence[StepResult]) -> StepResult:
@@ -32,4 +34,5 @@ class StepResult:
             tuple(score for part in parts for score in part.prompt_scores),
             {request_id: error for part in parts for request_id, error in part.errors.items()},
             tuple(number for part in parts for number in part.failed_loads),
+            tuple(number for part in parts for number in part.failed_saves),
         )

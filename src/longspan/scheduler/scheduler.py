@@ -158,7 +158,7 @@ class Scheduler:
 
         Returns the result without requests that have ended meanwhile, and without tokens after a wrong draft.
         """
-        self.cache.settle(plan.saves, plan.loads, set(result.failed_loads))
+        self.cache.settle(plan.saves, plan.loads, set(result.failed_loads), set(result.failed_saves))
         accepted: list[SampledToken] = []
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in result.tokens:

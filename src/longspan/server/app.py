@@ -154,8 +154,8 @@ def build_app(service: Service) -> FastAPI:
     _add_probes(app, service)
     _add_errors(app, service)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
-    if service.options.api_key:
-        app.add_middleware(KeyCheck, api_key=service.options.api_key)
+    if service.options.keys:
+        app.add_middleware(KeyCheck, keys=service.options.keys)
     if service.options.allowed_origins:  # outermost: a browser asks first without the key
         app.add_middleware(
             CORSMiddleware, allow_origins=service.options.allowed_origins, allow_methods=["GET", "POST"],

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import zmq.asyncio
 from longspan.config import EngineConfig
 from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
+from longspan.private_folder import PrivateFolder
 from longspan.server.messages import Beat, CoreFailed, CoreReady, FromCore, Stop, ToCore
 
 _POLL_MS = 200
@@ -33,7 +33,7 @@ class CoreProcess:
     """One process of the core, from its start to `close` or `kill`."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="longspan-core-")
+        self._folder = PrivateFolder()
         folder = Path(self._folder.name)
         (folder / "config").write_bytes(msgspec.json.encode(config))
         self._context = zmq.asyncio.Context()

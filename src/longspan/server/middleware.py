@@ -5,7 +5,7 @@ It owns both checks, before any endpoint sees the request; it must not know the 
 
 from __future__ import annotations
 
-import hmac
+from collections.abc import Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from longspan.errors import LongspanError, QueueFull
 from longspan.server.errors import HttpError
 from longspan.server.generation import refusal
+from longspan.server.keys import NamedKey, is_known
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
 _SMALL_BODY = 64 << 10  # uvicorn may buffer as much for each connection anyway
@@ -26,19 +27,19 @@ class KeyCheck:
     Probes and the live page need no key, because they show no text of requests.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[NamedKey]) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on if its key is right or its path needs none."""
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and scope["method"] != "OPTIONS":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            if not is_known(given, self._keys):
                 value = "..." if given else "''"
                 error = HttpError(
                     401, "invalid_api_key", "Authorization", value, "is missing or wrong",
-                    "send 'Authorization: Bearer KEY' with the key the server was started with",
+                    "send 'Authorization: Bearer KEY' with a key that the server was started with",
                 )  # fmt: skip
                 await refusal(error)(scope, receive, send)
                 return

@@ -6,10 +6,14 @@ It owns the fields and their checks; it must not import the engine.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
 
 from longspan.config import parse_bytes, require
-from longspan.config.option import option
+from longspan.config.addresses import is_loopback
+from longspan.config.option import OPTION, Option, option
+from longspan.server.keys import KEY_VARIABLE, NamedKey, read_keys
 
 
 def parse_origins(field: str, text: str) -> tuple[str, ...]:
@@ -45,15 +49,42 @@ class ListenOptions:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one")
     port: int = option(8000, "0 takes a free one")
-    api_key: str | None = option(None, "key that clients must send")
+    api_key: str | None = field(
+        default=None, repr=False,
+        metadata={OPTION: Option("key that clients must send; every user of the machine can see it")},
+    )  # fmt: skip
+    api_key_file: str | None = option(
+        None, f"file of keys that clients may send, name:key a line; default: the variable {KEY_VARIABLE}, if any"
+    )
+    # what was read there
+    named_keys: tuple[NamedKey, ...] = ()
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "port", self.port, "is no port", "give 0..65535; 0 takes a free one")
+        require(self.api_key != "", "api_key", "''", "is empty", "leave it out for an open server")
+
+    @property
+    def keys(self) -> tuple[NamedKey, ...]:
+        """All that a client may send; none for an open server."""
+        return self.named_keys if self.api_key is None else (NamedKey("--api-key", self.api_key), *self.named_keys)
+
+    def with_secrets(self, environment: Mapping[str, str]) -> Self:
+        """With the keys of the file, or of the environment if no option names any. Raises `ConfigError`."""
+        if self.api_key is not None and self.api_key_file is None:
+            return self
+        return replace(self, named_keys=read_keys(self.api_key_file, environment))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before others reach the server."""
+        if is_loopback(self.host) or self.keys:
+            return []
+        return [f"anybody who reaches {self.host}:{self.port} can use this server; give --api-key-file"]
 
 
 @dataclass(frozen=True)
 class RouteOptions(ListenOptions):
-    """Options of a router. It sends `api_key` to its instances too."""
+    """A router's; its instances take the same keys, and it asks them with the first."""
 
     max_body_bytes: int = option(
         64 << 20, "largest request body; k, M, G are 1024-based", parse=parse_bytes, text="64M"
@@ -87,18 +118,9 @@ class ServeOptions(ListenOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.api_key != "", "api_key", "''", "is empty", "leave it out for an open server")
         queued, size, timeout = self.max_queued_requests, self.max_body_bytes, self.request_timeout
         remedy = "0 refuses what cannot run at once"
         require(queued >= 0, "max_queued_requests", queued, "must not be negative", remedy)
         require(size is None or size >= 1, "max_body_bytes", size, "must be positive", "give bytes")
         remedy = "leave it out for no limit"
         require(timeout is None or timeout > 0, "request_timeout", timeout, "must be positive", remedy)
-
-    @property
-    def warnings(self) -> list[str]:
-        """Warnings printed at start: the server can be reached by others and has no key."""
-        loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        if loopback or self.api_key:
-            return []
-        return [f"anybody who reaches {self.host}:{self.port} can use this server; give --api-key"]

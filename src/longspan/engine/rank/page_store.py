@@ -152,19 +152,22 @@ class PageStore:
         self._memory = self._scratch if offload.memory_file is None else _mapped(offload.memory_file)
         self._disk = None if offload.disk_file is None else _unbuffered(offload.disk_file)
 
-    def save(self, saves: Sequence[PageSave]) -> None:
-        """Save the pages that are on this rank's shard. A failed write is noticed when the page is loaded."""
-        for save in saves:
+    def save(self, saves: Sequence[PageSave]) -> list[int]:
+        """Carry out this rank's share; returns the numbers of those of which the disk did not take a page."""
+        failed: list[int] = []
+        for number, save in enumerate(saves):
             if save.page.shard != self._shard:
                 continue
             record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
-            if save.spill:  # the slot's page moves to disk before it is overwritten
-                self._write(save.spill.slot, save.spill.key, record)
+            written = not save.spill or self._write(save.spill.slot, save.spill.key, record)
             self._gather(save.page.index, record[_HEADER_BYTES:])
             if save.tier is Tier.MEMORY:
                 _buffer(record)[:_KEY_BYTES] = save.key
             else:
-                self._write(save.slot, save.key, record)
+                written = self._write(save.slot, save.key, record)
+            if not written:
+                failed.append(number)
+        return failed
 
     def load(self, loads: Sequence[PageLoad]) -> list[int]:
         """Load the pages that are for this rank's shard. Returns the indices in `loads` of pages that are damaged."""
@@ -191,10 +194,14 @@ class PageStore:
     def _offset(self, slot: int) -> int:
         return slot * self._part.slot_bytes + self._part.start
 
-    def _write(self, slot: int, key: Key, record: Tensor) -> None:
+    def _write(self, slot: int, key: Key, record: Tensor) -> bool:
+        """Whether the disk has all of it. What it has in part is no page: its checksum is wrong."""
         data = _buffer(record)[_HEADER_BYTES:]
-        with suppress(OSError):
-            os.pwritev(self._on_disk, [_header(key, data), data], self._offset(slot))
+        try:
+            written = os.pwritev(self._on_disk, [_header(key, data), data], self._offset(slot))
+        except OSError:
+            return False
+        return written == _HEADER_BYTES + len(data)
 
     def _read(self, slot: int, key: Key, record: Tensor) -> bool:
         """Read a record from disk into `record`, uint8 [record_bytes]; False if it is not the one that was written."""

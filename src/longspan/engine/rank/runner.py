@@ -122,23 +122,26 @@ class Runner:
     def start(self, plan: StepPlan) -> Finish:
         """Start one step. The returned function waits for its result, which a GPU may still be computing."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
-            failed_loads = self._copy_pages(plan)  # first: the step may overwrite pages that are saved
+            # first: the step may overwrite pages that are saved
+            failed_saves, failed_loads = self._copy_pages(plan)
             finish = self._start(plan)
         if self.transfer is not None:
             self.transfer.computed(plan)
-        return (lambda: replace(finish(), failed_loads=failed_loads)) if failed_loads else finish
+        if not failed_saves and not failed_loads:
+            return finish
+        return lambda: replace(finish(), failed_loads=failed_loads, failed_saves=failed_saves)
 
     def close(self) -> None:
         """End the transfer thread, if there is one."""
         if self.transfer is not None:
             self.transfer.close()
 
-    def _copy_pages(self, plan: StepPlan) -> tuple[int, ...]:
-        """Save and load pages as the plan says; returns the indices of loads that found no intact page."""
+    def _copy_pages(self, plan: StepPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Between the pool and other tiers; returns the saves that the disk did not take, and the loads that found no
+        intact page."""
         if self._store is None:
-            return ()
-        self._store.save(plan.saves)
-        return tuple(self._store.load(plan.loads))
+            return (), ()
+        return tuple(self._store.save(plan.saves)), tuple(self._store.load(plan.loads))
 
     def _start(self, plan: StepPlan) -> Finish:
         if self._debug:

@@ -5,7 +5,6 @@ It owns the order of a rank's life; it must not know who started the process, no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -19,7 +18,7 @@ from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
 from longspan.engine.transport import messages
-from longspan.engine.transport.connection import interface_of, meet_driver, open_store, own_address, watch_peers
+from longspan.engine.transport.connection import meet_driver, open_store, own_address, use_interface, watch_peers
 from longspan.engine.transport.heartbeat import Heartbeat
 from longspan.errors import ConfigError
 from longspan.parallel.collectives import Collectives, Traffic
@@ -46,7 +45,7 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         line.set_hwm(0)  # a full inbox would not let ZeroMQ's heartbeats through: a long step would be taken for an end
         watch_peers(line, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
-        store = open_store(host) if rank == 0 else None
+        store = open_store(host) if rank == 0 and host else None  # on one machine a file does it
         hello = messages.RankHello(rank, world_size, __version__, host, store.port if store else 0)
         word, watch = meet_driver(line, address, msgspec.msgpack.encode(hello))
         leaving.callback(watch.stop)
@@ -60,7 +59,7 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         heartbeat = _open_heartbeat(context, address, rank, begin.config.liveness.heartbeat_interval)
         leaving.callback(heartbeat.stop)
         try:
-            _use_interface(host)
+            use_interface(host)
             _serve(begin, rank, device, line, answer)
         except BaseException as error:
             answer(messages.failure(rank, error))
@@ -85,13 +84,6 @@ def _open_heartbeat(context: zmq.Context[zmq.Socket[bytes]], address: str, rank:
         return word if asked else None
 
     return Heartbeat(line, answer, seconds)
-
-
-def _use_interface(host: str) -> None:
-    """Data goes by the way to the driver; gloo and NCCL would take that of the host's name, often the loopback."""
-    if interface := interface_of(host):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes], answer: Answer) -> None:

@@ -6,6 +6,7 @@ It owns sockets and addresses; it must not know what is said.
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -21,14 +22,18 @@ from longspan.errors import ConfigError
 _HEARTBEAT_MS = 1000
 _REACH_SECONDS = 120.0
 _POLL_MS = 200
+_LOOPBACK = "127.0.0.1"
+_LARGEST_MESSAGE = 1 << 28  # plans, steps' results and traces are far smaller; whoever sends more is no rank or driver
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
 def watch_peers(line: zmq.Socket[bytes], seconds: float) -> None:
-    """Make a socket notice that a peer has been silent for so long: it is stopped, or its host was cut off.
+    """Make a socket notice that a peer has been silent for so long: it is stopped, or its host was cut off. It is cut
+    off, too, if it sends a message that is too large to be one.
 
     ZeroMQ's own thread beats and answers, so it does not matter what the program does.
     """
+    line.maxmsgsize = _LARGEST_MESSAGE
     line.heartbeat_ivl = _HEARTBEAT_MS
     line.heartbeat_timeout = int(1000 * seconds)
 
@@ -80,11 +85,23 @@ def own_address(peer: str) -> str:
 
 
 def open_store(host: str) -> TCPStore:
-    """A new store where ranks can meet, at an address of this host, on a free port.
+    """A new store where ranks of several machines can meet, at an address of this host, on a free port.
 
-    torch.distributed takes it up by that port, so the port is never free in between.
+    torch.distributed takes it up by that port, so the port is never free in between. It listens on all addresses and
+    asks for no key.
     """
-    return TCPStore(host or "localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+
+def use_interface(host: str) -> None:
+    """Have gloo and NCCL listen at this address only; '' is for ranks of one machine, which the loopback joins.
+
+    Between machines data goes by the way to the driver: gloo would take that of the host's name, often the loopback,
+    and NCCL any. What the user has set stays.
+    """
+    if interface := interface_of(host or _LOOPBACK):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 def interface_of(address: str) -> str | None:

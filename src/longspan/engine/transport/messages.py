@@ -28,7 +28,7 @@ class RankHello(msgspec.Struct, tag=True, frozen=True):
     version: str
     # address of its host; empty on the driver's host
     host: str
-    # port of the TCPStore that rank 0 opens for all ranks; 0 from other ranks
+    # port of the TCPStore that rank 0 opens for ranks of several machines; 0 from other ranks, and on one machine
     store_port: int
 
 
@@ -37,7 +37,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
     # the driver's configuration, from which the rank makes its setup
     config: EngineConfig
-    # `tcp://host:port` of the TCPStore of rank 0
+    # where the ranks meet: a file on one machine, else `tcp://host:port` of the TCPStore of rank 0
     meet_at: str
     # number of ranks on this rank's host
     ranks_here: int

@@ -112,9 +112,9 @@ class Instances:
             await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
 
     def accepts(self, decode: Instance, prefill: Instance) -> bool:
-        """Whether a decode instance accepts this prefill instance from the router."""
-        card = decode.answer.card if decode.answer else None
-        if card is None:
+        """Whether a decode instance lets the router name it this prefill instance, and that one will hear it."""
+        card, other = (side.answer.card if side.answer else None for side in (decode, prefill))
+        if card is None or other is None or card.token != other.token:
             return False
         return prefill.address in card.prefill_peers or (card.token != "" and card.token == token_digest(self.token))
 
@@ -148,14 +148,17 @@ class Instances:
                 _LOG.warning("decode instance %s %s, and computes prompts itself", instance.url, instance.refusal)
 
     def _refusal(self, decode: Instance) -> str | None:
-        """Why a decode instance would not accept some prefill instance that is alive; None if it accepts all."""
-        refused = [prefill.address for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
+        """Why a decode instance would not use some prefill instance that the router names, None if it would."""
+        refused = [prefill for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
         card = decode.answer.card if decode.answer else None
         if not refused or card is None:
             return None
-        if self.token and card.token:
+        if self.token and card.token and card.token != token_digest(self.token):
             return "has another transfer token than the router"
-        return f"was not told of the prefill instance {refused[0]}"
+        other = refused[0].answer.card if refused[0].answer else None
+        if other is not None and other.token != card.token:
+            return f"has another transfer token than the prefill instance {refused[0].address}, or only one has any"
+        return f"was not told of the prefill instance {refused[0].address}"
 
     async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
         """Poll an instance and keep its answer. Returns the problem if there is none."""
@@ -164,7 +167,7 @@ class Instances:
             async with session.get(f"{instance.url}/internal/peer", timeout=timeout) as response:
                 body = await response.read()
             if response.status == 401:
-                return "refuses the key given with --api-key"
+                return "refuses the router's first key; start both with the same --api-key-file"
             if response.status != 200:
                 return f"answers with status {response.status}"
             answer = msgspec.json.decode(body, type=Answer)

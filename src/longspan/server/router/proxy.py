@@ -188,8 +188,8 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
         exception_handlers={404: failed, 405: failed},
     )  # fmt: skip
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
-    if options.api_key:
-        app.add_middleware(KeyCheck, api_key=options.api_key)
+    if options.keys:
+        app.add_middleware(KeyCheck, keys=options.keys)
     return app
 
 
@@ -199,7 +199,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
     Raises `ConfigError` for instances that do not answer or do not fit together.
     """
     sockets = open_sockets(options)
-    key = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    key = {"Authorization": f"Bearer {options.keys[0].key}"} if options.keys else {}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0), headers=key,

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 
 from longspan.engine.driver.executors.remote import RemoteExecutor
 from longspan.engine.setup import EngineSetup
+from longspan.engine.transport.messages import RankHello
+from longspan.private_folder import PrivateFolder
 
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 
@@ -21,7 +23,7 @@ class ProcessExecutor(RemoteExecutor):
     """See `RemoteExecutor`."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="longspan-")
+        self._folder = PrivateFolder()
         self._processes: list[subprocess.Popen[bytes]] = []
         super().__init__(setup, f"ipc://{self._folder.name}/driver")
 
@@ -36,6 +38,9 @@ class ProcessExecutor(RemoteExecutor):
         for rank in range(size):
             command = [*program, address, str(rank), str(size), str(os.getpid())]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
+
+    def _meeting_place(self, hellos: Sequence[RankHello]) -> str:
+        return f"{self._folder.name}/store"  # no port: whoever reached it could read and write what ranks agree on
 
     def _end_of(self, rank: int) -> str | None:
         process = self._processes[rank]

@@ -172,11 +172,15 @@ class RemoteExecutor(ABC):
         hosts = [hello.host for hello in hellos]
         self.setup = _placed(self.setup, hosts)
         config = replace(self.setup.config, device=self.setup.device_type)  # the same on every host
-        meet_at = f"tcp://{hosts[0] or 'localhost'}:{hellos[0].store_port}"
+        meet_at = self._meeting_place(hellos)
         for name, rank in self._ranks.items():
             begin = messages.Begin(config, meet_at, hosts.count(hosts[rank]))
             if not self._reaches(name, msgspec.msgpack.encode(begin)):
                 self._check_alive()
+
+    def _meeting_place(self, hellos: Sequence[messages.RankHello]) -> str:
+        """Where ranks of several machines meet: at the store of rank 0."""
+        return f"tcp://{hellos[0].host}:{hellos[0].store_port}"
 
     def _broadcast(self, message: bytes) -> None:
         require_open(self._closed)

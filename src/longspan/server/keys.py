@@ -1,0 +1,72 @@
+"""The API keys of a server or router: where they come from, and whether a request has one.
+
+It owns reading and comparing; which paths need a key is the middleware's.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from longspan.config import require
+from longspan.errors import ConfigError
+
+KEY_VARIABLE = "LONGSPAN_API_KEY"
+_UNNAMED = "default"
+
+
+@dataclass(frozen=True)
+class NamedKey:
+    """One key that clients may send; whoever keeps the file tells keys apart by `name`."""
+
+    name: str
+    key: str = field(repr=False)
+
+
+def read_keys(file: str | None, environment: Mapping[str, str]) -> tuple[NamedKey, ...]:
+    """Of a file with `name:key` lines, or one key alone; without a file, of the environment. Raises `ConfigError`."""
+    if file is None:
+        value = environment.get(KEY_VARIABLE)
+        if value is None:
+            return ()
+        _check(KEY_VARIABLE, "(hidden)", value.strip())
+        return (NamedKey(_UNNAMED, value.strip()),)
+    try:
+        lines = [line.strip() for line in Path(file).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "api_key_file", file, f"cannot be read ({type(error).__name__})", "give a file with lines of name:key"
+        ) from error
+    keys: dict[str, NamedKey] = {}
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#"):
+            one = _named(line)
+            where = f"{file}, line {number}"
+            _check("api_key_file", where, one.key)
+            require(one.name not in keys, "api_key_file", where, f"a second key is called {one.name}", "rename one")
+            keys[one.name] = one
+    remedy = f"put one into it: echo me:$(openssl rand -hex 32) > {file}"
+    require(bool(keys), "api_key_file", file, "has no key", remedy)
+    return tuple(keys.values())
+
+
+def is_known(given: bytes, keys: Sequence[NamedKey]) -> bool:
+    """Whether it is `Bearer KEY` with one of the keys. The time it takes tells neither which one nor how near it is."""
+    digest, known = sha256(given).digest(), False
+    for one in keys:
+        known |= hmac.compare_digest(digest, sha256(f"Bearer {one.key}".encode()).digest())
+    return known
+
+
+def _named(line: str) -> NamedKey:
+    name, colon, key = line.partition(":")
+    return NamedKey(name.strip(), key.strip()) if colon else NamedKey(_UNNAMED, line)
+
+
+def _check(field_name: str, where: str, key: str) -> None:
+    sendable = key != "" and key.isascii() and key.isprintable() and " " not in key
+    problem = "holds a key that is empty, or of which a header cannot hold every character"
+    require(sendable, field_name, where, problem, "take one as from `openssl rand -hex 32`")
