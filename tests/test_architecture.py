@@ -278,3 +278,12 @@ def test_files_and_functions_are_short_say_what_they_own_and_assert_nothing():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{path}: {node.name}"
             assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}: raise an error with a remedy"
+
+
+def test_a_public_class_name_is_used_once():
+    where: dict[str, list[str]] = {}
+    for path, tree in sources().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}

@@ -15,11 +15,11 @@ import zmq
 from longspan.disaggregation.handshake import parts_of
 from longspan.disaggregation.messages import (
     Accepted,
-    Ask,
-    Block,
     Computed,
     Have,
     Hello,
+    PageBlock,
+    PageRequest,
     Prefill,
     ToPrefill,
     ToSender,
@@ -85,9 +85,9 @@ class FakePeer:
             case Watch(_, request):
                 said = self.have(request)
                 yield [said if isinstance(said, bytes) else encode(said)]
-            case Ask(_, block, _, layers, heads, runs):
+            case PageRequest(_, block, _, layers, heads, runs):
                 rows = (layers[1] - layers[0]) * (heads[1] - heads[0]) * sum(stop - start for start, stop in runs)
-                yield [encode(Block(block)), self.block(bytes(rows * self.token_bytes))]
+                yield [encode(PageBlock(block)), self.block(bytes(rows * self.token_bytes))]
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.lock import LARGEST_MESSAGE, unlock
 from longspan.disaggregation.messages import (
     Accepted,
-    Ask,
-    Block,
     Broken,
     Ended,
     Have,
     Hello,
     Missing,
+    PageBlock,
+    PageRequest,
     Prefill,
     Release,
     ToDecode,
@@ -217,7 +217,7 @@ def test_bytes_that_are_no_message_cost_a_prefill_instance_nothing(data):
         rank.connect(source.addresses[0])
         for line in (socket, rank):
             line.send(data)
-        rank.send(encode(Ask(source.life, 3, "nobody's", (0, 1), (0, 1), ((0, 1),))))
+        rank.send(encode(PageRequest(source.epoch, 3, "nobody's", (0, 1), (0, 1), ((0, 1),))))
         assert answer(rank, Missing, ToReceiver).block == 3  # so the rank has read what came before
         greeted(running, socket)
         running.start("0", PROMPT, 8)
@@ -232,8 +232,8 @@ def test_pages_of_a_users_request_are_given_to_nobody():
         running.pause_when = lambda: any(s.computed >= len(PROMPT) for s in running.core.scheduler.running)
         running.start("0", PROMPT, 8)
         running.wait_until(running.pause_when)
-        rank.send(encode(Ask(source.life, 3, "0", (0, 1), (0, 1), ((0, 50),))))
-        assert answer(rank, (Block, Missing), ToReceiver) == Missing(3)
+        rank.send(encode(PageRequest(source.epoch, 3, "0", (0, 1), (0, 1), ((0, 50),))))
+        assert answer(rank, (PageBlock, Missing), ToReceiver) == Missing(3)
         running.pause_when = lambda: False
         assert running.result("0") == expected("llama", PROMPT)
 
@@ -246,7 +246,7 @@ def test_a_question_that_names_a_token_twice_is_not_answered():
         rank = socket.context.socket(zmq.DEALER)
         rank.connect(source.addresses[0])
         running.wait_until(lambda: request in running.core.scheduler._held)
-        rank.send(encode(Ask(source.life, 3, request, (0, 1), (0, 1), ((0, 50), (0, 50)))))
+        rank.send(encode(PageRequest(source.epoch, 3, request, (0, 1), (0, 1), ((0, 50), (0, 50)))))
         assert answer(rank, Missing, ToReceiver).block == 3
 
 
@@ -277,7 +277,7 @@ def test_a_decode_instance_with_another_token_computes_for_itself_and_says_so(ca
 def test_what_a_rank_tells_its_driver_cannot_be_said_by_a_peer():
     with spoken_to() as (running, socket):
         source = greeted(running, socket)
-        socket.send_multipart([source.life.encode(), encode(Broken(0, "so they say"))])
+        socket.send_multipart([source.epoch.encode(), encode(Broken(0, "so they say"))])
         socket.send(encode(Broken(0, "so they say")))
         greeted(running, socket)  # so the instance has read what came before
         running.start("0", PROMPT, 8)
@@ -293,10 +293,10 @@ def test_pages_of_another_instances_prompt_cannot_be_had_by_counting():
         rank.connect(source.addresses[0])
         running.wait_until(lambda: request in running.core.scheduler._held)
         for number in range(8):
-            rank.send(encode(Ask(source.life, number, f"peer-{number}", (0, 1), (0, 1), ((0, 50),))))
-            assert answer(rank, (Block, Missing), ToReceiver) == Missing(number)
-        rank.send(encode(Ask(source.life, 8, request, (0, 1), (0, 1), ((0, 50),))))
-        assert answer(rank, (Block, Missing), ToReceiver) == Block(8)
+            rank.send(encode(PageRequest(source.epoch, number, f"peer-{number}", (0, 1), (0, 1), ((0, 50),))))
+            assert answer(rank, (PageBlock, Missing), ToReceiver) == Missing(number)
+        rank.send(encode(PageRequest(source.epoch, 8, request, (0, 1), (0, 1), ((0, 50),))))
+        assert answer(rank, (PageBlock, Missing), ToReceiver) == PageBlock(8)
 
 
 @pytest.mark.parametrize(("listener", "largest"), [("driver", LARGEST_MESSAGE), ("rank", 1 << 22)])

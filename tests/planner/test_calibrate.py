@@ -19,7 +19,7 @@ from longspan.planner import measured_engine, measured_layers
 from longspan.planner.hardware import Hardware, hardware_from_yaml
 from longspan.planner.models import find_config
 from longspan.planner.simulate import check
-from longspan.planner.simulate.asks import Ask
+from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.planner.timing import Bench, typical
 from tests.oracle import tiny_folder
 
@@ -104,7 +104,7 @@ def test_a_made_up_model_is_one_the_engine_runs_with_the_vocabulary_of_another(q
 
 
 def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, machine):
-    asks = [Ask(n, 0.01 * n, 20 + n, 6, (n,)) for n in range(5)]
+    asks = [TraceRequest(n, 0.01 * n, 20 + n, 6, (n,)) for n in range(5)]
     with measured_engine.plain_folder(find_config(str(quick)), 1, 16) as folder:
         config = EngineConfig(folder, cache=CacheConfig(pages_per_shard=(64,), enable_prefix_caching=False))
         found = check.check_trace(config, machine, asks)
@@ -134,10 +134,10 @@ def test_predictions_follow_the_definitions_of_what_is_measured(machine):
 
 
 def test_an_error_is_against_the_mean_of_two_runs_and_a_doubt_is_seen():
-    row = check.Row("prefill", 512, 1, 1.1, 0.95, 1.0499)
+    row = check.CheckRow("prefill", 512, 1, 1.1, 0.95, 1.0499)
     assert row.error == pytest.approx(0.1, abs=1e-3) and not row.agrees
-    assert check.Row("prefill", 512, 1, 1.1, 1.0, 1.05).agrees
-    assert not check.Row("prefill", 512, 1, 1.1, 1.0, 1.2).agrees
+    assert check.CheckRow("prefill", 512, 1, 1.1, 1.0, 1.05).agrees
+    assert not check.CheckRow("prefill", 512, 1, 1.1, 1.0, 1.2).agrees
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
+from longspan.planner.forecast import Forecast, Interval, TrafficLoad, forecast, time_to_first_token
 from longspan.planner.hardware import Hardware, hardware
-from longspan.planner.layouts import Fixed, pareto_set, plan_layouts, smallest_layout
+from longspan.planner.layouts import FixedSizes, pareto_set, plan_layouts, smallest_layout
 from longspan.planner.models import find_model
-from longspan.planner.outlook import Load, Outlook, Span, outlook, time_to_first_token
 from longspan.planner.step import StepModel
 
-LOAD = Load(32768, concurrency=4)
+LOAD = TrafficLoad(32768, concurrency=4)
 
 
 def base(name: str = "llama-3-70b", machine: str = "h200") -> Deployment:
@@ -29,7 +29,7 @@ def test_every_layout_of_eight_devices_is_tried_once():
 
 
 def test_sizes_that_do_not_divide_the_heads_are_left_out():
-    found = plan_layouts(base(), 6, Fixed(), LOAD, "ttft")
+    found = plan_layouts(base(), 6, FixedSizes(), LOAD, "ttft")
     assert {one.parallel.tensor_parallel_size for one in found} == {1, 2}
 
 
@@ -41,7 +41,7 @@ def test_sizes_that_do_not_divide_the_heads_are_left_out():
     ],
 )  # fmt: skip
 def test_layouts_are_in_the_order_of_the_objective(objective, value):
-    found = [one for one in plan_layouts(base(), 8, Fixed(), LOAD, objective) if one.running]
+    found = [one for one in plan_layouts(base(), 8, FixedSizes(), LOAD, objective) if one.running]
     assert [value(one) for one in found] == sorted(map(value, found))
 
 
@@ -51,7 +51,7 @@ def test_layouts_are_in_the_order_of_the_objective(objective, value):
 def test_no_layout_of_the_pareto_set_is_beaten_by_another(objective, kept):
     times = {"a": (1.0, 9.0, 5), "b": (1.0, 10.0, 5), "c": (2.0, 8.0, 5), "d": (3.0, 7.0, 5), "e": (3.0, 7.0, 6)}
     found = [
-        Outlook(ParallelConfig(), capacity, 1, 1.0, 0.0, 1, Span(ttft, "", {}), Span(tpot, "", {}))
+        Forecast(ParallelConfig(), capacity, 1, 1.0, 0.0, 1, Interval(ttft, "", {}), Interval(tpot, "", {}))
         for ttft, tpot, capacity in times.values()
     ]
     assert pareto_set(found, LOAD, objective) == [found["abcde".index(name)] for name in kept]
@@ -67,36 +67,37 @@ def test_the_smallest_layout_is_on_the_fewest_devices_and_splits_heads_first():
 
 
 def test_layouts_without_room_come_last_and_say_what_is_missing():
-    found = plan_layouts(base(), 8, Fixed(), LOAD, "ttft")
+    found = plan_layouts(base(), 8, FixedSizes(), LOAD, "ttft")
     assert found[-1].parallel == ParallelConfig(1, 8)
     assert found[-1].missing_bytes > 0 == found[-1].running
 
 
 def test_a_fixed_size_is_kept():
     assert all(
-        one.parallel.decode_context_parallel_size == 4 for one in plan_layouts(base(), 8, Fixed(dcp=4), LOAD, "ttft")
+        one.parallel.decode_context_parallel_size == 4
+        for one in plan_layouts(base(), 8, FixedSizes(dcp=4), LOAD, "ttft")
     )
 
 
 def test_an_impossible_size_names_layouts_that_are_possible():
     with pytest.raises(ConfigError, match=r"layout=tp=3: is not possible on 8 devices .* use one of tp=8"):
-        plan_layouts(base(), 8, Fixed(tp=3), LOAD, "ttft")
+        plan_layouts(base(), 8, FixedSizes(tp=3), LOAD, "ttft")
 
 
 def test_a_fixed_layout_without_room_names_those_that_have_it():
     with pytest.raises(ConfigError, match=r"a rank lacks \d+\.\d GB .* on 8 devices there is room with tp=8"):
-        plan_layouts(base(), 8, Fixed(tp=1, pcp=8), LOAD, "ttft")
+        plan_layouts(base(), 8, FixedSizes(tp=1, pcp=8), LOAD, "ttft")
 
 
 def test_too_few_devices_name_how_many_would_do():
     with pytest.raises(ConfigError, match="on 4 devices there is room"):
-        plan_layouts(base("llama-3-405b"), 2, Fixed(), LOAD, "ttft")
+        plan_layouts(base("llama-3-405b"), 2, FixedSizes(), LOAD, "ttft")
 
 
 def test_concurrency_is_no_more_than_fits():
     deployed = replace(base(), parallel=ParallelConfig(8))
-    found = outlook(deployed, Load(1_000_000, concurrency=1000))
-    assert found.running == found.requests == int(deployed.capacity_tokens / Load(1_000_000).tokens)
+    found = forecast(deployed, TrafficLoad(1_000_000, concurrency=1000))
+    assert found.running == found.requests == int(deployed.capacity_tokens / TrafficLoad(1_000_000).tokens)
 
 
 def test_a_cached_prefix_shortens_the_first_token():
@@ -131,4 +132,4 @@ def test_a_token_more_than_whole_chunks_does_not_shorten_a_pipeline():
 @pytest.mark.parametrize("bad", [{"context": 0}, {"new": 0}, {"new": 200}, {"output": 0}, {"concurrency": 0}])
 def test_an_impossible_load_is_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
-        Load(**{"context": 100, **bad})
+        TrafficLoad(**{"context": 100, **bad})

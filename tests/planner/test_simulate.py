@@ -13,9 +13,9 @@ from longspan.bench.serving.dataset import RequestLoad, open_dataset
 from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
-from longspan.planner.simulate.asks import Ask, read_asks
-from longspan.planner.simulate.instance import Instance, InstanceConfig
+from longspan.planner.simulate.instance import InstanceConfig, SimulatedInstance
 from longspan.planner.simulate.run import choose, simulate
+from longspan.planner.simulate.trace_requests import TraceRequest, read_requests
 from longspan.planner.step import StepTime
 from longspan.request import CoreRequest, SamplingParams
 from longspan.scheduler.limits import Limits
@@ -44,18 +44,18 @@ def limits(settings):
     return Limits.of(1 << 20, settings.scheduler.schedule, settings.pages_per_shard, settings.page_size)
 
 
-def play(settings, asks, instances=1):
-    return simulate(settings, asks, instances, limits(settings), lambda done: None)
+def play(settings, requests, instances=1):
+    return simulate(settings, requests, instances, limits(settings), lambda done: None)
 
 
 def random_asks(count, gap_s, seed=0, most=300):
     generator = random.Random(seed)
-    at, asks = 0.0, []
+    at, requests = 0.0, []
     for number in range(count):
         at += generator.expovariate(1 / gap_s)
         prompt = generator.randrange(1, most)
-        asks.append(Ask(number, at, prompt, generator.randrange(1, 120), (generator.randrange(3),)))
-    return asks
+        requests.append(TraceRequest(number, at, prompt, generator.randrange(1, 120), (generator.randrange(3),)))
+    return requests
 
 
 LOADS = {
@@ -73,8 +73,8 @@ LOADS = {
 @pytest.mark.parametrize("instances", [1, 3])
 def test_making_equal_steps_at_once_gives_the_report_of_making_each(name, instances):
     settings, gap_s = LOADS[name]
-    asks = random_asks(40, gap_s)
-    assert play(settings, asks, instances) == play(replace(settings, skips=False), asks, instances)
+    requests = random_asks(40, gap_s)
+    assert play(settings, requests, instances) == play(replace(settings, skips=False), requests, instances)
 
 
 def test_the_load_that_preempts_does():
@@ -84,7 +84,7 @@ def test_the_load_that_preempts_does():
 
 def test_most_steps_of_a_long_decode_are_not_planned_again():
     settings = config(pages=(8, 8), page_size=512)
-    instance = Instance(settings)
+    instance = SimulatedInstance(settings)
     planned = []
     schedule = instance.scheduler.schedule
     instance.scheduler.schedule = lambda: planned.append(1) or schedule()
@@ -94,7 +94,7 @@ def test_most_steps_of_a_long_decode_are_not_planned_again():
 
 
 def test_the_first_token_comes_when_the_prompts_step_ends():
-    result = play(config(), [Ask(0, 5.0, 20, 1, (0,))])
+    result = play(config(), [TraceRequest(0, 5.0, 20, 1, (0,))])
     expected = STEP_S + 20 * (TOKEN_S + CONTEXT_S)
     assert result.report.ttft_s.mean == pytest.approx(expected)
 
@@ -102,7 +102,7 @@ def test_the_first_token_comes_when_the_prompts_step_ends():
 def test_a_request_waits_for_the_step_that_is_under_way():
     settings = config()
     first = STEP_S + 100 * (TOKEN_S + CONTEXT_S)
-    instance = Instance(settings)
+    instance = SimulatedInstance(settings)
     instance.add(0, 100, 1, (), 0.0)
     instance.advance(first / 2)
     late = instance.add(1, 10, 1, (), first / 2)
@@ -118,34 +118,38 @@ def test_page_keys_given_from_outside_place_and_share_as_real_tokens_do(tmp_path
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = config(pages=(200, 200), max_num_batched_tokens=512)
-    asks = read_asks(str(path), None, 1.0)
-    prompts = [ask.prompt for ask in open_dataset(RequestLoad("trace", str(path), 4)).requests(0)]
-    keyed, real = Instance(settings), Instance(settings)
-    for ask, prompt in zip(asks, prompts, strict=True):
+    requests = read_requests(str(path), None, 1.0)
+    prompts = [request.prompt for request in open_dataset(RequestLoad("trace", str(path), 4)).requests(0)]
+    keyed, real = SimulatedInstance(settings), SimulatedInstance(settings)
+    for request, prompt in zip(requests, prompts, strict=True):
         for instance in (keyed, real):
-            instance.advance(ask.arrival_s)
-        keyed.add(ask.number, ask.prompt_tokens, ask.max_tokens, list(ask.page_keys(16)), ask.arrival_s)
-        real.add(ask.number, ask.prompt_tokens, ask.max_tokens, (), ask.arrival_s)
-        real.scheduler.finish(str(ask.number))
-        real.scheduler.add(CoreRequest(str(ask.number), prompt, SamplingParams(temperature=0), 0, ask.max_tokens))
+            instance.advance(request.arrival_s)
+        keyed.add(
+            request.number, request.prompt_tokens, request.max_tokens, list(request.page_keys(16)), request.arrival_s
+        )
+        real.add(request.number, request.prompt_tokens, request.max_tokens, (), request.arrival_s)
+        real.scheduler.finish(str(request.number))
+        real.scheduler.add(
+            CoreRequest(str(request.number), prompt, SamplingParams(temperature=0), 0, request.max_tokens)
+        )
         for instance in (keyed, real):
-            instance.advance(ask.arrival_s + 0.1)
-        assert keyed.scheduler.cached_tokens(str(ask.number)) == real.scheduler.cached_tokens(str(ask.number))
-        assert keyed.scheduler.table(str(ask.number)).pages == real.scheduler.table(str(ask.number)).pages
+            instance.advance(request.arrival_s + 0.1)
+        assert keyed.scheduler.cached_tokens(str(request.number)) == real.scheduler.cached_tokens(str(request.number))
+        assert keyed.scheduler.table(str(request.number)).pages == real.scheduler.table(str(request.number)).pages
     assert keyed.scheduler.cached_tokens("3") == 1088
 
 
 def test_a_shared_prefix_is_computed_once():
-    twice = [Ask(0, 0.0, 600, 5, (1, 2)), Ask(1, 9.0, 600, 5, (1, 2))]
-    other = [Ask(0, 0.0, 600, 5, (1, 2)), Ask(1, 9.0, 600, 5, (3, 4))]
+    twice = [TraceRequest(0, 0.0, 600, 5, (1, 2)), TraceRequest(1, 9.0, 600, 5, (1, 2))]
+    other = [TraceRequest(0, 0.0, 600, 5, (1, 2)), TraceRequest(1, 9.0, 600, 5, (3, 4))]
     assert play(config(), twice).cached_tokens == 592
     assert play(config(), other).cached_tokens == 0
     assert play(replace(config(), enable_prefix_caching=False), twice).cached_tokens == 0
 
 
 def test_a_request_goes_where_its_prefix_is_and_otherwise_where_least_is_ahead():
-    keys = list(Ask(0, 0.0, 600, 5, (1, 2)).page_keys(16))[:37]
-    first, second = Instance(config()), Instance(config())
+    keys = list(TraceRequest(0, 0.0, 600, 5, (1, 2)).page_keys(16))[:37]
+    first, second = SimulatedInstance(config()), SimulatedInstance(config())
     assert choose([first, second], [0, 0]) == 0
     second.add(0, 600, 1, keys, 0.0)
     second.advance(9.0)
@@ -156,19 +160,19 @@ def test_a_request_goes_where_its_prefix_is_and_otherwise_where_least_is_ahead()
 
 
 def test_instances_share_the_load():
-    result = play(config(), [Ask(n, 0.0, 100, 20, (n,)) for n in range(8)], 4)
+    result = play(config(), [TraceRequest(n, 0.0, 100, 20, (n,)) for n in range(8)], 4)
     assert result.requests_by_instance == (2, 2, 2, 2)
 
 
 def test_pipeline_stages_work_on_two_steps_at_once():
-    asks = [Ask(n, 0.0, 10, 200, (n,)) for n in range(8)]
+    requests = [TraceRequest(n, 0.0, 10, 200, (n,)) for n in range(8)]
     parallel = ParallelConfig(1, 2, 1, 2)
-    one, two = play(config(), asks), play(config(parallel=parallel), asks)
+    one, two = play(config(), requests), play(config(parallel=parallel), requests)
     assert two.report.duration_s < 1.2 * one.report.duration_s  # half the requests a step: twice as long one by one
 
 
 def test_a_request_that_can_never_be_served_fails_and_others_do_not():
-    result = play(config(pages=(8, 8)), [Ask(0, 0.0, 5000, 5, (0,) * 10), Ask(1, 0.0, 50, 5, (1,))])
+    result = play(config(pages=(8, 8)), [TraceRequest(0, 0.0, 5000, 5, (0,) * 10), TraceRequest(1, 0.0, 50, 5, (1,))])
     assert (result.report.completed, result.report.failed) == (1, 1)
     assert "KV cache" in result.report.errors[0].example
 
@@ -183,7 +187,7 @@ def test_memory_is_sampled_evenly_and_never_above_its_peak():
 
 
 def test_pages_are_known_by_blocks_whatever_the_page_size():
-    one, other = Ask(0, 0.0, 1200, 1, (1, 2, 3)), Ask(1, 0.0, 1200, 1, (1, 2, 4))
+    one, other = TraceRequest(0, 0.0, 1200, 1, (1, 2, 3)), TraceRequest(1, 0.0, 1200, 1, (1, 2, 4))
     for size, shared, whole in ((16, 64, 75), (512, 2, 2), (1024, 1, 1)):
         keys, others = list(one.page_keys(size)), list(other.page_keys(size))
         assert len(keys) == whole and len(set(keys)) == whole
@@ -206,7 +210,7 @@ def test_a_malformed_trace_names_line_field_and_what_was_expected(tmp_path, line
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(ConfigError) as error:
-        read_asks(str(path), None, 1.0)
+        read_requests(str(path), None, 1.0)
     message = str(error.value)
     assert message.startswith("trace=") and "line 2" in message and named in message and "expected" in message.lower()
 
@@ -214,6 +218,6 @@ def test_a_malformed_trace_names_line_field_and_what_was_expected(tmp_path, line
 def test_gaps_between_arrivals_are_scaled(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(json.dumps({**ROW, "timestamp": at}) for at in (3000, 1000)))
-    assert [ask.arrival_s for ask in read_asks(str(path), None, 0.5)] == [0.0, 1.0]
+    assert [request.arrival_s for request in read_requests(str(path), None, 0.5)] == [0.0, 1.0]
     with pytest.raises(ConfigError, match="time_scale=0"):
-        read_asks(str(path), None, 0)
+        read_requests(str(path), None, 0)

@@ -22,7 +22,7 @@ from longspan.cache.pages import Span
 from longspan.clock import Run, repeated
 from longspan.config import CostConstants, Fixed
 from longspan.parallel.collectives import Collectives
-from longspan.plan.reach import Block, KeyRun, KeyShare, Place, QueryRun, Reach
+from longspan.plan.reach import KeyRun, KeyShare, Place, QueryBlock, QueryRun, Reach
 
 _TOKENS = 4096  # cached tokens of the attention that is timed
 _ROWS = 64  # rows of the attention and the merge that are timed
@@ -115,7 +115,7 @@ class Calibration:
             travel=0,
             own=(),
             blocks=tuple(
-                Block(int(pcp < busy), (QueryRun(0, 1, (one,)),) if pcp < busy else ())
+                QueryBlock(int(pcp < busy), (QueryRun(0, 1, (one,)),) if pcp < busy else ())
                 for pcp in range(len(self.place.shards_of_pcp))
             ),
             shares=tuple(KeyShare((one,), 1) for _ in shards),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
-from longspan.plan.reach import Block, QueryRun, Reach
+from longspan.plan.reach import QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
 
 
@@ -75,4 +75,4 @@ class RefillableStep:
         rows, schedule = self._size.rows, self._size.schedule
         if schedule is None:
             return Reach("local", rows, runs[0], (), (), ())
-        return Reach(schedule, 0, (), tuple(Block(rows, of_block) for of_block in runs), (), ())
+        return Reach(schedule, 0, (), tuple(QueryBlock(rows, of_block) for of_block in runs), (), ())

@@ -24,7 +24,7 @@ from longspan.config.option import option
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
-    from longspan.planner.outlook import Load, Outlook, Span
+    from longspan.planner.forecast import Forecast, Interval, TrafficLoad
 
 Model = Annotated[
     str,
@@ -89,15 +89,15 @@ class PlanOptions:
 
 def plan(model: Model, hardware: HardwareName, options: PlanOptions, as_json: Json = False) -> None:
     """Every valid layout with capacity and times, the best first."""
-    from longspan.planner.layouts import Fixed, fast_enough, pareto_set, plan_layouts
+    from longspan.planner.forecast import TrafficLoad
+    from longspan.planner.layouts import FixedSizes, fast_enough, pareto_set, plan_layouts
     from longspan.planner.models import find_config
-    from longspan.planner.outlook import Load
 
     plots.check_plot(options.plot)
     base = _base(model, hardware, options)
     alone = options.concurrency is None and options.objective != "throughput"
-    load = Load(options.context, options.new, options.output, 1 if alone else options.concurrency)
-    fixed = Fixed(options.tp, options.pcp, options.dcp, options.pp)
+    load = TrafficLoad(options.context, options.new, options.output, 1 if alone else options.concurrency)
+    fixed = FixedSizes(options.tp, options.pcp, options.dcp, options.pp)
     layouts = plan_layouts(base, options.gpus, fixed, load, options.objective)
     max_tpot = None if options.max_tpot is None else options.max_tpot / 1e3
     fast = fast_enough([one for one in layouts if one.running], options.max_ttft, max_tpot)
@@ -160,10 +160,10 @@ class _Plan:
     """What was found, as it is shown."""
 
     base: Deployment
-    load: Load
-    layouts: Sequence[Outlook]  # all, the best first
-    fast: Sequence[Outlook]  # those with room and within the limits
-    best: Sequence[Outlook]  # of these the Pareto set
+    load: TrafficLoad
+    layouts: Sequence[Forecast]  # all, the best first
+    fast: Sequence[Forecast]  # those with room and within the limits
+    best: Sequence[Forecast]  # of these the Pareto set
     title: str
     price: float  # of a device and hour; 0: not known
 
@@ -175,13 +175,13 @@ class _Plan:
             for one in self.fast
         ]
 
-    def cost(self, one: Outlook) -> float | None:
+    def cost(self, one: Forecast) -> float | None:
         """Of a million output tokens."""
         if not (self.price and one.running):
             return None
         return self.price * 1e6 / (one.throughput_per_gpu * 3600)
 
-    def as_json(self, one: Outlook, command: str | None) -> dict[str, Any]:
+    def as_json(self, one: Forecast, command: str | None) -> dict[str, Any]:
         """One layout."""
         return {
             "name": one.parallel.short_name, **dict(zip(("tp", "pcp", "dcp", "pp"), one.sizes, strict=True)),
@@ -225,11 +225,11 @@ class _Plan:
         return f"{means}\nhidden: {named}; --all shows them" if named else means
 
 
-def _span(span: Span) -> dict[str, Any] | None:
+def _span(span: Interval) -> dict[str, Any] | None:
     if not span.parts:
         return None
     return {"seconds": span.seconds, "bound": span.bound, "exposed": span.exposed, "parts": dict(span.parts)}
 
 
-def _cells(span: Span, unit: float) -> tuple[str, str, str]:
+def _cells(span: Interval, unit: float) -> tuple[str, str, str]:
     return f"{span.seconds * unit:,.2f}", span.bound, f"{span.exposed * unit:,.2f}"

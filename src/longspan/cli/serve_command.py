@@ -17,7 +17,7 @@ from longspan.weights.source import quantisation_problem
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
-    from longspan.planner.outlook import Outlook
+    from longspan.planner.forecast import Forecast
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # a plan's names of them, and the engine's
 _DEQUANTISED = ("fp8", "mxfp4")  # weights that can be loaded as numbers of the activations' type
@@ -51,7 +51,7 @@ def served(model: str, values: Mapping[str, Any], planned: WeightFormat, dtype: 
     return Served(name, "none" if dequantised and method == "fp8" else "")
 
 
-def serve_command(model: Served, base: Deployment, one: Outlook, dtype: str, kv_dtype: str, tokens: int) -> str | None:
+def serve_command(model: Served, base: Deployment, one: Forecast, dtype: str, kv_dtype: str, tokens: int) -> str | None:
     """What starts a layout for requests of so many tokens; None where the planned weights cannot be served."""
     if model.problem is not None:
         return None
@@ -77,7 +77,7 @@ def serve_command(model: Served, base: Deployment, one: Outlook, dtype: str, kv_
     return " ".join(["longspan serve", model.model, *options])
 
 
-def command_notes(base: Deployment, one: Outlook, tokens: int) -> list[str]:
+def command_notes(base: Deployment, one: Forecast, tokens: int) -> list[str]:
     """What a user has to know before the command is run."""
     positions, ranks = base.model.max_position_embeddings, one.parallel.world_size
     notes = []

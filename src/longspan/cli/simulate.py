@@ -22,9 +22,9 @@ from longspan.config import ParallelConfig, SchedulerConfig, parse_bytes, requir
 
 if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
-    from longspan.planner.simulate.asks import Ask
     from longspan.planner.simulate.instance import InstanceConfig
     from longspan.planner.simulate.run import Simulation
+    from longspan.planner.simulate.trace_requests import TraceRequest
     from longspan.scheduler.limits import Limits
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id or built-in name", show_default=False)]
@@ -91,8 +91,8 @@ def simulate(
     from longspan.planner.deployment import Deployment
     from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
-    from longspan.planner.simulate.asks import read_asks
     from longspan.planner.simulate.setup import instance_config, limits_of
+    from longspan.planner.simulate.trace_requests import read_requests
     from longspan.weights.formats import element_bytes
 
     require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
@@ -101,51 +101,52 @@ def simulate(
     scheduler = SchedulerConfig(
         max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
         local_context=local_context, schedule=schedule)  # fmt: skip
-    asks = read_asks(trace, num_requests, time_scale, max_input_len)
+    requests = read_requests(trace, num_requests, time_scale, max_input_len)
     shape, weights = find_model(model, dtype, weight_dtype)
     deployment = Deployment(
         shape, machine(hardware), ParallelConfig(), weights,
         int(element_bytes("kv_cache_dtype", kv_cache_dtype or dtype)), page_size, memory_fraction, gpus_per_node,
         scheduler.step_tokens, scheduler.running_limit,
     )  # fmt: skip
-    deployment = replace(deployment, parallel=_parallel(layout, deployment, asks))
+    deployment = replace(deployment, parallel=_parallel(layout, deployment, requests))
     memory = None if kv_cache_memory_bytes is None else parse_bytes("kv_cache_memory_bytes", kv_cache_memory_bytes)
     config = instance_config(deployment, scheduler, memory, enable_prefix_caching)
-    result = _play(config, asks, instances, limits_of(config, max_model_len, asks))
+    result = _play(config, requests, instances, limits_of(config, max_model_len, requests))
     title = f"{model} on {instances} x {deployment.parallel.short_name} of {hardware}, simulated"
-    _show(title, result, notes := _notes(deployment, asks, num_requests))
+    _show(title, result, notes := _notes(deployment, requests, num_requests))
     if as_json:
         print(json.dumps({
             "model": model, "hardware": hardware, "layout": deployment.parallel.name, "trace": trace,
-            "instances": instances, "num_requests": len(asks), "time_scale": time_scale,
+            "instances": instances, "num_requests": len(requests), "time_scale": time_scale,
             "capacity_tokens": sum(config.pages_per_shard) * page_size, "notes": notes, **asdict(result),
         }))  # fmt: skip
     if plot is not None:
         plots.save(plots.memory_map(result.memory, title), plot)
 
 
-def _parallel(layout: str | None, base: Deployment, asks: Sequence[Ask]) -> ParallelConfig:
+def _parallel(layout: str | None, base: Deployment, requests: Sequence[TraceRequest]) -> ParallelConfig:
     """As asked for, or what the longest request needs."""
     from longspan.planner.layouts import smallest_layout
 
     if layout is not None:
         return ParallelConfig.parse("layout", layout)
-    return smallest_layout(base, max(ask.prompt_tokens + ask.max_tokens for ask in asks))
+    return smallest_layout(base, max(request.prompt_tokens + request.max_tokens for request in requests))
 
 
-def _play(config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits) -> Simulation:
+def _play(config: InstanceConfig, requests: Sequence[TraceRequest], instances: int, limits: Limits) -> Simulation:
     from longspan.planner.simulate.run import simulate as play
 
-    with progress_bar(Console(stderr=True), "requests", len(asks)) as on_done:
-        return play(config, asks, instances, limits, on_done)
+    with progress_bar(Console(stderr=True), "requests", len(requests)) as on_done:
+        return play(config, requests, instances, limits, on_done)
 
 
-def _notes(deployment: Deployment, asks: Sequence[Ask], asked: int | None) -> list[str]:
+def _notes(deployment: Deployment, requests: Sequence[TraceRequest], asked: int | None) -> list[str]:
     """What a reader of the results must know."""
     positions = deployment.model.max_position_embeddings
-    beyond = sum(ask.prompt_tokens + ask.max_tokens > positions for ask in asks)
+    found = len(requests)
+    beyond = sum(request.prompt_tokens + request.max_tokens > positions for request in requests)
     return [
-        *([f"the trace has {len(asks)} requests, {asked} were asked for"] if asked and len(asks) < asked else []),
+        *([f"the trace has {found} requests, {asked} were asked for"] if asked and found < asked else []),
         *([f"{beyond} requests exceed the {positions:,} positions the model was made for"] if beyond else []),
     ]
 

@@ -42,8 +42,8 @@ class TransferConfig:
     # prefill instance hears only who has it
     token: str = field(default="", repr=False)
     # for the ranks: where their driver listens, and which start of the instance they belong to
-    mailbox: str = ""
-    life: str = ""
+    control_address: str = ""
+    epoch: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLE_NAMES:

@@ -19,7 +19,7 @@ import zmq
 from longspan.config import TransferConfig
 from longspan.disaggregation import messages
 from longspan.disaggregation.connection import Connection, one_line
-from longspan.disaggregation.driver import Desk, Role
+from longspan.disaggregation.driver import CoreHandle, Role
 from longspan.disaggregation.layout_map import problem_of
 from longspan.disaggregation.messages import Format
 from longspan.plan.plan import Fetch, StepPlan
@@ -71,9 +71,9 @@ class DecodeRole(Role):
         self._by_fetch: dict[int, _Remote] = {}
         self._numbers = count(1)
 
-    def start(self, desk: Desk, ranks: int) -> None:
+    def start(self, core: CoreHandle, ranks: int) -> None:
         """See `Role.start`."""
-        self._desk, self._ranks = desk, ranks
+        self._core, self._ranks = core, ranks
 
     def add(self, request: CoreRequest) -> bool:
         """See `Role.add`: what is new to the cache by a page or less is computed here.
@@ -107,7 +107,7 @@ class DecodeRole(Role):
 
     def exchange(self) -> None:
         """See `Role.exchange`."""
-        for message in self._mailbox.from_ranks():
+        for message in self._control.from_ranks():
             match message:
                 case messages.Moving(fetch) if fetch in self._by_fetch:
                     self._by_fetch[fetch].heard = time.monotonic()
@@ -154,8 +154,8 @@ class DecodeRole(Role):
                 connection.send(messages.Prefill(remote.sent, tokens))
                 return
         del self._remotes[request.request_id]
-        if self._desk is not None:
-            self._desk.begin(request, None)
+        if self._core is not None:
+            self._core.begin(request, None)
 
     def _connection(self, address: str) -> Connection:
         if address not in self._connections:
@@ -183,13 +183,13 @@ class DecodeRole(Role):
         if remote is None or remote.connection is not connection:
             return
         match message:
-            case messages.Accepted(_, request) if connection.source is not None and self._desk is not None:
+            case messages.Accepted(_, request) if connection.source is not None and self._core is not None:
                 taken = {r.accepted for r in self._remotes.values() if r.connection is connection}
                 if remote.accepted is not None or request in taken:
                     connection.refuse(f"calls two prompts {one_line(request)}, or one prompt twice")
                     return
                 remote.accepted = request
-                self._desk.begin(remote.request, replace(connection.source, request=request))
+                self._core.begin(remote.request, replace(connection.source, request=request))
             case messages.Computed():
                 remote.computed, remote.heard = True, time.monotonic()
             case messages.Ended(_, reason):
@@ -199,12 +199,12 @@ class DecodeRole(Role):
         remote.arrived.add(rank)
         remote.received += received
         remote.heard = time.monotonic()
-        if len(remote.arrived) < self._ranks or remote.fetch is None or self._desk is None:
+        if len(remote.arrived) < self._ranks or remote.fetch is None or self._core is None:
             return
         self.counters.fetched += 1
         self.counters.tokens += remote.fetch.stop - remote.fetch.start
         self.counters.bytes += remote.received
-        self._desk.arrived(remote.request.request_id)
+        self._core.arrived(remote.request.request_id)
         del self._remotes[remote.request.request_id]
         self._leave(remote)
 
@@ -213,8 +213,8 @@ class DecodeRole(Role):
         _LOG.warning("request %s: its prompt is computed elsewhere: %s", remote.request.request_id, reason)
         self.counters.retried += 1
         self._leave(remote)
-        if remote.accepted is not None and self._desk is not None:
-            self._desk.leave(remote.request.request_id)
+        if remote.accepted is not None and self._core is not None:
+            self._core.leave(remote.request.request_id)
         again = self._remotes[remote.request.request_id] = _Remote(remote.request, remote.others)
         self._ask(again)
 

@@ -31,7 +31,7 @@ _START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class PeerCard:
+class InstanceInfo:
     """What an instance says of itself to who puts pairs together."""
 
     role: str
@@ -44,12 +44,12 @@ class PeerCard:
     token: str = ""
 
     @staticmethod
-    def of(config: TransferConfig, address: str, form: Format) -> PeerCard:
+    def of(config: TransferConfig, address: str, form: Format) -> InstanceInfo:
         """The card of an instance that listens at `address`."""
-        return PeerCard(config.role, address, form, config.prefill_peers, token_digest(config.token))
+        return InstanceInfo(config.role, address, form, config.prefill_peers, token_digest(config.token))
 
 
-class Desk(Protocol):
+class CoreHandle(Protocol):
     """The core, as a role uses it."""
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
@@ -80,7 +80,7 @@ class TransferCounters:
     retried: int = 0
 
 
-class Mailbox:
+class ControlSocket:
     """Where ranks and, of a prefill instance, decode instances write to. Raises `ConfigError` for an address that
     cannot be taken.
 
@@ -99,8 +99,8 @@ class Mailbox:
             self.address = self._peers.getsockopt_string(zmq.LAST_ENDPOINT)
         self.sockets = [self._ranks] if self._peers is None else [self._ranks, self._peers]
         # ranks need no token, and with some executors their configuration crosses a network
-        mailbox = self._ranks.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.config = replace(config, mailbox=mailbox, life=secrets.token_hex(8), token="")
+        control_address = self._ranks.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.config = replace(config, control_address=control_address, epoch=secrets.token_hex(8), token="")
 
     def from_ranks(self) -> Iterator[object]:
         """What ranks have said; raises `EngineError` if one can move no more pages."""
@@ -147,14 +147,14 @@ class Role(ABC):
 
     def __init__(self, config: TransferConfig, form: Format) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._mailbox = Mailbox(config, self._context)
-        self.config = self._mailbox.config  # with what the ranks must know
-        self.card = PeerCard.of(config, self._mailbox.address, form)
+        self._control = ControlSocket(config, self._context)
+        self.config = self._control.config  # with what the ranks must know
+        self.card = InstanceInfo.of(config, self._control.address, form)
         self.counters = TransferCounters()
-        self._desk: Desk | None = None
+        self._core: CoreHandle | None = None
 
     @abstractmethod
-    def start(self, desk: Desk, ranks: int) -> None:
+    def start(self, core: CoreHandle, ranks: int) -> None:
         """The core's ranks are ready."""
 
     def add(self, request: CoreRequest) -> bool:
@@ -184,12 +184,12 @@ class Role(ABC):
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """Those to listen to while the core has nothing to do."""
-        return self._mailbox.sockets
+        return self._control.sockets
 
     def close(self) -> None:
         """End all connections."""
         self._context.destroy(linger=100)
-        self._mailbox.close()
+        self._control.close()
 
 
 def _listen(config: TransferConfig, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:

@@ -125,21 +125,21 @@ FromRank = Serving | Moving | Arrived | FetchFailed | Broken
 class Watch(msgspec.Struct, tag=True, frozen=True):
     """Wanted: word of every token of a request that this rank has."""
 
-    life: str
+    epoch: str
     request: str
 
 
 class Unwatch(msgspec.Struct, tag=True, frozen=True):
     """No longer wanted."""
 
-    life: str
+    epoch: str
     request: str
 
 
-class Ask(msgspec.Struct, tag=True, frozen=True):
+class PageRequest(msgspec.Struct, tag=True, frozen=True):
     """Wanted: one block."""
 
-    life: str
+    epoch: str
     block: int
     request: str
     layers: Extent
@@ -147,19 +147,19 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     runs: tuple[Extent, ...]
 
 
-ToSender = Watch | Unwatch | Ask
+ToSender = Watch | Unwatch | PageRequest
 
 
 class Have(msgspec.Struct, tag=True, frozen=True):
     """These tokens can be asked for."""
 
-    life: str
+    epoch: str
     request: str
     runs: list[Extent]
 
 
-class Block(msgspec.Struct, tag=True, frozen=True):
-    """The answer to an `Ask`; its bytes follow."""
+class PageBlock(msgspec.Struct, tag=True, frozen=True):
+    """The answer to an `PageRequest`; its bytes follow."""
 
     block: int
 
@@ -170,7 +170,7 @@ class Missing(msgspec.Struct, tag=True, frozen=True):
     block: int
 
 
-ToReceiver = Have | Block | Missing
+ToReceiver = Have | PageBlock | Missing
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from longspan.config import TransferConfig
 from longspan.disaggregation import messages
-from longspan.disaggregation.driver import Desk, Role
+from longspan.disaggregation.driver import CoreHandle, Role
 from longspan.disaggregation.handshake import difference
 from longspan.disaggregation.messages import Format
 from longspan.plan.plan import StepPlan
@@ -41,17 +41,17 @@ class PrefillRole(Role):
 
     def __init__(self, config: TransferConfig, form: Format, parts: tuple[Part, ...], check: CheckPrompt) -> None:
         super().__init__(config, form)
-        self._source = Source(self.config.life, (), parts)
+        self._source = Source(self.config.epoch, (), parts)
         self._check = check
         self._welcome: set[bytes] = set()
         self._prompts: dict[str, _Prompt] = {}
         self._request_of: dict[tuple[bytes, int], str] = {}
         self._pulsed = time.monotonic()
 
-    def start(self, desk: Desk, ranks: int) -> None:
+    def start(self, core: CoreHandle, ranks: int) -> None:
         """See `Role.start`."""
-        self._desk = desk
-        self._source = replace(self._source, addresses=self._mailbox.addresses(ranks))
+        self._core = core
+        self._source = replace(self._source, addresses=self._control.addresses(ranks))
 
     def finish(self, request_id: str) -> None:
         """See `Role.finish`."""
@@ -68,14 +68,14 @@ class PrefillRole(Role):
             self._end(output.request_id, output.error)
         else:
             prompt.computed = time.monotonic()
-            self._mailbox.send(prompt.peer, messages.Computed(prompt.number))
+            self._control.send(prompt.peer, messages.Computed(prompt.number))
         return True
 
     def exchange(self) -> None:
         """See `Role.exchange`."""
-        for _ in self._mailbox.from_ranks():  # they have nothing to say but that they cannot go on, which raises
+        for _ in self._control.from_ranks():  # they have nothing to say but that they cannot go on, which raises
             pass
-        for peer, message in self._mailbox.from_peers():
+        for peer, message in self._control.from_peers():
             match message:
                 case messages.Hello(form):
                     self._greet(peer, form)
@@ -95,9 +95,9 @@ class PrefillRole(Role):
         reason = difference(form, self.card.format)
         if reason is None:
             self._welcome.add(peer)
-            self._mailbox.send(peer, messages.Welcome(self._source))
+            self._control.send(peer, messages.Welcome(self._source))
         else:
-            self._mailbox.send(peer, messages.Refused(reason))
+            self._control.send(peer, messages.Refused(reason))
 
     def _take(self, peer: bytes, number: int, token_ids: list[int]) -> None:
         if (peer, number) in self._request_of:
@@ -106,18 +106,18 @@ class PrefillRole(Role):
             reason = "this instance was not greeted, or refused"
         else:
             reason = self._check(token_ids)
-        if reason is not None or self._desk is None:
-            self._mailbox.send(peer, messages.Ended(number, reason or "not ready yet"))
+        if reason is not None or self._core is None:
+            self._control.send(peer, messages.Ended(number, reason or "not ready yet"))
             return
         request = f"peer-{secrets.token_hex(16)}"  # who knows it may read the pages: nobody can guess it
         self._prompts[request] = _Prompt(peer, number)
         self._request_of[peer, number] = request
-        self._desk.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1, for_peer=True))
-        self._mailbox.send(peer, messages.Accepted(number, request))
+        self._core.add(CoreRequest(request, token_ids, PREFILL_ONLY, 0, 1, for_peer=True))
+        self._control.send(peer, messages.Accepted(number, request))
 
     def _look_after(self, now: float) -> None:
         """Drop prompts of instances that are gone, and pages that nobody fetches."""
-        gone = {peer for peer in self._welcome if not self._mailbox.send(peer, messages.Pulse())}
+        gone = {peer for peer in self._welcome if not self._control.send(peer, messages.Pulse())}
         self._welcome -= gone
         for request, prompt in list(self._prompts.items()):
             if prompt.peer in gone:
@@ -127,11 +127,11 @@ class PrefillRole(Role):
 
     def _end(self, request: str, reason: str) -> None:
         prompt = self._prompts[request]
-        self._mailbox.send(prompt.peer, messages.Ended(prompt.number, reason))
+        self._control.send(prompt.peer, messages.Ended(prompt.number, reason))
         self._drop(request)
 
     def _drop(self, request: str) -> None:
         prompt = self._prompts.pop(request)
         del self._request_of[prompt.peer, prompt.number]
-        if self._desk is not None:
-            self._desk.finish(request)
+        if self._core is not None:
+            self._core.finish(request)

@@ -90,7 +90,7 @@ class PageReceiver(TransferThread):
         limits = [max(1, self._config.block_bytes // (cell.rows * self._access.token_bytes)) for cell in parts]
         fetching = self._active[fetch.number] = _Fetching(fetch, table, Pulls(parts, wanted, limits))
         for rank in fetching.pulls.ranks:
-            self._socket(source.addresses[rank]).send(messages.encode(messages.Watch(source.life, source.request)))
+            self._socket(source.addresses[rank]).send(messages.encode(messages.Watch(source.epoch, source.request)))
         self._end_if_done(fetching)
 
     def _listen(self) -> None:
@@ -102,12 +102,12 @@ class PageReceiver(TransferThread):
 
     def _take(self, address: str, frames: Sequence[zmq.Frame]) -> None:
         match decoded(frames[0].bytes, messages.ToReceiver):
-            case messages.Have(life, request, runs):
+            case messages.Have(epoch, request, runs):
                 for fetching in self._from(address):
-                    if (life, request) == (fetching.fetch.source.life, fetching.fetch.source.request):
+                    if (epoch, request) == (fetching.fetch.source.epoch, fetching.fetch.source.request):
                         with self._failing_alone(fetching.fetch):
                             self._offer(fetching, address, runs)
-            case messages.Block(block) if len(frames) == 2 and self._was_asked(address, block):
+            case messages.PageBlock(block) if len(frames) == 2 and self._was_asked(address, block):
                 fetching, pull = self._in_flight.pop(block)
                 with self._failing_alone(fetching.fetch):
                     self._store(fetching, pull, frames[1])
@@ -161,7 +161,7 @@ class PageReceiver(TransferThread):
         while len(self._in_flight) < self._config.max_blocks and (pull := fetching.pulls.next()):
             block = next(self._blocks)
             self._in_flight[block] = (fetching, pull)
-            ask = messages.Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
+            ask = messages.PageRequest(source.epoch, block, source.request, pull.layers, pull.heads, pull.runs)
             self._socket(source.addresses[pull.rank]).send(messages.encode(ask))
 
     def _end_if_done(self, fetching: _Fetching) -> None:
@@ -197,7 +197,7 @@ class PageReceiver(TransferThread):
         del self._active[fetching.fetch.number]
         self._in_flight = {block: entry for block, entry in self._in_flight.items() if entry[0] is not fetching}
         for address in {source.addresses[rank] for rank in fetching.pulls.ranks} & self._sockets.keys():
-            self._sockets[address].send(messages.encode(messages.Unwatch(source.life, source.request)))
+            self._sockets[address].send(messages.encode(messages.Unwatch(source.epoch, source.request)))
 
     def _socket(self, address: str) -> zmq.Socket[bytes]:
         if address not in self._sockets:

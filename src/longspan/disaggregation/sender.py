@@ -92,14 +92,14 @@ class PageSender(TransferThread):
         while self._socket.poll(0):
             peer, *_, data = self._socket.recv_multipart()
             match decoded(data, messages.ToSender):
-                case messages.Watch(life, request) if life == self._config.life:
+                case messages.Watch(epoch, request) if epoch == self._config.epoch:
                     watcher = self._watchers[peer, request] = _Watcher()
                     self._announce(peer, request, watcher)
                     if len(self._watchers) > _MAX_WATCHERS:
                         self._watchers.popitem(last=False)
                 case messages.Unwatch(_, request):
                     self._watchers.pop((peer, request), None)
-                case messages.Ask() as ask:
+                case messages.PageRequest() as ask:
                     self._answer(peer, ask)
                 case _:  # of another life of this instance, or no message at all
                     continue
@@ -118,9 +118,9 @@ class PageSender(TransferThread):
             runs = runs_on(served.table, self._part.shard, watcher.told, stop)
             watcher.told = stop
         if runs:
-            self._send(peer, messages.Have(self._config.life, request, runs))
+            self._send(peer, messages.Have(self._config.epoch, request, runs))
 
-    def _answer(self, peer: bytes, ask: messages.Ask) -> None:
+    def _answer(self, peer: bytes, ask: messages.PageRequest) -> None:
         block = None
         try:
             with self._lock:
@@ -132,15 +132,15 @@ class PageSender(TransferThread):
             self._send(peer, messages.Missing(ask.block))
         else:
             self._socket.send_multipart(
-                [peer, messages.encode(messages.Block(ask.block)), block.numpy().data], copy=False
+                [peer, messages.encode(messages.PageBlock(ask.block)), block.numpy().data], copy=False
             )
 
-    def _spans(self, ask: messages.Ask) -> list[Span]:
+    def _spans(self, ask: messages.PageRequest) -> list[Span]:
         """The slots of what is asked for; none unless all of it is here."""
         served = self._served.get(ask.request)
         (low, high), (first, last) = self._part.layers, self._part.heads
         inside = low <= ask.layers[0] < ask.layers[1] <= high and first <= ask.heads[0] < ask.heads[1] <= last
-        if served is None or ask.life != self._config.life or not inside or not are_in_order(ask.runs):
+        if served is None or ask.epoch != self._config.epoch or not inside or not are_in_order(ask.runs):
             return []
         found: list[Span] = []
         for start, stop in ask.runs:

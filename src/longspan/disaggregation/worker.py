@@ -42,7 +42,7 @@ class TransferThread(ABC):
         self._waking = self._context.socket(zmq.PUSH)
         self._waking.connect("inproc://wake")
         self._driver = self._context.socket(zmq.PUSH)
-        self._driver.connect(config.mailbox)
+        self._driver.connect(config.control_address)
         self._thread = Thread(target=self._run, name=f"longspan-transfer-{part.rank}", daemon=True)
 
     @abstractmethod

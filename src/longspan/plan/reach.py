@@ -40,7 +40,7 @@ class QueryRun:
 
 
 @dataclass(frozen=True)
-class Block:
+class QueryBlock:
     """The travelling query rows of one pcp index."""
 
     # number of rows
@@ -90,7 +90,7 @@ class Reach:
     # what the local rows attend to
     own: Sequence[QueryRun]
     # for each pcp index its travelling rows, counted from 0; their runs are empty where keys travel
-    blocks: tuple[Block, ...]
+    blocks: tuple[QueryBlock, ...]
     # what each shard sends; empty unless keys travel
     shares: tuple[KeyShare, ...]
     # what this rank's travelling rows attend to in the shares; empty unless keys travel
@@ -163,7 +163,7 @@ def reach(
         travel=sum(segment.length for segment in local),
         own=_runs(local, window, requests, place.shard),
         blocks=tuple(
-            Block(sum(s.length for s in block), () if keys_travel else _runs(block, window, requests, place.shard))
+            QueryBlock(sum(s.length for s in block), () if keys_travel else _runs(block, window, requests, place.shard))
             for block in by_pcp
         ),
         shares=shares,

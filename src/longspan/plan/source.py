@@ -30,7 +30,7 @@ class Source:
     """The instance from which the KV of a prompt can be fetched."""
 
     # the epoch of its core, which changes with every restart
-    life: str
+    epoch: str
     # addresses of its ranks, in rank order
     addresses: tuple[str, ...]
     # what each of these ranks stores, in rank order

@@ -13,10 +13,10 @@ from longspan.config import ParallelConfig, require, require_choice
 from longspan.errors import ConfigError
 from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
-from longspan.planner.outlook import Load, Outlook, outlook
+from longspan.planner.forecast import Forecast, TrafficLoad, forecast
 
 # the less the better
-_ORDERS: Mapping[str, Callable[[Outlook, Load], float]] = {
+_ORDERS: Mapping[str, Callable[[Forecast, TrafficLoad], float]] = {
     "e2e": lambda found, load: found.ttft.seconds + (load.output - 1) * found.tpot.seconds,
     "ttft": lambda found, _: found.ttft.seconds,
     "tpot": lambda found, _: found.tpot.seconds,
@@ -28,7 +28,7 @@ _MOST_NAMED, _MOST_DOUBLINGS = 6, 6
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedSizes:
     """Sizes the user has decided on; None leaves a size open."""
 
     tp: int | None = None
@@ -45,7 +45,7 @@ class Fixed:
         return all(wanted in (None, size) for wanted, size in sizes)
 
 
-def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objective: str) -> list[Outlook]:
+def plan_layouts(base: Deployment, gpus: int, fixed: FixedSizes, load: TrafficLoad, objective: str) -> list[Forecast]:
     """An outlook on every valid layout, the best first, those without room last; `base` has all but the layout.
 
     Raises `ConfigError` if no layout is valid, with the sizes that are, or none has room, with what is missing.
@@ -61,7 +61,7 @@ def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objectiv
         raise ConfigError(
             "layout", _wanted(fixed), f"is not possible on {gpus} devices with this model", f"use one of {names}{more}"
         )
-    found = [outlook(deployed, load) for deployed in chosen]
+    found = [forecast(deployed, load) for deployed in chosen]
     order = _ORDERS[objective]
     fitting = sorted((one for one in found if one.fits and one.running), key=lambda one: order(one, load))
     if not fitting:
@@ -69,7 +69,7 @@ def plan_layouts(base: Deployment, gpus: int, fixed: Fixed, load: Load, objectiv
     return fitting + sorted((one for one in found if one not in fitting), key=lambda one: one.missing_bytes)
 
 
-def pareto_set(found: Sequence[Outlook], load: Load, objective: str) -> list[Outlook]:
+def pareto_set(found: Sequence[Forecast], load: TrafficLoad, objective: str) -> list[Forecast]:
     """Those that no other layout beats in time to first token, time per token and the objective at once."""
     order = _ORDERS[objective]
     values = [(one.ttft.seconds, one.tpot.seconds, order(one, load)) for one in found]
@@ -85,7 +85,7 @@ def pareto_set(found: Sequence[Outlook], load: Load, objective: str) -> list[Out
     ]
 
 
-def fast_enough(found: Sequence[Outlook], max_ttft: float | None, max_tpot: float | None) -> list[Outlook]:
+def fast_enough(found: Sequence[Forecast], max_ttft: float | None, max_tpot: float | None) -> list[Forecast]:
     """Those within both limits, in seconds. Raises `ConfigError` with the nearest where there is none."""
     kept = list(found)
     for name, limit, value in (
@@ -130,7 +130,9 @@ def _valid(base: Deployment, gpus: int) -> tuple[list[Deployment], ConfigError |
     return found, refused
 
 
-def _no_room(base: Deployment, best: Outlook, valid: Sequence[Deployment], gpus: int, load: Load) -> ConfigError:
+def _no_room(
+    base: Deployment, best: Forecast, valid: Sequence[Deployment], gpus: int, load: TrafficLoad
+) -> ConfigError:
     fitting = [deployed for deployed in valid if deployed.missing_bytes(load.tokens) <= 0]
     size = gpus
     for _ in range(_MOST_DOUBLINGS):
@@ -146,6 +148,6 @@ def _no_room(base: Deployment, best: Outlook, valid: Sequence[Deployment], gpus:
     )  # fmt: skip
 
 
-def _wanted(fixed: Fixed) -> str:
+def _wanted(fixed: FixedSizes) -> str:
     sizes = {"tp": fixed.tp, "pcp": fixed.pcp, "dcp": fixed.dcp, "pp": fixed.pp}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size is not None)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from longspan.errors import ConfigError, LongspanError
 from longspan.planner.deployment import Deployment
+from longspan.planner.forecast import Interval, prompt_chunk, prompt_chunks, through_stages, time_per_token
 from longspan.planner.hardware import Hardware, hardware
 from longspan.planner.models import find_model
-from longspan.planner.outlook import Span, prompt_chunk, prompt_chunks, through_stages, time_per_token
 from longspan.planner.rows import Row
 from longspan.planner.step import StepModel
 
@@ -81,7 +81,7 @@ def deployment(row: Row, assumed: Assumed, machine: Hardware | None = None) -> D
     )  # fmt: skip
 
 
-def row_time(row: Row, deployed: Deployment) -> Span:
+def row_time(row: Row, deployed: Deployment) -> Interval:
     """Until the last of the row's requests has its token: prompts from their start, others from the token before.
 
     Without stages prompts are computed whole and together; through stages they follow each other chunk by chunk.

@@ -14,7 +14,7 @@ from itertools import count
 from typing import NoReturn
 
 from longspan.config import EngineConfig
-from longspan.disaggregation.driver import PeerCard
+from longspan.disaggregation.driver import InstanceInfo
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.frontend.output_processor import Orders, OutputProcessor
 from longspan.engine.setup import EngineSetup
@@ -84,7 +84,7 @@ class AsyncEngine:
         self.setup = setup
         self.metrics = metrics
         self.restarts = 0
-        self.peer: PeerCard | None = None
+        self.peer: InstanceInfo | None = None
         self.output_processor = OutputProcessor(setup, tokenizer)  # also read by `state_of` and `Server`
         self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout

@@ -11,7 +11,7 @@ from dataclasses import replace
 import msgspec
 
 from longspan.cache.offload import OffloadCounters
-from longspan.disaggregation.driver import PeerCard, TransferCounters
+from longspan.disaggregation.driver import InstanceInfo, TransferCounters
 from longspan.engine.driver.core import StepRecord
 from longspan.request import CoreRequest, TokenOutput
 from longspan.scheduler.scheduler import SchedulerCounters
@@ -68,7 +68,7 @@ class CoreReady(msgspec.Struct, tag=True, frozen=True):
     # process ids of the ranks; empty if they are not processes of this machine
     worker_ids: list[int]
     # what other instances must know of this one; None without a role
-    peer: PeerCard | None = None
+    peer: InstanceInfo | None = None
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):

@@ -130,15 +130,15 @@ class EngineCore:
             self.begin(request, None)
 
     def begin(self, request: CoreRequest, source: Source | None) -> None:
-        """See `Desk.begin`."""
+        """See `CoreHandle.begin`."""
         self.scheduler.add(request, source)
 
     def leave(self, request_id: str) -> None:
-        """See `Desk.leave`."""
+        """See `CoreHandle.leave`."""
         self.scheduler.finish(request_id)
 
     def arrived(self, request_id: str) -> None:
-        """See `Desk.arrived`."""
+        """See `CoreHandle.arrived`."""
         self.scheduler.arrived(request_id)
 
     def finish(self, request_id: str) -> None:

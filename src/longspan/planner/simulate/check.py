@@ -23,10 +23,10 @@ from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware
 from longspan.planner.measured_engine import decode_step
 from longspan.planner.models import find_model
-from longspan.planner.simulate.asks import Ask
-from longspan.planner.simulate.instance import Instance, InstanceConfig
+from longspan.planner.simulate.instance import InstanceConfig, SimulatedInstance
 from longspan.planner.simulate.run import simulate
 from longspan.planner.simulate.setup import instance_config, limits_of
+from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.planner.timing import Report, typical
 from longspan.request import SamplingParams
 
@@ -40,7 +40,7 @@ _VOCABULARY = 100  # token ids of prompts lie below it
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One situation: seconds predicted, and measured twice with all others between (long prompts once).
 
     `kind` is prefill (size: tokens) or decode (requests).
@@ -88,7 +88,7 @@ class TraceCheck:
 class Checks:
     """All comparisons of one model on one machine."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
     trace: TraceCheck
 
     @property
@@ -99,7 +99,7 @@ class Checks:
 
 def run_checks(model: str, machine: Hardware, executor: str, report: Report) -> Checks:
     """Every situation and the trace, for a model with weights. Takes some minutes."""
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
     for layout in _layouts():
         config = _engine_config(model, executor, layout)
         simulated = _simulated(config, machine)
@@ -116,23 +116,23 @@ def _layouts() -> tuple[ParallelConfig, ...]:
     return LAYOUTS[: torch.cuda.device_count()] if torch.cuda.is_available() else LAYOUTS
 
 
-def small_trace() -> list[Ask]:
+def small_trace() -> list[TraceRequest]:
     """Short requests at random times."""
     generator = random.Random(_SEED)
     arrivals = accumulate((generator.expovariate(_RATE) for _ in range(_REQUESTS - 1)), initial=0.0)
     return [
-        Ask(number, arrival, generator.randrange(32, 512), generator.randrange(8, 48), (number,))
+        TraceRequest(number, arrival, generator.randrange(32, 512), generator.randrange(8, 48), (number,))
         for number, arrival in enumerate(arrivals)
     ]
 
 
-def check_trace(config: EngineConfig, machine: Hardware, asks: Sequence[Ask]) -> TraceCheck:
+def check_trace(config: EngineConfig, machine: Hardware, requests: Sequence[TraceRequest]) -> TraceCheck:
     """Play the requests to the engine at their times, and to a simulation of it."""
     simulated = _simulated(config, machine)
-    expected = simulate(simulated, asks, 1, limits_of(simulated, None, asks), lambda _: None)
+    expected = simulate(simulated, requests, 1, limits_of(simulated, None, requests), lambda _: None)
     with Engine(config) as engine:
         _measured(engine, 1, 64, 4)
-        return TraceCheck(expected.report, _play(engine, asks))
+        return TraceCheck(expected.report, _play(engine, requests))
 
 
 def _engine_config(model: str, executor: str, layout: ParallelConfig) -> EngineConfig:
@@ -150,7 +150,7 @@ def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
     return instance_config(deployment, scheduler, config.cache.memory_bytes, config.cache.enable_prefix_caching)
 
 
-def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[Row]:
+def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[CheckRow]:
     """All situations of one layout, measured in two rounds: a shared machine's speed changes within seconds."""
     ranks, longest = engine.setup.grid.world_size, engine.setup.max_model_len - 2
     loads = {("prefill", size): (1, min(size, longest), 2) for size in PREFILLS}
@@ -165,7 +165,7 @@ def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[Row
                 again = range(max(1, _ONCE // prompt // 2))
                 found[kind, size].append(typical([_measured(engine, 1, prompt, 1)[0] for _ in again]))
     return [
-        Row(kind, size, ranks, _predicted(simulated, *load)[kind == "decode"], found[kind, size][0],
+        CheckRow(kind, size, ranks, _predicted(simulated, *load)[kind == "decode"], found[kind, size][0],
             found[kind, size][-1])
         for (kind, size), load in loads.items()
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def _measured(engine: Engine, requests: int, prompt: int, output: int) -> tuple[
 
 def _predicted(simulated: InstanceConfig, requests: int, prompt: int, output: int) -> tuple[float, float]:
     """The same of a simulation."""
-    instance = Instance(simulated)
+    instance = SimulatedInstance(simulated)
     completions = [instance.add(number, prompt, output, (), 0.0) for number in range(requests)]
     instance.advance(float("inf"))
     begun = max(completion.token_times[0] for completion in completions)
@@ -190,19 +190,19 @@ def _predicted(simulated: InstanceConfig, requests: int, prompt: int, output: in
     return begun, (ended - begun) / max(tokens, 1) * requests
 
 
-def _play(engine: Engine, asks: Sequence[Ask]) -> RunReport:
+def _play(engine: Engine, requests: Sequence[TraceRequest]) -> RunReport:
     """The real engine, with requests handed over between steps once they are due."""
     generator = random.Random(_SEED)
-    prompts = [generator.choices(range(_VOCABULARY), k=ask.prompt_tokens) for ask in asks]
-    times: dict[str, list[float]] = {str(ask.number): [] for ask in asks}
-    todo, peak, running = list(zip(asks, prompts, strict=True)), 0, 0
+    prompts = [generator.choices(range(_VOCABULARY), k=request.prompt_tokens) for request in requests]
+    times: dict[str, list[float]] = {str(request.number): [] for request in requests}
+    todo, peak, running = list(zip(requests, prompts, strict=True)), 0, 0
     began = time.perf_counter()
     while todo or engine.has_unfinished:
         now = time.perf_counter() - began
         while todo and todo[0][0].arrival_s <= now:
-            ask, prompt = todo.pop(0)
-            params = SamplingParams(temperature=0, max_tokens=ask.max_tokens, ignore_eos=True)
-            engine.add_request(str(ask.number), prompt, params)
+            request, prompt = todo.pop(0)
+            params = SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True)
+            engine.add_request(str(request.number), prompt, params)
             running += 1
         peak = max(peak, running)
         if not engine.has_unfinished:
@@ -214,8 +214,10 @@ def _play(engine: Engine, asks: Sequence[Ask]) -> RunReport:
             )
             running -= output.finished
     outcomes = tuple(
-        Outcome(ask.arrival_s, ask.arrival_s, tuple(times[str(ask.number)]), ask.prompt_tokens, ask.max_tokens,
-                ask.max_tokens, False, None)
-        for ask in asks
+        Outcome(
+            request.arrival_s, request.arrival_s, tuple(times[str(request.number)]), request.prompt_tokens,
+            request.max_tokens, request.max_tokens, False, None,
+        )
+        for request in requests
     )  # fmt: skip
     return summarise(Finished(outcomes, time.perf_counter() - began, peak, 0.0), None)

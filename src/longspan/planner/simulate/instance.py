@@ -44,7 +44,7 @@ class InstanceConfig:
 
 
 @dataclass
-class Completion:
+class SimulatedCompletion:
     """One request on its way: the seconds at which its tokens came, of `max_tokens`."""
 
     max_tokens: int
@@ -52,7 +52,7 @@ class Completion:
     token_times: list[float] = field(default_factory=list)
 
 
-class Instance:
+class SimulatedInstance:
     """An engine that is told until when to go on. Times are seconds of the simulation."""
 
     def __init__(self, config: InstanceConfig) -> None:
@@ -60,7 +60,7 @@ class Instance:
         self.scheduler = SimulatedScheduler(
             config.scheduler, self.cache, config.grid, config.chooser, _ROOT, config.windows
         )
-        self.completions: dict[str, Completion] = {}
+        self.completions: dict[str, SimulatedCompletion] = {}
         self.prompt_tokens_ahead = 0
         self.peak_pages = [0] * self.cache.num_shards
         self.steps = 0
@@ -84,11 +84,13 @@ class Instance:
         """Pages that requests hold, of each shard."""
         return tuple(map(self.cache.used, range(self.cache.num_shards)))
 
-    def add(self, number: int, prompt_tokens: int, max_tokens: int, keys: Sequence[Key], now: float) -> Completion:
+    def add(
+        self, number: int, prompt_tokens: int, max_tokens: int, keys: Sequence[Key], now: float
+    ) -> SimulatedCompletion:
         """Queue a request that `Limits.check` has passed, at `now`; the instance has advanced to there."""
         ahead = prompt_tokens - self.cached_tokens(keys)
         self.scheduler.add_keyed(number, prompt_tokens, max_tokens, keys)
-        self.completions[str(number)] = completion = Completion(max_tokens, ahead)
+        self.completions[str(number)] = completion = SimulatedCompletion(max_tokens, ahead)
         self.prompt_tokens_ahead += ahead
         self._now = max(self._now, now)
         return completion

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from longspan.bench.serving.client import Failure, Finished, Outcome
 from longspan.bench.serving.report import RunReport, summarise
 from longspan.errors import RequestError
-from longspan.planner.simulate.asks import Ask
-from longspan.planner.simulate.instance import Completion, Instance, InstanceConfig
+from longspan.planner.simulate.instance import InstanceConfig, SimulatedCompletion, SimulatedInstance
+from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.request import SamplingParams
 from longspan.scheduler.limits import Limits
 
@@ -47,7 +47,7 @@ class Simulation:
 class _Samples:
     """Pages in use at even times. With too many samples every second one goes and the interval doubles."""
 
-    def __init__(self, instances: Sequence[Instance]) -> None:
+    def __init__(self, instances: Sequence[SimulatedInstance]) -> None:
         self.interval_s = _FIRST_INTERVAL_S
         self._instances = instances
         self._taken: list[list[tuple[int, ...]]] = []
@@ -78,30 +78,30 @@ class _Run:
     """One simulation in flight."""
 
     def __init__(self, config: InstanceConfig, instances: int, limits: Limits) -> None:
-        self.instances = [Instance(config) for _ in range(instances)]
+        self.instances = [SimulatedInstance(config) for _ in range(instances)]
         self.samples = _Samples(self.instances)
         self.given: list[int] = [0] * instances
         self.cached_tokens = 0
-        self.completions: dict[int, Completion] = {}
+        self.completions: dict[int, SimulatedCompletion] = {}
         self.refused: dict[int, Failure] = {}
         self.peak = 0
         self._page_size, self._limits = config.page_size, limits
 
-    def arrive(self, ask: Ask) -> None:
+    def arrive(self, request: TraceRequest) -> None:
         """Let time pass until the request comes, and give it to an instance."""
-        self.pass_time(ask.arrival_s)
+        self.pass_time(request.arrival_s)
         try:
-            self._limits.check(ask.prompt_tokens, SamplingParams(max_tokens=ask.max_tokens))
+            self._limits.check(request.prompt_tokens, SamplingParams(max_tokens=request.max_tokens))
         except RequestError as error:
-            self.refused[ask.number] = Failure(type(error).__name__, str(error))
+            self.refused[request.number] = Failure(type(error).__name__, str(error))
             return
-        keys = list(ask.page_keys(self._page_size))[: (ask.prompt_tokens - 1) // self._page_size]
+        keys = list(request.page_keys(self._page_size))[: (request.prompt_tokens - 1) // self._page_size]
         cached = [instance.cached_tokens(keys) for instance in self.instances]
         chosen = choose(self.instances, cached)
         self.given[chosen] += 1
         self.cached_tokens += cached[chosen]
-        self.completions[ask.number] = self.instances[chosen].add(
-            ask.number, ask.prompt_tokens, ask.max_tokens, keys, ask.arrival_s
+        self.completions[request.number] = self.instances[chosen].add(
+            request.number, request.prompt_tokens, request.max_tokens, keys, request.arrival_s
         )
         self.peak = max(self.peak, sum(instance.running for instance in self.instances))
 
@@ -117,7 +117,7 @@ class _Run:
                 instance.advance(until)
 
 
-def choose(instances: Sequence[Instance], cached: Sequence[int]) -> int:
+def choose(instances: Sequence[SimulatedInstance], cached: Sequence[int]) -> int:
     """The instance that has least to compute until the request's first token.
 
     That is the tokens of prompts before it, less what its cache has of the request's own, and a block of tokens for
@@ -130,15 +130,19 @@ def choose(instances: Sequence[Instance], cached: Sequence[int]) -> int:
 
 
 def simulate(
-    config: InstanceConfig, asks: Sequence[Ask], instances: int, limits: Limits, on_done: Callable[[int], None]
+    config: InstanceConfig,
+    requests: Sequence[TraceRequest],
+    instances: int,
+    limits: Limits,
+    on_done: Callable[[int], None],
 ) -> Simulation:
     """Play the requests, in order of arrival, to `instances` engines; `on_done` hears how many have arrived."""
     run = _Run(config, instances, limits)
-    for number, ask in enumerate(asks, 1):
-        run.arrive(ask)
+    for number, request in enumerate(requests, 1):
+        run.arrive(request)
         on_done(number)
     run.pass_time(math.inf)
-    outcomes = tuple(_outcome(ask, run) for ask in asks)
+    outcomes = tuple(_outcome(request, run) for request in requests)
     seconds = max((o.chunk_times[-1] for o in outcomes if o.chunk_times), default=0.0)
     return Simulation(
         report=summarise(Finished(outcomes, max(seconds, _FIRST_INTERVAL_S), run.peak, 0.0), None),
@@ -150,10 +154,10 @@ def simulate(
     )
 
 
-def _outcome(ask: Ask, run: _Run) -> Outcome:
-    completion = run.completions.get(ask.number)
+def _outcome(request: TraceRequest, run: _Run) -> Outcome:
+    completion = run.completions.get(request.number)
     times = tuple(completion.token_times) if completion else ()
     return Outcome(
-        ask.arrival_s, ask.arrival_s, times, ask.prompt_tokens, len(times), ask.max_tokens, False,
-        run.refused.get(ask.number),
+        request.arrival_s, request.arrival_s, times, request.prompt_tokens, len(times), request.max_tokens, False,
+        run.refused.get(request.number),
     )  # fmt: skip

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from longspan.config import SchedulerConfig
 from longspan.planner.deployment import Deployment
-from longspan.planner.simulate.asks import Ask
 from longspan.planner.simulate.instance import InstanceConfig
+from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.planner.step import StepModel
 from longspan.scheduler.limits import Limits
 
@@ -41,7 +41,7 @@ def instance_config(
     )
 
 
-def limits_of(config: InstanceConfig, max_model_len: int | None, asks: Sequence[Ask]) -> Limits:
+def limits_of(config: InstanceConfig, max_model_len: int | None, requests: Sequence[TraceRequest]) -> Limits:
     """What one request may ask for; without a limit of its own the longest request has the model's place."""
-    longest = max(ask.prompt_tokens + ask.max_tokens for ask in asks)
+    longest = max(request.prompt_tokens + request.max_tokens for request in requests)
     return Limits.of(max_model_len or longest, config.scheduler.schedule, config.pages_per_shard, config.page_size)

@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 
 from longspan.config.addresses import reachable
-from longspan.disaggregation.driver import PeerCard
+from longspan.disaggregation.driver import InstanceInfo
 from longspan.disaggregation.handshake import difference
 from longspan.disaggregation.signature import token_digest
 from longspan.errors import ConfigError
@@ -29,7 +29,7 @@ class Answer(msgspec.Struct, frozen=True):
     """An instance's answer to `/internal/peer`."""
 
     # its instance info; None if it is not ready or has no role
-    card: PeerCard | None
+    card: InstanceInfo | None
     # name of the served model
     model: str
     # completions that wait

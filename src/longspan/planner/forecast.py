@@ -20,7 +20,7 @@ _EXCHANGED = ("tp", "exchange")  # parts of a step in which computing waits
 
 
 @dataclass(frozen=True)
-class Load:
+class TrafficLoad:
     """`concurrency` requests (None: as many as fit, up to 256) of `context` tokens, of which the last `new` are not
     in the cache (None: none is), and `output` tokens generated for each. Raises `ConfigError`."""
 
@@ -44,7 +44,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Span:
+class Interval:
     """Seconds, what bounds most of them, and what they are made of."""
 
     seconds: float
@@ -58,7 +58,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """One layout under a load. `missing_bytes` of a rank for one request; without room there are no times.
 
     `throughput_per_gpu` is output tokens a second and device when `running` requests are filled in and generated.
@@ -70,8 +70,8 @@ class Outlook:
     cache_bytes: float
     missing_bytes: float
     running: int = 0
-    ttft: Span = field(default_factory=lambda: Span(math.inf, "", {}))
-    tpot: Span = field(default_factory=lambda: Span(math.inf, "", {}))
+    ttft: Interval = field(default_factory=lambda: Interval(math.inf, "", {}))
+    tpot: Interval = field(default_factory=lambda: Interval(math.inf, "", {}))
     throughput_per_gpu: float = 0.0
 
     @property
@@ -89,10 +89,10 @@ class Outlook:
         return self.missing_bytes <= 0
 
 
-def outlook(deployed: Deployment, load: Load) -> Outlook:
+def forecast(deployed: Deployment, load: TrafficLoad) -> Forecast:
     """What the deployment promises."""
     capacity = deployed.capacity_tokens
-    found = Outlook(
+    found = Forecast(
         deployed.parallel, capacity, math.floor(capacity / load.tokens), deployed.cache_bytes,
         deployed.missing_bytes(load.tokens),
     )  # fmt: skip
@@ -107,14 +107,14 @@ def outlook(deployed: Deployment, load: Load) -> Outlook:
     return replace(found, running=running, ttft=ttft, tpot=tpot, throughput_per_gpu=per_gpu)
 
 
-def time_to_first_token(model: StepModel, context: int, new: int) -> Span:
+def time_to_first_token(model: StepModel, context: int, new: int) -> Interval:
     """One request alone, its `new` last tokens of `context` computed chunk by chunk."""
     return through_stages(model, [[chunk] for chunk in prompt_chunks(model.deployment, context, new)])
 
 
 def time_per_token(
     model: StepModel, context: int, running: int, schedule: str = "auto", new: int = 1, padded: bool = False
-) -> Span:
+) -> Interval:
     """`running` requests that decode `new` tokens at once; each pipeline stage works on a share of them.
 
     With `padded` every pcp index has as many requests, the busiest one's number.
@@ -127,10 +127,10 @@ def time_per_token(
         Chunk(new, context - new, tuple(new * (home == place) for place in places), seen, False) for home in homes
     ]
     step = model.time(chunks, schedule, schedule)
-    return Span(step.seconds, step.bound, step.parts)
+    return Interval(step.seconds, step.bound, step.parts)
 
 
-def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule: str = "auto") -> Span:
+def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule: str = "auto") -> Interval:
     """Steps that follow each other through the pipeline's stages; `bubble` is while it fills and empties.
 
     Every stage takes an equal part of a step's time. It begins when it has done the step before, and the stage before
@@ -148,7 +148,7 @@ def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule:
         for name, seconds in step.parts.items():
             parts[name] = parts.get(name, 0.0) + seconds / stages
     parts["bubble"] = (stages - 1) * longest
-    return Span(sum(parts.values()), max(bounds, key=bounds.__getitem__), parts)
+    return Interval(sum(parts.values()), max(bounds, key=bounds.__getitem__), parts)
 
 
 def prompt_chunks(deployed: Deployment, context: int, new: int) -> list[Chunk]:

@@ -18,7 +18,7 @@ _ROOT = root_key("simulated")
 
 
 @dataclass(frozen=True)
-class Ask:
+class TraceRequest:
     """One request, `arrival_s` seconds after the first one. Equal block ids stand for equal tokens.
 
     Ids of blocks behind the last one given are not needed: a prompt that begins like no other shares nothing.
@@ -40,7 +40,9 @@ class Ask:
             yield parent
 
 
-def read_asks(path: str, most: int | None, time_scale: float, max_input_len: int | None = None) -> list[Ask]:
+def read_requests(
+    path: str, most: int | None, time_scale: float, max_input_len: int | None = None
+) -> list[TraceRequest]:
     """The first `most` requests of a trace, in order of arrival; gaps between them are `time_scale` times as long.
 
     Prompts longer than `max_input_len` are cut to it. Raises `ConfigError` naming line, field and what was expected.
@@ -56,7 +58,7 @@ def read_asks(path: str, most: int | None, time_scale: float, max_input_len: int
         raise ConfigError("trace", error.value, error.problem, error.remedy) from error
     arrivals = trace_arrivals([row.timestamp for row in rows], 1 / time_scale)
     return [
-        Ask(number, arrival, min(row.input_length, max_input_len or row.input_length), row.output_length,
+        TraceRequest(number, arrival, min(row.input_length, max_input_len or row.input_length), row.output_length,
             tuple(row.hash_ids) or (-1 - number,))
         for number, (row, arrival) in enumerate(zip(rows, arrivals, strict=True))
     ]  # fmt: skip
