@@ -93,7 +93,7 @@ OPTIONS = {
     ("serve",): ENGINE_OPTIONS - {"--json"} | {
         "--host", "--port", "--api-key", "--served-model-name", "--max-queued-requests", "--max-body-bytes",
         "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
-        "--prefill-peers", "--transfer-token-file",
+        "--prefill-peers", "--transfer-token-file", "--allowed-origins",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
@@ -426,6 +426,16 @@ def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
     assert code == 0
     assert set(report["ratio"]) == {"pcp=2", "transformers"}
     assert all(ratio["prefill"] > 0 and ratio["decode"] > 0 for ratio in report["ratio"].values())
+
+
+@pytest.mark.slow
+def test_nobody_is_told_of_warnings_that_are_not_for_users():
+    command = [
+        sys.executable, "-c", "from longspan.cli.main import main; main()", "bench", "latency", tiny_folder("llama"),
+        "--input-len", "16", "--output-len", "3", "--iterations", "1", "--compare", "transformers",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Warning" not in ended.stderr
 
 
 def children(process: int) -> list[int]:
