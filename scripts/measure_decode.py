@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longspan.bench.contestants import LongspanSide, TransformersSide
+from longspan.bench.contestants import LongspanContestant, TransformersContestant
 from longspan.bench.kernels.ceilings import measure_ceilings
 from longspan.bench.latency import BatchLoad, run_latency
 from longspan.clock import make_clock
@@ -42,9 +42,9 @@ def measure(setup: EngineSetup, batch: int, context: int, output: int, bytes_per
     config = setup.config
     load = BatchLoad(context, output, batch, 3, 1, config.seed, setup.model.vocab_size)
     contestants = {
-        "recorded": LongspanSide(config),
-        "eager": LongspanSide(replace(config, enforce_eager=True)),
-        "transformers": TransformersSide(config, threads_per_rank(setup)),
+        "recorded": LongspanContestant(config),
+        "eager": LongspanContestant(replace(config, enforce_eager=True)),
+        "transformers": TransformersContestant(config, threads_per_rank(setup)),
     }
     report = run_latency(load, contestants, print)
     floor = step_bytes(setup, batch, context + output // 2) / bytes_per_s

@@ -20,7 +20,7 @@ from longspan.engine.setup import resolve_device
 from longspan.models.experts import swiglu
 from longspan.models.layers import DenseLinear, RMSNorm
 from longspan.models.rope import apply_rope
-from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, multiplied_out, problem_of_kernel
+from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, dequantised, problem_of_kernel
 
 HEAD_DIM = 128
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
@@ -52,7 +52,7 @@ def products(rows: int, hidden: int, wide: int, device: torch.device, dtype: tor
         return
     values = torch.randn(wide, hidden, device=device).to(torch.float8_e4m3fn)
     scaled = BlockScaled(values, torch.rand(wide // BLOCK, hidden // BLOCK, device=device))
-    plain, kept = DenseLinear(multiplied_out(scaled).to(dtype)), BlockScaledLinear(scaled, fused=True)
+    plain, kept = DenseLinear(dequantised(scaled).to(dtype)), BlockScaledLinear(scaled, fused=True)
     x = torch.randn(rows, hidden, device=device, dtype=dtype)
     yield "fp8 product", lambda: plain(x), lambda: kept(x)
 

@@ -314,12 +314,12 @@ REQUESTS = (
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
-        "noise does not depend on the seed", "engine/rank/sampling/noise.py",
+        "noise does not depend on the seed", "engine/rank/sampling/random_numbers.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(0) ^ position)",
         (f"{_SAMPLER}::test_seeds_give_different_tokens",),
     ),
     Fault(
-        "noise does not depend on the position", "engine/rank/sampling/noise.py",
+        "noise does not depend on the position", "engine/rank/sampling/random_numbers.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(seed & _MASK64))",
         (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
     ),

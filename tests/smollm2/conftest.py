@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.bench.twin import transformers_twin
+from longspan.bench.reference import transformers_reference
 from longspan.engine import setup
 from longspan.weights.source import ModelSource, resolve_model
 from longspan.weights.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ def tokenizer() -> Any:
 
 @cache
 def twin() -> Any:
-    return transformers_twin(source(), torch.float32)
+    return transformers_reference(source(), torch.float32)
 
 
 @cache

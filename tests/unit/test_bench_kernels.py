@@ -8,7 +8,7 @@ import torch
 from scripts.summarise_kernels import main as summarise
 from scripts.summarise_kernels import targets
 
-from longspan.bench.kernels.attention import HEADS, Scene, run_shards
+from longspan.bench.kernels.attention import HEADS, AttentionCase, run_shards
 from longspan.bench.kernels.ceilings import Ceilings
 from longspan.bench.kernels.harness import Harness, as_json
 from longspan.cli import bench_kernels
@@ -57,7 +57,7 @@ def test_shards_and_merge_are_told_as_parts_of_the_whole():
             taken = next(seconds)
             return Timing(taken, taken, 1)
 
-    scene = Scene(HEADS["mha"], "auto", 1, 1, 40)
+    scene = AttentionCase(HEADS["mha"], "auto", 1, 1, 40)
     rows, shared = run_shards(replace(harness(), clock=Clock(), backends=("torch",)), scene, shards=3)
     assert [row.timing.median for row in rows] == [10, 2, 4, 3, 1]
     assert (shared["torch"].slowest_share, shared["torch"].merge_share) == (0.4, 0.1)
@@ -91,13 +91,13 @@ def test_kv_write_measures_every_format(capsys):
 
 @pytest.mark.parametrize("format, row_bytes", [("auto", 2 * 8 * 128 * 2), ("fp8", 2 * 8 * (128 + 4))])
 def test_decode_counts_the_cache_the_queries_and_the_results(format, row_bytes):
-    moved, operations = Scene(HEADS["gqa"], format, 3, 1, 100).size(harness())
+    moved, operations = AttentionCase(HEADS["gqa"], format, 3, 1, 100).size(harness())
     assert moved == 3 * 100 * row_bytes + 3 * 64 * (128 * 2 + 129 * 4)
     assert operations == 3 * 100 * 64 * 2 * (128 + 128)
 
 
 def test_latents_are_counted_once():
-    moved, operations = Scene(HEADS["mla"], "auto", 1, 1, 1000).size(harness())
+    moved, operations = AttentionCase(HEADS["mla"], "auto", 1, 1, 1000).size(harness())
     assert moved == 1000 * 576 * 2 + 128 * (576 * 2 + 513 * 4)
     assert operations == 1000 * 128 * 2 * (576 + 512)
 

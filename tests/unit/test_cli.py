@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 
-from longspan.bench.twin import transformers_twin
+from longspan.bench.reference import transformers_reference
 from longspan.cli.explain import constants_line
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
@@ -472,7 +472,7 @@ def test_a_text_that_is_still_empty_is_not_shown_as_ids(capsys):
 
 @pytest.mark.parametrize("model", ["qwen3-moe", "deepseek-v2-lite", "deepseek-v3"])
 def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
-    twin = transformers_twin(resolve_model(tiny_folder(model)), torch.float32)
+    twin = transformers_reference(resolve_model(tiny_folder(model)), torch.float32)
     assert greedy(twin, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.engine.rank.sampling.gumbel import sample_together
-from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
 from longspan.engine.rank.sampling.sampler import SampleRow, best, filter_tokens, penalise, start_sampling
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams

@@ -281,7 +281,7 @@ def write_mxfp4(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     "index", [(slice(0, 3), slice(0, 128), slice(0, 6)), (slice(1, 2), slice(30, 70), slice(2, 5))]
 )  # fmt: skip
-def test_mxfp4_is_multiplied_out_slice_by_slice(tmp_path, index):
+def test_mxfp4_is_dequantised_slice_by_slice(tmp_path, index):
     whole = write_mxfp4(tmp_path)
     checkpoint = Mxfp4Checkpoint(SafetensorsCheckpoint(tmp_path))
     assert checkpoint.names() == {"w", "w_bias"}
@@ -313,7 +313,7 @@ def write_fp8(folder: Path, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [2, 4])
 @pytest.mark.parametrize("index", [(slice(0, 6), slice(0, 10)), (slice(1, 5), slice(3, 9))])
-def test_block_scaled_fp8_is_multiplied_out_slice_by_slice(tmp_path, block, index):
+def test_block_scaled_fp8_is_dequantised_slice_by_slice(tmp_path, block, index):
     whole = write_fp8(tmp_path, block)
     checkpoint = SafetensorsCheckpoint(tmp_path, (block, block))
     assert checkpoint.names() == {"w"}

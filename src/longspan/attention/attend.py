@@ -1,7 +1,7 @@
-"""One rank's attention: write own KV, diagonal ⊕ off-diagonal, merge (idea 4).
+"""The attention of one rank: write KV, attend on and off the diagonal, merge (idea 4 of docs/architecture.md).
 
-It owns the order of these within a layer; what travels is the schedule's business, in which form
-queries meet keys `forms`', how a kernel computes the backend's.
+It owns the order of these operations in a layer. What travels is decided by the schedule, whether latents are absorbed
+or expanded by the attention variant, and how a kernel computes by the backend.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from longspan.attention.variants import AttentionOps, AttentionVariant
 
 
 class Attention:
-    """The attention of all layers on one rank; call `begin` with each step first.
-
-    `windows` are the layer groups a view has, in its order; `moves` is what travels under each schedule.
-    """
+    """The attention of all layers on one rank. Call `begin` with each step before its first layer."""
 
     def __init__(
         self,
@@ -36,24 +33,31 @@ class Attention:
         self.pool = pool
         self.ops = ops
         self._group = group
+        # width of window of each layer group, widest first
         self.windows = tuple(windows)
         self.schedules = schedules
+        # what travels under each schedule
         self.moves = {name: schedule.moves for name, schedule in schedules.items()}
+        # number of the layer group, by width of window
         self._group_of = {window: group for group, window in enumerate(windows)}
         self._step = PreparedStep((), ops.backend.writer((), 0))
 
     @property
     def preparer(self) -> Preparer:
-        """What makes the steps that `begin` takes."""
+        """Prepares the steps that are passed to `begin`."""
         return Preparer(self.ops.backend, self.ops.expansion, self.windows)
 
     def begin(self, step: PreparedStep) -> None:
-        """Compute this step from now on."""
+        """Use this step in all following calls."""
         self._step = step
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's tokens: q [T, Hq, Dq], k and v [T, Hkv, D] → [T, Hq, value dim]."""
+        """q [T, Hq, Dq], k and v [T, Hkv, D] of this rank's tokens → [T, Hq, Dv], in the dtype of q.
+
+        k and v are also written to the pool.
+        """
         kv = self.pool.layers[layer.index]
+        # writing comes first: a segment of one token finds its own key in the cache
         self._step.writer.write(kv, k, v)
         variant, group = self.ops.variant(layer), self._group_of[layer.window]
         parts: list[AttentionState] = []
@@ -70,14 +74,18 @@ class Attention:
     def _off_diagonal(
         self, prepared: PreparedReach, variant: AttentionVariant, kv: CacheRows, q: Tensor
     ) -> AttentionState | None:
-        """Local rows see this rank's pages, travelling rows go through the schedule. None if no row sees any."""
+        """Attention of q [T, Hq, Dq], the rows of one phase, to all earlier tokens.
+
+        Local rows attend to this rank's pages, travelling rows through the schedule. None if no row is local and none
+        travels, on any rank.
+        """
         reach = prepared.reach
         local = q[: reach.travel]
         parts: list[AttentionState] = []
         if sum(reach.block_rows):
             schedule = self.schedules[reach.schedule]
             parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, variant, self._group)))
-        if len(local) or not (parts or prepared.diagonal):
+        if len(local) or not (parts or prepared.diagonal):  # a phase without rows here still needs an empty state
             parts.insert(0, variant.own(local, prepared.own, kv))
         return concatenate(parts) if parts else None
 
@@ -85,7 +93,10 @@ class Attention:
 def _diagonal(
     prepared: PreparedReach, variant: AttentionVariant, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionState | None:
-    """Every segment longer than one token of a phase's rows against itself. None if there is none."""
+    """Causal attention of each segment longer than one token to itself, in one phase's rows; None without any.
+
+    q [T, Hq, Dq], k and v [T, Hkv, D], as they are read from the cache. The rows of lone tokens get the identity.
+    """
     if not prepared.diagonal:
         return None
     parts: list[AttentionState] = []

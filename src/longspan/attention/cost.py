@@ -1,7 +1,7 @@
-"""What each schedule would take, in seconds and bytes, and which is the cheapest.
+"""The cost model: the seconds and bytes of each schedule for a workload, and the choice of the cheapest one.
 
-It owns what the formulas of schedules share, and the choice; pure Python. It gets the schedules, counts (`facts`) and
-constants, measured at start-up or of a named machine, and must not know where they come from, nor which rank asks.
+It owns what the formulas of the schedules share, and the choice. Pure Python: it is given schedules, workloads and
+constants (measured at start, or of a named machine), and must not know where they come from, nor which rank asks.
 """
 
 from __future__ import annotations
@@ -24,42 +24,44 @@ from longspan.plan.reach import Moves
 
 
 class LayerTime(NamedTuple):
-    """What one layer takes under a schedule, in seconds."""
+    """The time of one layer under a schedule, in seconds."""
 
-    # whatever the sizes: calls and latencies
+    # calls and latencies, which do not depend on sizes
     fixed: float
-    # until the busiest rank has attended
+    # attention on the busiest rank
     compute: float
-    # until the busiest member has taken in what is sent to it
+    # transfers to the member that receives most
     transfer: float
-    # packing and merging
+    # packing and merging of states
     copies: float
-    # what of the transfer goes on beside computing
+    # part of the transfer that overlaps with computing
     hidden: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """In all."""
+        """Total time."""
         return self.fixed + self.compute + self.transfer + self.copies - self.hidden
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One schedule's cost for one layer."""
+    """The cost of one layer under one schedule."""
 
+    # name of the schedule
     schedule: str
-    # that the whole group sends
+    # bytes that all members of the group send
     bytes: int
+    # the time and its parts
     time: LayerTime
 
     @property
     def seconds(self) -> float:
-        """How long it takes."""
+        """Total time in seconds."""
         return self.time.seconds
 
 
 class Priced(Protocol):
-    """What the cost model asks of a schedule's record, which is torch's (`attention/schedules/base.py`)."""
+    """The part of a `Schedule` that the cost model uses. It has no tensors, so this module does not import torch."""
 
     @property
     def name(self) -> str:
@@ -68,28 +70,31 @@ class Priced(Protocol):
 
     @property
     def moves(self) -> Moves | None:
-        """What travels, if anything does."""
+        """What travels; None if nothing does."""
         ...
 
     def bytes(self, step: StepTotals, /) -> int:
-        """That the whole group sends for one layer."""
+        """Bytes that all members of the group send for one layer."""
         ...
 
     def seconds(self, step: StepTotals, /) -> LayerTime:
-        """What one layer takes."""
+        """Time of one layer."""
         ...
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What attention takes under each schedule, for one layer's shape, group and machine."""
+    """The cost of attention under each schedule, for a layer's shape, a context group and a machine."""
 
+    # sizes of one layer on one rank
     shape: AttentionShape
+    # the context group
     group: GroupShape
-    # by name
+    # schedules by name
     schedules: Mapping[str, Priced]
+    # rates and latencies of the machine
     constants: CostConstants = field(default_factory=CostConstants)
-    # what keys that travel may fill at once
+    # most tokens whose keys a rank gathers at once
     workspace_tokens: int = 16384
 
     @cached_property
@@ -97,15 +102,22 @@ class CostModel:
         """The schedules under which something travels."""
         return tuple(schedule for schedule in self.schedules.values() if schedule.moves is not None)
 
-    def estimates(self, facts: PhaseWorkload) -> list[Estimate]:
-        """Every schedule that could carry out the step."""
-        step = StepTotals(self, facts.totals(self.group.members))
+    def estimates(self, workload: PhaseWorkload) -> list[Estimate]:
+        """The cost of every schedule under which something travels."""
+        step = StepTotals(self, workload.totals(self.group.members))
         return [Estimate(each.name, each.bytes(step), each.seconds(step)) for each in self.moving]
 
     def compute(
         self, loads: Sequence[ComputeLoad], heads: int, ranks_per_load: int = 1, visitors: bool = False
     ) -> float:
-        """Seconds until the busiest rank has attended, with `heads` query heads each; visitors stay absorbed."""
+        """Seconds of attention on the busiest rank.
+
+        Args:
+            loads: what is computed in each place: on each shard, or on each pcp index.
+            heads: query heads of a rank.
+            ranks_per_load: number of ranks that compute each load.
+            visitors: whether the queries come from other ranks; then latents are not expanded.
+        """
         at, shape, seconds = self.constants, self.shape, []
         width, row = shape.head_dim + shape.out_dim, shape.kv_bytes * at.read_s
         expansion = ExpansionCost() if visitors else shape.expansion
@@ -113,11 +125,15 @@ class CostModel:
             products = load.pairs * width - expansion.saved(load.pairs, load.reads)
             pairs = 2 * products * at.flop_s + load.pairs * at.pair_s
             seconds.append(pairs * heads + load.reads * row)
+        # where fewer ranks can run at once than there are, they share the cores
         together = sum(seconds) * ranks_per_load / (at.parallelism or self.group.members)
         return max(*seconds, together)
 
     def exchange(self, received: float) -> float:
-        """Seconds of collectives in which the busiest member takes in `received` bytes, from all others alike."""
+        """Seconds of a collective in which a member receives at most `received` bytes, equally from all others.
+
+        On several machines the bytes from this machine and those from others are received at the same time.
+        """
         at, members = self.constants, self.group.members
         outside = max(members - len(node) for node in self.group.nodes)
         crossing = received * outside / max(members - 1, 1)
@@ -125,18 +141,21 @@ class CostModel:
 
 
 class StepTotals:
-    """A step's totals under a model, and what several formulas need of them, each worked out once."""
+    """A workload's totals with a cost model, and the quantities that several formulas use, each computed once."""
 
     def __init__(self, model: CostModel, totals: WorkloadTotals) -> None:
         self.model, self.totals = model, totals
 
     def cheapest(self) -> Priced:
-        """The schedule that could carry out the step in the fewest seconds."""
+        """The schedule that takes the fewest seconds, of those under which something travels."""
         return min(self.model.moving, key=lambda schedule: schedule.seconds(self).seconds)
 
     @cached_property
     def queries(self) -> tuple[float, float, float]:
-        """(bytes of queries the busiest member takes in, of states, of states it packs and merges)."""
+        """When queries travel, bytes on the busiest member: (queries received, states received, states handled).
+
+        Handled are the states that it packs for others and those that it merges for its own rows.
+        """
         shape, members, rows = self.model.shape, self.model.group.members, self.totals.rows
         each, most = self.model.group.members_per_pcp, max(rows)
         arriving = (sum(rows) * each - min(rows)) * shape.query_bytes
@@ -146,40 +165,43 @@ class StepTotals:
 
     @cached_property
     def query_compute(self) -> float:
-        """Heads of a whole DCP group meet on a shard; expanding is not possible for visitors."""
+        """Seconds of attention on the busiest rank when queries travel, with all heads of a DCP group on each shard."""
         heads = self.model.shape.q_heads * self.model.group.members_per_pcp
         return self.model.compute(self.totals.by_shard, heads, visitors=True)
 
     @cached_property
     def query_calls(self) -> int:
-        """Calls on the busiest shard beyond one for each pcp index with rows."""
+        """Kernel calls on the busiest shard, when queries travel, beyond one for each pcp index with rows."""
         return max(load.calls for load in self.totals.by_shard) - sum(rows != 0 for rows in self.totals.rows)
 
     @cached_property
     def key_compute(self) -> float:
-        """Of the busiest rank when keys come to it."""
+        """Seconds of attention on the busiest rank when keys travel."""
         return self.model.compute(self.totals.by_pcp, self.model.shape.q_heads, self.model.group.members_per_pcp)
 
     @cached_property
     def key_calls(self) -> int:
-        """Calls of the busiest rank beyond one for each shard."""
+        """Kernel calls on the busiest rank, when keys travel, beyond one for each shard."""
         return max(load.calls for load in self.totals.by_pcp) - self.model.group.members
 
     def queries_sent(self) -> int:
-        """Bytes the group sends when queries travel: every member's to all others, each of which returns a state.
+        """Bytes that the group sends when queries travel: each row's to all other members, which return a state each.
 
-        A ring and a tree move the same bytes another way.
+        Rings and trees send the same number of bytes.
         """
         shape, group = self.model.shape, self.model.group
         each_way = shape.query_bytes + shape.state_bytes
         return (group.members - 1) * group.members_per_pcp * sum(self.totals.rows) * each_way
 
     def keys_sent(self) -> int:
-        """Bytes the group sends when keys travel: each needed token's to all others."""
+        """Bytes that the group sends when keys travel: keys and values of each needed token to all other members."""
         return (self.model.group.members - 1) * sum(self.totals.needed) * self.model.shape.kv_bytes
 
     def keys(self, block: int) -> tuple[float, float, int]:
-        """(bytes the busiest member takes in, bytes copied and merged, rounds) when keys travel in blocks of tokens."""
+        """When keys travel, in blocks of `block` tokens of each shard: (bytes received, bytes handled, rounds).
+
+        Bytes are those of the busiest member. Handled are the keys that it packs and the states that it merges.
+        """
         shape, members, needed = self.model.shape, self.model.group.members, self.totals.needed
         rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
         arriving = (sum(needed) - min(needed)) * shape.kv_bytes
@@ -188,9 +210,10 @@ class StepTotals:
         return arriving, own + merged, rounds
 
     def fixed(self, schedule: str, messages: int, more_calls: int) -> float:
-        """Seconds that do not depend on sizes: as measured, or the latency of so many collectives and one call.
+        """Seconds that do not depend on sizes, as measured for `schedule`, plus `more_calls` kernel calls.
 
-        `more_calls` are those of kernels beyond what was measured.
+        A schedule that was not measured takes the latency of `messages` collectives and one kernel call. Measurements
+        exist for one pcp index with rows and for all of them; between both, time grows with their number.
         """
         at, rows = self.model.constants, self.totals.rows
         latency = at.message_s if len(self.model.group.nodes) == 1 else at.cross_message_s
@@ -199,25 +222,30 @@ class StepTotals:
         return measured.one + share * (measured.all - measured.one) + max(more_calls, 0) * at.call_s
 
     def hidden(self, compute: float, circulating: float) -> float:
-        """A ring of n computes n blocks and moves n − 1: each move goes on beside a block."""
+        """Seconds of a ring's transfers that overlap with computing.
+
+        A ring of n members computes n blocks and makes n − 1 transfers, each during the computation of a block.
+        """
         members = self.model.group.members
         return self.model.constants.hidden * min(compute * (members - 1) / members, circulating)
 
 
 @dataclass(frozen=True)
 class ScheduleChooser:
-    """Chooses a schedule for a phase: what the user forced, or the fewest seconds."""
+    """Chooses the schedule of a phase and layer group."""
 
+    # estimates the schedules
     model: CostModel
+    # name of the schedule that the user chose, or `auto`
     forced: str = "auto"
 
     def __post_init__(self) -> None:
         require_choice("schedule", self.forced, ("auto", *self.model.schedules))
 
-    def choose(self, facts: PhaseWorkload) -> str:
-        """`local` if nothing travels; else the forced schedule, or the cheapest."""
-        if not sum(facts.rows):
+    def choose(self, workload: PhaseWorkload) -> str:
+        """`local` if no row travels; else the schedule that the user chose, or the cheapest."""
+        if not sum(workload.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        return StepTotals(self.model, facts.totals(self.model.group.members)).cheapest().name
+        return StepTotals(self.model, workload.totals(self.model.group.members)).cheapest().name

@@ -1,6 +1,6 @@
-"""What attention must know of a layer: its place in the pool, and the latent space its cache may be in.
+"""What attention knows of a layer: its number, its window, its sink, and the latent space of its cache.
 
-It owns these interfaces; a model makes them, attention decides when which form is used.
+It owns these interfaces. A model implements them, and attention decides when latents are absorbed or expanded.
 """
 
 from __future__ import annotations
@@ -12,34 +12,39 @@ from torch import Tensor
 
 
 class Latent(Protocol):
-    """A layer whose cache rows are latents (MLA), and the linear maps between them and its heads.
+    """The linear maps between the cached latents of a layer (MLA) and its heads.
 
-    A model's own query is [T, Hq, Dq]; scores are the same whether queries are absorbed or rows expanded.
+    Scores are the same whether queries are absorbed or rows are expanded.
     """
 
+    # elements of a head's value
     value_dim: int
 
     def absorb(self, q: Tensor) -> Tensor:
-        """Queries [T, Hq, Dq] in the space of the cache's rows: [T, Hq, D]."""
+        """Map queries [T, Hq, Dq] to the space of cached rows: [T, Hq, D]."""
         ...
 
     def expand(self, rows: Tensor) -> Tensor:
-        """Cache rows [T, D] as every head's keys and values [2, Hq, T, Dq]; values fill the first `value_dim`."""
+        """Map cached rows [T, D] to every head's keys and values [2, Hq, T, Dq].
+
+        Values are the first `value_dim` elements; the other elements are 0.
+        """
         ...
 
     def values(self, latents: Tensor) -> Tensor:
-        """Results [T, Hq, latent] as values [T, Hq, value_dim], in the dtype they came in."""
+        """Map results [T, Hq, latent width] to values [T, Hq, value_dim], in the dtype of the results."""
         ...
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer: its number in the model, how many positions a row sees with its own (None: all), and what few have.
+    """One layer, as attention knows it."""
 
-    `sink` [Hq] is a score without a value that every row's softmax counts in (gpt-oss).
-    """
-
+    # number in the model
     index: int
+    # positions visible to a token, its own included; None for full attention
     window: int | None = None
+    # [Hq]: a score without a value that is part of every row's softmax (gpt-oss)
     sink: Tensor | None = None
+    # the latent space of the layer's cache; None if it has keys and values
     latent: Latent | None = None

@@ -1,6 +1,7 @@
-"""The KV pool of one rank: the tensors behind the pages.
+"""The KV pool of one rank: the tensors in which pages are stored.
 
-It owns storage and the plain way of writing slots; it must not know which request a slot belongs to.
+It owns these tensors, and writing to slots with plain tensor operations; it must not know which request a slot belongs
+to.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.layout import KVLayout
 from longspan.plan.view import WriteRun
 
-_FEW_RUNS = 4  # up to this many runs are written as slices, more through an index
+_FEW_RUNS = 4  # up to this many runs are written as slices, more with an index tensor
 
 
 class SlotWriter:
-    """A `Writer` of plain tensor operations."""
+    """A `Writer` that uses plain tensor operations."""
 
     def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
         self._runs = writes if len(writes) <= _FEW_RUNS else ()
-        self._slots: Tensor | None = None
-        self._rows: Tensor | None = None
+        self._slots: Tensor | None = None  # [R] int64: the slots that are written, if there are more runs
+        self._rows: Tensor | None = None  # [R] int64: the rows that go there; None for all rows in order
         if not self._runs and writes:
             index = [row for run in writes for row in range(run.row, run.row + run.length)]
             self._rows = torch.tensor(index, device=device) if len(index) < rows else None
@@ -42,7 +43,7 @@ class SlotWriter:
             self._store(cache.scales[plane], scales)
 
     def _store(self, part: Tensor, by_head: Tensor) -> None:
-        """Rows by_head [Hkv, T, D] into part [Hkv, slots, D]."""
+        """Write rows `by_head` [Hkv, T, D] to their slots of `part` [Hkv, S, D]."""
         for run in self._runs:
             part[:, run.slot : run.slot + run.length] = by_head[:, run.row : run.row + run.length]
         if self._slots is not None:
@@ -51,7 +52,7 @@ class SlotWriter:
 
 
 class KVPool:
-    """Keys and values of the layers held here; on a CPU memory is touched only when a page is first written."""
+    """The cached rows of each layer on this rank. They are not initialised, so a CPU commits memory page by page."""
 
     def __init__(
         self,

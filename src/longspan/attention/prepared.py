@@ -1,6 +1,6 @@
-"""A step's attention, prepared once for all its layers.
+"""The attention of a step, prepared once for all layers.
 
-It owns when a backend is asked to prepare, and for which rows; how it does so is the backend's business.
+It owns what is prepared for which rows, and when latents are expanded; how a backend prepares is the backend's matter.
 """
 
 from __future__ import annotations
@@ -14,45 +14,48 @@ from longspan.cache.pages import Span, clip_spans
 from longspan.plan.reach import KeyRun, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
 
-_EXPANDED_TOKENS = 1024  # cache rows held in expanded form at once
+_EXPANDED_TOKENS = 1024  # most cached rows that are held in expanded form at once
 
 
 @dataclass(frozen=True)
 class ExpandedBlock:
-    """Cached latents that are expanded once for all runs that see them."""
+    """Cached latents that are expanded once, for all runs that see them."""
 
-    # of the cache
+    # slots of the latents
     spans: tuple[Span, ...]
-    # against the expanded rows
+    # the runs, prepared; their spans are indices into the expanded rows
     runs: PreparedRuns
 
 
 @dataclass(frozen=True)
 class OwnRuns:
-    """Queries of this rank's own heads against cached rows, each run in the form that takes fewer products."""
+    """Runs of this rank's own queries against cached rows, each in the form that needs fewer products."""
 
-    # against the rows as they are cached; None if all runs are better expanded
+    # runs that attend to rows as they are cached; None if all runs attend to expanded rows
     direct: PreparedRuns | None
-    # the blocks of every prefix that runs share
+    # for each group of runs that see prefixes of the same rows, the blocks of these rows
     expanded: tuple[tuple[ExpandedBlock, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class PreparedReach:
-    """What rows of one phase attend to in layers of one group, prepared."""
+    """What the rows of one phase attend to in the layers of one group, prepared."""
 
+    # the same in plain integers
     reach: Reach
-    # of rows that stay
+    # local rows against this rank's pages
     own: OwnRuns
-    # of the travelling rows of every pcp index, against the pages stored here
+    # for each pcp index, its travelling rows against this rank's pages; without runs where keys travel
     visiting: tuple[PreparedRuns, ...]
-    # (row, diagonal) of every segment longer than one token
+    # (first row, length, diagonal) of each segment longer than one token
     diagonal: tuple[tuple[int, int, PreparedDiagonal], ...]
+    # prepares the rounds
     preparer: Preparer
+    # results of `in_round`, which every layer asks for
     _rounds: dict[tuple[int, int, int, int], OwnRuns | None] = field(default_factory=dict)
 
     def in_round(self, shard: int, start: int, stop: int, rows: int) -> OwnRuns | None:
-        """What the `rows` travelling rows see of tokens [start, stop) of a shard's share; None if that is nothing."""
+        """What this rank's `rows` travelling rows see of tokens [start, stop) of a shard's share; None if nothing."""
         key = shard, start, stop, rows
         if key not in self._rounds:
             runs = runs_in_round(self.reach.key_runs, shard, start, stop)
@@ -62,39 +65,45 @@ class PreparedReach:
 
 @dataclass(frozen=True)
 class PreparedPhase:
-    """The rows [start, stop) of one phase, by layer group."""
+    """The rows of one phase, prepared."""
 
+    # first row
     start: int
+    # row after the last
     stop: int
+    # what the rows attend to in each layer group, widest window first
     groups: tuple[PreparedReach, ...]
 
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """What attention does in a step."""
+    """The attention of a step, prepared."""
 
+    # phases that have segments in the step
     phases: tuple[PreparedPhase, ...]
+    # writes the rows' KV to the pool
     writer: Writer
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Asks a backend to prepare what a rank's view of a step says."""
+    """Prepares a step from a rank's view of it."""
 
+    # prepares runs, diagonals and writes
     backend: Backend
-    # when latents are better expanded
+    # when latents are expanded
     expansion: ExpansionCost
-    # of the model's layer groups, in a view's order
+    # width of window of each layer group, widest first
     windows: tuple[int | None, ...]
 
     def step(self, view: RankView) -> PreparedStep:
-        """All of a step."""
+        """Prepare a whole step."""
         return PreparedStep(
             tuple(self.rows(each) for each in view.phases), self.backend.writer(view.writes, len(view.positions))
         )
 
     def rows(self, view: PhaseView) -> PreparedPhase:
-        """The rows of one phase."""
+        """Prepare the rows of one phase."""
         groups = tuple(
             self.reach(reach, self._diagonals(view, window))
             for reach, window in zip(view.groups, self.windows, strict=True)
@@ -102,12 +111,15 @@ class Preparer:
         return PreparedPhase(view.start, view.stop, groups)
 
     def reach(self, reach: Reach, diagonal: tuple[tuple[int, int, PreparedDiagonal], ...] = ()) -> PreparedReach:
-        """What rows of one phase see in layers of one group."""
+        """Prepare what the rows of one phase attend to in the layers of one group."""
         visiting = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
         return PreparedReach(reach, self.own(reach.own, reach.travel), visiting, diagonal, self)
 
     def own(self, runs: Sequence[QueryRun], rows: int) -> OwnRuns:
-        """`rows` rows of this rank's own queries: runs without a mask are expanded where that pays."""
+        """Prepare runs of this rank's own queries, which have `rows` rows.
+
+        Runs without window starts attend to expanded latents where this needs fewer products.
+        """
         if not self.expansion.saved_per_pair:
             return OwnRuns(self.backend.prepare(runs, rows))
         direct: list[QueryRun] = []
@@ -121,13 +133,16 @@ class Preparer:
         return OwnRuns(self.backend.prepare(direct, rows) if direct or not expanded else None, tuple(expanded))
 
     def _diagonals(self, view: PhaseView, window: int | None) -> tuple[tuple[int, int, PreparedDiagonal], ...]:
-        """Segments of one length share what is prepared for it."""
+        """(first row, length, diagonal) of each segment; those of equal length share what is prepared."""
         lengths = {length for _, length in view.diagonal}
         of_length = {length: self.backend.prepare_diagonal(length, window) for length in lengths}
         return tuple((row, length, of_length[length]) for row, length in view.diagonal)
 
     def _blocks(self, sharers: Sequence[QueryRun], rows: int) -> Iterator[ExpandedBlock]:
-        """Runs that see prefixes of the first one's rows, block by block of these."""
+        """Cut the rows of the first, longest run into blocks, each with the runs that see it.
+
+        All runs see prefixes of these rows, so a run sees a prefix of a block.
+        """
         longest = sharers[0]
         for start in range(0, longest.tokens, _EXPANDED_TOKENS):
             spans = tuple(clip_spans(longest.spans, start, start + _EXPANDED_TOKENS))
@@ -141,7 +156,7 @@ class Preparer:
 
 
 def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int) -> list[QueryRun]:
-    """What the rows see of tokens [start, stop) of a shard's share."""
+    """What rows see of tokens [start, stop) of a shard's share, as runs over these tokens counted from `start`."""
     runs: list[QueryRun] = []
     for run in key_runs:
         offset, length = run.span
@@ -155,9 +170,9 @@ def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int)
 
 
 def _sharers(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:
-    """Runs that see prefixes of the same rows, the longest first: segments of one request on one shard.
+    """Group runs that see prefixes of the same rows, longest first: segments of one request on one shard.
 
-    Requests that share cached pages and then part see different rows, though they begin alike.
+    Comparing the first slot is not enough: requests with a common prefix hit begin with the same rows.
     """
     found: dict[int, list[list[QueryRun]]] = {}
     for run in sorted(runs, key=lambda run: -run.tokens):

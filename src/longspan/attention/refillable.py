@@ -1,6 +1,6 @@
-"""A decode step of a fixed number of rows that can be refilled: what a recorded step attends to.
+"""The attention of a decode step with a fixed number of rows, which is refilled before a CUDA graph is replayed.
 
-It owns which runs and slots are refilled from a view; buffers and their addresses are the backend's.
+It owns which runs and slots are refilled from a view; the buffers are the backend's.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from longspan.plan.view import PhaseView, RankView
 
 @dataclass(frozen=True)
 class StepSize:
-    """What steps that share a recording have in common."""
+    """What uniform steps that share a CUDA graph have in common."""
 
-    # on the pcp index that has most
+    # rows of each pcp index, padded
     rows: int
-    # under which they all travel; None: all stay
+    # schedule under which all rows travel; None if all rows are local
     schedule: str | None
-    # pcp indices
+    # number of pcp indices
     pcp: int
 
 
 class RefillableStep:
-    """Rows beyond those of a step write nothing and see nothing."""
+    """A prepared decode step whose runs and slots can be replaced in place.
+
+    Rows that pad a step write nothing and see nothing.
+    """
 
     def __init__(self, preparer: Preparer, backend: RecordableBackend, size: StepSize) -> None:
         self._preparer = preparer
@@ -46,9 +49,10 @@ class RefillableStep:
         self.prepared = PreparedStep((PreparedPhase(0, size.rows, groups),), self._writer)
 
     def fill(self, view: RankView) -> PreparedStep:
-        """`prepared`, now for this step; or another of the same shapes if the runs are too scattered for the buffers.
+        """Refill `prepared` for this step, and return it.
 
-        Which of the two may differ between ranks.
+        If the runs have too many spans for the buffers, returns a step of the same shapes that is prepared anew, which
+        must be run without the CUDA graph. Ranks may differ in this.
         """
         self._writer.refill(view.writes)
         wanted = [self._runs_of(reach) for reach in view.phases[0].groups]
@@ -63,9 +67,11 @@ class RefillableStep:
         return PreparedStep((self._preparer.rows(padded),), self._writer)
 
     def _runs_of(self, reach: Reach) -> list[Sequence[QueryRun]]:
+        """The runs of each block: of each pcp index if rows travel, else of the local rows only."""
         return [reach.own] if self._size.schedule is None else [block.runs for block in reach.blocks]
 
     def _reach(self, runs: Sequence[Sequence[QueryRun]]) -> Reach:
+        """A reach of padded rows, from the runs of each block."""
         rows, schedule = self._size.rows, self._size.schedule
         if schedule is None:
             return Reach("local", rows, runs[0], (), (), ())

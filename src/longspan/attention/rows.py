@@ -1,6 +1,7 @@
-"""Rows of the KV cache as tensors: values, and the scales of quantised ones.
+"""Rows of the KV cache as tensors: the values, and the scales of quantised rows.
 
-It owns quantisation, reading back and the form in which rows travel; it must not know whose rows they are.
+It owns quantisation, dequantisation, and the format in which rows are sent between ranks; it must not know which
+requests the rows belong to.
 """
 
 from __future__ import annotations
@@ -14,39 +15,38 @@ from torch import Tensor
 from longspan.cache.pages import Span
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_SCALE_BYTES = 4
+"""The largest number of each quantised dtype, to which the largest magnitude of a group is mapped."""
 
 
 @dataclass(frozen=True)
 class CacheRows:
-    """Keys and values [kv_factor, Hkv, slots, D] of one layer; a latent cache has one row for both.
+    """Cached rows of one layer: those of a pool, of a part of one, or rows that were received from another rank."""
 
-    Quantised values (int8 or float8_e4m3fn) have `scales` [kv_factor, Hkv, slots, G] fp32: one for each of
-    the G groups of neighbouring elements whose widths are `groups`. A row then stands for value · scale.
-    """
-
+    # [kv_factor, Hkv, S, D]; quantised values are int8 or float8_e4m3fn
     values: Tensor
+    # [kv_factor, Hkv, S, G] fp32: an element of a quantised row is value · scale; None if rows are not quantised
     scales: Tensor | None = None
+    # widths of the G groups of adjacent elements that share a scale
     groups: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Number of slots."""
+        """Number of slots, S."""
         return self.values.shape[2]
 
     @property
     def width(self) -> int:
-        """Elements of a row."""
+        """Elements of a row, D."""
         return self.values.shape[3]
 
     def at(self, span: Span) -> CacheRows:
-        """The slots of a span, as a view."""
+        """The rows of a span, as views."""
         stop = span.slot + span.length
         scales = None if self.scales is None else self.scales[:, :, span.slot : stop]
         return CacheRows(self.values[:, :, span.slot : stop], scales, self.groups)
 
     def take(self, spans: Sequence[Span]) -> CacheRows:
-        """The slots of `spans`, one behind the other; a copy if there are several."""
+        """The rows of `spans`, concatenated; views if there is one span, else a copy."""
         if len(spans) == 1:
             return self.at(spans[0])
         parts = [self.at(span) for span in spans] or [self.at(Span(0, 0))]
@@ -54,13 +54,16 @@ class CacheRows:
         return CacheRows(_join([part.values for part in parts]), scales, self.groups)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """What the rows stand for: [kv_factor, Hkv, slots, D]."""
+        """The dequantised rows [kv_factor, Hkv, S, D] in `dtype`, or the rows as they are if they are not quantised."""
         if self.scales is None:
             return self.values
         return (self.values.float() * _spread(self.scales, self.groups)).to(dtype)
 
     def select(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """What single rows stand for: [N, D], of `places` [N] counted over kv_factor, heads and slots."""
+        """Single dequantised rows [R, D]. `places` [R] int64 are indices into the flattened dimensions before D.
+
+        Needs `is_whole`.
+        """
         values = self.values.view(-1, self.width).index_select(0, places)
         if self.scales is None:
             return values
@@ -69,17 +72,17 @@ class CacheRows:
 
     @property
     def is_whole(self) -> bool:
-        """Whether `select` can be used: rows of a pool, not a part of one."""
+        """Whether the values are contiguous: those of a whole pool, not of a part of one."""
         return self.values.is_contiguous()
 
     def packed(self) -> Tensor:
-        """As one tensor, to travel: the values, or of quantised rows bytes [kv_factor, Hkv, slots, D + 4·G]."""
+        """The rows as one tensor, to be sent: [kv_factor, Hkv, S, D], or bytes [kv_factor, Hkv, S, D + 4 · G]."""
         if self.scales is None:
             return self.values
         return torch.cat([self.values.view(torch.uint8), self.scales.contiguous().view(torch.uint8)], dim=-1)
 
     def unpacked(self, packed: Tensor) -> CacheRows:
-        """The rows of a tensor that rows like these were packed into."""
+        """The inverse of `packed`, for rows of the same dtype, width and groups as these."""
         if self.scales is None:
             return CacheRows(packed)
         values = packed[..., : self.width].contiguous().view(self.values.dtype)
@@ -87,7 +90,10 @@ class CacheRows:
 
 
 def quantise(x: Tensor, dtype: torch.dtype, groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x [..., D] as (values [..., D] of `dtype`, scales [..., G] fp32): a group's largest magnitude is the dtype's."""
+    """x [..., D] → (values [..., D] of `dtype`, scales [..., G] fp32), so that x is about values · scales.
+
+    The largest magnitude of each group is mapped to the largest number of `dtype`.
+    """
     parts = torch.split(x.float(), list(groups), dim=-1)
     scales = torch.stack([part.abs().amax(-1) for part in parts], dim=-1) / LARGEST[dtype]
     scaled = x.float() / _spread(scales.clamp_min(torch.finfo(torch.float32).tiny), groups)
@@ -95,7 +101,10 @@ def quantise(x: Tensor, dtype: torch.dtype, groups: tuple[int, ...]) -> tuple[Te
 
 
 def through(x: Tensor, like: CacheRows) -> Tensor:
-    """What x [..., D] reads as once it is cached: the same whether a token is attended fresh or from the cache."""
+    """x [..., D] quantised and dequantised, as it will be read from a cache like `like`.
+
+    The diagonal attends to such rows, so that a token's result does not depend on where a chunk ends.
+    """
     if like.scales is None:
         return x
     values, scales = quantise(x, like.values.dtype, like.groups)
@@ -103,25 +112,26 @@ def through(x: Tensor, like: CacheRows) -> Tensor:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself where the elements of a row are neighbours, which kernels take for granted; else a copy."""
+    """x itself if the elements of a row are adjacent in memory, as kernels expect; else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _spread(scales: Tensor, groups: tuple[int, ...]) -> Tensor:
-    """Scales [..., G] that broadcast against rows [..., D]."""
+    """Scales [..., G] expanded so that they broadcast against rows [..., D]."""
     if len(groups) == 1:
         return scales
     return torch.cat([scales[..., n : n + 1].expand(*scales.shape[:-1], w) for n, w in enumerate(groups)], dim=-1)
 
 
 def _scales(rows: CacheRows) -> Tensor:
+    """The scales of quantised rows."""
     if rows.scales is None:
         raise TypeError("rows without scales among quantised ones")
     return rows.scales
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Along slots; as bytes, since not every device joins 8-bit floats."""
+    """Concatenate along slots. 8-bit values are joined as bytes, as not every device concatenates 8-bit floats."""
     if parts[0].element_size() > 1:
         return torch.cat(list(parts), dim=2)
     return torch.cat([part.view(torch.uint8) for part in parts], dim=2).view(parts[0].dtype)

@@ -1,7 +1,7 @@
-"""In which form queries meet keys: as they are, or for latents absorbed or expanded.
+"""Attention variants: how a model's heads use the cache, as grouped-query or as multi-head latent attention.
 
-It owns the choice between the forms and their bounded work space; it must not know about ranks: what travels
-is a schedule's business, and a schedule asks here what to send.
+It owns the choice between the absorbed and the expanded form of latent attention, and the bounded workspace of the
+latter. It must not know about ranks: a schedule decides what travels, and asks the variant for the tensors to send.
 """
 
 from __future__ import annotations
@@ -24,62 +24,81 @@ from longspan.parallel.sharding import Sharding
 
 @dataclass(frozen=True)
 class Heads:
-    """Groupings of one rank's heads.
+    """Which of the KV heads that this rank stores are read by which query heads."""
 
-    `own` maps this rank's query heads, `shard` all query heads of its DCP group (in dcp order), `by_member` those of
-    each member of its context group, to the KV heads stored here.
-    """
-
+    # by this rank's own query heads
     own: tuple[HeadBlock, ...]
+    # by all query heads of its DCP group, in dcp order
     shard: tuple[HeadBlock, ...]
+    # by the query heads of each member of its context group, in shard order
     by_member: tuple[tuple[HeadBlock, ...], ...]
 
     @staticmethod
     def of(sharding: Sharding) -> Heads:
-        """Of the rank whose share of the heads this is."""
+        """The head blocks of the rank that `sharding` describes."""
         return Heads(sharding.own_blocks, sharding.shard_blocks, sharding.member_blocks)
 
 
 @dataclass(frozen=True)
 class AttentionOps:
-    """The backend with what it needs on one rank; `value_dim` is the width of a result over cache rows."""
+    """The backend of one rank, with the sizes that all its calls need."""
 
+    # computes attention on this rank
     backend: Backend
+    # which query heads read which KV heads
     heads: Heads
+    # factor on scores
     scale: float
+    # elements of a result over cached rows: those of a value, or of a latent
     value_dim: int
+    # when latents are expanded
     expansion: ExpansionCost
 
     def variant(self, layer: AttentionLayer) -> AttentionVariant:
-        """The form of a layer's attention."""
+        """The attention variant of a layer."""
         return GroupedQueryVariant(self) if layer.latent is None else MultiHeadLatentVariant(self, layer.latent)
 
 
 class AttentionVariant(Protocol):
-    """Queries of this rank's own heads are a model's, [T, Hq, Dq]; results are values [T, Hq, value_dim]."""
+    """Attention of one layer on one rank.
 
+    Queries of this rank's own heads are [T, Hq, Dq], as the model passes them. A schedule sends queries and states in
+    another form if the variant needs it: it passes queries through `outgoing` before they are sent, and merged states
+    through `incoming` after they have come back.
+    """
+
+    # elements of a value, so of a result
     value_dim: int
+    # elements of a result while it is sent
     travelling_dim: int
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
-        """One segment against itself: k and v as they are cached, [T, Hkv, D]."""
+        """Causal attention of one segment to itself: q [T, Hq, Dq], k and v [T, Hkv, D] as they are cached.
+
+        Returns out [T, Hq, value_dim].
+        """
         ...
 
     def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
-        """Own queries against cache rows, this rank's or brought here."""
+        """Attention of this rank's queries [T, Hq, Dq] to cached rows, of its own pool or received from other ranks.
+
+        Returns out [T, Hq, value_dim].
+        """
         ...
 
     def outgoing(self, q: Tensor) -> Tensor:
-        """Own queries as they travel."""
+        """This rank's queries [T, Hq, Dq] in the form in which they are sent: [T, Hq, D]."""
         ...
 
     def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> AttentionState:
-        """Queries that came here, of one member of the context group or of a whole DCP group at once, `travelling_dim`
-        wide results for the way back."""
+        """Attention of received queries [T, Hq, D] to this rank's cached rows: out [T, Hq, travelling_dim].
+
+        The heads are those of one member of the context group, or of this rank's whole DCP group if `member` is None.
+        """
         ...
 
     def incoming(self, part: AttentionState) -> AttentionState:
-        """Results that came back."""
+        """A state that has come back, out [T, Hq, travelling_dim], with values: out [T, Hq, value_dim]."""
         ...
 
     def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
@@ -88,26 +107,27 @@ class AttentionVariant(Protocol):
 
 
 class _Base:
-    """What both forms have in common: queries that came here meet rows as they are cached."""
+    """What both variants share: received queries attend to cached rows as they are."""
 
     def __init__(self, ops: AttentionOps) -> None:
-        self._kernels = ops
+        self._ops = ops
 
     def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> AttentionState:
         """See `AttentionVariant.visiting`."""
-        heads = self._kernels.heads
+        heads = self._ops.heads
         return self._attend(q, runs, kv, heads.shard if member is None else heads.by_member[member])
 
     def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
         """See `AttentionVariant.merge`."""
-        return self._kernels.backend.merge(parts)
+        return self._ops.backend.merge(parts)
 
     def _attend(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, blocks: Sequence[HeadBlock]) -> AttentionState:
-        return runs.attend(q, kv, blocks, self._kernels.scale).columns(self._kernels.value_dim)
+        """q [T, Hq, D] against cached rows: out [T, Hq, `AttentionOps.value_dim`]."""
+        return runs.attend(q, kv, blocks, self._ops.scale).columns(self._ops.value_dim)
 
 
 class GroupedQueryVariant(_Base):
-    """Keys and values are cached as they are."""
+    """Grouped-query attention, of which multi-head and multi-query attention are special cases: k and v are cached."""
 
     def __init__(self, ops: AttentionOps) -> None:
         super().__init__(ops)
@@ -115,13 +135,13 @@ class GroupedQueryVariant(_Base):
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
-        return diagonal.attend(q, k, v, self._kernels.heads.own, self._kernels.scale)
+        return diagonal.attend(q, k, v, self._ops.heads.own, self._ops.scale)
 
     def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
         """See `AttentionVariant.own`."""
         if runs.direct is None:
             raise TypeError("keys and values are never expanded")
-        return self._attend(q, runs.direct, kv, self._kernels.heads.own)
+        return self._attend(q, runs.direct, kv, self._ops.heads.own)
 
     def outgoing(self, q: Tensor) -> Tensor:
         """See `AttentionVariant.outgoing`."""
@@ -133,10 +153,11 @@ class GroupedQueryVariant(_Base):
 
 
 class MultiHeadLatentVariant(_Base):
-    """Latents are cached: few queries are absorbed into their space, for many the rows are expanded.
+    """Multi-head latent attention: latents are cached.
 
-    Results in latent space are mapped to values before they are merged, which is exact since the map is linear.
-    Queries that travel are absorbed: the rank they visit has other heads' maps.
+    Where few queries see a row, queries are absorbed into latent space; where many do, the row is expanded to keys and
+    values. Results in latent space are mapped to values before they are merged, which is exact, because this map is
+    linear. Queries that are sent to other ranks are absorbed, because the maps of their heads are only on this rank.
     """
 
     def __init__(self, ops: AttentionOps, latent: Latent) -> None:
@@ -146,7 +167,7 @@ class MultiHeadLatentVariant(_Base):
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
-        ops, length = self._kernels, q.shape[0]
+        ops, length = self._ops, q.shape[0]
         if ops.expansion.pays(pairs=length * length / 2, tokens=length):
             keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
             return diagonal.attend(q, keys, values[..., : self.value_dim], _each_head(q), ops.scale)
@@ -157,7 +178,7 @@ class MultiHeadLatentVariant(_Base):
         """See `AttentionVariant.own`."""
         parts = [self._expanded(q, blocks, kv) for blocks in runs.expanded]
         if runs.direct is not None:
-            absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._kernels.heads.own)
+            absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._ops.heads.own)
             parts.append(self.incoming(absorbed))
         return self.merge(parts)
 
@@ -170,15 +191,15 @@ class MultiHeadLatentVariant(_Base):
         return AttentionState(self._latent.values(part.out), part.lse)
 
     def _expanded(self, q: Tensor, blocks: Sequence[ExpandedBlock], kv: CacheRows) -> AttentionState:
-        """Block by block: an expanded row is many times as wide as a latent."""
+        """Attention of q [T, Hq, Dq] to rows that are expanded block by block, to bound the memory that this takes."""
         parts: list[AttentionState] = []
         for block in blocks:
             expanded = CacheRows(self._latent.expand(kv.take(block.spans).read(q.dtype)[0, 0]))
-            part = block.runs.attend(q, expanded, _each_head(q), self._kernels.scale)
+            part = block.runs.attend(q, expanded, _each_head(q), self._ops.scale)
             parts = [self.merge([*parts, part.columns(self.value_dim)])]
         return parts[0]
 
 
 def _each_head(q: Tensor) -> tuple[HeadBlock, ...]:
-    """Every query head on a KV head of its own."""
+    """Head blocks in which every query head of q [T, Hq, D] reads a KV head of its own."""
     return (HeadBlock(0, q.shape[1], 0, q.shape[1]),)

@@ -34,7 +34,7 @@ Runner = Callable[[Prompts, int], ContestantTiming]
 
 
 @dataclass(frozen=True)
-class LongspanSide:
+class LongspanContestant:
     """Longspan in one configuration."""
 
     # model, layout and options
@@ -57,7 +57,7 @@ class LongspanSide:
 
 
 @dataclass(frozen=True)
-class TransformersSide:
+class TransformersContestant:
     """Hugging Face transformers on the same weights: one forward pass for the prompts, then greedy decoding."""
 
     # names model, dtype and device
@@ -71,7 +71,7 @@ class TransformersSide:
 
         import torch
 
-        from longspan.bench.twin import transformers_twin
+        from longspan.bench.reference import transformers_reference
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
@@ -79,7 +79,7 @@ class TransformersSide:
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()
-        model = transformers_twin(setup.source, setup.dtype).to(device)
+        model = transformers_reference(setup.source, setup.dtype).to(device)
 
         @torch.inference_mode()
         def run(prompts: Prompts, output_len: int) -> ContestantTiming:
@@ -95,10 +95,10 @@ class TransformersSide:
         return run
 
 
-class SideProcess:
+class ContestantProcess:
     """A contestant in its own process, to be used in a `with` block. Raises `EngineError` if the contestant fails."""
 
-    def __init__(self, side: LongspanSide | TransformersSide) -> None:
+    def __init__(self, side: LongspanContestant | TransformersContestant) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side), daemon=True)
@@ -122,7 +122,7 @@ class SideProcess:
         self._process.terminate()
         self._process.join()
 
-    def __enter__(self) -> SideProcess:
+    def __enter__(self) -> ContestantProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -138,7 +138,7 @@ class SideProcess:
         return answer
 
 
-def _serve(pipe: Connection, side: LongspanSide | TransformersSide) -> None:
+def _serve(pipe: Connection, side: LongspanContestant | TransformersContestant) -> None:
     try:
         run = side.open()
         pipe.send(None)

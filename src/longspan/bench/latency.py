@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from longspan.bench.contestants import ContestantTiming, LongspanSide, SideProcess, TransformersSide
+from longspan.bench.contestants import ContestantProcess, ContestantTiming, LongspanContestant, TransformersContestant
 
 _SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
 
@@ -46,7 +46,9 @@ class BatchLoad:
 
 
 def run_latency(
-    load: BatchLoad, contestants: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
+    load: BatchLoad,
+    contestants: Mapping[str, LongspanContestant | TransformersContestant],
+    on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Rates of every contestant, and the ratios of the first one's rates to those of each other one.
 
@@ -55,7 +57,7 @@ def run_latency(
     """
     timings: dict[str, list[ContestantTiming]] = {name: [] for name in contestants}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(SideProcess(side)) for name, side in contestants.items()}
+        processes = {name: stack.enter_context(ContestantProcess(side)) for name, side in contestants.items()}
         for name, process in processes.items():
             on_progress(f"loading {name}")
             process.wait_ready()

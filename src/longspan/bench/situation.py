@@ -48,9 +48,9 @@ class _Recorder(ScheduleChooser):
     # in the order of the calls
     asked: list[PhaseWorkload] = field(default_factory=list)
 
-    def choose(self, facts: PhaseWorkload) -> str:
-        self.asked.append(facts)
-        return super().choose(facts)
+    def choose(self, workloads: PhaseWorkload) -> str:
+        self.asked.append(workloads)
+        return super().choose(workloads)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LaidOut:
     # the page tables that a rank has after the plan
     mirror: Mirror
     # the workload of each layer group
-    facts: tuple[PhaseWorkload, ...]
+    workloads: tuple[PhaseWorkload, ...]
 
     def under(self, schedule: str) -> StepPlan:
         """The same plan with `schedule` in place of every schedule that is not `local`."""
@@ -107,6 +107,6 @@ def _next(scheduler: Scheduler) -> StepPlan:
 def estimates(situation: Situation, model: CostModel) -> list[list[Estimate]]:
     """For each layer group the estimates of all schedules, fastest first; empty if nothing has to travel."""
     return [
-        sorted(model.estimates(facts), key=lambda e: e.seconds) if sum(facts.rows) else []
-        for facts in lay_out(situation, model).facts
+        sorted(model.estimates(workloads), key=lambda e: e.seconds) if sum(workloads.rows) else []
+        for workloads in lay_out(situation, model).workloads
     ]

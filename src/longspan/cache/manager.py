@@ -1,7 +1,7 @@
-"""The pages of all shards together: taking, sharing, letting go, reusing.
+"""The pages of all shards: allocation, sharing between requests, release and eviction.
 
-It owns reference counts and joins the pools with the prefix cache; it must not decide on which
-shard a page goes (placement does) nor know about ranks.
+It owns the reference counts, and connects the pools with the prefix cache and the offload index. It must not decide on
+which shard a page is placed (`placement.py` does), nor know about ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from longspan.errors import EngineError
 class CacheManager:
     """Pools, reference counts and prefix cache of one context group.
 
-    `pages_per_shard` may differ between shards; `offload` is where evicted pages go. All methods are O(pages touched).
+    A page is free (in its pool), held (by requests, or by a load in flight) or idle (held by nobody, but found by the
+    prefix cache). `pages_per_shard` may differ between shards. With `offload`, evicted pages are saved to other tiers.
+    All methods but `check_integrity` take time in proportion to the pages that they change.
     """
 
     def __init__(
@@ -32,8 +34,8 @@ class CacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix = PrefixCache(len(self.pools))
         self.offload = offload
-        self._holders: dict[PageRef, int] = {}
-        self._loading: set[PageRef] = set()
+        self._holders: dict[PageRef, int] = {}  # reference counts of held pages
+        self._loading: set[PageRef] = set()  # held by loads: of the next step, and of steps in flight
 
     @property
     def num_shards(self) -> int:
@@ -45,19 +47,22 @@ class CacheManager:
         return PageTable(self.page_size, self.num_shards)
 
     def available(self, shard: int) -> int:
-        """Pages of `shard` that can be taken now: free ones and idle cached ones."""
+        """Number of pages of `shard` that can be allocated now: free and idle ones."""
         return self.pools[shard].num_free + self.prefix.idle(shard)
 
     def total_available(self) -> int:
-        """Pages of all shards that can be taken now."""
+        """Number of pages of all shards that can be allocated now."""
         return sum(self.available(shard) for shard in range(self.num_shards))
 
     def used(self, shard: int) -> int:
-        """Pages of `shard` that requests hold."""
+        """Number of pages of `shard` that are held."""
         return self.pools[shard].num_pages - self.available(shard)
 
     def allocate(self, shard: int, after: int | None = None) -> PageRef:
-        """Take a page of `shard`, adjacent to `after` if possible, evicting the oldest idle one if need be."""
+        """Allocate a page of `shard`, the one after page `after` if it is free. Evicts the oldest idle page if needed.
+
+        Raises `KeyError` if no page is free or idle: check `available` first.
+        """
         pool = self.pools[shard]
         if not pool.num_free:
             evicted = self.prefix.evict(shard)
@@ -69,7 +74,7 @@ class CacheManager:
         return page
 
     def match(self, keys: Sequence[Key]) -> list[PageRef]:
-        """Hold and return the cached pages of the longest known prefix of `keys`."""
+        """The pages of the longest prefix of `keys` that is cached; the caller holds them from now on."""
         if not self.enable_prefix_caching:
             return []
         pages = list(self.prefix.lookup(keys))
@@ -79,7 +84,7 @@ class CacheManager:
         return pages
 
     def publish(self, key: Key, page: PageRef) -> None:
-        """Let other requests find a whole, computed page by its content."""
+        """Enter a full, computed page into the prefix cache, so that other requests find it by its key."""
         if self.enable_prefix_caching:
             self.prefix.register(key, page)
             if self.offload and self.prefix.holds(page):
@@ -92,25 +97,28 @@ class CacheManager:
 
     @property
     def is_loading(self) -> bool:
-        """Whether pages are being loaded, by a step in flight or the next one."""
+        """Whether a step in flight, or the next step, loads pages."""
         return bool(self._loading)
 
     def load(self, key: Key, shard: int, after: int | None) -> PageRef:
-        """Take a page of `shard` and have the next step fill it with a key that the offload index has."""
+        """Allocate a page of `shard`, which the next step loads from the tier where the offload index has `key`.
+
+        Raises `EngineError` without an offload index.
+        """
         if self.offload is None:
             raise EngineError("no page can be loaded: nothing is offloaded")
-        tier, slot = self.offload.hold(key)  # before allocating, which may evict it
+        tier, slot = self.offload.hold(key)  # before `allocate`, whose eviction may reuse the slot
         page = self.allocate(shard, after)
         self._loading.add(page)
         self.offload.load(PageLoad(page, tier, slot, key))
         return page
 
     def take_copies(self) -> tuple[tuple[PageSave, ...], tuple[PageLoad, ...]]:
-        """What the next step must copy between the device and other tiers."""
+        """The copies between the device and other tiers that the next step must make; they are returned once."""
         return self.offload.take() if self.offload else ((), ())
 
     def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
-        """A step has made these copies, except the `lost` loads: publish what it loaded."""
+        """A step has made these copies: publish the loaded pages. `lost` are the indices of loads that failed."""
         if self.offload:
             self.offload.settle(saves, loads, lost)
         for number, load in enumerate(loads):
@@ -121,7 +129,7 @@ class CacheManager:
         self.release(pages)
 
     def release(self, pages: Iterable[PageRef]) -> None:
-        """Let go of pages; give them in position order: the last ones are evicted first."""
+        """Stop holding pages, given in position order. Of those that become idle the last is evicted first."""
         for page in reversed(list(pages)):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -133,7 +141,7 @@ class CacheManager:
                 self.pools[page.shard].release(page.index)
 
     def check_integrity(self, tables: Iterable[PageTable]) -> None:
-        """Raise `EngineError` unless every page is held as the tables say, or idle, or free: one of the three."""
+        """Raise `EngineError` unless every page is either free, idle, or held as often as tables and loads say."""
         expected: dict[PageRef, int] = dict.fromkeys(self._loading, 1)
         for table in tables:
             for page in table.pages:

@@ -1,7 +1,7 @@
-"""Pages the device has no room for: which are in host memory and on disk, and what a step copies.
+"""Pages that were evicted from the device: which of them are in host memory and on disk, and what a step copies.
 
-It owns keys, slots, their order of eviction, and what loading costs; it must not copy anything, nor know who
-wants a page.
+It owns keys, slots, the order of eviction, and the measured cost of loads; it must not copy anything, nor know which
+request needs a page.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from enum import StrEnum
 from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 
-_TOKENS_TO_TRUST = 2048  # so many tokens, or pages, weigh as much as all that was measured before
-_PAGES_TO_TRUST = 64
-_FADES = 0.1
+_TOKENS_TO_TRUST = 2048  # a step with this many tokens weighs as much as all measurements before it
+_PAGES_TO_TRUST = 64  # the same for a step that loads pages
+_FADES = 0.1  # largest fraction by which a step that computes tokens lowers the measured time of loads
 
 
 class Tier(StrEnum):
-    """A place for pages beyond the device, the faster one first."""
+    """A storage tier for evicted pages, the fastest first."""
 
     MEMORY = "memory"
     DISK = "disk"
@@ -28,49 +28,67 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True)
 class Spill:
-    """What was in a memory slot goes to this slot on disk before it is overwritten."""
+    """The page in a host memory slot is copied to disk before a save overwrites the slot."""
 
+    # slot on disk
     slot: int
+    # key of the page that is moved
     key: Key
 
 
 @dataclass(frozen=True)
 class PageSave:
-    """A page is copied to a slot of `tier` before anything of the step overwrites it."""
+    """A page is copied from the device to a slot of another tier, before the step writes to the page."""
 
+    # the page on the device
     page: PageRef
+    # where it goes
     tier: Tier
+    # slot of this tier
     slot: int
+    # key of the page's content
     key: Key
+    # what becomes of the slot's old content; None if it is not kept
     spill: Spill | None = None
 
 
 @dataclass(frozen=True)
 class PageLoad:
-    """A page is filled from a slot of `tier` before anything of the step reads it."""
+    """A page is copied from a slot of another tier to the device, before the step reads the page."""
 
+    # the page on the device
     page: PageRef
+    # where its content is
     tier: Tier
+    # slot of this tier
     slot: int
+    # key of the content
     key: Key
 
 
 @dataclass(frozen=True)
 class OffloadCounters:
-    """Pages copied so far. `lost` were to be loaded, but were not as they had been saved: they are computed again."""
+    """Numbers of pages copied so far."""
 
+    # from the device to the first tier
     saved: int = 0
+    # from host memory to disk
     spilled_to_disk: int = 0
+    # from host memory to the device
     loaded_from_memory: int = 0
+    # from disk to the device
     loaded_from_disk: int = 0
+    # loads that found the page missing or damaged; such pages are computed again
     lost: int = 0
 
 
 @dataclass(frozen=True)
 class LoadRates:
-    """Seconds to compute a token and to load a page, as recent steps took them; what is not known counts as free."""
+    """What computing and loading took in recent steps. A rate that is not known yet counts as zero."""
 
+    # seconds to compute a token
     token: float | None = None
+    # seconds to load a page, by tier
     page: Mapping[Tier, float] = field(default_factory=dict)
 
     def pays(self, tier: Tier, page_size: int) -> bool:
@@ -78,13 +96,16 @@ class LoadRates:
         return self.token is None or self.page.get(tier, 0.0) < self.token * page_size
 
     def computed(self, tokens: int, seconds: float) -> LoadRates:
-        """With a step that computed `tokens`. What is known of loads fades: one slow one must not forbid all others."""
+        """The rates after a step that only computed `tokens` tokens.
+
+        The time of loads is lowered a little, so that one slow load does not prevent all later ones.
+        """
         weight = tokens / (tokens + _TOKENS_TO_TRUST)
         faded = {tier: page * (1 - _FADES * weight) for tier, page in self.page.items()}
         return LoadRates(_blend(self.token, seconds / tokens, weight), faded)
 
     def loaded(self, tier: Tier, pages: int, seconds: float) -> LoadRates:
-        """With a step that did nothing but load `pages`."""
+        """The rates after a step that only loaded `pages` pages from `tier`."""
         latest = _blend(self.page.get(tier), seconds / pages, pages / (pages + _PAGES_TO_TRUST))
         return replace(self, page={**self.page, tier: latest})
 
@@ -94,29 +115,29 @@ def _blend(known: float | None, latest: float, weight: float) -> float:
 
 
 class _Slots:
-    """The slots of one tier and their keys, the one used longest ago first.
+    """The slots of one tier and the keys in them, least recently used first.
 
-    A key is `busy` while a step in flight reads or writes its slot: nobody else may then, because ranks do not wait
-    for each other between steps.
+    A key is busy while a step in flight reads or writes its slot. A busy slot is not reused, because ranks do not wait
+    for each other between steps: a fast rank would overwrite what a slow one still has to read.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.busy: set[Key] = set()
-        self._free: list[int] = []  # given back
-        self._untouched = iter(range(count))
+        self._free: list[int] = []  # slots that were used and freed
+        self._untouched = iter(range(count))  # slots that were never used
         self._slot_of: OrderedDict[Key, int] = OrderedDict()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slot_of
 
     def use(self, key: Key) -> int:
-        """The slot of a key, which becomes the last to be evicted."""
+        """The slot of a key, which becomes the most recently used."""
         self._slot_of.move_to_end(key)
         return self._slot_of[key]
 
     def put(self, key: Key) -> tuple[int, Key | None] | None:
-        """A slot for a new key, busy from now on, and the key that leaves it. None if no slot can be had."""
+        """(slot, evicted key or None) for a new key, which is busy from now on; None if all slots are busy."""
         slot, victim = self._free.pop() if self._free else next(self._untouched, None), None
         if slot is None:
             victim = next((old for old in self._slot_of if old not in self.busy), None)
@@ -133,38 +154,39 @@ class _Slots:
 
 
 class OffloadIndex:
-    """Which key is in which slot of memory and disk; a key may be in both, and on the device too.
+    """Which key is in which slot of host memory and of disk. A key may be in both, and on the device too.
 
-    Pages evicted from the device go to memory, what memory has no room for to disk, what that has no room for is lost.
-    What must be copied is collected until `take`, and settled when the step that does it is committed.
+    A page that is evicted from the device is saved to host memory, and a page that is evicted from there is copied to
+    disk. If no slot can be had, the page is dropped. Copies are collected until `take` returns them for a step, and
+    `settle` is called when this step is committed.
     """
 
     def __init__(self, memory_slots: int, disk_slots: int) -> None:
         self.rates = LoadRates()
         self._tiers = {Tier.MEMORY: _Slots(memory_slots), Tier.DISK: _Slots(disk_slots)}
-        self._first = Tier.MEMORY if memory_slots else Tier.DISK
-        self._key_of: dict[PageRef, Key] = {}
-        self._saves: list[PageSave] = []
+        self._first = Tier.MEMORY if memory_slots else Tier.DISK  # where evicted pages are saved
+        self._key_of: dict[PageRef, Key] = {}  # of published pages on the device
+        self._saves: list[PageSave] = []  # of the next step, as are the loads
         self._loads: list[PageLoad] = []
         self._counts: Counter[str] = Counter()
 
     @property
     def counters(self) -> OffloadCounters:
-        """What was copied."""
+        """Numbers of pages copied so far."""
         return OffloadCounters(**self._counts)
 
     @property
     def loads_waiting(self) -> int:
-        """Loads that the next step will carry out."""
+        """Number of pages that the next step loads."""
         return len(self._loads)
 
     @property
     def copies_waiting(self) -> bool:
-        """Whether the next step has something to copy."""
+        """Whether the next step has pages to save or to load."""
         return bool(self._saves or self._loads)
 
     def find(self, key: Key) -> Tier | None:
-        """The fastest tier that has a key."""
+        """The fastest tier that has a key; None if no tier has it."""
         return next((tier for tier, slots in self._tiers.items() if key in slots), None)
 
     def is_busy(self, key: Key) -> bool:
@@ -172,18 +194,18 @@ class OffloadIndex:
         return any(key in slots.busy for slots in self._tiers.values())
 
     def published(self, key: Key, page: PageRef) -> None:
-        """A page of the device can be found by this key."""
+        """Note the key of a page on the device that has joined the prefix cache."""
         self._key_of[page] = key
 
     def evicted(self, page: PageRef) -> None:
-        """A published page leaves the device: it is saved unless the fastest tier has it already."""
+        """A published page is evicted from the device: save it, unless the first tier has it already."""
         key = self._key_of.pop(page)
         slots = self._tiers[self._first]
         if key in slots:
             slots.use(key)
             return
         placed = slots.put(key)
-        if placed is None:
+        if placed is None:  # all slots are busy: the page is dropped
             return
         slot, victim = placed
         spill = self._spill(victim) if victim is not None and self._first is Tier.MEMORY else None
@@ -191,23 +213,23 @@ class OffloadIndex:
         self._counts["saved"] += 1
 
     def hold(self, key: Key) -> tuple[Tier, int]:
-        """Where a key is that `find` has found; it stays there until a step with its `load` is settled."""
+        """(tier, slot) of a key that some tier has. The slot stays busy until the step that loads it is settled."""
         tier = Tier.MEMORY if key in self._tiers[Tier.MEMORY] else Tier.DISK
         self._tiers[tier].busy.add(key)
         return tier, self._tiers[tier].use(key)
 
     def load(self, load: PageLoad) -> None:
-        """Have the next step fill a page of the device with what is held."""
+        """Add a load to the next step; its slot must have been held."""
         self._loads.append(load)
 
     def take(self) -> tuple[tuple[PageSave, ...], tuple[PageLoad, ...]]:
-        """What the next step must copy: all saves first, then all loads."""
+        """(saves, loads) of the next step, which makes all saves before the loads. They are returned once."""
         saves, self._saves = tuple(self._saves), []
         loads, self._loads = tuple(self._loads), []
         return saves, loads
 
     def settle(self, saves: Sequence[PageSave], loads: Sequence[PageLoad], lost: Collection[int]) -> None:
-        """A step has copied these; `lost` are the numbers of loads whose page was not as it had been saved."""
+        """A step has made these copies. `lost` are the indices of loads that found the page missing or damaged."""
         for save in saves:
             self._tiers[save.tier].busy.discard(save.key)
             if save.spill:
@@ -219,13 +241,17 @@ class OffloadIndex:
                 self._tiers[load.tier].drop(load.key)
 
     def took(self, loads: Sequence[PageLoad], prefilled: int, decoded: int, seconds: float) -> None:
-        """A step with nothing beside it made these loads and computed these tokens: learn if it did one thing."""
+        """Update the rates from a step that ran alone, if it mostly prefilled without loads, or only loaded.
+
+        `prefilled` and `decoded` are the numbers of tokens that it computed; loads count if they are of one tier.
+        """
         if prefilled > decoded and not loads:
             self.rates = self.rates.computed(prefilled, seconds)
         elif not prefilled + decoded and len({load.tier for load in loads}) == 1:
             self.rates = self.rates.loaded(loads[0].tier, len(loads), seconds)
 
     def _spill(self, key: Key) -> Spill | None:
+        """How a page that leaves host memory gets to disk; None if disk has it already, or has no slot."""
         disk = self._tiers[Tier.DISK]
         if key in disk:
             return None

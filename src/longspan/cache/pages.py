@@ -1,7 +1,6 @@
-"""Pages: where tokens live (idea 1). The pool of one shard, and the page table of one request.
+"""Pages: the pool of one shard's free pages, and the page table of one request (idea 1 of docs/architecture.md).
 
-It owns page indices and the order of a request's pages; it must not know which rank computes
-what, nor hold any tensor.
+It owns page indices and the order of a request's pages; it must not know which rank computes what, nor hold tensors.
 """
 
 from __future__ import annotations
@@ -12,21 +11,25 @@ from typing import NamedTuple
 
 
 class PageRef(NamedTuple):
-    """A page: its shard (member of the context group) and its index in that shard's pool."""
+    """The address of a page."""
 
+    # member of the context group that stores it
     shard: int
+    # index in this shard's pool
     index: int  # type: ignore[assignment]
 
 
 class Span(NamedTuple):
-    """A run of adjacent slots (rows of a rank's pool)."""
+    """A run of adjacent slots of a shard. A slot is the place of one token: page index · page size + offset."""
 
+    # first slot
     slot: int
+    # number of slots
     length: int
 
 
 def clip_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
-    """The slots of tokens [start, stop), counted over `spans` one behind the other."""
+    """The slots of tokens [start, stop) of the concatenated `spans`. Tokens behind their end are ignored."""
     found: list[Span] = []
     at = 0
     for span in spans:
@@ -38,20 +41,20 @@ def clip_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
 
 
 class PagePool:
-    """The free pages of one shard, kept as runs so that a request's pages can be adjacent.
+    """The free pages of one shard, kept as runs of adjacent pages, so that a request's pages can be adjacent.
 
-    A request's next page is the one after its last wherever that is free; a request that starts
-    takes the middle of the longest free run, which leaves room behind it.
+    A request is given the page after its last one, if that is free. Otherwise, and when it starts, it is given the
+    middle of the longest free run, so that both it and the request before it have room to grow.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.num_free = num_pages
-        self._stop_of: dict[int, int] = {0: num_pages}
-        self._start_of: dict[int, int] = {num_pages: 0}
+        self._stop_of: dict[int, int] = {0: num_pages}  # free runs [start, stop), by start
+        self._start_of: dict[int, int] = {num_pages: 0}  # the same runs, by stop
 
     def allocate(self, after: int | None = None) -> int:
-        """Take a free page, the one behind page `after` if possible. Raises IndexError if none is free."""
+        """The index of a page that was free, the one after page `after` if possible. Raises IndexError if none is."""
         if not self.num_free:
             raise IndexError("no free page in this shard")
         if after is not None and after + 1 in self._stop_of:
@@ -61,7 +64,7 @@ class PagePool:
         return self._take(start, start if untouched else (start + stop) // 2)
 
     def release(self, index: int) -> None:
-        """Give a page back, joining the free runs beside it."""
+        """Free a page, and join it with the free runs on both sides."""
         start, stop = index, index + 1
         if start in self._start_of:
             start = self._start_of.pop(start)
@@ -73,10 +76,11 @@ class PagePool:
         self.num_free += 1
 
     def free_pages(self) -> set[int]:
-        """Every free index: for integrity checks."""
+        """The indices of all free pages, for integrity checks."""
         return {index for start, stop in self._stop_of.items() for index in range(start, stop)}
 
     def _take(self, run_start: int, index: int) -> int:
+        """Take page `index` out of the free run that begins at `run_start`."""
         stop = self._stop_of.pop(run_start)
         del self._start_of[stop]
         self._add_run(run_start, index)
@@ -91,17 +95,18 @@ class PagePool:
 
 
 class _ShardPages:
-    """One request's pages on one shard, in position order, with adjacent ones joined into runs."""
+    """One request's pages on one shard, in position order. Pages that are adjacent in the pool form runs."""
 
     __slots__ = ("last", "ordinals", "run_first", "run_index")
 
     def __init__(self) -> None:
-        self.ordinals: list[int] = []
-        self.run_first: list[int] = []  # how many of the shard's pages lie before each run
-        self.run_index: list[int] = []  # pool index of each run's first page
-        self.last = -2
+        self.ordinals: list[int] = []  # each page's number in the request's page table
+        self.run_first: list[int] = []  # for each run, how many of these pages come before it
+        self.run_index: list[int] = []  # for each run, the pool index of its first page
+        self.last = -2  # pool index of the last page; before the first page a value that none follows
 
     def append(self, ordinal: int, index: int) -> None:
+        """Add page number `ordinal` of the table, which has pool index `index`."""
         if index != self.last + 1:
             self.run_first.append(len(self.ordinals))
             self.run_index.append(index)
@@ -109,12 +114,13 @@ class _ShardPages:
         self.last = index
 
     def spans(self, tokens: int, page_size: int) -> tuple[Span, ...]:
+        """The slots of the first `tokens` tokens on the shard."""
         found: list[Span] = []
         for first, index in zip(self.run_first, self.run_index, strict=True):
             left = tokens - first * page_size
             if left <= 0:
                 break
-            if found:
+            if found:  # the run before was given all that was left: it ends where this run begins
                 before = found[-1]
                 found[-1] = Span(before.slot, before.length - left)
             found.append(Span(index * page_size, left))
@@ -124,8 +130,8 @@ class _ShardPages:
 class PageTable:
     """The pages of one request, in position order.
 
-    Position p lies in page number p // page_size of this list, at row p % page_size. Every question about
-    an owner is answered from the list; nothing is computed from a number of ranks.
+    Position p is in page number p // page_size of the list, at offset p % page_size. The shard of a position is read
+    from the list, and never computed from a number of ranks.
     """
 
     def __init__(self, page_size: int, num_shards: int) -> None:
@@ -134,49 +140,49 @@ class PageTable:
         self._shards = [_ShardPages() for _ in range(num_shards)]
 
     def append(self, page: PageRef) -> None:
-        """Add the page that holds the next `page_size` positions."""
+        """Append the page of the next `page_size` positions."""
         self._shards[page.shard].append(len(self.pages), page.index)
         self.pages.append(page)
 
     def extend(self, pages: Sequence[PageRef]) -> None:
-        """Add several pages."""
+        """Append several pages, in position order."""
         for page in pages:
             self.append(page)
 
     def count(self, shard: int) -> int:
-        """How many pages of this request lie on `shard`."""
+        """Number of this request's pages on `shard`."""
         return len(self._shards[shard].ordinals)
 
     def last_index(self, shard: int) -> int | None:
-        """Pool index of this request's latest page on `shard`."""
+        """Pool index of this request's last page on `shard`; None if it has none there."""
         pages = self._shards[shard]
         return pages.last if pages.ordinals else None
 
     def shard_of(self, position: int) -> int:
-        """The shard that holds `position`."""
+        """The shard that stores `position`."""
         return self.pages[position // self.page_size].shard
 
     def visible(self, shard: int, until: int) -> int:
-        """How many of `shard`'s tokens have a position below `until`.
+        """Number of the request's tokens on `shard` with a position below `until`.
 
-        A shard's pages are in position order, so they are its first ones.
+        A shard's pages are kept in position order, so these tokens are a prefix of the shard's tokens.
         """
         ordinals = self._shards[shard].ordinals
         if not ordinals:
             return 0
         page, rest = divmod(until, self.page_size)
-        if page > ordinals[-1]:  # a decode sees them all: no search in a long context
+        if page > ordinals[-1]:  # a decode row sees all of them: skip the search
             return len(ordinals) * self.page_size
         whole = bisect_left(ordinals, page)
         partly = rest if whole < len(ordinals) and ordinals[whole] == page else 0
         return whole * self.page_size + partly
 
     def spans(self, shard: int, until: int) -> tuple[Span, ...]:
-        """The slots of `shard` that hold positions below `until`, in position order, as adjacent runs."""
+        """The slots of the positions below `until` on `shard`, in position order."""
         return self._shards[shard].spans(self.visible(shard, until), self.page_size)
 
     def slots(self, shard: int, start: int, stop: int) -> list[tuple[int, Span]]:
-        """Where positions [start, stop) that lie on `shard` go: (offset from `start`, slots)."""
+        """The slots of those positions in [start, stop) that are on `shard`, as (offset from `start`, slots)."""
         found: list[tuple[int, Span]] = []
         position = start
         while position < stop:

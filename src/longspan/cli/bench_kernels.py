@@ -72,17 +72,19 @@ def attention_kernel(
     whole = sizes["whole"] if shared_context is None else shared_context
     require(shards >= 1, "shards", shards, "must be at least 1", "give 1 or more")
     require(whole == 0 or whole >= shards, "shared_context", whole, "is less than a token a shard", "give more, or 0")
-    from longspan.bench.kernels.attention import Scene, run_scenes, run_shards
+    from longspan.bench.kernels.attention import AttentionCase, run_scenes, run_shards
 
     def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
         rows: list[KernelRow] = []
         shared: dict[str, Any] = {}
         for of in found:
             for name in stored:
-                rows += run_scenes(harness, "decode", [Scene(of, name, b, 1, c) for c in contexts for b in batches])
-                rows += run_scenes(harness, "prefill", [Scene(of, name, 1, new, c) for new, c in pairs])
+                rows += run_scenes(
+                    harness, "decode", [AttentionCase(of, name, b, 1, c) for c in contexts for b in batches]
+                )
+                rows += run_scenes(harness, "prefill", [AttentionCase(of, name, 1, new, c) for new, c in pairs])
                 if whole:
-                    parts, shares = run_shards(harness, Scene(of, name, 1, 1, whole), shards)
+                    parts, shares = run_shards(harness, AttentionCase(of, name, 1, 1, whole), shards)
                     rows += parts
                     shared |= {f"{of.name} {name} {backend}": _plain(share) for backend, share in shares.items()}
         return rows, {"shards": shards, "shared": shared}

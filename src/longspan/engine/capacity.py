@@ -26,7 +26,7 @@ from longspan.models.mlp import GatedMLP
 from longspan.models.moe import ExpertRouter
 from longspan.models.params import Extent, Param
 from longspan.models.registry import BuildModel
-from longspan.models.shapes import asked_by
+from longspan.models.shapes import requests_of
 from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
@@ -108,7 +108,7 @@ class RankMemory:
     @cached_property
     def attention(self) -> WeightPart:
         """Projections of one layer's attention on one rank. q, k and v are computed in one product."""
-        products = asked_by(lambda context: build_attention(self.model, 0, "", context)).matrices
+        products = requests_of(lambda context: build_attention(self.model, 0, "", context)).matrices
         return WeightPart(self._held(chain(*products)), self.weights.attention, len(products))
 
     @cached_property
@@ -219,7 +219,7 @@ class RankMemory:
             )  # fmt: skip
 
     def _part(self, build: Callable[[LayerContext], object], element_bytes: float) -> WeightPart:
-        asked = asked_by(build)
+        asked = requests_of(build)
         return WeightPart(self._held(asked.params), element_bytes, len(asked.matrices))
 
     def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> WeightPart:
@@ -237,7 +237,7 @@ class RankMemory:
     def _bytes_as_built(self, rank: int) -> float:
         """Bytes of a rank's weights in a family with layers of its own, all of them in the dtype of activations."""
         extent = self._extent(rank)
-        asked = asked_by(lambda context: self.build(self.model, context, torch.float32), extent)
+        asked = requests_of(lambda context: self.build(self.model, context, torch.float32), extent)
         return _elements(set(asked.params), extent) * self.weights.embedding
 
     def _extent(self, rank: int) -> Extent:

@@ -1,6 +1,6 @@
-"""What a model is given from outside (attention, its groups, a loader of its weights), and what it gives.
+"""The interfaces between a model and the engine: what a model is built from, what it calls, and what it provides.
 
-It owns these interfaces; models know ranks through nothing else, and not even through them.
+It owns these interfaces. They hide all ranks: a model knows attention, two groups and a loader, and no rank's number.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from longspan.models.params import Param
 
 
 class TensorParallel(Protocol):
-    """The group over which heads, feed-forward width and vocabulary are split."""
+    """The group over which heads, the feed-forward width and the vocabulary are split."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the group. The input is given away: it must not be written to afterwards."""
+        """The sum of x over the group, in any one shape. The caller must not write to x afterwards."""
 
     def all_gather_last(self, x: Tensor) -> Tensor:
-        """The members' tensors concatenated along the last dimension, which may be uneven."""
+        """The members' tensors concatenated along the last dimension, whose sizes may differ."""
 
 
 class ExpertParallel(Protocol):
@@ -32,47 +32,52 @@ class ExpertParallel(Protocol):
     def apply(
         self, x: Tensor, experts: Tensor, weights: Tensor, compute: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Weighted sums [T, hidden] of the experts [T, k] (int64) that rows x [T, hidden] chose, with weights [T, k].
+        """x [T, hidden], experts [T, k] int64, weights [T, k] → [T, hidden]: the weighted sum over each row's experts.
 
-        `compute` sums those of its rows' choices that are held here; all such sums of a row are added up.
+        `compute(x, experts, weights)` gives the part of this sum that comes from the experts held here.
         """
 
 
 class Attend(Protocol):
-    """Attention of one step."""
+    """The attention of one step, in all layers."""
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, Hq, Dq], k and v [T, Hkv, D] of this step's own rows, after rope → [T, Hq, value dim].
+        """q [T, Hq, Dq] after rope, k and v [T, Hkv, D] → [T, Hq, Dv]; rows are this rank's tokens of the step.
 
-        In a latent layer k and v are its cache rows, as wide as `layer.latent.absorb` makes queries.
+        In a layer with latent attention k and v are both the token's cache row, and Dq is the width before absorption.
         """
 
 
 class Linear(Protocol):
-    """The weight of a product, in whatever form it is kept."""
+    """A product with a weight, in whichever format the weight is stored."""
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
 
 
 class Loader(Protocol):
-    """Weights by parameter: what is returned is the part this model instance is to hold, on `device`."""
+    """Gives a model its parameters: of each the part that this rank holds."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of all returned tensors."""
+        ...
 
     def load(self, *params: Param) -> Tensor:
-        """The parameter; several are concatenated along dim 0."""
+        """The parameter, or several parameters concatenated along dimension 0."""
 
     def linear(self, *params: Param) -> Linear:
-        """The parameter, or several concatenated along their rows, for products only."""
+        """The product with a parameter, or with several concatenated along dimension 0.
+
+        It may keep the weight in a format that only serves products.
+        """
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
-        """(start, stop) of the part of a logical axis of whole size `size`."""
+        """(start, stop) of the part of a logical axis of `size` items that this rank holds."""
 
 
 class Alone:
-    """The groups of a model that has no peers: a TP group of one, and all experts held here."""
+    """The groups of a model on a single rank: a TP group of one, and a rank that holds all experts."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `TensorParallel.all_reduce`."""
@@ -91,31 +96,34 @@ class Alone:
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What every layer is built from and talks to."""
+    """What every layer is built from."""
 
+    # gives the parameters
     loader: Loader
+    # the TP group
     tp: TensorParallel = field(default_factory=Alone)
+    # the group over which experts are split
     experts: ExpertParallel = field(default_factory=Alone)
 
 
 class Model(Protocol):
-    """A decoder, or the run of its layers that its loader gives, with the ends that belong to them."""
+    """A decoder, or the part of one on a pipeline stage: the layers that its loader gives."""
 
     @property
     def hidden_size(self) -> int:
-        """Width of the hidden states that go from one run of layers to the next."""
+        """Width of the hidden states."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of hidden states."""
+        """Dtype of the hidden states."""
 
     @property
     def embedding(self) -> Callable[[Tensor], Tensor] | None:
-        """int64 token ids [T] → hidden states [T, hidden]; None where the first layer is not held."""
+        """int64 token ids [T] → hidden states [T, hidden]; None on a stage without the first layer."""
 
     @property
     def head(self) -> Callable[[Tensor], Tensor] | None:
-        """[R, hidden] → fp32 logits [R, vocab]; None where the last layer is not held."""
+        """Hidden states [T, hidden] → fp32 logits [T, vocab]; None on a stage without the last layer."""
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""
+        """Apply the layers of this stage: x [T, hidden], of tokens at int64 `positions` [T] → [T, hidden]."""

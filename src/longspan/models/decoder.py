@@ -1,7 +1,7 @@
-"""A decoder: embedding, layers of attention and MLP, final norm, logits.
+"""A pre-norm decoder: embedding, layers of attention and MLP, final norm, logits.
 
-It owns the order of the layers and their names on the hub; it knows its weights only as what a loader
-gives, and other ranks not at all.
+It owns the order of the layers and the names of their parameters. It gets its weights from a loader, and must not know
+about other ranks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ _EMBEDDING = "model.embed_tokens.weight"
 def build_attention(
     config: ModelConfig, layer: int, prefix: str, context: LayerContext
 ) -> GroupedQueryAttention | MultiHeadLatentAttention:
-    """A layer's attention, of the kind the configuration asks for."""
+    """The attention of a layer: grouped-query, or latent if the configuration has `mla`."""
     kind = MultiHeadLatentAttention if config.mla else GroupedQueryAttention
     return kind(config, layer, prefix, context)
 
 
 class _Layer:
+    """Attention and an MLP or a mixture, each behind a norm and with a residual."""
+
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         prefix, moe = f"model.layers.{layer}", config.moe
         self._attention = build_attention(config, layer, f"{prefix}.self_attn", context)
@@ -43,12 +45,13 @@ class _Layer:
         self._between = _norm(config, f"{prefix}.post_attention_layernorm.weight", context)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden] → [T, hidden]; cos and sin are `Rotary.table`'s."""
         x = x + self._attention(self._before(x), cos, sin, attend)
         return x + self._mlp(self._between(x))
 
 
 class Embedding:
-    """Token ids → hidden states: what comes before the first layer."""
+    """The embedding, before the first layer, with this rank's part of the vocabulary."""
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         self._tp = context.tp
@@ -61,7 +64,7 @@ class Embedding:
 
 
 class Head:
-    """Hidden states → logits: what comes after the last layer."""
+    """The final norm and the output head, after the last layer."""
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         self._tp = context.tp
@@ -69,12 +72,12 @@ class Head:
         self._table = _table(config, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight", context)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] → fp32 logits [R, vocab]."""
+        """hidden [T, hidden] → fp32 logits [T, vocab], of the whole vocabulary."""
         return self._tp.all_gather_last(table_product(self._norm(hidden), self._table).float())
 
 
 class DecoderModel:
-    """A decoder, or the run of its layers that its loader gives, with the ends that belong to them."""
+    """A decoder, or the part of one on a pipeline stage: see `Model`."""
 
     def __init__(self, config: ModelConfig, context: LayerContext, dtype: torch.dtype) -> None:
         first, stop = context.loader.extent("layers", config.num_layers)
@@ -86,7 +89,7 @@ class DecoderModel:
         self._rotary = Rotary(config.rope, config.rotary_dim, dtype, context.loader.device)
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, hidden] of tokens at int64 positions [T] through the layers held here."""
+        """See `Model.layers`."""
         cos, sin = self._rotary.table(positions)
         for layer in self._layers:
             x = layer(x, cos, sin, attend)
@@ -94,8 +97,10 @@ class DecoderModel:
 
 
 def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
+    """This rank's part [tokens, hidden] of a table with a row for each token of the vocabulary."""
     return context.loader.load(Param(name, (config.vocab_size, config.hidden_size), ("vocab", None)))
 
 
 def _norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:
+    """A norm over the hidden states."""
     return RMSNorm(context.loader.load(Param(name, (config.hidden_size,), (None,))), config.rms_norm_eps)

@@ -1,6 +1,6 @@
 """DeepSeek-V2, V2-Lite, V3 and R1, and Kimi-K2, which has V3's architecture.
 
-It owns what their configuration files say: latent attention, first layers dense, the others mixtures.
+It owns the reading of their configuration files: latent attention, the first layers dense, the others mixtures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ARCHITECTURES = (_V2, _V3)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; the cache has one head, as wide as latent and rotary key."""
+    """The configuration. The cache has one KV head, whose rows are latent and rotary key."""
     fields = Fields(values)
     rank = fields.get("q_lora_rank")
     mla = MLAConfig(

@@ -1,6 +1,6 @@
-"""One expert of a mixture: its tensors, and what it computes.
+"""One expert of a mixture: its weights, and its computation.
 
-It owns the two ways in which checkpoints hold experts; it must not know which rows come to it.
+It owns the two ways in which checkpoints store experts; it must not know which rows are routed to an expert.
 """
 
 from __future__ import annotations
@@ -15,35 +15,40 @@ from longspan.models.context import Linear, Loader
 from longspan.models.mlp import swiglu
 from longspan.models.params import Param
 
-_SWISH_SLOPE = 1.702  # of gpt-oss's gate
+_SWISH_SLOPE = 1.702  # in the gate of gpt-oss
 
 
 @dataclass(frozen=True)
 class Expert:
     """down(activation(gate(x), up(x)))."""
 
-    gate_up: Linear  # hidden → gate and up
+    # hidden → gate and up
+    gate_up: Linear
+    # intermediate → hidden
     down: Linear
+    # [gate and up]
     gate_up_bias: Tensor | None = None
+    # [hidden]
     down_bias: Tensor | None = None
-    limit: float | None = None  # of gpt-oss's clamped activation
+    # limit of gpt-oss's clamped activation; None for SwiGLU
+    limit: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[R, hidden] → [R, hidden]."""
+        """x [T, hidden] → [T, hidden]."""
         gate_up = self.gate_up(x, self.gate_up_bias)
         inner = swiglu(gate_up) if self.limit is None else clamped_swiglu(gate_up, self.limit)
         return self.down(inner, self.down_bias)
 
 
 def routed_expert(moe: MoEConfig, hidden: int, prefix: str, loader: Loader, expert: int) -> Expert:
-    """An expert from tensors of its own, or from its part of those that hold all experts."""
+    """Expert number `expert`, from tensors of its own or from its entry in stacked tensors."""
     if moe.stacked:
         return _stacked(moe, hidden, f"{prefix}.experts", expert, loader)
     return _separate(hidden, moe.intermediate_size, f"{prefix}.experts.{expert}", moe.names, None, loader)
 
 
 def shared_expert(moe: MoEConfig, hidden: int, prefix: str, loader: Loader) -> Expert:
-    """The expert that every row goes through."""
+    """The expert that computes every row, split by width over the TP group."""
     names = ("gate_proj", "up_proj", "down_proj")
     return _separate(hidden, moe.shared_intermediate_size, f"{prefix}.shared_experts", names, "shared_ffn", loader)
 
@@ -74,6 +79,9 @@ def _stacked(moe: MoEConfig, hidden: int, name: str, expert: int, loader: Loader
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """gpt-oss: both clamped, gate · sigmoid(1.702 · gate) · (up + 1); gate and up are interleaved."""
+    """gate_up [T, 2 · width], gate and up interleaved → gate · sigmoid(1.702 · gate) · (up + 1) [T, width] (gpt-oss).
+
+    Before that gate is clamped to at most `limit`, and up to [-limit, limit].
+    """
     gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(_SWISH_SLOPE * gate) * (up + 1)

@@ -1,6 +1,6 @@
-"""gpt-oss: windowed and full layers in turn, a sink a head, mixtures whose experts lie in stacked tensors.
+"""gpt-oss: alternating windowed and full layers, a sink for each head, experts in stacked tensors.
 
-It owns what their configuration files say and their names.
+It owns the reading of their configuration files, and parameter names that differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ARCHITECTURES = ("GptOssForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; layers are windowed from the first on unless `layer_types` says otherwise."""
+    """The configuration. Without `layer_types` layers 0, 2, 4 ... have a window."""
     fields = Fields(values)
     layers = range(fields.size("num_hidden_layers"))
     types = fields.get("layer_types") or [("sliding_attention", "full_attention")[layer % 2] for layer in layers]

@@ -1,6 +1,6 @@
 """Grouped-query attention of one layer: projections, q/k norm, rope.
 
-It owns the way from hidden states to q, k, v and back; attention itself is handed in.
+It owns the projections between hidden states and heads; attention itself is passed in by the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longspan.models.rope import apply_rope
 
 
 class GroupedQueryAttention:
-    """One layer's attention on the heads its loader gives."""
+    """The attention of one layer, on the heads that its loader gives."""
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, context: LayerContext) -> None:
         load, linear, extent = context.loader.load, context.loader.linear, context.loader.extent
@@ -48,7 +48,8 @@ class GroupedQueryAttention:
         self._q_heads, self._kv_heads = q_stop - q_start, kv_stop - kv_start
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
+        """x [T, hidden] → [T, hidden], summed over the TP group; cos and sin [T, 1, rotary dim]."""
+        # [T, Hq + 2 · Hkv, D]: queries, keys, values. Without a norm q and k are rotated together
         heads = self._qkv(x, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
         rotated, v = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
         if self._norms is None:

@@ -1,6 +1,6 @@
-"""The building blocks: norm, matrix products, embedding.
+"""The parts that layers are made of: norm, matrix products, embedding.
 
-It owns how they are computed on the device at hand; it must not know which slice of a weight it holds.
+It owns how they are computed on each device; it must not know which slice of a weight it holds.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 
 class DenseLinear:
-    """x [T, in] → x · weight [out, in]ᵀ + bias [out].
+    """x [T, in] → x · weight [out, in]ᵀ + bias [out], in the dtype of the weight.
 
-    On a CPU an fp32 weight is repacked into oneDNN's blocked layout where this PyTorch has it. Measured on two
-    cores, 30 layers of SmolLM2 in fp32, plain and packed: 256 rows 435 and 348 ms, 8 rows 46 and 30 ms, one row
-    38 and 25 ms.
+    On a CPU an fp32 weight is repacked into oneDNN's blocked layout, if this PyTorch supports it. Measured with the 30
+    layers of SmolLM2 in fp32 on two cores, plain and packed: 256 rows 435 and 348 ms, 8 rows 46 and 30 ms, one row 38
+    and 25 ms.
     """
 
     def __init__(self, weight: Tensor, pack: bool = True) -> None:
@@ -24,7 +24,7 @@ class DenseLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product, in the weight's dtype."""
+        """x [T, in] → [T, out]."""
         if not self._packed:
             return F.linear(x, self._weight, bias)
         if not x.shape[0]:
@@ -34,7 +34,7 @@ class DenseLinear:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this PyTorch, on this device and dtype, has the packed product."""
+    """Whether this PyTorch has the packed product for a weight of this device and dtype."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -45,10 +45,10 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def table_product(x: Tensor, table: Tensor) -> Tensor:
-    """x [T, in] · table [out, in]ᵀ for a table that must stay as it is, since its rows are also looked up.
+    """x [T, in] · table [out, in]ᵀ → [T, out], for an embedding table: it cannot be repacked, as rows are looked up.
 
-    On a CPU the transposed product reads an fp32 table faster (SmolLM2's, two cores: 8 rows in 9 instead of 17 ms),
-    and two equal rows faster than one (3.5 instead of 11 ms).
+    On a CPU in fp32 the transposed product is faster (SmolLM2's table on two cores: 8 rows in 9 instead of 17 ms). One
+    row is computed twice, since a product of two rows is faster than one of a single row (3.5 instead of 11 ms).
     """
     rows = x.shape[0]
     if rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -66,7 +66,7 @@ class RMSNorm:
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] → [T, hidden]."""
+        """x [..., width] → the same shape and dtype; width is the size of the weight."""
         if not x.shape[0]:
             return x
         if x.dtype == torch.float32:
@@ -77,7 +77,10 @@ class RMSNorm:
 
 
 def embed(token_ids: Tensor, weight: Tensor, first: int) -> Tensor:
-    """Rows of a table that holds tokens [first, first + rows); zeros for tokens outside."""
+    """int64 token_ids [T] → [T, hidden]: rows of `weight`, the part [first, first + rows) of the vocabulary.
+
+    Token ids outside this part give zeros, so that the sum over the TP group is the embedding.
+    """
     local = token_ids - first
     outside = (local < 0) | (local >= weight.shape[0])
     rows = F.embedding(local.masked_fill(outside, 0), weight)

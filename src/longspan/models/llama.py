@@ -1,6 +1,6 @@
-"""Llama 2 and 3, SmolLM2, Mistral: rotary, grouped-query attention, SwiGLU, optional biases; Mistral has windows.
+"""Llama 2 and 3, SmolLM2 and Mistral: grouped-query attention with rope, SwiGLU, optional biases; windows in Mistral.
 
-It owns what their configuration files say; the layers are the decoder's.
+It owns the reading of their configuration files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ARCHITECTURES = ("LlamaForCausalLM", _MISTRAL)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; Llama's `attention_bias` covers the output projection too."""
+    """The configuration. Llama's `attention_bias` includes the output projection."""
     windows = read_windows(Fields(values), _MISTRAL_WINDOW) if architecture == _MISTRAL else ()
     bias = bool(values.get("attention_bias", False))
     return read_config(

@@ -1,6 +1,6 @@
 """Mixtral: Llama's layers with a mixture of experts in place of every MLP.
 
-It owns what their configuration files say and their names.
+It owns the reading of their configuration files, and parameter names that differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ARCHITECTURES = ("MixtralForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; every layer has a mixture, its weights renormalised over the chosen experts."""
+    """The configuration. Every layer has a mixture, with weights normalised over the chosen experts."""
     fields = Fields(values)
     moe = MoEConfig(
         num_experts=fields.size("num_local_experts"),

@@ -1,7 +1,7 @@
-"""Multi-head latent attention of one layer (DeepSeek-V2, 2024), absorbed and expanded.
+"""Multi-head latent attention of one layer (DeepSeek-V2, 2024), absorbed or expanded.
 
-It owns the way from hidden states to latent queries, cache rows and back; attention itself is handed in and
-sees one KV head whose rows are latent and rotary key, so every schedule that serves MQA serves MLA.
+It owns the projections between hidden states, queries and cache rows. Attention itself is passed in by the caller. It
+sees one KV head, whose rows are latent and rotary key, so every schedule that serves multi-query attention serves MLA.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
 
-_LATENT_NORM_EPS = 1e-6  # of the norms inside MLA, whatever the configuration says of the others
+_LATENT_NORM_EPS = 1e-6  # of the two norms inside MLA; `rms_norm_eps` is that of the other norms
 
 
 class MultiHeadLatentAttention:
-    """One layer's attention on the query heads its loader gives; the latent is computed whole on every rank."""
+    """The attention of one layer, on the query heads that its loader gives. The latent is computed on every rank."""
 
     def __init__(self, config: ModelConfig, layer: int, prefix: str, context: LayerContext) -> None:
         if config.mla is None:
@@ -53,19 +53,19 @@ class MultiHeadLatentAttention:
         self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, width), (None, "q_heads"), mla.value_dim))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
+        """x [T, hidden] → [T, hidden], summed over the TP group; cos and sin [T, 1, rope_dim]."""
         row = self._cache_row(x, cos, sin)
         values = attend(self._layer, self._queries(x, cos, sin), row, row)
         out = values.reshape(x.shape[0], self._heads * self._mla.value_dim)
         return self._tp.all_reduce(self._o(out))
 
     def _cache_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Latent and rotary key [T, 1, kv_lora_rank + rope]."""
+        """x [T, hidden] → cache rows [T, 1, kv_lora_rank + rope_dim]: latent, then rotary key."""
         latent, key = self._kv_a(x).tensor_split([self._mla.kv_lora_rank], dim=-1)
         return torch.cat((self._kv_norm(latent)[:, None], self._rotated(key[:, None], cos, sin)), dim=-1)
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[T, H, query_dim + rope_dim]: first what has no position."""
+        """x [T, hidden] → queries [T, Hq, query_dim + rope_dim]: the part without position, then the rotated part."""
         if self._q_a and self._q_norm:
             x = self._q_norm(self._q_a(x))
         queries = self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
@@ -73,14 +73,21 @@ class MultiHeadLatentAttention:
         return torch.cat((plain, self._rotated(rotary, cos, sin)), dim=-1)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rope; interleaved pairs are first brought into halves, which changes no dot product of two rotated rows."""
+        """Rope on x [T, H, rope_dim].
+
+        Interleaved pairs are first reordered for the rotate-half convention. Queries and keys are reordered alike, so
+        their products do not change.
+        """
         if self._mla.interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # type: ignore[no-untyped-call]
         return apply_rope(x, cos, sin)
 
 
 class LatentSpace:
-    """The maps of one layer's heads between latents, keys and values: see `Latent`."""
+    """The linear maps of one layer's heads between latents, keys and values: see `Latent`.
+
+    `to_key` is [Hq, query_dim, kv_lora_rank], `to_value` [Hq, value_dim, kv_lora_rank].
+    """
 
     def __init__(self, mla: MLAConfig, to_key: Tensor, to_value: Tensor) -> None:
         self.value_dim = mla.value_dim
@@ -88,12 +95,12 @@ class LatentSpace:
         self._to_key, self._to_value = to_key, to_value
 
     def absorb(self, q: Tensor) -> Tensor:
-        """[T, H, query + rope] → [T, H, latent + rope]."""
+        """See `Latent.absorb`: q [T, Hq, query_dim + rope_dim] → [T, Hq, kv_lora_rank + rope_dim]."""
         plain, rotary = q.tensor_split([self._mla.query_dim], dim=-1)
         return torch.cat((torch.bmm(plain.transpose(0, 1), self._to_key).transpose(0, 1), rotary), dim=-1)
 
     def expand(self, rows: Tensor) -> Tensor:
-        """[T, latent + rope] → keys and values [2, H, T, query + rope]."""
+        """See `Latent.expand`: rows [T, kv_lora_rank + rope_dim] → [2, Hq, T, query_dim + rope_dim]."""
         mla, heads = self._mla, self._to_key.shape[0]
         latent, rotary = rows.tensor_split([mla.kv_lora_rank], dim=-1)
         expanded = rows.new_empty(2, heads, len(rows), mla.query_dim + mla.rope_dim)
@@ -104,6 +111,6 @@ class LatentSpace:
         return expanded
 
     def values(self, latents: Tensor) -> Tensor:
-        """[T, H, latent] → [T, H, value]."""
+        """See `Latent.values`: latents [T, Hq, kv_lora_rank] → [T, Hq, value_dim]."""
         heads_first = latents.to(self._to_value.dtype).transpose(0, 1)
         return torch.bmm(heads_first, self._to_value.transpose(1, 2)).transpose(0, 1).to(latents.dtype)

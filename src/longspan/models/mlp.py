@@ -1,6 +1,6 @@
 """The gated feed-forward layer (SwiGLU, Shazeer 2020).
 
-It owns its three projections; it must not know how wide its slice is.
+It owns the layer's three projections; it must not know which slice of the width it holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from longspan.models.params import Param
 
 
 class GatedMLP:
-    """down(silu(gate(x)) · up(x)) on the part of the width its loader gives."""
+    """down(silu(gate(x)) · up(x)), on the slice of the width that its loader gives."""
 
     def __init__(self, config: ModelConfig, prefix: str, context: LayerContext) -> None:
         load, linear = context.loader.load, context.loader.linear
@@ -36,6 +36,6 @@ class GatedMLP:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [R, gate | up] (Shazeer 2020)."""
+    """gate_up [T, 2 · width], gate before up → silu(gate) · up [T, width] (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -1,6 +1,6 @@
-"""A mixture of experts: a router, the experts held here, and the shared expert.
+"""A mixture of experts: a router, the experts that this rank holds, and the shared expert.
 
-It owns routing; which experts a rank holds is what its loader says, and what an expert is `experts` knows.
+It owns routing. The loader decides which experts a rank holds, and `experts.py` knows what an expert computes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longspan.models.params import Param
 
 
 class ExpertRouter:
-    """Which experts each row goes to: computed in fp32, whole on every rank."""
+    """Which experts each row is routed to. Computed in fp32, and not sharded."""
 
     def __init__(self, moe: MoEConfig, hidden: int, prefix: str, loader: Loader) -> None:
         name, count = f"{prefix}.{moe.router}", moe.num_experts
@@ -30,12 +30,12 @@ class ExpertRouter:
             self._correction = loader.load(Param(f"{name}.e_score_correction_bias", (count,), (None,), exact=True))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, hidden] → (experts [T, k] int64, their weights [T, k] fp32)."""
+        """x [T, hidden] → (experts [T, k] int64, weights [T, k] fp32), with k experts for each token."""
         return route(F.linear(x.float(), self._weight, self._bias), self._correction, self._moe)
 
 
 class MixtureOfExperts:
-    """The experts in its loader's extent; rows reach all experts through the expert group."""
+    """The experts that its loader gives. Rows are sent to the other experts through the expert group."""
 
     def __init__(self, moe: MoEConfig, hidden: int, prefix: str, context: LayerContext) -> None:
         loader = context.loader
@@ -47,12 +47,15 @@ class MixtureOfExperts:
         self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] → [T, hidden]."""
+        """x [T, hidden] → [T, hidden], summed over the TP group."""
         out = self._group.apply(x, *self._router(x), self._sum)
         return self._tp.all_reduce(out if self._shared is None else out.add_(self._shared(x)))
 
     def _sum(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """What the experts held here add to rows x [R, hidden] that chose `experts` [R, k] with `weights`."""
+        """The weighted sum [T, hidden] over the experts held here, of x [T, hidden].
+
+        `experts` [T, k] int64 and `weights` [T, k] are the routing of these rows.
+        """
         out = torch.zeros_like(x)
         for expert, compute in self._experts.items():
             rows, choices = torch.where(experts == expert)
@@ -62,16 +65,17 @@ class MixtureOfExperts:
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
-    """(experts [T, k] int64, their weights [T, k] fp32) of router logits [T, E].
+    """Router logits [T, E] fp32 → (experts [T, k] int64, weights [T, k] fp32), as `moe.scoring` says.
 
-    DeepSeek-V3 (2024, eqs. 12-16): the correction bias counts for the choice, not for the weight.
+    `bias` [E] is DeepSeek-V3's correction bias (2024, eqs. 12-16): it is added to the scores for the choice of experts,
+    and not for their weights.
     """
     if moe.scoring == "softmax_of_chosen":
         chosen = logits.topk(moe.experts_per_token, dim=-1)
         return chosen.indices, chosen.values.softmax(-1)
     scores = logits.softmax(-1) if moe.scoring == "softmax" else logits.sigmoid()
     merit = scores if bias is None else scores + bias
-    if moe.num_groups > 1:
+    if moe.num_groups > 1:  # experts outside the best groups cannot be chosen
         grouped = merit.unflatten(-1, (moe.num_groups, -1))  # type: ignore[no-untyped-call]
         group_merit = grouped.topk(moe.group_top, dim=-1).values.sum(-1)
         best = group_merit.topk(moe.groups_per_token, dim=-1, sorted=False).indices

@@ -1,6 +1,6 @@
-"""A parameter as the hub has it, and which of its dimensions are logical axes that may be sharded.
+"""A parameter as it is stored in a checkpoint, and which of its dimensions are logical axes that may be sharded.
 
-It owns `Param` and the check of a checkpoint against a model's list; it must not know who shards what.
+It owns `Param` and the comparison of a checkpoint with a model's parameters; it must not know how axes are sharded.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
 Bounds = tuple[tuple[int, int], ...]  # [start, stop) of each dimension
-Extent = Callable[[str, int], tuple[int, int]]  # (start, stop) of the part of a logical axis of so many
+Extent = Callable[[str, int], tuple[int, int]]  # (name, size) of a logical axis → (start, stop) of the part held
 
 
 class Param(NamedTuple):
-    """A tensor of a checkpoint, or an entry of one."""
+    """A tensor of a checkpoint, or one entry of a stacked tensor."""
 
-    name: str  # on the hub
-    shape: tuple[int, ...]  # of the whole tensor
-    axes: tuple[str | None, ...]  # of each dimension: `q_heads`, `kv_heads`, `ffn`, `vocab`, or None if it stays whole
-    unit: int = 1  # rows that belong together on a sharded dimension: head_dim for the head axes
-    exact: bool = False  # kept in fp32 whatever the dtype of the model
-    stacked: int | None = None  # the entry of a tensor [entries, in, out] that is loaded, as [out, in]
+    # name in the checkpoint
+    name: str
+    # shape of the whole tensor
+    shape: tuple[int, ...]
+    # logical axis of each dimension (`q_heads`, `kv_heads`, `ffn`, `vocab`), or None if the dimension is not sharded
+    axes: tuple[str | None, ...]
+    # elements of a sharded dimension for each item of the axis: head_dim where the items are heads
+    unit: int = 1
+    # whether it stays in fp32, whatever the model's dtype
+    exact: bool = False
+    # which entry of a tensor [entries, in, out] is loaded, as [out, in]; None for a tensor that is not stacked
+    stacked: int | None = None
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has rows and columns as it is loaded."""
+        """Whether it has two dimensions once it is loaded."""
         return len(self.shape) > (1 if self.stacked is None else 2)
 
     def bounds(self, extent: Extent) -> Bounds:
-        """The part of the tensor that is loaded where such parts of the logical axes are held."""
+        """The part of the whole tensor that is loaded. `extent` gives the part of each logical axis that is held."""
         found: list[tuple[int, int]] = []
         for size, axis in zip(self.shape, self.axes, strict=True):
             start, stop = (0, size) if axis is None else extent(axis, size // self.unit)
@@ -44,23 +50,28 @@ class Param(NamedTuple):
 
 
 def loaded_shape(bounds: Bounds, stacked: bool) -> tuple[int, ...]:
-    """What such a part is once it is loaded: an entry of a stack is transposed."""
+    """The shape of a part once it is loaded; an entry of a stacked tensor is transposed."""
     sizes = tuple(stop - start for start, stop in bounds)
     return sizes[:0:-1] if stacked else sizes
 
 
 class Shapes(Protocol):
-    """What validation needs of a checkpoint."""
+    """What `validate_checkpoint` needs of a checkpoint."""
 
-    def names(self) -> frozenset[str]: ...
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
 
 
 def validate_checkpoint(params: Iterable[Param], checkpoint: Shapes, tied: bool, unread: tuple[str, ...] = ()) -> None:
-    """Raise `WeightError` unless the checkpoint has exactly these tensors in these shapes.
+    """Raise `WeightError` unless the checkpoint has exactly the tensors of `params`, in their shapes.
 
-    Names that begin with one of `unread` may be there.
+    It may also have tensors that other implementations save and that are not needed: rotary frequencies, masks, an
+    output head if it is `tied` to the embedding, and tensors whose name begins with one of `unread`.
     """
     names = checkpoint.names()
     expected = {param.name: param.shape for param in params}

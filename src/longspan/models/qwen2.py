@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama's layers with biases on q, k and v.
 
-It owns what their configuration files leave unsaid.
+It owns the defaults of their configuration files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ARCHITECTURES = ("Qwen2ForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; windowed attention is off unless the file turns it on."""
+    """The configuration. Layers have windows only if the file switches them on."""
     return read_config(values, architecture, attention_bias=True, windows=optional_windows(values))
 
 
 def optional_windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Qwen's rule: windows only if switched on, and then from layer `max_window_layers` on."""
+    """Qwen's rule for windows: with `use_sliding_window` layers from number `max_window_layers` on have one."""
     fields = Fields(values)
     if not fields.get("use_sliding_window", False):
         return ()

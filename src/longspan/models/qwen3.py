@@ -1,6 +1,6 @@
 """Qwen3: Llama's layers with a norm on each head of q and k.
 
-It owns what their configuration files leave unsaid.
+It owns the defaults of their configuration files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str, **differences: Any) -> ModelConfig:
-    """The configuration; windowed attention is off unless the file turns it on."""
+    """The configuration. Layers have windows only if the file switches them on. `differences` replace its fields."""
     windows = optional_windows(values)
     bias = bool(values.get("attention_bias", False))
     common = {"qk_norm": True, "attention_bias": bias, "attention_output_bias": bias, "windows": windows}

@@ -1,6 +1,6 @@
 """Qwen3-MoE: Qwen3's attention with a mixture of experts in most layers.
 
-It owns what their configuration files say.
+It owns the reading of their configuration files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """The configuration; layers named in `mlp_only_layers`, or off the `decoder_sparse_step`, are dense.
+    """The configuration. Every `decoder_sparse_step`-th layer has a mixture, unless it is in `mlp_only_layers`.
 
-    Unlike in Qwen3 a window is every layer's, whatever `max_window_layers` says.
+    Unlike in Qwen3, all layers have the window if it is switched on: `max_window_layers` is ignored.
     """
     fields = Fields(values)
     step, dense = fields.size("decoder_sparse_step", 1), set(fields.get("mlp_only_layers", ()))

@@ -1,6 +1,6 @@
-"""Which family a model belongs to.
+"""The table of model families, and how a config.json is matched with one.
 
-It owns the table of the families that are built in; adding one is one file and one row.
+It owns the table of built-in families. To add one, add a file and a row to `BUILT_IN`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext, Model
 from longspan.models.decoder import DecoderModel
 from longspan.models.params import Param, Shapes, validate_checkpoint
-from longspan.models.shapes import asked_by
+from longspan.models.shapes import requests_of
 
 BuildModel = Callable[[ModelConfig, LayerContext, torch.dtype], Model]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are read and built alike."""
+    """Models that share a configuration format and an implementation."""
 
-    architectures: tuple[str, ...]  # their names in a config.json
-    parse: Callable[[Mapping[str, Any], str], ModelConfig]  # from a config.json and the name in it
-    build: BuildModel = DecoderModel  # on the slices that a loader gives
+    # names in a config.json
+    architectures: tuple[str, ...]
+    # (config.json as a mapping, architecture) → configuration
+    parse: Callable[[Mapping[str, Any], str], ModelConfig]
+    # (configuration, what layers are built from, dtype) → model
+    build: BuildModel = DecoderModel
 
     def params(self, config: ModelConfig) -> list[Param]:
-        """Every parameter of a model, without any being loaded."""
-        return asked_by(lambda context: self.build(config, context, torch.float32)).params
+        """All parameters of a model. Nothing is loaded."""
+        return requests_of(lambda context: self.build(config, context, torch.float32)).params
 
 
 def family_of(module: ModuleType | Family) -> Family:
-    """A file's `ARCHITECTURES` and `parse`, and its `build` where its layers are not those of `DecoderModel`."""
+    """The family that a module describes by `ARCHITECTURES`, `parse` and, if not `DecoderModel`'s, `build`."""
     if isinstance(module, Family):
         return module
     return Family(module.ARCHITECTURES, module.parse, getattr(module, "build", DecoderModel))
@@ -47,14 +50,15 @@ BUILT_IN = tuple(family_of(file) for file in (llama, qwen2, qwen3, mixtral, qwen
 
 
 def architectures(families: Sequence[Family] = BUILT_IN) -> tuple[str, ...]:
-    """The names in a config.json that some family knows."""
+    """All architectures of these families."""
     return tuple(name for family in families for name in family.architectures)
 
 
 def find_family(values: Mapping[str, Any], families: Sequence[Family] = BUILT_IN) -> tuple[Family, ModelConfig]:
-    """The first family that knows a Hugging Face style configuration, and the model this describes.
+    """The first family that has an architecture of this config.json, and the parsed configuration.
 
-    Where it names no architectures, its `model_type` decides. Raises `UnsupportedModel` or `ModelError`.
+    Where it names no architectures, its `model_type` decides. Raises `UnsupportedModel` if no family has it, and
+    `ModelError` if a field is wrong.
     """
     named = values.get("architectures") or []
     kind = values.get("model_type")
@@ -74,12 +78,12 @@ def _is_of_type(architecture: str, model_type: object) -> bool:
 
 
 def load_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The model a configuration describes, of a family that is built in."""
+    """The parsed config.json of a built-in family. Raises as `find_family` does."""
     return find_family(values)[1]
 
 
 def check_checkpoint(family: Family, config: ModelConfig, checkpoint: Shapes) -> None:
-    """Raise `WeightError` unless the checkpoint is this model's."""
+    """Raise `WeightError` unless the checkpoint has exactly the tensors of this model."""
     first, stop = config.num_layers, config.num_layers + config.num_draft_layers
     unread = tuple(f"model.layers.{layer}." for layer in range(first, stop))
     validate_checkpoint(family.params(config), checkpoint, config.tie_word_embeddings, unread)

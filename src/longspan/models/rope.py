@@ -1,6 +1,6 @@
-"""Rotary position embedding with its scalings.
+"""Rotary position embedding and its scalings.
 
-It owns frequencies and rotation; it must not know which tokens or heads it rotates.
+It owns the frequencies and the rotation; it must not know which tokens or heads it rotates.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from longspan.errors import ModelError, UnsupportedModel
 from longspan.models.config import RopeConfig
 
 Frequencies = tuple[Tensor, float]
+"""(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin)."""
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Frequencies:
-    """(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin). Raises `UnsupportedModel`."""
+    """The frequencies of a head of `head_dim` elements. Raises `UnsupportedModel` for an unknown `rope_type`."""
     scale = _SCALINGS.get(rope.rope_type)
     if scale is None:
         raise UnsupportedModel(f"rope_type={rope.rope_type} is not supported; supported are {', '.join(_SCALINGS)}")
@@ -29,20 +30,25 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Frequencies:
 
 
 def _default(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """No scaling. `inverse` [rotary dim / 2] are the frequencies without scaling, here and below."""
     return inverse, 1.0
 
 
 def _linear(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
+    """Position interpolation (Chen et al. 2023): all frequencies are divided by `factor`."""
     return inverse / float(rope.require("factor")), 1.0
 
 
 def _dynamic(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
-    """NTK by length, for contexts up to the trained length: beyond it the frequencies would move under cached keys."""
+    """Dynamic NTK for contexts up to the trained length, where it changes nothing.
+
+    In longer contexts the frequencies would depend on the length, and cached keys would have to be rotated again.
+    """
     return inverse, 1.0
 
 
 def _factors(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
-    """One divisor a frequency, as GGUF files carry llama3 scaling."""
+    """A divisor for each frequency: this is how GGUF files store llama3 scaling."""
     factors = torch.tensor(rope.require("factors"), dtype=torch.float32)
     if factors.shape != inverse.shape:
         raise ModelError(f"rope factors: {len(factors)} given, {len(inverse)} expected; convert the file again")
@@ -50,7 +56,7 @@ def _factors(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
 
 
 def _llama3(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
-    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    """Llama 3.1's scaling: low frequencies are divided by `factor`, high ones are kept, with a ramp between."""
     factor, low, high = (float(rope.require(n)) for n in ("factor", "low_freq_factor", "high_freq_factor"))
     trained = float(rope.require("original_max_position_embeddings"))
     wavelength = 2 * math.pi / inverse
@@ -68,6 +74,7 @@ def _yarn(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
 
     def dimension(rotations: float) -> float:
+        """The dimension whose frequency makes so many rotations within the trained length."""
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(fast), dimension(slow)
@@ -80,6 +87,8 @@ def _yarn(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
 
 
 def _yarn_attention(rope: RopeConfig, factor: float) -> float:
+    """YaRN's factor on cos and sin, which changes the temperature of the scores."""
+
     def mscale(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
@@ -104,7 +113,7 @@ _SCALINGS: Mapping[str, Callable[[RopeConfig, Tensor, int], Frequencies]] = Mapp
 
 
 class Rotary:
-    """cos and sin of a step's positions, computed once and used by every layer."""
+    """cos and sin of a step's positions, computed once and used in every layer."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         inverse, self._factor = rope_frequencies(rope, head_dim)
@@ -112,7 +121,10 @@ class Rotary:
         self._dtype = dtype
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, rotary dim] of int64 positions [T], the sign of rotate-half folded into sin."""
+        """cos and sin [T, 1, rotary dim] of int64 positions [T], in the model's dtype.
+
+        The first half of sin is negated, as `apply_rope` expects.
+        """
         angles = positions[:, None].float() * self._inverse
         cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
         signed = torch.cat((-sin, sin), dim=-1)
@@ -120,7 +132,10 @@ class Rotary:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `cos.shape[-1]` elements of each head of x [T, H, D] (rotate-half convention)."""
+    """Rotate the first elements of each head of x [T, H, D], as many as `Rotary.table`'s cos and sin have.
+
+    Elements half of these apart form a pair (the rotate-half convention).
+    """
     if not x.shape[0]:
         return x
     dim = cos.shape[-1]

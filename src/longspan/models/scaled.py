@@ -1,7 +1,7 @@
-"""Products with weights that stay in FP8, one scale for each block of 128 rows and 128 columns.
+"""Products with weights that stay in FP8, with one scale for each block of 128 rows and 128 columns.
 
-It owns how activations are rounded and how both are multiplied, by PyTorch's own kernel or plainly; it must not know
-where weights come from or which slice of one it holds.
+It owns the rounding of activations and the product, by PyTorch's `scaled_mm` or in fp32; it must not know where weights
+come from, nor which slice of a weight it holds.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a scale (DeepSeek-V3, 2024, 3.3.2)
+BLOCK = 128  # rows and columns of a weight, and columns of an activation, with one scale (DeepSeek-V3, 2024, 3.3.2)
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
-_ROWS_TOGETHER = 4  # the kernel takes activations' rows, and scales along the inner dimension, in fours
-_CAPABILITY = 9  # Hopper's alone; Blackwell's scales are others
-_TOLERANCE = 0.01
+_ROWS_TOGETHER = 4  # the kernel wants a multiple of 4 rows of activations, and of scales along the inner dimension
+_CAPABILITY = 9  # Hopper only; Blackwell wants scales in another format
+_TOLERANCE = 0.01  # largest error of the kernel, relative to the largest element of the expected result
 
 
 class BlockScaled(NamedTuple):
-    """A weight: FP8 `values` [out, in] and fp32 `scales` [out / 128, in / 128], both sizes multiples of 128."""
+    """A weight in FP8. Its sizes are multiples of 128."""
 
+    # [out, in] float8_e4m3fn
     values: Tensor
+    # [out / 128, in / 128] fp32
     scales: Tensor
 
 
 class BlockScaledLinear:
-    """x [T, in] → x̂ · weightᵀ + bias [out], where x̂ is x rounded to FP8 with a scale for each row's 128 columns.
+    """x [T, in] → x̂ · weightᵀ + bias [out], where x̂ is x rounded to FP8 with a scale for each 128 columns of a row.
 
-    With `fused` the product is PyTorch's `scaled_mm`, else the same is computed in fp32 from the weight dequantised.
+    With `fused` the product is PyTorch's `scaled_mm`, else it is computed in fp32 from the dequantised weight.
     """
 
     def __init__(self, weight: BlockScaled, fused: bool = False) -> None:
@@ -40,21 +42,23 @@ class BlockScaledLinear:
         self._inner_first = F.pad(weight.scales, (0, padding)).t() if fused else None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product, in x's dtype."""
+        """x [T, in] → [T, out], in the dtype of x."""
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         product = self._plain(x) if self._inner_first is None else self._fused(x, self._inner_first)
         return product if bias is None else product + bias
 
     def _plain(self, x: Tensor) -> Tensor:
+        """x [T, in] → [T, out], in fp32 with the dequantised weight."""
         values, scales = rounded(x)
         left = values.float() * scales.repeat_interleave(BLOCK, 1)
-        return F.linear(left, multiplied_out(self._weight)).to(x.dtype)
+        return F.linear(left, dequantised(self._weight)).to(x.dtype)
 
     def _fused(self, x: Tensor, weight_scales: Tensor) -> Tensor:
+        """x [T, in] → [T, out], with `scaled_mm`. Rows are padded to a multiple of 4."""
         rows = x.shape[0]
         values, scales = rounded(F.pad(x, (0, 0, 0, -rows % _ROWS_TOGETHER)))
-        torch_functional: Any = F  # whose stubs may be older than the function
+        torch_functional: Any = F  # its type stubs may be older than scaled_mm
         kinds = torch_functional.ScalingType
         product: Tensor = torch_functional.scaled_mm(
             values, self._weight.values.t(),
@@ -66,19 +70,22 @@ class BlockScaledLinear:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 [T, in] and the fp32 scales [T, in / 128] that bring each row's largest of 128 columns to FP8's largest."""
+    """x [T, in] as FP8 values [T, in] and fp32 scales [T, in / 128], so that x is about values · scales.
+
+    A scale maps the largest magnitude of its 128 elements to the largest FP8 number.
+    """
     groups = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     scales = (groups.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     return (groups / scales[..., None]).flatten(1).to(_FP8), scales
 
 
-def multiplied_out(weight: BlockScaled) -> Tensor:
-    """The weight in fp32, [out, in]."""
+def dequantised(weight: BlockScaled) -> Tensor:
+    """The dequantised weight [out, in], in fp32."""
     return weight.values.float() * weight.scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
 
 
 def problem_of_kernel(device: torch.device) -> str | None:
-    """Why `fused` is not to be had on this device, or None. Asks the kernel for a small product and compares it."""
+    """Why `fused` cannot be used on this device; None if it can. Runs the kernel once and compares the result."""
     if device.type != "cuda":
         return "PyTorch has no such product on a CPU"
     major, minor = torch.cuda.get_device_capability(device)
@@ -93,6 +100,7 @@ def problem_of_kernel(device: torch.device) -> str | None:
 
 
 def _difference(device: torch.device) -> str | None:
+    """Compare the kernel with the fp32 product on a small random weight. None if both agree."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3 * BLOCK, 5 * BLOCK, generator=generator).to(_FP8)
     weight = BlockScaled(values.to(device), (torch.rand(3, 5, generator=generator) + 0.5).to(device))

@@ -1,6 +1,6 @@
-"""Which parameters a model, or a part of one, has: it is built on a loader that makes no tensors and says what it saw.
+"""The parameters of a model, or of a part of one, found by building it on a loader that loads nothing.
 
-It owns that loader; it must not know what the parameters are for.
+It owns this loader; it must not know what the parameters are for.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from longspan.models.params import Extent, Param, loaded_shape
 
 
 def _whole(axis: str, size: int) -> tuple[int, int]:
+    """The `Extent` of a model that is not sharded."""
     return 0, size
 
 
 class ShapeLoader:
-    """A loader that remembers what it was asked for, and gives tensors that have a shape and no memory."""
+    """A loader that records every request, and returns tensors on PyTorch's meta device, which have no memory."""
 
     device = torch.device("meta")
 
     def __init__(self, extent: Extent = _whole) -> None:
         self.extent = extent
-        self.requests: list[tuple[Param, ...]] = []  # what was asked for at once, in order
+        self.requests: list[tuple[Param, ...]] = []  # the parameters of each call, in order
 
     @property
     def params(self) -> list[Param]:
-        """Every parameter that was asked for; one that is used twice is there twice."""
+        """Every parameter that was requested, as often as it was requested."""
         return [param for request in self.requests for param in request]
 
     @property
     def matrices(self) -> list[tuple[Param, ...]]:
-        """What was asked for to be multiplied by, one entry for each product."""
+        """The requests for matrices, one entry for each product of the model."""
         return [request for request in self.requests if request[0].is_matrix]
 
     def load(self, *params: Param) -> Tensor:
@@ -49,12 +50,13 @@ class ShapeLoader:
         return _no_product
 
 
-def asked_by(build: Callable[[LayerContext], object], extent: Extent = _whole) -> ShapeLoader:
-    """The loader of what `build` makes, with all that it was asked for; of every axis the part that `extent` gives."""
+def requests_of(build: Callable[[LayerContext], object], extent: Extent = _whole) -> ShapeLoader:
+    """The loader on which `build` was called, with every request. `extent` gives the part of each axis that is held."""
     loader = ShapeLoader(extent)
     build(LayerContext(loader))
     return loader
 
 
 def _no_product(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The `Linear` of a `ShapeLoader`: raises `TypeError`."""
     raise TypeError("a model built for its shapes has no weights to multiply by")

@@ -1,7 +1,7 @@
-"""How ranks exchange tensors: one group, a few collectives, every byte counted.
+"""Collectives: how the ranks of a group exchange tensors, with every sent byte counted.
 
-It owns the meaning of the collectives and their accounting; transports (`threaded.py`, `distributed.py`)
-only move tensors between members. It must not know what the tensors mean.
+It owns the semantics of the collectives and their accounting; the transports (`threaded.py`, `distributed.py`,
+`nccl.py`) only move tensors between members. It must not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -18,82 +18,90 @@ from longspan.parallel.trace import TRANSFER, Trace
 
 @dataclass
 class Traffic:
-    """Bytes a rank sent to others and collectives it joined, by label (`tp` or a schedule's name), and their trace."""
+    """What one rank sent. A label names who communicates: `tp`, say, or a schedule's name."""
 
+    # bytes sent to other ranks, by label
     bytes_by_label: dict[str, int] = field(default_factory=dict)
+    # number of collectives and sends, by label
     calls_by_label: dict[str, int] = field(default_factory=dict)
+    # when transfers and computation took place; empty unless it is switched on
     trace: Trace = field(default_factory=Trace)
 
     def count(self, label: str, sent: int) -> None:
-        """Add one collective."""
+        """Count one call that sends `sent` bytes."""
         self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
         self.calls_by_label[label] = self.calls_by_label.get(label, 0) + 1
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Set all counts to zero, and clear the trace."""
         self.bytes_by_label.clear()
         self.calls_by_label.clear()
         self.trace.spans.clear()
 
     def add(self, other: Traffic) -> None:
-        """Sum over ranks: bytes add up, a collective that all ranks joined counts once for each."""
-        for label, sent in other.bytes_by_label.copy().items():  # the rank may be counting
+        """Add another rank's counts to these. A collective counts once for each rank that joined it."""
+        for label, sent in other.bytes_by_label.copy().items():  # a copy: the other rank's thread may be counting
             self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
         for label, calls in other.calls_by_label.copy().items():
             self.calls_by_label[label] = self.calls_by_label.get(label, 0) + calls
 
 
 Arrival = Callable[[], Tensor]
+"""A transfer in flight: a call waits for it and returns the received tensor."""
 
 
 class Collectives(ABC):
-    """One rank's handle on a group. A group of one moves nothing and returns its input.
+    """One rank's handle on a group of ranks. In a group of one nothing is sent, and the input is returned.
 
-    A tensor handed over is given away: peers may still read it after the call, so nobody writes to it. Every
-    member calls the same collectives in the same order, members with no rows included.
+    The caller gives up ownership of every tensor that it passes: peers may read it after the call has returned, so it
+    must not be written to again. All members call the same collectives in the same order, also with empty tensors.
+    Every collective takes a `label`, under which its bytes are counted.
     """
 
     def __init__(self, rank: int, size: int, traffic: Traffic) -> None:
-        self.rank = rank
+        self.rank = rank  # index of this member in the group, not the rank in the world
         self.size = size
         self.traffic = traffic
 
     @abstractmethod
     def _send(self, x: Tensor, member: int) -> None:
-        """Start sending x to a member; returns without waiting for it to arrive."""
+        """Start sending x to a member, without waiting for its arrival."""
 
     @abstractmethod
     def _start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
-        """Begin to take in the next tensor a member sends here."""
+        """Start receiving the next tensor that a member sends to this one."""
 
     @abstractmethod
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Send `sends[i]` to member i and return what each member sent here, of shape `shapes[i]`."""
+        """Send `sends[i]` to member i, and return the tensors that all members sent here: `shapes[i]` from member i."""
 
     def send(self, x: Tensor, member: int, label: str) -> None:
-        """Hand x to one member, which must call `receive`; does not wait for it."""
+        """Send x to one member, which must call `receive`, without waiting for its arrival."""
         self.traffic.count(label, x.numel() * x.element_size())
         self._send(x, member)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Tensor:
-        """What `member` sends here next, of this shape."""
+        """Wait for the next tensor that `member` sends here, and return it."""
         return self._start_receive(shape, dtype, member)()
 
     def start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
-        """The same, in flight while the caller computes; call what is returned for the tensor."""
+        """Start receiving the next tensor that `member` sends here. The caller may compute meanwhile."""
         return self.traffic.trace.until_arrival("receive", self._start_receive(shape, dtype, member))
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
-        """Send x to member `to` while taking in what `source` sends, of this shape and x's dtype: a step of a ring.
+        """Start one step of a ring: send x to member `to`, and receive a tensor from member `source`.
 
-        Call what is returned for the tensor; the caller may compute meanwhile.
+        The received tensor has shape `shape` and the dtype of x. The caller may compute meanwhile.
         """
         arriving = self.start_receive(shape, x.dtype, source)
         self.send(x, to, label)
         return arriving
 
     def all_to_all(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], label: str) -> list[Tensor]:
-        """`sends[i]` goes to member i; returns one tensor from each, of `shapes[i]`, in member order."""
+        """Send `sends[i]` to member i. Returns one tensor from each member, in member order: `shapes[i]` from member i.
+
+        All tensors have one dtype. Empty tensors are allowed.
+        """
         sent = sum(x.numel() * x.element_size() for x in sends)
         own = sends[self.rank]
         self.traffic.count(label, sent - own.numel() * own.element_size())
@@ -101,12 +109,12 @@ class Collectives(ABC):
             return self._exchange(sends, shapes)
 
     def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
-        """Every member's tensor, in member order; member i's has `rows[i]` entries in `dim`."""
+        """Every member's tensor, in member order. Member i's has size `rows[i]` in `dim`; the other sizes are equal."""
         shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in rows]
         return self.all_to_all([x] * self.size, shapes, label)
 
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
-        """The sum over members, in member order, so the same bits on all of them."""
+        """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
         parts = self.all_gather(x, [x.shape[0]] * self.size, label)
         if len(parts) == 1:
             return parts[0]

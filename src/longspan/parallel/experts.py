@@ -1,4 +1,4 @@
-"""Expert parallelism: rows go to the ranks whose experts they chose, and their sums come back.
+"""Expert parallelism: rows are sent to the ranks that hold their experts, and the weighted sums are sent back.
 
 It owns this exchange; it must not know what an expert computes.
 """
@@ -14,13 +14,14 @@ from longspan.parallel.collectives import Collectives
 
 _LABEL = "experts"
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [T, hidden], experts [T, k] int64, weights [T, k]) → [T, hidden]: the weighted sum over the experts held here."""
 
 
 class SharedExperts:
-    """Member m holds experts [extents[m][0], extents[m][1]).
+    """Experts that are split over a group: member m holds experts [extents[m][0], extents[m][1]).
 
-    The number of rows that go somewhere is known only from their routing, so it travels first; a row goes once to a
-    member, however many of its experts it chose.
+    The numbers of rows are exchanged first, since they depend on the routing. A row is sent to a member once, however
+    many of that member's experts it is routed to.
     """
 
     def __init__(self, group: Collectives, extents: Sequence[tuple[int, int]]) -> None:
@@ -28,7 +29,8 @@ class SharedExperts:
         self._extents = tuple(extents)
 
     def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
-        """See `ExpertParallel.apply`."""
+        """See `ExpertParallel.apply`: x [T, hidden], experts and weights [T, k] → [T, hidden]."""
+        # for each member, the rows that are routed to some of its experts
         wanted = [
             ((experts >= start) & (experts < stop)).any(-1).nonzero().squeeze(-1) for start, stop in self._extents
         ]
@@ -45,5 +47,6 @@ class SharedExperts:
         return total
 
     def _swap(self, sends: Sequence[Tensor], arriving: Sequence[int]) -> list[Tensor]:
+        """All-to-all of rows: `sends[i]` goes to member i, which sends `arriving[i]` rows of the same width."""
         rest = sends[0].shape[1:]
         return self._group.all_to_all(sends, [(rows, *rest) for rows in arriving], _LABEL)

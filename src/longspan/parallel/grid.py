@@ -1,7 +1,7 @@
-"""Who the ranks are: every rank's coordinates and groups, named once.
+"""The grid of ranks: the coordinates and the groups of every rank.
 
-It owns the order of ranks in the grid (pp, pcp, head_shard, dcp); nothing else derives one rank's
-identity from another's number. It must not know what the ranks compute.
+It owns the order of ranks in the grid (pp, pcp, head_shard, dcp); no other module computes one rank's number or
+coordinates from another's. It must not know what the ranks compute.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from longspan.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Coordinates:
-    """One rank's place. `shard` is its index in its context group, and so the shard it stores."""
+    """The coordinates of one rank."""
 
+    # number in the world
     rank: int
+    # pipeline stage
     pp: int
+    # pcp index: which of the prompt's tokens it computes
     pcp: int
+    # index in the TP group
     tp: int
+    # DCP group in the TP group: which KV heads it holds
     head_shard: int
+    # index in the DCP group
     dcp: int
+    # index in the context group: which pages it stores
     shard: int
 
 
@@ -31,11 +38,12 @@ class Coordinates:
 class Grid:
     """The rank grid: world = pp · pcp · head_shards · dcp, with tp = head_shards · dcp.
 
-    A *stage* is the ranks of one pp index: they hold the same layers. Inside a stage a *TP group* is the ranks of one
-    pcp index, and a *context group* the pcp · dcp ranks that hold the same KV heads and different pages; its members
-    are the shards, in the same order for every head shard and stage, so one page table serves all of them.
+    The ranks of one pp index are a *stage*: they hold the same layers. The ranks of one pcp index in a stage are a
+    *TP group*. The pcp · dcp ranks of a stage that hold the same KV heads and different pages are a *context group*.
+    Its members are the shards. They have the same order in every head shard and stage, so one page table serves all.
     """
 
+    # the sizes of the grid
     parallel: ParallelConfig
 
     @cached_property
@@ -53,12 +61,12 @@ class Grid:
 
     @property
     def pp(self) -> int:
-        """Number of stages."""
+        """Number of pipeline stages."""
         return self.parallel.pipeline_parallel_size
 
     @property
     def pcp(self) -> int:
-        """Number of ranks that share a prompt's tokens."""
+        """Number of pcp indices, over which a prompt's tokens are split."""
         return self.parallel.prefill_context_parallel_size
 
     @property
@@ -78,7 +86,7 @@ class Grid:
 
     @cached_property
     def num_shards(self) -> int:
-        """Members of a context group: pcp · dcp."""
+        """Number of members of a context group: pcp · dcp."""
         return 1 + max(place.shard for place in self.ranks)
 
     def tp_group(self, rank: int) -> tuple[int, ...]:
@@ -92,23 +100,26 @@ class Grid:
         return tuple(place.rank for place in sorted(mine, key=lambda place: place.shard))
 
     def pipeline_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks that compute the other layers of the same tokens and heads as `rank`, in stage order."""
+        """Ranks of all stages that have the coordinates of `rank` but for pp, in stage order."""
         mine = self.ranks[rank]
         return tuple(p.rank for p in self.ranks if (p.pcp, p.tp) == (mine.pcp, mine.tp))
 
     def nodes(self, group: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """The members of a group (by their place in it) that share a machine, machine by machine."""
+        """The members of a group, as indices into it, by the machine that they are on."""
         run = self.parallel.ranks_per_node or self.world_size
         of_rank = self.parallel.node_of_rank or [rank // run for rank in range(self.world_size)]
         nodes = [of_rank[rank] for rank in group]
         return tuple(tuple(place for place, node in enumerate(nodes) if node == one) for one in dict.fromkeys(nodes))
 
     def expert_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the stage that hold other tokens and, under expert parallelism, other experts; in pcp order."""
+        """Ranks of the stage with the tp index of `rank`, in pcp order: they compute different tokens.
+
+        With expert parallelism they also hold different experts, so this is the group that exchanges rows.
+        """
         return tuple(place.rank for place in self._stage(rank) if place.tp == self.ranks[rank].tp)
 
     def expert_holders(self, rank: int) -> tuple[int, ...]:
-        """Ranks over which the experts of `rank`'s layers are split."""
+        """Ranks over which a layer's experts are split: with expert parallelism the stage, else the TP group."""
         whole_stage = self.parallel.enable_expert_parallel
         return tuple(place.rank for place in self._stage(rank)) if whole_stage else self.tp_group(rank)
 
@@ -117,29 +128,29 @@ class Grid:
 
     @cached_property
     def pcp_of_shard(self) -> tuple[int, ...]:
-        """For every shard, the pcp index whose ranks write it."""
+        """For every shard, the pcp index of the ranks that store it."""
         return tuple(pcp for _, pcp in sorted({(place.shard, place.pcp) for place in self.ranks}))
 
     @cached_property
     def shards_of_pcp(self) -> tuple[tuple[int, ...], ...]:
-        """For every pcp index, the shards its ranks write, in dcp order."""
+        """For every pcp index, the shards that its ranks store, in dcp order."""
         return tuple(
             tuple(shard for shard, owner in enumerate(self.pcp_of_shard) if owner == pcp) for pcp in range(self.pcp)
         )
 
     def returns_tokens(self, rank: int) -> bool:
-        """Whether this rank hands its TP group's sampled tokens to the driver."""
+        """Whether this rank returns its TP group's sampled tokens to the driver: tp 0 of the last stage."""
         place = self.ranks[rank]
         return place.tp == 0 and rank == self.pipeline_group(rank)[-1]
 
 
 def split_evenly(size: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of part `index` when `size` items are cut into `parts` runs that differ by at most one."""
+    """(start, stop) of part `index` of `size` items that are cut into `parts` runs, equal in length to within one."""
     return size * index // parts, size * (index + 1) // parts
 
 
 def layouts(gpus: int, expert_parallel: bool = False) -> Iterator[ParallelConfig]:
-    """Every pp x pcp x tp of so many devices, with every dcp that divides tp."""
+    """Every layout of `gpus` devices: all pp, pcp and tp with this product, and every dcp that divides tp."""
     for pp in _divisors(gpus):
         for pcp in _divisors(gpus / pp):
             tp = int(gpus / pp / pcp)

@@ -1,7 +1,7 @@
-"""Collectives between processes with a GPU each, through torch.distributed's NCCL.
+"""Collectives between processes that have one GPU each, through torch.distributed's NCCL backend.
 
-It owns the communicator of a group and what is special to NCCL: transfers of one exchange start together, run on the
-communicator's own stream, and are waited for by that stream's events, not by the CPU. It runs over gloo too, for tests.
+It owns the communicator of a group and what differs with NCCL: the transfers of one exchange are started together, run
+on the communicator's own stream, and are waited for with CUDA events, not by the CPU. Tests run it over gloo.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class NcclCollectives(DistributedCollectives):
-    """A group of processes. Every member opens its groups in the same order."""
+    """A group of processes. All members must create their groups in the same order."""
 
     def __init__(self, group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> None:
         super().__init__(group, rank, traffic, device)
         self._members = dist.new_group(list(group), use_local_synchronization=True) if len(group) > 1 else None
-        if self._members is not None:  # transfers between some members need a communicator that all have joined
+        if self._members is not None:  # point-to-point transfers need a communicator, which all members must create
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
-        """See `Collectives.start_shift`: both directions in one call, or two members that send first would wait."""
+        """See `Collectives.start_shift`. Both directions start in one NCCL group; two sends first would deadlock."""
         self.traffic.count(label, x.numel() * x.element_size())
         whole, arriving = x.contiguous(), torch.empty(shape, dtype=x.dtype, device=self._device)
         work = self._start([(dist.isend, whole, to), (dist.irecv, arriving, source)])
@@ -42,7 +42,7 @@ class NcclCollectives(DistributedCollectives):
         return self.traffic.trace.until_arrival("receive", arrived)
 
     def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
-        """See `Collectives.all_gather`: one operation where all members bring as much."""
+        """See `Collectives.all_gather`. One NCCL operation if all members' tensors have the same shape."""
         if self._members is None or len(set(rows)) > 1 or not x.numel():
             return super().all_gather(x, rows, label, dim)
         self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
@@ -52,7 +52,7 @@ class NcclCollectives(DistributedCollectives):
         return list(gathered.view(self.size, *x.shape))
 
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
-        """See `Collectives.all_reduce`: summed where it lies, in NCCL's order, the same bits on all members."""
+        """See `Collectives.all_reduce`. In place, and in NCCL's order; all members get the same bits."""
         if self._members is None or not x.numel():
             return x
         self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())

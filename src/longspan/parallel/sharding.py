@@ -1,7 +1,7 @@
-"""Which part of each logical axis a rank holds: layers, heads, experts, ffn, vocabulary.
+"""Which part of each logical axis a rank holds: layers, query and KV heads, experts, ffn, vocabulary.
 
-It owns the rules of tensor parallelism under context parallelism and their checks; it must not know
-weight names or read any weight.
+It owns the rules of tensor parallelism under context parallelism, and their checks; it must not know the names of
+weights nor read any weight.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from longspan.parallel.heads import HeadBlock, head_blocks, kv_range
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank's share of a model with `q_heads` query and `kv_heads` KV heads.
+    """One rank's part of a model.
 
-    Query heads are split over tp. KV heads follow them: the ranks of a DCP group hold those that the
-    group's query heads read, so heads are replicated where a group is smaller than a KV head's.
+    Query heads are split over the TP group. The ranks of a DCP group all hold the KV heads that the group's query heads
+    read. A KV head is replicated if its query heads belong to more than one DCP group.
     """
 
+    # all ranks
     grid: Grid
+    # this rank
     rank: int
+    # query heads of the model
     q_heads: int
+    # KV heads of the model
     kv_heads: int
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
-        """(start, stop) of this rank's part of a logical axis of whole size `size` (heads for head axes)."""
+        """(start, stop) of this rank's part of a logical axis of `size` items; on a head axis items are heads."""
         if axis == "kv_heads":
             return self.kv_extent
         holders = self._holders(axis)
@@ -35,35 +39,36 @@ class Sharding:
 
     @property
     def q_extent(self) -> tuple[int, int]:
-        """This rank's query heads."""
+        """(start, stop) of this rank's query heads, counted in the model."""
         return self.extent("q_heads", self.q_heads)
 
     @property
     def kv_extent(self) -> tuple[int, int]:
-        """This rank's KV heads: those its DCP group's query heads read."""
+        """(start, stop) of this rank's KV heads, counted in the model: those that its DCP group's query heads read."""
         return kv_range(self._group_q_extent, self._group)
 
     @property
     def own_blocks(self) -> tuple[HeadBlock, ...]:
-        """This rank's query heads on its KV heads."""
+        """Which of this rank's KV heads its own query heads read."""
         return self.blocks_of(self.rank)
 
     def blocks_of(self, member: int) -> tuple[HeadBlock, ...]:
-        """The query heads of a rank of this context group on the KV heads here."""
+        """Which of this rank's KV heads the query heads of `member`, a rank of the context group, read."""
         theirs = replace(self, rank=member).q_extent
         return head_blocks(theirs, self.kv_extent[0], self._group)
 
     @property
     def member_blocks(self) -> tuple[tuple[HeadBlock, ...], ...]:
-        """The query heads of each rank of this context group on the KV heads here, in shard order."""
+        """`blocks_of` each rank of the context group, in shard order."""
         return tuple(self.blocks_of(member) for member in self.grid.context_group(self.rank))
 
     @property
     def shard_blocks(self) -> tuple[HeadBlock, ...]:
-        """All query heads of this rank's DCP group on its KV heads."""
+        """Which of this rank's KV heads all query heads of its DCP group read."""
         return head_blocks(self._group_q_extent, self.kv_extent[0], self._group)
 
     def _holders(self, axis: str) -> tuple[int, ...]:
+        """The ranks over which an axis is split."""
         if axis == "layers":
             return self.grid.pipeline_group(self.rank)
         return self.grid.expert_holders(self.rank) if axis == "experts" else self.grid.tp_group(self.rank)
@@ -88,7 +93,10 @@ def check_heads(grid: Grid, q_heads: int) -> None:
 
 
 def max_kv_heads(grid: Grid, q_heads: int, kv_heads: int) -> int:
-    """The most KV heads any rank stores: pools of all head shards must have room for the same pages."""
+    """The largest number of KV heads that any rank stores.
+
+    Pages are sized by it, because the pools of all head shards must have the same number of pages.
+    """
     extents = [Sharding(grid, place.rank, q_heads, kv_heads).kv_extent for place in grid.ranks]
     return max(stop - start for start, stop in extents)
 
@@ -102,6 +110,6 @@ def check_layers(grid: Grid, num_layers: int) -> None:
 
 
 def max_layers(grid: Grid, num_layers: int) -> int:
-    """The most layers any stage holds."""
+    """The largest number of layers that any stage holds."""
     extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
     return max(stop - start for start, stop in extents)

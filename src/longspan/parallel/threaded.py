@@ -1,6 +1,6 @@
-"""Collectives between threads of one process: tensors change hands by reference.
+"""Collectives between threads of one process, which pass tensors by reference.
 
-It owns the queues between ranks and their abort; it must not know what the tensors mean.
+It owns the queues between ranks and how waiting ranks are woken on an abort; it must not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from longspan.parallel.collectives import Arrival, Collectives, Traffic
 
 
 class ThreadFabric:
-    """A queue from every rank to every other.
+    """One queue from every rank to every other rank, shared by all groups.
 
-    Each pair's messages are in program order, the same on both sides, so one queue serves all groups.
+    This is enough, because both ranks of a pair send and receive in the same order.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -27,26 +27,26 @@ class ThreadFabric:
         ]
 
     def send(self, source: int, target: int, tensor: Tensor) -> None:
-        """Hand `tensor` over."""
+        """Pass `tensor` from rank `source` to rank `target`, without waiting."""
         self._links[source][target].put(tensor)
 
     def receive(self, source: int, target: int) -> Tensor:
-        """Wait for the next tensor; raises `WorkerDied` after `abort`."""
+        """Wait for the next tensor from `source` to `target`. Raises `WorkerDied` after `abort`."""
         tensor = self._links[source][target].get()
         if tensor is None:
-            self._links[source][target].put(None)
+            self._links[source][target].put(None)  # later calls must raise too
             raise WorkerDied(f"rank {target} was waiting for rank {source}, which will not answer")
         return tensor
 
     def abort(self) -> None:
-        """Wake every rank that waits, now or later."""
+        """Make every current and later `receive` raise."""
         for row in self._links:
             for link in row:
                 link.put(None)
 
 
 class ThreadedCollectives(Collectives):
-    """A group of threads; one queue hand-over a pair is the only synchronisation."""
+    """A group of threads. The queues are their only synchronisation."""
 
     def __init__(self, fabric: ThreadFabric, group: Sequence[int], rank: int, traffic: Traffic) -> None:
         super().__init__(group.index(rank), len(group), traffic)
@@ -61,7 +61,7 @@ class ThreadedCollectives(Collectives):
         return lambda: self._fabric.receive(self._group[member], self._me)
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        for peer, tensor in zip(self._group, sends, strict=True):
+        for peer, tensor in zip(self._group, sends, strict=True):  # sending never waits, so all can send first
             if peer != self._me:
                 self._fabric.send(self._me, peer, tensor)
         return [

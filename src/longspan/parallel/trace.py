@@ -1,6 +1,6 @@
-"""What a rank did when: spans of computing and of transfers, for a picture of how they lie beside each other.
+"""Traces: when a rank computed and when it transferred, to show how far both overlap.
 
-It owns the record and its form as a Chrome trace; it must not know what is computed or sent.
+It owns the spans and their conversion to a Chrome trace; it must not know what is computed or sent.
 """
 
 from __future__ import annotations
@@ -18,31 +18,40 @@ T = TypeVar("T")
 
 
 class TraceSpan(NamedTuple):
-    """Something that took from `start` to `stop`, in seconds of this machine's monotonic clock."""
+    """One activity of a rank. Times are in seconds of this machine's monotonic clock."""
 
+    # label of the collective, or name of the activity
     name: str
+    # `COMPUTE`, `TRANSFER` or `STEP`
     lane: str
+    # when it began
     start: float
+    # when it ended
     stop: float
 
 
 @dataclass
 class Trace:
-    """One rank's spans; off unless asked for."""
+    """The spans of one rank."""
 
+    # whether spans are recorded
     on: bool = False
+    # the spans so far, in the order in which they ended
     spans: list[TraceSpan] = field(default_factory=list)
 
     @contextmanager
     def span(self, name: str, lane: str) -> Iterator[None]:
-        """Record what the block takes."""
+        """Record the time that the block takes."""
         start = time.perf_counter()
         yield
         if self.on:
             self.spans.append(TraceSpan(name, lane, start, time.perf_counter()))
 
     def until_arrival(self, name: str, arrival: Callable[[], T]) -> Callable[[], T]:
-        """Record a transfer from now to its arrival, whenever the caller comes to ask for it."""
+        """Record a transfer from now to its arrival, not to the time when the caller asks for the tensor.
+
+        If the trace is on, a thread waits for the arrival. Returns the function to call in place of `arrival`.
+        """
         if not self.on:
             return arrival
         start, found = time.perf_counter(), []
@@ -56,13 +65,13 @@ class Trace:
 
         def arrived() -> T:
             waiting.join()
-            return found[0] if found else arrival()
+            return found[0] if found else arrival()  # the thread's call raised: raise here too
 
         return arrived
 
 
 def chrome_trace(spans_of_rank: Mapping[int, Sequence[TraceSpan]]) -> dict[str, Any]:
-    """The JSON object that chrome://tracing and Perfetto open: a process a rank, a thread a lane."""
+    """The spans as the JSON object that chrome://tracing and Perfetto read: ranks are processes, lanes threads."""
     events: list[dict[str, Any]] = []
     for rank, spans in spans_of_rank.items():
         events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
@@ -79,7 +88,7 @@ def chrome_trace(spans_of_rank: Mapping[int, Sequence[TraceSpan]]) -> dict[str, 
 
 
 def overlap(spans: Sequence[TraceSpan]) -> float:
-    """Seconds in which computing and a transfer of one rank went on at once."""
+    """Seconds in which a rank computed and transferred at the same time."""
     moving = sorted((s.start, s.stop) for s in spans if s.lane == TRANSFER)
     computing = sorted((s.start, s.stop) for s in spans if s.lane == COMPUTE)
     total, first = 0.0, 0

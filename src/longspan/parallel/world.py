@@ -1,4 +1,4 @@
-"""A rank's way into the world of processes, and its handles on groups there.
+"""The process group of all ranks: how a process joins and leaves it, and opens smaller groups.
 
 It owns the choice of the transport, gloo on CPUs and NCCL on GPUs; it must not know what is sent.
 """
@@ -20,13 +20,14 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 def join_world(rank: int, world_size: int, meet_at: str, device: torch.device) -> None:
-    """Join the default process group; ranks meet at a path all of them can open, or at `tcp://host:port`.
+    """Join torch.distributed's default process group: NCCL if `device` is a GPU, else gloo.
 
-    Processes on GPUs, a device each, talk over NCCL.
+    `meet_at` is `tcp://host:port`, or the path of a file that all ranks can open.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # a rank may replay a step that its peer runs eagerly
+        # a rank may replay the CUDA graph of a step that a peer runs without a graph
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=meet_at if "://" in meet_at else f"file://{meet_at}",
@@ -37,7 +38,7 @@ def join_world(rank: int, world_size: int, meet_at: str, device: torch.device) -
 
 
 def open_group(group: Sequence[int], rank: int, traffic: Traffic, device: torch.device) -> Collectives:
-    """This process's handle on a group of ranks that have joined."""
+    """This process's handle on a group of ranks, all of which have joined the world."""
     kind = NcclCollectives if device.type == "cuda" else DistributedCollectives
     return kind(group, rank, traffic, device)
 

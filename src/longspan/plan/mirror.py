@@ -1,6 +1,6 @@
-"""What every rank knows of the scheduler's requests, from plans alone: page tables, and tokens where they are needed.
+"""The state of requests on a rank, rebuilt from the plans: page tables, and tokens where sampling needs them.
 
-It owns the order in which a plan changes them; plain Python, it must not know what a rank computes.
+It owns the order in which a plan changes this state. Plain Python: it must not know what a rank computes.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from longspan.request import SamplingParams
 
 @dataclass
 class KnownRequest:
-    """A request that has been admitted and has not ended."""
+    """A request that has been admitted and has not ended, as a rank knows it."""
 
-    # the scheduler's, page for page
+    # a copy of the scheduler's page table
     table: PageTable
-    # tokens of its prompt; its output begins behind them
+    # number of prompt tokens; the output begins after them
     num_prompt: int
-    # its resolved seed
+    # seed of its random numbers, resolved
     seed: int
-    # how its tokens are chosen
+    # how its tokens are sampled
     params: SamplingParams
-    # its tokens so far, drafts included, if its sampling parameters need them; else nothing
+    # its tokens so far, drafts included, if its sampling parameters need them; else empty
     history: list[int]
 
     def output(self, count: int) -> list[int]:
-        """The first `count` tokens it has generated, if they are remembered."""
+        """The first `count` generated tokens; empty if `history` is not kept."""
         return self.history[self.num_prompt : self.num_prompt + count]
 
     def remember(self, segment: Segment) -> None:
-        """Take a segment's tokens, in place of drafts that proved wrong."""
+        """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped."""
         if self.history and (segment.stop > len(self.history) or not segment.prefill):
             self.history[segment.start :] = segment.token_ids
 
 
 class Mirror:
-    """The requests of an engine as one rank knows them, after the plans it was given, in order."""
+    """The requests of an engine on one rank. `apply` must be given every plan, in order."""
 
     def __init__(self, page_size: int, num_shards: int) -> None:
         self._page_size = page_size
@@ -46,7 +46,10 @@ class Mirror:
         self.requests: dict[str, KnownRequest] = {}
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in a plan; a request that is preempted and admitted again ends first."""
+        """Update the requests from a plan.
+
+        Ends come before admissions: a preempted request may be admitted again in the same plan.
+        """
         for request_id in plan.finished:
             del self.requests[request_id]
         for admission in plan.admitted:

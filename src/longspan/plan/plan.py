@@ -1,7 +1,7 @@
-"""What one step does, decided once (idea 6): frozen, rank-invariant, and small.
+"""The plan of one step, which the scheduler sends to every rank (idea 6 of docs/architecture.md).
 
-It owns the records that travel from the scheduler to every rank; it must not know how a rank
-carries them out. Its size is O(new tokens): pages and tokens a rank has seen are not sent again.
+A plan is immutable and the same on all ranks. This module owns its records and their encoding; it must not know how a
+rank carries them out. A plan's size is O(new tokens): pages and tokens that were sent before are not sent again.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from longspan.request import SamplingParams
 
 @dataclass(frozen=True)
 class Admission:
-    """A request that enters, or re-enters after preemption."""
+    """A request that starts, or starts again after a preemption."""
 
+    # the request's id, unique among the requests that have not ended
     request_id: str
+    # number of prompt tokens
     num_prompt: int
+    # seed of its random numbers, resolved
     seed: int
+    # how its tokens are sampled
     params: SamplingParams
-    # those that a prefix hit gave it
+    # pages of its prefix hit, in position order
     pages: tuple[PageRef, ...]
-    # all its tokens so far if its sampling parameters need them, else nothing
+    # all its tokens so far if its sampling parameters need them, else empty
     history: tuple[int, ...]
-    # whether another instance may ask for its pages
+    # whether another instance may fetch its pages
     for_peer: bool = False
 
 
@@ -37,52 +41,59 @@ class Admission:
 class NewPages:
     """Pages appended to a request's page table before the step."""
 
+    # the request
     request_id: str
+    # the pages, in position order
     pages: tuple[PageRef, ...]
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Positions [start, stop) of a request are filled by what another instance has computed, each rank its own part.
+    """The KV of positions [start, stop) of a request is fetched from another instance; each rank fetches its part.
 
-    Nothing else touches them until all ranks have said that they have theirs of fetch `number`.
+    These positions are neither read nor written until all ranks have reported that fetch `number` is complete.
     """
 
+    # number of the fetch, counted by the scheduler
     number: int
+    # the request
     request_id: str
+    # first position
     start: int
+    # position after the last
     stop: int
+    # the instance that has computed the KV
     source: Source
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of new tokens of one request, computed by the TP group of one pcp index.
+    """Adjacent new tokens of one request, computed in this step by the TP group of one pcp index."""
 
-    Some rank of the group lacks a page the segment attends to in the first `num_remote_groups` of the model's layer
-    groups, which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one
-    needs too.
-    """
-
+    # the request
     request_id: str
-    # position of its first token
+    # position of the first token
     start: int
-    # those that the scheduler knows: all, unless the last one is pending
+    # the tokens that the scheduler knows: all of them, unless the last one is pending
     token_ids: tuple[int, ...]
+    # index of the TP group that computes the segment
     pcp: int
-    # its phase: prefill or decode
+    # phase: True for prefill, False for decode
     prefill: bool
+    # number of layer groups, counted from the widest window, in which some rank of the TP group lacks a page that the
+    # segment attends to. One number is enough: a wider window needs every page that a narrower one needs
     num_remote_groups: int
-    # how many of its last rows give a token: none, one, or more to verify drafts
+    # number of last rows whose logits are sampled: 0, 1, or more where drafts are verified
     sample: int
-    # whether rows give the log-probabilities of the prompt tokens after them
+    # whether the rows give log-probabilities of the prompt tokens that follow them
     scores: bool = False
-    # whether a token follows `token_ids` that the step before samples on the same ranks, and nobody else knows yet
+    # whether one more token follows `token_ids`: it is sampled by the same ranks in the step before, and its id is not
+    # known to the scheduler yet
     pending: bool = False
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, the pending one included."""
         return len(self.token_ids) + self.pending
 
     @property
@@ -92,41 +103,47 @@ class Segment:
 
     @property
     def unmasked_until(self) -> int:
-        """Positions below this are attended without a mask: all earlier ones, and a lone token's own."""
+        """Positions below this one are attended without a mask: see the function of the same name."""
         return unmasked_until(self.start, self.stop)
 
 
 def window_start(position: int, window: int | None) -> int:
-    """The first position that `position` sees: all, or `window` positions with its own."""
+    """The first position that the token at `position` sees; `window` counts its own, None sees all."""
     return 0 if window is None else max(0, position + 1 - window)
 
 
 def unmasked_until(start: int, stop: int) -> int:
-    """Where a segment's unmasked attention ends.
+    """The position before which the segment [start, stop) attends to the cache without a mask.
 
-    KV is written before attention, so a segment of one token finds itself among the pages: its diagonal
-    is empty. A longer one needs the causal diagonal, and what is unmasked ends at its start.
+    For a segment of several tokens this is `start`: its own tokens need the causal mask of the diagonal. KV is written
+    before attention, so a segment of one token finds its own key in the cache and needs no diagonal: this is `stop`.
     """
     return stop if stop - start == 1 else start
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the engine, the same on every rank. Applied in the order of its fields.
+    """One step of the engine, the same on every rank. Ranks apply `saves` to `new_pages` in the order of the fields."""
 
-    Copies between the device and other tiers come first. Without segments there is nothing to compute. Schedules are
-    one for each layer group.
-    """
-
+    # number of the step, counted from 1
     step: int
+    # pages that are copied from the device to another tier before the step
     saves: tuple[PageSave, ...]
+    # pages that are then copied from another tier to the device
     loads: tuple[PageLoad, ...]
+    # ids of requests that have ended or were preempted since the last plan
     finished: tuple[str, ...]
+    # requests that start in this step
     admitted: tuple[Admission, ...]
+    # pages that requests are given for this step
     new_pages: tuple[NewPages, ...]
+    # what is computed; may be empty, if the step only copies pages
     segments: tuple[Segment, ...]
+    # the schedule of the decode phase in each layer group, widest window first
     decode_schedules: tuple[str, ...]
+    # the schedule of the prefill phase in each layer group, widest window first
     prefill_schedules: tuple[str, ...]
+    # KV that is fetched from other instances, beginning with this step
     fetches: tuple[Fetch, ...] = ()
 
     def encode(self) -> bytes:
@@ -139,5 +156,5 @@ class StepPlan:
         return msgspec.msgpack.decode(data, type=StepPlan)
 
     def digest(self) -> bytes:
-        """A fingerprint: ranks with equal digests take the same branches."""
+        """An 8-byte hash of the plan. In debug mode ranks compare it before they carry the plan out."""
         return blake2b(self.encode(), digest_size=8).digest()

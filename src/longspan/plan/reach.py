@@ -1,7 +1,7 @@
-"""What a rank's rows see off the diagonal: which slots of which shard, in layers of one group (idea 4).
+"""What a rank's rows attend to off the diagonal: which slots of which shard, in each layer group (idea 4).
 
-It owns the translation from segments and page tables to runs of rows and slots; plain integers, it must
-not touch tensors or communicate.
+It owns the translation from segments and page tables to runs of rows and slots. It computes with plain integers and
+must not touch tensors or communicate.
 """
 
 from __future__ import annotations
@@ -15,95 +15,117 @@ from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, window_start
 
 Moves = Literal["queries", "keys"]
-"""What travels under a schedule; None where nothing does."""
+"""What travels under a schedule. A schedule under which nothing travels has None."""
 
-_WINDOW_ROWS = 256  # rows under a window that share a run: it bounds their mask
+_WINDOW_ROWS = 256  # most rows of one run in a layer with a window; bounds the height of the mask
 
 
 @dataclass(frozen=True)
 class QueryRun:
-    """Query rows [row, row + length) of one segment and the slots they attend to.
+    """Query rows [row, row + length) of one segment, and the slots of this shard that they attend to."""
 
-    Without `window_starts` every row sees all of them. Under a window that ends inside, row i sees those from number
-    `window_starts[i]` on, counted over the spans.
-    """
-
+    # first row
     row: int
+    # number of rows
     length: int
+    # the slots, in position order
     spans: tuple[Span, ...]
+    # for each row, how many of the first slots its window leaves out; None if every row sees all slots
     window_starts: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens it sees."""
+        """Number of slots in `spans`."""
         return sum(span.length for span in self.spans)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The travelling query rows of one pcp index, and what each of its segments sees on this shard."""
+    """The travelling query rows of one pcp index."""
 
+    # number of rows
     rows: int
+    # what these rows attend to on this shard; empty where keys travel
     runs: Sequence[QueryRun]
 
 
 @dataclass(frozen=True)
 class KeyShare:
-    """What one shard contributes when keys travel: its needed tokens as spans of its slots."""
+    """The keys and values that one shard sends, for schedules under which keys travel."""
 
+    # slots of the tokens that some travelling segment needs
     spans: tuple[Span, ...]
+    # number of these tokens
     tokens: int
 
 
 @dataclass(frozen=True)
 class KeyRun:
-    """Query rows here and, for each shard, which tokens of its `KeyShare` they see; `span` counts in the share."""
+    """Query rows [row, row + length) of this rank, and the tokens of one shard's `KeyShare` that they attend to."""
 
+    # the shard that sends the tokens
     shard: int
+    # first row, counted among the travelling rows of the phase
     row: int
+    # number of rows
     length: int
+    # the tokens, as indices into the share
     span: Span
+    # as in `QueryRun`, counted from the start of `span`
     window_starts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What rows of one phase attend to off the diagonal in layers of one group.
+    """What the rows of one phase attend to off the diagonal, in the layers of one group.
 
-    Rows from `travel` on (counted in the phase) travel, or what they see does. `own` are the others, whose pages all
-    lie here. `blocks` (queries travel) and `shares`, `key_runs` (keys travel) describe the travelling segments, whose
-    rows count from `travel`.
+    The first rows are local: all pages they see are on this rank. The others are called travelling rows, because
+    either their queries or the keys they see are sent between ranks.
     """
 
+    # name of the schedule
     schedule: str
+    # number of local rows, so the index of the first travelling row in the phase
     travel: int
+    # what the local rows attend to
     own: Sequence[QueryRun]
+    # for each pcp index its travelling rows, counted from 0; their runs are empty where keys travel
     blocks: tuple[Block, ...]
+    # what each shard sends; empty unless keys travel
     shares: tuple[KeyShare, ...]
+    # what this rank's travelling rows attend to in the shares; empty unless keys travel
     key_runs: tuple[KeyRun, ...]
 
     @property
     def block_rows(self) -> tuple[int, ...]:
-        """Travelling rows of every pcp index: the same on all ranks."""
+        """Number of travelling rows of every pcp index; the same on all ranks."""
         return tuple(block.rows for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: the pcp index whose tokens it computes, the shard it stores, the shards of every pcp index."""
+    """The position of a rank in the context group."""
 
+    # the pcp index whose tokens the rank computes
     pcp: int
+    # the shard that the rank stores
     shard: int
+    # for every pcp index, the shards that its ranks store
     shards_of_pcp: tuple[tuple[int, ...], ...]
 
 
 class _Sight(NamedTuple):
-    """Rows [row, row + length) of a segment see tokens [first, first + tokens) of a shard, less by `window_starts`."""
+    """Rows [row, row + length) of a segment see tokens [first, first + tokens) of a shard."""
 
+    # first row, counted from the segment's start
     row: int
+    # number of rows
     length: int
+    # first token, counted among the request's tokens on the shard
     first: int
+    # number of tokens
     tokens: int
+    # row i skips the first `window_starts[i]` of these tokens; None if no row skips any
     window_starts: tuple[int, ...] | None
 
 
@@ -117,14 +139,22 @@ def reach(
     place: Place,
     moves: Moves | None,
 ) -> Reach:
-    """What the segments `mine` of one phase see in layers of `group`; `members` are the phase's on all ranks.
+    """What this rank's segments of one phase see off the diagonal, in the layers of one group.
 
-    `moves` is what travels under `schedule`.
+    Args:
+        schedule: the schedule of this phase and layer group.
+        group: number of the layer group.
+        window: positions that a row of this layer group sees, its own included; None for all.
+        members: the phase's segments on all ranks.
+        mine: those of them that this rank computes, in the order of its rows.
+        requests: the page tables.
+        place: the position of this rank.
+        moves: what travels under `schedule`.
     """
     local = [segment for segment in mine if segment.num_remote_groups <= group]
     moving = sorted(
         (s for s in members if s.num_remote_groups > group), key=lambda s: s.num_remote_groups
-    )  # the order of their ranks' rows
+    )  # as the ranks that compute them order their rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
     keys_travel = moves == "keys"
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())
@@ -142,7 +172,10 @@ def reach(
 
 
 def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) -> Iterator[_Sight]:
-    """A window's far end moves with the row, and what lies before it on a shard is a prefix too: numbers, no mask."""
+    """What a segment's rows see of a shard's tokens.
+
+    The tokens before a row's window are a prefix of the shard's tokens, so one number a row describes the window.
+    """
     until = table.visible(shard, segment.unmasked_until)
     if window is None:
         if until:
@@ -181,9 +214,10 @@ def _keys(
     requests: Mapping[str, KnownRequest],
     place: Place,
 ) -> tuple[tuple[KeyShare, ...], tuple[KeyRun, ...]]:
-    """For keys that travel: each shard's share, and where the segments `mine` look in it.
+    """For schedules under which keys travel: what each shard sends, and what the segments `mine` see of it.
 
-    Without a window a request's segments look into one prefix; with one each has its own few tokens.
+    Without a window the segments of one request see prefixes of the same tokens, which are sent once. With a window
+    each segment has a range of its own.
     """
 
     def key(segment: Segment) -> tuple[str, int]:

@@ -1,6 +1,6 @@
-"""What comes of one step: the ranks' answer to its plan.
+"""The result of one step, which ranks return for a plan.
 
-It owns this record and how the ranks' parts make one; it must not know what is done with it.
+It owns the record, and joins the results of several ranks; it must not know what is done with it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from longspan.request import PromptScore, SampledToken
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one rank, or of all of them."""
+    """The result of a step on one rank, or on all of them."""
 
-    # one for each row that was sampled
+    # one for each sampled row
     tokens: tuple[SampledToken, ...] = ()
-    # of prompt tokens, where they are asked for
+    # log-probabilities of prompt tokens, for the requests that ask for them
     prompt_scores: tuple[PromptScore, ...] = ()
-    # by request, why it cannot go on: it has no token
+    # by request id, why the request cannot be continued; it has no token in `tokens`
     errors: dict[str, str] = field(default_factory=dict)
-    # numbers in the plan's `loads` of those that found no intact page
+    # indices into the plan's `loads` of pages that were missing or damaged
     failed_loads: tuple[int, ...] = ()
 
     @staticmethod
     def joined(parts: Sequence[StepResult]) -> StepResult:
-        """One result of what every rank handed over."""
+        """The results of several ranks as one."""
         return StepResult(
             tuple(token for part in parts for token in part.tokens),
             tuple(score for part in parts for score in part.prompt_scores),

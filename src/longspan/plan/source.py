@@ -1,6 +1,6 @@
-"""Where the KV of a prompt is, when another instance has computed it.
+"""Where the KV of a prompt is when another instance has computed it.
 
-It owns what ranks of an instance say of what they store; pure data, it must not know how bytes travel.
+It owns the records that describe what each rank of an instance stores; it must not know how bytes are transferred.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ Extent = tuple[int, int]
 class Part:
     """What one rank stores of every page of its shard."""
 
+    # the rank, in its own instance
     rank: int
+    # the shard whose pages it stores
     shard: int
+    # layers of the model
     layers: Extent
+    # KV heads of the model
     heads: Extent
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the KV of a prompt is to be had."""
+    """The instance from which the KV of a prompt can be fetched."""
 
-    # of the instance: another one after a restart
+    # the epoch of its core, which changes with every restart
     life: str
-    # of its ranks, and what they store, both in rank order
+    # addresses of its ranks, in rank order
     addresses: tuple[str, ...]
+    # what each of these ranks stores, in rank order
     parts: tuple[Part, ...]
-    # what the prompt is called there, in that life
+    # the request's id in that instance, valid in that epoch
     request: str = ""

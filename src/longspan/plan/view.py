@@ -1,7 +1,7 @@
 """One rank's share of a step, derived from the plan and the mirrored page tables.
 
-It owns the translation from positions to rows, slots and visible lengths; plain integers, it must
-not touch tensors or communicate.
+It owns the order of a rank's rows and the translation from positions to rows and slots. It computes with plain
+integers and must not touch tensors or communicate.
 """
 
 from __future__ import annotations
@@ -16,33 +16,39 @@ from longspan.plan.reach import Moves, Place, Reach, reach
 
 @dataclass(frozen=True)
 class PhaseView:
-    """The rows of one phase (decode or prefill) on this rank: [start, stop).
+    """The rows of one phase (decode or prefill) on this rank."""
 
-    `diagonal` are the (row, length) of segments longer than one token, counted from `start`; `groups` has one `Reach`
-    for each layer group.
-    """
-
+    # first row
     start: int
+    # row after the last
     stop: int
+    # (first row, length) of each segment longer than one token; rows count from `start`
     diagonal: tuple[tuple[int, int], ...]
+    # what the rows see off the diagonal in each layer group, widest window first
     groups: tuple[Reach, ...]
 
 
 @dataclass(frozen=True)
 class WriteRun:
-    """Rows [row, row + length) of this rank's batch go to slots [slot, slot + length)."""
+    """KV of rows [row, row + length) of this rank is written to slots [slot, slot + length)."""
 
+    # first row
     row: int
+    # first slot
     slot: int
+    # number of rows
     length: int
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Row whose logits give token number `position` of a request's output."""
+    """A row whose logits are sampled."""
 
+    # the row
     row: int
+    # its request
     request_id: str
+    # index of the sampled token in the request's output
     position: int
 
 
@@ -50,9 +56,13 @@ class SampleRequest:
 class ScoredRows:
     """Rows [row, row + length) whose logits score the prompt's tokens [position, position + length)."""
 
+    # first row
     row: int
+    # number of rows
     length: int
+    # their request
     request_id: str
+    # position of the first token that is scored: one after that of the first row
     position: int
 
 
@@ -60,15 +70,24 @@ class ScoredRows:
 class RankView:
     """Everything one rank needs for a step.
 
-    `pending` are (row, request) of tokens that this rank sampled in the step before; their `token_ids` say nothing.
+    Decode rows come before prefill rows. In each phase rows of segments with fewer remote groups come first, so that
+    the local rows of every layer group are a prefix.
     """
 
+    # token of each row
     token_ids: tuple[int, ...]
+    # position of each row
     positions: tuple[int, ...]
+    # where the rows' KV goes in this rank's pool
     writes: tuple[WriteRun, ...]
+    # phases with segments in this step, on any rank
     phases: tuple[PhaseView, ...]
+    # rows that are sampled
     samples: tuple[SampleRequest, ...]
+    # rows that score prompt tokens
     scored: tuple[ScoredRows, ...]
+    # (row, request id) of each row whose token this rank sampled in the step before; its entry in `token_ids` is 0 and
+    # is replaced on the device
     pending: tuple[tuple[int, str], ...] = ()
 
 
@@ -79,7 +98,15 @@ def rank_view(
     windows: Sequence[int | None],
     moves: Mapping[str, Moves | None],
 ) -> RankView:
-    """One rank's share; `windows` are the model's layer groups, widest first, `moves` what travels by schedule."""
+    """One rank's share of a step.
+
+    Args:
+        plan: the step.
+        requests: requests by id, with the plan already applied.
+        place: the position of the rank.
+        windows: the width of window of each layer group, widest first.
+        moves: what travels under each schedule, by its name.
+    """
     ordered: list[Segment] = []
     phases: list[PhaseView] = []
     row = 0
@@ -109,12 +136,12 @@ def rank_view(
         token_ids += segment.token_ids
         if segment.pending:
             pending.append((len(token_ids), segment.request_id))
-            token_ids.append(0)
+            token_ids.append(0)  # a placeholder
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt
             samples.append(SampleRequest(len(token_ids) - 1 - before_end, segment.request_id, output))
-        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)
+        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)  # a row scores the token after its own
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
@@ -123,6 +150,7 @@ def rank_view(
 
 
 def _diagonal(mine: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
+    """(first row, length) of each segment longer than one token: a lone token has no diagonal."""
     found: list[tuple[int, int]] = []
     row = 0
     for segment in mine:

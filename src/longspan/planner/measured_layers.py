@@ -21,7 +21,7 @@ from longspan.models.context import LayerContext, Linear
 from longspan.models.decoder import DecoderModel
 from longspan.models.layers import DenseLinear, table_product
 from longspan.models.params import Extent, Param
-from longspan.models.shapes import asked_by
+from longspan.models.shapes import requests_of
 from longspan.planner.linear import passed_elements
 from longspan.planner.timing import Bench
 
@@ -168,5 +168,5 @@ def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
 def _product_sizes(shape: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of the weights of a dense layer's products."""
     model = replace(shape, num_layers=3)
-    asked = asked_by(lambda context: DecoderModel(model, context, torch.float32), _inner(1))
+    asked = requests_of(lambda context: DecoderModel(model, context, torch.float32), _inner(1))
     return [(sum(param.shape[0] for param in product), product[0].shape[1]) for product in asked.matrices]

@@ -1,6 +1,6 @@
-"""What one request may ask for, and the refusal of what can never be served.
+"""How many tokens one request may have, and the errors for requests that can never be served.
 
-It owns the arithmetic of lengths; it must not know of requests that are already there.
+It owns the arithmetic of lengths; it must not know which requests are waiting or running.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from longspan.request import SamplingParams
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_model_len` counts prompt and output tokens, `cache_tokens` the KV that one request can ever hold."""
+    """The largest request that an engine can serve."""
 
+    # most prompt and output tokens, as configured
     max_model_len: int
+    # most tokens whose KV one request can store
     cache_tokens: int
 
     @staticmethod
     def of(max_model_len: int, schedule: str, pages_per_shard: Sequence[int], page_size: int) -> Limits:
-        """Under `--schedule local` a request lives on one shard, else on all."""
+        """The limits of an engine. Under `--schedule local` a request may use the pages of one shard, else of all."""
         usable = max(pages_per_shard) if schedule == "local" else sum(pages_per_shard)
         return Limits(max_model_len, usable * page_size)
 
     @property
     def context(self) -> int:
-        """The most prompt and output tokens of one request; the last token's KV is never stored."""
+        """Most prompt and output tokens of one request: one more than fit in the cache, as the last is not stored."""
         return min(self.max_model_len, self.cache_tokens + 1)
 
     def check(self, num_prompt: int, params: SamplingParams) -> int:
-        """The request's max_tokens, resolved; raises `RequestError` if it can never be served."""
+        """The request's `max_tokens`, or its default. Raises `RequestError` if the request can never be served."""
         if num_prompt == 0:
             raise RequestError("prompt", "''", "is empty", "give at least one token")
         limit = self.context

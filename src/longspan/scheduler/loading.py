@@ -1,7 +1,7 @@
-"""Pages of a waiting request that come back from memory or disk before it is admitted.
+"""Offloaded pages of a waiting request, which are loaded from host memory or disk before it is admitted.
 
-It owns which pages are worth loading and the shards they come to; it must not know how they are copied nor which
-requests run.
+It owns which pages are worth loading and to which shards they are loaded; it must not know how they are copied, nor
+which requests run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ from longspan.scheduler.sequence import SequenceState
 
 @dataclass(frozen=True)
 class PageLoader:
-    """Loads pages in steps of their own, as far as the request that wants them is concerned.
+    """Loads offloaded pages for a request one step before the request can use them.
 
-    What is loaded joins the prefix cache when its step is committed, and is matched there like any other page. So a
-    page that proves lost is simply not found, and nothing was computed from it. A step loads no more tokens than it
-    may compute: decodes do not wait for long loads.
+    Loaded pages join the prefix cache when the step that loads them is committed, and the request matches them there.
+    A page that proves missing or damaged is not published, so nothing is computed from it. A step loads no more tokens
+    than it may compute, so that decodes do not wait for long loads.
     """
 
+    # budget of a step, and when a context is local
     config: SchedulerConfig
+    # pages, prefix cache and offload index
     cache: CacheManager
+    # which ranks store which shard
     grid: Grid
 
     def must_wait(self, sequence: SequenceState, keys: Sequence[Key]) -> bool:
-        """Whether the pages behind those of `sequence`, whose `keys` these are, are being loaded or from now on."""
+        """True if the request must wait: its next pages are already loading, or this call starts loading them.
+
+        `keys` are those of the full pages that follow the pages in the table of `sequence`.
+        """
         offload = self.cache.offload
         if offload is None or not keys:
             return False
@@ -43,7 +49,7 @@ class PageLoader:
         return bool(wanted) and (most <= 0 or self._load(offload, sequence, wanted))
 
     def _worth_loading(self, offload: OffloadIndex, keys: Sequence[Key]) -> Sequence[Key]:
-        """The leading keys that are not on the device, and cheaper to load than to compute."""
+        """The longest prefix of `keys` whose pages are not on the device and take less time to load than to compute."""
         for count, key in enumerate(keys):
             tier = offload.find(key)
             if tier is None or offload.is_busy(key) or next(self.cache.prefix.lookup([key]), None):
@@ -53,18 +59,19 @@ class PageLoader:
         return keys
 
     def _load(self, offload: OffloadIndex, sequence: SequenceState, keys: Sequence[Key]) -> bool:
+        """Load pages as far as there is room. False if no page could be loaded."""
         shards = self._shards_for(sequence)
         table = self.cache.new_table()
         table.extend(sequence.table.pages)
         for key in keys:
             shard = shard_for_page(self.cache, table, shards)
-            if shard is None or not self._worth_loading(offload, [key]):  # making room may have evicted it
+            if shard is None or not self._worth_loading(offload, [key]):  # an allocation before may have dropped it
                 break
             table.append(self.cache.load(key, shard, table.last_index(shard)))
         return len(table.pages) > len(sequence.table.pages)
 
     def _shards_for(self, sequence: SequenceState) -> Sequence[int]:
-        """One shard for a context that will stay local, else all."""
+        """The shards to which a request's pages are loaded: one for a short context, else all."""
         everywhere = range(self.cache.num_shards)
         local = DEFAULT_LOCAL_CONTEXT if self.config.local_context is None else self.config.local_context
         strict = self.config.schedule == "local"

@@ -1,7 +1,7 @@
-"""Drafts without a draft model: what followed the last tokens when they came before (prompt lookup decoding).
+"""Drafts without a draft model (prompt lookup decoding; Saxena 2023).
 
-It owns the search in one request's tokens; it must not know whether a draft proves right. Source: Saxena, Prompt
-Lookup Decoding (2023).
+A draft is what followed the last tokens where they occurred earlier in the request. This module owns the search in one
+request's tokens; it must not know whether a draft is accepted.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-_NGRAMS = (3, 2)  # tokens that must match, the longest first
-_WIDTH = array("I").itemsize
+_NGRAMS = (3, 2)  # numbers of last tokens that are searched for, in this order
+_WIDTH = array("I").itemsize  # bytes of a token
 
 
 class PromptLookup:
-    """The tokens of one request as bytes, in which a search runs at the speed of memory."""
+    """The tokens of one request as bytes, so that `bytearray.rfind` can search them."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def draft(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Up to `count` tokens that may follow `tokens`, which begin as they did at the last call."""
+        """Up to `count` tokens that may follow `tokens`; these must begin with the `tokens` of the last call."""
         self._bytes += array("I", tokens[len(self._bytes) // _WIDTH :]).tobytes()
         for length in _NGRAMS:
             after = self._find(length)
@@ -29,7 +29,7 @@ class PromptLookup:
         return []
 
     def _find(self, length: int) -> int | None:
-        """Where the latest earlier occurrence of the last `length` tokens ends."""
+        """The index after the latest earlier occurrence of the last `length` tokens; None if there is none."""
         pattern = self._bytes[-length * _WIDTH :]
         end = len(self._bytes) - _WIDTH
         while len(pattern) <= end:
@@ -38,5 +38,5 @@ class PromptLookup:
                 return None
             if found % _WIDTH == 0:
                 return found // _WIDTH + length
-            end = found + len(pattern) - 1
+            end = found + len(pattern) - 1  # not at a token's first byte: search on before it
         return None

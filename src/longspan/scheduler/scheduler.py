@@ -1,7 +1,7 @@
-"""The scheduler: which requests compute which tokens in the next step, and on which ranks.
+"""The scheduler: which requests compute which tokens in the next step.
 
-It owns the waiting and running requests, the token budget, fairness and preemption, and emits one
-`StepPlan` a step; pure Python, it must not import torch nor know how a plan is carried out.
+It owns the waiting and running requests, the token budget, fairness and preemption, and returns one `StepPlan` for each
+step. Pure Python: it must not import torch, nor know how a plan is carried out.
 """
 
 from __future__ import annotations
@@ -25,31 +25,37 @@ from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
 
-_MAX_LOOKAHEAD = 64  # waiting requests looked at for short prompts that may pass a long one
+_MAX_LOOKAHEAD = 64  # waiting requests that are considered in a step, so that short ones can pass a long one
 
 
 @dataclass(frozen=True)
 class SchedulerCounters:
-    """What the scheduler has done so far."""
+    """Queue lengths now, and counts since the start."""
 
+    # requests that wait, those whose KV is being fetched included
     waiting: int = 0
+    # requests that prefill or decode
     running: int = 0
+    # preemptions since the start
     preemptions: int = 0
+    # draft tokens that were computed
     drafted_tokens: int = 0
+    # draft tokens that proved right
     accepted_tokens: int = 0
 
 
 class Scheduler:
     """Continuous batching over sharded pages.
 
-    A step takes every decoding request's token first, so a long prefill never starves decodes. What is left of
-    the budget goes to prefills: those in progress by age, each leaving half of what is left for others, then
-    waiting prompts that fit whole, so a short prompt passes a long one.
+    A step first takes one token of every decoding request, so a long prefill does not delay decodes. The rest of the
+    budget goes to prefills: first to those in progress, oldest first, each leaving up to half of what remains for
+    others, then to waiting prompts. Behind a prefill in progress only prompts that fit whole start, so a short prompt
+    passes a long one.
 
-    With pipeline stages as many steps as stages are in flight at once: each takes its share of the budget and of the
-    decoding requests. With `async_scheduling` a second step is in flight beside the one that samples its
-    tokens. In both cases `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
-    pages may change hands while earlier steps still use them.
+    With pipeline stages as many steps are in flight as there are stages, and each takes its share of the budget and of
+    the decoding requests. With `async_scheduling` a step is planned while the one before it runs. In both cases steps
+    are committed in order. Ranks carry steps out in order too, so a page may be given to another request while an
+    earlier step still uses it.
     """
 
     def __init__(
@@ -71,31 +77,32 @@ class Scheduler:
         self._sequences: dict[str, SequenceState] = {}
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
-        self._fetching: dict[str, SequenceState] = {}
-        self._held: dict[str, SequenceState] = {}
-        self._fetches = 0
+        self._fetching: dict[str, SequenceState] = {}  # their KV is being fetched from another instance
+        self._held: dict[str, SequenceState] = {}  # ended, but another instance may still fetch their pages
+        self._fetches = 0  # number of the last fetch
         self.preemptions = 0
         self.drafted = 0
         self.accepted = 0
-        self._finished: list[str] = []
-        self._step = 0
+        self._finished: list[str] = []  # ids that the next plan reports as finished
+        self._step = 0  # number of the last step
         self._async_scheduling = bool(config.async_scheduling) and grid.pp == 1 and not config.prompt_lookup
         self.steps_at_once = 2 if self._async_scheduling else grid.pp
 
     def add(self, request: CoreRequest, source: Source | None = None) -> None:
-        """Queue a request that `Limits.check` has passed.
+        """Queue a request that `Limits.check` has accepted.
 
-        With a `source` its prompt is computed there: it holds pages and waits until it has `arrived`.
+        With a `source` its prompt is computed by that instance: once admitted it holds pages, and it is not computed
+        until `arrived` is called.
         """
         self.queue(SequenceState(request, self.cache.new_table(), source))
 
     def queue(self, sequence: SequenceState) -> None:
-        """Let a request wait for its first step."""
+        """Append a request to the waiting queue."""
         self.waiting.append(sequence)
         self._sequences[sequence.request_id] = sequence
 
     def finish(self, request_id: str) -> None:
-        """End a request, wherever it is: its pages are free for the next step. Unknown ids are ignored."""
+        """End a request in any state, and release its pages. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
@@ -107,14 +114,14 @@ class Scheduler:
         self._release(sequence)
 
     def hold(self, request_id: str) -> None:
-        """Compute no more of a running request, but keep its pages until it is finished. Unknown ids are ignored."""
+        """Stop computing a running request, but keep its pages until `finish`. Unknown ids are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.running.remove(sequence)
             self._held[request_id] = sequence
 
     def arrived(self, request_id: str) -> None:
-        """What a request was waiting for is in its pages: from now on it decodes."""
+        """The KV of a request has been fetched into its pages: from now on it decodes."""
         sequence = self._fetching.pop(request_id)
         sequence.source = None
         sequence.computed = len(sequence.tokens) - 1
@@ -122,7 +129,7 @@ class Scheduler:
         self._publish(sequence, sequence.computed)
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute, or not before a step in flight is committed."""
+        """The next step. None if there is nothing to do, or nothing until a step in flight is committed."""
         while True:
             budget = self._micro_batch(self.config.step_tokens)
             step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
@@ -131,7 +138,7 @@ class Scheduler:
             busy = self.cache.is_loading or any(sequence.in_flight for sequence in self.running)
             if step.segments or step.fetches or not self.running or busy:
                 break
-            self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest starts over
+            self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest gives up its own
         if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
         for request_id, (stop, _) in _progress(step.segments).items():
@@ -147,9 +154,9 @@ class Scheduler:
         return step.build(self._step, finished, self.chooser)
 
     def commit(self, plan: StepPlan, result: StepResult) -> StepResult:
-        """Take a finished step's results: new tokens, pages others may reuse. Steps are committed in order.
+        """Take the result of a step: append its tokens, and publish pages that are full. Call it in step order.
 
-        Returns what of them counts: of requests that have not ended meanwhile, and tokens up to the first wrong draft.
+        Returns the result without requests that have ended meanwhile, and without tokens after a wrong draft.
         """
         self.cache.settle(plan.saves, plan.loads, set(result.failed_loads))
         accepted: list[SampledToken] = []
@@ -165,7 +172,7 @@ class Scheduler:
             accepted += right
             sequence.tokens += [token.token_id for token in right]
             sequence.pending = max(0, sequence.pending - len(right))
-            if drafts:  # the slots of wrong ones are written again
+            if drafts:  # tokens of wrong drafts are not computed: later tokens overwrite their slots
                 stop -= len(drafts) + 1 - len(right)
                 sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
                 self.drafted += len(drafts)
@@ -176,24 +183,25 @@ class Scheduler:
         return StepResult(tuple(accepted), scores, errors)
 
     def cached_tokens(self, request_id: str) -> int:
-        """Tokens of a request that has not ended which the prefix cache had when it was first admitted."""
+        """Number of tokens of a request's prefix hit when it was first admitted. Raises `KeyError` after its end."""
         return self._sequences[request_id].cached_tokens or 0
 
     def counters(self) -> SchedulerCounters:
-        """Queue lengths and preemptions."""
+        """Queue lengths and counts."""
         waiting = len(self.waiting) + len(self._fetching)
         return SchedulerCounters(waiting, len(self.running), self.preemptions, self.drafted, self.accepted)
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` unless every page is accounted for exactly once."""
+        """Raise `EngineError` unless every page is free, idle, or held as often as page tables and loads say."""
         holding = (*self.running, *self._fetching.values(), *self._held.values())
         self.cache.check_integrity(sequence.table for sequence in holding)
 
     def _micro_batch(self, amount: int) -> int:
-        """The share of one step when every pipeline stage works on a step of its own."""
+        """One step's share of `amount`, when each pipeline stage works on a step of its own."""
         return -(-amount // self.grid.pp)
 
     def _decode(self, step: StepBuilder) -> None:
+        """Add a token of every decoding request. Without a page for it the youngest running request is preempted."""
         rows = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
         while index < len(self.running) and step.budget and rows:
@@ -208,6 +216,7 @@ class Scheduler:
                 step.preempted = True
 
     def _prefill(self, step: StepBuilder) -> None:
+        """Spend the rest of the budget on prefills in progress, then on waiting requests."""
         active = [sequence for sequence in self.running if sequence.remaining > 1]
         for sequence, share in zip(active, self._shares(active, step.budget), strict=True):
             step.add_chunk(sequence, share)
@@ -215,7 +224,10 @@ class Scheduler:
             self._admit(step, bool(active))
 
     def _shares(self, active: Sequence[SequenceState], budget: int) -> list[int]:
-        """Tokens for each prefill in progress: at most half of what is left is kept for those behind it."""
+        """Number of tokens for each prefill in progress, oldest first.
+
+        Each leaves up to half of the remaining budget for the prefills after it and for waiting prompts that fit in.
+        """
         short = [s.remaining for s in islice(self.waiting, _MAX_LOOKAHEAD) if s.remaining <= budget // 2]
         behind = sum(short) + sum(sequence.remaining for sequence in active)
         shares: list[int] = []
@@ -226,19 +238,22 @@ class Scheduler:
         return shares
 
     def _admit(self, step: StepBuilder, prefilling: bool) -> None:
-        """Start waiting prompts in order. Behind a prefill in progress only those that fit whole start;
-        a prompt the cache has no room for holds back all behind it, or it might wait for ever."""
+        """Start waiting requests in order.
+
+        Behind a prefill in progress only prompts that fit whole into the step start. A prompt for which the cache has
+        no room holds back all behind it, since otherwise it might wait for ever.
+        """
         passed: list[SequenceState] = []
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
         while self.waiting and step.budget and len(self.running) + len(self._fetching) < self.config.running_limit:
             sequence = self.waiting.popleft()
-            if sequence.in_flight:  # preempted, but a step in flight will still give it a token
+            if sequence.in_flight:  # preempted, and a step in flight will return a token of it
                 passed.append(sequence)
                 continue
             self._match_prefix(sequence)
             whole = sequence.source is not None or sequence.remaining <= step.budget
             room = self._has_room(sequence, reserved)
-            if room and self._must_load(sequence):
+            if room and self._must_load(sequence):  # its match is released below, and made again after the load
                 reserved += sequence.pages_missing
             elif room and (whole or not prefilling):
                 if sequence.cached_tokens is None:
@@ -255,6 +270,7 @@ class Scheduler:
                 reserved += sequence.pages_missing
                 prefilling = prefilling or not whole
                 continue
+            # it does not start in this step: later requests may
             self._forget_match(sequence)
             passed.append(sequence)
             if not room or len(passed) >= _MAX_LOOKAHEAD:
@@ -262,18 +278,19 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
 
     def _has_room(self, sequence: SequenceState, reserved: int) -> bool:
+        """Whether the cache has pages for the request, besides `reserved` ones that other requests still need."""
         if self.config.schedule == "local":
             held = {page.shard for page in sequence.table.pages}
             return any(self._can_be_home(shard, sequence) for shard in held or range(self.cache.num_shards))
         return self.cache.total_available() - reserved >= sequence.pages_missing
 
     def _can_be_home(self, shard: int, sequence: SequenceState) -> bool:
-        """Whether the request fits there now, and once it has grown and all others are gone."""
+        """Whether the request fits on the shard now, and at its full length if it were alone there."""
         large_enough = self.cache.pools[shard].num_pages >= sequence.max_pages
         return large_enough and self.cache.available(shard) >= sequence.pages_missing
 
     def _match_prefix(self, sequence: SequenceState) -> None:
-        """Take cached pages; at least one token is left to compute, since it gives the first logits."""
+        """Hold the pages of the longest cached prefix. The last token is never among them: it gives the logits."""
         pages = self.cache.match(self._reusable(sequence, 0))
         if self.config.schedule == "local":
             pages = self._on_one_shard(pages, sequence)
@@ -282,18 +299,21 @@ class Scheduler:
         sequence.published = len(pages)
 
     def _must_load(self, sequence: SequenceState) -> bool:
-        """Whether it has to wait for pages that come from elsewhere behind those it has."""
+        """Whether the request waits until pages after its prefix hit are loaded from another tier."""
         offloads = self.cache.offload is not None
         return offloads and self._loader.must_wait(sequence, self._reusable(sequence, len(sequence.table.pages)))
 
     def _reusable(self, sequence: SequenceState, first: int) -> Sequence[Key]:
-        """Keys of the pages from number `first` on that need not be computed if they are found."""
+        """Keys of the full pages from number `first` on that need not be computed if the cache has them."""
         scores = sequence.params.prompt_logprobs is not None  # every prompt token must be computed
         whole = 0 if scores else (len(sequence.tokens) - 1) // self.cache.page_size
         return sequence.page_keys(first, whole, self.root_key)
 
     def _on_one_shard(self, pages: list[PageRef], sequence: SequenceState) -> list[PageRef]:
-        """The hit's leading pages on its first shard, or none if the request could not live there."""
+        """The first pages of a prefix hit that are on one shard, or none if the request cannot grow to its end there.
+
+        The other pages are released.
+        """
         kept: list[PageRef] = []
         if pages and self.cache.pools[pages[0].shard].num_pages >= sequence.max_pages:
             kept = list(takewhile(lambda page: page.shard == pages[0].shard, pages))
@@ -301,11 +321,12 @@ class Scheduler:
         return kept
 
     def _forget_match(self, sequence: SequenceState) -> None:
+        """Release a prefix hit: the request is not admitted in this step."""
         self.cache.release(sequence.table.pages)
         sequence.restart(self.cache.new_table)
 
     def _publish(self, sequence: SequenceState, stop: int) -> None:
-        """Pages before position `stop` are whole and computed; a preempted request has none."""
+        """Enter the pages before position `stop`, which is computed, into the prefix cache, as far as they are full."""
         whole = min(stop // self.cache.page_size, len(sequence.table.pages))
         if whole > sequence.published:
             keys = sequence.page_keys(sequence.published, whole, self.root_key)
@@ -314,7 +335,7 @@ class Scheduler:
             sequence.published = whole
 
     def _preempt(self, sequence: SequenceState) -> None:
-        """Give up a running request's pages; it waits in front and is computed again."""
+        """Release a running request's pages, and put it at the front of the queue to be computed again."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.restart(self.cache.new_table)
@@ -322,12 +343,13 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: SequenceState) -> None:
+        """Release a request's pages. The next plan reports the request as finished."""
         self.cache.release(sequence.table.pages)
         self._finished.append(sequence.request_id)
 
 
 def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, list[int]]]:
-    """How far each request is computed after a step, and the drafts among what is computed."""
+    """For each request of a step, the position up to which it is then computed, and its drafts in the step."""
     found: dict[str, tuple[int, list[int]]] = {}
     for segment in segments:
         stop, decoded = found.get(segment.request_id, (0, []))
@@ -339,8 +361,10 @@ def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, list[int]]]:
 
 
 def _right(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
-    """The tokens sampled after drafts that were right: noise depends on the position alone, so these are the tokens
-    that would have been sampled one at a time."""
+    """The accepted tokens of one request: those sampled after right drafts, up to and with the first difference.
+
+    Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give.
+    """
     in_order = sorted(tokens, key=lambda token: token.position)
     wrong = next(
         (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),

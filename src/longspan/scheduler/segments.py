@@ -1,7 +1,7 @@
-"""How a chunk of one prompt is cut into segments and given to pcp ranks (idea 2).
+"""How a chunk of a prompt is cut into segments for the pcp indices (idea 2 of docs/architecture.md).
 
-It owns the zigzag and its fallbacks as pure functions of room and load; it must not allocate pages
-or know about shards inside a TP group.
+It owns the zigzag and its fallbacks, as pure functions of room and load; it must not allocate pages, nor know about
+the shards inside a TP group. "Rank" in this module means a pcp index, with all ranks of its TP group.
 """
 
 from __future__ import annotations
@@ -11,21 +11,33 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """Positions [start, stop) computed by the TP group of `pcp`."""
+    """A segment before it has tokens: adjacent positions that one TP group computes."""
 
+    # first position
     start: int
+    # position after the last
     stop: int
+    # index of the TP group
     pcp: int
 
 
 def split_chunk(
     start: int, stop: int, page_size: int, room: Sequence[int], load: Sequence[int], tail: int | None
 ) -> list[Piece]:
-    """Cut positions [start, stop) into pieces in position order.
+    """Cut positions [start, stop) into pieces, in position order.
 
-    `room[r]` is the number of pages rank r can take, `load[r]` its tokens so far in this step, `tail` the rank
-    that holds the half-full page `start` lies in (None at a page's start): a page is written by one
-    rank only, so whatever lies in that page is computed there. Raises ValueError without room for all.
+    A page has one writer. So if `start` is inside a half-full page, the rest of this page must be computed on its rank.
+
+    Args:
+        start: first position of the chunk.
+        stop: position after the last.
+        page_size: tokens of a page.
+        room: number of pages that each rank can allocate.
+        load: number of tokens that each rank already computes in this step.
+        tail: the rank of the half-full page that `start` is in; None if `start` begins a page.
+
+    Raises:
+        ValueError: if there is no room for all positions.
     """
     for attempt in (_zigzag, _whole):
         pieces = attempt(start, stop, page_size, load, tail)
@@ -38,17 +50,17 @@ def split_chunk(
 
 
 def room_for_chunk(start: int, page_size: int, room: Sequence[int]) -> int:
-    """How many tokens fit from position `start` on: the rest of its page and all free pages."""
+    """Number of tokens that fit from position `start` on: in the rest of its page, and in all free pages."""
     return -start % page_size + sum(room) * page_size
 
 
 def pages_opened(start: int, stop: int, page_size: int) -> int:
-    """Pages that begin in positions [start, stop); a half-full page at `start` exists already."""
+    """Number of pages that begin in [start, stop). A page that `start` is inside of is not counted: it exists."""
     return -(-stop // page_size) - -(-start // page_size)
 
 
 def fits(pieces: Sequence[Piece], page_size: int, room: Sequence[int]) -> bool:
-    """Whether every rank has the pages its pieces open."""
+    """Whether every rank has room for the pages that begin in its pieces."""
     need = [0] * len(room)
     for piece in pieces:
         need[piece.pcp] += pages_opened(piece.start, piece.stop, page_size)
@@ -56,7 +68,7 @@ def fits(pieces: Sequence[Piece], page_size: int, room: Sequence[int]) -> bool:
 
 
 def join(pieces: Sequence[Piece]) -> list[Piece]:
-    """Merge neighbours of one rank."""
+    """Merge adjacent pieces of the same rank."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and joined[-1].pcp == piece.pcp:
@@ -66,20 +78,22 @@ def join(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _rank_order(load: Sequence[int], tail: int | None) -> list[int]:
+    """Ranks by load, least first, but `tail` before all others."""
     return sorted(range(len(load)), key=lambda rank: (rank != tail, load[rank], rank))
 
 
 def _zigzag(start: int, stop: int, page_size: int, load: Sequence[int], tail: int | None) -> list[Piece]:
-    """2n pieces for n ranks, pieces i and 2n-1-i on one rank, so that causal work and pages balance.
+    """Cut into 2n pieces for n ranks; the i-th rank computes pieces i and 2n-1-i, so that causal work is even.
 
-    Empty if the chunk has fewer pages than pieces. Piece 0 continues the half-full page on its own rank, and the
-    same rank's last piece leaves the next chunk's half-full page there again.
+    Empty if the chunk has fewer pages than pieces. The first rank is the one of the half-full page. It also computes
+    the last piece, so the half-full page of the next chunk is on the same rank.
     """
     ranks = len(load)
     first, last = start // page_size, -(-stop // page_size)
     if last - first < 2 * ranks:
         return []
     order = _rank_order(load, tail)
+    # pieces are whole pages, but for the ends of the chunk
     cuts = [first + round((last - first) * i / (2 * ranks)) for i in range(2 * ranks + 1)]
     bounds = [min(max(cut * page_size, start), stop) for cut in cuts]
     owners = [*order, *reversed(order)]
@@ -87,12 +101,12 @@ def _zigzag(start: int, stop: int, page_size: int, load: Sequence[int], tail: in
 
 
 def _whole(start: int, stop: int, page_size: int, load: Sequence[int], tail: int | None) -> list[Piece]:
-    """The whole chunk on one rank: the half-full page's, or the least loaded."""
+    """The whole chunk on one rank: that of the half-full page, or else the least loaded."""
     return [Piece(start, stop, _rank_order(load, tail)[0])]
 
 
 def _fill(start: int, stop: int, page_size: int, room: Sequence[int], tail: int | None) -> list[Piece]:
-    """Runs as long as each rank has room for, roomiest rank first: when some shards are nearly full."""
+    """Fill the ranks one after the other, the one with most room first. Used when some shards are nearly full."""
     pieces: list[Piece] = []
     at = start
     if tail is not None:

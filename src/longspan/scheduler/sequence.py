@@ -1,6 +1,6 @@
-"""One request as the scheduler sees it: tokens, pages and how far it is computed.
+"""The scheduler's state of one request: tokens, pages, and how far it is computed.
 
-It owns per-request state between steps; it must not know about budgets or other requests.
+It owns this state between steps; it must not know about budgets or other requests.
 """
 
 from __future__ import annotations
@@ -15,69 +15,75 @@ from longspan.scheduler.lookup import PromptLookup
 
 
 class SequenceState:
-    """A request's tokens (prompt, then output), page table and progress.
-
-    `computed` counts tokens whose KV is stored or will be by the steps in flight, of which `in_flight` have this
-    request; `pending` counts tokens that they sample, the last on pcp index `sampled_on`, and that may be computed
-    before they are known; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the
-    request was first admitted (None before), `published` the pages other requests can find. `home` is the one shard a
-    short context lives on, None once it spreads; `source` the instance that computes its prompt, None if this one does;
-    `for_peer` says that another one will fetch its pages.
-    """
+    """A request's tokens, page table and progress."""
 
     def __init__(self, request: CoreRequest, table: PageTable, source: Source | None = None, keys: Iterable[Key] = ()):
         self.request_id = request.request_id
+        # the prompt, then the output so far
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
         self.params = request.params
         self.seed = request.seed
         self.table = table
+        # number of tokens whose KV is stored, or will be when the steps in flight are done
         self.computed = 0
+        # tokens of its prefix hit when it was first admitted; None before
         self.cached_tokens: int | None = None
-        self.max_stored = self.num_prompt + request.max_tokens - 1  # the last token's KV is never needed
+        # most tokens whose KV it can store; the last token's is never needed
+        self.max_stored = self.num_prompt + request.max_tokens - 1
+        # the instance that computes its prompt; None for this one
         self.source = source
+        # whether another instance will fetch its pages
         self.for_peer = request.for_peer
+        # number of its pages that are in the prefix cache
         self.published = 0
+        # number of steps in flight that compute tokens of it
         self.in_flight = 0
+        # number of tokens that steps in flight sample, and that may be computed before their ids are known
         self.pending = 0
+        # pcp index on which the last of them is sampled
         self.sampled_on = 0
+        # the shard that holds a short context whole; None if it is spread
         self.home: int | None = None
         self.lookup = PromptLookup()
-        self._keys = list(keys)  # of its first pages
+        # keys of its first full pages, as far as they were needed
+        self._keys = list(keys)
 
     @property
     def length(self) -> int:
-        """Its tokens, with those that are pending."""
+        """Number of tokens, the pending ones included."""
         return len(self.tokens) + self.pending
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet computed: 1 for a request that decodes, less while its next ones are in flight."""
+        """Number of tokens not computed yet: 1 for a decoding request, 0 while its next token is in flight."""
         return self.length - self.computed
 
     @property
     def pages_missing(self) -> int:
-        """Pages its present tokens still need."""
+        """Number of pages that its tokens need beyond those in the table."""
         return max(0, -(-self.length // self.table.page_size) - len(self.table.pages))
 
     @property
     def max_pages(self) -> int:
-        """Pages it can ever hold."""
+        """Most pages that it can hold."""
         return -(-self.max_stored // self.table.page_size)
 
     def draft(self, count: int) -> list[int]:
-        """Tokens that may come next; none where a grammar binds them, whose state cannot be taken back."""
+        """Up to `count` draft tokens. None under a grammar, whose state cannot be rolled back."""
         room = min(count, self.max_stored - len(self.tokens))
         return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
 
     @property
     def may_be_planned_ahead(self) -> bool:
-        """Whether the token it samples next may be computed before it is known: nothing looks back at it, and it is not
-        the last one by length."""
+        """Whether the token that it samples next may be computed before its id is known.
+
+        Not if penalties or a grammar need the id, nor if the length ends the request with this token.
+        """
         return not self.params.needs_history and self.params.grammar is None and self.length < self.max_stored
 
     def restart(self, new_table: Callable[[], PageTable]) -> None:
-        """Forget the pages: the request is computed again from its first token (or a prefix hit)."""
+        """Start again with an empty page table; the caller has released the pages. Tokens are kept."""
         self.table = new_table()
         self.computed = 0
         self.pending = 0
@@ -85,7 +91,7 @@ class SequenceState:
         self.home = None
 
     def page_keys(self, first: int, count: int, root: Key) -> Sequence[Key]:
-        """Content keys of whole pages [first, count); those of one cache salt are like no others."""
+        """Keys of the full pages [first, count). `root` is the parent of the first one; a cache salt changes it."""
         size, salt = self.table.page_size, self.params.cache_salt
         while len(self._keys) < count:
             parent = self._keys[-1] if self._keys else root_key(root, salt) if salt else root

@@ -1,6 +1,6 @@
-"""One step being put together: pages are placed and segments cut as requests are added.
+"""The construction of one step's plan: pages are placed and segments are cut as requests are added.
 
-It owns the budget and load of a single step; it must not choose which requests take part.
+It owns the budget and the load of a single step; it must not choose which requests take part.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from longspan.scheduler.sequence import SequenceState
 
 
 class StepBuilder:
-    """Collects a `StepPlan`. `budget` is the tokens left; `preempted` forbids new admissions."""
+    """Collects what a `StepPlan` consists of, while the scheduler adds requests."""
 
     def __init__(
         self, config: SchedulerConfig, cache: CacheManager, grid: Grid, windows: Sequence[int | None], budget: int
     ) -> None:
+        # tokens that may still be added
         self.budget = budget
+        # whether a request was preempted for this step; then no request is admitted
         self.preempted = False
         self.segments: list[Segment] = []
         self._strictly_local = config.schedule == "local"
         self._local_context = DEFAULT_LOCAL_CONTEXT if config.local_context is None else config.local_context
         self._cache = cache
         self._grid = grid
-        self._rows = [0] * grid.pcp
-        self._load = [0] * grid.pcp
+        self._rows = [0] * grid.pcp  # decode rows on each pcp index
+        self._load = [0] * grid.pcp  # tokens on each pcp index
         self._admitted: list[Admission] = []
         self._new_pages: dict[str, list[PageRef]] = {}
         self.fetches: list[Fetch] = []
         self._windows = windows
-        self._facts = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
+        # by phase (prefill or not), the workload of each layer group
+        self._workloads = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
 
     def admit(self, sequence: SequenceState) -> None:
-        """A waiting request joins; a short one gets a home shard."""
+        """Add a waiting request, with the pages of its prefix hit. A short request gets a home."""
         if self._strictly_local or len(sequence.tokens) <= self._local_context:
             held = {page.shard for page in sequence.table.pages}
             sequence.home = next(iter(held)) if len(held) == 1 else self._choose_home(sequence, held)
@@ -58,7 +61,7 @@ class StepBuilder:
     def add_decode(self, sequence: SequenceState, drafts: Sequence[int] = ()) -> bool:
         """Compute the request's one remaining token, and as many of its drafts as there are pages for.
 
-        Each is computed on the rank of its page. False without room for the first.
+        Each token is computed on the rank of its page. False if there is no page for the first token.
         """
         table, start = sequence.table, sequence.computed
         pieces: list[Piece] = []
@@ -75,7 +78,10 @@ class StepBuilder:
         return bool(pieces)
 
     def can_follow(self, sequence: SequenceState) -> bool:
-        """Whether the ranks that sample a pending token are those that will compute it; a new page may be anywhere."""
+        """Whether a pending token is sampled by the ranks that will compute it, so that nobody has to send it.
+
+        False if the token needs a new page, which may be placed on any shard.
+        """
         if not sequence.pending or self._grid.pcp == 1:
             return True
         table = sequence.table
@@ -83,7 +89,7 @@ class StepBuilder:
         return has_page and self._grid.pcp_of_shard[table.shard_of(sequence.computed)] == sequence.sampled_on
 
     def add_chunk(self, sequence: SequenceState, tokens: int) -> None:
-        """Compute up to `tokens` of the request's remaining tokens, as far as there are pages for them."""
+        """Compute the next `tokens` tokens of a prefill, or as many as there are pages for."""
         start = sequence.computed
         pieces = self._pieces(sequence, start, tokens)
         for piece in pieces:
@@ -92,13 +98,13 @@ class StepBuilder:
             self._add_segment(sequence, piece, prefill=True)
 
     def add_fetch(self, sequence: SequenceState, number: int, source: Source) -> None:
-        """Place pages for all tokens but the last, to be filled from elsewhere."""
+        """Place pages for all tokens but the last, whose KV is fetched from another instance."""
         stop = len(sequence.tokens) - 1
         self._place_until(stop, sequence, range(self._cache.num_shards))
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
 
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
-        """The finished plan, with what travels chosen for each phase and layer group."""
+        """The plan, with a schedule chosen for each phase and layer group."""
         saves, loads = self._cache.take_copies()
         return StepPlan(
             step=step,
@@ -108,12 +114,13 @@ class StepBuilder:
             admitted=tuple(self._admitted),
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
-            decode_schedules=tuple(map(chooser.choose, self._facts[False])),
-            prefill_schedules=tuple(map(chooser.choose, self._facts[True])),
+            decode_schedules=tuple(map(chooser.choose, self._workloads[False])),
+            prefill_schedules=tuple(map(chooser.choose, self._workloads[True])),
             fetches=tuple(self.fetches),
         )
 
     def _choose_home(self, sequence: SequenceState, held: set[int]) -> int | None:
+        """The home of a request that starts; None if its prefix hit is on several shards, or if no shard fits."""
         if held:
             return None
         load = [rows + tokens for rows, tokens in zip(self._rows, self._load, strict=True)]
@@ -121,6 +128,7 @@ class StepBuilder:
         return home_shard(self._cache, self._grid.pcp_of_shard, load, sequence.pages_missing, least)
 
     def _decode_shard(self, sequence: SequenceState) -> int | None:
+        """The shard of a decode token's new page: the home while the context is local. None without room."""
         home = sequence.home
         local = self._strictly_local or sequence.computed < self._local_context
         if home is not None and local and (self._cache.available(home) or self._strictly_local):
@@ -129,6 +137,7 @@ class StepBuilder:
         return shard_for_decode(self._cache, sequence.table, self._grid.pcp_of_shard, self._rows)
 
     def _pieces(self, sequence: SequenceState, start: int, tokens: int) -> list[Piece]:
+        """Cut a chunk of up to `tokens` tokens. A home without room for all of it is given up, if that is allowed."""
         size = self._cache.page_size
         if sequence.home is not None:
             room = room_for_chunk(start, size, [self._cache.available(sequence.home)])
@@ -142,7 +151,7 @@ class StepBuilder:
         return split_chunk(start, stop, size, free, self._load, tail) if stop > start else []
 
     def _place_until(self, stop: int, sequence: SequenceState, shards: Sequence[int]) -> None:
-        """Place pages for all positions before `stop` on these shards, or on the request's home."""
+        """Place pages for all positions before `stop`: on the request's home, or else on `shards`."""
         table, candidates = sequence.table, shards if sequence.home is None else (sequence.home,)
         while len(table.pages) * table.page_size < stop:
             shard = shard_for_page(self._cache, table, candidates)
@@ -158,12 +167,13 @@ class StepBuilder:
     def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool, drafts: Sequence[int] = ()) -> None:
         length = piece.stop - piece.start
         num_remote_groups = 0
-        for window, facts in zip(self._windows, self._facts[prefill], strict=True):
+        # windows are in descending order: what needs no other shard here needs none in the groups that follow
+        for window, workload in zip(self._windows, self._workloads[prefill], strict=True):
             visible = self._visible(sequence.table, piece, window)
             if not self._reaches_out(piece.pcp, visible):
                 break
             key = sequence.request_id if window is None else (sequence.request_id, piece.start)
-            facts.add(key, piece.pcp, length, visible)
+            workload.add(key, piece.pcp, length, visible)
             num_remote_groups += 1
         self.segments.append(
             Segment(
@@ -182,7 +192,7 @@ class StepBuilder:
         self.budget -= length
 
     def _visible(self, table: PageTable, piece: Piece, window: int | None) -> dict[int, int]:
-        """Tokens that a segment's unmasked attention sees on each shard that has any."""
+        """Number of tokens that a segment's unmasked attention sees on each shard, without shards that have none."""
         first, until = window_start(piece.start, window), unmasked_until(piece.start, piece.stop)
         counts = {
             shard: table.visible(shard, until) - (table.visible(shard, first) if first else 0)
@@ -191,10 +201,10 @@ class StepBuilder:
         return {shard: tokens for shard, tokens in counts.items() if tokens > 0}
 
     def _reaches_out(self, pcp: int, visible: dict[int, int]) -> bool:
-        """Whether some rank of the TP group at `pcp` lacks something of what is visible."""
+        """Whether some rank of the TP group `pcp` does not store all of the visible tokens."""
         return any(shard != member for member in self._grid.shards_of_pcp[pcp] for shard in visible)
 
 
 def _cut(drafts: Sequence[int], piece: Piece, first: int) -> Sequence[int]:
-    """The drafts in a piece, if the first of them is at position `first`."""
+    """The drafts that are in a piece. `first` is the position of the first draft."""
     return drafts[max(0, piece.start - first) : max(0, piece.stop - first)]

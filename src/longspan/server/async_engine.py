@@ -28,7 +28,7 @@ _LOG = logging.getLogger("longspan.server")
 _MAX_STRIKES = 3  # a request fails when the core has failed so many times since its last token
 _LONGEST_PAUSE = 5.0
 _STATE_SECONDS = 0.5
-_PULSE_SECONDS = 15.0
+_KEEP_ALIVE_SECONDS = 15.0
 _FOREVER = 1e8
 
 
@@ -286,7 +286,7 @@ class AsyncEngine:
                     # a core that was ready is replaced at once; one that does not start, after growing pauses
                     pause = 0.0 if self._ready.is_set() else min(2 * pause + 0.1, _LONGEST_PAUSE)
                     _LOG.warning("the engine has failed and starts again: %s: %s", type(error).__name__, error)
-                    self._mourn(error)
+                    self._reset_after_failure(error)
                     core.kill()
                     await asyncio.sleep(pause)
                     core = await self._new_core(core.config_after(error))
@@ -301,7 +301,7 @@ class AsyncEngine:
                 return CoreProcess(config)
             except OSError as error:
                 _LOG.warning("the engine cannot be started: %s", error)
-                self._mourn(error)
+                self._reset_after_failure(error)
                 await asyncio.sleep(_LONGEST_PAUSE)
 
     async def _listen(self, core: CoreProcess) -> NoReturn:
@@ -320,7 +320,7 @@ class AsyncEngine:
                 case _:
                     raise EngineError(f"the core sent {type(message).__name__} out of turn")
 
-    def _mourn(self, error: Exception) -> None:
+    def _reset_after_failure(self, error: Exception) -> None:
         """Reset the state that belongs to a failed core, and fail requests that have seen too many failures."""
         self._core = self._last_state = None
         self._last_error = error
@@ -380,7 +380,7 @@ class AsyncEngine:
             self.metrics.tick()
             now = time.monotonic()
             for call in set(self._calls.values()):
-                if now - call.heard >= _PULSE_SECONDS:
+                if now - call.heard >= _KEEP_ALIVE_SECONDS:
                     call.heard = now
                     call.event.set()
 

@@ -49,7 +49,7 @@ class HttpConfig(uvicorn.Config):
             timeout_keep_alive=limits.keep_alive_seconds, backlog=_BACKLOG,
         )  # fmt: skip
         self.limits = limits
-        self.door = Door(connections_allowed(limits))
+        self.door = ConnectionLimiter(connections_allowed(limits))
 
 
 async def announce(server: AnyServer, on_ready: Callable[[AnyServer], None]) -> None:
@@ -223,7 +223,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(self._limits.linger_seconds, self.transport.close)
 
 
-class Door:
+class ConnectionLimiter:
     """Limits the number of open connections. Beyond the limit, the one that has waited longest is closed."""
 
     def __init__(self, most: int) -> None:

@@ -1,4 +1,4 @@
-"""Every attention backend by name: adding one is one file and one row here."""
+"""The table of built-in attention backends. To add one, add a file and a row to `_BUILT_IN`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,6 +15,6 @@ _BUILT_IN = (
 )
 BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType({backend.name: backend for backend in _BUILT_IN})
 BACKEND_NAMES = ("auto", *BACKENDS)
-"""What an option may say: the engine chooses, or one of them."""
+"""The values of the option: `auto` lets the engine choose."""
 
 __all__ = ["BACKENDS", "BACKEND_NAMES", "AttentionBackend"]

@@ -1,6 +1,6 @@
-"""What an attention backend is: one record in one file, and an object that prepares a step once for all its layers.
+"""What an attention backend is: a record in a file of its own, and an object that prepares a step for all its layers.
 
-It owns the interfaces; a backend knows tensors and heads, never ranks or schedules.
+It owns these interfaces. A backend knows tensors and heads; it must not know ranks or schedules.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from longspan.plan.view import WriteRun
 
 @dataclass(frozen=True)
 class BackendShape:
-    """What a model asks of a backend."""
+    """What a backend must be able to compute for a model."""
 
     # elements of a cached row
     head_dim: int
-    # of which attention returns the first
+    # elements of a result over cached rows; fewer than `head_dim` for latents
     value_dim: int
-    # 2 for keys and values, 1 for latents
+    # rows of a cached token in each KV head: 2 for keys and values, 1 for latents
     kv_factor: int
-    # whether rows have scales
+    # whether cached rows are quantised
     quantised: bool
-    # of the queries
+    # dtype of queries
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One way to compute attention: where it runs, what it serves, how it is made."""
+    """The record of a backend: where it runs, what it supports, and how it is built."""
 
-    # as options and notes have it
+    # name in options and messages
     name: str
-    # device types it runs on; none named: all
+    # device types on which it runs; empty for all
     devices: tuple[str, ...]
-    # why it cannot serve a shape; None if it can
+    # returns why it cannot compute a shape, or None if it can
     supports: Callable[[BackendShape], str | None]
-    # the backend on a device; imports its library only now
+    # builds the backend for a device; only this imports its library
     build: Callable[[torch.device, BackendShape], Backend]
-    # package that must be installed
+    # package that must be installed; None if none is needed
     package: str | None = None
-    # whether `auto` may choose it: the first that can serve, in the order of the table
+    # whether `auto` may choose it; `auto` takes the first suitable one in the order of the table
     automatic: bool = True
 
 
 def half_precision_problem(shape: BackendShape) -> str | None:
-    """What keeps a library from a shape that computes in 16 bits over rows as they are."""
+    """Why a library that computes in 16 bits, on unquantised rows, cannot compute a shape; None if it can."""
     if shape.quantised:
         return "cannot read a cache with a scale for each row"
     if shape.dtype not in (torch.bfloat16, torch.float16):
@@ -64,62 +64,71 @@ def half_precision_problem(shape: BackendShape) -> str | None:
 
 
 class Writer(Protocol):
-    """Where a step's rows go, prepared once and used by every layer."""
+    """Writes a step's KV to the slots of the rows. Prepared once and used in every layer."""
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
-        """Store rows of k, v [T, Hkv, D] in `cache`, quantised as it is; a cache of one plane takes k alone."""
+        """Write k and v [T, Hkv, D] to `cache`, quantised if it is. With `kv_factor` 1 only k is written."""
         ...
 
 
 class PreparedRuns(Protocol):
-    """Runs of rows against cached rows (the off-diagonal), ready for every layer of a step."""
+    """Runs of query rows against cached rows, prepared for all layers of a step."""
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
-        """Each run's rows of q [T, Hq, D] against its spans of `kv`: out [T, Hq, D], or as wide as a row's values.
+        """Attention of each run's rows of q [T, Hq, D] to its spans of `kv`.
 
-        Rows of no run give the identity, and so do rows whose `window_starts` leave them nothing.
+        Returns out [T, Hq, Dv], where Dv may also be D for latents: only the first `value_dim` elements are used. Rows
+        of no run get the identity, and so do rows whose window start leaves out all slots.
+
+        Args:
+            q: queries, in the dtype of the model.
+            kv: cached rows.
+            blocks: which query heads of q read which KV heads of `kv`.
+            scale: factor on scores.
         """
         ...
 
 
 class PreparedDiagonal(Protocol):
-    """New tokens against themselves, ready for every layer of a step."""
+    """Attention of a segment to itself, prepared for all layers of a step."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
     ) -> AttentionState:
-        """q [T, Hq, D] against k [T, Hkv, D] and v [T, Hkv, Dv <= D] of the same tokens, causal: out [T, Hq, Dv].
+        """Causal attention of q [T, Hq, D] to k [T, Hkv, D] and v [T, Hkv, Dv] of the same tokens: out [T, Hq, Dv].
 
-        Without v the rows of k are keys and values, as in a cache of one plane, and a result is as wide as that of
-        `PreparedRuns.attend` over such a cache.
+        Dv is at most D. Without v the rows of k are keys and values, as in a cache with `kv_factor` 1, and the result
+        is as wide as that of `PreparedRuns.attend` on such a cache. `blocks` and `scale` are as there.
         """
         ...
 
 
 class Backend(ABC):
-    """Attention over local tensors."""
+    """Attention on the tensors of one rank."""
 
     @abstractmethod
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> PreparedRuns:
-        """For `rows` rows of queries, once a step: whatever the runs alone decide is worked out here or at first use,
-        and kept until the step is over."""
+        """Prepare runs over `rows` query rows, once for all layers of a step.
+
+        What depends on the runs alone is computed here or at first use, and kept until the step is over.
+        """
 
     @abstractmethod
     def prepare_diagonal(self, tokens: int, window: int | None) -> PreparedDiagonal:
-        """For a segment of `tokens` tokens; under a window a row sees as many tokens, its own with them."""
+        """Prepare the diagonal of a segment of `tokens` tokens. A row sees `window` tokens, its own included."""
 
     @abstractmethod
     def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
-        """Of a step with `rows` rows; rows that no run names are not written."""
+        """Prepare the writes of a step with `rows` rows. Rows of no run are not written."""
 
     @abstractmethod
     def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
-        """`state.merge`, the same to rounding."""
+        """The merge of `attention.state.merge`, equal up to rounding. All parts have one shape."""
 
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
     ) -> AttentionState:
-        """`PreparedRuns.attend` of runs that are used once."""
+        """`PreparedRuns.attend`, for runs that are used once."""
         return self.prepare(runs, len(q)).attend(q, kv, blocks, scale)
 
     def causal(
@@ -131,32 +140,32 @@ class Backend(ABC):
         scale: float,
         window: int | None = None,
     ) -> AttentionState:
-        """`PreparedDiagonal.attend` of a segment that is attended once."""
+        """`PreparedDiagonal.attend`, for a segment that is used once."""
         return self.prepare_diagonal(len(q), window).attend(q, k, v, blocks, scale)
 
 
 class RefillableRuns(PreparedRuns, Protocol):
-    """Runs of one token that stay at one address in device memory: what a recorded step attends to."""
+    """Runs of one row each, in buffers at fixed device addresses, so that a CUDA graph can be replayed with others."""
 
     def fill(self, runs: Sequence[QueryRun]) -> bool:
-        """Attend to `runs` from now on. False, and nothing done, if they need more room than there is."""
+        """Replace the runs. Returns False, and changes nothing, if the buffers are too small for them."""
         ...
 
 
 class RefillableWriter(Writer, Protocol):
-    """Slots that stay at one address."""
+    """A writer whose slots are in a buffer at a fixed device address."""
 
     def refill(self, writes: Sequence[WriteRun]) -> None:
-        """Other runs for the same number of rows."""
+        """Replace the runs; the number of rows stays the same."""
         ...
 
 
 class RecordableBackend(Backend):
-    """A backend whose calls can be recorded, since what it prepared can be refilled."""
+    """A backend whose calls can be captured in a CUDA graph, because what it prepares can be refilled in place."""
 
     @abstractmethod
     def refillable(self, rows: int) -> RefillableRuns:
-        """Runs to be filled, for `rows` rows of queries."""
+        """Runs over `rows` query rows, which see nothing until they are filled."""
 
     @abstractmethod
     def writer(self, writes: Sequence[WriteRun], rows: int) -> RefillableWriter:

@@ -1,6 +1,6 @@
-"""Short contexts of many lone queries as one padded batch, so that a step of many small requests is one kernel call.
+"""Batching of single queries over short contexts, so that a step of many small requests is one kernel call.
 
-It owns which queries share a batch and the index of what they see; it must not know what is computed with it.
+It owns which queries share a batch, and the index of the slots that they see; it must not know what is computed.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from torch import Tensor
 
 from longspan.plan.reach import QueryRun
 
-_MAX_TOKENS = 512  # of one query's context: longer ones are attended in place, which copies nothing
-_MAX_COPIED = 8192  # slots of one batch: more of them leave the cache
-_MIN_QUERIES = 3
+_MAX_TOKENS = 512  # longest context in a batch; longer ones are attended in place, without a copy
+_MAX_COPIED = 8192  # most slots that a batch copies; more do not fit into the processor's cache
+_MIN_QUERIES = 3  # fewer queries are not batched
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Queries of one token each: their `rows` [B]; the `slots` [B, L] each sees, padded with its own last one; and
-    `seen`, bool [B, L]: those that are no padding."""
+    """B queries of one token each, whose contexts are padded to L tokens."""
 
+    # [B] int64: rows of the queries
     rows: Tensor
+    # [B, L] int64: the slots that each query sees, padded with its last slot
     slots: Tensor
+    # [B, L] bool: False for padding
     seen: Tensor
 
 
 def batches(runs: Sequence[QueryRun]) -> tuple[tuple[Batch, ...], tuple[QueryRun, ...]]:
-    """Runs that are worth a batch, and the others."""
+    """(batches, runs that are in none). Contexts in a batch differ in length by a factor of two at most."""
     short = [run for run in runs if run.length == 1 and run.window_starts is None and 0 < run.tokens <= _MAX_TOKENS]
     short.sort(key=lambda run: -run.tokens)
     groups: list[list[QueryRun]] = []

@@ -1,6 +1,6 @@
-"""Which attention backend a rank uses: what is installed, on which device, for which shape of cache.
+"""The choice of a rank's attention backend, by device, installed packages and shape.
 
-It owns the choice among a table's records; it must not know how one works.
+It owns the choice among the records of a table; it must not know how a backend works.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it is the one."""
+    """The backend that was chosen."""
 
+    # its record
     record: AttentionBackend
+    # why it was chosen, for people
     reason: str
 
     @property
     def name(self) -> str:
-        """The backend's, never `auto`."""
+        """Name of the backend, never `auto`."""
         return self.record.name
 
 
@@ -38,9 +40,10 @@ def choose_backend(
     backends: Mapping[str, AttentionBackend] = BACKENDS,
     is_installed: Callable[[str], bool] = _is_installed,
 ) -> Choice:
-    """The backend for a device and a shape; `auto` takes the first that can serve, and says what the others lack.
+    """The backend for a device and a shape.
 
-    Raises `ConfigError` if the one asked for cannot be used.
+    `auto` takes the first in the table that can be used; the reason says why those before it cannot. Raises
+    `ConfigError` if the requested backend cannot be used, or if none can.
     """
     if requested != "auto":
         if requested not in backends:

@@ -1,7 +1,7 @@
-"""Attention on a CPU through PyTorch's flash kernel, over views of the page pool.
+"""Attention on a CPU with PyTorch's flash kernel, on views of the page pool.
 
-It owns the packing of query heads and of short runs that this kernel wants; it must not know
-about ranks, schedules or pages beyond the spans it is given.
+It owns how query heads, short spans and short contexts are packed for this kernel; it must not know about ranks or
+schedules, nor of pages more than the spans of a run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from longspan.cache.pages import clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
-_SHORT_SPAN = 512  # tokens; copying spans shorter than this on average beats one kernel call for each
-_READ_TOKENS = 4096  # quantised rows read back at once
-_BAND_ROWS = 256  # rows of a windowed diagonal that share a mask
+_SHORT_SPAN = 512  # tokens; spans that are shorter on average are copied together, to save kernel calls
+_READ_TOKENS = 4096  # most quantised rows that are dequantised at once
+_BAND_ROWS = 256  # most rows of a diagonal with a window that share a mask
+# (q, k, v [B, H, T, D], additive mask) → (out [B, H, T, D], natural lse [B, H, T] fp32)
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class CpuBackend(PlainBackend):
-    """The flash kernel returns (out, natural lse) and reads strided keys, so pages are attended in place."""
+    """Attends to pages in place: the flash kernel reads keys and values that are strided views of the pool."""
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
@@ -42,16 +43,20 @@ class CpuBackend(PlainBackend):
 
 
 class _Runs:
+    """See `PreparedRuns`."""
+
     def __init__(self, runs: Sequence[QueryRun]) -> None:
         self._runs = runs
 
     @cached_property
     def _batched(self) -> tuple[Sequence[Batch], Sequence[QueryRun]]:
+        """(batches, runs in none of them), computed in the first layer."""
         return batches(self._runs)
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `PreparedRuns.attend`."""
         runs = self._runs
+        # the result of a run over all rows needs no copy into a whole
         if len(runs) == 1 and runs[0].length == q.shape[0]:
             return _run(q, runs[0], kv, blocks, scale)
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
@@ -70,6 +75,9 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Diagonal:
+    """See `PreparedDiagonal`."""
+
+    # tokens that a row sees, its own included; None for all
     window: int | None
 
     def attend(
@@ -90,13 +98,15 @@ class _Diagonal:
 
 
 def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    """Attention of one run's rows q [T, Hq, D]."""
     spans = run.spans
     if run.window_starts is not None:
         within = kv.take(spans).read(q.dtype)
         seen = torch.arange(run.tokens) >= torch.tensor(run.window_starts)[:, None]
         part = _join_heads([_dense_block(q, within, block, scale, _additive(seen, q)) for block in blocks])
+        # the kernel returns no usable lse for rows whose keys are all masked
         return AttentionState.normalised(part.out, part.lse.masked_fill(~seen.any(-1, keepdim=True), float("-inf")))
-    if kv.scales is not None:
+    if kv.scales is not None:  # dequantise a bounded number of rows at a time
         cut = range(0, run.tokens, _READ_TOKENS)
         views = [kv.take(clip_spans(spans, at, at + _READ_TOKENS)).read(q.dtype) for at in cut]
     elif len(spans) > 1 and run.tokens < _SHORT_SPAN * len(spans):
@@ -107,7 +117,10 @@ def _run(q: Tensor, run: QueryRun, kv: CacheRows, blocks: Sequence[HeadBlock], s
 
 
 def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Tensor | None = None) -> AttentionState:
-    """Pack the query heads of a KV head as rows of one head: q [T, H, D] → [1, Hkv, T·group, D]."""
+    """Attention of the heads of one block, without causality: q [T, Hq, D], kv [kv_factor, Hkv, L, D], mask [T, L].
+
+    The query heads of a KV head are packed as rows of one head: [1, Hkv, T · group, D].
+    """
     tokens, _, dim = q.shape
     heads = block.q_stop - block.q_start
     packed = q[:, block.q_start : block.q_stop].reshape(tokens, block.kv_heads, block.group, dim)
@@ -118,7 +131,7 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
     if mask is not None:
         mask = mask.repeat_interleave(block.group, dim=0)
     out, lse = _FLASH(packed, keys, values, attn_mask=mask, scale=scale)
-    if tokens == 1:  # nothing to put back in order: a decode step has many of these
+    if tokens == 1:  # rows and heads are in order already; decode steps make many such calls
         return AttentionState(out.reshape(1, heads, dim).to(lse.dtype), lse.reshape(1, heads))
     out = out.view(block.kv_heads, tokens, block.group, dim).transpose(0, 1)
     lse = lse.view(block.kv_heads, tokens, block.group).transpose(0, 1)
@@ -126,7 +139,10 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
 
 
 def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale: float) -> AttentionState:
-    """Lone queries [B, H, D], each over its own slots of the pool."""
+    """Attention of the heads of one block for a batch: q [B, Hq, D], one token of each query.
+
+    The slots of all contexts are copied to keys and values [B, Hkv, L, D].
+    """
     count, _, dim = q.shape
     heads, (kv_factor, kv_heads, slots, _) = block.q_stop - block.q_start, kv.values.shape
     first = torch.arange(block.kv_start, block.kv_stop)
@@ -143,6 +159,10 @@ def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale
 def _causal_block(
     q: Tensor, k: Tensor, v: Tensor, block: HeadBlock, scale: float, band: Tensor | None = None
 ) -> AttentionState:
+    """Attention of the heads of one block to new tokens: q [T, Hq, D], k [L, Hkv, D], v [L, Hkv, Dv].
+
+    Causal without `band`; else `band` [T, L] is the additive mask.
+    """
     queries = unit_stride(q)[None, :, block.q_start : block.q_stop].transpose(1, 2)
     keys = unit_stride(k)[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
     values = unit_stride(_as_wide(v, q.shape[-1]))[None, :, block.kv_start : block.kv_stop].transpose(1, 2)
@@ -151,22 +171,23 @@ def _causal_block(
 
 
 def _band(rows: int, keys: int, offset: int, window: int, like: Tensor) -> Tensor:
-    """Row i, at key number `offset` + i, sees `window` keys up to its own."""
+    """The additive mask [rows, keys] of a window: row i sees `window` keys, of which the last is number offset + i."""
     distance = torch.arange(offset, offset + rows)[:, None] - torch.arange(keys)
     return _additive((distance >= 0) & (distance < window), like)
 
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:
-    """The kernel adds its mask to the scores."""
+    """The kernel's additive mask, of the dtype of `like`: 0 where `seen`, else -inf."""
     return torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
 
 
 def _as_wide(v: Tensor, width: int) -> Tensor:
-    """The kernel wants values as wide as queries: MLA's are narrower."""
+    """v padded with zeros to `width`, because the kernel needs values as wide as queries. MLA's are narrower."""
     return v if v.shape[-1] == width else F.pad(v, (0, width - v.shape[-1]))
 
 
 def _join_heads(parts: Sequence[AttentionState]) -> AttentionState:
+    """Concatenate states along heads."""
     if len(parts) == 1:
         return parts[0]
     return AttentionState(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))

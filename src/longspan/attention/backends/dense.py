@@ -1,7 +1,7 @@
-"""Attention in plain tensor operations, on any device and in any dtype: the fallback without kernels, and their twin.
+"""Attention with plain tensor operations, on any device and in any dtype.
 
-It owns the blocks that bound the memory of scores; it must not know about ranks, schedules or pages beyond the spans
-it is given.
+It is used where no kernel can be, and kernels are compared with it. It owns the blocks that bound the memory of scores;
+it must not know about ranks or schedules, nor of pages more than the spans of a run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from longspan.cache.pages import clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
-_SCORES = 1 << 24  # held at once, of all heads
-_ROWS = 256  # query tokens of a block
+_SCORES = 1 << 24  # most scores that are held at once, over all heads
+_ROWS = 256  # most query tokens of a block
 
 
 class TorchBackend(PlainBackend):
-    """softmax(q kᵀ · scale) v block by block, in fp32 or wider whatever the inputs are."""
+    """softmax(q kᵀ · scale) v, block by block, in fp32 or wider for inputs of any dtype."""
 
     def __init__(self, device: torch.device, max_scores: int = _SCORES) -> None:
         super().__init__(device)
@@ -42,7 +42,11 @@ class TorchBackend(PlainBackend):
 
 @dataclass(frozen=True)
 class _Runs:
+    """See `PreparedRuns`."""
+
+    # the runs as they are: nothing is prepared
     runs: tuple[QueryRun, ...]
+    # most scores that are held at once
     max_scores: int
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
@@ -65,7 +69,11 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Diagonal:
+    """See `PreparedDiagonal`."""
+
+    # tokens that a row sees, its own included; None for all
     window: int | None
+    # most scores that are held at once
     max_scores: int
 
     def attend(
@@ -89,18 +97,22 @@ class _Diagonal:
 
 
 def _keys_at_once(q: Tensor, max_scores: int) -> int:
+    """Number of keys in a block for q [T, Hq, D]."""
     return max(1, max_scores // (q.shape[0] * q.shape[1]))
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
-    """[start, stop) in pieces of `size`."""
+    """[start, stop) as slices of up to `size`."""
     return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
 
 
 def _attend(
     q: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[HeadBlock], scale: float, seen: Tensor | None
 ) -> AttentionState:
-    """q [T, H, D] against keys, values [Hkv, L, D]; `seen` [T, L]. The query heads of a KV head are packed as rows."""
+    """q [T, Hq, D] against keys [Hkv, L, D] and values [Hkv, L, Dv]; `seen` [T, L] bool, None if all keys are seen.
+
+    The query heads of a KV head are packed as rows of one product.
+    """
     part = AttentionState.empty(q.shape[0], q.shape[1], values.shape[-1], q)
     wide = part.out.dtype
     for block in blocks:
@@ -110,7 +122,7 @@ def _attend(
         if seen is not None:
             scores.masked_fill_(~seen.repeat_interleave(block.group, dim=0), float("-inf"))
         lse = torch.logsumexp(scores, -1)
-        base = torch.where(torch.isneginf(lse), 0.0, lse)[..., None]  # a row that sees nothing: weights of 0, no NaN
+        base = torch.where(torch.isneginf(lse), 0.0, lse)[..., None]  # weights of 0, not NaN, for a row without keys
         out = torch.bmm(scores.sub_(base).exp_(), values[held].to(wide))
         shape = (block.kv_heads, len(q), block.group)
         part.out[:, heads] = out.view(*shape, -1).transpose(0, 1).flatten(1, 2)

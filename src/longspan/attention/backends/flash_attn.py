@@ -1,7 +1,7 @@
-"""Attention through the flash-attn library (version 2): dense kernels over views of the page pool.
+"""Attention with the flash-attn library (version 2), on views of the page pool.
 
-It owns how a run becomes one call and the form of its result. The library's own page tables want pages of 256 tokens,
-which ours need not have: spans are attended where they lie, and a run of several is copied together.
+It owns how a run becomes one call, and the conversion of the result. The library's page tables need pages of a multiple
+of 256 tokens, so they are not used: a run of one span is attended in place, and several spans are copied together.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
-_WIDEST = 256
-_EVERYTHING = (-1, -1)
+_WIDEST = 256  # most elements of a head
+_EVERYTHING = (-1, -1)  # the library's window without limits
 
 
 class FlashAttnBackend(PlainBackend):
-    """One call for each run; what the library cannot do (masks by row, MLA's widths) plain operations do.
+    """One library call for each run. `TorchBackend` computes what the library cannot: window starts, MLA's widths.
 
-    `library` stands for the imported package, in tests.
+    Tests pass a replacement of the package as `library`.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
@@ -56,10 +56,15 @@ class FlashAttnBackend(PlainBackend):
 
 @dataclass(frozen=True)
 class _Runs:
+    """See `PreparedRuns`."""
+
+    # the imported package
     library: Any
+    # the runs as they are
     runs: Sequence[QueryRun]
-    # all of them, and those with a mask, by plain operations
+    # all runs, for shapes that the library cannot compute
     plain: PreparedRuns
+    # the runs with window starts
     masked: PreparedRuns
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
@@ -79,8 +84,13 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Diagonal:
+    """See `PreparedDiagonal`."""
+
+    # the imported package
     library: Any
+    # tokens that a row sees, its own included; None for all
     window: int | None
+    # for shapes that the library cannot compute
     plain: PreparedDiagonal
 
     def attend(
@@ -97,7 +107,10 @@ class _Diagonal:
 
 
 def _call(library: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], **options: Any) -> AttentionState:
-    """q, k, v [T, H, D] of one sequence; the library returns lse [1, H, T]."""
+    """Call the library with one sequence: q [T, Hq, D], k and v [L, Hkv, D] → out [T, Hq, D].
+
+    The library returns lse [1, Hq, T], as natural logarithms.
+    """
     part = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
     for block in blocks:
         heads, held = slice(block.q_start, block.q_stop), slice(block.kv_start, block.kv_stop)
@@ -110,10 +123,12 @@ def _call(library: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBl
 
 
 def _fits(q: Tensor) -> bool:
+    """Whether the library has a kernel for queries of this dtype and width."""
     return q.element_size() == 2 and q.shape[-1] <= _WIDEST and q.shape[-1] % 8 == 0
 
 
 def _supports(shape: BackendShape) -> str | None:
+    """See `AttentionBackend.supports`."""
     problem = half_precision_problem(shape)
     if problem is None and shape.kv_factor == 1:
         problem = "cannot read a cache of latents"

@@ -1,7 +1,7 @@
-"""Attention through the FlashInfer library, over the page pool in place.
+"""Attention with the FlashInfer library, on the page pool in place.
 
-It owns the page tables, with every slot as a page of one token: whatever the page size, our layout is then one of
-the library's, by strides alone. It also owns the form of results: log base 2 becomes natural.
+It owns the library's page tables, and the conversion of its base-2 logarithms. Every slot is a page of one token for
+the library. With these the pool of any page size is a layout that the library accepts, without a copy.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from longspan.cache.pages import Span, clip_spans
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
-_WORKSPACE_BYTES = 128 << 20  # what the library asks for
-_DIMS = (64, 128, 256)
-_LATENT, _ROPE = 512, 64
+_WORKSPACE_BYTES = 128 << 20  # as the library recommends
+_DIMS = (64, 128, 256)  # elements of a head that the library supports
+_LATENT, _ROPE = 512, 64  # elements of a latent and of a rotary key that it supports
 
 
 class FlashInferBackend(PlainBackend):
-    """Plans are made once for a step's runs and used by all layers; shapes the library lacks go to plain operations.
+    """The library's plans are made once in a step and used by all layers. `TorchBackend` computes other shapes.
 
-    `library` stands for the imported package, in tests.
+    Tests pass a replacement of the package as `library`.
     """
 
     def __init__(self, device: torch.device, library: Any = None) -> None:
@@ -58,15 +58,19 @@ class FlashInferBackend(PlainBackend):
 
 
 class _Runs:
+    """See `PreparedRuns`."""
+
     def __init__(self, library: Any, workspace: Tensor, runs: Sequence[QueryRun], plain: PreparedRuns) -> None:
         self._library = library
-        self._workspace = workspace
+        self._workspace = workspace  # uint8, shared by all calls of the library
         self._runs = runs
-        self._plain = plain
+        self._plain = plain  # for shapes that the library cannot compute
+        # planned wrappers, by the sizes that a plan depends on
         self._wrappers: dict[tuple[object, ...], Any] = {}
 
     @cached_property
     def _table(self) -> _Table:
+        """The page table of all runs, made in the first layer."""
         return _table(self._runs, self._workspace.device)
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
@@ -86,6 +90,7 @@ class _Runs:
         return whole
 
     def _paged(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [R, H, D], base-2 lse [R, H]) of q [R, H, D], the table's rows and one block's heads."""
         key = (q.shape[1], block.kv_heads, kv.width, scale, q.dtype, kv.values.dtype)
         if key not in self._wrappers:
             wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
@@ -95,11 +100,12 @@ class _Runs:
                 causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
             )  # fmt: skip
             self._wrappers[key] = wrapper
-        held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [kv_factor, slots, 1, Hkv, D]
+        held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [kv_factor, S, 1, Hkv, D]
         found: tuple[Tensor, Tensor] = self._wrappers[key].run(q, (held[0], held[1]), return_lse=True)
         return found
 
     def _latent(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
+        """The same for latents: out is [R, H, latent]."""
         key = (q.shape[1], scale, q.dtype, kv.values.dtype)
         if key not in self._wrappers:
             wrapper = self._library.mla.BatchMLAPagedAttentionWrapper(self._workspace)
@@ -109,7 +115,7 @@ class _Runs:
                 page_size=1, causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
             )  # fmt: skip
             self._wrappers[key] = wrapper
-        held = kv.values[0, block.kv_start][:, None]  # [slots, 1, D]
+        held = kv.values[0, block.kv_start][:, None]  # [S, 1, D]
         found: tuple[Tensor, Tensor] = self._wrappers[key].run(
             q_nope=q[..., :_LATENT].contiguous(), q_pe=q[..., _LATENT:].contiguous(),
             ckv_cache=held[..., :_LATENT], kpe_cache=held[..., _LATENT:], return_lse=True,
@@ -119,8 +125,13 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Diagonal:
+    """See `PreparedDiagonal`."""
+
+    # the imported package
     library: Any
+    # tokens that a row sees, its own included; None for all
     window: int | None
+    # for shapes that the library cannot compute
     plain: PreparedDiagonal
 
     def attend(
@@ -146,19 +157,22 @@ class _Diagonal:
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Rows of q [N] and the slots they see, in the library's form: starts [R + 1] and counts [R] of R runs, int32.
+    """The page table of n runs in the library's format. Starts and counts stay on the host, where the library plans."""
 
-    Starts and counts stay on the host, where the library plans.
-    """
-
+    # [R] int64 on the device: rows of q that are in some run, run by run
     rows: Tensor
+    # [n + 1] int32: index in `rows` at which each run starts, and the end
     row_starts: Tensor
+    # int32 on the device: slots that each run sees, run by run
     slots: Tensor
+    # [n + 1] int32: index in `slots` at which each run starts, and the end
     slot_starts: Tensor
+    # [n] int32: number of slots of each run
     counts: Tensor
 
 
 def _table(runs: Sequence[QueryRun], device: torch.device) -> _Table:
+    """The page table of those runs that see any slot."""
     seeing = [run for given in runs for run in _without_mask(given) if run.tokens]
     rows = [torch.arange(run.row, run.row + run.length) for run in seeing]
     slots = [torch.arange(s.slot, s.slot + s.length, dtype=torch.int32) for run in seeing for s in run.spans]
@@ -173,7 +187,7 @@ def _table(runs: Sequence[QueryRun], device: torch.device) -> _Table:
 
 
 def _without_mask(run: QueryRun) -> Iterator[QueryRun]:
-    """Rows under a window become runs of one row: page tables can say what a mask would."""
+    """The run itself, or if it has window starts a run for each of its rows, over the slots that this row sees."""
     if run.window_starts is None:
         yield run
         return
@@ -183,19 +197,22 @@ def _without_mask(run: QueryRun) -> Iterator[QueryRun]:
 
 
 def _starts(lengths: Tensor) -> Tensor:
+    """lengths [n] → [n + 1]: where each of n adjacent runs starts, and the end."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
 def _is_plain(kv: CacheRows) -> bool:
+    """Whether rows are keys and values of a width that the library supports."""
     return len(kv.values) == 2 and kv.width in _DIMS
 
 
 def _natural(out: Tensor, lse: Tensor) -> AttentionState:
-    """The library's logarithms are to base 2."""
+    """The state from the library's out and lse, whose logarithms are to base 2."""
     return AttentionState.normalised(out.float(), lse.float() * math.log(2))
 
 
 def _supports(shape: BackendShape) -> str | None:
+    """See `AttentionBackend.supports`."""
     problem = half_precision_problem(shape)
     if problem is not None:
         return problem

@@ -1,6 +1,6 @@
-"""What backends of plain tensor operations have in common: writing slots and merging states.
+"""What all backends of plain tensor operations share: writing to slots and merging states.
 
-It owns these two; how queries meet keys is each backend's own.
+It owns these two operations; attention itself is implemented by each backend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longspan.plan.view import WriteRun
 
 
 class PlainBackend(Backend):
-    """All of a `Backend` but attention, on any device."""
+    """A `Backend` without attention, on any device."""
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._device = device

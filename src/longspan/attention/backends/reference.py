@@ -1,6 +1,6 @@
-"""The slow twin: attention written as its definition, any dtype, for tests.
+"""The reference for tests: attention by its definition, in any dtype.
 
-It owns nothing but the formula; it must not be fast.
+It owns the formula only; it must be simple, and need not be fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longspan.plan.reach import QueryRun
 
 
 class ReferenceBackend(PlainBackend):
-    """softmax(q kᵀ · scale) v, one head after the other."""
+    """softmax(q kᵀ · scale) v, head by head."""
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
@@ -32,6 +32,9 @@ class ReferenceBackend(PlainBackend):
 
 @dataclass(frozen=True)
 class _Runs:
+    """See `PreparedRuns`."""
+
+    # the runs as they are: nothing is prepared
     runs: tuple[QueryRun, ...]
 
     def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
@@ -50,6 +53,9 @@ class _Runs:
 
 @dataclass(frozen=True)
 class _Diagonal:
+    """See `PreparedDiagonal`."""
+
+    # tokens that a row sees, its own included; None for all
     window: int | None
 
     def attend(
@@ -64,6 +70,7 @@ class _Diagonal:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float, mask: Tensor) -> AttentionState:
+    """q [T, Hq, D] against k and v [Hkv, L, D]; `mask` [T, L] is True for the keys that a row sees."""
     part = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
     for block in blocks:
         for head in range(block.q_start, block.q_stop):

@@ -1,4 +1,4 @@
-"""Every schedule by name: adding one is one file and one row here."""
+"""The table of built-in schedules. To add one, add a file and a row to `_BUILT_IN`."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -17,6 +17,6 @@ _BUILT_IN = (
 )
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType({schedule.name: schedule for schedule in _BUILT_IN})
 SCHEDULE_NAMES = ("auto", *SCHEDULES)
-"""What an option may say: the engine chooses, or one of them."""
+"""The values of the option: `auto` lets the engine choose."""
 
 __all__ = ["SCHEDULES", "SCHEDULE_NAMES", "ContextGroup", "Join", "Schedule"]

@@ -1,6 +1,7 @@
-"""The off-diagonal as a join of queries and pages (idea 5): what a schedule is, and what it is given.
+"""What a schedule is, and what it is given: off the diagonal, attention is a distributed join of queries and pages.
 
-It owns the record and its inputs; a schedule is one record in one file of this package.
+It owns the record of a schedule and its inputs (idea 5 of docs/architecture.md). Each schedule is one record in one
+file of this package.
 """
 
 from __future__ import annotations
@@ -22,58 +23,65 @@ from longspan.plan.reach import Moves, Reach
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The context group as attention sees it.
+    """The context group of one rank, as attention knows it."""
 
-    `nodes` are its members by the machine they are on; `workspace_tokens` bounds what a schedule may gather at once.
-    """
-
+    # this rank's handle on the group; its members are the shards
     collectives: Collectives
+    # for every pcp index, the shards that its ranks store
     shards_of_pcp: tuple[tuple[int, ...], ...]
+    # the members on each machine
     nodes: tuple[tuple[int, ...], ...]
+    # most tokens whose keys a schedule may gather at once
     workspace_tokens: int
 
 
 @dataclass(frozen=True)
 class Join:
-    """One layer's travelling queries of one phase on one rank, and the pages stored here.
+    """The input of a schedule: the travelling rows of one phase in one layer on one rank, and the rank's pages."""
 
-    q [T, Hq, D] are this rank's travelling rows, kv its pool.
-    """
-
+    # [T, Hq, Dq]: queries of this rank's travelling rows, as the model passes them
     q: Tensor
+    # cached rows of the layer in this rank's pool
     kv: CacheRows
+    # what the rows attend to
     prepared: PreparedReach
+    # how heads use the cache
     variant: AttentionVariant
+    # the ranks that take part
     group: ContextGroup
 
     @property
     def reach(self) -> Reach:
-        """What the rows see, in plain integers."""
+        """What the rows attend to, in plain integers."""
         return self.prepared.reach
 
     @property
     def rows(self) -> list[int]:
-        """Travelling rows of every member."""
+        """Number of travelling rows of each member, in shard order."""
         blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, strict=True)
         rows_of = {shard: rows for shards, rows in blocks for shard in shards}
         return [rows_of[shard] for shard in sorted(rows_of)]
 
     @property
     def packed_dim(self) -> int:
-        """Width of a state on its way: out and lse."""
+        """Width of a packed state: out and lse."""
         return self.variant.travelling_dim + 1
 
     def nothing(self) -> list[Tensor]:
-        """Packed states of no rows for every member."""
+        """For each member a packed state without rows: [0, Hq, out | lse]."""
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         return [self.q.new_empty(0, self.q.shape[1], self.packed_dim, dtype=dtype)] * self.group.collectives.size
 
     def visit(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """Every member's queries [T, Hq, D] against the pages stored here: packed states [T, Hq, out | lse]."""
+        """Attention of all members' queries to this rank's pages.
+
+        `queries` are [T, Hq, D] of each member in shard order, as they are sent. Returns packed states [T, Hq, out |
+        lse] in the same order.
+        """
         heads, found = self.q.shape[1], self.nothing()
         blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, self.prepared.visiting, strict=True)
         for shards, rows, runs in blocks:
-            # the members of a TP group hold the same tokens and different heads: attend them together
+            # members of one pcp index have the same tokens and different heads: their queries share one kernel call
             if not rows:
                 continue
             held = [queries[shard] for shard in shards]
@@ -84,14 +92,14 @@ class Join:
         return found
 
     def merged(self, packed: Sequence[Tensor]) -> AttentionState:
-        """This rank's rows, from states over all that they see."""
+        """The state of this rank's rows, out [T, Hq, value_dim], from packed states that together cover all keys."""
         if not len(self.q):
             return AttentionState.empty(0, self.q.shape[1], self.variant.value_dim, self.q)
         return self.variant.incoming(self.variant.merge([unpack(part) for part in packed]))
 
 
 def pack(part: AttentionState) -> Tensor:
-    """[T, H, out | lse], so that a state travels as one tensor."""
+    """A state as one tensor [T, H, out | lse], so that it is sent with one transfer."""
     return torch.cat([part.out, part.lse[..., None]], dim=-1)
 
 
@@ -102,21 +110,21 @@ def unpack(packed: Tensor) -> AttentionState:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One way to bring queries and pages together: what it does, what it costs, and how people see it."""
+    """One way to bring queries and pages of different ranks together."""
 
-    # as plans, options and figures have it; its collectives are counted under it
+    # name in plans, options and figures; also the label under which its bytes are counted
     name: str
-    # what travels; None: nothing does
+    # what travels; None if nothing does
     moves: Moves | None
-    # states [T, Hq, D] of this rank's travelling rows over all pages of the context group
+    # the attention state, out [T, Hq, Dv], of this rank's travelling rows over all pages of the context group
     run: Callable[[Join], AttentionState]
-    # that all members of a context group send for one layer
+    # bytes that all members of the context group send for one layer
     bytes: Callable[[StepTotals], int]
-    # that one layer takes
+    # time of one layer
     seconds: Callable[[StepTotals], LayerTime]
-    # whether what it sends has the same shapes for all steps of as many rows, so that a step can be recorded
+    # whether the shapes that it sends depend on the number of rows only, so that a CUDA graph can contain it
     recordable: bool = field(default=False, kw_only=True)
-    # of its bars and boxes, as #rrggbb; white text must be readable on it
+    # colour of its bars and boxes in figures, as #rrggbb; white text must be readable on it
     colour: str
-    # what the ranks send each other, in plain words
+    # what ranks send to each other, as a sentence for users
     sentence: str

@@ -1,6 +1,6 @@
-"""Keys travel: the needed pages are gathered round by round into a bounded workspace; no states return.
+"""Keys travel (pass-KV): all-gather the needed tokens, in rounds that fit into a bounded workspace, and attend to them.
 
-It owns the rounds, which follow from the plan alone, so every rank joins the same number of them.
+No states are sent. It owns the rounds. They follow from the plan alone, so every rank joins the same number of them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _NAME = "gather_kv"
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     shares = join.reach.shares
     group = join.group
-    span = max(1, group.workspace_tokens // len(shares))
+    span = max(1, group.workspace_tokens // len(shares))  # tokens of each shard in a round
     longest = max(share.tokens for share in shares)
     parts = [AttentionState.empty(join.q.shape[0], join.q.shape[1], join.variant.value_dim, join.q)]
     for start in range(0, longest, span):
@@ -34,7 +34,7 @@ def run(join: Join) -> AttentionState:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """One collective a round."""
+    """See `Schedule.seconds`: one collective in each round."""
     model = step.model
     arriving, handled, rounds = step.keys(model.workspace_tokens // model.group.members)
     return LayerTime(

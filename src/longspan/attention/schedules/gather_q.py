@@ -1,7 +1,7 @@
-"""Queries travel (pass-Q): all-gather queries, attend own pages, all-to-all the states, merge.
+"""Queries travel (pass-Q): all-gather the queries, attend to own pages, return the states by all-to-all, merge.
 
-Bytes do not depend on the length of the context. It owns this choreography and knows the group only
-through its collectives.
+The number of bytes does not depend on the length of the context. It owns the order of these operations, and knows other
+ranks only through the collectives of the group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NAME = "gather_q"
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     group, rows = join.group.collectives, join.rows
     sends = join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))
     shape = (len(join.q), join.q.shape[1], join.packed_dim)
@@ -22,7 +22,7 @@ def run(join: Join) -> AttentionState:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """Two collectives: queries out, states back."""
+    """See `Schedule.seconds`: two collectives, one for the queries and one for the states."""
     model, (arriving, returning, handled) = step.model, step.queries
     return LayerTime(
         fixed=step.fixed(_NAME, 2, step.query_calls),

@@ -1,7 +1,7 @@
-"""Queries travel, and states are summed on their way back: all-gather lse, rescale, reduce-scatter.
+"""Queries travel, and weighted results are summed: all-gather the queries, all-gather the lse, reduce-scatter the out.
 
-The variant of `gather_q` for groups whose reduce-scatter is fast: every member learns every row's lse, weighs its
-own states with it, and what is left is a sum. It owns this choreography.
+A variant of `gather_q`. With the lse of all members, each member computes the final lse of every row and scales its own
+out by exp(lse − final lse); the result of a row is then a plain sum. It owns the order of these operations.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _NAME = "gather_q_rs"
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
     parts = [unpack(packed) for packed in join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))]
+    # the lse of every row of the group, from this member's pages; then from all pages
     mine = torch.cat([part.lse for part in parts])
     lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _NAME)).logsumexp(0)
     totals = torch.split(lse, [len(part.lse) for part in parts])
@@ -33,13 +34,13 @@ def run(join: Join) -> AttentionState:
 
 
 def _weighed(part: AttentionState, total: Tensor) -> Tensor:
-    """out · exp(lse − total); what saw nothing is skipped, not multiplied."""
+    """out [T, H, D] · exp(lse − total), with `total` [T, H] the final lse. A weight of 0 gives 0 even if out is NaN."""
     weight = torch.exp(part.lse - total).nan_to_num_(0.0)[..., None]
     return torch.where(weight > 0, part.out, 0.0) * weight
 
 
 def sent(step: StepTotals) -> int:
-    """As `gather_q`, but only values come back, and every member learns every row's lse."""
+    """See `Schedule.bytes`: as `gather_q`, but without lse in what is returned, and every lse goes to all members."""
     shape, group = step.model.shape, step.model.group
     rows = group.members_per_pcp * sum(step.totals.rows)
     values = shape.state_bytes - shape.lse_bytes
@@ -47,7 +48,7 @@ def sent(step: StepTotals) -> int:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """Three collectives: queries out, lse to all, values back."""
+    """See `Schedule.seconds`: three collectives, for queries, for the lse of all members, and for weighted results."""
     model, (arriving, returning, handled) = step.model, step.queries
     members, each = model.group.members, model.group.members_per_pcp
     lse = (members - 1) * sum(step.totals.rows) * each * model.shape.lse_bytes

@@ -1,6 +1,6 @@
-"""A ring: every member's tensor visits every member, the next one in flight while this one is used.
+"""A ring: every member's tensor is passed to every other member, and the next one arrives while one is used.
 
-It owns the order of visits; it must not know what circulates.
+It owns the order in which tensors are passed on; it must not know what they are.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from longspan.parallel.trace import COMPUTE
 def circulate(
     group: Collectives, mine: Tensor, shapes: Sequence[tuple[int, ...]], label: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """(owner, tensor) of every member, this one's first; `shapes[i]` is that of member i's tensor.
+    """Yield (member, its tensor) for every member, this one first. `shapes[i]` is the shape of member i's tensor.
 
-    The caller's work between two items runs beside the transfer of the next.
+    What the caller computes between two items overlaps with the transfer of the next one.
     """
     ring = [*range(group.rank, -1, -1), *range(group.size - 1, group.rank, -1)]
     current = mine

@@ -1,7 +1,7 @@
-"""Keys circulate (ring pass-KV): while one shard's block is attended, the next one arrives; no states travel.
+"""Keys circulate (ring pass-KV): while a rank attends to the block of one shard, the next shard's block arrives.
 
-Ring Attention (Liu et al. 2023) over pages: a round takes a block of bounded size from every shard's share. It owns
-the rounds, which follow from the plan alone.
+This is Ring Attention (Liu et al. 2023) over pages. No states are sent. In each round a block of bounded size from
+every shard goes round the ring. It owns the rounds, which follow from the plan alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from longspan.attention.state import AttentionState
 from longspan.cache.pages import clip_spans
 
 _NAME = "ring_kv"
-_BLOCKS = 2  # held at once: the one attended and the one arriving
+_BLOCKS = 2  # blocks that a rank holds at once: the one in use and the one that arrives
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     shares, group = join.reach.shares, join.group.collectives
     size = max(1, join.group.workspace_tokens // _BLOCKS)
     parts = [AttentionState.empty(join.q.shape[0], join.q.shape[1], join.variant.value_dim, join.q)]
@@ -34,7 +34,7 @@ def run(join: Join) -> AttentionState:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """One transfer less than members a round, each beside the attention of a block."""
+    """See `Schedule.seconds`: n − 1 transfers in a round for n members, each during the attention to a block."""
     model = step.model
     arriving, handled, rounds = step.keys(model.workspace_tokens // _BLOCKS)
     moving = model.exchange(arriving)

@@ -1,6 +1,7 @@
-"""Queries circulate (ring pass-Q): while one member's are attended, the next ones arrive; states go home at the end.
+"""Queries circulate (ring pass-Q): while the queries of one member attend to a rank's pages, the next ones arrive.
 
-Context Parallelism for Scalable Million-Token Inference (2024, algorithm 3). It owns this choreography.
+At the end the states are returned by all-to-all (Context Parallelism for Scalable Million-Token Inference, 2024,
+algorithm 3). It owns the order of these operations.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _NAME = "ring_q"
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
     pcp_of = {shard: pcp for pcp, shards in enumerate(join.group.shards_of_pcp) for shard in shards}
     sends = join.nothing()
@@ -28,7 +29,7 @@ def run(join: Join) -> AttentionState:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """Members of a DCP group come one by one, so a shard is read once for each."""
+    """See `Schedule.seconds`: the queries of a DCP group's members arrive one by one, so each reads a shard again."""
     model, (arriving, returning, handled) = step.model, step.queries
     again = model.group.members_per_pcp - 1
     reads = max(load.reads for load in step.totals.by_shard)

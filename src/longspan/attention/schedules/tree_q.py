@@ -1,7 +1,8 @@
-"""Queries travel, and states are merged inside each machine before they leave it.
+"""Queries travel, and states are merged inside each machine before they are sent to another.
 
-Tree Attention (Shyam et al. 2024) with two levels: what crosses machines is one copy of a row's queries and one
-state for each machine, not for each member. It owns this choreography; who is on which machine the group says.
+This is Tree Attention (Shyam et al. 2024) with two levels. Between machines one copy of a row's queries and one state
+are sent for each machine, not for each member. Inside a machine one member is the *proxy* of each member elsewhere: it
+receives that member's queries, passes them on, and merges the states for it. It owns the order of these operations.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ _Nodes = Sequence[Sequence[int]]
 
 
 def run(join: Join) -> AttentionState:
-    """Attention states [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
+    """See `Schedule.run`."""
     group, nodes, rows = join.group.collectives, join.group.nodes, join.rows
     exchange = _Exchange(group, rows)
-    home = next(node for node in nodes if group.rank in node)
-    stands_for = {member: proxies(nodes, home, member) for member in home}
+    home = next(node for node in nodes if group.rank in node)  # members on this machine
+    stands_for = {member: proxies(nodes, home, member) for member in home}  # whose rows each of them handles
     mine = stands_for[group.rank]
 
     def merged(parts: Sequence[Tensor]) -> Tensor:
         return pack(join.variant.merge([unpack(part) for part in parts]))
 
+    # queries to one proxy on each machine, then to all members there
     queries = exchange(
         {proxy(node, nodes, group.rank): [group.rank] for node in nodes},
         {member: [member] for member in mine},
@@ -38,6 +40,7 @@ def run(join: Join) -> AttentionState:
     )
     queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
     states = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
+    # states to the proxy, which merges them, then from each machine's proxy to the member that the rows belong to
     gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), states, merged)
     reps = [proxy(node, nodes, group.rank) for node in nodes]
     home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
@@ -45,19 +48,19 @@ def run(join: Join) -> AttentionState:
 
 
 def proxy(node: Sequence[int], nodes: _Nodes, member: int) -> int:
-    """Who handles a member's rows inside `node`: itself at home, elsewhere the one in its place."""
+    """The member of machine `node` that handles the rows of `member`: itself on its own machine."""
     place = next(home.index(member) for home in nodes if member in home)
     return node[place % len(node)]
 
 
 def proxies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
-    """All members whose rows `member` handles inside its `node`, in member order."""
+    """All members whose rows `member` handles on its machine `node`, in order."""
     everyone = sorted(other for home in nodes for other in home)
     return [other for other in everyone if proxy(node, nodes, other) == member]
 
 
 class _Exchange:
-    """One all-to-all of rows by the member they belong to; most pairs have nothing for each other."""
+    """An all-to-all of tensors by the member whose rows they hold. Most pairs of members send nothing."""
 
     def __init__(self, group: Collectives, rows: Sequence[int]) -> None:
         self._group = group
@@ -70,7 +73,17 @@ class _Exchange:
         held: dict[int, Tensor],
         combine: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0],
     ) -> dict[int, Tensor]:
-        """Send to each peer the rows of the members `sends` names, take in those `arrives` names, combine by member."""
+        """Exchange tensors and combine those of one member's rows.
+
+        Args:
+            sends: for each peer, the members whose tensors are sent to it.
+            arrives: for each peer, the members whose tensors it sends.
+            held: by member, the tensor [T, H, D] of its rows.
+            combine: makes one tensor of all that arrived for a member.
+
+        Returns:
+            The combined tensors by member.
+        """
         like = next(iter(held.values()))
         outgoing = [
             torch.cat([held[member] for member in sends[peer]]) if sends.get(peer) else like[:0]
@@ -86,7 +99,7 @@ class _Exchange:
 
 
 def seconds(step: StepTotals) -> LayerTime:
-    """Between machines one copy a machine; two exchanges each way."""
+    """See `Schedule.seconds`: two exchanges for queries and two for states; one copy for each machine crosses."""
     model, rows = step.model, step.totals.rows
     shape, at, nodes = model.shape, model.constants, model.group.nodes
     widest, most, visiting = max(map(len, nodes)), max(rows), sum(rows) * model.group.members_per_pcp

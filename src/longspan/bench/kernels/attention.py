@@ -69,7 +69,7 @@ HEADS = {
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttentionCase:
     """One case: a batch of requests that attend to their cached tokens."""
 
     # the model's heads
@@ -130,7 +130,7 @@ class Scene:
         return q, CacheRows(values, scales, self.heads.groups)
 
 
-def run_scenes(harness: Harness, what: str, scenes: Iterable[Scene]) -> list[KernelRow]:
+def run_scenes(harness: Harness, what: str, scenes: Iterable[AttentionCase]) -> list[KernelRow]:
     """Time every backend on every scene. A scene that does not fit the memory gives one row that says so."""
     found: list[KernelRow] = []
     for scene in scenes:
@@ -149,7 +149,7 @@ def run_scenes(harness: Harness, what: str, scenes: Iterable[Scene]) -> list[Ker
 
 
 def _attend(
-    backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: Scene
+    backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: AttentionCase
 ) -> Callable[[], AttentionState]:
     prepared = backend.prepare(runs, len(q))
     return lambda: prepared.attend(q, cache, scene.heads.blocks, _SCALE)
@@ -177,7 +177,7 @@ class Shared:
         return self.merge / self.whole
 
 
-def run_shards(harness: Harness, scene: Scene, shards: int) -> tuple[list[KernelRow], dict[str, Shared]]:
+def run_shards(harness: Harness, scene: AttentionCase, shards: int) -> tuple[list[KernelRow], dict[str, Shared]]:
     """Time a scene of one request whole, each of its `shards` parts one after another on this device, and the merge."""
     lacking = harness.lacks(scene.cached * scene.row_bytes(harness))
     if lacking:
@@ -196,7 +196,7 @@ def run_shards(harness: Harness, scene: Scene, shards: int) -> tuple[list[Kernel
         parts: list[AttentionState] = []
         for number, span in enumerate(spans):
             runs = (QueryRun(0, scene.new, (span,)),)
-            part = Scene(scene.heads, scene.format, 1, scene.new, span.length)
+            part = AttentionCase(scene.heads, scene.format, 1, scene.new, span.length)
             case = {**part.case("shard"), "shard": number}
             rows.append(harness.measure(case, name, part.size(harness), _attend(backend, q, runs, cache, scene)))
             if rows[-1].timing is not None:
@@ -210,7 +210,9 @@ def run_shards(harness: Harness, scene: Scene, shards: int) -> tuple[list[Kernel
     return found, shared
 
 
-def _merge_row(harness: Harness, name: str, backend: Backend, parts: list[AttentionState], scene: Scene) -> KernelRow:
+def _merge_row(
+    harness: Harness, name: str, backend: Backend, parts: list[AttentionState], scene: AttentionCase
+) -> KernelRow:
     travelled = [torch.cat([part.out, part.lse[..., None]], dim=-1) for part in parts]
     arrived = [AttentionState(packed[..., :-1], packed[..., -1]) for packed in travelled]
     moved = 4 * travelled[0].numel() * (len(parts) + 1)

@@ -12,7 +12,7 @@ import torch
 from longspan.attention.backends.base import Writer
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
-from longspan.bench.kernels.attention import FORMATS, KernelHeads, Scene
+from longspan.bench.kernels.attention import FORMATS, AttentionCase, KernelHeads
 from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.plan.view import WriteRun
 
@@ -63,7 +63,7 @@ def run_writes(harness: Harness, heads: KernelHeads, formats: Iterable[str], row
         k, v = torch.randn(2, count, heads.kv_heads, heads.head_dim, device=harness.device, dtype=harness.dtype)
         runs = _scattered(count)
         for name in formats:
-            scene = Scene(heads, name, 1, 1, count * _SPREAD)
+            scene = AttentionCase(heads, name, 1, 1, count * _SPREAD)
             read = count * heads.kv_factor * heads.kv_heads * heads.head_dim * harness.dtype.itemsize
             moved = read + count * scene.row_bytes(harness)
             case: dict[str, str | int] = {"kernel": "kv-write", "heads": heads.name, "format": name, "rows": count}

@@ -116,7 +116,7 @@ class EngineCore:
         self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         # steps in flight: plan, time of submission, and whether no other step was in flight then
-        self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[str, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
@@ -151,12 +151,12 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work to do."""
-        return bool(self._endings or self._under_way)
+        return bool(self._endings or self._in_flight)
 
     @property
     def steps_in_flight(self) -> int:
         """Number of steps submitted to the ranks and not yet committed."""
-        return len(self._under_way)
+        return len(self._in_flight)
 
     def step(self) -> list[TokenOutput]:
         """Submit steps until `steps_at_once` are in flight, then wait for the oldest and return its outputs.
@@ -167,19 +167,19 @@ class EngineCore:
         try:
             if self.role:
                 self.role.exchange()
-            while len(self._under_way) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
+            while len(self._in_flight) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
                 if self.role:
                     self.role.submitted(plan)
-                self._under_way.append((plan, time.perf_counter(), not self._under_way))
-            if self._under_way:
-                self.watch.wait_for(self._under_way[0][0].step, self._tokens_under_way())
+                self._in_flight.append((plan, time.perf_counter(), not self._in_flight))
+            if self._in_flight:
+                self.watch.wait_for(self._in_flight[0][0].step, self._tokens_in_flight())
                 return self._deliver(self.executor.collect(self.watch.check))
             if self.role and self._endings:  # all requests wait for other instances
                 self.role.wait(_PATIENCE_SECONDS)
             return []
         except BaseException:  # KeyboardInterrupt too: ranks, scheduler and outputs now disagree on what was computed
-            self._under_way.clear()
+            self._in_flight.clear()
             self.shutdown()
             raise
         finally:
@@ -208,14 +208,14 @@ class EngineCore:
         if self.role:
             self.role.close()
 
-    def _tokens_under_way(self) -> int:
+    def _tokens_in_flight(self) -> int:
         """Number of tokens computed or loaded by the steps in flight."""
         page_size = self.cache.page_size
-        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
+        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._in_flight)
 
     def _deliver(self, result: StepResult) -> list[TokenOutput]:
         """Commit the oldest step in flight and return the outputs of its completions."""
-        plan, submitted, alone = self._under_way.popleft()
+        plan, submitted, alone = self._in_flight.popleft()
         counted = self.scheduler.commit(plan, result)
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in counted.tokens:

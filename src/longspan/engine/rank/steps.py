@@ -19,18 +19,18 @@ class StepLoop:
         self._runner = runner
         self._answer = answer
         self._more = more
-        self._under_way: Finish | None = None
+        self._in_flight: Finish | None = None
 
     def take(self, plan: StepPlan) -> None:
         """Start a plan, and answer the previous step if it is still in flight."""
         started = self._runner.start(plan)
         self.flush()
-        self._under_way = started
+        self._in_flight = started
         if not (self._runner.is_asynchronous and self._more()):
             self.flush()
 
     def flush(self) -> None:
         """Wait for the step in flight and answer it."""
-        finish, self._under_way = self._under_way, None
+        finish, self._in_flight = self._in_flight, None
         if finish is not None:
             self._answer(finish())

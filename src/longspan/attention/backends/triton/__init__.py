@@ -1,4 +1,4 @@
-"""The Triton kernels' record; what imports Triton is imported when a backend is built."""
+"""The record of the Triton backend. It owns what the kernels support; Triton is imported when a backend is built."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 
 from longspan.attention.backends.base import AttentionBackend, Backend, BackendShape
 
-_WIDEST = 256  # elements of a head: of keys and values wider than this no two tiles fit shared memory
-_WIDEST_LATENT = 576  # MLA's latent and its rope part: one tile is keys and values
+_WIDEST = 256  # most elements of a head: wider tiles of keys and of values do not both fit into shared memory
+_WIDEST_LATENT = 576  # most elements of latent and rotary key: here one tile holds keys and values
 
 
 def _supports(shape: BackendShape) -> str | None:
+    """See `AttentionBackend.supports`."""
     if shape.head_dim <= (_WIDEST_LATENT if shape.kv_factor == 1 else _WIDEST):
         return None
     return f"takes heads of up to {_WIDEST} elements and latents of up to {_WIDEST_LATENT}, not {shape.head_dim}"

@@ -1,6 +1,6 @@
 """The attention kernels: one work item against its columns, and the reduction of rows that several items share.
 
-It owns the mathematics on the device and the launches; which rows meet which columns is `work`'s.
+It owns the computation on the device; `work.py` decides which rows are computed against which columns.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
     GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, KV head). `kv` are keys, values and their scales; `scale` is in units of exp2.
+    """Program (item, KV head): one item of work by online softmax (Milakov & Gimelshein 2018; FlashAttention).
 
-    `KEY` and `VALUE` are (main width, its tile's, the rest's width, its tile's); a rest of 0 is none. `STRIDES` are
-    those of slots, of keys, values and scales: offsets within a tile are then constants. `FLIP` computes transposed
-    tiles: keys then lie along the tensor cores' long side, which suits a few rows.
+    `items`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in order. `kv` is
+    (keys, values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and
+    `VALUE` are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are.
+    `FLIP` is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
     """
     item = items + tl.program_id(0) * FIELDS
     count = tl.load(item + 2)
@@ -54,6 +55,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     if VALUE[2]:
         mixed_rest = _zeros(VALUE[3], BLOCK_M, FLIP)
 
+    # whole tiles need no mask; the tiles before and after them do
     for column in tl.range(full_start, full_stop, BLOCK_N):
         top, total, mixed, mixed_rest = _step(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
@@ -75,7 +77,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
 
 @triton.jit
 def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[rows, D], or flipped [D, rows]: the main part and the rest."""
+    """(main part, rest) of the queries, each [rows, width], or [width, rows] with `FLIP`."""
     main = _tile(q, rows, 1, valid, 0, KEY[0], KEY[1], True)
     rest = main
     if KEY[2]:
@@ -91,14 +93,18 @@ def _step(  # type: ignore[no-untyped-def]
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
     GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of columns of the online softmax. With `MASKED` a row sees columns [low, high) below `stop`."""
+    """Update the online softmax by one tile of columns. Without `MASKED` every row sees all columns of the tile.
+
+    With it a row sees columns [low, high) below `stop`. `top` is the running maximum of scores, `total` the sum of
+    weights, `mixed` and `mixed_rest` the weighted sums of the two parts of the values.
+    """
     keys_axis: tl.constexpr = 0 if FLIP else 1
     columns = column + tl.arange(0, BLOCK_N)
     inside = columns < stop
     if GATHERED:
         first = 0
         rows = tl.load(index + place + columns, mask=inside, other=0).to(tl.int64)
-    else:  # offsets within a tile are small: one wide addition, not one for each element
+    else:  # one 64-bit addition for the tile: offsets within it fit into 32 bits
         first = (place + column).to(tl.int64)
         rows = tl.arange(0, BLOCK_N)
     keys = _tile(kv[0] + first * STRIDES[0], rows, STRIDES[0], inside, 0, KEY[0], KEY[1], MASKED)
@@ -146,6 +152,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _zeros(width: tl.constexpr, rows: tl.constexpr, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 [rows, width], or [width, rows] with `FLIP`."""
     if FLIP:
         return tl.zeros((width, rows), tl.float32)
     else:  # noqa: RET505
@@ -154,6 +161,7 @@ def _zeros(width: tl.constexpr, rows: tl.constexpr, FLIP: tl.constexpr):  # type
 
 @triton.jit
 def _scores(queries, keys, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of queries and keys: [rows, columns], or [columns, rows] with `FLIP`."""
     keys = keys.to(queries.dtype)
     if FLIP:
         return tl.dot(keys, queries, input_precision="ieee")
@@ -163,6 +171,7 @@ def _scores(queries, keys, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mix(weights, values, dtype: tl.constexpr, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weighted sums of values: [rows, width], or [width, rows] with `FLIP`."""
     if FLIP:
         return tl.dot(tl.trans(values.to(dtype)), weights.to(dtype), input_precision="ieee")
     else:  # noqa: RET505
@@ -171,12 +180,13 @@ def _mix(weights, values, dtype: tl.constexpr, FLIP: tl.constexpr):  # type: ign
 
 @triton.jit
 def _along(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A vector along one axis of a matrix."""
+    """A vector as a matrix that varies along `axis`."""
     return x[:, None] if axis == 0 else x[None, :]
 
 
 @triton.jit
 def _scales(at, offsets, inside, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scales of one group for the columns of a tile."""
     if MASKED:
         return tl.load(at + offsets, mask=inside, other=0.0)
     return tl.load(at + offsets)
@@ -186,7 +196,7 @@ def _scales(at, offsets, inside, MASKED: tl.constexpr):  # type: ignore[no-untyp
 def _tile(  # type: ignore[no-untyped-def]
     base, rows, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Elements [FIRST, FIRST + WIDTH) of `rows`, TILE wide."""
+    """Load elements [FIRST, FIRST + WIDTH) of `rows`: [rows, TILE], with zeros for what is masked or beyond WIDTH."""
     element = tl.arange(0, TILE)
     at = base + rows[:, None] * stride + (FIRST + element)[None, :]
     if MASKED:
@@ -203,7 +213,7 @@ def _finish(  # type: ignore[no-untyped-def]
     partial, top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse, strides, head, heads,
     VALUE: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, and store at the rows' places or among the partials; rows that saw nothing are (0, -inf)."""
+    """Normalise, and store to the final or the partial result. Rows that saw no column get out 0 and lse -inf."""
     nothing = total == 0.0
     weight = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, total))
     logs = tl.where(nothing, float("-inf"), (top + tl.log2(tl.where(nothing, 1.0, total))) * _LN_2)
@@ -221,6 +231,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(lse, logs, out, rows, mixed, mixed_rest, valid, VALUE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store `logs` to pointers `lse`, and both parts of the result to `out` at offsets `rows`."""
     tl.store(lse, logs, mask=valid)
     element = tl.arange(0, VALUE[1])
     mask = valid[:, None] & (element < VALUE[0])[None, :]
@@ -236,7 +247,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     splits, out, lse, part_out, part_lse, out_strides, q_start, group, heads,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Program (split block, KV head, row): the merge of the row's partials [first, last)."""
+    """Program (split, KV head, packed row): the merge of the row's partial results, `PARTS` at a time."""
     split = splits + tl.program_id(0) * FIELDS
     row = tl.program_id(2)
     if row >= tl.load(split + 2):

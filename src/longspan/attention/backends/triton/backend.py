@@ -1,6 +1,6 @@
-"""Attention on a GPU through kernels written in Triton.
+"""Attention on a GPU with kernels written in Triton.
 
-It owns the step from heads and cache rows to launches; it must not know about ranks or schedules.
+It owns the launches: their tensors, strides and configurations; it must not know about ranks or schedules.
 """
 
 from __future__ import annotations
@@ -25,26 +25,32 @@ from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
 
-_GATHERED_SLOTS = 2048  # room for a row's short spans: a prefix hit and what follows it
-_INTERPRETED_PROCESSORS = 4  # where there is no device to ask
+_GATHERED_SLOTS = 2048  # slots of short spans for which a refillable row has room: a prefix hit and what follows
+_INTERPRETED_PROCESSORS = 4  # used with Triton's interpreter, which has no device
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Keys and values [Hkv, slots, D] and their scales [Hkv, slots, G], strides as the tensors have them."""
+    """What one launch reads: rows of a cache, or of new tokens. Only the last dimension must have stride 1."""
 
+    # [Hkv, S, D]
     keys: Tensor
+    # [Hkv, S, Dv], or the keys if a value is the first elements of its key
     values: Tensor
+    # [Hkv, S, G] fp32; any tensor if rows are not quantised
     key_scales: Tensor
+    # [Hkv, S, G] fp32; any tensor if rows are not quantised
     value_scales: Tensor
+    # the widths
     shape: Shape
 
 
 class TritonBackend(RecordableBackend):
-    """Decode, prefill off the diagonal and the diagonal are one kernel over different work.
+    """Decode, the off-diagonal of a prefill and the diagonal are one kernel with different work.
 
-    `value_dim` is the width of the values in a cache of one plane. For a captured graph take what `refillable` gives,
-    attend with it once before the capture and in it, and `fill` it before each replay.
+    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. To capture a CUDA graph, attend with
+    runs from `refillable` once before the capture, which allocates buffers, and once in it. `fill` them before each
+    replay.
     """
 
     def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
@@ -60,7 +66,7 @@ class TritonBackend(RecordableBackend):
         return TritonDiagonal(self._launcher, Plans.of_diagonal(tokens, window, self._device))
 
     def refillable(self, rows: int, longest: int = 1, index: int | None = None) -> RefillableTritonRuns:
-        """See `RecordableBackend.refillable`; `longest` and `index` are `RefillablePlans`'."""
+        """See `RecordableBackend.refillable`. `longest` and `index` are those of `RefillablePlans`."""
         index = _GATHERED_SLOTS * rows if index is None else index
         return RefillableTritonRuns(self._launcher, RefillablePlans(rows, longest, index, self._device))
 
@@ -74,7 +80,7 @@ class TritonBackend(RecordableBackend):
 
 
 class TritonRuns:
-    """Runs against cached rows; `out` is as wide as the values' part of a row of one plane."""
+    """See `PreparedRuns`. With `kv_factor` 1 a result is as wide as the part of a cached row that holds the value."""
 
     def __init__(self, launcher: _Launcher, plans: Plans) -> None:
         self._launcher = launcher
@@ -86,7 +92,7 @@ class TritonRuns:
 
 
 class RefillableTritonRuns(TritonRuns):
-    """Runs that are replaced in place."""
+    """See `RefillableRuns`."""
 
     plans: RefillablePlans
 
@@ -99,7 +105,7 @@ class RefillableTritonRuns(TritonRuns):
 
 
 class TritonDiagonal:
-    """A segment against itself."""
+    """See `PreparedDiagonal`."""
 
     def __init__(self, launcher: _Launcher, plans: Plans) -> None:
         self._launcher = launcher
@@ -114,22 +120,22 @@ class TritonDiagonal:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """From tensors and work to launches on one device."""
+    """Launches the kernels on one device."""
 
-    # width of the values in a cache of one plane
+    # elements of a value in a cache with `kv_factor` 1
     value_dim: int
-    # of the device
+    # streaming multiprocessors of the device
     processors: int
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
-        """Keys and values [T, Hkv, D] of new tokens."""
+        """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
         keys = unit_stride(k).transpose(0, 1)
         values = keys if v is None else unit_stride(v).transpose(0, 1)
         shape = shape_of(keys.shape[2], self.value_dim if v is None else values.shape[2], (), v is None, wide)
         return _Keys(keys, values, keys, keys, shape)
 
     def cached(self, kv: CacheRows, wide: bool) -> _Keys:
-        """Rows of a cache."""
+        """The rows of a cache; `wide` for fp32 queries."""
         values = unit_stride(kv.values)
         scales = values if kv.scales is None else unit_stride(kv.scales)
         shared = values.shape[0] == 1
@@ -138,10 +144,13 @@ class _Launcher:
         return _Keys(values[0], values[-1], scales[0], scales[-1], shape)
 
     def attend(self, q: Tensor, keys: _Keys, blocks: Sequence[HeadBlock], scale: float, plans: Plans) -> AttentionState:
-        """q [T, Hq, D] against the keys that the plans' work names. Raises `ValueError` for other rows than theirs."""
+        """Attention of q [T, Hq, D] to the keys that the work in `plans` names: fp32 out [T, Hq, width of a value].
+
+        Raises `ValueError` if q has another number of rows than the plans.
+        """
         if len(q) != plans.rows:
             raise ValueError(f"{len(q)} rows for work of {plans.rows}")
-        if q.dtype == torch.float64 or not q.is_cuda:  # the kernels sum in fp32; their interpreter multiplies no bf16
+        if q.dtype == torch.float64 or not q.is_cuda:  # kernels add in fp32; the interpreter has no bf16
             q = q.float()
         q = unit_stride(q)
         tokens, heads, _ = q.shape
@@ -169,7 +178,11 @@ def _launch(
     whole: AttentionState,
     rows: int,
 ) -> None:
-    """The heads of one block: items over adjacent slots, over gathered ones, then rows that several items share."""
+    """Compute the heads of one block of `whole`.
+
+    The launches are: items over adjacent slots, items over gathered slots, and the reduction of rows that several items
+    share. `rows` is the most packed rows of a run.
+    """
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
@@ -197,10 +210,12 @@ def _launch(
 
 
 def _processors(device: torch.device) -> int:
+    """Number of streaming multiprocessors."""
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _wide(q: Tensor) -> bool:
+    """Whether products are computed in fp32."""
     return q.element_size() > 2

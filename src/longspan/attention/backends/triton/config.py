@@ -1,49 +1,58 @@
-"""How a kernel is shaped for given heads and rows: tiles, warps and stages, from a table instead of trials at run time.
+"""The launch configuration of the attention kernel: tiles, warps and stages, by widths and number of rows.
 
-It owns the table; what the compiler says of every row of it, registers and shared memory, is tested.
+It owns this table, which replaces autotuning at run time. A test compiles every entry and checks its registers and
+shared memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Parts = tuple[int, int, int, int]  # elements of the main part, its tile (a power of two), of the rest, its tile
+# elements of a row's main part, width of its tile (a power of two), elements of the rest, width of its tile
+Parts = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the rows of one launch are, widths in elements.
+    """The cached rows that one launch reads.
 
-    A row is a main part and a rest, so that 576 takes tiles of 512 and 64 instead of 1,024. `groups` are scales of
-    a row, 0 without; `shared` values are the first elements of the keys' rows; `wide` products are in fp32.
+    A row has a main part and a rest, so that 576 elements take tiles of 512 and 64 instead of one of 1,024.
     """
 
+    # widths of a key
     key: Parts
+    # widths of a value
     value: Parts
+    # scales of a row; 0 if it is not quantised
     groups: int
+    # whether a value is the first elements of its key, so that one tile is read for both
     shared: bool
+    # whether queries are fp32, and so products are
     wide: bool
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and columns of a tile; warps of a program; tiles in flight; programs on a processor; transposed tiles.
+    """The launch configuration for one shape and number of rows."""
 
-    Transposed, keys lie along the 64 rows that the matrix instructions of a warp group have at least, and few query
-    rows along its columns: nothing is computed for padding, and keys and values are read from shared memory. It needs
-    64 columns, and elements that need no conversion.
-    """
-
+    # query rows of a tile
     block_m: int
+    # columns (cached tokens) of a tile
     block_n: int
+    # warps of a program
     warps: int
+    # tiles that are loaded ahead
     stages: int
+    # programs that run on one processor at a time
     resident: int
+    # whether tiles are transposed. The matrix instructions of a warp group have at least 64 rows: keys are then these
+    # rows, and the query rows, if they are few, are columns, so that no padding is computed. Keys and values are read
+    # from shared memory. Needs 64 columns, and elements that are not converted
     flip: bool
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
-    """Raises ValueError if the scales' groups are more than two."""
+    """The shape of rows with these widths. Raises ValueError if a row has more than two scale groups."""
     if len(groups) > 2:
         raise ValueError(f"{len(groups)} groups of scales in a row; the kernel reads at most two")
     halves = groups[0] if len(groups) == 2 else None
@@ -58,7 +67,7 @@ def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool
 
 
 def config_for(shape: Shape, rows: int) -> Config:
-    """The tiles for runs of up to `rows` rows (tokens × query heads of a KV head)."""
+    """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head."""
     width = max(shape.key[0] + shape.key[2], shape.value[0] + shape.value[2])
     if shape.wide:
         return Config(16, 32 if width <= 64 else 16, 4, 2, 1, False)
@@ -76,17 +85,21 @@ def config_for(shape: Shape, rows: int) -> Config:
 
 
 def _latent(shape: Shape, rows: int) -> Config:
-    """A row of 512 values takes half of the registers for 32 query rows, and a tile of 64 a third of shared memory."""
+    """The configuration for latents: 32 query rows of 512 values take half of all registers, so tiles are small.
+
+    A tile of 64 columns takes a third of shared memory.
+    """
     if shape.groups:
         return Config(16, 32, 4, 3, 2, False) if rows <= 16 else Config(64, 32, 8, 2, 1, False)
     return Config(16 if rows <= 16 else 32, 64, 4, 2, 1, True)
 
 
 def _parts(dim: int, cut: int | None) -> Parts:
+    """Divide `dim` elements into the largest power of two and the rest, or at `cut`."""
     main = cut or 1 << (dim.bit_length() - 1)
     return main, _tile(main), dim - main, _tile(dim - main)
 
 
 def _tile(dim: int) -> int:
-    """Tensor cores multiply at least 16 elements at a time."""
+    """The width of a tile for `dim` elements: a power of two, at least 16 for tensor cores; 0 for no elements."""
     return max(16, 1 << (dim - 1).bit_length()) if dim else 0

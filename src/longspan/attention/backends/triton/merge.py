@@ -1,6 +1,6 @@
-"""The merge of states as one pass over memory.
+"""The merge of attention states in one kernel, which reads each state once.
 
-It owns the kernel and the reading of states where they lie; it must not know where they come from.
+It owns this kernel and its launch; it must not know where states come from.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import triton.language as tl
 from longspan.attention.rows import unit_stride
 from longspan.attention.state import AttentionState
 
-_MAX_PARTS = 16  # of one launch: each has two pointers among the kernel's arguments
-_ELEMENTS = 1024  # of the result, computed by one program: 8 a thread, so that every part has loads in flight
+_MAX_PARTS = 16  # states of one launch, each of which takes two pointer arguments
+_ELEMENTS = 1024  # elements of the result that one program computes: 8 for each thread, to have enough loads in flight
 _WARPS = 4
 
 
 def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
-    """`state.merge` in fp32: parts are read once, where they are, if their rows [T, H] have one stride."""
+    """`attention.state.merge` in fp32, of any number of states out [T, Hq, Dv], lse [T, Hq].
+
+    States are read in place if their rows have one stride over T · Hq; otherwise they are copied first.
+    """
     while len(parts) > _MAX_PARTS:
         groups = [parts[at : at + _MAX_PARTS] for at in range(0, len(parts), _MAX_PARTS)]
         parts = [merge_parts(group) for group in groups]
@@ -47,6 +50,7 @@ def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
 def _merge_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
     outs, lses, strides, out_ptr, lse_ptr, total, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
+    """One program merges `ROWS` rows (token and head); `strides` are those of rows, of each state's out and lse."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     valid = row < total
@@ -54,13 +58,13 @@ def _merge_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     for part in tl.static_range(len(outs)):
         seen = tl.load(lses[part] + row * strides[part][1], mask=valid, other=float("-inf")).to(tl.float32)
         top = tl.maximum(top, seen)
-    base = tl.where(top == float("-inf"), 0.0, top)  # where nobody saw anything: weights of 0, no NaN
+    base = tl.where(top == float("-inf"), 0.0, top)  # weights of 0, not NaN, where no state saw a key
     total_weight = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, COLUMNS), tl.float32)
     for part in tl.static_range(len(outs)):
         seen = tl.load(lses[part] + row * strides[part][1], mask=valid, other=float("-inf")).to(tl.float32)
         weight = tl.exp(seen - base)
-        wanted = (weight > 0)[:, None] & (column < WIDTH)[None, :]  # a part of weight 0 is not even read
+        wanted = (weight > 0)[:, None] & (column < WIDTH)[None, :]  # a state of weight 0 may hold NaN: it is not read
         values = tl.load(outs[part] + row[:, None] * strides[part][0] + column[None, :], mask=wanted, other=0.0)
         mixed += weight[:, None] * values.to(tl.float32)
         total_weight += weight

@@ -1,6 +1,6 @@
-"""A launch's work in device memory: made for a step, or with room to be refilled under a captured graph.
+"""The work of a launch in device memory: made for one step, or with room to be refilled for a CUDA graph.
 
-It owns the buffers and their copying; what is in them is `work`'s, who reads them `attend`'s.
+It owns the buffers and the copies to them. `work.py` computes their content, and the kernels in `attend.py` read it.
 """
 
 from __future__ import annotations
@@ -29,36 +29,42 @@ from longspan.plan.reach import QueryRun
 
 ITEM_FIELDS = len(Item._fields)
 SPLIT_FIELDS = len(Split._fields)
-_ALIGNED = 4  # numbers in 16 bytes: a kernel is compiled anew for pointers that are aligned to less
+_ALIGNED = 4  # int32 in 16 bytes: Triton compiles a kernel again for pointers that are not aligned to 16 bytes
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many there is room for; `partials` are blocks of partial results."""
+    """The size of the buffers of one launch."""
 
+    # items over adjacent slots
     adjacent: int
+    # items over gathered slots
     gathered: int
+    # rows that several items share, by block
     splits: int
+    # blocks of partial results
     partials: int
+    # query rows (tokens)
     rows: int
+    # slots in the index
     index: int
 
     @staticmethod
     def of(work: Work) -> Capacity:
-        """Just enough for `work`."""
+        """The size that `work` needs."""
         counts = len(work.adjacent), len(work.gathered), len(work.splits)
         return Capacity(*counts, work.partials, len(work.bounds), work.index.length)
 
     def holds(self, other: Capacity) -> bool:
-        """Whether work of the size `other` fits."""
+        """Whether work that needs `other` fits."""
         return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 class WorkPlan:
-    """Work of one launch, int32 on the device: items over adjacent and over gathered slots, splits, bounds, index.
+    """The work of one launch as int32 on the device: adjacent and gathered items, splits, bounds, index.
 
-    A launch has one program for every item there is room for; those without work end at once. Raises ValueError for
-    work that the capacity does not hold.
+    A launch has one program for each item that fits into the buffers; programs without work end at once. Raises
+    ValueError if the work does not fit into `capacity`.
     """
 
     def __init__(self, work: Work, device: torch.device, capacity: Capacity | None = None) -> None:
@@ -72,7 +78,7 @@ class WorkPlan:
             raise ValueError(f"work of size {Capacity.of(work)} in a plan of {room}")
 
     def fill(self, work: Work) -> bool:
-        """Other work in the same memory, copied in the order of the current stream. False: too much, nothing done."""
+        """Replace the work, in the order of the current stream. False, and nothing is changed, if it does not fit."""
         if not self.capacity.holds(Capacity.of(work)):
             return False
         table = array("i")
@@ -80,36 +86,36 @@ class WorkPlan:
         for size, some in zip(self._sizes, records, strict=True):
             part = array("i", chain.from_iterable(some))
             table.extend(part)
-            table.extend(array("i", bytes(4 * (size - len(part)))))  # zeros: no rows, no work
+            table.extend(array("i", bytes(4 * (size - len(part)))))  # an item of size 0 is no work
         _copy(self._table, torch.frombuffer(table, dtype=torch.int32) if table else None)
         _copy(self.index, _expanded(work.index))
         return True
 
 
 class Plans:
-    """One `WorkPlan` for each way of cutting the same rows, made when a layer first asks."""
+    """A `WorkPlan` for each tiling of the same rows, made when a layer first needs it."""
 
     def __init__(self, rows: int, longest: int, device: torch.device, work: Callable[[Tiling], Work]) -> None:
-        self.rows = rows
-        self.longest = longest
+        self.rows = rows  # query rows (tokens)
+        self.longest = longest  # rows of the longest run
         self._device = device
         self._work = work
         self._plans: dict[Tiling, WorkPlan] = {}
 
     @staticmethod
     def of_runs(runs: Sequence[QueryRun], rows: int, device: torch.device) -> Plans:
-        """Of runs against cached rows."""
+        """Plans for runs against cached rows."""
         longest = max((run.length for run in runs), default=1)
         return Plans(rows, longest, device, _work_of_runs(runs, rows))
 
     @staticmethod
     def of_diagonal(tokens: int, window: int | None, device: torch.device) -> Plans:
-        """Of a segment against itself."""
+        """Plans for the diagonal of a segment."""
         sights = sights_of_diagonal(tokens, window)
         return Plans(tokens, tokens, device, lambda tiling: plan_work(sights, Slots(), tokens, tiling))
 
     def plan(self, tiling: Tiling) -> WorkPlan:
-        """The buffers for one way of cutting."""
+        """The plan for one tiling."""
         if tiling not in self._plans:
             self._plans[tiling] = self._make(tiling)
         return self._plans[tiling]
@@ -119,10 +125,10 @@ class Plans:
 
 
 class RefillablePlans(Plans):
-    """Plans that stay at one address: what a captured graph attends to, refilled before each replay.
+    """Plans in buffers at fixed addresses, which are refilled before each replay of a CUDA graph.
 
-    A first call outside the capture makes the buffers that the capture then finds. `index` is how many slots of spans
-    too short for a range there is room for. Runs longer than `longest` are right, but not cut for speed.
+    The buffers must be made by a first call outside the capture. `index` is the number of slots of short spans for
+    which there is room. Runs of more than `longest` rows are computed correctly, but with tiles for shorter runs.
     """
 
     def __init__(self, rows: int, longest: int, index: int, device: torch.device) -> None:
@@ -131,11 +137,11 @@ class RefillablePlans(Plans):
 
     @property
     def plans(self) -> tuple[WorkPlan, ...]:
-        """The buffers made so far."""
+        """The plans made so far."""
         return tuple(self._plans.values())
 
     def fill(self, runs: Sequence[QueryRun]) -> bool:
-        """Attend to `runs` from now on. False if they need more room than there is: then attend without the graph."""
+        """Replace the runs in all plans. Returns False, and changes nothing, if they do not fit into some plan."""
         work_of = _work_of_runs(runs, self.rows)
         works = {tiling: work_of(tiling) for tiling in self._plans}
         if not all(self._plans[tiling].capacity.holds(Capacity.of(work)) for tiling, work in works.items()):
@@ -146,24 +152,29 @@ class RefillablePlans(Plans):
         return True
 
     def _make(self, tiling: Tiling) -> WorkPlan:
-        """Raises RuntimeError if a capture asks for the buffers first."""
+        """See `Plans._make`. Raises RuntimeError during a capture: the buffers must be allocated before."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
         return WorkPlan(self._work(tiling), self._device, self._capacity(tiling))
 
     def _capacity(self, tiling: Tiling) -> Capacity:
+        """The size of the buffers for decode rows with one range of slots each."""
         items = most_items(self.rows, tiling)
         gathered = items if self._index else 0
         return Capacity(items, gathered, most_blocks(self.rows, tiling), items + gathered, self.rows, self._index)
 
 
 def _work_of_runs(runs: Sequence[QueryRun], rows: int) -> Callable[[Tiling], Work]:
+    """A function that plans the work of these runs for a tiling."""
     sights, index = sights_of_runs(runs)
     return lambda tiling: plan_work(sights, index, rows, tiling)
 
 
 def _expanded(slots: Slots) -> Tensor | None:
-    """Every slot by its number; there can be as many as tokens in all contexts, so no loop over them."""
+    """The slots one by one, int32 [R] on the host; None if there are none.
+
+    Computed with tensor operations, as there can be as many slots as tokens in all contexts.
+    """
     if not slots.length:
         return None
     numbers = torch.frombuffer(array("i", chain.from_iterable(slots.spans)), dtype=torch.int32)
@@ -174,7 +185,8 @@ def _expanded(slots: Slots) -> Tensor | None:
 
 
 def _copy(target: Tensor, source: Tensor | None) -> None:
+    """Copy a host tensor to the start of `target`, without waiting for the device."""
     if source is None:
         return
-    host = source.pin_memory() if target.is_cuda else source  # its allocator keeps it until the copy is over
+    host = source.pin_memory() if target.is_cuda else source  # the allocator keeps it until the copy is done
     target[: len(source)].copy_(host, non_blocking=True)

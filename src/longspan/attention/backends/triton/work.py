@@ -1,6 +1,7 @@
-"""Which block of rows meets which columns, cut so that a device's processors are evenly busy.
+"""The work of a launch: blocks of query rows against ranges of columns, cut so that all processors are evenly busy.
 
-It owns planning in plain integers: the same for decode, windows and the diagonal; it must not touch a device.
+A column is a cached token, or a new one on the diagonal. This module owns the planning, which is the same for decode,
+windows and the diagonal. It computes with plain integers and must not use a device.
 """
 
 from __future__ import annotations
@@ -12,59 +13,77 @@ from typing import NamedTuple
 from longspan.cache.pages import Span
 from longspan.plan.reach import QueryRun
 
-_SHORT_SPAN = 1024  # tokens; neighbours shorter than this are gathered, by an index of slots, into one range
-_LEAST_PIECE = 256  # columns: less is not worth a partial of its own
-_FIXED_COST = 96  # columns that could be read while a program starts and ends
-_WAVES = (1, 2, 4)
+_SHORT_SPAN = 1024  # tokens; adjacent spans shorter than this are read as one range, through an index of slots
+_LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
+_FIXED_COST = 96  # time to start and end a program, in columns that could be read meanwhile
+_WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
 
 
 class Item(NamedTuple):
-    """Rows [first, first + size), counted as tokens × query heads of a KV head from token `row` on, against columns.
+    """A block of packed rows against a range of columns, for one program and KV head.
 
-    Columns lie in [start, stop); in [full_start, full_stop), whole tiles, every row sees every column. Column c is
-    slot `place` + c, or is named by the index at `place` + c. A result goes to row `partial` of the partials, or
-    straight to its place if that is -1. A size of 0 is no work.
+    The query heads of a KV head are packed: packed row p is token `row` + p // group, head p % group of the KV head.
     """
 
+    # token of the run's first row
     row: int
+    # first packed row
     first: int
+    # number of packed rows; 0 if there is no work
     size: int
+    # column c is slot `place` + c, or of a gathered range the slot at `place` + c of the index
     place: int
+    # first column
     start: int
+    # first column of the whole tiles in which every row sees every column
     full_start: int
+    # column after these tiles
     full_stop: int
+    # column after the last
     stop: int
+    # where the result goes: a block of the partial results, or the final result if this is -1
     partial: int
 
 
 class Split(NamedTuple):
-    """Rows as in `Item` whose result is the merge of partials [part, last)."""
+    """Packed rows, as in `Item`, whose result is the merge of several partial results."""
 
+    # token of the run's first row
     row: int
+    # first packed row
     first: int
+    # number of packed rows
     size: int
+    # first partial result
     part: int
+    # partial result after the last
     last: int
 
 
 class Stretch(NamedTuple):
-    """Columns [start, stop) whose places follow each other."""
+    """Columns that are adjacent in the pool, or in the index of gathered slots."""
 
+    # first column
     start: int
+    # column after the last
     stop: int
+    # as in `Item`
     place: int
+    # whether `place` counts in the index
     gathered: bool
 
 
 @dataclass
 class Slots:
-    """The index of gathered columns: the slots of `spans`, `length` in all, one behind the other."""
+    """The index of gathered columns: the slots of concatenated spans."""
 
+    # the spans
     spans: list[Span] = field(default_factory=list)
+    # number of slots in them
     length: int = 0
 
     def add(self, spans: Sequence[Span]) -> int:
-        """More of them; where they begin."""
+        """Append spans. Returns the place at which they begin."""
         at = self.length
         self.spans += spans
         self.length += sum(span.length for span in spans)
@@ -73,58 +92,85 @@ class Slots:
 
 @dataclass(frozen=True)
 class Sight:
-    """Rows [row, row + len(lows)): row i sees columns [lows[i], highs[i]) as far as stretches hold them."""
+    """The columns that adjacent rows (tokens) see. A row sees only columns that are in some stretch."""
 
+    # first row
     row: int
+    # where the columns are, in order
     stretches: tuple[Stretch, ...]
+    # for each row, the first column that it sees
     lows: Sequence[int]
+    # for each row, the column after the last that it sees
     highs: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one launch is cut: `group` query heads to each of `kv_heads`, tiles, programs that run at a time."""
+    """What the cutting of one launch depends on."""
 
+    # query heads of each KV head
     group: int
+    # KV heads
     kv_heads: int
+    # packed rows of a tile
     block_m: int
+    # columns of a tile
     block_n: int
+    # programs that run on the device at a time
     programs: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch does: items over adjacent slots, items over indexed ones, and the rows to reduce."""
+    """The work of one launch."""
 
+    # items over adjacent slots
     adjacent: list[Item]
+    # items over slots that the index names
     gathered: list[Item]
+    # rows that several items share
     splits: list[Split]
+    # for each row (token), the columns [low, high) that it sees
     bounds: list[tuple[int, int]]
+    # the index
     index: Slots
+    # number of blocks of partial results
     partials: int
 
 
 class _Block(NamedTuple):
-    """Rows of one item, their ranges of columns, and the columns all of them see: [full_low, full_high)."""
+    """The packed rows of a tile, before their columns are cut into items."""
 
+    # token of the run's first row
     row: int
+    # first packed row
     first: int
+    # number of packed rows
     size: int
+    # columns that some row sees
     ranges: list[Stretch]
+    # first column that all rows see
     full_low: int
+    # column after the last that all rows see
     full_high: int
 
 
 @dataclass
 class _Draft:
+    """The parts of a `Work` that are collected block by block."""
+
+    # items over adjacent slots
     items: list[Item] = field(default_factory=list)
+    # items over slots that the index names
     gathered: list[Item] = field(default_factory=list)
+    # rows that several items share
     splits: list[Split] = field(default_factory=list)
+    # number of blocks of partial results so far
     partials: int = 0
 
 
 def sights_of_runs(runs: Sequence[QueryRun]) -> tuple[list[Sight], Slots]:
-    """Off the diagonal: what runs see, and the index of slots of short spans."""
+    """(what runs see off the diagonal, the index of slots of their short spans)."""
     index = Slots()
     seen: dict[tuple[Span, ...], tuple[Stretch, ...]] = {}  # segments of one request may see the same
     sights: list[Sight] = []
@@ -137,15 +183,15 @@ def sights_of_runs(runs: Sequence[QueryRun]) -> tuple[list[Sight], Slots]:
 
 
 def sights_of_diagonal(tokens: int, window: int | None) -> list[Sight]:
-    """Every row sees the tokens up to its own, or the last `window` of them."""
+    """What a segment of `tokens` tokens sees on the diagonal: the tokens up to the own one, or `window` of them."""
     lows = (0,) * tokens if window is None else [max(0, row + 1 - window) for row in range(tokens)]
     return [Sight(0, (Stretch(0, tokens, 0, False),), lows, range(1, tokens + 1))]
 
 
 def plan_work(sights: Sequence[Sight], index: Slots, rows: int, tiling: Tiling) -> Work:
-    """Every row of `rows` is in one block of one item or more: rows of no sight get an item without columns.
+    """The work of one launch over `rows` rows (tokens). A row may be in one sight at most.
 
-    A row is in one sight at most.
+    Rows of no sight get an item without columns, which writes the identity.
     """
     bounds = [(0, 0)] * rows
     for sight in sights:
@@ -155,23 +201,26 @@ def plan_work(sights: Sequence[Sight], index: Slots, rows: int, tiling: Tiling) 
     draft = _Draft()
     for block in blocks:
         _add(draft, block, longest, tiling.block_n)
-    for items in (draft.items, draft.gathered):  # the longest first evens out the end; neighbours share columns
+    for items in (draft.items, draft.gathered):  # longest first, to end evenly; equal columns adjacent, to share caches
         items.sort(key=lambda item: (item.start - item.stop, item.place, item.start))
     return Work(draft.items, draft.gathered, draft.splits, bounds, index, draft.partials)
 
 
 def most_blocks(rows: int, tiling: Tiling) -> int:
-    """Blocks that `rows` rows in runs of any length can need."""
+    """Most blocks for `rows` rows, in runs of any length."""
     return rows * -(-tiling.group // tiling.block_m)
 
 
 def most_items(rows: int, tiling: Tiling) -> int:
-    """Items that decode rows over one range of slots each can need: the room in a plan that is refilled."""
+    """Most items for `rows` decode rows with one range of slots each: the capacity of a plan that is refilled."""
     return most_blocks(rows, tiling) + max(_WAVES) * -(-tiling.programs // tiling.kv_heads)
 
 
 def _stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
-    """Long spans are read in place; short ones side by side are one stretch of the index."""
+    """The stretches of a run's spans: long spans are read in place, adjacent short ones are added to the index.
+
+    A short span between long ones is read in place too.
+    """
     column = 0
     short: list[Span] = []
     for span in [*spans, None]:
@@ -191,7 +240,7 @@ def _stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
 
 
 def _blind(sights: Sequence[Sight], rows: int) -> Iterator[Sight]:
-    """Rows of no sight."""
+    """Sights without columns, for rows that are in no sight."""
     at = 0
     for sight in sorted(sights, key=lambda sight: sight.row):
         if sight.row > at:
@@ -202,6 +251,7 @@ def _blind(sights: Sequence[Sight], rows: int) -> Iterator[Sight]:
 
 
 def _blocks(sight: Sight, tiling: Tiling) -> Iterator[_Block]:
+    """Cut the packed rows of a sight into tiles."""
     packed = len(sight.lows) * tiling.group
     for first in range(0, packed, tiling.block_m):
         count = min(tiling.block_m, packed - first)
@@ -217,7 +267,7 @@ def _blocks(sight: Sight, tiling: Tiling) -> Iterator[_Block]:
 
 
 def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
-    """Columns of the longest item: of a few candidates the one whose launch should end first."""
+    """Most columns of an item: of a few candidates the one with which the launch should end first."""
     lengths = [r.stop - r.start for block in blocks for r in block.ranges]
     if not lengths:
         return tiling.block_n
@@ -229,6 +279,7 @@ def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
         candidates.add(min(longest, max(_LEAST_PIECE, _up(length, tiling.block_n))))
 
     def ends(candidate: int) -> float:
+        """Estimated time of the launch, in columns that a program reads meanwhile."""
         items = sum(-(-length // candidate) for length in lengths) * tiling.kv_heads
         if items <= tiling.programs:
             return candidate + _FIXED_COST
@@ -238,7 +289,11 @@ def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
 
 
 def _add(draft: _Draft, block: _Block, longest: int, tile: int) -> None:
-    """Cut a block's ranges into even pieces; several pieces, or none, are no direct result."""
+    """Cut the ranges of a block into items of at most `longest` columns, of equal length in each range.
+
+    Several items write partial results and are joined by a split; a single item writes the final result. A block
+    without ranges gets one item without columns.
+    """
     pieces: list[Stretch] = []
     for r in block.ranges:
         length = r.stop - r.start
@@ -260,4 +315,5 @@ def _add(draft: _Draft, block: _Block, longest: int, tile: int) -> None:
 
 
 def _up(x: int, multiple: int) -> int:
+    """x rounded up to a multiple."""
     return -(-x // multiple) * multiple

@@ -1,6 +1,6 @@
-"""Writing a step's rows into the cache, quantised on the way, in one launch a layer.
+"""Writing a step's KV to the cache, with quantisation, in one launch for each layer.
 
-It owns the kernel and the table of slots; it must not know whose rows they are.
+It owns the kernel and the table of slots; it must not know which requests the rows belong to.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from torch import Tensor
 from longspan.attention.rows import LARGEST, CacheRows, unit_stride
 from longspan.plan.view import WriteRun
 
-_ELEMENTS = 2048  # written by one program: 16 a thread
+_ELEMENTS = 2048  # elements that one program writes: 16 for each thread
 _WARPS = 4
 
 
 class TritonWriter:
-    """Where a step's rows go: a slot for each of `rows` rows in device memory, -1 for none.
-
-    `refill` puts other runs into the same memory, so that a captured launch can be replayed for another step.
-    """
+    """See `RefillableWriter`. Keeps the slot of each row, or -1, as int32 [T] on the device."""
 
     def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
         self._rows = rows
@@ -31,15 +28,15 @@ class TritonWriter:
         self.refill(writes)
 
     def refill(self, writes: Sequence[WriteRun]) -> None:
-        """Other runs for the same number of rows; rows that no run names write nothing."""
+        """See `RefillableWriter.refill`. Rows of no run are not written."""
         slots = [-1] * self._rows
         for run in writes:
             slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
         on_host = torch.tensor(slots, dtype=torch.int32, pin_memory=self._slots.is_cuda)
-        self._slots.copy_(on_host, non_blocking=True)  # the allocator keeps pinned memory until the copy is over
+        self._slots.copy_(on_host, non_blocking=True)  # the allocator keeps pinned memory until the copy is done
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
-        """See `Writer.write`. Raises `ValueError` if k has another number of rows than this was made for."""
+        """See `Writer.write`. Raises `ValueError` if k has another number of rows than this writer."""
         if len(k) != self._rows:
             raise ValueError(f"{len(k)} rows for a writer of {self._rows}")
         kv_factor, heads, _, width = cache.values.shape
@@ -59,7 +56,7 @@ class TritonWriter:
 
 
 def _power_and_rest(width: int) -> tuple[int, ...]:
-    """576 as 512 + 64: tiles are powers of two wide, and lanes beyond a row's end idle."""
+    """A width as a power of two and the rest, 576 as 512 + 64: tiles are powers of two, and unused lanes idle."""
     power = 1 << (width.bit_length() - 1)
     return (power,) if power == width else (power, width - power)
 
@@ -69,7 +66,11 @@ def _write_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     slots, k, v, values, scales, source_strides, value_strides, scale_strides, units, heads,
     WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes `ROWS` pairs of (row, head) of one plane."""
+    """Program (block, keys or values): write `ROWS` pairs of (row, head), of `units` in all.
+
+    `WIDTHS` are the widths of the scale groups, `LARGEST` is the largest quantised number, or 0 without quantisation.
+    With `ROUND` values are rounded to integers.
+    """
     unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, head = unit // heads, (unit % heads).to(tl.int64)
     slot = tl.load(slots + row, mask=unit < units, other=-1).to(tl.int64)
@@ -89,7 +90,7 @@ def _write_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
 def _write_rows(  # type: ignore[no-untyped-def]
     source, to, scale_to, wanted, WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr
 ):
-    """Rows at the pointers `source` go to those at `to`, group by group, each with its scale."""
+    """Copy rows from pointers `source` to pointers `to`, group by group, quantised with a scale for each group."""
     first = 0
     for group in tl.static_range(len(WIDTHS)):
         column = tl.arange(0, triton.next_power_of_2(WIDTHS[group]))
@@ -99,8 +100,8 @@ def _write_rows(  # type: ignore[no-untyped-def]
             x = x.to(tl.float32)
             scale = tl.div_rn(tl.max(tl.abs(x), axis=1), LARGEST)
             tl.store(scale_to + group, scale, mask=wanted)
-            x = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38)[:, None])  # the least normal number, as the twin
+            x = tl.div_rn(x, tl.maximum(scale, 1.1754943508222875e-38)[:, None])  # the smallest normal: see `quantise`
             if ROUND:
-                x = (x + 12582912.0) - 12582912.0  # 1.5 · 2^23: what is left has no fraction, rounded half to even
+                x = (x + 12582912.0) - 12582912.0  # adding 1.5 · 2^23 rounds to an integer, half to even
         tl.store(to[:, None] + first + column[None, :], x.to(to.dtype.element_ty), mask=mask)
         first += WIDTHS[group]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
 from longspan.request import SamplingParams
 
 _COLDEST = 1e-5  # lower temperatures are greedy

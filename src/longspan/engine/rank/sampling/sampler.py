@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.rank.sampling.gumbel import sample_together
-from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
 from longspan.errors import EngineError
 from longspan.request import PromptScore, SampledToken, SamplingParams, TokenLogprobs
 

@@ -12,7 +12,7 @@ import torch
 from longspan.weights.source import ModelSource
 
 
-def transformers_twin(source: ModelSource, dtype: torch.dtype) -> Any:
+def transformers_reference(source: ModelSource, dtype: torch.dtype) -> Any:
     """A transformers causal language model on the source's weights, dequantised to `dtype`."""
     from transformers import AutoConfig, AutoModelForCausalLM  # importing takes seconds
 
