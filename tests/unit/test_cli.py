@@ -192,12 +192,17 @@ def test_the_version_is_printed(run):
     assert run("--version") == (0, f"longspan {__version__}\n", "")
 
 
-def test_a_busy_port_is_told_before_the_model_is_loaded(run):
+@pytest.mark.parametrize(
+    "command",
+    [("serve", "./no-such-model"), ("route", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2")],
+    ids=["serve", "route"],
+)
+def test_a_busy_port_is_told_before_models_are_loaded_and_instances_waited_for(run, command):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        code, out, err = run("serve", "./no-such-model", "--port", str(port))
+        code, out, err = run(*command, "--port", str(port))
     assert (code, out) == (2, "")
     remedy = "end what listens there, or give another --port; 0 takes a free one"
     assert err.splitlines()[-1] == f"longspan: error: port={port}: is in use on 127.0.0.1; {remedy}"
