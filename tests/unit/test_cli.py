@@ -93,7 +93,7 @@ OPTIONS = {
     ("serve",): ENGINE_OPTIONS - {"--json"} | {
         "--host", "--port", "--api-key", "--api-key-file", "--served-model-name", "--max-queued-requests",
         "--max-body-bytes", "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
-        "--prefill-peers", "--transfer-token-file",
+        "--prefill-peers", "--transfer-token-file", "--allowed-origins",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",
@@ -192,12 +192,17 @@ def test_the_version_is_printed(run):
     assert run("--version") == (0, f"longspan {__version__}\n", "")
 
 
-def test_a_busy_port_is_told_before_the_model_is_loaded(run):
+@pytest.mark.parametrize(
+    "command",
+    [("serve", "./no-such-model"), ("route", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2")],
+    ids=["serve", "route"],
+)
+def test_a_busy_port_is_told_before_models_are_loaded_and_instances_waited_for(run, command):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        code, out, err = run("serve", "./no-such-model", "--port", str(port))
+        code, out, err = run(*command, "--port", str(port))
     assert (code, out) == (2, "")
     remedy = "end what listens there, or give another --port; 0 takes a free one"
     assert err.splitlines()[-1] == f"longspan: error: port={port}: is in use on 127.0.0.1; {remedy}"
@@ -426,6 +431,16 @@ def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
     assert code == 0
     assert set(report["ratio"]) == {"pcp=2", "transformers"}
     assert all(ratio["prefill"] > 0 and ratio["decode"] > 0 for ratio in report["ratio"].values())
+
+
+@pytest.mark.slow
+def test_nobody_is_told_of_warnings_that_are_not_for_users():
+    command = [
+        sys.executable, "-c", "from longspan.cli.main import main; main()", "bench", "latency", tiny_folder("llama"),
+        "--input-len", "16", "--output-len", "3", "--iterations", "1", "--compare", "transformers",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Warning" not in ended.stderr
 
 
 def children(process: int) -> list[int]:

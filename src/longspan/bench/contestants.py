@@ -14,6 +14,7 @@ from typing import Any
 from longspan.config import EngineConfig
 from longspan.errors import EngineError, LongspanError
 
+_PATIENCE_S = 10.0
 Prompts = Sequence[Sequence[int]]
 
 
@@ -74,7 +75,7 @@ class TransformersContestant:
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
-        warnings.filterwarnings("ignore", module="transformers")  # of names that a release to come drops
+        warnings.simplefilter("ignore", FutureWarning)  # about names that a later transformers drops
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()
@@ -116,6 +117,8 @@ class ContestantProcess:
 
     def close(self) -> None:
         """End the process."""
+        self._pipe.close()  # it ends by itself once it has read that, and cleans up
+        self._process.join(_PATIENCE_S)
         self._process.terminate()
         self._process.join()
 

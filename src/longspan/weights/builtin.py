@@ -53,9 +53,12 @@ def builtin_name(text: str) -> str | None:
 
 
 def by_prefix(text: str, names: Iterable[str]) -> str | None:
-    """The name, or the only one that begins so; of several the one that all others begin with, as in a series."""
+    """The name, or the only one that begins so, or the first of a series: x-1 for x where there is x-1-long too."""
     found = sorted((name for name in names if text and name.startswith(text)), key=len)
-    return found[0] if found and all(name.startswith(found[0]) for name in found) else None
+    if found and (found[0] == text or len(found) == 1):
+        return found[0]
+    series = bool(found) and found[0][len(text)] == "-" and all(name.startswith(found[0]) for name in found)
+    return found[0] if series else None
 
 
 def near_names(text: str) -> list[str]:
