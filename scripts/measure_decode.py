@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from longspan.bench.contestants import LongspanContestant, TransformersContestant
 from longspan.bench.kernels.ceilings import measure_ceilings
-from longspan.bench.latency import Load, run_latency
-from longspan.bench.sides import LongspanSide, TransformersSide
+from longspan.bench.latency import BatchLoad, run_latency
 from longspan.clock import make_clock
 from longspan.config import CacheConfig, EngineConfig, SchedulerConfig
 from longspan.engine.rank.build import threads_per_rank
@@ -40,15 +40,15 @@ def step_bytes(setup: EngineSetup, batch: int, context: int) -> float:
 def measure(setup: EngineSetup, batch: int, context: int, output: int, bytes_per_s: float) -> dict[str, Any]:
     """One case."""
     config = setup.config
-    load = Load(context, output, batch, 3, 1, config.seed, setup.model.vocab_size)
-    sides = {
-        "recorded": LongspanSide(config),
-        "eager": LongspanSide(replace(config, enforce_eager=True)),
-        "transformers": TransformersSide(config, threads_per_rank(setup)),
+    load = BatchLoad(context, output, batch, 3, 1, config.seed, setup.model.vocab_size)
+    contestants = {
+        "recorded": LongspanContestant(config),
+        "eager": LongspanContestant(replace(config, enforce_eager=True)),
+        "transformers": TransformersContestant(config, threads_per_rank(setup)),
     }
-    report = run_latency(load, sides, print)
+    report = run_latency(load, contestants, print)
     floor = step_bytes(setup, batch, context + output // 2) / bytes_per_s
-    steps = {name: batch / report[name]["decode_tokens_per_s"]["median"] for name in sides}
+    steps = {name: batch / report[name]["decode_tokens_per_s"]["median"] for name in contestants}
     return {
         "batch": batch, "context": context, "floor_ms": floor * 1e3,
         **{f"{name}_ms": seconds * 1e3 for name, seconds in steps.items()},

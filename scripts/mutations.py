@@ -81,18 +81,38 @@ ATTENTION = (
     Fault(
         "a window is one position too wide", "plan/plan.py",
         "max(0, position + 1 - window)", "max(0, position - window)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
+    ),
+    Fault(
+        "a shard's round is attended as another's", "attention/prepared.py",
+        "key = shard, start, stop, rows", "key = start, stop, rows",
+        ("tests/ranks/test_attention_is_exact.py::test_several_requests_travel_in_one_step[(1, 2, 1)-gather_kv]",),
+    ),
+    Fault(
+        "a refilled step writes to the slots of the step before", "attention/refillable.py",
+        "self._writer.refill(view.writes)", "pass",
+        ("tests/engine/test_recorded_decode.py::test_tokens_are_those_of_the_oracle[{}-llama]",),
+    ),
+    Fault(
+        "a refilled step attends to the pages of the step before", "attention/refillable.py",
+        "refillable.fill(runs)", "True",
+        ("tests/engine/test_recorded_decode.py::test_tokens_are_those_of_the_oracle[{}-llama]",),
+    ),
+    Fault(
+        "a segment's diagonal is that of another length", "attention/prepared.py",
+        "(row, length, of_length[length])", "(row, length, of_length[max(of_length)])",
+        ("tests/gpu/test_recorded_decode.py::test_refilled_plans_give_the_tokens_of_the_oracle[llama]",),
     ),
     Fault(
         "the diagonal forgets its window", "attention/prepared.py",
         "self.backend.prepare_diagonal(length, window)", "self.backend.prepare_diagonal(length, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "a row's window starts where the segment's first does", "plan/reach.py",
         "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
         "yield _Sight(row, len(seeing), first, until - first, None)",
-        (f"{_WINDOWED}[(1, 2, 1)-gather_q-(3,)]",),
+        (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(
         "the diagonal is not causal", "attention/backends/cpu.py",
@@ -203,6 +223,16 @@ PLACEMENT = (
         (f"{_RANKS}::test_short_contexts_stay_on_one_shard_and_move_nothing",),
     ),
     Fault(
+        "a cached page is found whatever its salt", "scheduler/sequence.py",
+        "root_key(root, salt) if salt else root", "root",
+        ("tests/engine/test_requests.py::test_a_cached_prefix_is_found_by_requests_of_the_same_salt_only",),
+    ),
+    Fault(
+        "a row that is no number gets a token", "engine/rank/sampling/sampler.py",
+        "if row.request_id not in errors", "if True",
+        ("tests/unit/test_sampler.py::test_nan_logits_end_their_request_and_no_other",),
+    ),
+    Fault(
         "a page's key does not cover what is before it", "cache/prefix.py",
         "blake2b(parent + array(", "blake2b(array(", (f"{_PAGES}::test_keys_cover_parent_tokens_and_model",),
     ),
@@ -284,12 +314,12 @@ REQUESTS = (
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
-        "noise does not depend on the seed", "engine/rank/sampling/noise.py",
+        "noise does not depend on the seed", "engine/rank/sampling/random_numbers.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(0) ^ position)",
         (f"{_SAMPLER}::test_seeds_give_different_tokens",),
     ),
     Fault(
-        "noise does not depend on the position", "engine/rank/sampling/noise.py",
+        "noise does not depend on the position", "engine/rank/sampling/random_numbers.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(seed & _MASK64))",
         (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
     ),

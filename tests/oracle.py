@@ -133,9 +133,15 @@ def oracle_in_bfloat16(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_folder(name), dtype=torch.bfloat16).eval()
 
 
-@torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and their log-probabilities [num_tokens, vocab], over transformers' own cache."""
+    tokens, logprobs = _greedy(model, tuple(prompt), num_tokens)
+    return list(tokens), logprobs
+
+
+@cache
+@torch.inference_mode()
+def _greedy(model: Any, prompt: tuple[int, ...], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     tokens: list[int] = []
     rows = []
     ids, past = torch.tensor([list(prompt)]), None

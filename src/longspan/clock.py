@@ -1,4 +1,4 @@
-"""Seconds of what runs on a CPU or a CUDA device: a reading, one run, runs in a row, a function once it is warm.
+"""Timing on a CPU or a CUDA device: the time now, the seconds of one run or of several, and of a warm function.
 
 It owns waiting for the device, warm-up and repetitions; it must not know what is timed.
 """
@@ -15,29 +15,32 @@ import torch
 Run = Callable[[], object]
 
 _CPU = torch.device("cpu")
-_FEWEST, _MOST = 3, 100  # counted repetitions
+_FEWEST, _MOST = 3, 100  # timed repetitions
 _WARMUPS = 3
-_LONG_S = 1.0  # a function that takes longer is not warmed up again
-_CAPTURED_S = 0.01  # what takes longer is not captured: launches hide behind the work
-_FLUSH_BYTES = 256 << 20  # several times the largest cache
+_LONG_S = 1.0  # a function whose first run takes longer is not warmed up further
+_CAPTURED_S = 0.01  # a function that takes longer is not captured: the time of launches is hidden by the device's work
+_FLUSH_BYTES = 256 << 20  # several times the largest L2 cache
 
 
 def now(device: torch.device = _CPU) -> float:
-    """Seconds since some moment, the same for all processes of a machine, once the device has done all it was given."""
+    """Wait until the device is idle and return the time in seconds.
+
+    The time is counted from an arbitrary moment, which is the same for all processes of a machine.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(run: Run, device: torch.device = _CPU) -> float:
-    """What one run takes, from an idle device to an idle device."""
+    """Seconds of one run, from an idle device to an idle device."""
     started = now(device)
     run()
     return now(device) - started
 
 
 def repeated(run: Run, repeats: int, device: torch.device = _CPU, before: Run | None = None) -> list[float]:
-    """The seconds of each run; `before` each of them comes what does not count."""
+    """Seconds of each of `repeats` runs. `before` is called ahead of each and not timed."""
     found: list[float] = []
     for _ in range(repeats):
         if before is not None:
@@ -48,16 +51,16 @@ def repeated(run: Run, repeats: int, device: torch.device = _CPU, before: Run | 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds of one call of a warm function."""
 
-    median: float
-    best: float
-    runs: int  # counted repetitions
-    captured: bool = False  # replayed as a CUDA graph, so that launching costs nothing
+    median: float  # median of the timed repetitions
+    best: float  # shortest of the timed repetitions
+    runs: int  # number of timed repetitions
+    captured: bool = False  # whether a CUDA graph was replayed, so that launches are not timed
 
 
 class Clock:
-    """Wall clock of a warm function on a CPU; `budget` is the seconds that one function's repetitions may take."""
+    """Times warm functions on a CPU. `budget` is how many seconds the repetitions of one function may take."""
 
     def __init__(self, budget: float) -> None:
         self._budget = budget
@@ -79,7 +82,7 @@ class Clock:
 
 
 class CudaClock(Clock):
-    """Device events, with the second-level cache overwritten before each repetition."""
+    """Times warm functions with CUDA events. The L2 cache is overwritten before each repetition."""
 
     def __init__(self, device: torch.device, budget: float) -> None:
         super().__init__(budget)
@@ -87,7 +90,7 @@ class CudaClock(Clock):
 
     def time(self, function: Run) -> Timing:
         """See `Clock.time`."""
-        self._taken(function, 1)  # compiles
+        self._taken(function, 1)  # the first call may compile kernels
         took = self._warm(function)
         replay = self._captured(function) if took < _CAPTURED_S else None
         taken = self._taken(replay or function, self._repetitions(took))
@@ -104,7 +107,7 @@ class CudaClock(Clock):
         return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
 
     def _captured(self, function: Run) -> Run | None:
-        """None where the function does what a graph cannot hold, such as copies from the host."""
+        """Capture the function as a CUDA graph; None if that is impossible, for example if it copies from the host."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -116,7 +119,7 @@ class CudaClock(Clock):
 
 
 def make_clock(device: torch.device, budget: float) -> Clock:
-    """The device's clock; `budget` in seconds for each function."""
+    """The clock for a device. `budget` is how many seconds the repetitions of one function may take."""
     return CudaClock(device, budget) if device.type == "cuda" else Clock(budget)
 
 

@@ -1,6 +1,6 @@
 """The exception tree: every failure a user can meet, each naming field, value and remedy.
 
-It owns the types, and their way between processes by name; it knows nothing of what raises them.
+It owns the types, and how another process rebuilds an error from its name; it must not know what raises them.
 
     LongspanError
     ├── ConfigError        an option or a combination of options is impossible
@@ -90,6 +90,9 @@ class EngineUnavailable(EngineError):
 
 
 def error_named(name: str, message: str) -> LongspanError | None:
-    """The error of that name if it is one of the model or the engine, which are made of a message alone."""
+    """The error of this name and message; None unless it is a `ModelError` or an `EngineError`.
+
+    Only these two kinds are built from a message alone.
+    """
     kind = globals().get(name)
     return kind(message) if isinstance(kind, type) and issubclass(kind, ModelError | EngineError) else None

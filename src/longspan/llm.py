@@ -1,6 +1,6 @@
-"""The Python interface: a model, prompts in, completions out.
+"""The Python interface for offline inference: `LLM`.
 
-It owns convenience only (tokenising, batching, streaming); everything else is the engine's.
+It owns tokenising, batching and streaming; everything else belongs to the engine.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A model ready to generate, its context spread over ranks.
+    """A loaded model that completes prompts.
 
-    A prompt is text or token ids; text needs a tokenizer beside the weights. Use it in a `with` block, or call
-    `shutdown` to end its ranks. `help(LLM.__init__)` lists the options: those of the command line, by the same names.
+    A prompt is text or token ids; text needs a tokenizer beside the weights. Use an `LLM` in a `with` block, or call
+    `shutdown` to end its ranks. `help(LLM.__init__)` lists the options, which have the names of the command line's.
 
-    A step that takes longer than `step_timeout` raises `StepTimeout` and ends the ranks. Ranks as threads
-    (`executor="threads"`) cannot be ended: one that hangs stays until the process ends.
+    A step that takes longer than `step_timeout` raises `StepTimeout` and ends the ranks. Ranks that are threads
+    (`executor="threads"`) cannot be ended: a rank that hangs stays until the process ends.
 
     `schedules` (`longspan.attention.schedules`), `families` (each a module or a `longspan.models.registry.Family`) and
-    `backends` (`longspan.attention.backends`) are added to the built-in ones; they need ranks as threads.
+    `backends` (`longspan.attention.backends`) are added to the built-in ones. They require `executor="threads"`.
 
     >>> with LLM("smollm2", prefill_context_parallel_size=2) as llm:
     ...     print(llm.generate("The capital of France is")[0].outputs[0].text)
@@ -55,7 +55,7 @@ class LLM:
         backends: Sequence[AttentionBackend] = (),
         **options: Unpack[EngineOptions],
     ) -> None:
-        """Start an engine; options are those of the command line, see docs/cli.md."""
+        """Load the model and start an engine. The options are those of the command line, see docs/cli.md."""
         config = EngineConfig.of(model, **options)
         self._start(config, Extensions(tuple(schedules), tuple(map(family_of, families)), tuple(backends)))
 
@@ -71,8 +71,8 @@ class LLM:
         self.tokenizer: Any = load_tokenizer(setup.source)
         self.engine = Engine(config, self.tokenizer, setup)
         self._ids = count()
-        self._live: set[str] = set()  # requests some call waits for
-        self._done: dict[str, RequestOutput] = {}  # those of them that have finished
+        self._live: set[str] = set()  # requests that a call waits for
+        self._done: dict[str, RequestOutput] = {}  # outputs of those that have finished
 
     def generate(
         self,
@@ -81,7 +81,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete one prompt or a batch; outputs are in the order of the prompts.
 
-        Raises `RequestError` before anything is computed if one of them can never be served.
+        Raises `RequestError` before anything is computed if a prompt can never be served.
         """
         batch = _as_batch(prompts)
         each = _params_for(batch, params)
@@ -94,9 +94,10 @@ class LLM:
             self._forget(ids)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Yield the request's output after every step that changed it; the last one is `finished`.
+        """Yield the request's output after every step that changed it; the last output is `finished`.
 
-        Steps without a token (a long prompt's chunks) yield nothing; closing the iterator aborts the request.
+        A step that gives it no token (a chunk of a long prompt) yields nothing. Closing the iterator aborts the
+        request.
         """
         (request_id,) = self._add_all([prompt], [params or SamplingParams()])
         try:
@@ -123,11 +124,11 @@ class LLM:
         return list(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
 
     def stats(self) -> EngineStats:
-        """What is in use and what has travelled so far."""
+        """Requests, pages and counters of the engine at this moment."""
         return self.engine.stats()
 
     def shutdown(self) -> None:
-        """End every rank; safe to call again."""
+        """End every rank. May be called more than once."""
         self.engine.shutdown()
 
     def __enter__(self) -> LLM:
@@ -139,13 +140,13 @@ class LLM:
         self.shutdown()
 
     def _advance(self) -> list[RequestOutput]:
-        """One engine step; what finished is kept for the call it belongs to, which may be another's."""
+        """Run one engine step. Finished outputs are kept: they may belong to another call, such as an open `stream`."""
         outputs = self.engine.step()
         self._done.update({o.request_id: o for o in outputs if o.finished and o.request_id in self._live})
         return outputs
 
     def _forget(self, ids: Sequence[str]) -> None:
-        """The call is over, whether its requests are or not."""
+        """Abort requests that have not finished and drop the outputs of those that have: their call is over."""
         for request_id in ids:
             self.engine.abort(request_id)
             self._live.discard(request_id)

@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back: sampling parameters, requests and outputs.
+"""Requests and outputs: sampling parameters, the core's requests, and what is returned to the user.
 
 It owns these records and the checks on sampling parameters; it must not know how a request is
 scheduled, sharded or computed.
@@ -15,44 +15,65 @@ from longspan.errors import RequestError
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended, in OpenAI's words plus `abort` and `error`: this one could not be computed."""
+    """Why a completion ended. `stop` and `length` are OpenAI's values; `abort` and `error` are added."""
 
+    # a stop token or a stop string
     STOP = "stop"
+    # `max_tokens`, or the end of the context
     LENGTH = "length"
+    # the caller aborted the request
     ABORT = "abort"
+    # the completion could not be computed
     ERROR = "error"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; names and meanings follow vLLM's.
+    """How tokens are chosen and when a completion stops. Names and meanings follow vLLM's.
 
-    temperature 0 is greedy. `top_k` 0 or -1 means all tokens. `seed` fixes the tokens of this
-    request however it is batched or sharded. `logprobs` asks for that many alternatives a token,
-    `prompt_logprobs` for those of the prompt's tokens. `logit_bias` are (token id, what is added to its logit).
-    `grammar` (the grammar library's own form) binds what may be generated. `max_tokens` None means "until the context
-    is full".
+    Raises `RequestError` for a value out of range.
     """
 
+    # completions of the prompt
     n: int = 1
+    # the most tokens to generate; None: until the context is full
     max_tokens: int | None = 16
+    # divides the logits; 0 is greedy
     temperature: float = 1.0
+    # sample among the most likely tokens whose probabilities add up to this
     top_p: float = 1.0
+    # sample among this many of the most likely tokens; 0 or -1: among all
     top_k: int = 0
+    # the lowest probability of a token that may be sampled, relative to that of the most likely one
     min_p: float = 0.0
+    # divides positive logits, and multiplies negative ones, of tokens in the prompt or the output; 1 is none
     repetition_penalty: float = 1.0
+    # subtracted from the logits of tokens in the output
     presence_penalty: float = 0.0
+    # subtracted from a token's logit for each of its occurrences in the output
     frequency_penalty: float = 0.0
+    # makes this request's tokens reproducible, however it is batched or sharded; None: derived from the engine's seed
     seed: int | None = None
+    # strings that end the completion
     stop: str | Sequence[str] = ()
+    # tokens that end the completion, beside the model's end tokens
     stop_token_ids: tuple[int, ...] = ()
+    # whether generation continues after the model's end tokens
     ignore_eos: bool = False
+    # whether the stop string is part of the text
     include_stop_str_in_output: bool = False
+    # number of alternatives returned for each generated token; None: no log probabilities
     logprobs: int | None = None
+    # number of alternatives returned for each token of the prompt; None: no log probabilities
     prompt_logprobs: int | None = None
+    # (token id, value added to its logit)
     logit_bias: tuple[tuple[int, float], ...] = ()
+    # a grammar in the form of the grammar library, which the output must follow
     grammar: str | None = None
+    # whether special tokens are left out of the text
     skip_special_tokens: bool = True
+    # cached prefixes are shared among requests with the same salt only, so that timing does not reveal others' prompts
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -101,10 +122,13 @@ def _check(ok: bool, name: str, value: object, problem: str) -> None:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probabilities of the sampled token and of the most likely ones, best first."""
+    """Log probabilities at one position, in natural logarithms."""
 
+    # log probability of the sampled token, or of the prompt's token
     sampled: float
+    # the most likely tokens, best first
     top_ids: tuple[int, ...]
+    # their log probabilities
     top_values: tuple[float, ...]
 
 
@@ -112,9 +136,11 @@ class TokenLogprobs:
 class SampledToken:
     """One token of one request, as a rank sampled it."""
 
+    # the completion's id, as in `CoreRequest`
     request_id: str
+    # its id in the vocabulary
     token_id: int
-    # if they were asked for
+    # None if they were not asked for
     logprobs: TokenLogprobs | None = None
     # its index in the output
     position: int = field(default=0, compare=False)
@@ -122,11 +148,13 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class PromptScore:
-    """How likely one of a prompt's own tokens was, after those before it."""
+    """Log probabilities of one token of a prompt, given the tokens before it."""
 
+    # the completion's id, as in `CoreRequest`
     request_id: str
-    # its index in the prompt
+    # the token's index in the prompt
     position: int
+    # log probabilities of the token and of the most likely ones at its position
     logprobs: TokenLogprobs
 
 
@@ -134,61 +162,75 @@ class PromptScore:
 class CompletionOutput:
     """One of the `n` completions of a request."""
 
+    # its number, 0 to n - 1
     index: int
+    # text so far
     text: str = ""
+    # tokens so far
     token_ids: list[int] = field(default_factory=list)
+    # one entry for each token; None if they were not asked for
     logprobs: list[TokenLogprobs] | None = None
+    # None while it is running
     finish_reason: FinishReason | None = None
+    # the stop string or stop token that ended it
     stop_reason: str | int | None = None
 
 
 @dataclass
 class RequestOutput:
-    """What has become of a request so far. `outputs` holds its `n` completions.
+    """The output of a request so far."""
 
-    `prompt_logprobs`, if asked for, has one entry a prompt token: None for the first, which nothing precedes.
-    """
-
+    # the request's id
     request_id: str
+    # the prompt's text; None if it was given as token ids
     prompt: str | None
+    # the prompt's tokens
     prompt_token_ids: list[int]
+    # its `n` completions
     outputs: list[CompletionOutput]
+    # whether all completions have ended
     finished: bool = False
+    # prompt tokens found in the prefix cache
     num_cached_tokens: int = 0
+    # one entry for each prompt token, None for the first; empty if they were not asked for
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class CoreRequest:
-    """One completion."""
+    """One completion, as the engine core and the ranks compute it. A request with `n` completions is `n` of these."""
 
-    # what it is called from here to the ranks and back
+    # the same in the core, in plans and on ranks
     request_id: str
+    # the prompt's tokens
     prompt_token_ids: Sequence[int]
+    # the parameters of the user's request
     params: SamplingParams
-    # its own: completions of one user's request have different ones
+    # seed of this completion; completions of one user's request have different seeds
     seed: int
+    # the most tokens to generate, resolved against the context's length
     max_tokens: int
-    # those it already has: a core that starts anew continues after them
+    # tokens generated before the core was restarted; generation continues after them
     output_token_ids: Sequence[int] = ()
-    # instances that can compute its prompt, to be asked in this order
+    # addresses of instances that can compute the prompt, tried in this order
     prefill_at: tuple[str, ...] = ()
-    # whether its prompt is computed for another instance, which will fetch its pages
+    # whether the prompt is computed for another instance, which will fetch its pages
     for_peer: bool = False
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What a step gave one completion."""
+    """The result of one step for one completion."""
 
+    # the completion's id
     request_id: str
-    # new ones; the token that stops it is the last
+    # new tokens; a stop token is the last of them
     tokens: tuple[SampledToken, ...]
-    # why it has ended, None if it goes on
+    # None if the completion goes on
     finish_reason: FinishReason | None
-    # of its prompt, when it was first admitted
+    # prompt tokens found in the prefix cache when the completion was first admitted
     num_cached_tokens: int
-    # of prompt tokens computed in the step, if they are asked for
+    # one for each prompt token computed in the step, if prompt log probabilities were asked for
     prompt_scores: tuple[PromptScore, ...] = ()
-    # why it could not go on, with `FinishReason.ERROR`
+    # the reason, where `finish_reason` is `FinishReason.ERROR`
     error: str | None = None

@@ -95,7 +95,7 @@ def fake_peer(setup: EngineSetup, **answers: Any) -> Iterator[FakePeer]:
     """It listens within the block, as an instance of one rank that would fit an engine."""
     whole = parts_of(setup)
     part = Part(0, 0, (0, max(p.layers[1] for p in whole)), (0, max(p.heads[1] for p in whole)))
-    peer = FakePeer((part,), setup.layout.planes * setup.layout.row_bytes, **answers)
+    peer = FakePeer((part,), setup.layout.kv_factor * setup.layout.row_bytes, **answers)
     context = zmq.Context()
     try:
         peer.serve(context)

@@ -57,11 +57,18 @@ def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_inst
     assert "Traceback" not in prefill.text + decode.text + front.text
 
 
-def test_an_instance_that_does_not_answer_is_named():
-    front = start(ROUTE, ["--prefill", "http://127.0.0.1:9", "--decode", "http://127.0.0.1:9", "--wait", "0"])
-    with ended(front):
-        front.process.wait(60)
-    assert "prefill=http://127.0.0.1:9: nobody answers there" in front.text
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    """What `longspan` says as it ends at once."""
+    monkeypatch.setattr(sys, "argv", ["longspan", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    return capsys.readouterr().err
+
+
+def test_an_instance_that_does_not_answer_is_named(monkeypatch, capsys):
+    nobody = "http://127.0.0.1:9"
+    said = refused(monkeypatch, capsys, "route", "--prefill", nobody, "--decode", nobody, "--wait", "0")
+    assert f"prefill={nobody}: nobody answers there" in said
 
 
 @pytest.mark.parametrize(
@@ -74,10 +81,7 @@ def test_an_instance_that_does_not_answer_is_named():
     ],
 )
 def test_peers_and_tokens_that_cannot_be_are_named_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["longspan", "serve", "no-such-model", *arguments])
-    with pytest.raises(SystemExit):
-        main()
-    assert problem in capsys.readouterr().err
+    assert problem in refused(monkeypatch, capsys, "serve", "no-such-model", *arguments)
 
 
 def test_a_token_in_the_environment_is_taken_unless_a_file_is_given(monkeypatch, token):

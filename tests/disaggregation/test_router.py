@@ -23,7 +23,7 @@ from longspan.server.router.instances import Instances
 from longspan.server.router.proxy import RouteOptions, route
 
 FORMAT = {
-    "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "planes": 2,
+    "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "kv_factor": 2,
     "row_bytes": 256,
 }  # fmt: skip
 BODY = {"prompt": "p" * 1000}

@@ -21,7 +21,7 @@ LAYOUTS = [
     {"tp": 4, "dcp": 2},
     {"tp": 2, "pcp": 2, "dcp": 2, "pp": 2},
     {"pcp": 2, "schedule": "local"},
-    {"pcp": 2, "run_ahead": True},
+    {"pcp": 2, "async_scheduling": True},
     {"pcp": 2, "local_context": 80},
 ]
 MODELS_ON_LAYOUTS = [(model, layout) for model in ("llama", "deepseek-v3", "gpt-oss") for layout in LAYOUTS]

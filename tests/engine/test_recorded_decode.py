@@ -13,7 +13,7 @@ from longspan import SamplingParams
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
-from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, Recordings, padded_rows
+from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, padded_rows
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
 
@@ -88,7 +88,7 @@ def record(llm, has_room=True):
         backend = RefillableCpu()
         backend.has_room = has_room
         runner.attention.ops = replace(runner.attention.ops, backend=backend)
-        runner.recordings = Recordings(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)
+        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)
     return recorder
 
 
@@ -138,7 +138,7 @@ def test_a_context_too_scattered_for_the_buffers_is_attended_all_the_same(tiny):
 
 
 def test_a_step_planned_ahead_is_recorded_too(tiny):
-    llm = tiny(pcp=2, schedule="gather_q", run_ahead=True)
+    llm = tiny(pcp=2, schedule="gather_q", async_scheduling=True)
     recorder = record(llm)
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed > 0

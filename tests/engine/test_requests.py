@@ -252,3 +252,34 @@ def test_cached_tokens_are_those_of_the_first_admission(tiny):
     outputs = llm.generate([prompt_of(16, seed) for seed in range(4)], SamplingParams(temperature=0, max_tokens=30))
     assert llm.stats().scheduler.preemptions > 0
     assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {"temperature": 1, "seed": 3, "top_p": 0.9, "logprobs": 1}], ids=str
+)
+def test_a_request_whose_logits_are_no_numbers_ends_and_the_others_go_on(tiny, params):
+    """As an activation that overflows makes them: here the embedding of one token is not a number."""
+    llm = tiny(pcp=2)
+    good = [prompt_of(20), prompt_of(31, 5)]
+    expected = [o.outputs[0].token_ids for o in llm.generate(good, SamplingParams(max_tokens=6, **params))]
+    known = {token for tokens in (*good, *expected) for token in tokens}
+    bad = next(token for token in range(100) if token not in known)
+    for runner in llm.engine.executor.runners:
+        embed = runner.model.embedding
+        runner.model.embedding = lambda ids, embed=embed: embed(ids).masked_fill((ids == bad)[:, None], float("nan"))
+    together = llm.generate([good[0], [3, 4, bad, 5], good[1]], SamplingParams(max_tokens=6, **params))
+    assert [o.outputs[0].finish_reason for o in together] == ["length", "error", "length"]
+    assert [together[0].outputs[0].token_ids, together[2].outputs[0].token_ids] == expected
+
+
+def test_a_cached_prefix_is_found_by_requests_of_the_same_salt_only(tiny):
+    """Otherwise a tenant could learn from its speed, or from `cached_tokens`, what another one has sent."""
+    llm = tiny(pcp=2)
+    prompt = prompt_of(40)
+
+    def cached(salt):
+        (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=4, cache_salt=salt))
+        assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 4)[0]
+        return output.num_cached_tokens
+
+    assert [cached("mine"), cached("yours"), cached(""), cached("mine"), cached("")] == [0, 0, 0, 36, 36]

@@ -32,7 +32,7 @@ def test_any_number_of_stages_with_latents_and_experts(tiny, grid):
 
 
 def test_stages_as_processes(tiny):
-    llm = tiny("llama-deep", pp=2, pcp=2, executor="processes")
+    llm = tiny("llama-deep", pp=2, executor="processes")
     assert tokens_of(llm, prompts()) == expected("llama-deep")
     assert llm.stats().traffic.bytes_by_label["pipeline"] > 0
 
@@ -49,12 +49,12 @@ def test_every_stage_has_a_step_to_work_on(tiny):
     llm = tiny("llama-deep", pp=4)
     for number in range(8):
         llm.engine.add_request(str(number), prompt_of(20, number), SamplingParams(temperature=0, max_tokens=30))
-    under_way = []
+    in_flight = []
     while llm.engine.has_unfinished:
         llm.engine.step()
-        under_way.append(llm.engine.core.steps_under_way)
-    assert max(under_way) == 3  # one was just finished
-    busiest = under_way[len(under_way) // 4 : len(under_way) // 2]
+        in_flight.append(llm.engine.core.steps_in_flight)
+    assert max(in_flight) == 3  # one was just finished
+    busiest = in_flight[len(in_flight) // 4 : len(in_flight) // 2]
     assert min(busiest) == 3
 
 

@@ -117,10 +117,10 @@ def flash_attn_fake():
 FAKES = pytest.mark.parametrize("make", [flashinfer_fake, flash_attn_fake])
 
 
-def inputs(kv_heads=2, dim=64, planes=2, dtype=torch.bfloat16, device=CPU):
+def inputs(kv_heads=2, dim=64, kv_factor=2, dtype=torch.bfloat16, device=CPU):
     generator = torch.Generator().manual_seed(7)
     q = torch.randn(9, 4, dim, generator=generator).to(device, dtype)
-    return q, CacheRows(torch.randn(planes, kv_heads, 40, dim, generator=generator).to(device, dtype))
+    return q, CacheRows(torch.randn(kv_factor, kv_heads, 40, dim, generator=generator).to(device, dtype))
 
 
 def assert_close(part, q, kv, blocks, runs=RUNS):
@@ -171,7 +171,7 @@ def test_what_the_library_cannot_read_plain_operations_do(make, dtype):
 
 @pytest.mark.parametrize("make", [flashinfer_fake, flash_attn_fake])
 def test_latents(make):
-    q, kv = inputs(kv_heads=1, dim=576, planes=1)
+    q, kv = inputs(kv_heads=1, dim=576, kv_factor=1)
     part = make().attend(q, RUNS, kv, LATENT, SCALE).columns(512)
     assert_close(part, q, kv, LATENT)
 
@@ -179,7 +179,7 @@ def test_latents(make):
 @FAKES
 @pytest.mark.parametrize("width", [576, 64])
 def test_the_diagonal_of_latents(make, width):
-    q, kv = inputs(kv_heads=1, dim=width, planes=1)
+    q, kv = inputs(kv_heads=1, dim=width, kv_factor=1)
     k = kv.values[0, :, :9].transpose(0, 1)
     part = make().causal(q, k, None, LATENT, SCALE)
     expected = ReferenceBackend().causal(q.double(), k.double(), None, LATENT, SCALE)
@@ -217,7 +217,7 @@ def test_flashinfer_reads_the_pool_in_place():
 def test_the_library_itself(name, adapter):
     pytest.importorskip(name)
     backend = adapter(torch.device("cuda"))
-    for blocks, sizes in ((GQA, {}), (UNEVEN, {}), (LATENT, {"kv_heads": 1, "dim": 576, "planes": 1})):
+    for blocks, sizes in ((GQA, {}), (UNEVEN, {}), (LATENT, {"kv_heads": 1, "dim": 576, "kv_factor": 1})):
         q, kv = inputs(device="cuda", **sizes)
         assert_close(backend.attend(q, RUNS, kv, blocks, SCALE).columns(512 if sizes else 64), q, kv, blocks)
     q, kv = inputs(device="cuda")

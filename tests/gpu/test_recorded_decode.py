@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan import LLM, SamplingParams
-from longspan.engine.rank.graphs import EagerRecorder, Recordings
+from longspan.engine.rank.graphs import EagerRecorder, GraphRunner
 from tests.engine.conftest import DEFAULTS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
@@ -30,7 +30,7 @@ def test_refilled_plans_give_the_tokens_of_the_oracle(model):
         ops = runner.attention.ops
         backend = TritonBackend(torch.device("cpu"), ops.value_dim)
         runner.attention.ops = replace(ops, backend=backend)
-        runner.recordings = Recordings(runner.model, runner.attention, backend, EagerRecorder(), 1)
+        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1)
         assert tokens_of(llm) == [greedy(oracle(model), prompt, 4)[0] for prompt in PROMPTS]
 
 
@@ -40,7 +40,7 @@ def test_cuda_graphs_give_the_tokens_of_eager_steps(model):
     found = []
     for eager in (True, False):
         with LLM(tiny_folder(model), **{**DEFAULTS, "dtype": "float32", "enforce_eager": eager}) as llm:
-            assert (llm.engine.executor.runners[0].recordings is None) == eager
+            assert (llm.engine.executor.runners[0].cuda_graphs is None) == eager
             found.append(tokens_of(llm))
     assert found[0] == found[1]
 

@@ -51,9 +51,9 @@ def check(part: AttentionState, reference: AttentionState, tolerance: float = TO
 
 
 def attends_as_reference(
-    runs, rows, *, query=8, kv=2, dim=64, slots=2048, planes=2, value_dim=None, blocks=None, processors=PROCESSORS
+    runs, rows, *, query=8, kv=2, dim=64, slots=2048, kv_factor=2, value_dim=None, blocks=None, processors=PROCESSORS
 ):  # fmt: skip
-    q, cache = rand(rows, query, dim), CacheRows(rand(planes, kv, slots, dim, seed=1))
+    q, cache = rand(rows, query, dim), CacheRows(rand(kv_factor, kv, slots, dim, seed=1))
     blocks = blocks or heads(query, kv)
     reference = ReferenceBackend().attend(q.double(), runs, CacheRows(cache.values.double()), blocks, dim**-0.5)
     part = backend(value_dim or dim, processors).attend(q.to(DEVICE), runs, on_device(cache), blocks, dim**-0.5)
@@ -92,13 +92,13 @@ def test_any_head_dim(dim):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_latent_rows_are_keys_and_values(rows):
     part = attends_as_reference(
-        (run(0, rows, (5, 90)),), rows=rows, query=24, kv=1, dim=576, slots=100, planes=1, value_dim=512
+        (run(0, rows, (5, 90)),), rows=rows, query=24, kv=1, dim=576, slots=100, kv_factor=1, value_dim=512
     )
     assert part.out.shape[-1] == 512
 
 
 def test_latent_values_wider_than_the_rows_largest_power_of_two():
-    part = attends_as_reference((run(0, 2, (5, 90)),), rows=2, kv=1, dim=48, slots=100, planes=1, value_dim=40)
+    part = attends_as_reference((run(0, 2, (5, 90)),), rows=2, kv=1, dim=48, slots=100, kv_factor=1, value_dim=40)
     assert part.out.shape[-1] == 48
 
 
@@ -153,11 +153,11 @@ def test_slots_whose_offset_needs_more_than_32_bits():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    "dim, planes, groups, value_dim", [(64, 2, (64,), 64), (96, 1, (64, 32), 64), (80, 2, (48, 32), 80)]
+    "dim, kv_factor, groups, value_dim", [(64, 2, (64,), 64), (96, 1, (64, 32), 64), (80, 2, (48, 32), 80)]
 )
-def test_quantised_rows_are_attended_as_they_read(dtype, dim, planes, groups, value_dim):
+def test_quantised_rows_are_attended_as_they_read(dtype, dim, kv_factor, groups, value_dim):
     q = rand(4, 8, dim)
-    kv = CacheRows(*quantise(rand(planes, 1, 400, dim, seed=1), dtype, groups), groups)
+    kv = CacheRows(*quantise(rand(kv_factor, 1, 400, dim, seed=1), dtype, groups), groups)
     runs = (run(0, 3, (3, 90)), run(3, 1, (100, 30), (140, 70)))
     reference = ReferenceBackend().attend(q.double(), runs, CacheRows(kv.read(torch.float64)), heads(8, 1), 0.2)
     check(backend(value_dim).attend(q.to(DEVICE), runs, on_device(kv), heads(8, 1), 0.2), reference)
@@ -289,10 +289,10 @@ def test_a_capture_needs_buffers_made_before_it():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("query, kv, dim, planes, value_dim", [(64, 8, 128, 2, 128), (128, 1, 576, 1, 512)])
+@pytest.mark.parametrize("query, kv, dim, kv_factor, value_dim", [(64, 8, 128, 2, 128), (128, 1, 576, 1, 512)])
 @pytest.mark.parametrize("length", [1, 4, 300])
-def test_shapes_of_real_models_on_a_gpu(query, kv, dim, planes, value_dim, length):
-    q, cache = rand(length, query, dim).bfloat16(), rand(planes, kv, 9000, dim, seed=1).bfloat16()
+def test_shapes_of_real_models_on_a_gpu(query, kv, dim, kv_factor, value_dim, length):
+    q, cache = rand(length, query, dim).bfloat16(), rand(kv_factor, kv, 9000, dim, seed=1).bfloat16()
     runs = (run(0, length, (11, 8900)),)
     reference = ReferenceBackend().attend(q.double(), runs, CacheRows(cache.double()), heads(query, kv), dim**-0.5)
     part = TritonBackend(DEVICE, value_dim).attend(

@@ -43,10 +43,10 @@ for stored, widths, largest in (("bf16", (512, 64), 0.0), ("i8", (128,), 127.0),
 WRITES = (WriteRun(0, 7, 4), WriteRun(5, 30, 1), WriteRun(8, 1, 3))
 
 
-def cache(dtype, planes, groups, width, device=DEVICE):
-    values = torch.full((planes, HEADS, SLOTS, width), 3.0).to(dtype).to(device)
+def cache(dtype, kv_factor, groups, width, device=DEVICE):
+    values = torch.full((kv_factor, HEADS, SLOTS, width), 3.0).to(dtype).to(device)
     quantised = dtype in (torch.int8, torch.float8_e4m3fn)
-    scales = torch.full((planes, HEADS, SLOTS, len(groups)), 9.0, device=device) if quantised else None
+    scales = torch.full((kv_factor, HEADS, SLOTS, len(groups)), 9.0, device=device) if quantised else None
     return CacheRows(values, scales, groups if quantised else ())
 
 
@@ -72,20 +72,20 @@ def written(writer_rows, target, k, v, writes=WRITES):
     return expected
 
 
-@pytest.mark.parametrize("planes, groups", [(2, (24,)), (1, (16, 8)), (1, (24,)), (2, (64,))])
+@pytest.mark.parametrize("kv_factor, groups", [(2, (24,)), (1, (16, 8)), (1, (24,)), (2, (64,))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_rows_land_in_their_slots_and_no_other_slot_changes(dtype, planes, groups):
-    target = cache(dtype, planes, groups, sum(groups))
+def test_rows_land_in_their_slots_and_no_other_slot_changes(dtype, kv_factor, groups):
+    target = cache(dtype, kv_factor, groups, sum(groups))
     k, v = rows(sum(groups))
     expected = written(ROWS, target, k, v)
     TritonWriter(WRITES, ROWS, DEVICE).write(target, k.to(DEVICE), v.to(DEVICE))
     assert_same(target, expected)
 
 
-@pytest.mark.parametrize("planes, groups", [(2, (24,)), (1, (16, 8))])
-def test_fp8_scales_are_the_twin_s_and_so_are_values_that_need_no_rounding(planes, groups):
+@pytest.mark.parametrize("kv_factor, groups", [(2, (24,)), (1, (16, 8))])
+def test_fp8_scales_are_the_twin_s_and_so_are_values_that_need_no_rounding(kv_factor, groups):
     """Triton's interpreter rounds to 8 bits in its own way: what is rounded is compared on a GPU, below."""
-    target = cache(torch.float8_e4m3fn, planes, groups, sum(groups))
+    target = cache(torch.float8_e4m3fn, kv_factor, groups, sum(groups))
     exact = torch.randint(-15, 16, (2, ROWS, HEADS, sum(groups)), generator=torch.Generator().manual_seed(3)).float()
     exact[..., 0], exact[..., -1] = 14.0, -14.0  # a group's largest: its scale is 2^-5, exactly
     k, v = exact.clamp_(-14, 14)
@@ -96,11 +96,11 @@ def test_fp8_scales_are_the_twin_s_and_so_are_values_that_need_no_rounding(plane
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("planes, groups", [(2, (128,)), (1, (512, 64)), (2, (80,))])
-def test_quantised_values_are_the_twin_s_bit_for_bit(dtype, planes, groups):
+@pytest.mark.parametrize("kv_factor, groups", [(2, (128,)), (1, (512, 64)), (2, (80,))])
+def test_quantised_values_are_the_twin_s_bit_for_bit(dtype, kv_factor, groups):
     target = CacheRows(
-        torch.zeros(planes, HEADS, 5000, sum(groups), device="cuda").to(dtype),
-        torch.zeros(planes, HEADS, 5000, len(groups), device="cuda"),
+        torch.zeros(kv_factor, HEADS, 5000, sum(groups), device="cuda").to(dtype),
+        torch.zeros(kv_factor, HEADS, 5000, len(groups), device="cuda"),
         groups,
     )
     k, v = rows(sum(groups), count=4000)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig, read_config
-from longspan.models.context import Attend, Provided
+from longspan.models.context import Attend, LayerContext
 from longspan.models.layers import embed
 from longspan.models.params import Param
 
@@ -27,13 +27,18 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
 
 
 class Block:
-    def __init__(self, config: ModelConfig, layer: int, given: Provided) -> None:
-        load, linear, extent, name = given.loader.load, given.loader.linear, given.loader.extent, f"blocks.{layer}"
+    def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
+        load, linear, extent, name = (
+            context.loader.load,
+            context.loader.linear,
+            context.loader.extent,
+            f"blocks.{layer}",
+        )
         hidden, wide, dim = config.hidden_size, config.intermediate_size, config.head_dim
         axes = {"q": ("q_heads", config.num_q_heads), "k": ("kv_heads", config.num_kv_heads)}
         axes["v"] = axes["k"]
         self._heads = [stop - start for start, stop in (extent(*axes[role]) for role in "qkv")]
-        self._dim, self._tp, self._layer = dim, given.tp, AttentionLayer(layer)
+        self._dim, self._tp, self._layer = dim, context.tp, AttentionLayer(layer)
         self._qkv = linear(
             *(Param(f"{name}.{r}", (n * dim, hidden), (axis, None), dim) for r, (axis, n) in axes.items())
         )
@@ -51,19 +56,19 @@ class Block:
 
 
 class SideBySide:
-    def __init__(self, config: ModelConfig, given: Provided, dtype: torch.dtype) -> None:
-        load, sizes = given.loader.load, (config.vocab_size, config.hidden_size)
-        first, stop = given.loader.extent("layers", config.num_layers)
-        self.hidden_size, self.dtype, self._tp = config.hidden_size, dtype, given.tp
-        self._first_token, _ = given.loader.extent("vocab", config.vocab_size)
+    def __init__(self, config: ModelConfig, context: LayerContext, dtype: torch.dtype) -> None:
+        load, sizes = context.loader.load, (config.vocab_size, config.hidden_size)
+        first, stop = context.loader.extent("layers", config.num_layers)
+        self.hidden_size, self.dtype, self._tp = config.hidden_size, dtype, context.tp
+        self._first_token, _ = context.loader.extent("vocab", config.vocab_size)
         self.embedding = self.head = self._positions = None
         if first == 0:
             self._tokens = load(Param("tokens", sizes, ("vocab", None)))
             self._positions = load(Param("positions", (config.max_position_embeddings, sizes[1]), (None, None)))
             self.embedding = self._embed
-        self._blocks = [Block(config, layer, given) for layer in range(first, stop)]
+        self._blocks = [Block(config, layer, context) for layer in range(first, stop)]
         if stop == config.num_layers:
-            self._logits = given.loader.linear(Param("logits", sizes, ("vocab", None)))
+            self._logits = context.loader.linear(Param("logits", sizes, ("vocab", None)))
             self.head = lambda hidden: self._tp.all_gather_last(self._logits(hidden).float())
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:

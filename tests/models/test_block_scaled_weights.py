@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import LLM, SamplingParams
 from longspan.config import CostConstants, EngineConfig
-from longspan.engine.rank.loading import Piece, TensorStore
+from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.engine.setup import resolve
 from longspan.errors import ConfigError
 from longspan.models.layers import DenseLinear
@@ -88,7 +88,7 @@ def test_every_layout_gives_the_tokens_of_one_rank(stored, layout):
     assert outputs_of(folder, layout, "fp8").token_ids == outputs_of(folder, (1, 1, 1), "fp8").token_ids
 
 
-def test_kept_weights_follow_the_formula_and_multiplied_out_ones_do_not(stored):
+def test_kept_weights_follow_the_formula_and_dequantised_ones_do_not(stored):
     folder, model = stored
     expected = greedy(model, prompt_of(70), 1)[1][0]
     kept, plain = (all_logprobs(outputs_of(folder, (1, 1, 1), how))[0] - expected for how in ("fp8", "none"))
@@ -117,28 +117,26 @@ def test_each_rows_128_columns_have_a_scale_of_their_own():
     torch.testing.assert_close(values.float() * scales.repeat_interleave(128, 1), x, rtol=1e-6, atol=0)
 
 
-def test_a_slice_that_cuts_a_block_is_multiplied_out(stored):
+def test_a_slice_that_cuts_a_block_is_dequantised(stored):
     folder, _ = stored
     setup = resolve(EngineConfig(folder, quantization="fp8"))
     store = TensorStore(setup.source.checkpoint, torch.float32, scaled=setup.scaled.weights)
     name = "model.layers.0.mlp.up_proj.weight"
-    whole, cut = (store.linear([Piece(name, ((0, stop), (0, 256)), stacked=False)]) for stop in (384, 192))
+    whole, cut = (store.linear([WeightPiece(name, ((0, stop), (0, 256)), stacked=False)]) for stop in (384, 192))
     assert isinstance(whole, BlockScaledLinear)
     assert isinstance(cut, DenseLinear)
     x = rounded(torch.randn(3, 256))[0].float()  # no rounding is left to do, but for the scale
     torch.testing.assert_close(cut(x), whole(x)[:, :192], rtol=0.05, atol=0.5)
 
 
-def test_a_cpu_multiplies_out_unless_asked_and_says_so(stored):
+def test_a_cpu_dequantises_unless_asked_and_says_so(stored):
     folder, _ = stored
     said = {how: resolve(EngineConfig(folder, quantization=how)).scaled for how in ("auto", "fp8", "none")}
     assert {how: choice.weights is not None for how, choice in said.items()} == {
         "auto": False, "fp8": True, "none": False,
     }  # fmt: skip
-    assert said["auto"].notes == [
-        "FP8 weights: multiplied out as they are loaded (PyTorch has no such product on a CPU)"
-    ]
-    assert "kept, multiplied out for each product" in said["fp8"].reason
+    assert said["auto"].notes == ["FP8 weights: dequantised at load (PyTorch has no such product on a CPU)"]
+    assert "kept, dequantised for each product" in said["fp8"].reason
 
 
 def test_fp8_asked_of_a_checkpoint_that_has_none_is_refused(tmp_path):
@@ -148,7 +146,7 @@ def test_fp8_asked_of_a_checkpoint_that_has_none_is_refused(tmp_path):
     assert resolve(EngineConfig(str(tmp_path))).scaled.notes == []
 
 
-def test_blocks_of_another_size_are_multiplied_out_and_cannot_be_kept(tmp_path):
+def test_blocks_of_another_size_are_dequantised_and_cannot_be_kept(tmp_path):
     write_model(tmp_path, block=64)
     assert resolve(EngineConfig(str(tmp_path))).scaled.weights is None
     with pytest.raises(ConfigError, match=r"blocks of 64x64 cannot be multiplied as they are.*--quantization none"):

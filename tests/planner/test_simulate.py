@@ -9,7 +9,7 @@ import pytest
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.schedules import SCHEDULES
 from longspan.attention.workload import AttentionShape, GroupShape
-from longspan.bench.serving.dataset import Load, open_dataset
+from longspan.bench.serving.dataset import RequestLoad, open_dataset
 from longspan.config import CostConstants, ParallelConfig, SchedulerConfig
 from longspan.errors import ConfigError
 from longspan.parallel.grid import Grid
@@ -119,7 +119,7 @@ def test_page_keys_given_from_outside_place_and_share_as_real_tokens_do(tmp_path
     path.write_text("\n".join(map(json.dumps, rows)))
     settings = config(pages=(200, 200), max_num_batched_tokens=512)
     asks = read_asks(str(path), None, 1.0)
-    prompts = [ask.prompt for ask in open_dataset(Load("trace", str(path), 4)).requests(0)]
+    prompts = [ask.prompt for ask in open_dataset(RequestLoad("trace", str(path), 4)).requests(0)]
     keyed, real = Instance(settings), Instance(settings)
     for ask, prompt in zip(asks, prompts, strict=True):
         for instance in (keyed, real):

@@ -19,7 +19,7 @@ import zmq
 from longspan import LLM, ConfigError, SamplingParams, WorkerDied, __version__
 from longspan.config import ClusterConfig
 from longspan.engine.rank.external_rank import main
-from longspan.engine.transport.messages import Hello, Refused
+from longspan.engine.transport.messages import RankHello, RankRefused
 from tests.engine.conftest import DEFAULTS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
@@ -99,10 +99,10 @@ def test_ranks_end_when_their_driver_is_killed(address):
 def test_a_rank_of_another_layout_is_refused_and_the_others_are_waited_for(address):
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.connect(address)
-        stranger.send(msgspec.msgpack.encode(Hello(0, 4, __version__, "127.0.0.1", 1)))
+        stranger.send(msgspec.msgpack.encode(RankHello(0, 4, __version__, "127.0.0.1", 1)))
         with pytest.raises(ConfigError, match=r"seconds have passed, and rank 0, 1 of 2 has not reported to tcp://"):
             drive(address, 1.0)
-        answer = msgspec.msgpack.decode(stranger.recv(), type=Refused)
+        answer = msgspec.msgpack.decode(stranger.recv(), type=RankRefused)
         assert answer.reason == "the driver's layout has 2 ranks, and this is one of 4"
 
 
@@ -111,7 +111,7 @@ def test_a_rank_that_is_refused_says_why(address, capsys):
         driver.bind(address)
         code = pool.submit(main, [address], {"RANK": "1", "WORLD_SIZE": "2"})
         name, _ = driver.recv_multipart()
-        driver.send_multipart([name, msgspec.msgpack.encode(Refused("no place"))])
+        driver.send_multipart([name, msgspec.msgpack.encode(RankRefused("no place"))])
         assert code.result(PATIENCE) == 2
         assert "rank=1: no place; see the driver's output" in capsys.readouterr().err
 

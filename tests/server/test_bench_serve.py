@@ -17,9 +17,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from typer.testing import CliRunner
 
 from longspan.bench.serving.client import Failure, Finished, Outcome, Target, run_load
-from longspan.bench.serving.dataset import Load, LoadRequest, open_dataset, poisson_arrivals, trace_arrivals
+from longspan.bench.serving.dataset import LoadRequest, RequestLoad, open_dataset, poisson_arrivals, trace_arrivals
 from longspan.bench.serving.report import Spread, spread, summarise
-from longspan.bench.serving.stream import EventSplitter, Reply, error_message
+from longspan.bench.serving.stream import EventSplitter, StreamedReply, error_message
 from longspan.cli.bench_serve import serve
 from longspan.errors import ConfigError
 
@@ -174,7 +174,7 @@ def test_a_traces_times_count_from_its_earliest_and_shrink_with_speedup():
 
 def test_equal_hash_ids_are_equal_tokens_and_the_last_block_is_cut(tmp_path):
     rows = [trace_row(0, 1100, [7, 8, 9]), trace_row(10, 1024, [7, 9]), trace_row(20, 600, [1, 8])]
-    load = Load("trace", write_lines(tmp_path / "t.jsonl", *rows))
+    load = RequestLoad("trace", write_lines(tmp_path / "t.jsonl", *rows))
     first, second, third = (request.prompt for request in open_dataset(load).requests(0))
     assert [len(first), len(second), len(third)] == [1100, 1024, 600]
     assert first[:512] == second[:512]
@@ -184,7 +184,7 @@ def test_equal_hash_ids_are_equal_tokens_and_the_last_block_is_cut(tmp_path):
 
 
 def test_another_run_of_a_trace_has_other_tokens_of_the_same_lengths(tmp_path):
-    dataset = open_dataset(Load("trace", write_lines(tmp_path / "t.jsonl", trace_row(0, 700, [1, 2]))))
+    dataset = open_dataset(RequestLoad("trace", write_lines(tmp_path / "t.jsonl", trace_row(0, 700, [1, 2]))))
     (first,), (second,) = dataset.requests(0), dataset.requests(1)
     assert len(first.prompt) == len(second.prompt)
     assert first.prompt[:512] != second.prompt[:512]
@@ -192,43 +192,43 @@ def test_another_run_of_a_trace_has_other_tokens_of_the_same_lengths(tmp_path):
 
 def test_long_rows_of_a_trace_are_cut_and_the_report_says_so(tmp_path):
     path = write_lines(tmp_path / "t.jsonl", trace_row(0, 900, [1, 2]), trace_row(0, 100, [3]))
-    dataset = open_dataset(Load("trace", path, num_prompts=2, max_input_len=300))
+    dataset = open_dataset(RequestLoad("trace", path, num_prompts=2, max_input_len=300))
     assert [len(request.prompt) for request in dataset.requests(0)] == [300, 100]
     assert dataset.notes(1) == ["1 of 2 prompts cut to 300 tokens"]
 
 
 def test_a_trace_asks_for_its_own_output_lengths_unless_told_otherwise(tmp_path):
     path = write_lines(tmp_path / "t.jsonl", trace_row(0, 10, [1], output=42))
-    assert [r.max_tokens for r in open_dataset(Load("trace", path)).requests(0)] == [42]
-    assert [r.max_tokens for r in open_dataset(Load("trace", path, output_len=3)).requests(0)] == [3]
+    assert [r.max_tokens for r in open_dataset(RequestLoad("trace", path)).requests(0)] == [42]
+    assert [r.max_tokens for r in open_dataset(RequestLoad("trace", path, output_len=3)).requests(0)] == [3]
 
 
 def test_random_prompts_share_a_prefix_and_differ_behind_it():
-    prompts = [r.prompt for r in open_dataset(Load(num_prompts=5, input_len=20, prefix_len=8)).requests(0)]
+    prompts = [r.prompt for r in open_dataset(RequestLoad(num_prompts=5, input_len=20, prefix_len=8)).requests(0)]
     assert {len(prompt) for prompt in prompts} == {28}
     assert len({tuple(prompt[:8]) for prompt in prompts}) == 1
     assert len({tuple(prompt[8:]) for prompt in prompts}) == 5
 
 
 def test_random_lengths_lie_within_the_fraction_given():
-    requests = list(open_dataset(Load(num_prompts=50, input_len=100, output_len=10, vary=0.3)).requests(0))
+    requests = list(open_dataset(RequestLoad(num_prompts=50, input_len=100, output_len=10, vary=0.3)).requests(0))
     assert all(70 <= len(request.prompt) <= 130 and 7 <= request.max_tokens <= 13 for request in requests)
     assert len({len(request.prompt) for request in requests}) > 5
 
 
 def test_random_ids_lie_below_the_vocabulary_size():
-    (request,) = open_dataset(Load(num_prompts=1, vocab_size=10)).requests(0)
+    (request,) = open_dataset(RequestLoad(num_prompts=1, vocab_size=10)).requests(0)
     assert set(request.prompt) == set(range(10))
 
 
 def test_random_text_has_a_word_for_each_token():
-    (request,) = open_dataset(Load(num_prompts=1, input_len=30, text_prompts=True)).requests(0)
+    (request,) = open_dataset(RequestLoad(num_prompts=1, input_len=30, text_prompts=True)).requests(0)
     assert len(request.prompt.split(" ")) == 30
 
 
 def test_texts_are_not_sent_again_in_the_next_run_while_the_file_has_more(tmp_path):
     path = write_lines(tmp_path / "g.jsonl", *({"question": f"q{n}", "answer": "1"} for n in range(6)))
-    dataset = open_dataset(Load("gsm8k", path, num_prompts=3))
+    dataset = open_dataset(RequestLoad("gsm8k", path, num_prompts=3))
     runs = [{request.prompt for request in dataset.requests(run)} for run in (0, 1)]
     assert runs[0] | runs[1] == {f"q{n}" for n in range(6)}
     assert dataset.notes(2) == []
@@ -239,8 +239,8 @@ def test_a_conversations_prompt_is_what_its_human_says_first(tmp_path):
     human, machine = {"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}
     talks = [{"conversations": [machine, human, machine, {**human, "value": "more"}]}, {"conversations": [machine]}]
     path = write_lines(tmp_path / "s.json", talks)
-    assert [r.prompt for r in open_dataset(Load("sharegpt", path, num_prompts=1)).requests(0)] == ["hello"]
-    assert "1 prompts repeat" in open_dataset(Load("sharegpt", path, num_prompts=2)).notes(1)[0]
+    assert [r.prompt for r in open_dataset(RequestLoad("sharegpt", path, num_prompts=1)).requests(0)] == ["hello"]
+    assert "1 prompts repeat" in open_dataset(RequestLoad("sharegpt", path, num_prompts=2)).notes(1)[0]
 
 
 GOOD = json.dumps(trace_row(0, 5, [1]))
@@ -265,7 +265,7 @@ def test_a_malformed_dataset_is_named_with_its_place_and_what_was_expected(tmp_p
     path = tmp_path / "data"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ConfigError) as error:
-        open_dataset(Load(dataset, str(path)))
+        open_dataset(RequestLoad(dataset, str(path)))
     assert all(part in str(error.value) for part in (*expected, str(path)))
 
 
@@ -284,7 +284,7 @@ def test_a_malformed_dataset_is_named_with_its_place_and_what_was_expected(tmp_p
 )
 def test_an_option_without_use_or_out_of_range_is_an_error_that_names_it(options, field):
     with pytest.raises(ConfigError) as error:
-        Load(**options)
+        RequestLoad(**options)
     assert error.value.field == field
 
 
@@ -310,7 +310,7 @@ def test_a_stream_cut_at_any_byte_has_the_same_events(cut):
 
 
 def test_a_reply_fed_byte_by_byte_has_tokens_usage_and_end():
-    reply = Reply()
+    reply = StreamedReply()
     for now, byte in enumerate(STREAM):
         reply.feed(bytes([byte]), now)
     assert len(reply.chunk_times) == 2
@@ -318,7 +318,7 @@ def test_a_reply_fed_byte_by_byte_has_tokens_usage_and_end():
 
 
 def test_an_end_without_its_empty_line_still_ends_the_reply():
-    reply = Reply()
+    reply = StreamedReply()
     reply.feed(b"data: [DONE]", 0)
     assert not reply.done
     reply.close()
@@ -335,7 +335,7 @@ CHAT = [
 
 
 def chunk_times(choices) -> list[float]:
-    reply = Reply()
+    reply = StreamedReply()
     for now, choice in enumerate(choices):
         reply.feed(f"data: {json.dumps({'choices': [choice]})}\n\n".encode(), now)
     return reply.chunk_times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 
 from longspan.errors import ConfigError
 from longspan.server.keys import KEY_VARIABLE, read_keys
-from longspan.server.options import ServeOptions
+from longspan.server.options import ServeOptions, parse_origins
 from tests.server.running import Running, running
 
 TALK = [{"role": "user", "content": "Hello"}]
@@ -130,6 +131,36 @@ def test_a_wrong_path_or_method_has_the_same_shape(server: Running, method, path
     refused(server.client.request(method, path), status)
 
 
+def test_a_path_that_is_not_served_names_those_that_are(server: Running):
+    message = refused(server.client.get("/v1/complete"), 404)["message"]
+    assert message.startswith("GET '/v1/complete': is not served; there are POST /v1/completions,")
+    message = refused(server.post("/v1/embeddings", {"input": "a"}), 404)["message"]
+    assert (
+        message
+        == "path='/v1/embeddings': this server generates text and does nothing else; ask a server of another kind"
+    )
+
+
+def test_a_page_of_an_allowed_origin_may_call_the_server_and_no_other(strict: Running, server: Running):
+    def preflight(at: Running, origin: str) -> httpx.Response:
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+        return httpx.options(f"{at.url}/v1/completions", headers=asked)
+
+    allowed = preflight(strict, "https://a.example")
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-origin" not in preflight(strict, "https://b.example").headers
+    assert "access-control-allow-origin" not in preflight(server, "https://a.example").headers
+
+
+@pytest.mark.parametrize("text", ["a.example", "https://a.example/page", "https://a.example, b"])
+def test_an_origin_is_a_scheme_and_a_host(text):
+    with pytest.raises(ConfigError, match=r"allowed_origins=.*: is no origin; write it as https://HOST"):
+        parse_origins("allowed_origins", text)
+
+
 def test_token_ids_that_are_none_are_refused(server: Running):
     assert "is not in 0..96" in refused(server.post("/detokenize", {"tokens": [97]}))["message"]
     assert refused(server.post("/tokenize", {}))["param"] == "prompt"
@@ -138,19 +169,17 @@ def test_token_ids_that_are_none_are_refused(server: Running):
 def test_nothing_is_left_behind_by_refusals(server: Running):
     refused(server.post("/v1/completions", {"prompt": ["fine", ""]}))
     assert server.used_pages() == 0
-    assert len(server.engine.tracker) == 0
+    assert len(server.engine.output_processor) == 0
 
 
-def test_a_server_with_a_key_is_open_to_nobody_else():
-    with running(options=ServeOptions(port=0, api_key="sesame", served_model_name="tiny")) as server:
-        for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
-            headers = {} if key is None else {"Authorization": key.encode("latin-1")}
-            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
-            error = refused(answer, 401)
-            assert error["code"] == "invalid_api_key"
-            assert httpx.get(f"{server.url}/internal/state", headers=headers).status_code == 401
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert server.client.get("/v1/models").status_code == 200
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Running]:
+    """A server that has a key and takes small bodies."""
+    options = ServeOptions(
+        port=0, api_key="sesame", served_model_name="tiny", max_body_bytes=1000, allowed_origins=("https://a.example",)
+    )
+    with running(options=options) as started:
+        yield started
 
 
 def test_every_key_of_a_file_opens_a_server_and_no_other_does(tmp_path):
@@ -205,14 +234,24 @@ def test_keys_are_shown_to_nobody():
     assert "sesame" not in repr(options) and "secret" not in repr(read_keys(None, {KEY_VARIABLE: "secret"}))
 
 
-def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not():
-    with running(options=ServeOptions(port=0, max_body_bytes=1000)) as server:
-        body = b'{"prompt": "' + b"a" * 2000 + b'"}'
-        headers = {"content-type": "application/json"}
-        for content in (body, iter([body[:900], body[900:]])):
-            error = refused(server.client.post("/v1/completions", content=content, headers=headers), 413)
-            assert "--max-body-bytes" in error["message"]
-        server.complete("abc", 2)
+def test_a_server_with_a_key_is_open_to_nobody_else(strict: Running):
+    for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
+        headers = {} if key is None else {"Authorization": key.encode("latin-1")}
+        answer = httpx.get(f"{strict.url}/v1/models", headers=headers)
+        error = refused(answer, 401)
+        assert error["code"] == "invalid_api_key"
+        assert httpx.get(f"{strict.url}/internal/state", headers=headers).status_code == 401
+    assert httpx.get(f"{strict.url}/health").status_code == 200
+    assert strict.client.get("/v1/models").status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not(strict: Running):
+    body = b'{"prompt": "' + b"a" * 2000 + b'"}'
+    headers = {"content-type": "application/json"}
+    for content in (body, iter([body[:900], body[900:]])):
+        error = refused(strict.client.post("/v1/completions", content=content, headers=headers), 413)
+        assert "--max-body-bytes" in error["message"]
+    strict.complete("abc", 2)
 
 
 def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,13 @@ from tests.server.running import Running, ascii_folder, expected, running
 
 PATIENCE = 30.0
 NOTICE = 5.0  # seconds; the promise is 2, and the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Running]:
+    """A server whose core is killed by one test after the other."""
+    with running() as server:
+        yield server
 
 
 def until(condition: Any, what: str, patience: float = PATIENCE) -> None:
@@ -47,45 +55,47 @@ def stream_text(server: Running, body: dict[str, Any], on_piece: Any = None) -> 
     return text
 
 
-@pytest.mark.parametrize(("executor", "victim"), [("threads", 0), ("processes", 0), ("processes", -1)])
-def test_streams_go_on_with_the_same_tokens_after_a_process_is_killed(executor, victim):
-    layout = {"prefill_context_parallel_size": 2} if executor == "processes" else {}
-    with running(executor=executor, **layout) as server:
-        prompts = [f"request number {number} " * 2 for number in range(3)]
-        before, killed = server.engine.process_ids, []
+def streams_with_a_kill(server: Running, victim: int) -> None:
+    """Three streams in whose midst a process of the engine is killed; they have all their tokens."""
+    prompts = [f"request number {number} " * 2 for number in range(3)]
+    before, restarts, killed = server.engine.process_ids, server.engine.restarts, []
 
-        def kill(length: int) -> None:
-            if length > 20 and not killed:
-                killed.append(time.monotonic())
-                os.kill(before[victim], signal.SIGKILL)
+    def kill(length: int) -> None:
+        if length > 20 and not killed:
+            killed.append(victim)
+            os.kill(before[victim], signal.SIGKILL)
 
-        with ThreadPoolExecutor(3) as pool:
-            bodies = [{"prompt": prompt, "max_tokens": 120, "temperature": 0} for prompt in prompts]
-            texts = list(pool.map(lambda body: stream_text(server, body, kill), bodies))
-        assert texts == [expected(prompt, 120) for prompt in prompts]
-        assert server.engine.restarts == 1
-        assert not set(before) & set(server.engine.process_ids)
-        assert server.used_pages() == 0
+    with ThreadPoolExecutor(3) as pool:
+        bodies = [{"prompt": prompt, "max_tokens": 120, "temperature": 0} for prompt in prompts]
+        texts = list(pool.map(lambda body: stream_text(server, body, kill), bodies))
+    assert texts == [expected(prompt, 120) for prompt in prompts]
+    assert server.engine.restarts == restarts + 1
+    assert not set(before) & set(server.engine.process_ids)
+    assert server.used_pages() == 0
 
 
-def test_a_death_between_requests_is_noticed_and_mended():
-    with running(executor="processes", prefill_context_parallel_size=2) as server:
-        os.kill(server.engine.process_ids[1], signal.SIGKILL)
-        until(lambda: server.client.get("/health").status_code == 503, "the server to notice", NOTICE)
-        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
-        assert server.complete("abc", 10)["choices"][0]["text"] == expected("abc", 10)
+def test_streams_go_on_with_the_same_tokens_after_the_core_is_killed(mortal):
+    streams_with_a_kill(mortal, 0)
 
 
-def test_sampled_tokens_are_the_same_after_a_death():
+def test_streams_go_on_with_the_same_tokens_after_a_rank_is_killed(two_ranks):
+    streams_with_a_kill(two_ranks, -1)
+
+
+def test_a_death_between_requests_is_noticed_and_mended(two_ranks):
+    os.kill(two_ranks.engine.process_ids[1], signal.SIGKILL)
+    until(lambda: two_ranks.client.get("/health").status_code == 503, "the server to notice", NOTICE)
+    until(lambda: two_ranks.client.get("/health").status_code == 200, "the ranks to be back")
+    assert two_ranks.complete("abc", 10)["choices"][0]["text"] == expected("abc", 10)
+
+
+def test_sampled_tokens_are_the_same_after_a_death(mortal):
     body = {"prompt": "abc", "max_tokens": 100, "seed": 3, "frequency_penalty": 0.5}
-    with running() as server:
-        whole = stream_text(server, body)
-        ids = server.engine.process_ids
-        again = stream_text(
-            server, body, lambda length: length > 20 and server.engine.restarts == 0 and _kill_once(ids)
-        )
-        assert again == whole
-        assert server.engine.restarts == 1
+    whole = stream_text(mortal, body)
+    ids, restarts = mortal.engine.process_ids, mortal.engine.restarts
+    again = stream_text(mortal, body, lambda length: length > 20 and _kill_once(ids))
+    assert again == whole
+    assert mortal.engine.restarts == restarts + 1
 
 
 def _kill_once(ids: list[int]) -> None:
@@ -93,16 +103,15 @@ def _kill_once(ids: list[int]) -> None:
         os.kill(ids.pop(), signal.SIGKILL)
 
 
-def test_a_request_whose_engine_dies_again_and_again_is_told_so(monkeypatch):
-    with running() as server:
-        monkeypatch.setattr(server.engine, "_deliver", lambda outputs: _fail())
-        answer = server.post("/v1/completions", {"prompt": "abc", "max_tokens": 5})
-        assert answer.status_code == 503
-        assert "failed 3 times while it worked on this request" in answer.json()["error"]["message"]
-        assert "retry-after" in answer.headers
-        monkeypatch.undo()
-        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
-        assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
+def test_a_request_whose_engine_dies_again_and_again_is_told_so(mortal, monkeypatch):
+    monkeypatch.setattr(mortal.engine, "_deliver", lambda outputs: _fail())
+    answer = mortal.post("/v1/completions", {"prompt": "abc", "max_tokens": 5})
+    assert answer.status_code == 503
+    assert "failed 3 times while it worked on this request" in answer.json()["error"]["message"]
+    assert "retry-after" in answer.headers
+    monkeypatch.undo()
+    until(lambda: mortal.client.get("/health").status_code == 200, "the ranks to be back")
+    assert mortal.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
 
 
 def _fail() -> None:
@@ -111,20 +120,19 @@ def _fail() -> None:
     raise EngineError("made to fail")
 
 
-def test_a_core_that_cannot_start_again_fails_requests_until_it_can():
-    with running() as server:
-        folder = Path(ascii_folder())
-        away = folder.with_name("away")
-        folder.rename(away)
-        os.kill(server.engine.process_ids[0], signal.SIGKILL)
-        try:
-            until(lambda: server.client.get("/health").status_code == 503, "the server to notice")
-            answer = server.post("/v1/completions", {"prompt": "abc"})
-        finally:
-            away.rename(folder)
-        assert answer.status_code == 503
-        until(lambda: server.client.get("/health").status_code == 200, "the ranks to be back")
-        assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
+def test_a_core_that_cannot_start_again_fails_requests_until_it_can(mortal):
+    folder = Path(ascii_folder())
+    away = folder.with_name("away")
+    folder.rename(away)
+    os.kill(mortal.engine.process_ids[0], signal.SIGKILL)
+    try:
+        until(lambda: mortal.client.get("/health").status_code == 503, "the server to notice")
+        answer = mortal.post("/v1/completions", {"prompt": "abc"})
+    finally:
+        away.rename(folder)
+    assert answer.status_code == 503
+    until(lambda: mortal.client.get("/health").status_code == 200, "the ranks to be back")
+    assert mortal.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
 
 
 def test_a_core_whose_parent_is_gone_before_it_looks_ends_by_itself():
@@ -143,19 +151,19 @@ def test_a_client_that_goes_away_frees_its_pages(server, stream):
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         until(lambda: server.used_pages() > 10, "the request to run")
     until(lambda: server.used_pages() == 0, "the pages to be free", NOTICE)
-    assert len(server.engine.tracker) == 0
+    assert len(server.engine.output_processor) == 0
 
 
 def test_requests_beyond_the_queue_are_told_to_come_back():
     with running(options=ServeOptions(port=0, max_queued_requests=0)) as server, ThreadPoolExecutor(16) as pool:
         body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}
-        under_way = [pool.submit(stream_text, server, body) for _ in range(16)]
-        until(lambda: len(server.engine.tracker) == 16, "all to be accepted")
+        in_flight = [pool.submit(stream_text, server, body) for _ in range(16)]
+        until(lambda: len(server.engine.output_processor) == 16, "all to be accepted")
         answer = server.post("/v1/completions", body)
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "1"
         assert "--max-queued-requests" in answer.json()["error"]["message"]
-        assert {future.result() for future in under_way} == {expected("abc", 300)}
+        assert {future.result() for future in in_flight} == {expected("abc", 300)}
         assert server.complete("abc", 3)["choices"][0]["text"] == expected("abc", 3)
         answer = server.post("/v1/completions", {**body, "n": 17})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
@@ -165,22 +173,22 @@ def test_a_first_signal_lets_requests_end_and_takes_no_new_ones():
     with running() as server, ThreadPoolExecutor(1) as pool:
         begun: list[int] = []
         body = {"prompt": "abc", "max_tokens": 200, "temperature": 0}
-        under_way = pool.submit(stream_text, server, body, begun.append)
+        in_flight = pool.submit(stream_text, server, body, begun.append)
         until(lambda: begun, "the stream to begin")
         server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
         until(lambda: not server.engine.is_ready, "the drain")
-        assert under_way.result() == expected("abc", 200)
+        assert in_flight.result() == expected("abc", 200)
         until(lambda: not server.engine.process_ids, "the ranks to end")
 
 
 def test_a_second_signal_ends_requests_with_a_word():
     with running() as server, ThreadPoolExecutor(1) as pool:
         begun: list[int] = []
-        under_way = pool.submit(stream_text, server, {"prompt": "abc", "max_tokens": 500}, begun.append)
+        in_flight = pool.submit(stream_text, server, {"prompt": "abc", "max_tokens": 500}, begun.append)
         until(lambda: begun, "the stream to begin")
         for _ in range(2):
             server.loop.call_soon_threadsafe(server.server.handle_exit, signal.SIGTERM, None)
-        assert under_way.exception(PATIENCE) is not None
+        assert in_flight.exception(PATIENCE) is not None
         until(lambda: not server.engine.process_ids, "the ranks to end")
 
 
@@ -223,13 +231,13 @@ def test_the_state_shows_where_a_running_request_lies(server):
         return any(sum(request["pages_by_shard"]) >= 25 for request in shown)
 
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(server.complete, "a prompt over both ranks " * 4, 300)
+        in_flight = pool.submit(server.complete, "a prompt over both ranks " * 4, 300)
         until(has_all_pages, "the prompt's pages to be shown")
         (request,) = shown
         assert request["prompt_tokens"] == 100
         assert sum(request["pages_by_shard"]) == sum(pages for _, pages in request["runs"])
         assert all(request["pages_by_shard"])
-        under_way.result()
+        in_flight.result()
     state = server.client.get("/internal/state").json()
     assert state["schedules"] == [
         {"name": one.name, "moves": one.moves, "colour": one.colour, "sentence": one.sentence}

@@ -53,7 +53,7 @@ def test_whatever_is_sent_is_answered_and_nothing_is_left_behind(server: Running
         if answer.status_code != 200:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert min(statuses[200], statuses[400]) > COUNT // 10
-    assert len(server.engine.tracker) == 0
+    assert len(server.engine.output_processor) == 0
     assert server.used_pages() == 0
     assert server.engine.restarts == 0
     assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)

@@ -16,16 +16,9 @@ from tests.server.test_faults import stream_text, until
 
 TOKENS = 120
 PATIENCE = 180.0  # a machine with more to do starts three processes slowly
-QUICK = LivenessConfig(heartbeat_interval=0.1, heartbeat_late=0.5, heartbeat_timeout=3.0)
 PATIENT = LivenessConfig(
     step_timeout=3.0, step_floor=3.0, heartbeat_interval=0.1, heartbeat_late=600, heartbeat_timeout=600
 )
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Running]:
-    with running(executor="processes", liveness=QUICK, prefill_context_parallel_size=2) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.dense import TorchBackend
 from longspan.errors import ConfigError
 
-GQA = BackendShape(head_dim=128, value_dim=128, planes=2, quantised=False, dtype=torch.bfloat16)
-MLA = BackendShape(head_dim=576, value_dim=512, planes=1, quantised=False, dtype=torch.bfloat16)
-QUANTISED = BackendShape(head_dim=128, value_dim=128, planes=2, quantised=True, dtype=torch.bfloat16)
+GQA = BackendShape(head_dim=128, value_dim=128, kv_factor=2, quantised=False, dtype=torch.bfloat16)
+MLA = BackendShape(head_dim=576, value_dim=512, kv_factor=1, quantised=False, dtype=torch.bfloat16)
+QUANTISED = BackendShape(head_dim=128, value_dim=128, kv_factor=2, quantised=True, dtype=torch.bfloat16)
 
 
 def everything(package):
@@ -46,10 +46,11 @@ def test_auto_says_why_it_falls_back():
     assert choice.reason == "triton needs the package triton, which is not installed"
 
 
-@pytest.mark.parametrize("head_dim, planes", [(320, 2), (512, 2), (640, 1)])
-def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, planes):
+@pytest.mark.parametrize("head_dim, kv_factor", [(320, 2), (512, 2), (640, 1)])
+def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, kv_factor):
     assert (
-        choose_backend("auto", "cuda", shape(head_dim=head_dim, planes=planes), is_installed=everything).name == "torch"
+        choose_backend("auto", "cuda", shape(head_dim=head_dim, kv_factor=kv_factor), is_installed=everything).name
+        == "torch"
     )
 
 
@@ -70,7 +71,7 @@ def test_a_backend_asked_for_by_name_is_taken(name):
         ("flash_attn", "cuda", MLA, "cannot read a cache of latents"),
         ("flash_attn", "cuda", shape(head_dim=320), "heads of up to 256 elements, a multiple of 8, not 320"),
         ("flashinfer", "cuda", shape(head_dim=80), "takes heads of 64, 128, 256 elements, not 80"),
-        ("flashinfer", "cuda", shape(planes=1), "takes latents of 576 elements with 512 of values"),
+        ("flashinfer", "cuda", shape(kv_factor=1), "takes latents of 576 elements with 512 of values"),
         ("flashinfer", "cuda", shape(dtype=torch.float32), "computes in bfloat16 or float16, not float32"),
     ],
 )

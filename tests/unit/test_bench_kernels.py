@@ -8,9 +8,9 @@ import torch
 from scripts.summarise_kernels import main as summarise
 from scripts.summarise_kernels import targets
 
-from longspan.bench.kernels.attention import HEADS, Scene, run_shards
-from longspan.bench.kernels.bed import Bed, as_json
+from longspan.bench.kernels.attention import HEADS, AttentionCase, run_shards
 from longspan.bench.kernels.ceilings import Ceilings
+from longspan.bench.kernels.harness import Harness, as_json
 from longspan.cli import bench_kernels
 from longspan.clock import Clock, Timing
 from longspan.errors import ConfigError
@@ -27,8 +27,8 @@ class OneSecond:
         return Timing(1.0, 1.0, 1)
 
 
-def bed(dtype=torch.bfloat16):
-    return Bed(torch.device("cpu"), dtype, OneSecond(), CEILINGS, (), lambda text: None)
+def harness(dtype=torch.bfloat16):
+    return Harness(torch.device("cpu"), dtype, OneSecond(), CEILINGS, (), lambda text: None)
 
 
 def report(capsys):
@@ -57,8 +57,8 @@ def test_shards_and_merge_are_told_as_parts_of_the_whole():
             taken = next(seconds)
             return Timing(taken, taken, 1)
 
-    scene = Scene(HEADS["mha"], "auto", 1, 1, 40)
-    rows, shared = run_shards(replace(bed(), clock=Clock(), backends=("torch",)), scene, shards=3)
+    scene = AttentionCase(HEADS["mha"], "auto", 1, 1, 40)
+    rows, shared = run_shards(replace(harness(), clock=Clock(), backends=("torch",)), scene, shards=3)
     assert [row.timing.median for row in rows] == [10, 2, 4, 3, 1]
     assert (shared["torch"].slowest_share, shared["torch"].merge_share) == (0.4, 0.1)
 
@@ -91,19 +91,19 @@ def test_kv_write_measures_every_format(capsys):
 
 @pytest.mark.parametrize("format, row_bytes", [("auto", 2 * 8 * 128 * 2), ("fp8", 2 * 8 * (128 + 4))])
 def test_decode_counts_the_cache_the_queries_and_the_results(format, row_bytes):
-    moved, operations = Scene(HEADS["gqa"], format, 3, 1, 100).size(bed())
+    moved, operations = AttentionCase(HEADS["gqa"], format, 3, 1, 100).size(harness())
     assert moved == 3 * 100 * row_bytes + 3 * 64 * (128 * 2 + 129 * 4)
     assert operations == 3 * 100 * 64 * 2 * (128 + 128)
 
 
 def test_latents_are_counted_once():
-    moved, operations = Scene(HEADS["mla"], "auto", 1, 1, 1000).size(bed())
+    moved, operations = AttentionCase(HEADS["mla"], "auto", 1, 1, 1000).size(harness())
     assert moved == 1000 * 576 * 2 + 128 * (576 * 2 + 513 * 4)
     assert operations == 1000 * 128 * 2 * (576 + 512)
 
 
 def test_a_row_tells_rates_and_shares_of_the_ceilings():
-    row = bed().measure({"kernel": "merge"}, "torch", (10**12, 10**12), lambda: None)
+    row = harness().measure({"kernel": "merge"}, "torch", (10**12, 10**12), lambda: None)
     plain = as_json(row, CEILINGS)
     assert plain["bytes_per_s"] == 1e12
     assert plain["share_of_copy"] == 0.5
@@ -114,7 +114,7 @@ def test_a_kernel_that_fails_is_a_row_that_says_so():
     def fails():
         raise RuntimeError("out of registers")
 
-    plain = as_json(bed().measure({"kernel": "merge"}, "torch", (1, 1), fails), CEILINGS)
+    plain = as_json(harness().measure({"kernel": "merge"}, "torch", (1, 1), fails), CEILINGS)
     assert plain["problem"] == "RuntimeError: out of registers"
     assert "median" not in plain
 

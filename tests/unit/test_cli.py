@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer
 
-from longspan.bench.twin import transformers_twin
+from longspan.bench.reference import transformers_reference
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
 from longspan.cli.reference import reference
@@ -30,7 +30,7 @@ ENGINE_OPTIONS = {
     "--page-size", "--kv-cache-memory-bytes", "--pages-per-shard", "--enable-prefix-caching",
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
-    "--kv-cache-dtype", "--device", "--run-ahead", "--no-run-ahead", "--gpu-memory-utilization",
+    "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
 }  # fmt: skip
 OPTIONS = {
@@ -196,9 +196,9 @@ def test_the_measured_constants_are_printed(generate):
 @pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
 def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
     file = tmp_path / "trace.json"
-    code, _, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
-                            "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
-    assert code == 0
+    code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
+                              "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
+    assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])
     assert "s of them at once" in " ".join(err.split())
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {(event["pid"], event["cat"]) for event in events} >= {
@@ -383,7 +383,7 @@ def test_a_text_that_is_still_empty_is_not_shown_as_ids(capsys):
 
 @pytest.mark.parametrize("model", ["qwen3-moe", "deepseek-v2-lite", "deepseek-v3"])
 def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
-    twin = transformers_twin(resolve_model(tiny_folder(model)), torch.float32)
+    twin = transformers_reference(resolve_model(tiny_folder(model)), torch.float32)
     assert greedy(twin, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
 
 

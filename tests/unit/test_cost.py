@@ -8,7 +8,7 @@ from longspan.attention.calibrate import combine
 from longspan.attention.cost import CostModel, ScheduleChooser
 from longspan.attention.schedules import SCHEDULES
 from longspan.attention.workload import AttentionShape, GroupShape, PhaseWorkload
-from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
+from longspan.bench.schedules import HEAD_SHAPES, ScheduleCell, run_attention
 from longspan.bench.situation import Situation, estimates, lay_out
 from longspan.config import CostConstants, Fixed, ParallelConfig
 from longspan.errors import ConfigError
@@ -39,9 +39,9 @@ def test_the_faster_ring_on_four_published_machines(new, keys_ms, queries_ms):
     assert taken / min(keys_ms, queries_ms) < 1.015
 
 
-def facts_of(new: int, cached: int, grid: Grid) -> PhaseWorkload:
+def workload_of(new: int, cached: int, grid: Grid) -> PhaseWorkload:
     model = model_of(grid, LLAMA_405B_RANK, CostConstants())
-    return lay_out(Situation(grid, new, cached), model).facts[0]
+    return lay_out(Situation(grid, new, cached), model).workloads[0]
 
 
 def test_people_can_tell_schedules_apart_and_read_white_on_their_colours():
@@ -54,7 +54,7 @@ def test_people_can_tell_schedules_apart_and_read_white_on_their_colours():
 
 def test_every_schedule_has_an_estimate():
     grid = Grid(ParallelConfig(1, 4, 1))
-    found = model_of(grid, LLAMA_405B_RANK, CostConstants()).estimates(facts_of(64, 1000, grid))
+    found = model_of(grid, LLAMA_405B_RANK, CostConstants()).estimates(workload_of(64, 1000, grid))
     assert {e.schedule for e in found} == set(TRAVELLING)
     assert all(e.seconds > 0 and e.bytes > 0 and e.time.hidden <= e.time.transfer for e in found)
 
@@ -63,21 +63,21 @@ def test_decode_moves_queries_and_a_fresh_long_prompt_keys_where_links_are_slow(
     grid = Grid(ParallelConfig(1, 4, 1))
     slow = CostConstants(byte_s=1e-8, cross_byte_s=1e-8, flop_s=1e-13, copy_s=1e-12, call_s=1e-6, message_s=1e-6)
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, slow))
-    assert chooser.choose(facts_of(1, 100_000, grid)) in QUERY_SCHEDULES
-    assert chooser.choose(facts_of(8192, 1, grid)) in KEY_SCHEDULES
+    assert chooser.choose(workload_of(1, 100_000, grid)) in QUERY_SCHEDULES
+    assert chooser.choose(workload_of(8192, 1, grid)) in KEY_SCHEDULES
 
 
 def test_between_machines_that_are_far_apart_partials_merge_first():
     grid = Grid(ParallelConfig(1, 8, 1, ranks_per_node=4))
     far = CostConstants(message_s=1e-6, cross_message_s=2e-5, byte_s=1e-11, cross_byte_s=1e-8, copy_s=1e-12)
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, far))
-    assert chooser.choose(facts_of(64, 100_000, grid)) == "tree_q"
+    assert chooser.choose(workload_of(64, 100_000, grid)) == "tree_q"
 
 
 def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
     grid = Grid(ParallelConfig(1, 2, 1))
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, CostConstants()), "ring_kv")
-    assert chooser.choose(facts_of(8, 100, grid)) == "ring_kv"
+    assert chooser.choose(workload_of(8, 100, grid)) == "ring_kv"
     assert chooser.choose(PhaseWorkload(2)) == "local"
 
 
@@ -102,7 +102,7 @@ def test_an_unknown_accelerator_is_refused_with_the_names():
 @pytest.mark.slow
 def test_the_benchmark_counts_the_bytes_of_the_formulas():
     layouts = [(1, 2, 1), (2, 2, 2)]
-    cells = [Cell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
+    cells = [ScheduleCell(heads, *layout, new, 100) for heads in HEAD_SHAPES for layout in layouts for new in (1, 40)]
     results = run_attention("threads", cells, 1, lambda _: None)
     assert [result.cell for result in results] == cells
     for result in results:

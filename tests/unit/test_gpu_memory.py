@@ -51,7 +51,7 @@ def test_a_cache_asked_for_that_does_not_fit_is_refused():
         cache_bytes(config(memory=70 * GIB), model("llama-3.1-8b"), BF16, 2, 80 * GIB)
 
 
-def test_weights_kept_in_fp8_are_counted_as_such_and_multiplied_out_ones_are_not(tmp_path):
+def test_weights_kept_in_fp8_are_counted_as_such_and_dequantised_ones_are_not(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     kept = ScaledChoice(ScaledWeights(SafetensorsCheckpoint(tmp_path), fused=False))
     values = {"quantization_config": {"quant_method": "fp8"}}

@@ -53,4 +53,4 @@ def test_a_quantised_row_takes_a_byte_an_element_and_four_a_scale(values, row):
     """A scale for each token and KV head; of MLA one for the latent and one for the rotary key."""
     layout = cache_layout(Grid(ParallelConfig(1)), load_config(values), 1, quantised=True)
     assert layout.row_bytes == row
-    assert layout.bytes_per_token == layout.num_layers * layout.planes * layout.kv_heads * row
+    assert layout.bytes_per_token == layout.num_layers * layout.kv_factor * layout.kv_heads * row

@@ -91,7 +91,7 @@ class World:
         self.left: dict[str, int] = {}
         self.cached: dict[str, int] = {}
         self.lost: dict[int, set[int]] = {}
-        self.under_way: deque[StepPlan] = deque()
+        self.in_flight: deque[StepPlan] = deque()
         self.plans: list[StepPlan] = []
 
     def key_of(self, tokens):
@@ -110,14 +110,14 @@ class World:
             return False
         assert StepPlan.decode(plan.encode()) == plan
         self.plans.append(plan)
-        self.under_way.append(plan)
+        self.in_flight.append(plan)
         self.lost[plan.step] = set()
         for rank in self.ranks:
             rank.plans.append(plan)
         return True
 
     def commit(self):
-        plan = self.under_way.popleft()
+        plan = self.in_flight.popleft()
         for rank in self.ranks:
             while plan in rank.plans:
                 rank.run()
@@ -134,11 +134,11 @@ class World:
     def run(self, choose=lambda options: options - 1, limit=3000):
         """To the end; `choose(n)` gives numbers below n: how far each rank runs before the next commit."""
         for _ in range(limit):
-            while len(self.under_way) < self.scheduler.steps_at_once and self.submit():
+            while len(self.in_flight) < self.scheduler.steps_at_once and self.submit():
                 for rank in self.ranks:
                     for _ in range(choose(len(rank.plans) + 1)):
                         rank.run()
-            if not self.under_way:
+            if not self.in_flight:
                 return self
             self.commit()
         raise AssertionError("the scheduler does not come to an end")

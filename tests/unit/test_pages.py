@@ -46,6 +46,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)  # 12 pages are soon full
 
 
 def test_a_full_pool_says_so():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from longspan.attention.schedules import SCHEDULES
-from longspan.bench.schedules import HEAD_SHAPES, Cell, CellResult, Timing
+from longspan.bench.schedules import HEAD_SHAPES, CellResult, ScheduleCell, ScheduleTiming
 from longspan.bench.serving.report import Spread
 from longspan.cli import plots
 from longspan.config import CostConstants
@@ -22,8 +22,8 @@ def matplotlib():
 
 def result(new: int, chosen: str, best: str = "ring_q") -> CellResult:
     seconds = {chosen: 1.5, best: 1.0}
-    timings = tuple(Timing(name, value, value, 1, 1) for name, value in seconds.items())
-    return CellResult(Cell(HEAD_SHAPES[0], 1, 2, 1, new, 100), timings, chosen, CostConstants())
+    timings = tuple(ScheduleTiming(name, value, value, 1, 1) for name, value in seconds.items())
+    return CellResult(ScheduleCell(HEAD_SHAPES[0], 1, 2, 1, new, 100), timings, chosen, CostConstants())
 
 
 def test_a_map_has_the_fastest_schedule_in_each_box_and_the_choice_where_it_differs(matplotlib):

@@ -41,7 +41,7 @@ def test_rows_arrive_as_they_were_packed(dtype, groups):
     spans = (Span(3, 5), Span(30, 10), Span(0, 1))
     packed = rows.take(spans).packed()
     assert packed.shape == (2, 3, 16, 16 + 4 * len(groups))
-    assert packed.element_size() == 1  # a byte an element and four a scale: nothing is multiplied out on its way
+    assert packed.element_size() == 1  # a byte an element and four a scale: nothing is dequantised on its way
     arrived = rows.unpacked(packed.clone())
     assert torch.equal(arrived.read(torch.float32), rows.take(spans).read(torch.float32))
 

@@ -17,13 +17,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.engine.rank.sampling.gumbel import sample_together
-from longspan.engine.rank.sampling.noise import mix, uniform
-from longspan.engine.rank.sampling.sampler import SampleRow, best, filter_tokens, penalise, sample
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
+from longspan.engine.rank.sampling.sampler import SampleRow, best, filter_tokens, penalise, start_sampling
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 EDGE = 1e-5  # a twin in fp64 may differ from fp32 when a probability falls this near to a limit
+
+
+def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
+    """The tokens, of rows that can all be sampled."""
+    sampled = start_sampling(logits, rows).finish()
+    assert not sampled.errors
+    return sampled.tokens
 
 
 def row(params: SamplingParams, seed: int = 0, position: int = 0, **history: list[int]) -> SampleRow:
@@ -100,8 +107,7 @@ def test_filters_leave_the_tokens_and_probabilities_of_their_definitions(
     assert distribution(logits, params) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("spread", [0.001, 1.0, 5.0], ids=["flat", "normal", "peaked"])
-@pytest.mark.parametrize("top_p", [0.0201, 0.8503, 0.9993])
+@pytest.mark.parametrize(("spread", "top_p"), [(0.001, 0.8503), (1.0, 0.0201), (1.0, 0.9993), (5.0, 0.8503)], ids=str)
 def test_top_p_of_a_large_vocabulary_is_exact(spread: float, top_p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(4000, generator=generator) * spread).tolist()
@@ -130,24 +136,22 @@ def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
     return sum((counts[k] - total * p) ** 2 / (total * p) for k, p in expected.items())
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.7),
-        SamplingParams(top_k=5),
-        SamplingParams(top_p=0.9),
-        SamplingParams(temperature=1.5, min_p=0.2),
-    ],
-    ids=["plain", "temperature", "top_k", "top_p", "min_p"],
-)
-@pytest.mark.parametrize("varied", ["seed", "position"])
-def test_sampled_frequencies_are_the_probabilities(params: SamplingParams, varied: str) -> None:
+FILTERED = {
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.7),
+    "top_k": SamplingParams(top_k=5),
+    "top_p": SamplingParams(top_p=0.9),
+    "min_p": SamplingParams(temperature=1.5, min_p=0.2),
+}
+
+
+@pytest.mark.parametrize(("varied", "params"), [("position", "plain"), *(("seed", name) for name in FILTERED)])
+def test_sampled_frequencies_are_the_probabilities(varied: str, params: str) -> None:
     logits = [1.0, 0.0, 0.5, -1.0, 2.0, 1.5, 0.2, -0.5]
-    drawn = tokens(torch.tensor(logits).expand(2000, -1), rows_over(varied, 2000, params))
+    drawn = tokens(torch.tensor(logits).expand(2000, -1), rows_over(varied, 2000, FILTERED[params]))
     counts = Counter(drawn)
     # 24.32 is the 99.9th percentile for 7 degrees of freedom; filtered rows have fewer.
-    assert chi_square(counts, literal_filter(logits, params)[0]) < 24.32
+    assert chi_square(counts, literal_filter(logits, FILTERED[params])[0]) < 24.32
 
 
 @pytest.mark.parametrize("varied", ["seed", "position"])
@@ -351,18 +355,19 @@ def test_best_is_the_head_of_a_stable_sort_and_all_tied_with_its_last(values: li
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(presence_penalty=1.0)])
-def test_nan_logits_name_their_request(params: SamplingParams) -> None:
+def test_nan_logits_end_their_request_and_no_other(params: SamplingParams) -> None:
     logits = torch.zeros(3, 40)
     logits[1, 17] = math.nan
     rows = [dataclasses.replace(row(params, position=4), request_id=i) for i in ("50", "51", "52")]
-    with pytest.raises(EngineError, match=r"request 51 at output position 4 .* nan"):
-        sample(logits, rows)
+    sampled = start_sampling(logits, rows).finish()
+    assert list(sampled.errors) == ["51"] and "at output position 4 have maximum nan" in sampled.errors["51"]
+    assert [token.request_id for token in sampled.tokens] == ["50", "52"]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_a_row_without_a_finite_maximum_cannot_be_sampled(value: float) -> None:
-    with pytest.raises(EngineError, match=f"maximum {value}"):
-        sample(torch.full((1, 4), value), [row(GREEDY)])
+    (error,) = start_sampling(torch.full((1, 4), value), [row(GREEDY)]).finish().errors.values()
+    assert f"maximum {value}" in error
 
 
 def test_logits_that_do_not_fit_the_rows_are_refused() -> None:

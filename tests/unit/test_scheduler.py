@@ -254,6 +254,6 @@ def test_with_schedule_local_every_request_stays_on_one_shard():
     for request_id in range(4):
         rig.add(str(request_id), [request_id] * 20, max_tokens=8)
     rig.run()
-    assert not any(segment.travels for plan in rig.plans for segment in plan.segments)
+    assert not any(segment.num_remote_groups for plan in rig.plans for segment in plan.segments)
     with pytest.raises(ContextOverflow, match="41 tokens"):
         rig.add("9", [1] * 41, max_tokens=1)

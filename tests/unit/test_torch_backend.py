@@ -17,10 +17,10 @@ GQA = (HeadBlock(0, 6, 0, 2),)
 RUNS = (QueryRun(0, 1, (Span(3, 9),)), QueryRun(2, 3, (Span(20, 1), Span(0, 2), Span(30, 7))), QueryRun(5, 1, ()))
 
 
-def inputs(tokens=7, q_heads=6, kv_heads=2, dim=8, slots=40, planes=2):
+def inputs(tokens=7, q_heads=6, kv_heads=2, dim=8, slots=40, kv_factor=2):
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(tokens, q_heads, dim, dtype=torch.float64, generator=generator)
-    kv = torch.randn(planes, kv_heads, slots, dim, dtype=torch.float64, generator=generator)
+    kv = torch.randn(kv_factor, kv_heads, slots, dim, dtype=torch.float64, generator=generator)
     return q, CacheRows(kv)
 
 
@@ -30,9 +30,9 @@ def assert_same(part, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("max_scores", [1, 100, 1 << 24])
-@pytest.mark.parametrize("planes", [1, 2])
-def test_attention_over_spans_does_not_depend_on_the_blocks(max_scores, planes):
-    q, kv = inputs(planes=planes)
+@pytest.mark.parametrize("kv_factor", [1, 2])
+def test_attention_over_spans_does_not_depend_on_the_blocks(max_scores, kv_factor):
+    q, kv = inputs(kv_factor=kv_factor)
     part = TorchBackend(CPU, max_scores).attend(q, RUNS, kv, GQA, SCALE)
     assert_same(part, ReferenceBackend().attend(q, RUNS, kv, GQA, SCALE))
 

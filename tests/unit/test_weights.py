@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from longspan.engine.rank.loading import Piece, TensorStore
+from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
 from longspan.weights.gguf import GGUFCheckpoint, hub_name
@@ -228,7 +228,7 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(shapes, message):
 def test_ranks_that_need_the_same_slice_share_one_copy(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
-    piece = [Piece("a", ((0, 3), (0, 4)), stacked=False)]
+    piece = [WeightPiece("a", ((0, 3), (0, 4)), stacked=False)]
     assert store.tensor(piece).data_ptr() == store.tensor(piece).data_ptr()
     assert store.linear(piece) is store.linear(piece)
 
@@ -237,8 +237,8 @@ def test_an_entry_of_a_stacked_tensor_is_loaded_transposed(tmp_path):
     stack = torch.randn(3, 4, 5)
     save_file({"s": stack, "b": stack[:, 0].clone()}, tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.float32)
-    assert torch.equal(store.tensor([Piece("s", ((1, 2), (0, 4), (2, 5)), stacked=True)]), stack[1, :, 2:].t())
-    assert torch.equal(store.tensor([Piece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
+    assert torch.equal(store.tensor([WeightPiece("s", ((1, 2), (0, 4), (2, 5)), stacked=True)]), stack[1, :, 2:].t())
+    assert torch.equal(store.tensor([WeightPiece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
 
 
 class Counting:
@@ -256,7 +256,9 @@ def test_a_rank_reads_its_own_slices_only(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     counting = Counting(SafetensorsCheckpoint(tmp_path))
     store = TensorStore(counting, torch.float32)
-    whole = store.tensor([Piece("a", ((2, 4), (0, 4)), stacked=False), Piece("a", ((5, 6), (0, 4)), stacked=False)])
+    whole = store.tensor(
+        [WeightPiece("a", ((2, 4), (0, 4)), stacked=False), WeightPiece("a", ((5, 6), (0, 4)), stacked=False)]
+    )
     assert torch.equal(whole, tensors()["a"][[2, 3, 5]])
     assert counting.elements == 3 * 4
 
@@ -274,7 +276,7 @@ def write_mxfp4(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     "index", [(slice(0, 3), slice(0, 128), slice(0, 6)), (slice(1, 2), slice(30, 70), slice(2, 5))]
 )  # fmt: skip
-def test_mxfp4_is_multiplied_out_slice_by_slice(tmp_path, index):
+def test_mxfp4_is_dequantised_slice_by_slice(tmp_path, index):
     whole = write_mxfp4(tmp_path)
     checkpoint = Mxfp4Checkpoint(SafetensorsCheckpoint(tmp_path))
     assert checkpoint.names() == {"w", "w_bias"}
@@ -306,7 +308,7 @@ def write_fp8(folder: Path, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [2, 4])
 @pytest.mark.parametrize("index", [(slice(0, 6), slice(0, 10)), (slice(1, 5), slice(3, 9))])
-def test_block_scaled_fp8_is_multiplied_out_slice_by_slice(tmp_path, block, index):
+def test_block_scaled_fp8_is_dequantised_slice_by_slice(tmp_path, block, index):
     whole = write_fp8(tmp_path, block)
     checkpoint = SafetensorsCheckpoint(tmp_path, (block, block))
     assert checkpoint.names() == {"w"}
@@ -337,7 +339,7 @@ def test_layers_for_drafting_may_be_in_the_checkpoint_and_are_not_read():
 def test_an_exact_parameter_stays_fp32_in_a_bf16_model(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     store = TensorStore(SafetensorsCheckpoint(tmp_path), torch.bfloat16)
-    assert torch.equal(store.tensor([Piece("b", ((0, 5),), stacked=False)], exact=True), tensors()["b"])
+    assert torch.equal(store.tensor([WeightPiece("b", ((0, 5),), stacked=False)], exact=True), tensors()["b"])
 
 
 def write_tokenizer(path: Path, pre: str, add_bos: bool | None) -> None:

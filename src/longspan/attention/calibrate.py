@@ -117,7 +117,7 @@ class Calibration:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
     def _rows(self, tokens: int) -> CacheRows:
-        return CacheRows(self._random(self.shape.planes, self.shape.kv_heads, tokens, self.shape.head_dim))
+        return CacheRows(self._random(self.shape.kv_factor, self.shape.kv_heads, tokens, self.shape.head_dim))
 
     def _attention(self, rows: int, tokens: int) -> Run:
         kv, q = self._rows(tokens), self._random(rows, self.shape.q_heads, self.shape.head_dim)

@@ -1,6 +1,6 @@
 """What each schedule would take, in seconds and bytes, and which is the cheapest.
 
-It owns what the formulas of schedules share, and the choice; pure Python. It gets the schedules, counts (`facts`) and
+It owns what the formulas of schedules share, and the choice; pure Python. It gets the schedules, counts (workload) and
 constants, measured at start-up or of a named machine, and must not know where they come from, nor which rank asks.
 """
 
@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
-from longspan.attention.workload import AttentionShape, ExpansionCost, GroupShape, Load, PhaseWorkload, WorkloadTotals
+from longspan.attention.workload import (
+    AttentionShape,
+    ComputeLoad,
+    ExpansionCost,
+    GroupShape,
+    PhaseWorkload,
+    WorkloadTotals,
+)
 from longspan.config import CostConstants, Fixed, require_choice
 from longspan.plan.reach import Moves
 
@@ -90,12 +97,14 @@ class CostModel:
         """The schedules under which something travels."""
         return tuple(schedule for schedule in self.schedules.values() if schedule.moves is not None)
 
-    def estimates(self, facts: PhaseWorkload) -> list[Estimate]:
+    def estimates(self, workload: PhaseWorkload) -> list[Estimate]:
         """Every schedule that could carry out the step."""
-        step = StepTotals(self, facts.totals(self.group.members))
+        step = StepTotals(self, workload.totals(self.group.members))
         return [Estimate(each.name, each.bytes(step), each.seconds(step)) for each in self.moving]
 
-    def compute(self, loads: Sequence[Load], heads: int, ranks_per_load: int = 1, visitors: bool = False) -> float:
+    def compute(
+        self, loads: Sequence[ComputeLoad], heads: int, ranks_per_load: int = 1, visitors: bool = False
+    ) -> float:
         """Seconds until the busiest rank has attended, with `heads` query heads each; visitors stay absorbed."""
         at, shape, seconds = self.constants, self.shape, []
         width, row = shape.head_dim + shape.out_dim, shape.kv_bytes * at.read_s
@@ -205,10 +214,10 @@ class ScheduleChooser:
     def __post_init__(self) -> None:
         require_choice("schedule", self.forced, ("auto", *self.model.schedules))
 
-    def choose(self, facts: PhaseWorkload) -> str:
+    def choose(self, workload: PhaseWorkload) -> str:
         """`local` if nothing travels; else the forced schedule, or the cheapest."""
-        if not sum(facts.rows):
+        if not sum(workload.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        return StepTotals(self.model, facts.totals(self.model.group.members)).cheapest().name
+        return StepTotals(self.model, workload.totals(self.model.group.members)).cheapest().name

@@ -19,10 +19,10 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class CacheRows:
-    """Keys and values [planes, Hkv, slots, D] of one layer; a latent cache has one plane for both.
+    """Keys and values [kv_factor, Hkv, slots, D] of one layer; a latent cache has one row for both.
 
-    Quantised values (int8 or float8_e4m3fn) have `scales` [planes, Hkv, slots, G] fp32: one for each of the G groups of
-    neighbouring elements whose widths are `groups`. A row then stands for value · scale.
+    Quantised values (int8 or float8_e4m3fn) have `scales` [kv_factor, Hkv, slots, G] fp32: one for each of
+    the G groups of neighbouring elements whose widths are `groups`. A row then stands for value · scale.
     """
 
     values: Tensor
@@ -54,13 +54,13 @@ class CacheRows:
         return CacheRows(_join([part.values for part in parts]), scales, self.groups)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """What the rows stand for: [planes, Hkv, slots, D]."""
+        """What the rows stand for: [kv_factor, Hkv, slots, D]."""
         if self.scales is None:
             return self.values
         return (self.values.float() * _spread(self.scales, self.groups)).to(dtype)
 
     def select(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """What single rows stand for: [N, D], of `places` [N] counted over planes, heads and slots."""
+        """What single rows stand for: [N, D], of `places` [N] counted over kv_factor, heads and slots."""
         values = self.values.view(-1, self.width).index_select(0, places)
         if self.scales is None:
             return values
@@ -73,7 +73,7 @@ class CacheRows:
         return self.values.is_contiguous()
 
     def packed(self) -> Tensor:
-        """As one tensor, to travel: the values, or of quantised rows bytes [planes, Hkv, slots, D + 4·G]."""
+        """As one tensor, to travel: the values, or of quantised rows bytes [kv_factor, Hkv, slots, D + 4·G]."""
         if self.scales is None:
             return self.values
         return torch.cat([self.values.view(torch.uint8), self.scales.contiguous().view(torch.uint8)], dim=-1)

@@ -46,7 +46,7 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     element_bytes: int  # of queries
-    planes: int = 2  # rows of a token in the cache: keys and values, or one latent
+    kv_factor: int = 2  # rows of a token in the cache: keys and values, or one latent
     value_dim: int | None = None  # of a result over cache rows; None: `head_dim`
     expansion: ExpansionCost = ExpansionCost()
     row_bytes: int | None = None  # of a cached row with its scales; None: as many as a query's of one head
@@ -76,7 +76,7 @@ class AttentionShape:
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values."""
         row = self.head_dim * self.element_bytes if self.row_bytes is None else self.row_bytes
-        return self.planes * self.kv_heads * row
+        return self.kv_factor * self.kv_heads * row
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class GroupShape:
 
 
 @dataclass(frozen=True)
-class Load:
+class ComputeLoad:
     """Attention to be computed in one place: kernel calls, tokens read, pairs of query row and token."""
 
     calls: int = 0
@@ -114,8 +114,8 @@ class WorkloadTotals:
 
     rows: tuple[int, ...]
     needed: tuple[int, ...]
-    by_shard: tuple[Load, ...]
-    by_pcp: tuple[Load, ...]
+    by_shard: tuple[ComputeLoad, ...]
+    by_pcp: tuple[ComputeLoad, ...]
 
 
 class PhaseWorkload:
@@ -150,5 +150,8 @@ class PhaseWorkload:
         for (_, shard), tokens in most.items():
             needed[shard] += tokens
         return WorkloadTotals(
-            tuple(self.rows), tuple(needed), tuple(Load(*x) for x in by_shard), tuple(Load(*x) for x in by_pcp)
+            tuple(self.rows),
+            tuple(needed),
+            tuple(ComputeLoad(*x) for x in by_shard),
+            tuple(ComputeLoad(*x) for x in by_pcp),
         )

@@ -1,6 +1,6 @@
-"""The cost model's constants of this machine, on ranks without an engine.
+"""Measure the constants of the cost model on this machine, on ranks without an engine.
 
-It owns the ranks that measure; what is measured is attention's own calibration.
+It owns starting the ranks; `attention/calibrate.py` measures.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from longspan.engine.setup import EngineSetup, resolve
 
 @dataclass(frozen=True)
 class _Measure:
-    """What every rank runs."""
+    """The function that every rank runs. It is a class so that it can be pickled."""
 
+    # the layout and the model
     config: EngineConfig
 
     def __call__(self, rank: int, make_group: MakeGroup, traffic: object) -> CostConstants:
@@ -27,6 +28,6 @@ class _Measure:
 
 
 def measure_constants(setup: EngineSetup) -> CostConstants:
-    """Of all ranks of a layout together, started as its executor would."""
+    """The constants of a layout, measured by all its ranks at the same time: threads or processes, by its executor."""
     ranks = run_on_ranks(setup.config.executor, setup.grid.world_size, _Measure(setup.config), setup.device_type)
     return combine(ranks)

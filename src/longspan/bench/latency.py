@@ -1,6 +1,6 @@
-"""Prefill and decode rates of one batch, for one contestant or for two in turn.
+"""Prefill and decode rates of one batch, for one contestant or for several in turn.
 
-It owns the order of the runs and the statistics; the contestants run themselves.
+It owns the order of the runs and the statistics; it must not know how a contestant runs a batch.
 """
 
 from __future__ import annotations
@@ -12,25 +12,32 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from longspan.bench.sides import LongspanSide, SideProcess, Timing, TransformersSide
+from longspan.bench.contestants import ContestantProcess, ContestantTiming, LongspanContestant, TransformersContestant
 
 _SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is run: `iterations` counted and `warmup` uncounted times."""
+class BatchLoad:
+    """The batch that is run."""
 
+    # tokens of each prompt
     input_len: int
+    # tokens to generate for each
     output_len: int
+    # number of prompts
     batch_size: int
+    # runs that are counted
     iterations: int
+    # runs before them that are not counted
     warmup: int
+    # seed of the prompts' random tokens
     seed: int
+    # random token ids are below this
     vocab_size: int
 
     def prompts(self, number: int) -> list[list[int]]:
-        """The prompts of one iteration, new each time."""
+        """The prompts of run `number`, different for each run."""
         generator = random.Random(self.seed + number)
         first = min(_SAFE_FIRST_TOKEN, self.vocab_size - 1)
         return [
@@ -39,15 +46,18 @@ class Load:
 
 
 def run_latency(
-    load: Load, sides: Mapping[str, LongspanSide | TransformersSide], on_progress: Callable[[str], None]
+    load: BatchLoad,
+    contestants: Mapping[str, LongspanContestant | TransformersContestant],
+    on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Rates of every side, and the first side's over each other's, from runs in turn (A B A B) on the same tokens.
+    """Rates of every contestant, and the ratios of the first one's rates to those of each other one.
 
-    A ratio is the median of the ratios of neighbouring runs, which a slow drift of the machine leaves alone.
+    Contestants run in turn (A B A B) on the same tokens. A ratio is the median of the ratios of neighbouring runs, so a
+    slow drift of the machine's speed does not change it.
     """
-    timings: dict[str, list[Timing]] = {name: [] for name in sides}
+    timings: dict[str, list[ContestantTiming]] = {name: [] for name in contestants}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(SideProcess(side)) for name, side in sides.items()}
+        processes = {name: stack.enter_context(ContestantProcess(side)) for name, side in contestants.items()}
         for name, process in processes.items():
             on_progress(f"loading {name}")
             process.wait_ready()
@@ -65,7 +75,7 @@ def run_latency(
     return report
 
 
-def _rates(prompt_tokens: int, runs: list[Timing]) -> dict[str, Any]:
+def _rates(prompt_tokens: int, runs: list[ContestantTiming]) -> dict[str, Any]:
     return {
         "ttft_s": _spread([run.prefill_s for run in runs]),
         "prefill_tokens_per_s": _spread([prompt_tokens / run.prefill_s for run in runs]),
@@ -77,7 +87,7 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
 
-def _ratio(ours: list[Timing], theirs: list[Timing]) -> dict[str, float | None]:
+def _ratio(ours: list[ContestantTiming], theirs: list[ContestantTiming]) -> dict[str, float | None]:
     pairs = list(zip(ours, theirs, strict=True))
     decode = [b.decode_s / b.decode_tokens * a.decode_tokens / a.decode_s for a, b in pairs if a.decode_tokens]
     return {

@@ -1,4 +1,4 @@
-"""Times a batch of requests through an engine: time to first token, decode rate, where pages lay.
+"""Time a batch of requests in an engine: time to first token, decode rate, placement of pages.
 
 It owns the clock and the definition of what is counted; it must not know how results are shown.
 """
@@ -19,16 +19,17 @@ PrefillWatcher = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a batch took. Seconds are wall clock.
+    """The outputs and times of a batch. Seconds are wall-clock time."""
 
-    `ttft_s` ends when the last request has its first token; `decode_tokens` are those that came after
-    that, in `decode_s`. `pages` is where the first request's context lay before it ended, in position order.
-    """
-
+    # in the order of the prompts
     outputs: tuple[RequestOutput, ...]
+    # pages of the first request before its last step, in order of positions
     pages: tuple[PageRef, ...]
+    # from the start until the last request has its first token
     ttft_s: float
+    # from then to the end
     decode_s: float
+    # tokens generated in `decode_s`, of all requests
     decode_tokens: int
 
     @property
@@ -38,17 +39,17 @@ class Measured:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens over the time to first token."""
+        """Prompt tokens per second until the last request has its first token."""
         return self.prompt_tokens / self.ttft_s if self.ttft_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second after the last first token; None if there were none."""
+        """Tokens generated per second after that moment; None if there were none."""
         return self.decode_tokens / self.decode_s if self.decode_tokens else None
 
 
 class _Run:
-    """One batch on its way."""
+    """The progress of one batch."""
 
     def __init__(self, engine: Engine, ids: Sequence[str]) -> None:
         self.engine = engine
@@ -58,7 +59,7 @@ class _Run:
         self._ids = list(ids)
 
     def step(self) -> list[RequestOutput]:
-        """One engine step; the requests of this batch that changed."""
+        """Run one engine step; returns the outputs of this batch that changed."""
         self.pages = self.engine.pages(self._ids[0]) or self.pages
         changed = [output for output in self.engine.step() if output.request_id in self._ids]
         for output in changed:
@@ -68,12 +69,12 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        """Whether every request is."""
+        """Whether every request has finished."""
         return len(self.outputs) == len(self._ids) and all(output.finished for output in self.outputs.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens so far, of all completions."""
+        """Tokens generated so far, of all completions."""
         return sum(len(c.token_ids) for output in self.outputs.values() for c in output.outputs)
 
 
@@ -84,10 +85,10 @@ def run_batch(
     on_prefill: PrefillWatcher | None = None,
     on_output: Watcher | None = None,
 ) -> Measured:
-    """Run the prompts together and time them; the engine should be idle.
+    """Run the prompts together and time them. The engine should be idle.
 
-    `on_prefill(done, total)` hears of the first prompt's progress, `on_output` of every change. If the
-    caller is interrupted, the requests are aborted.
+    `on_prefill(done, total)` is called with the first prompt's progress, `on_output` with every output that changed. On
+    an exception, such as an interrupt, the requests are aborted.
     """
     ids = [f"measured-{number}" for number in range(len(prompts))]
     started = now()

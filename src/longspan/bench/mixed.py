@@ -1,6 +1,6 @@
-"""Short chats beside long contexts: what placement by length gives, against everything spread and everything local.
+"""Compare three placements under a mixed load: short contexts local and long ones spread, all spread, all local.
 
-It owns the load and what is measured of it; each placement is an engine of its own, run in turn.
+It owns the load and the measurements; each placement has an engine of its own, and they run in turn.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from longspan.request import SamplingParams
 
 @dataclass(frozen=True)
 class MixedLoad:
-    """`chats` prompts of about `chat_len` tokens and `contexts` of `context_len`, all there from the start."""
+    """Requests of two kinds, all queued at the start."""
 
+    # number of short prompts
     chats: int
+    # their mean tokens
     chat_len: int
+    # number of long prompts
     contexts: int
+    # their tokens
     context_len: int
+    # tokens to generate for each request
     output_len: int
+    # seed of lengths and tokens
     seed: int
 
 
@@ -39,7 +45,10 @@ PLACEMENTS: Mapping[str, Mapping[str, Any]] = {
 def run_mixed(
     config: EngineConfig, load: MixedLoad, iterations: int, on_progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One row a placement, medians over `iterations` runs: tokens/s in all, and the chats' seconds between tokens."""
+    """One row for each placement: tokens per second in all, and milliseconds between the tokens of chats.
+
+    Values are medians over `iterations` runs.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in PLACEMENTS}
     for iteration in range(iterations):
         for name, options in PLACEMENTS.items():

@@ -1,4 +1,4 @@
-"""A function on N ranks, as threads or as processes: benchmarks of parts that need no engine.
+"""Run a function on N ranks, threads or processes, for benchmarks of parts that need no engine.
 
 It owns starting the ranks and collecting what they return; it must not know what they measure.
 """
@@ -25,13 +25,16 @@ MakeGroup = Callable[[Sequence[int]], Collectives]
 
 
 class RankFunction(Protocol):
-    """What every rank runs; it must be picklable for processes."""
+    """The function that every rank runs. Ranks that are processes need one that can be pickled."""
 
     def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> Any: ...
 
 
 def run_on_ranks(executor: str, world_size: int, function: RankFunction, device_type: str = "cpu") -> list[Any]:
-    """What each rank returned, in rank order."""
+    """Run `function` on `world_size` ranks; returns their results in rank order.
+
+    `executor` is `threads`; any other value means processes, on GPUs if `device_type` is `cuda`.
+    """
     if executor == "threads":
         return _as_threads(world_size, function)
     return _as_processes(world_size, function, device_type)

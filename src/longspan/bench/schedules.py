@@ -1,6 +1,6 @@
-"""Attention alone: every schedule in the same situations, and what the automatic choice loses against the best.
+"""Time every schedule of attention in the same situations, and compare the cost model's choice with the fastest.
 
-It owns the situations, the ranks' tensors and the timing; what travels and when is the engine's own code.
+It owns the situations, the ranks' tensors and the timing; the schedules are the engine's own code.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from longspan.plan.view import rank_view
 
 _MOVES = {name: schedule.moves for name, schedule in SCHEDULES.items()}
 _MEASURED = [name for name, moves in _MOVES.items() if moves is not None]
-_ELEMENT_BYTES = 4  # of queries and of cached rows
+_ELEMENT_BYTES = 4  # queries and cached rows are fp32
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A model's heads."""
+    """The heads of a model, as the configuration of one layer."""
 
     name: str  # for people
-    model: ModelConfig  # of one layer; what has nothing to do with attention is made up
+    model: ModelConfig  # one layer; sizes that do not concern attention are arbitrary
 
     @staticmethod
     def of(name: str, q_heads: int, kv_heads: int, head_dim: int, mla: MLAConfig | None = None) -> HeadShape:
-        """`head_dim` is the cache's, for MLA latent and rotary key together."""
+        """`head_dim` is the width of a cached row; with MLA that of latent and rotary key together."""
         model = ModelConfig(
             architecture=name, num_layers=1, hidden_size=1, num_q_heads=q_heads, num_kv_heads=kv_heads,
             head_dim=head_dim, intermediate_size=1, vocab_size=1, max_position_embeddings=1, rms_norm_eps=1.0,
@@ -59,12 +59,12 @@ class HeadShape:
 
     @property
     def query_dim(self) -> int:
-        """Width of a model's queries."""
+        """Width of one query head."""
         mla = self.model.mla
         return mla.query_dim + mla.rope_dim if mla else self.model.head_dim
 
     def layer(self, q_heads: int) -> AttentionLayer:
-        """A layer with random maps of so many heads."""
+        """An attention layer; with MLA it has random projections [Hq, D, rank] of `q_heads` heads."""
         mla = self.model.mla
         if mla is None:
             return AttentionLayer(0)
@@ -81,28 +81,34 @@ HEAD_SHAPES = (
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One situation on one layout."""
+class ScheduleCell:
+    """One situation in one layout."""
 
+    # the model's heads
     heads: HeadShape
+    # tensor parallel size
     tp: int
+    # prefill context parallel size
     pcp: int
+    # decode context parallel size
     dcp: int
+    # tokens that the step computes
     new: int
+    # tokens that are stored before it
     cached: int
 
     @property
     def grid(self) -> Grid:
-        """Its ranks."""
+        """The ranks of the layout."""
         return Grid(ParallelConfig(self.tp, self.pcp, self.dcp))
 
     @property
     def situation(self) -> Situation:
-        """What is computed."""
+        """The step that is measured."""
         return Situation(self.grid, self.new, self.cached)
 
     def model(self, constants: CostConstants) -> CostModel:
-        """What the engine would choose by."""
+        """The cost model with which the engine would choose a schedule."""
         grid = self.grid
         shape = attention_shape(grid, self.heads.model, self.layout, _ELEMENT_BYTES)
         group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)))
@@ -110,73 +116,86 @@ class Cell:
 
     @property
     def layout(self) -> KVLayout:
-        """A token in the cache."""
+        """The layout of a cached token."""
         return cache_layout(self.grid, self.heads.model, _ELEMENT_BYTES)
 
     def sharding(self, rank: int) -> Sharding:
-        """What a rank holds."""
+        """The heads that a rank holds."""
         return Sharding(self.grid, rank, self.heads.model.num_q_heads, self.heads.model.num_kv_heads)
 
     def q_heads(self, rank: int) -> int:
-        """Query heads a rank has."""
+        """Number of query heads of a rank."""
         start, stop = self.sharding(rank).q_extent
         return stop - start
 
     def kv_heads(self, rank: int) -> int:
-        """KV heads a rank holds."""
+        """Number of KV heads of a rank."""
         start, stop = self.sharding(rank).kv_extent
         return stop - start
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One schedule in one cell: measured and estimated seconds a layer, bytes sent by all ranks and by the formula."""
+class ScheduleTiming:
+    """The result of one schedule in one cell."""
 
+    # its name
     schedule: str
+    # measured time of one layer
     seconds: float
+    # the cost model's seconds for one layer
     estimated: float
+    # bytes sent by all ranks, as counted
     bytes: int
+    # bytes sent by all ranks, by the schedule's formula
     formula_bytes: int
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """All schedules of a cell; `chosen` is the automatic choice."""
+    """The results of all schedules in one cell."""
 
-    cell: Cell
-    timings: tuple[Timing, ...]
+    # what was measured
+    cell: ScheduleCell
+    # one for each schedule that sends anything
+    timings: tuple[ScheduleTiming, ...]
+    # the schedule that the cost model chooses
     chosen: str
+    # the cost model's constants, measured on these ranks and used for the choice
     constants: CostConstants
 
     @property
-    def best(self) -> Timing:
-        """The fastest."""
+    def best(self) -> ScheduleTiming:
+        """The fastest schedule."""
         return min(self.timings, key=lambda timing: timing.seconds)
 
     @property
     def regret(self) -> float:
-        """What the choice loses against the best, as a part of the best."""
+        """Extra time of the chosen schedule, relative to the fastest."""
         chosen = next(timing for timing in self.timings if timing.schedule == self.chosen)
         return chosen.seconds / self.best.seconds - 1
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one rank saw: for every cell and schedule (started, ended) of each repetition, and the bytes it sent."""
+    """The measurements of one rank."""
 
+    # the cost model's constants
     constants: CostConstants
+    # for each cell: by schedule the (start, end) of each repetition, and by schedule the bytes sent in one
     spans: tuple[tuple[dict[str, list[tuple[float, float]]], dict[str, int]], ...]
 
 
 @dataclass(frozen=True)
 class MeasureCells:
-    """What every rank runs: the cells of one layout and head shape."""
+    """The function that every rank runs."""
 
-    cells: tuple[Cell, ...]
+    # cells to measure, all of the same layout and head shape
+    cells: tuple[ScheduleCell, ...]
+    # repetitions that are counted
     iterations: int
 
     def __call__(self, rank: int, make_group: MakeGroup, traffic: Traffic) -> _Measured:
-        """Calibrate, then time every schedule in turn."""
+        """Measure the cost model's constants, then time every schedule in every cell."""
         first = self.cells[0]
         group = make_group(first.grid.context_group(rank))
         everyone = make_group(tuple(range(first.grid.world_size)))
@@ -191,11 +210,11 @@ class MeasureCells:
 
 
 def run_attention(
-    executor: str, cells: Sequence[Cell], iterations: int, on_progress: Callable[[str], None]
+    executor: str, cells: Sequence[ScheduleCell], iterations: int, on_progress: Callable[[str], None]
 ) -> list[CellResult]:
-    """Every cell measured; cells of one layout and head shape share their ranks and constants."""
+    """Measure all cells. Cells of the same layout and head shape share ranks and constants."""
     results: list[CellResult] = []
-    alike: dict[tuple[HeadShape, int, int, int], list[Cell]] = {}
+    alike: dict[tuple[HeadShape, int, int, int], list[ScheduleCell]] = {}
     for cell in cells:
         alike.setdefault((cell.heads, cell.tp, cell.pcp, cell.dcp), []).append(cell)
     for (heads, tp, pcp, dcp), members in alike.items():
@@ -205,14 +224,14 @@ def run_attention(
     return results
 
 
-def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellResult]:
+def _results(cells: Sequence[ScheduleCell], measured: Sequence[_Measured]) -> list[CellResult]:
     constants = combine([one.constants for one in measured])
     results: list[CellResult] = []
     for number, cell in enumerate(cells):
         expected = {e.schedule: e for e in estimates(cell.situation, cell.model(constants))[0]}
-        groups = cell.grid.head_shards
+        groups = cell.grid.head_shards  # the formula gives the bytes of one context group
         timings = tuple(
-            Timing(
+            ScheduleTiming(
                 schedule,
                 _elapsed([one.spans[number][0][schedule] for one in measured]),
                 expected[schedule].seconds,
@@ -227,19 +246,19 @@ def _results(cells: Sequence[Cell], measured: Sequence[_Measured]) -> list[CellR
 
 
 def _elapsed(ranks: Sequence[list[tuple[float, float]]]) -> float:
-    """Median over repetitions of the time from the first rank's start to the last one's end."""
+    """Median over repetitions of the time from the first rank's start to the last rank's end."""
     repetitions = zip(*ranks, strict=True)
     return float(median(max(end for _, end in r) - min(start for start, _ in r) for r in repetitions))
 
 
-def _ops(cell: Cell, rank: int) -> AttentionOps:
+def _ops(cell: ScheduleCell, rank: int) -> AttentionOps:
     model, shape = cell.heads.model, cell.model(CostConstants()).shape
     heads = Heads.of(cell.sharding(rank))
     return AttentionOps(CpuBackend(), heads, model.attention_scale, model.cached_value_dim, shape.expansion)
 
 
 def _measure(
-    cell: Cell,
+    cell: ScheduleCell,
     rank: int,
     ops: AttentionOps,
     group: Collectives,
@@ -252,11 +271,11 @@ def _measure(
     run, q, k, v = _prepare(cell, rank, ops, group, laid_out)
     spans: dict[str, list[tuple[float, float]]] = {schedule: [] for schedule in _MEASURED}
     sent: dict[str, int] = {}
-    for _ in range(count + 1):  # the first is not counted
+    for _ in range(count + 1):  # the first repetition is a warm-up
         for schedule in _MEASURED:
             attend = run[schedule]
             before = traffic.bytes_by_label.get(schedule, 0)
-            everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")
+            everyone.all_gather(torch.zeros(1), [1] * everyone.size, "barrier")  # ranks start together
             started = now()
             attend(layer, q, k, v)
             spans[schedule].append((started, now()))
@@ -265,9 +284,9 @@ def _measure(
 
 
 def _prepare(
-    cell: Cell, rank: int, ops: AttentionOps, group: Collectives, laid_out: LaidOut
+    cell: ScheduleCell, rank: int, ops: AttentionOps, group: Collectives, laid_out: LaidOut
 ) -> tuple[dict[str, Attention], Tensor, Tensor, Tensor]:
-    """An `Attention` for every schedule over one pool, and this rank's rows."""
+    """An `Attention` for each schedule, over one pool, and this rank's q [T, Hq, D] and k, v [T, Hkv, D]."""
     grid, heads, at = cell.grid, cell.heads, cell.grid.ranks[rank]
     layout = cell.layout.with_kv_heads(cell.kv_heads(rank))
     pool = KVPool(layout, (0,), cell.situation.pages, cell.situation.page_size, torch.float32)

@@ -1,6 +1,6 @@
-"""The scheduler's own time a decode step, without a model: does it grow with requests, or with context?
+"""Time the scheduler's work for one decode step, without a model, by number of requests and length of context.
 
-It owns the set-up around a bare scheduler; tokens are made up.
+It owns the setup of a scheduler without ranks; tokens are made up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHAPE = AttentionShape(q_heads=8, kv_heads=1, head_dim=128, element_bytes=2)
 def run_scheduling(
     running: int, contexts: Sequence[int], shards: int, page_size: int, steps: int, on_progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One row for each context length: µs a step for `schedule`, `commit` and the plan's encoding (medians)."""
+    """One row for each context length: median µs per step of `schedule`, `commit` and the plan's encoding."""
     rows = []
     for context in contexts:
         on_progress(f"{running} requests of {context:,} tokens")
@@ -46,7 +46,7 @@ def run_scheduling(
 
 
 def _filled(running: int, context: int, shards: int, page_size: int, steps: int) -> Scheduler:
-    """A scheduler whose requests have just finished their prefill."""
+    """A scheduler with `running` requests that have just finished their prefill."""
     pages = running * (2 + (context + steps + 2) // page_size // shards + 1)
     cache = CacheManager(page_size, (pages,) * shards, False)
     config = SchedulerConfig(

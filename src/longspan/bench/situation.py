@@ -1,6 +1,6 @@
-"""One request with so many tokens cached and so many new, as the scheduler lays it out over a grid.
+"""One request with given numbers of cached and new tokens, as the scheduler places it on a grid.
 
-It owns bringing a bare scheduler into that state; benchmarks and `explain` look at what it plans and counts.
+It owns bringing a scheduler without ranks into that state; benchmarks and `explain` read the plan and the workload.
 """
 
 from __future__ import annotations
@@ -22,41 +22,50 @@ from longspan.scheduler.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Situation:
-    """A step that computes `new` tokens of a request of which `cached` are stored, spread over all shards."""
+    """A step that computes new tokens of one request, whose cached tokens are spread over all shards."""
 
+    # the layout
     grid: Grid
+    # tokens that the step computes
     new: int
+    # tokens stored before it
     cached: int
+    # tokens of a page
     page_size: int = 16
+    # window of each layer group; None: full attention
     windows: tuple[int | None, ...] = (None,)
 
     @property
     def pages(self) -> int:
-        """Pages of a shard: enough for all of it, however it is cut."""
+        """Pages of each shard: enough for the whole request on one shard."""
         return 1 + -(-(self.new + self.cached) // self.page_size)
 
 
 @dataclass(frozen=True)
 class _Recorder(ScheduleChooser):
-    """Keeps what it was asked about, in the order of the questions."""
+    """A chooser that records the workloads for which it was asked to choose."""
 
+    # in the order of the calls
     asked: list[PhaseWorkload] = field(default_factory=list)
 
-    def choose(self, facts: PhaseWorkload) -> str:
-        self.asked.append(facts)
-        return super().choose(facts)
+    def choose(self, workloads: PhaseWorkload) -> str:
+        self.asked.append(workloads)
+        return super().choose(workloads)
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """The step's plan, what a rank knows of the request, and what the cost model was told for each kind of layer."""
+    """The step of a situation, planned but not computed."""
 
+    # the step's plan
     plan: StepPlan
+    # the page tables that a rank has after the plan
     mirror: Mirror
-    facts: tuple[PhaseWorkload, ...]
+    # the workload of each layer group
+    workloads: tuple[PhaseWorkload, ...]
 
     def under(self, schedule: str) -> StepPlan:
-        """The same plan with another schedule for all that travels."""
+        """The same plan with `schedule` in place of every schedule that is not `local`."""
 
         def forced(schedules: tuple[str, ...]) -> tuple[str, ...]:
             return tuple("local" if old == "local" else schedule for old in schedules)
@@ -66,7 +75,7 @@ class LaidOut:
 
 
 def lay_out(situation: Situation, model: CostModel) -> LaidOut:
-    """Schedule the cached tokens, then the new ones, without computing either."""
+    """Schedule the cached tokens in one step and the new tokens in another, without computing either."""
     length = situation.cached + situation.new
     grid = situation.grid
     cache = CacheManager(situation.page_size, (situation.pages,) * grid.num_shards, False)
@@ -79,6 +88,7 @@ def lay_out(situation: Situation, model: CostModel) -> LaidOut:
         plan = _next(scheduler)
         mirror.apply(plan)
         scheduler.commit(plan, StepResult())
+    # the next step has exactly the new tokens
     scheduler.config = SchedulerConfig(max_num_batched_tokens=situation.new, max_num_seqs=1, local_context=0)
     chooser.asked.clear()
     plan = _next(scheduler)
@@ -95,8 +105,8 @@ def _next(scheduler: Scheduler) -> StepPlan:
 
 
 def estimates(situation: Situation, model: CostModel) -> list[list[Estimate]]:
-    """For each kind of layer what every schedule would take, cheapest first; empty where nothing has to travel."""
+    """For each layer group the estimates of all schedules, fastest first; empty if nothing has to travel."""
     return [
-        sorted(model.estimates(facts), key=lambda e: e.seconds) if sum(facts.rows) else []
-        for facts in lay_out(situation, model).facts
+        sorted(model.estimates(workloads), key=lambda e: e.seconds) if sum(workloads.rows) else []
+        for workloads in lay_out(situation, model).workloads
     ]

@@ -1,6 +1,6 @@
-"""Continuous batching under a random load: requests and tokens a second.
+"""Requests and tokens per second of continuous batching under a random load.
 
-It owns the load and the counting; the engine is used as any caller uses it.
+It owns the load and the counting; it uses the engine's public interface only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SPREAD = 0.5  # lengths are uniform within ±50 % of the mean
 def run_throughput(
     engine: Engine, num_prompts: int, input_len: int, output_len: int, seed: int, on_done: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Queue all requests at once and run them to the end; `on_done` hears how many have finished."""
+    """Queue all requests at once and run them to the end. `on_done` is called with the number that have finished."""
     generator = random.Random(seed)
     vocab = engine.setup.model.vocab_size
 

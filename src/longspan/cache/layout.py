@@ -15,7 +15,7 @@ _SCALE_BYTES = 4
 class KVLayout:
     """The KV cache row of one token in one layer on one rank: keys and values of its KV heads; `num_layers` it holds.
 
-    With `planes` 1 there is one row for both, a latent (MLA): a value is the first `value_dim` elements of its key.
+    With `kv_factor` 1 there is one row for both, a latent (MLA): a value is the first `value_dim` elements of its key.
     A quantised row has an fp32 scale for each of `scale_groups`, runs of neighbouring elements of these widths.
     """
 
@@ -23,7 +23,7 @@ class KVLayout:
     kv_heads: int
     head_dim: int
     element_bytes: int
-    planes: int = 2
+    kv_factor: int = 2
     scale_groups: tuple[int, ...] = ()
 
     @property
@@ -34,7 +34,7 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes on one rank over all layers."""
-        return self.num_layers * self.planes * self.kv_heads * self.row_bytes
+        return self.num_layers * self.kv_factor * self.kv_heads * self.row_bytes
 
     def with_kv_heads(self, kv_heads: int) -> KVLayout:
         """The layout of a rank with another number of KV heads."""
@@ -50,4 +50,4 @@ class KVLayout:
         Heads come before slots: attention over one head then streams adjacent memory (1.5-2x faster on a CPU
         than token-major rows at 32k tokens).
         """
-        return (self.planes, self.kv_heads, num_pages * page_size, self.head_dim)
+        return (self.kv_factor, self.kv_heads, num_pages * page_size, self.head_dim)

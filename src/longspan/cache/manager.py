@@ -92,7 +92,7 @@ class CacheManager:
 
     @property
     def is_loading(self) -> bool:
-        """Whether pages are being loaded, by a step under way or the next one."""
+        """Whether pages are being loaded, by a step in flight or the next one."""
         return bool(self._loading)
 
     def load(self, key: Key, shard: int, after: int | None) -> PageRef:

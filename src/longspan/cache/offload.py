@@ -100,7 +100,7 @@ def _blend(known: float | None, latest: float, weight: float) -> float:
 class _Slots:
     """The slots of one tier and their keys, the one used longest ago first.
 
-    A key is `busy` while a step under way reads or writes its slot: nobody else may then, because ranks do not wait
+    A key is `busy` while a step in flight reads or writes its slot: nobody else may then, because ranks do not wait
     for each other between steps.
     """
 
@@ -175,7 +175,7 @@ class OffloadIndex:
         return next((tier for tier, slots in self._tiers.items() if key in slots), None)
 
     def is_busy(self, key: Key) -> bool:
-        """Whether a step under way, or the next one, copies this key's page."""
+        """Whether a step in flight, or the next one, copies this key's page."""
         return any(key in slots.busy for slots in self._tiers.values())
 
     def published(self, key: Key, page: PageRef) -> None:

@@ -53,23 +53,23 @@ def latency(
     _at_least(0, warmup=warmup)
     if compare is not None:
         require_choice("compare", compare, ("transformers",))
-    from longspan.bench.latency import Load, run_latency
-    from longspan.bench.sides import LongspanSide, TransformersSide
+    from longspan.bench.contestants import LongspanContestant, TransformersContestant
+    from longspan.bench.latency import BatchLoad, run_latency
     from longspan.engine.rank.build import threads_per_rank
     from longspan.engine.setup import resolve
 
     config = replace(config, cache=replace(config.cache, enable_prefix_caching=False))
     setup = resolve(config)
-    sides: dict[str, LongspanSide | TransformersSide] = {"longspan": LongspanSide(config)}
+    contestants: dict[str, LongspanContestant | TransformersContestant] = {"longspan": LongspanContestant(config)}
     if compare_layout is not None:
         other = replace(config, parallel=ParallelConfig.parse("compare_layout", compare_layout))
-        sides[compare_layout] = LongspanSide(other)
+        contestants[compare_layout] = LongspanContestant(other)
     if compare is not None:
-        sides[compare] = TransformersSide(config, threads_per_rank(setup) * setup.grid.world_size)
-    load = Load(input_len, output_len, batch_size, iterations, warmup, config.seed, setup.model.vocab_size)
+        contestants[compare] = TransformersContestant(config, threads_per_rank(setup) * setup.grid.world_size)
+    load = BatchLoad(input_len, output_len, batch_size, iterations, warmup, config.seed, setup.model.vocab_size)
     console = Console(stderr=True)
     with console.status("starting") as status:
-        report = run_latency(load, sides, status.update)
+        report = run_latency(load, contestants, status.update)
     _show_rates(console, report, load.batch_size)
     _print_json(as_json, {"model": config.model, "input_len": input_len, "batch_size": batch_size, **report})
 

@@ -19,8 +19,8 @@ from longspan.config import parse_integers, require, require_choice
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.bench.kernels.attention import Heads, Shared
-    from longspan.bench.kernels.bed import Bed, Row
+    from longspan.bench.kernels.attention import KernelHeads, Shared
+    from longspan.bench.kernels.harness import Harness, KernelRow
 
 _WIDTH = 150
 _SIZES = {  # of each device, where the user gives none
@@ -72,17 +72,19 @@ def attention_kernel(
     whole = sizes["whole"] if shared_context is None else shared_context
     require(shards >= 1, "shards", shards, "must be at least 1", "give 1 or more")
     require(whole == 0 or whole >= shards, "shared_context", whole, "is less than a token a shard", "give more, or 0")
-    from longspan.bench.kernels.attention import Scene, run_scenes, run_shards
+    from longspan.bench.kernels.attention import AttentionCase, run_scenes, run_shards
 
-    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
-        rows: list[Row] = []
+    def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
+        rows: list[KernelRow] = []
         shared: dict[str, Any] = {}
         for of in found:
             for name in stored:
-                rows += run_scenes(bed, "decode", [Scene(of, name, b, 1, c) for c in contexts for b in batches])
-                rows += run_scenes(bed, "prefill", [Scene(of, name, 1, new, c) for new, c in pairs])
+                rows += run_scenes(
+                    harness, "decode", [AttentionCase(of, name, b, 1, c) for c in contexts for b in batches]
+                )
+                rows += run_scenes(harness, "prefill", [AttentionCase(of, name, 1, new, c) for new, c in pairs])
                 if whole:
-                    parts, shares = run_shards(bed, Scene(of, name, 1, 1, whole), shards)
+                    parts, shares = run_shards(harness, AttentionCase(of, name, 1, 1, whole), shards)
                     rows += parts
                     shared |= {f"{of.name} {name} {backend}": _plain(share) for backend, share in shares.items()}
         return rows, {"shards": shards, "shared": shared}
@@ -104,8 +106,8 @@ def merge(
     require(parts >= 2, "parts", parts, "leaves nothing to merge", "give 2 or more")
     from longspan.bench.kernels.movement import run_merges
 
-    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
-        return [row for of in found for row in run_merges(bed, of, counts, parts)], {}
+    def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
+        return [row for of in found for row in run_merges(harness, of, counts, parts)], {}
 
     _run(device, backends, seconds, as_json, f"Merge of {parts} partials", measure)
 
@@ -126,26 +128,27 @@ def kv_write(
         require_choice("kv_cache_dtype", name, ("auto", "fp8", "int8"))
     from longspan.bench.kernels.movement import run_writes
 
-    def measure(bed: Bed) -> tuple[list[Row], dict[str, Any]]:
-        return [row for of in found for row in run_writes(bed, of, stored, counts)], {}
+    def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
+        return [row for of in found for row in run_writes(harness, of, stored, counts)], {}
 
     _run(device, backends, seconds, as_json, "Writing the cache", measure)
 
 
 def _run(
     device: str, backends: str, seconds: float, as_json: bool, title: str,
-    measure: Callable[[Bed], tuple[list[Row], dict[str, Any]]],
+    measure: Callable[[Harness], tuple[list[KernelRow], dict[str, Any]]],
 ) -> None:  # fmt: skip
     require(seconds > 0, "seconds", seconds, "must be positive", "give 0.3, say")
-    from longspan.bench.kernels.bed import as_json as plain
-    from longspan.bench.kernels.bed import make_bed
+    from longspan.bench.kernels.harness import as_json as plain
+    from longspan.bench.kernels.harness import make_harness
 
     console = Console(stderr=True, width=_WIDTH)
     with console.status("starting") as status:
-        bed = make_bed(device, () if backends == "all" else backends.split(","), seconds, status.update)
-        rows, more = measure(bed)
-    found = [plain(row, bed.ceilings) for row in rows]
-    console.print(f"copy {bed.ceilings.copy / 1e12:.3f} TB/s, matrix product {bed.ceilings.matmul / 1e12:.2f} TFLOP/s")
+        harness = make_harness(device, () if backends == "all" else backends.split(","), seconds, status.update)
+        rows, more = measure(harness)
+    found = [plain(row, harness.ceilings) for row in rows]
+    top = harness.ceilings
+    console.print(f"copy {top.copy / 1e12:.3f} TB/s, matrix product {top.matmul / 1e12:.2f} TFLOP/s")
     _show(console, title, found)
     for name, share in more.get("shared", {}).items():
         console.print(
@@ -153,7 +156,7 @@ def _run(
             f"merge {share['merge_share']:.3f}"
         )
     if as_json:
-        print(json.dumps({"device": _name(device), "ceilings": asdict(bed.ceilings), "rows": found, **more}))
+        print(json.dumps({"device": _name(device), "ceilings": asdict(harness.ceilings), "rows": found, **more}))
 
 
 def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -198,7 +201,7 @@ def _sizes(device: str) -> dict[str, Any]:
     return _SIZES[device]
 
 
-def _heads(names: str) -> list[Heads]:
+def _heads(names: str) -> list[KernelHeads]:
     from longspan.bench.kernels.attention import HEADS
 
     for name in names.split(","):

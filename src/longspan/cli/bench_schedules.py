@@ -52,10 +52,10 @@ def schedules(
     for name, found in zip(("new", "cached"), lengths, strict=True):
         require(min(found) >= 1, name, min(found), "must be at least 1", "give numbers of tokens")
     plots.check_plot(plot)
-    from longspan.bench.schedules import HEAD_SHAPES, Cell, run_attention
+    from longspan.bench.schedules import HEAD_SHAPES, ScheduleCell, run_attention
 
     cells = [
-        Cell(heads, *size, new_tokens, cached_tokens)
+        ScheduleCell(heads, *size, new_tokens, cached_tokens)
         for heads in HEAD_SHAPES for size in sizes for new_tokens in lengths[0] for cached_tokens in lengths[1]
     ]  # fmt: skip
     console = Console(stderr=True, width=_WIDTH)

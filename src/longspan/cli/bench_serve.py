@@ -87,9 +87,9 @@ def serve(
 ) -> None:
     """Throughput and latencies of an OpenAI-compatible server under load."""
     from longspan.bench.serving.client import Target
-    from longspan.bench.serving.dataset import Load, open_dataset
+    from longspan.bench.serving.dataset import RequestLoad, open_dataset
 
-    load = Load(
+    load = RequestLoad(
         dataset, dataset_path, num_prompts, input_len, output_len, vary, prefix_len, request_rate, speedup,
         max_input_len, seed, vocab_size, text_prompts or endpoint == "chat",
     )  # fmt: skip

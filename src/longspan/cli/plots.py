@@ -70,8 +70,6 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
 
     Each box has the fastest schedule, and the automatic choice with what it loses where they differ.
     """
-    from matplotlib.colors import to_rgb
-
     maps: dict[str, list[CellResult]] = {}
     for result in results:
         cell = result.cell
@@ -80,7 +78,6 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
     across = min(_MAPS_A_ROW, len(maps))
     size = (len(cached) * _BOX[0] + 0.6, len(news) * _BOX[1] + 0.7)
     figure, axes = _panels(f"{title}\n{_MAP_LEGEND}", ceil(len(maps) / across), across, size)
-    figure.set_layout_engine("constrained", hspace=0.08)
     for panel, (name, members) in zip(axes, maps.items(), strict=False):
         panel.set_title(name, fontsize=10, fontweight="bold")
         panel.set_xticks(range(len(cached)), [f"{tokens:,}" for tokens in cached])
@@ -90,17 +87,24 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
         for result in members:
-            x, y, best = cached.index(result.cell.cached), news.index(result.cell.new), result.best.schedule
-            colour = tuple(part * _MAP_SHADE for part in to_rgb(SCHEDULES[best].colour))
-            panel.bar(x, 0.96, 0.97, y - 0.48, color=colour)
-            text: dict[str, Any] = {"x": x, "ha": "center", "va": "center", "color": "white"}
-            agrees = result.chosen == best
-            panel.text(y=y if agrees else y - 0.18, s=best, fontsize=9, fontweight="bold", **text)
-            if not agrees:
-                panel.text(y=y + 0.22, s=f"{result.chosen} +{result.regret:.0%}", fontsize=8, **text)
+            _draw_box(panel, cached.index(result.cell.cached), news.index(result.cell.new), result)
     for unused in axes[len(maps) :]:
         unused.set_axis_off()
     return figure
+
+
+def _draw_box(panel: Axes, x: int, y: int, result: CellResult) -> None:
+    """The box of a situation in a map, around (x, y)."""
+    from matplotlib.colors import to_rgb
+
+    best = result.best.schedule
+    agrees = result.chosen == best
+    colour = tuple(part * _MAP_SHADE for part in to_rgb(SCHEDULES[best].colour))
+    panel.bar(x, 0.96, 0.97, y - 0.48, color=colour)
+    text: dict[str, Any] = {"x": x, "ha": "center", "va": "center", "color": "white"}
+    panel.text(y=y if agrees else y - 0.18, s=best, fontsize=9, fontweight="bold", **text)
+    if not agrees:
+        panel.text(y=y + 0.22, s=f"{result.chosen} +{result.regret:.0%}", fontsize=8, **text)
 
 
 def latency_lines(reports: Sequence[RunReport], title: str) -> Figure:
@@ -156,8 +160,10 @@ def memory_map(memory: Memory, title: str) -> Figure:
 def _panels(title: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, each of `size` inches."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.5), layout="constrained")
+    layout = ConstrainedLayoutEngine(hspace=0.08)  # a part of a panel's height between rows
+    figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.5), layout=layout)
     figure.suptitle(title, parse_math=False)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)

@@ -178,7 +178,7 @@ class SchedulerConfig:
         0, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the text itself",
         name="speculative", parse=drafted_tokens,
     )  # fmt: skip
-    run_ahead: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
+    async_scheduling: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
 
     def __post_init__(self) -> None:
         require(

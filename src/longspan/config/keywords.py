@@ -36,7 +36,7 @@ class EngineOptions(TypedDict, total=False):
     local_context: int | None
     schedule: str
     speculative: str | None
-    run_ahead: bool | None
+    async_scheduling: bool | None
     executor: str
     cluster: ClusterConfig | None
     step_timeout: float | None

@@ -82,8 +82,9 @@ class DecodeRole(Role):
         """
         known = len(request.prompt_token_ids) + len(request.output_token_ids) - 1
         scored = request.params.prompt_logprobs is not None  # every token is wanted, not only its KV
+        salted = request.params.cache_salt != ""  # a prefill instance would share its pages with everybody
         peers = request.prefill_at or self._own_peers
-        if not peers or scored or known - self._cached(request) <= self._page_size:
+        if not peers or scored or salted or known - self._cached(request) <= self._page_size:
             return False
         remote = self._remotes[request.request_id] = _Remote(request, list(peers))
         if peers is self._own_peers:

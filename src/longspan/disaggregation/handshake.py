@@ -25,7 +25,7 @@ _NAMES = {
     "weights": "weights (another model or revision)",
     "dtype": "dtype",
     "kv_cache_dtype": "kv_cache_dtype",
-    "planes": "planes of a cache row",
+    "kv_factor": "rows of a token in the cache",
     "row_bytes": "bytes of a cache row",
 }
 
@@ -35,7 +35,7 @@ def format_of(setup: InstanceSetup) -> Format:
     model = blake2b(repr(setup.model).encode(), digest_size=8).hexdigest()
     return Format(
         PROTOCOL, model, _weights(setup.source.checkpoint), str(setup.dtype),
-        setup.config.cache.dtype, setup.layout.planes, setup.layout.row_bytes,
+        setup.config.cache.dtype, setup.layout.kv_factor, setup.layout.row_bytes,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class Format(msgspec.Struct, frozen=True):
     weights: str
     dtype: str
     kv_cache_dtype: str
-    planes: int
+    kv_factor: int
     row_bytes: int
 
 

@@ -22,7 +22,7 @@ _FEW_SPANS = 4  # up to this many are copied as slices, more through an index
 class PoolAccess:
     """A rank's pool, whose KV heads are [heads[0], heads[1]) of the model's.
 
-    A block is, for each layer, [planes, heads, tokens, bytes of a row]: values, then scales if rows have any.
+    A block is, for each layer, [kv_factor, heads, tokens, bytes of a row]: values, then scales if rows have any.
     """
 
     def __init__(self, pool: KVPool, heads: Extent, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class PoolAccess:
             self._stream.synchronize()
 
     def _tensors(self, layer: int) -> Iterator[Tensor]:
-        """A layer's tensors as bytes [planes, heads, slots, bytes]."""
+        """A layer's tensors as bytes [kv_factor, heads, slots, bytes]."""
         rows = self._pool.layers[layer]
         yield rows.values.view(torch.uint8)
         if rows.scales is not None:

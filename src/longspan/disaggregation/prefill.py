@@ -19,7 +19,7 @@ from longspan.plan.plan import StepPlan
 from longspan.plan.source import Part, Source
 from longspan.request import CoreRequest, SamplingParams, TokenOutput
 
-_PULSE_SECONDS = 1.0
+_KEEP_ALIVE_SECONDS = 1.0
 PREFILL_ONLY = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 CheckPrompt = Callable[[list[int]], str | None]
 
@@ -87,7 +87,7 @@ class PrefillRole(Role):
                         self.counters.sent += self._prompts[request].computed is not None
                         self._drop(request)
         now = time.monotonic()
-        if now - self._pulsed >= _PULSE_SECONDS:
+        if now - self._pulsed >= _KEEP_ALIVE_SECONDS:
             self._pulsed = now
             self._look_after(now)
 

@@ -35,7 +35,7 @@ class Pulls:
     """Tokens move from missing over asked to here, each cell for itself.
 
     `wanted` are the positions this rank stores, in order; `limits[c]` is the most tokens of cell c in one pull. Tokens
-    are offered by the ranks that have them, again if need be: what is here or under way is not asked for twice.
+    are offered by the ranks that have them, again if need be: what is here or in flight is not asked for twice.
     """
 
     def __init__(self, cells: Sequence[Cell], wanted: Sequence[Extent], limits: Sequence[int]) -> None:

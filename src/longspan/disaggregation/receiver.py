@@ -1,6 +1,6 @@
 """A decode rank's side of a transfer: asks for the tokens it is to store, and puts them into its pool.
 
-It owns what is under way to this rank and its bound; it must not decide what is fetched nor from whom.
+It owns what is in flight to this rank and its bound; it must not decide what is fetched nor from whom.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PageReceiver(TransferThread):
         self._new: list[tuple[Fetch, PageTable]] = []
         self._live: dict[str, int] = {}  # by request, its fetch: what may still be written
         self._active: dict[int, _Fetching] = {}  # by the fetch's number
-        self._under_way: dict[int, tuple[_Fetching, Pull]] = {}
+        self._in_flight: dict[int, tuple[_Fetching, Pull]] = {}
         self._blocks = count()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._poller = zmq.Poller()
@@ -108,11 +108,11 @@ class PageReceiver(TransferThread):
                         with self._failing_alone(fetching.fetch):
                             self._offer(fetching, address, runs)
             case messages.Block(block) if len(frames) == 2 and self._was_asked(address, block):
-                fetching, pull = self._under_way.pop(block)
+                fetching, pull = self._in_flight.pop(block)
                 with self._failing_alone(fetching.fetch):
                     self._store(fetching, pull, frames[1])
             case messages.Missing(block) if self._was_asked(address, block):
-                fetching, pull = self._under_way.pop(block)
+                fetching, pull = self._in_flight.pop(block)
                 fetching.pulls.refused(pull)
             case None:
                 for fetching in self._from(address):
@@ -124,7 +124,7 @@ class PageReceiver(TransferThread):
 
     def _was_asked(self, address: str, block: int) -> bool:
         """Whether a block is still wanted, and of that rank."""
-        fetching, pull = self._under_way.get(block, (None, None))
+        fetching, pull = self._in_flight.get(block, (None, None))
         return fetching is not None and pull is not None and fetching.fetch.source.addresses[pull.rank] == address
 
     def _offer(self, fetching: _Fetching, address: str, runs: Sequence[Extent]) -> None:
@@ -151,16 +151,16 @@ class PageReceiver(TransferThread):
         self._end_if_done(fetching)
 
     def _ask(self) -> None:
-        """As many blocks as may be under way, for the oldest fetches that have something to ask for."""
+        """As many blocks as may be in flight, for the oldest fetches that have something to ask for."""
         for fetching in list(self._active.values()):
             with self._failing_alone(fetching.fetch):
                 self._ask_for(fetching)
 
     def _ask_for(self, fetching: _Fetching) -> None:
         source = fetching.fetch.source
-        while len(self._under_way) < self._config.max_blocks and (pull := fetching.pulls.next()):
+        while len(self._in_flight) < self._config.max_blocks and (pull := fetching.pulls.next()):
             block = next(self._blocks)
-            self._under_way[block] = (fetching, pull)
+            self._in_flight[block] = (fetching, pull)
             ask = messages.Ask(source.life, block, source.request, pull.layers, pull.heads, pull.runs)
             self._socket(source.addresses[pull.rank]).send(messages.encode(ask))
 
@@ -192,10 +192,10 @@ class PageReceiver(TransferThread):
             self._forget(fetching)
 
     def _forget(self, fetching: _Fetching) -> None:
-        """Its blocks under way count no more: they may never come."""
+        """Its blocks in flight count no more: they may never come."""
         source = fetching.fetch.source
         del self._active[fetching.fetch.number]
-        self._under_way = {block: entry for block, entry in self._under_way.items() if entry[0] is not fetching}
+        self._in_flight = {block: entry for block, entry in self._in_flight.items() if entry[0] is not fetching}
         for address in {source.addresses[rank] for rank in fetching.pulls.ranks} & self._sockets.keys():
             self._sockets[address].send(messages.encode(messages.Unwatch(source.life, source.request)))
 

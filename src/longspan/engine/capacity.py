@@ -1,4 +1,4 @@
-"""What fits into the memory of a rank, and what attention moves: bytes of a model under a layout.
+"""Bytes of weights, cache and workspace on one rank, and the sizes that attention's cost depends on.
 
 It owns these sums, for the engine and for the planner; it must not allocate anything, nor know how long anything takes.
 """
@@ -19,11 +19,11 @@ from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
-from longspan.models.context import Loader, Provided
+from longspan.models.context import LayerContext, Loader
 from longspan.models.decoder import DecoderModel, Embedding, build_attention
 from longspan.models.experts import routed_expert, shared_expert
 from longspan.models.mlp import GatedMLP
-from longspan.models.moe import Router
+from longspan.models.moe import ExpertRouter
 from longspan.models.params import Extent, Param
 from longspan.models.registry import BuildModel
 from longspan.models.shapes import asked_by
@@ -31,26 +31,29 @@ from longspan.parallel.grid import Grid, split_evenly
 from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
 
-WORKSPACE_TOKENS = 16384  # tokens of other shards that a rank may hold at once
-_USABLE = 0.99  # of a device's memory; the rest is the driver's
+WORKSPACE_TOKENS = 16384  # tokens of other shards whose KV a rank may hold at once
+_USABLE = 0.99  # fraction of a device's memory; the CUDA driver takes the rest
 _RUNTIME_BYTES, _PEER_BYTES = 500_000_000, 300_000_000  # kernels and graphs; buffers of collectives for each peer
-_HIDDEN_COPIES, _LOGIT_COPIES = 6, 3  # of hidden states, of fp32 logits, alive at the peak of a step
+_HIDDEN_COPIES, _LOGIT_COPIES = 6, 3  # copies of hidden states and of fp32 logits at the peak of a step
 
 
 class HasMemory(Protocol):
-    """A device, as far as it matters here."""
+    """A device with memory."""
 
     @property
     def memory_bytes(self) -> float:
-        """Bytes of its memory."""
+        """Size of the device's memory."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Weights a rank holds of one part of a layer: elements, bytes an element, and the products they take part in."""
+class WeightPart:
+    """The weights of one part of a layer that a rank holds."""
 
+    # number of weights
     elements: float = 0.0
+    # bytes of one weight
     element_bytes: float = 2.0
+    # matrix products that they are used in
     products: int = 0
 
     @property
@@ -61,23 +64,31 @@ class Part:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A model on devices in a layout. Raises `ConfigError` where the layout is impossible for the model.
+    """The memory of one rank of a model in a layout. Raises `ConfigError` if the layout is impossible for the model."""
 
-    `memory_fraction` of a device's memory is used in all. `max_num_batched_tokens` and `max_num_seqs` bound a step and
-    so the workspace; `travelling_tokens` of other shards' keys are held at once. `build` is that of the model's family.
-    """
-
+    # the model's sizes
     model: ModelConfig
+    # the device of one rank
     hardware: HasMemory
+    # the layout
     parallel: ParallelConfig
+    # bytes of weights
     weights: WeightFormat
+    # bytes of one element of the cache; 1 means quantised
     kv_element_bytes: int
+    # tokens of a page
     page_size: int = 16
+    # fraction of the device's memory to use, for weights, workspace and cache together
     memory_fraction: float = 0.9
+    # ranks of one machine
     gpus_per_node: int = 8
+    # the most tokens of a step, which bounds its activations
     max_num_batched_tokens: int = 8192
+    # the most requests of a step, which bounds its logits
     max_num_seqs: int = 256
+    # tokens of other shards whose KV a rank holds at once
     travelling_tokens: int = WORKSPACE_TOKENS
+    # builds the model of its family
     build: BuildModel = DecoderModel
 
     def __post_init__(self) -> None:
@@ -86,65 +97,67 @@ class RankMemory:
 
     @cached_property
     def grid(self) -> Grid:
-        """The ranks, in machines of `gpus_per_node`."""
+        """The grid of ranks, with `gpus_per_node` ranks on each machine."""
         return Grid(replace(self.parallel, ranks_per_node=self.gpus_per_node))
 
     @cached_property
     def layout(self) -> KVLayout:
-        """A token's cache row on the rank that holds the most."""
+        """The cache's layout on the rank that holds the most layers and KV heads."""
         return cache_layout(self.grid, self.model, self.kv_element_bytes, quantised=self.kv_element_bytes == 1)
 
     @cached_property
-    def attention(self) -> Part:
-        """A layer's projections on one rank; q, k and v are one product."""
-        products = asked_by(lambda given: build_attention(self.model, 0, "", given)).matrices
-        return Part(self._held(chain(*products)), self.weights.attention, len(products))
+    def attention(self) -> WeightPart:
+        """Projections of one layer's attention on one rank. q, k and v are computed in one product."""
+        products = asked_by(lambda context: build_attention(self.model, 0, "", context)).matrices
+        return WeightPart(self._held(chain(*products)), self.weights.attention, len(products))
 
     @cached_property
-    def ffn(self) -> Part:
-        """A dense layer's MLP on one rank; gate and up are one product."""
-        return self._part(lambda given: GatedMLP(self.model, "", given), self.weights.ffn)
+    def ffn(self) -> WeightPart:
+        """The MLP of one dense layer on one rank. Gate and up are computed in one product."""
+        return self._part(lambda context: GatedMLP(self.model, "", context), self.weights.ffn)
 
     @cached_property
-    def shared(self) -> Part:
-        """A mixture's shared expert on one rank."""
+    def shared(self) -> WeightPart:
+        """The shared expert of one MoE layer on one rank."""
         moe = self.model.moe
-        return self._of_mixture(shared_expert, self.weights.ffn) if moe and moe.shared_intermediate_size else Part()
+        return (
+            self._of_mixture(shared_expert, self.weights.ffn) if moe and moe.shared_intermediate_size else WeightPart()
+        )
 
     @cached_property
-    def router(self) -> Part:
-        """A mixture's router, whole on every rank."""
-        return self._of_mixture(Router, self.weights.embedding)
+    def router(self) -> WeightPart:
+        """The router of one MoE layer. Every rank holds all of it."""
+        return self._of_mixture(ExpertRouter, self.weights.embedding)
 
     @cached_property
-    def expert(self) -> Part:
-        """One routed expert, whole."""
+    def expert(self) -> WeightPart:
+        """One routed expert, not divided."""
         return self._of_mixture(partial(routed_expert, expert=0), self.weights.experts)
 
     @cached_property
     def experts_held(self) -> int:
-        """Routed experts of a layer on the rank that holds the most."""
+        """Routed experts of one layer on the rank that holds the most of them."""
         moe = self.model.moe
         return -(-moe.num_experts // self.expert_holders) if moe else 0
 
     @cached_property
     def expert_holders(self) -> int:
-        """Ranks the experts of a layer are split over."""
+        """Number of ranks over which the routed experts of a layer are split."""
         return len(self.grid.expert_holders(0))
 
     @cached_property
-    def head(self) -> Part:
-        """The logits' product on one rank."""
-        return self._part(lambda given: Embedding(self.model, given), self.weights.embedding)
+    def head(self) -> WeightPart:
+        """The LM head, or the embedding, on one rank."""
+        return self._part(lambda context: Embedding(self.model, context), self.weights.embedding)
 
     @property
     def moe_layers(self) -> int:
-        """Layers with a mixture."""
+        """Number of MoE layers."""
         return len(self.model.moe.layers) if self.model.moe else 0
 
     @cached_property
     def weight_bytes(self) -> float:
-        """Bytes of weights on the rank that holds the most."""
+        """Bytes of weights on the rank that holds the most of them."""
         if self.build is not DecoderModel:
             return max(map(self._bytes_as_built, range(self.grid.world_size)))
         mixed = self.model.moe.layers if self.model.moe else frozenset()
@@ -154,13 +167,14 @@ class RankMemory:
         ]
         stages = [sum(each[slice(*split_evenly(len(each), self.grid.pp, n))]) for n in range(self.grid.pp)]
         stages[0] += self.head.bytes
+        # tied weights are held once only if the first stage is also the last
         if not self.model.tie_word_embeddings or len(stages) != 1:
             stages[-1] += self.head.bytes
         return max(stages)
 
     @property
     def workspace_bytes(self) -> float:
-        """Bytes a step takes at its peak beside weights and cache: runtime, peers' buffers, activations, logits."""
+        """Bytes that a step needs at its peak: runtime, buffers for peers, activations and logits."""
         model, rows, activation = self.model, self.max_num_batched_tokens, self.weights.embedding
         wide = self._mixture_row(model.moe) if model.moe else 3 * model.intermediate_size / self.grid.tp
         tokens = rows * activation * (_HIDDEN_COPIES * model.hidden_size + wide)
@@ -168,33 +182,33 @@ class RankMemory:
         return _RUNTIME_BYTES + _PEER_BYTES * (self.grid.world_size - 1) + tokens + logits
 
     def _mixture_row(self, moe: MoEConfig) -> float:
-        """Elements a token takes in a mixture: its copies for the experts it chose, their results, and inside."""
+        """Elements that one token needs in an MoE layer: for each chosen expert its input, output and activations."""
         inside = 3 * moe.intermediate_size / self.expert_holders
         return moe.experts_per_token * (2 * self.model.hidden_size + inside)
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes left for the cache of a rank; negative where the rest does not fit."""
+        """Bytes left for the cache of a rank; negative if weights and workspace do not fit."""
         usable = self.hardware.memory_bytes * _USABLE * self.memory_fraction
         return usable - self.weight_bytes - self.workspace_bytes
 
     @property
     def pages_per_shard(self) -> tuple[int, ...]:
-        """Pages of every shard; zeros where nothing fits."""
+        """Number of pages of each shard; zeros if no page fits."""
         return (max(0, self.layout.pages_in(int(self.cache_bytes), self.page_size)),) * self.grid.num_shards
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens the cache holds."""
+        """Number of tokens that the cache holds, over all shards."""
         return sum(self.pages_per_shard) * self.page_size
 
     def missing_bytes(self, tokens: int) -> float:
-        """Bytes that a rank lacks for one request of `tokens`; not positive where it has room."""
+        """Bytes that a rank lacks for one request of `tokens` tokens; zero or negative if the request fits."""
         pages = math.ceil(tokens / self.page_size / self.grid.num_shards)
         return pages * self.page_size * self.layout.bytes_per_token - self.cache_bytes
 
     def check_fits(self, tokens: int) -> None:
-        """Raise `ConfigError` with the missing GB of a rank unless a request of `tokens` fits."""
+        """Raise `ConfigError`, with the GB that a rank lacks, unless a request of `tokens` tokens fits."""
         missing = self.missing_bytes(tokens)
         if missing > 0:
             raise ConfigError(
@@ -204,26 +218,26 @@ class RankMemory:
                 "use more ranks, a smaller weight or cache format, or a shorter context",
             )  # fmt: skip
 
-    def _part(self, build: Callable[[Provided], object], element_bytes: float) -> Part:
+    def _part(self, build: Callable[[LayerContext], object], element_bytes: float) -> WeightPart:
         asked = asked_by(build)
-        return Part(self._held(asked.params), element_bytes, len(asked.matrices))
+        return WeightPart(self._held(asked.params), element_bytes, len(asked.matrices))
 
-    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> Part:
-        """Of a mixture; nothing where the model has none."""
+    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> WeightPart:
+        """A part of an MoE layer; empty if the model has no such layers."""
         moe, hidden = self.model.moe, self.model.hidden_size
         if moe is None:
-            return Part()
-        return self._part(lambda given: build(moe, hidden, "", given.loader), element_bytes)
+            return WeightPart()
+        return self._part(lambda context: build(moe, hidden, "", context.loader), element_bytes)
 
     def _held(self, params: Iterable[Param]) -> int:
-        """Elements on the rank that holds the most of them."""
+        """Number of elements of the parameters on the rank that holds the most of them."""
         found = list(params)
         return max(_elements(found, self._extent(rank)) for rank in self.grid.tp_group(0))
 
     def _bytes_as_built(self, rank: int) -> float:
-        """Bytes of a family that builds its own layers, all of its weights in the dtype of activations."""
+        """Bytes of a rank's weights in a family with layers of its own, all of them in the dtype of activations."""
         extent = self._extent(rank)
-        asked = asked_by(lambda given: self.build(self.model, given, torch.float32), extent)
+        asked = asked_by(lambda context: self.build(self.model, context, torch.float32), extent)
         return _elements(set(asked.params), extent) * self.weights.embedding
 
     def _extent(self, rank: int) -> Extent:
@@ -231,32 +245,35 @@ class RankMemory:
 
 
 def _elements(params: Iterable[Param], extent: Extent) -> int:
-    """Elements of parameters where such parts of the logical axes are held."""
+    """Number of elements of the parameters on a rank that holds the part `extent` of each logical axis."""
     return sum(math.prod(stop - start for start, stop in param.bounds(extent)) for param in params)
 
 
 def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:
-    """What a token costs on the rank that holds the most KV heads and layers; all ranks have as many pages."""
+    """The layout of a cached token on the rank that holds the most KV heads and layers.
+
+    That rank decides how many pages there are, because all ranks have the same number of them.
+    """
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
     groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
     return KVLayout(
-        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_planes,
+        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_factor,
         groups if quantised else (),
     )  # fmt: skip
 
 
 def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_bytes: int) -> AttentionShape:
-    """What attention's cost and bytes depend on, on one rank; `element_bytes` are those of activations."""
+    """The sizes on one rank that attention's cost and bytes depend on. `element_bytes` are those of activations."""
     mla, expansion = model.mla, ExpansionCost()
     if mla:
         expansion = ExpansionCost.of(mla.kv_lora_rank, mla.rope_dim, mla.query_dim, mla.value_dim)
-    start, stop = Sharding(grid, 0, model.num_q_heads, model.num_kv_heads).q_extent  # all ranks have as many
+    start, stop = Sharding(grid, 0, model.num_q_heads, model.num_kv_heads).q_extent  # the same number on every rank
     return AttentionShape(
         q_heads=stop - start,
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         element_bytes=element_bytes,
-        planes=layout.planes,
+        kv_factor=layout.kv_factor,
         value_dim=model.cached_value_dim,
         expansion=expansion,
         row_bytes=layout.row_bytes,

@@ -1,7 +1,6 @@
-"""The engine: requests in, tokens and text out, one step at a time.
+"""The engine in one process: requests in, tokens and text out, one step at a time.
 
-It owns the way between a core and its requests within one process; how tokens come to be is the core's, what users are
-owed the tracker's.
+It owns the loop between the core, which computes tokens, and the output processor, which turns them into outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from longspan.config import EngineConfig
 from longspan.engine.driver.build import build_core
 from longspan.engine.driver.core import EngineStats
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.tracker import Orders, RequestTracker
+from longspan.engine.frontend.output_processor import Orders, OutputProcessor
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.request import RequestOutput, SamplingParams
 from longspan.scheduler.sequence import SequenceState
@@ -31,7 +30,7 @@ class Engine:
         self.config = self.setup.config
         self.core = build_core(self.setup)
         self.scheduler, self.executor = self.core.scheduler, self.core.executor
-        self._tracker = RequestTracker(self.setup, tokenizer)
+        self._output_processor = OutputProcessor(self.setup, tokenizer)
         self._ended: list[RequestOutput] = []
 
     def add_request(
@@ -42,46 +41,46 @@ class Engine:
         prompt: str | None = None,
     ) -> None:
         """Queue a request. Raises `RequestError` at once if it can never be served."""
-        output = self._tracker.add(request_id, prompt_token_ids, params, prompt)
+        output = self._output_processor.add(request_id, prompt_token_ids, params, prompt)
         if output.finished:
             self._ended.append(output)
         self._carry_out()
 
     def abort(self, request_id: str) -> None:
-        """End a request now; its pages are free for the next step. Unknown ids are ignored."""
-        output = self._tracker.abort(request_id)
+        """End a request now. The next step can use its pages. Unknown ids are ignored."""
+        output = self._output_processor.abort(request_id)
         if output is not None:
             self._ended.append(output)
         self._carry_out()
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has work or outputs to give."""
-        return bool(len(self._tracker) or self._ended or self.core.has_unfinished)
+        """Whether `step` has work to do or outputs to return."""
+        return bool(len(self._output_processor) or self._ended or self.core.has_unfinished)
 
     def progress(self, request_id: str) -> tuple[int, int]:
-        """(prompt tokens computed or under way, prompt tokens) of a request's first completion: for a progress bar."""
+        """For a progress bar: prompt tokens computed or in flight, and all prompt tokens, of the first completion."""
         sequence = self._first_sequence(request_id)
         return (min(sequence.computed, sequence.num_prompt), sequence.num_prompt) if sequence else (0, 0)
 
     def pages(self, request_id: str) -> list[PageRef]:
-        """Where the context of a request's first completion lives now, in position order."""
+        """The pages that hold the context of a request's first completion now, in order of positions."""
         sequence = self._first_sequence(request_id)
         return list(sequence.table.pages) if sequence else []
 
     def step(self) -> list[RequestOutput]:
-        """One step of the core. Returns the requests that changed, finished ones for the last time."""
+        """Run one step of the core. Returns the requests that changed; a finished one is not returned again."""
         ended, self._ended = self._ended, []
-        changed = self._tracker.take(self.core.step())
+        changed = self._output_processor.take(self.core.step())
         self._carry_out()
         return [*ended, *changed]
 
     def stats(self) -> EngineStats:
-        """What is in use and what has travelled so far."""
+        """Requests, pages and counters at this moment."""
         return self.core.stats()
 
     def shutdown(self) -> None:
-        """End every rank; safe to call again."""
+        """End every rank. May be called more than once."""
         self.core.shutdown()
 
     def __enter__(self) -> Engine:
@@ -91,12 +90,12 @@ class Engine:
         self.shutdown()
 
     def _carry_out(self) -> None:
-        orders, self._tracker.orders = self._tracker.orders, Orders()
+        orders, self._output_processor.orders = self._output_processor.orders, Orders()
         for request in orders.start:
             self.core.add(request)
         for request_id in orders.finish:
             self.core.finish(request_id)
 
     def _first_sequence(self, request_id: str) -> SequenceState | None:
-        first = self._tracker.core_ids(request_id)[:1]
+        first = self._output_processor.core_ids(request_id)[:1]
         return next((s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request_id in first), None)

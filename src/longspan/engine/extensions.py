@@ -1,6 +1,6 @@
-"""What a caller adds to the built-in tables.
+"""Schedules, model families and backends that a caller adds to the built-in ones.
 
-It owns the checks of what is added; its members are Python objects, which only ranks of this process can be given.
+It owns the checks on them. They are Python objects, so only ranks in this process can use them.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from longspan.models.registry import BUILT_IN, Family
 
 @dataclass(frozen=True)
 class Extensions:
-    """What an engine has beside what is built in."""
+    """Schedules, families and backends that an engine has in addition to the built-in ones."""
 
-    # chosen from and forced like the built-in ones
+    # the cost model may choose them, and the user may force them
     schedules: tuple[Schedule, ...] = ()
-    # looked at before the built-in ones
+    # take precedence over the built-in families
     families: tuple[Family, ...] = ()
-    # likewise, where `auto` may choose them
+    # take precedence over the built-in backends when `auto` chooses
     backends: tuple[AttentionBackend, ...] = ()
 
     def all_schedules(self, executor: str) -> Mapping[str, Schedule]:
-        """The built-in schedules and these, by name. Raises `ConfigError` if the executor's ranks cannot have them."""
+        """The built-in schedules and these, by name. Raises `ConfigError` if the executor's ranks cannot use them."""
         _require_new("schedules", SCHEDULES, self.schedules, executor)
         return MappingProxyType({**SCHEDULES, **{schedule.name: schedule for schedule in self.schedules}})
 
     def all_backends(self, executor: str) -> Mapping[str, AttentionBackend]:
-        """These backends and the built-in ones, by name. Raises `ConfigError` likewise."""
+        """These backends and the built-in ones, by name. Raises `ConfigError` where `all_schedules` does."""
         _require_new("backends", BACKENDS, self.backends, executor)
         return MappingProxyType({**{backend.name: backend for backend in self.backends}, **BACKENDS})
 
     def all_families(self, executor: str) -> tuple[Family, ...]:
-        """These families and the built-in ones. Raises `ConfigError` if the executor's ranks cannot have them."""
+        """These families and the built-in ones. Raises `ConfigError` if the executor's ranks cannot use them."""
         _require_ranks_here("families", [name for family in self.families for name in family.architectures], executor)
         return (*self.families, *BUILT_IN)
 
@@ -45,7 +45,7 @@ class Extensions:
 def _require_new(
     field: str, built_in: Iterable[str], added: Sequence[Schedule | AttentionBackend], executor: str
 ) -> None:
-    """Raise `ConfigError` for a name that is taken, or ranks that cannot have what is added."""
+    """Raise `ConfigError` if a name is already used, or if the executor's ranks cannot use what is added."""
     names = tuple(one.name for one in added)
     _require_ranks_here(field, names, executor)
     for name in ("auto", *built_in):
@@ -54,7 +54,7 @@ def _require_new(
 
 
 def _require_ranks_here(field: str, added: Sequence[str], executor: str) -> None:
-    """Raise `ConfigError` if something is added that the executor's ranks cannot be given."""
+    """Raise `ConfigError` if something is added and the executor's ranks are not in this process."""
     require(
         not added or executor in ("threads", "dry"), field, added,
         f"executor={executor} has its ranks in other processes, which know the built-in {field} only",

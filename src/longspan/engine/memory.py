@@ -1,6 +1,6 @@
-"""What a GPU's free memory leaves for the KV cache, and whether the rest fits at all.
+"""The size of the KV cache on a GPU, from its free memory; an error if the model does not fit.
 
-It owns this check and its remedy; the sums are `capacity.py`'s. It must not allocate anything.
+It owns this check and the remedy that it names; `capacity.py` computes the sums. It must not allocate anything.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _MOST_RANKS = 64
 
 @dataclass(frozen=True)
 class _Device:
-    """A device of which so many bytes are free."""
+    """The free memory of a GPU, as a device for `RankMemory`."""
 
+    # bytes that are free
     memory_bytes: float
 
 
 def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledChoice) -> WeightFormat:
-    """Bytes of the weights of a model whose config.json has `values`: its own if they are kept, else `dtype`'s."""
+    """The format in which weights are held: that of config.json (`values`) if FP8 is kept, else `dtype`."""
     name = _FORMATS[dtype]
     return WeightFormat.named(name, name) if scaled.weights is None else WeightFormat.of(values, name)
 
@@ -45,9 +46,9 @@ def cache_bytes(
     config: EngineConfig, model: ModelConfig, weights: WeightFormat, cache_element_bytes: int, free: int,
     build: BuildModel = DecoderModel,
 ) -> int:  # fmt: skip
-    """Bytes for the cache of a rank whose device has `free` bytes: what was asked for, or what is left.
+    """Bytes of the cache of a rank whose device has `free` bytes: the configured size, or all that is left.
 
-    Raises `ConfigError` with needed and free GiB, and layouts that would fit, if it is not enough.
+    Raises `ConfigError` if that is too little, with the GiB that are needed and free and layouts that would fit.
     """
     utilisation = config.cache.gpu_memory_utilization
     device = _Device(free)
@@ -84,5 +85,5 @@ def _remedy(here: RankMemory, least: int) -> str:
 def _fits(here: RankMemory, layout: ParallelConfig, least: int) -> bool:
     try:
         return replace(here, parallel=layout).cache_bytes >= least
-    except ConfigError:  # not a layout for this model
+    except ConfigError:  # the model cannot be divided in this layout
         return False

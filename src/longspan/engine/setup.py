@@ -1,7 +1,6 @@
-"""From a user's options to what every worker needs to know, checked before anything is allocated.
+"""Resolve a user's configuration into the setup that every worker needs, before anything is allocated.
 
-It owns the resolution of model, dtype, lengths and page counts; it must not load weights or start
-ranks.
+It owns the resolution of model, dtypes, lengths, page counts and backend; it must not load weights or start ranks.
 """
 
 from __future__ import annotations
@@ -37,30 +36,43 @@ _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What a configuration means for a model. `pages_per_shard[s]` are the pages of shard s."""
+    """A resolved configuration."""
 
+    # the user's options, with every `auto` that is decided here resolved
     config: EngineConfig
+    # the model's files
     source: ModelSource
+    # the model's architecture
     family: Family
+    # the model's sizes
     model: ModelConfig
+    # coordinates of the ranks
     grid: Grid
+    # the cache's rows on the rank that holds the most
     layout: KVLayout
+    # number of pages of each shard
     pages_per_shard: tuple[int, ...]
+    # the most prompt and output tokens of a request
     max_model_len: int
+    # `cpu` or `cuda`
     device_type: str
+    # the attention backend, and why it was chosen
     backend: Choice
+    # whether FP8 weights are kept, and why
     scaled: ScaledChoice
-    # the built-in ones and those the caller has added, by name
+    # built-in schedules and those the caller has added, by name
     schedules: Mapping[str, Schedule]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations; `auto` is bfloat16 on a GPU, and float32 on a CPU: those without AVX-512
-        have no fast bf16."""
+        """Dtype of weights and activations.
+
+        `auto` is bfloat16 on a GPU, and float32 on a CPU, because bfloat16 is slow on CPUs without AVX-512.
+        """
         return _model_dtype(self.config, self.device_type)
 
     def device(self, number: int = 0) -> torch.device:
-        """The device of that number on a machine; a CPU is one whatever the number."""
+        """GPU `number` of this machine, or the CPU."""
         return torch.device(self.device_type, number) if self.device_type == "cuda" else torch.device("cpu")
 
     @property
@@ -75,13 +87,13 @@ class EngineSetup:
 
     @property
     def limits(self) -> Limits:
-        """What one request may ask for."""
+        """Limits on the length of one request."""
         schedule = self.config.scheduler.schedule
         return Limits.of(self.max_model_len, schedule, self.pages_per_shard, self.config.cache.page_size)
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of this layout, each with the remedy, and of the backend."""
+        """Notes printed at start: the backend, kept FP8 weights, and drawbacks of the layout with their remedies."""
         chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
         return [*chosen, *self.scaled.notes, *self._virtual_notes, *self._layout_notes]
 
@@ -106,30 +118,33 @@ class EngineSetup:
 
     @property
     def backend_shape(self) -> BackendShape:
-        """What the model asks of its attention backend."""
+        """The sizes and dtypes that an attention backend must support."""
         return _backend_shape(self.config, self.model, self.device_type)
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """What the choice of a schedule needs to know of a rank."""
+        """The sizes on one rank that the cost of a schedule depends on."""
         return attention_shape(self.grid, self.model, self.layout, self.dtype.itemsize)
 
     @property
     def records_decode(self) -> bool:
-        """Whether decode steps become CUDA graphs: not with experts, whose rows depend on their tokens, nor with ranks
-        that are threads of one process."""
+        """Whether decode steps are recorded as CUDA graphs.
+
+        They are not with experts, whose number of rows depends on the tokens, nor with pipeline stages, nor with
+        several ranks that are threads of one process.
+        """
         plain = self.model.moe is None and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
         return plain and alone and self.device_type == "cuda"
 
     @property
     def measures_cost(self) -> bool:
-        """Whether a schedule is chosen by constants that have to be measured; a lone shard has nothing to choose."""
+        """Whether the cost model's constants are measured at start: only where there is a schedule to choose."""
         chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1
         return chooses and self.config.cost is None and self.config.executor != "dry"
 
     def cost_model(self, constants: CostConstants) -> CostModel:
-        """What attention takes under this layout."""
+        """The cost model of attention under this layout."""
         group = self.grid.context_group(0)
         return CostModel(
             self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), self.schedules,
@@ -138,7 +153,7 @@ class EngineSetup:
 
 
 def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> EngineSetup:
-    """Read the model's configuration and fit the layout to it. Raises `ConfigError` or `ModelError`."""
+    """Resolve a configuration, for the model that it names. Raises `ConfigError` or `ModelError`."""
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
@@ -165,8 +180,8 @@ def resolve(config: EngineConfig, extensions: Extensions = NONE_ADDED) -> Engine
     )
     pages = _pages_per_shard(config, grid, layout)
     scheduler = config.scheduler.on_shards(max(pages) * config.cache.page_size)
-    if scheduler.run_ahead is None:
-        scheduler = replace(scheduler, run_ahead=device_type == "cuda")
+    if scheduler.async_scheduling is None:
+        scheduler = replace(scheduler, async_scheduling=device_type == "cuda")
     config = replace(config, scheduler=scheduler)
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
@@ -201,7 +216,10 @@ def _with_cache_bytes(
     config: EngineConfig, source: ModelSource, family: Family, model: ModelConfig, scaled: ScaledChoice,
     device_type: str,
 ) -> EngineConfig:  # fmt: skip
-    """With the cache's memory settled; every rank gets the number found here, by the first process that asks."""
+    """The configuration with the cache's memory decided.
+
+    The first process decides and ranks in other processes get its number, so that all have the same number of pages.
+    """
     if config.cache.memory_settled:
         return config
     found = config.cache.memory_bytes or _CPU_CACHE_BYTES
@@ -218,10 +236,10 @@ def _with_cache_bytes(
 
 
 def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str:
-    """The executor's name, never `auto`, for a machine with `gpus` GPUs.
+    """The name of the executor on a machine with `gpus` GPUs; `auto` is resolved.
 
-    Ranks on a CPU share one process and its weights; on GPUs each rank has a process and a device of its own. Raises
-    `ConfigError` if there are fewer devices than that takes.
+    Ranks on a CPU are threads of one process, which share its weights. On GPUs each rank has a process and a GPU of its
+    own. Raises `ConfigError` if there are too few GPUs.
     """
     chosen = wanted
     if wanted == "auto":
@@ -235,7 +253,7 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str
 
 
 def _check_cache_dtype(config: EngineConfig, device_type: str) -> None:
-    """Raise `ConfigError` where the GPU cannot read the cache."""
+    """Raise `ConfigError` if the GPU does not support the cache's dtype."""
     if device_type != "cuda":
         return
     require(
@@ -255,7 +273,7 @@ def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
 
 def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
     return BackendShape(
-        model.head_dim, model.cached_value_dim, model.kv_planes, config.cache.dtype in _QUANTISED,
+        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in _QUANTISED,
         _model_dtype(config, device_type),
     )  # fmt: skip
 

@@ -130,7 +130,7 @@ class ModelConfig:
         return self.mla.rope_dim if self.mla else self.head_dim
 
     @property
-    def kv_planes(self) -> int:
+    def kv_factor(self) -> int:
         """Cache rows a token and layer: keys and values, or one latent for both."""
         return 1 if self.mla else 2
 

@@ -90,7 +90,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Provided:
+class LayerContext:
     """What every layer is built from and talks to."""
 
     loader: Loader

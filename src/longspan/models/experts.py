@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
 from longspan.models.context import Linear, Loader
+from longspan.models.mlp import swiglu
 from longspan.models.params import Param
 
 _SWISH_SLOPE = 1.702  # of gpt-oss's gate
@@ -71,12 +71,6 @@ def _stacked(moe: MoEConfig, hidden: int, name: str, expert: int, loader: Loader
         loader.load(entry("down_proj_bias", hidden)),
         moe.swiglu_limit,
     )
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [R, gate | up] (Shazeer 2020)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:

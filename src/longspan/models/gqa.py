@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig
-from longspan.models.context import Attend, Provided
+from longspan.models.context import Attend, LayerContext
 from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
@@ -18,11 +18,11 @@ from longspan.models.rope import apply_rope
 class GroupedQueryAttention:
     """One layer's attention on the heads its loader gives."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
-        load, linear, extent = given.loader.load, given.loader.linear, given.loader.extent
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, context: LayerContext) -> None:
+        load, linear, extent = context.loader.load, context.loader.linear, context.loader.extent
         hidden, dim, q_heads, kv_heads = config.hidden_size, config.head_dim, config.num_q_heads, config.num_kv_heads
         qkv = (("q", q_heads, "q_heads"), ("k", kv_heads, "kv_heads"), ("v", kv_heads, "kv_heads"))
-        self._tp = given.tp
+        self._tp = context.tp
         self._dim = dim
         self._qkv = linear(
             *(Param(f"{prefix}.{n}_proj.weight", (heads * dim, hidden), (axis, None), dim) for n, heads, axis in qkv)

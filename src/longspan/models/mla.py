@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
-from longspan.models.context import Attend, Linear, Provided
+from longspan.models.context import Attend, LayerContext, Linear
 from longspan.models.layers import RMSNorm
 from longspan.models.params import Param
 from longspan.models.rope import apply_rope
@@ -22,15 +22,15 @@ _LATENT_NORM_EPS = 1e-6  # of the norms inside MLA, whatever the configuration s
 class MultiHeadLatentAttention:
     """One layer's attention on the query heads its loader gives; the latent is computed whole on every rank."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, given: Provided) -> None:
+    def __init__(self, config: ModelConfig, layer: int, prefix: str, context: LayerContext) -> None:
         if config.mla is None:
             raise TypeError("latent attention needs ModelConfig.mla")
         mla, hidden, heads, latent = config.mla, config.hidden_size, config.num_q_heads, config.mla.kv_lora_rank
         query, expanded, rank = mla.query_dim + mla.rope_dim, mla.query_dim + mla.value_dim, mla.q_lora_rank
-        load, linear = given.loader.load, given.loader.linear
+        load, linear = context.loader.load, context.loader.linear
         self._mla = mla
-        self._tp = given.tp
-        start, stop = given.loader.extent("q_heads", heads)
+        self._tp = context.tp
+        start, stop = context.loader.extent("q_heads", heads)
         self._heads = stop - start
         self._q_a: Linear | None = None
         self._q_norm: RMSNorm | None = None

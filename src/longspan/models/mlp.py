@@ -6,21 +6,21 @@ It owns its three projections; it must not know how wide its slice is.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
-from longspan.models.context import Provided
-from longspan.models.experts import swiglu
+from longspan.models.context import LayerContext
 from longspan.models.params import Param
 
 
 class GatedMLP:
     """down(silu(gate(x)) · up(x)) on the part of the width its loader gives."""
 
-    def __init__(self, config: ModelConfig, prefix: str, given: Provided) -> None:
-        load, linear = given.loader.load, given.loader.linear
+    def __init__(self, config: ModelConfig, prefix: str, context: LayerContext) -> None:
+        load, linear = context.loader.load, context.loader.linear
         hidden, wide = config.hidden_size, config.intermediate_size
         inner = [f"{prefix}.{name}_proj" for name in ("gate", "up")]
-        self._tp = given.tp
+        self._tp = context.tp
         self._gate_up = linear(*(Param(f"{name}.weight", (wide, hidden), ("ffn", None)) for name in inner))
         self._down = linear(Param(f"{prefix}.down_proj.weight", (hidden, wide), (None, "ffn")))
         self._gate_up_bias: Tensor | None = None
@@ -33,3 +33,9 @@ class GatedMLP:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
         summed = self._tp.all_reduce(self._down(swiglu(self._gate_up(x, self._gate_up_bias))))
         return summed if self._down_bias is None else summed + self._down_bias
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of [R, gate | up] (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

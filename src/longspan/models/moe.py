@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
-from longspan.models.context import Loader, Provided
+from longspan.models.context import LayerContext, Loader
 from longspan.models.experts import routed_expert, shared_expert
 from longspan.models.params import Param
 
 
-class Router:
+class ExpertRouter:
     """Which experts each row goes to: computed in fp32, whole on every rank."""
 
     def __init__(self, moe: MoEConfig, hidden: int, prefix: str, loader: Loader) -> None:
@@ -37,11 +37,11 @@ class Router:
 class MixtureOfExperts:
     """The experts in its loader's extent; rows reach all experts through the expert group."""
 
-    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, given: Provided) -> None:
-        loader = given.loader
-        self._tp = given.tp
-        self._group = given.experts
-        self._router = Router(moe, hidden, prefix, loader)
+    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, context: LayerContext) -> None:
+        loader = context.loader
+        self._tp = context.tp
+        self._group = context.experts
+        self._router = ExpertRouter(moe, hidden, prefix, loader)
         start, stop = loader.extent("experts", moe.num_experts)
         self._experts = {expert: routed_expert(moe, hidden, prefix, loader, expert) for expert in range(start, stop)}
         self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None

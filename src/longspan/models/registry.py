@@ -15,12 +15,12 @@ import torch
 from longspan.errors import UnsupportedModel
 from longspan.models import deepseek, gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
 from longspan.models.config import ModelConfig
-from longspan.models.context import Model, Provided
+from longspan.models.context import LayerContext, Model
 from longspan.models.decoder import DecoderModel
 from longspan.models.params import Param, Shapes, validate_checkpoint
 from longspan.models.shapes import asked_by
 
-BuildModel = Callable[[ModelConfig, Provided, torch.dtype], Model]
+BuildModel = Callable[[ModelConfig, LayerContext, torch.dtype], Model]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Family:
 
     def params(self, config: ModelConfig) -> list[Param]:
         """Every parameter of a model, without any being loaded."""
-        return asked_by(lambda given: self.build(config, given, torch.float32)).params
+        return asked_by(lambda context: self.build(config, context, torch.float32)).params
 
 
 def family_of(module: ModuleType | Family) -> Family:

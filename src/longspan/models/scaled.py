@@ -30,7 +30,7 @@ class BlockScaled(NamedTuple):
 class BlockScaledLinear:
     """x [T, in] → x̂ · weightᵀ + bias [out], where x̂ is x rounded to FP8 with a scale for each row's 128 columns.
 
-    With `fused` the product is PyTorch's `scaled_mm`, else the same is computed in fp32 from the weight multiplied out.
+    With `fused` the product is PyTorch's `scaled_mm`, else the same is computed in fp32 from the weight dequantised.
     """
 
     def __init__(self, weight: BlockScaled, fused: bool = False) -> None:

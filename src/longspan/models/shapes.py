@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longspan.models.context import Linear, Provided
+from longspan.models.context import LayerContext, Linear
 from longspan.models.params import Extent, Param, loaded_shape
 
 
@@ -49,10 +49,10 @@ class ShapeLoader:
         return _no_product
 
 
-def asked_by(build: Callable[[Provided], object], extent: Extent = _whole) -> ShapeLoader:
+def asked_by(build: Callable[[LayerContext], object], extent: Extent = _whole) -> ShapeLoader:
     """The loader of what `build` makes, with all that it was asked for; of every axis the part that `extent` gives."""
     loader = ShapeLoader(extent)
-    build(Provided(loader))
+    build(LayerContext(loader))
     return loader
 
 

@@ -80,7 +80,7 @@ class Collectives(ABC):
         return self._start_receive(shape, dtype, member)()
 
     def start_receive(self, shape: tuple[int, ...], dtype: torch.dtype, member: int) -> Arrival:
-        """The same, under way while the caller computes; call what is returned for the tensor."""
+        """The same, in flight while the caller computes; call what is returned for the tensor."""
         return self.traffic.trace.until_arrival("receive", self._start_receive(shape, dtype, member))
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:

@@ -16,7 +16,7 @@ from torch import Tensor
 from longspan.errors import WorkerDied
 from longspan.parallel.collectives import Arrival, Collectives, Traffic
 
-_MAX_LEAVING = 8  # sends to one group that may be under way
+_MAX_LEAVING = 8  # sends to one group that may be in flight
 Transfer = tuple[Callable[..., dist.Work | None], Tensor, int]
 """`dist.isend` or `dist.irecv`, what it reads or writes, and the member on the other side."""
 

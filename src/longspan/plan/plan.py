@@ -59,8 +59,9 @@ class Fetch:
 class Segment:
     """A run of new tokens of one request, computed by the TP group of one pcp index.
 
-    Some rank of the group lacks a page the segment attends to in the first `travels` of the model's layer groups,
-    which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one needs too.
+    Some rank of the group lacks a page the segment attends to in the first `num_remote_groups` of the model's layer
+    groups, which are in order of their windows, widest first: what a narrow window needs from elsewhere, a wider one
+    needs too.
     """
 
     request_id: str
@@ -71,7 +72,7 @@ class Segment:
     pcp: int
     # its phase: prefill or decode
     prefill: bool
-    travels: int
+    num_remote_groups: int
     # how many of its last rows give a token: none, one, or more to verify drafts
     sample: int
     # whether rows give the log-probabilities of the prompt tokens after them

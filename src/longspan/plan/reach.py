@@ -121,9 +121,9 @@ def reach(
 
     `moves` is what travels under `schedule`.
     """
-    local = [segment for segment in mine if segment.travels <= group]
+    local = [segment for segment in mine if segment.num_remote_groups <= group]
     moving = sorted(
-        (s for s in members if s.travels > group), key=lambda s: s.travels
+        (s for s in members if s.num_remote_groups > group), key=lambda s: s.num_remote_groups
     )  # the order of their ranks' rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
     keys_travel = moves == "keys"

@@ -87,7 +87,7 @@ def rank_view(
         members = [segment for segment in plan.segments if segment.prefill == prefill]
         if not members:
             continue
-        mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.travels)
+        mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.num_remote_groups)
         groups = [
             reach(schedule, group, window, members, mine, requests, place, moves[schedule])
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))

@@ -29,7 +29,7 @@ class Deployment(RankMemory):
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of a prompt's chunk: as many steps as stages are under way, and share what is computed at once."""
+        """Tokens of a prompt's chunk: as many steps as stages are in flight, and share what is computed at once."""
         return math.ceil(self.max_num_batched_tokens / self.grid.pp)
 
     @property

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longspan.engine.capacity import Part
+from longspan.engine.capacity import WeightPart
 from longspan.models.config import ModelConfig
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware
@@ -152,14 +152,14 @@ class LinearTime:
         size = rows * self._at.model.vocab_size * 4
         return self._product(self._at.head, rows).times(self._crowding(rows, all_rows)) + self._tp.send(size)
 
-    def _product(self, part: Part, rows: int) -> Seconds:
+    def _product(self, part: WeightPart, rows: int) -> Seconds:
         if not part.products:
             return Seconds()
         flops = part.elements * self._rounded(rows)
         found = self._timed(part, flops, part.bytes, rows, 1)
         return found + Seconds(latency=part.products * self._hardware.kernel_s)
 
-    def _timed(self, part: Part, multiplied: float, size: float, rows: float, tables: float) -> Seconds:
+    def _timed(self, part: WeightPart, multiplied: float, size: float, rows: float, tables: float) -> Seconds:
         """The slower of `multiplied` multiply-adds and of reading `size` bytes; measured: `rows` on each table."""
         machine = self._hardware
         if machine.product_s:

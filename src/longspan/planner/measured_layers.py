@@ -17,7 +17,7 @@ from torch import Tensor
 from longspan.attention.layer import AttentionLayer
 from longspan.clock import Run
 from longspan.models.config import ModelConfig
-from longspan.models.context import Linear, Provided
+from longspan.models.context import LayerContext, Linear
 from longspan.models.decoder import DecoderModel
 from longspan.models.layers import DenseLinear, table_product
 from longspan.models.params import Extent, Param
@@ -143,8 +143,8 @@ class LayerBench:
 
     def _model(self, layers: int) -> DecoderModel:
         """Layers between the first and the last, so that there are no ends."""
-        given = Provided(_MadeUp(self._bench, layers))
-        return DecoderModel(replace(self._shape, num_layers=layers + 2), given, self._bench.dtype)
+        context = LayerContext(_MadeUp(self._bench, layers))
+        return DecoderModel(replace(self._shape, num_layers=layers + 2), context, self._bench.dtype)
 
     def _products(self, rows: int) -> Run:
         """Every layer's products in turn."""
@@ -168,5 +168,5 @@ def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
 def _product_sizes(shape: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of the weights of a dense layer's products."""
     model = replace(shape, num_layers=3)
-    asked = asked_by(lambda given: DecoderModel(model, given, torch.float32), _inner(1))
+    asked = asked_by(lambda context: DecoderModel(model, context, torch.float32), _inner(1))
     return [(sum(param.shape[0] for param in product), product[0].shape[1]) for product in asked.matrices]

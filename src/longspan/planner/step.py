@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from longspan.attention.cost import CostModel, LayerTime, Priced, ScheduleChooser, StepTotals
 from longspan.attention.schedules import SCHEDULES
-from longspan.attention.workload import GroupShape, Load, WorkloadTotals
+from longspan.attention.workload import ComputeLoad, GroupShape, WorkloadTotals
 from longspan.planner.deployment import Deployment
 from longspan.planner.linear import LinearTime, Seconds
 
@@ -40,7 +40,7 @@ class StepTime:
     """Seconds of a step and of its parts, and what bounds it: compute, memory, link or latency.
 
     With pipeline stages it is the way through all of them: each is busy for its share of it, and as many steps as
-    stages are under way at once.
+    stages are in flight at once.
     """
 
     seconds: float
@@ -126,20 +126,20 @@ class StepModel:
         if window is None and not chunks[0].prefill and sum(rows) == len(chunks):
             needed = _sums("tokens_by_shard", chunks)
             calls = len(chunks) if self._per_segment else busy
-            by_shard = [Load(calls, reads, reads) for reads in needed]
+            by_shard = [ComputeLoad(calls, reads, reads) for reads in needed]
             each = [len(chunks), sum(needed), sum(needed)]
             by_pcp = [each] if len(rows) == 1 else _by_pcp(chunks, len(rows))
         else:
             needed, by_shard, by_pcp = self._general(chunks, window, len(rows))
         at_pcp = [
-            Load((count if self._per_segment else min(count, 1)) * members, int(reads), int(pairs))
+            ComputeLoad((count if self._per_segment else min(count, 1)) * members, int(reads), int(pairs))
             for count, reads, pairs in by_pcp
         ]
         return WorkloadTotals(rows, needed, tuple(by_shard), tuple(at_pcp))
 
     def _general(
         self, chunks: Sequence[Chunk], window: int | None, places: int
-    ) -> tuple[tuple[int, ...], list[Load], list[list[int]]]:
+    ) -> tuple[tuple[int, ...], list[ComputeLoad], list[list[int]]]:
         """Tokens needed of each shard, loads by shard, and (segments, reads, pairs) by pcp index, of any chunks."""
         reads, pairs = [0.0] * self.model.group.members, [0.0] * self.model.group.members
         by_pcp = [[0, 0, 0] for _ in range(places)]
@@ -157,7 +157,7 @@ class StepModel:
                     place[1] += round(total * seen)
                     place[2] += round(of_chunk * own / new)
         calls = len(chunks) if self._per_segment else sum(place[0] != 0 for place in by_pcp)
-        loads = [Load(calls, round(read), round(pair)) for read, pair in zip(reads, pairs, strict=True)]
+        loads = [ComputeLoad(calls, round(read), round(pair)) for read, pair in zip(reads, pairs, strict=True)]
         return tuple(map(round, reads)), loads, by_pcp
 
 

@@ -46,9 +46,9 @@ class Scheduler:
     the budget goes to prefills: those in progress by age, each leaving half of what is left for others, then
     waiting prompts that fit whole, so a short prompt passes a long one.
 
-    With pipeline stages as many steps as stages are under way at once: each takes its share of the budget and of the
-    decoding requests. With `run_ahead` a second step is under way beside the one that samples its tokens. In both cases
-    `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
+    With pipeline stages as many steps as stages are in flight at once: each takes its share of the budget and of the
+    decoding requests. With `async_scheduling` a second step is in flight beside the one that samples its
+    tokens. In both cases `commit` is called for each in order. A step's ranks carry it out after all earlier ones, so
     pages may change hands while earlier steps still use them.
     """
 
@@ -79,8 +79,8 @@ class Scheduler:
         self.accepted = 0
         self._finished: list[str] = []
         self._step = 0
-        self._runs_ahead = bool(config.run_ahead) and grid.pp == 1 and not config.prompt_lookup
-        self.steps_at_once = 2 if self._runs_ahead else grid.pp
+        self._async_scheduling = bool(config.async_scheduling) and grid.pp == 1 and not config.prompt_lookup
+        self.steps_at_once = 2 if self._async_scheduling else grid.pp
 
     def add(self, request: CoreRequest, source: Source | None = None) -> None:
         """Queue a request that `Limits.check` has passed.
@@ -122,7 +122,7 @@ class Scheduler:
         self._publish(sequence, sequence.computed)
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is nothing to compute, or not before a step under way is committed."""
+        """The next step, or None if there is nothing to compute, or not before a step in flight is committed."""
         while True:
             budget = self._micro_batch(self.config.step_tokens)
             step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
@@ -138,9 +138,9 @@ class Scheduler:
             sequence = self._sequences[request_id]
             sequence.computed = stop
             sequence.in_flight += 1
-        for segment in step.segments if self._runs_ahead else ():
+        for segment in step.segments if self._async_scheduling else ():
             sequence = self._sequences[segment.request_id]
-            if segment.sample and sequence.may_run_ahead:
+            if segment.sample and sequence.may_be_planned_ahead:
                 sequence.pending, sequence.sampled_on = sequence.pending + 1, segment.pcp
         self._step += 1
         finished, self._finished = tuple(self._finished), []
@@ -232,7 +232,7 @@ class Scheduler:
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
         while self.waiting and step.budget and len(self.running) + len(self._fetching) < self.config.running_limit:
             sequence = self.waiting.popleft()
-            if sequence.in_flight:  # preempted, but a step under way will still give it a token
+            if sequence.in_flight:  # preempted, but a step in flight will still give it a token
                 passed.append(sequence)
                 continue
             self._match_prefix(sequence)

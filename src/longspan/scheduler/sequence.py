@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from longspan.cache.pages import PageTable
-from longspan.cache.prefix import Key, page_key
+from longspan.cache.prefix import Key, page_key, root_key
 from longspan.plan.source import Source
 from longspan.request import CoreRequest
 from longspan.scheduler.lookup import PromptLookup
@@ -17,7 +17,7 @@ from longspan.scheduler.lookup import PromptLookup
 class SequenceState:
     """A request's tokens (prompt, then output), page table and progress.
 
-    `computed` counts tokens whose KV is stored or will be by the steps under way, of which `in_flight` have this
+    `computed` counts tokens whose KV is stored or will be by the steps in flight, of which `in_flight` have this
     request; `pending` counts tokens that they sample, the last on pcp index `sampled_on`, and that may be computed
     before they are known; `max_stored` bounds them, `cached_tokens` are those that the prefix cache had when the
     request was first admitted (None before), `published` the pages other requests can find. `home` is the one shard a
@@ -52,7 +52,7 @@ class SequenceState:
 
     @property
     def remaining(self) -> int:
-        """Tokens not yet computed: 1 for a request that decodes, less while its next ones are under way."""
+        """Tokens not yet computed: 1 for a request that decodes, less while its next ones are in flight."""
         return self.length - self.computed
 
     @property
@@ -71,7 +71,7 @@ class SequenceState:
         return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
 
     @property
-    def may_run_ahead(self) -> bool:
+    def may_be_planned_ahead(self) -> bool:
         """Whether the token it samples next may be computed before it is known: nothing looks back at it, and it is not
         the last one by length."""
         return not self.params.needs_history and self.params.grammar is None and self.length < self.max_stored
@@ -85,10 +85,10 @@ class SequenceState:
         self.home = None
 
     def page_keys(self, first: int, count: int, root: Key) -> Sequence[Key]:
-        """Content keys of whole pages [first, count)."""
-        size = self.table.page_size
+        """Content keys of whole pages [first, count); those of one cache salt are like no others."""
+        size, salt = self.table.page_size, self.params.cache_salt
         while len(self._keys) < count:
-            parent = self._keys[-1] if self._keys else root
+            parent = self._keys[-1] if self._keys else root_key(root, salt) if salt else root
             start = len(self._keys) * size
             self._keys.append(page_key(parent, self.tokens[start : start + size]))
         return self._keys[first:count]

@@ -40,7 +40,7 @@ class StepBuilder:
         self._new_pages: dict[str, list[PageRef]] = {}
         self.fetches: list[Fetch] = []
         self._windows = windows
-        self._facts = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
+        self._workloads = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
 
     def admit(self, sequence: SequenceState) -> None:
         """A waiting request joins; a short one gets a home shard."""
@@ -108,8 +108,8 @@ class StepBuilder:
             admitted=tuple(self._admitted),
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
-            decode_schedules=tuple(map(chooser.choose, self._facts[False])),
-            prefill_schedules=tuple(map(chooser.choose, self._facts[True])),
+            decode_schedules=tuple(map(chooser.choose, self._workloads[False])),
+            prefill_schedules=tuple(map(chooser.choose, self._workloads[True])),
             fetches=tuple(self.fetches),
         )
 
@@ -157,14 +157,14 @@ class StepBuilder:
 
     def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool, drafts: Sequence[int] = ()) -> None:
         length = piece.stop - piece.start
-        travels = 0
-        for window, facts in zip(self._windows, self._facts[prefill], strict=True):
+        num_remote_groups = 0
+        for window, workload in zip(self._windows, self._workloads[prefill], strict=True):
             visible = self._visible(sequence.table, piece, window)
             if not self._reaches_out(piece.pcp, visible):
                 break
             key = sequence.request_id if window is None else (sequence.request_id, piece.start)
-            facts.add(key, piece.pcp, length, visible)
-            travels += 1
+            workload.add(key, piece.pcp, length, visible)
+            num_remote_groups += 1
         self.segments.append(
             Segment(
                 request_id=sequence.request_id,
@@ -172,7 +172,7 @@ class StepBuilder:
                 token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
                 pcp=piece.pcp,
                 prefill=prefill,
-                travels=travels,
+                num_remote_groups=num_remote_groups,
                 sample=min(length, max(0, piece.stop + 1 - sequence.length)),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
                 pending=sequence.pending > 0,

@@ -1,6 +1,6 @@
-"""The HTTP application: endpoints, and errors in OpenAI's shape for whatever goes wrong.
+"""The HTTP application: endpoints, and answers to errors in OpenAI's format.
 
-It owns paths and status codes; generating is the engine's, the bodies' meaning their own modules'.
+It owns paths and status codes; the engine generates, and the modules of the bodies interpret them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
@@ -38,8 +39,9 @@ from longspan.server.tokens import DetokenizeBody, TokenizeBody
 from longspan.version import __version__
 
 _ESCAPED_BYTES = 6  # \\u0001 for one byte
-_ID_BYTES = 8  # digits, comma and space of a token id
+_ID_BYTES = 8  # digits, comma and space of one token id
 _LEAST_BODY, _LARGEST_BODY = 2 << 20, 64 << 20
+_OTHER_TASKS = ("/v1/embeddings", "/v1/audio", "/v1/images", "/v1/moderations", "/v1/rerank", "/pooling", "/score")
 _LOG = logging.getLogger("longspan.server")
 _ERROR_BODY = {"application/json": {"example": Problem(400, "field=value: what is wrong; remedy").body()}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -53,28 +55,34 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Service:
-    """What the endpoints serve with."""
+    """Everything that the endpoints use."""
 
+    # completes prompts
     engine: AsyncEngine
+    # the tokenizer
     text: Text
+    # key and limits
     options: ServeOptions
+    # name of the served model
     model: str
+    # one of `TOOL_FORMATS`; None: tool calls in the text are not parsed
     tool_format: str | None
+    # when the server was started, in `time.monotonic()`
     started: float
 
     def check_model(self, asked: str | None) -> None:
-        """Raise `HttpError` for a model that is not served."""
+        """Raise `HttpError` (404) unless `asked` is the served model or None."""
         if asked is not None and asked != self.model:
             value = shortened(asked)
             raise HttpError(404, "model_not_found", "model", value, "is not served here", f"use {self.model!r}")
 
     def check_room(self) -> None:
-        """Raise `QueueFull` if too much waits already. What is being tokenised counts: it is about to be queued."""
+        """Raise `QueueFull` if too many requests wait. Those being tokenised count, as they will be queued next."""
         self.engine.check_room(ahead=self.text.num_pending)
 
     @property
     def max_body_bytes(self) -> int:
-        """As given, or what the longest prompt can need."""
+        """The configured limit, or else a limit that has room for the longest prompt."""
         if self.options.max_body_bytes is not None:
             return self.options.max_body_bytes
         ids = self.engine.setup.max_model_len * _ID_BYTES
@@ -87,20 +95,20 @@ class _ParsedRequest(Request):
     def __init__(self, request: Request, parsed: Body, raw: bytes) -> None:
         super().__init__(request.scope, request.receive)
         self._parsed = parsed
-        # kept only where something in it is signed: a long prompt would be held until its answer ends
+        # kept only if the body is signed, because a long one would be held in memory until its answer ends
         self._raw = raw if SIGNATURE_HEADER in request.headers else b"{}"
 
     async def body(self) -> bytes:
-        """As it was received if it is signed, else not empty, which is all that is asked for."""
+        """The body as it was received if it is signed; otherwise any body that is not empty, as FastAPI requires."""
         return self._raw
 
     async def json(self) -> Any:
-        """An instance of the endpoint's type, which passes its validation as it is."""
+        """The parsed body: an instance of the endpoint's body type, which FastAPI accepts without parsing it again."""
         return self._parsed
 
 
 def _route_class(reader: BodyReader) -> type[APIRoute]:
-    """Routes whose bodies are read strictly (no NaN, no lone surrogates, no invalid UTF-8) and within bounds."""
+    """A route class whose bodies are parsed by `reader`: strict JSON (no NaN, no lone surrogates), within bounds."""
 
     class Route(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
@@ -123,7 +131,10 @@ def _route_class(reader: BodyReader) -> type[APIRoute]:
 
 
 def _require_json(request: Request) -> None:
-    """A form's types are refused: a page of another site may send those without asking."""
+    """Raise `HttpError` unless the content type is JSON.
+
+    Browsers send the content types of forms to other sites without a CORS preflight, so any web page could send them.
+    """
     given = request.headers.get("content-type", "")
     media = given.partition(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
@@ -133,7 +144,7 @@ def _require_json(request: Request) -> None:
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application over an engine that somebody else starts and ends."""
+    """The application. Its caller starts and ends the engine."""
     app = FastAPI(title="Longspan", version=__version__, redoc_url=None)
     bounds = JsonBounds.of_model(service.engine.setup.max_model_len)
     app.router.route_class = _route_class(BodyReader(bounds))
@@ -145,6 +156,11 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     if service.options.keys:
         app.add_middleware(KeyCheck, keys=service.options.keys)
+    if service.options.allowed_origins:  # outermost: a browser asks first without the key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.options.allowed_origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )  # fmt: skip
     return app
 
 
@@ -241,6 +257,19 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         return Json(state_of(service.engine, await service.engine.state(), service.model, service.started))
 
 
+def _not_served(app: FastAPI, request: Request) -> str:
+    """Why a path or method is refused, and what there is in its place."""
+    path = shortened(request.scope["path"])
+    if request.scope["path"].startswith(_OTHER_TASKS):
+        return f"path={path}: this server generates text and does nothing else; ask a server of another kind"
+    served = [
+        f"{'/'.join(sorted(route.methods or ()))} {route.path}"
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    ]
+    return f"{request.method} {path}: is not served; there are {', '.join(served)}, and their fields at /docs"
+
+
 def _add_errors(app: FastAPI, service: Service) -> None:
     def tell(problem: Problem) -> Response:
         service.engine.metrics.failed(problem.status)
@@ -254,9 +283,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         return tell(problem_of_validation(error.errors(), error.body, known))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).name.lower()
-        return tell(Problem(error.status_code, str(error.detail), code=code, headers=error.headers or {}))
+        message = _not_served(app, request) if error.status_code in (404, 405) else str(error.detail)
+        return tell(Problem(error.status_code, message, code=code, headers=error.headers or {}))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -1,6 +1,6 @@
-"""The engine as the server's coroutines use it: prompts in, outputs as they grow, whatever happens to the ranks.
+"""The asynchronous engine of the server: prompts in, outputs as they grow, across restarts of the core.
 
-It owns requests in flight, their bounds and their survival of the core's death; it must not know of HTTP.
+It owns unfinished requests, the limit on their number and their resumption after a restart; it must not know of HTTP.
 """
 
 from __future__ import annotations
@@ -16,50 +16,61 @@ from typing import NoReturn
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import PeerCard
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.tracker import Orders, RequestTracker
+from longspan.engine.frontend.output_processor import Orders, OutputProcessor
 from longspan.engine.setup import EngineSetup
 from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
 from longspan.request import FinishReason, RequestOutput, SamplingParams, TokenOutput
 from longspan.server.core_client import CoreProcess
-from longspan.server.messages import AskState, CoreState, Finish, Ready, Start, Tokens
+from longspan.server.messages import AskState, CoreReady, CoreState, Finish, NewTokens, Start
 from longspan.server.metrics import Metrics
 
 _LOG = logging.getLogger("longspan.server")
-_MAX_STRIKES = 3  # deaths of the core that a request survives without a token in between
+_MAX_STRIKES = 3  # a request fails when the core has failed so many times since its last token
 _LONGEST_PAUSE = 5.0
 _STATE_SECONDS = 0.5
-_PULSE_SECONDS = 15.0
+_KEEP_ALIVE_SECONDS = 15.0
 _FOREVER = 1e8
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to complete; `prefill_at` are instances that can compute it."""
+    """One prompt to complete."""
 
+    # the prompt's tokens
     prompt_token_ids: Sequence[int]
+    # sampling parameters of its completions
     params: SamplingParams
+    # the prompt's text, where it has to be returned
     prompt: str | None = None
+    # addresses of instances that can compute the prompt
     prefill_at: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
 class _Call:
-    """A coroutine that waits for some requests; `arrived` and last `heard` of something, in `time.monotonic()`."""
+    """One call of `generate`. Times are in `time.monotonic()`."""
 
+    # when the call began
     arrived: float
+    # when it last yielded anything
     heard: float
+    # ids of its unfinished requests
     open: set[str] = field(default_factory=set)
+    # outputs that changed since it last yielded, by request id
     changed: dict[str, RequestOutput] = field(default_factory=dict)
+    # when each request had its first token
     first: dict[str, float] = field(default_factory=dict)
+    # set when there is something to yield or raise
     event: asyncio.Event = field(default_factory=asyncio.Event)
+    # the exception that ends the call
     error: LongspanError | None = None
 
 
 class AsyncEngine:
-    """Supervises a core in a process of its own.
+    """Runs a core in another process and restarts it when it ends or hangs.
 
-    When the core dies or hangs it is started again, and every request goes on from the tokens it has; a request that
-    sees three deaths without a token in between gets `EngineUnavailable`.
+    After a restart every request continues from the tokens that it has. A request fails with `EngineUnavailable` when
+    the core has failed three times without a token for it in between.
     """
 
     def __init__(
@@ -74,7 +85,7 @@ class AsyncEngine:
         self.metrics = metrics
         self.restarts = 0
         self.peer: PeerCard | None = None
-        self.tracker = RequestTracker(setup, tokenizer)  # the unfinished requests; others read it
+        self.output_processor = OutputProcessor(setup, tokenizer)  # also read by `state_of` and `Server`
         self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
@@ -91,12 +102,12 @@ class AsyncEngine:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every rank is, and new requests are welcome."""
+        """Whether every rank is ready and new requests are accepted."""
         return self._ready.is_set() and not self._draining
 
     @property
     def trouble(self) -> str | None:
-        """Why requests are not served now, or may not be for long; None if they are."""
+        """Why requests are not served, or why a failure is likely (a silent rank); None if all is well."""
         if self._draining:
             return "the server is shutting down"
         if self._core is None or not self._ready.is_set():
@@ -105,16 +116,16 @@ class AsyncEngine:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the core and of its ranks, where these are processes."""
+        """Process ids of the core and of its ranks, if those are processes."""
         return [self._core.process_id, *self._core.worker_ids] if self._core else []
 
     def times(self, request_id: str) -> tuple[float, float | None]:
-        """When an unfinished request came and had its first token, in `time.monotonic()`."""
+        """When an unfinished request arrived and when it had its first token (or None), in `time.monotonic()`."""
         call = self._calls[request_id]
         return call.arrived, call.first.get(request_id)
 
     async def start(self) -> None:
-        """Wait until every rank is ready. Raises what keeps the core from starting."""
+        """Start the core and wait until every rank is ready. Raises the error that keeps it from starting."""
         core = CoreProcess(self.setup.config)
         try:
             await self._welcome(core)
@@ -132,7 +143,7 @@ class AsyncEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def drain(self) -> None:
-        """Take no new requests; those in flight go on."""
+        """Refuse new requests from now on; those in flight continue."""
         self._draining = True
 
     def give_up(self) -> None:
@@ -143,12 +154,13 @@ class AsyncEngine:
             self._abort(request_id)
 
     async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[list[RequestOutput], None]:
-        """Complete prompts together; yields those whose outputs grew, until all have finished.
+        """Complete prompts together. Yields the outputs that changed, until all have finished.
 
-        The first yield is all of them as they begin: requests that cannot be served raise before it. Leaving the
-        generator aborts what is unfinished. An empty list says that nothing has happened for a while.
+        The first yield has all outputs, before any token. A request that cannot be served raises `RequestError` before
+        it. An empty list is yielded if nothing has changed for some seconds. Closing the generator aborts its
+        unfinished requests.
 
-        Raises `RequestError`, or `EngineUnavailable`.
+        Raises `RequestError` or `EngineUnavailable`.
         """
         self.check_room(sum(job.params.n for job in jobs))
         call = _Call(time.monotonic(), time.monotonic())
@@ -175,11 +187,11 @@ class AsyncEngine:
             self._flush()
 
     async def state(self) -> CoreState | None:
-        """What the core reports of itself, or last reported if a step takes long; None while it is not there."""
+        """The core's state; its last known one if a step takes long; None while there is no core."""
         if not self._core or not self._ready.is_set():
             return None
         answer: asyncio.Future[CoreState] = asyncio.get_running_loop().create_future()
-        if not self._states:  # one question at a time, however many ask
+        if not self._states:  # one message for all callers that wait at the same time
             self._core.send(AskState())
         self._states.append(answer)
         done, _ = await asyncio.wait({answer}, timeout=_STATE_SECONDS)
@@ -193,14 +205,14 @@ class AsyncEngine:
         call.event.set()
 
     def check_room(self, wanted: int = 1, ahead: int = 0) -> None:
-        """Raise `QueueFull`, or `EngineUnavailable` of a server that ends, if so many completions cannot be taken.
+        """Raise `QueueFull` unless there is room for `wanted` more completions; `EngineUnavailable` during a shutdown.
 
-        Called once more before a prompt is tokenised: no work goes into a request that would be refused. `ahead` are
-        those that are being tokenised.
+        Endpoints call this before they tokenise a prompt too, so that no work goes into a request that would be
+        refused. `ahead` is the number of requests that are being tokenised.
         """
         if self._draining:
             raise _shutting_down()
-        held = ahead + sum(len(self.tracker.core_ids(request_id)) for request_id in self._calls)
+        held = ahead + sum(len(self.output_processor.core_ids(request_id)) for request_id in self._calls)
         if wanted > self._capacity:
             problem = f"completions in one request exceed the {self._capacity} this server holds"
             raise RequestError("n", wanted, problem, "ask for fewer")
@@ -212,7 +224,7 @@ class AsyncEngine:
 
     def _add(self, job: Job, call: _Call) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
-        output = self.tracker.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
+        output = self.output_processor.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
         if output.finished:
             self.metrics.ended(output, 0.0)
         else:
@@ -221,8 +233,8 @@ class AsyncEngine:
         return output
 
     def _abort(self, request_id: str) -> None:
-        core_ids = self.tracker.core_ids(request_id)
-        output = self.tracker.abort(request_id)
+        core_ids = self.output_processor.core_ids(request_id)
+        output = self.output_processor.abort(request_id)
         if output is not None:
             self._closed(output, core_ids)
 
@@ -235,8 +247,11 @@ class AsyncEngine:
             self._strikes.pop(core_id, None)
 
     def _flush(self) -> None:
-        """Tell the core; without one nothing is lost: a new one hears of everything that is unfinished."""
-        orders, self.tracker.orders = self.tracker.orders, Orders()
+        """Send the output processor's orders to the core.
+
+        Without a core they are dropped, because `_welcome` sends all unfinished requests to the next one.
+        """
+        orders, self.output_processor.orders = self.output_processor.orders, Orders()
         if self._core is None:
             return
         if orders.start:
@@ -245,15 +260,15 @@ class AsyncEngine:
             self._core.send(Finish(orders.finish))
 
     async def _welcome(self, core: CoreProcess) -> None:
-        """Wait for a core's first word and give it all there is to do."""
+        """Wait until a core is ready and send it all unfinished requests."""
         message = await core.receive()
-        if not isinstance(message, Ready):
+        if not isinstance(message, CoreReady):
             raise EngineError(f"the core began with {type(message).__name__} instead of Ready")
         core.worker_ids = message.worker_ids
         self.peer = message.peer
         self._core = core
-        self.tracker.orders = Orders()
-        requests = self.tracker.resume()
+        self.output_processor.orders = Orders()
+        requests = self.output_processor.resume()
         if requests:
             core.send(Start.of(requests))
         self._ready.set()
@@ -267,10 +282,11 @@ class AsyncEngine:
                     if self._core is not core:
                         await self._welcome(core)
                     await self._listen(core)
-                except Exception as error:  # whatever it is: requests wait for a core that works
+                except Exception as error:  # of any type: requests wait for a new core
+                    # a core that was ready is replaced at once; one that does not start, after growing pauses
                     pause = 0.0 if self._ready.is_set() else min(2 * pause + 0.1, _LONGEST_PAUSE)
                     _LOG.warning("the engine has failed and starts again: %s: %s", type(error).__name__, error)
-                    self._mourn(error)
+                    self._reset_after_failure(error)
                     core.kill()
                     await asyncio.sleep(pause)
                     core = await self._new_core(core.config_after(error))
@@ -279,20 +295,20 @@ class AsyncEngine:
             await core.close()
 
     async def _new_core(self, config: EngineConfig) -> CoreProcess:
-        """A core, as soon as the machine has room for one."""
+        """Start a core; tries again while the operating system refuses (no memory, no process ids)."""
         while True:
             try:
                 return CoreProcess(config)
             except OSError as error:
                 _LOG.warning("the engine cannot be started: %s", error)
-                self._mourn(error)
+                self._reset_after_failure(error)
                 await asyncio.sleep(_LONGEST_PAUSE)
 
     async def _listen(self, core: CoreProcess) -> NoReturn:
         while True:
             message = await core.receive()
             match message:
-                case Tokens(outputs, load):
+                case NewTokens(outputs, load):
                     self.metrics.load = load
                     self._deliver(outputs)
                 case CoreState():
@@ -304,8 +320,8 @@ class AsyncEngine:
                 case _:
                     raise EngineError(f"the core sent {type(message).__name__} out of turn")
 
-    def _mourn(self, error: Exception) -> None:
-        """The core is dead: requests wait for the next one, but not for ever."""
+    def _reset_after_failure(self, error: Exception) -> None:
+        """Reset the state that belongs to a failed core, and fail requests that have seen too many failures."""
         self._core = self._last_state = None
         self._last_error = error
         self._ready.clear()
@@ -314,9 +330,9 @@ class AsyncEngine:
         for answer in self._states:
             answer.cancel()
         self._states.clear()
-        for request in self.tracker.resume():
+        for request in self.output_processor.resume():
             self._strikes[request.request_id] = self._strikes.get(request.request_id, 0) + 1
-            output = self.tracker.request_of(request.request_id)
+            output = self.output_processor.request_of(request.request_id)
             if output and self._strikes[request.request_id] >= _MAX_STRIKES:
                 call = self._calls[output.request_id]
                 call.error = EngineUnavailable(
@@ -328,14 +344,14 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         now = time.monotonic()
-        core_ids_of = {}
+        core_ids_of = {}  # kept here, because the output processor forgets them when a request ends
         for tokens in outputs:
-            output = self.tracker.request_of(tokens.request_id)
+            output = self.output_processor.request_of(tokens.request_id)
             if output is None:
                 continue
-            core_ids_of[output.request_id] = self.tracker.core_ids(output.request_id)
+            core_ids_of[output.request_id] = self.output_processor.core_ids(output.request_id)
             self._time(tokens, output, now)
-        for output in self.tracker.take(outputs):
+        for output in self.output_processor.take(outputs):
             call = self._calls[output.request_id]
             call.changed[output.request_id] = output
             call.heard = now
@@ -346,7 +362,7 @@ class AsyncEngine:
 
     def _time(self, tokens: TokenOutput, output: RequestOutput, now: float) -> None:
         self._strikes.pop(tokens.request_id, None)
-        if not tokens.tokens:  # scores of the prompt
+        if not tokens.tokens:  # only log probabilities of the prompt
             return
         before = self._last_token.get(tokens.request_id)
         self._last_token[tokens.request_id] = now
@@ -358,13 +374,13 @@ class AsyncEngine:
         self.metrics.tokens(len(tokens.tokens), None if before is None else now - before)
 
     async def _tick(self) -> None:
-        """Once a second: history for the page, a pulse for calls that have heard nothing for long."""
+        """Once a second, extend the live page's history and wake calls that have not yielded for long."""
         while True:
             await asyncio.sleep(1.0)
             self.metrics.tick()
             now = time.monotonic()
             for call in set(self._calls.values()):
-                if now - call.heard >= _PULSE_SECONDS:
+                if now - call.heard >= _KEEP_ALIVE_SECONDS:
                     call.heard = now
                     call.event.set()
 

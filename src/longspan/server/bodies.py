@@ -1,9 +1,9 @@
-"""From the bytes of a body to its checked fields, in bounded time.
+"""Parse and validate request bodies in bounded time.
 
-It owns the bounds on JSON's form and the thread for large bodies; what the fields mean is theirs.
+It owns the bounds on the structure of JSON and the thread for large bodies; it must not know what the fields mean.
 
-Decoding and checking each run in one C call that holds the interpreter, in a thread as well. So the bytes are counted
-first: whatever passes is decoded and checked within a fraction of a second.
+Decoding and validation are each one C call that holds the GIL, in a thread too. Therefore values and brackets are
+counted first: a body within the bounds is decoded and validated in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from longspan.errors import RequestError
 from longspan.server.fields import Body
 
-INLINE_BYTES = 32 << 10  # takes less time than a thread would cost
+INLINE_BYTES = 32 << 10  # parsing fewer bytes takes less time than switching to a thread
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEP_OF = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -31,22 +31,25 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @dataclass(frozen=True)
 class JsonBounds:
-    """How much JSON one body may hold. The defaults take about 0.2 s to decode and check, whatever they hold."""
+    """How much JSON one body may hold. A body at the default bounds takes about 0.2 s to decode and validate."""
 
-    values: int = 1 << 20  # in lists and objects together
+    values: int = 1 << 20  # elements of lists and fields of objects, together
     containers: int = 1 << 18  # lists and objects; a chat of 65,536 messages in parts has 196,608
-    names: int = 1 << 18  # of fields; each new one is hashed and kept
-    depth: int = 128  # schemas that grammars can follow have a tenth
+    names: int = 1 << 18  # names of fields; Python hashes and keeps each new one
+    depth: int = 128  # nesting; JSON schemas that grammars support have a tenth of it
 
     @staticmethod
     def of_model(max_model_len: int) -> JsonBounds:
-        """With room for a prompt of token ids as long as the model takes, and for all else."""
+        """Bounds with room for a prompt of `max_model_len` token ids besides all other fields."""
         return JsonBounds(values=max(JsonBounds.values, max_model_len + (1 << 16)))
 
     def check(self, texts: Sequence[bytes], field: str = "body") -> None:
-        """Raise `RequestError` for texts that hold more together. What is no JSON may pass: decoding it ends early."""
+        """Raise `RequestError` if the texts together exceed the bounds.
+
+        Text that is not JSON may pass; decoding fails at its first error.
+        """
         if sum(raw.count(b",") + raw.count(b"[") + raw.count(b"{") for raw in texts) <= self.depth:
-            return  # most bodies: no bound can be exceeded
+            return  # true of most bodies: with so few commas and brackets no bound can be exceeded
         commas = containers = names = depth = 0
         for raw in texts:
             bare = _without_strings(raw, self.values, field)
@@ -62,7 +65,7 @@ class JsonBounds:
 
 
 def _without_strings(raw: bytes, most: int, field: str) -> bytes:
-    """What of JSON is outside of its strings. Backslashes occur in strings only, each with what it escapes."""
+    """JSON without the contents of its strings. In valid JSON a backslash occurs in strings only."""
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     _require(plain.count(b'"') // 2, 2 * most, field, "texts and names")
     return b"".join(plain.split(b'"')[::2])
@@ -74,14 +77,14 @@ def _require(found: int, most: int, field: str, kind: str) -> None:
 
 
 class BodyReader:
-    """Decodes and checks bodies: small ones at once, others one after another in a thread."""
+    """Decodes and validates bodies: small ones at once, larger ones one at a time in a thread."""
 
     def __init__(self, bounds: JsonBounds) -> None:
         self._bounds = bounds
         self._thread = ThreadPoolExecutor(1, "longspan-bodies")
 
     async def parse(self, raw: bytes, kind: type[AnyBody]) -> AnyBody:
-        """The fields. Raises `RequestError`, `HTTPException` or `RequestValidationError`."""
+        """The body as an instance of `kind`. Raises `RequestError`, `HTTPException` or `RequestValidationError`."""
         if len(raw) <= INLINE_BYTES:
             return self._parse(raw, kind)
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, raw, kind)

@@ -1,6 +1,6 @@
-"""`/v1/chat/completions`: a conversation to answer, with tools.
+"""`/v1/chat/completions`: conversations, with tools.
 
-It owns the body and the answer's shape; the template is the model's, the parsing of calls the tools'.
+It owns the formats of request and answer; `text.py` applies the chat template, and `tools/` parses tool calls.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from longspan.server.bodies import JsonBounds
 from longspan.server.errors import shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.grammar import grammar_of
-from longspan.server.replies import Cursor, News, identity, usage
+from longspan.server.replies import Cursor, TextDelta, identity, usage
 from longspan.server.text import Conversation, Text
 from longspan.server.tools import ToolCall, ToolParser
 
 _MAX_TOP_LOGPROBS = 20
-_MAX_MESSAGES = 1 << 16  # a template takes some 10 us for each, and at least three tokens
-_MAX_PARTS = 1 << 12  # of one message's content; clients send one for each file or quotation
-_MAX_TOOLS = 1 << 10  # OpenAI takes 128
-_MAX_FIELDS = 64  # of a message, of a template's options, of metadata; OpenAI's messages have six
+_MAX_MESSAGES = 1 << 16  # a template takes about 10 us for each, and makes at least three tokens of it
+_MAX_PARTS = 1 << 12  # parts of one message's content; clients send one for each file or quotation
+_MAX_TOOLS = 1 << 10  # OpenAI's limit is 128
+_MAX_FIELDS = 64  # fields of a message, of a template's options, of metadata; OpenAI's messages have six
 
 
 class Message(BaseModel):
@@ -49,7 +49,10 @@ class Message(BaseModel):
         return value
 
     def rendered(self, place: str) -> dict[str, Any]:
-        """As templates want it: `content` is one text. Raises `RequestError` for parts that are not text."""
+        """The message as templates expect it: `content` is one string.
+
+        `place` is the message's place in the body, for errors. Raises `RequestError` for parts that are not text.
+        """
         fields = self.model_dump(exclude_none=True)
         if self.role == "developer":
             fields["role"] = "system"
@@ -62,7 +65,10 @@ class Message(BaseModel):
 
 
 def _parse_arguments(place: str, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Clients send arguments of tool calls as JSON text, templates want the object. What is no JSON stays a text."""
+    """Replace the arguments of tool calls, which clients send as JSON text, by objects, which templates expect.
+
+    Arguments that are not valid JSON stay text.
+    """
     functions = [
         function
         for message in messages
@@ -70,7 +76,7 @@ def _parse_arguments(place: str, messages: Sequence[Mapping[str, Any]]) -> None:
         if isinstance(call, dict) and isinstance(function := call.get("function"), dict)
         if isinstance(function.get("arguments"), str)
     ]
-    # within a body's strings there may be as much JSON again: all of it together has the bounds of one body
+    # the body's strings were not counted when it was parsed, so the JSON in them has bounds of its own
     JsonBounds().check([function["arguments"].encode(errors="replace") for function in functions], place)
     for function in functions:
         with suppress(ValueError, RecursionError):
@@ -82,7 +88,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> Conversation:
-    """Messages and tools as templates want them. Raises `RequestError`."""
+    """Messages and tools as templates expect them. Raises `RequestError`."""
     rendered = [message.rendered(f"messages.{number}") for number, message in enumerate(messages)]
     _parse_arguments("messages.tool_calls", rendered)
     return rendered, [tool.model_dump(exclude_none=True) for tool in tools or ()]
@@ -147,9 +153,9 @@ class ChatBody(GenerationBody):
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=_MAX_FIELDS)] | None = None
 
     async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
-        """The answer to be filled. Raises `RequestError`."""
+        """Tokenise the conversation and make the reply, which has no output yet. Raises `RequestError`."""
         forced = self._forced()
-        if forced or self.response_format:  # a grammar is made, which may take long
+        if forced or self.response_format:  # making a grammar may take long
             params = await text.run(self.num_bytes, lambda: self._params(forced))
         else:
             params = self._params(None)
@@ -172,7 +178,7 @@ class ChatBody(GenerationBody):
         return self.sampling(limit, (top or 0) if self.logprobs else None, grammar)
 
     def _forced(self) -> Function | None:
-        """The function that must be called, if one must. Raises `RequestError`."""
+        """The function that `tool_choice` requires a call of; None if a call is optional. Raises `RequestError`."""
         choice, known = self.tool_choice, {tool.function.name: tool.function for tool in self.tools or ()}
         if choice is None or choice in ("none", "auto"):
             return None
@@ -191,7 +197,10 @@ class ChatBody(GenerationBody):
 
 
 class ChatReply:
-    """See `Reply`. `tool_format` parses calls out of the text; a `forced` function's arguments are the whole text."""
+    """See `Reply`. Tool calls are parsed from the text by `tool_format`.
+
+    If a function is `forced`, the whole text is the arguments of one call of it.
+    """
 
     def __init__(
         self, body: ChatBody, job: Job, text: Text, model: str, tool_format: str | None, forced: Function | None
@@ -223,14 +232,14 @@ class ChatReply:
         """See `Reply.chunks`."""
         found: list[dict[str, Any]] = []
         for completion in (completion for output in outputs for completion in output.outputs):
-            news = self._cursors[completion.index].news()
-            if not news.worth_sending:
+            delta = self._cursors[completion.index].delta()
+            if not delta.worth_sending:
                 continue
             calls = self._parsers[completion.index]
-            delta = calls.delta(news)
-            wanted = news.logprobs is not None or self._body.return_token_ids
-            if delta or news.finish_reason or (wanted and news.tokens):
-                found.append(self._chunk(completion.index, delta, news, calls.reason(news.finish_reason)))
+            change = calls.change(delta)
+            wanted = delta.logprobs is not None or self._body.return_token_ids
+            if change or delta.finish_reason or (wanted and delta.tokens):
+                found.append(self._chunk(completion.index, change, delta, calls.reason(delta.finish_reason)))
         return found
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -240,35 +249,35 @@ class ChatReply:
         return {**self._identity, "choices": choices, "usage": usage(outputs)}
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        news = Cursor(completion, False).news()
+        delta = Cursor(completion, False).delta()
         calls = _Calls(self._tool_format, self._forced)
-        delta = calls.delta(news)
+        change = calls.change(delta)
         made = [
-            {name: value for name, value in call.items() if name != "index"} for call in delta.get("tool_calls", [])
+            {name: value for name, value in call.items() if name != "index"} for call in change.get("tool_calls", [])
         ]
-        content = delta.get("content")
+        content = change.get("content")
         message: dict[str, Any] = {"role": "assistant", "content": content if made else content or ""}
         if made:
             message["tool_calls"] = made
         return {
-            "index": completion.index, "message": message, "logprobs": self._logprobs(news),
-            "finish_reason": calls.reason(news.finish_reason), "stop_reason": news.stop_reason, **self._ids(news),
+            "index": completion.index, "message": message, "logprobs": self._logprobs(delta),
+            "finish_reason": calls.reason(delta.finish_reason), "stop_reason": delta.stop_reason, **self._ids(delta),
         }  # fmt: skip
 
-    def _chunk(self, index: int, delta: dict[str, Any], news: News | None, reason: str | None) -> dict[str, Any]:
+    def _chunk(self, index: int, change: dict[str, Any], delta: TextDelta | None, reason: str | None) -> dict[str, Any]:
         choice = {
-            "index": index, "delta": delta, "logprobs": self._logprobs(news) if news else None,
-            "finish_reason": reason, **(self._ids(news) if news else {}),
+            "index": index, "delta": change, "logprobs": self._logprobs(delta) if delta else None,
+            "finish_reason": reason, **(self._ids(delta) if delta else {}),
         }  # fmt: skip
         return {**self.envelope(), "choices": [choice]}
 
-    def _ids(self, news: News) -> dict[str, Any]:
-        return {"token_ids": list(news.tokens)} if self._body.return_token_ids else {}
+    def _ids(self, delta: TextDelta) -> dict[str, Any]:
+        return {"token_ids": list(delta.tokens)} if self._body.return_token_ids else {}
 
-    def _logprobs(self, news: News) -> dict[str, Any] | None:
-        if news.logprobs is None:
+    def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
+        if delta.logprobs is None:
             return None
-        rows = zip(news.tokens, news.logprobs, strict=True)
+        rows = zip(delta.tokens, delta.logprobs, strict=True)
         return {"content": [self._row(token_id, row) for token_id, row in rows]}
 
     def _row(self, token_id: int, row: TokenLogprobs) -> dict[str, Any]:
@@ -288,24 +297,24 @@ class _Calls:
         self._forced = forced
         self._made = 0
 
-    def delta(self, news: News) -> dict[str, Any]:
-        """What the news add to a message."""
+    def change(self, delta: TextDelta) -> dict[str, Any]:
+        """The fields that a delta adds to the message: `content`, `tool_calls`, or neither."""
         if self._forced is not None:
-            return {"tool_calls": [self._forced_call(self._forced.name, news.text)]} if news.text else {}
+            return {"tool_calls": [self._forced_call(self._forced.name, delta.text)]} if delta.text else {}
         if self._parser is None:
-            return {"content": news.text} if news.text else {}
-        parsed = self._parser.append(news.text)
+            return {"content": delta.text} if delta.text else {}
+        parsed = self._parser.append(delta.text)
         content, calls = parsed.content, parsed.calls
-        if news.finish_reason:
+        if delta.finish_reason:
             rest = self._parser.finish()
             content, calls = content + rest.content, (*calls, *rest.calls)
-        delta: dict[str, Any] = {"content": content} if content else {}
+        change: dict[str, Any] = {"content": content} if content else {}
         if calls:
-            delta["tool_calls"] = [self._call(call) for call in calls]
-        return delta
+            change["tool_calls"] = [self._call(call) for call in calls]
+        return change
 
     def reason(self, reason: str | None) -> str | None:
-        """A completion that stops with calls made stops for them."""
+        """The finish reason: `tool_calls` in place of `stop` if the completion has made calls."""
         return "tool_calls" if reason == "stop" and self._made else reason
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
@@ -316,7 +325,7 @@ class _Calls:
         }  # fmt: skip
 
     def _forced_call(self, name: str, text: str) -> dict[str, Any]:
-        """The name with the first piece of arguments, more arguments after."""
+        """The chunk of a forced call: its name with the first piece of the arguments, afterwards arguments alone."""
         if self._made:
             return {"index": 0, "function": {"arguments": text}}
         return self._call(ToolCall(name, text))

@@ -1,6 +1,6 @@
-"""`/v1/completions`: one text or many to continue.
+"""`/v1/completions`: continuations of one or more prompts.
 
-It owns the body and the answer's shape; sampling and streaming are common to all endpoints.
+It owns the formats of request and answer; sampling and streaming are common to all endpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longspan.errors import RequestError
 from longspan.request import RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import GenerationBody, Ids
-from longspan.server.replies import Cursor, News, identity, usage
+from longspan.server.replies import Cursor, TextDelta, identity, usage
 from longspan.server.text import Text
 
 _DEFAULT_MAX_TOKENS = 16
@@ -38,7 +38,7 @@ class CompletionBody(GenerationBody):
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
 
     async def reply(self, text: Text, model: str) -> CompletionReply:
-        """The answer to be filled. Raises `RequestError`."""
+        """Tokenise the prompts and make the reply, which has no output yet. Raises `RequestError`."""
         if self.suffix:
             raise RequestError("suffix", repr(self.suffix[:20]), "is not supported", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -47,7 +47,7 @@ class CompletionBody(GenerationBody):
         max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
         prompt_logprobs = self.logprobs if self.echo else None
         sampling = partial(self.sampling, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
-        # a grammar may take long to make
+        # making a grammar may take long
         params = await text.run(self.num_bytes, sampling) if self.response_format else sampling()
         special = self.add_special_tokens is not False
         jobs: list[Job] = []
@@ -79,7 +79,7 @@ class CompletionReply:
         self._body = body
         self._text = text
         self._identity = identity("cmpl", "text_completion", model)
-        self._first: dict[str, int] = {}  # index of a request's first choice
+        self._first: dict[str, int] = {}  # index of each request's first choice
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
         self._echoed: set[int] = set()
@@ -104,36 +104,36 @@ class CompletionReply:
         for output in outputs:
             for completion in output.outputs:
                 index = self._first[output.request_id] + completion.index
-                news = self._cursors[index].news()
-                if news.worth_sending:
-                    choice = self._choice(index, output, news)
+                delta = self._cursors[index].delta()
+                if delta.worth_sending:
+                    choice = self._choice(index, output, delta)
                     found.append({**self.envelope(), "choices": [choice]})
         return found
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See `Reply.whole`."""
-        everything = [(output, Cursor(choice, False).news()) for output in outputs for choice in output.outputs]
-        choices = [self._choice(index, output, news) for index, (output, news) in enumerate(everything)]
+        everything = [(output, Cursor(choice, False).delta()) for output in outputs for choice in output.outputs]
+        choices = [self._choice(index, output, delta) for index, (output, delta) in enumerate(everything)]
         return {**self.envelope(), "choices": choices, "usage": usage(outputs)}
 
-    def _choice(self, index: int, output: RequestOutput, news: News) -> dict[str, Any]:
-        """With the prompt before the first news, if it is to be echoed."""
+    def _choice(self, index: int, output: RequestOutput, delta: TextDelta) -> dict[str, Any]:
+        """A choice with a delta. With `echo` the first one of a choice begins with the prompt."""
         echo = bool(self._body.echo) and index not in self._echoed
         self._echoed.add(index)
         prompt = (output.prompt or "") if echo else ""
         choice: dict[str, Any] = {
             "index": index,
-            "text": prompt + news.text,
-            "logprobs": None if news.logprobs is None else self._logprobs(index, output, news, echo),
-            "finish_reason": news.finish_reason,
-            "stop_reason": news.stop_reason,
+            "text": prompt + delta.text,
+            "logprobs": None if delta.logprobs is None else self._logprobs(index, output, delta, echo),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._body.return_token_ids:
-            choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *news.tokens]
+            choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *delta.tokens]
         return choice
 
-    def _logprobs(self, index: int, output: RequestOutput, news: News, echo: bool) -> dict[str, Any]:
-        rows: list[tuple[int, TokenLogprobs | None]] = list(zip(news.tokens, news.logprobs or (), strict=False))
+    def _logprobs(self, index: int, output: RequestOutput, delta: TextDelta, echo: bool) -> dict[str, Any]:
+        rows: list[tuple[int, TokenLogprobs | None]] = list(zip(delta.tokens, delta.logprobs or (), strict=False))
         if echo:
             rows = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=False), *rows]
         lines: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

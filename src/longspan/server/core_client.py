@@ -1,6 +1,6 @@
-"""The core's process as the server sees it: started, spoken to, noticed when it ends or hangs.
+"""The server's handle on the core's process: starts it, exchanges messages, notices when it ends or hangs.
 
-It owns the process and the sockets of one life of the core; it must not decide what happens after its death.
+It owns the process and the sockets of one epoch of the core; it must not decide what happens after a failure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longspan.config import EngineConfig
 from longspan.engine.transport.heartbeat import Silence
 from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
 from longspan.private_folder import PrivateFolder
-from longspan.server.messages import Beat, Failed, FromCore, Ready, Stop, ToCore
+from longspan.server.messages import Beat, CoreFailed, CoreReady, FromCore, Stop, ToCore
 
 _POLL_MS = 200
 _STDERR = 2
@@ -30,7 +30,7 @@ _STOP_SECONDS = 5.0
 
 
 class CoreProcess:
-    """One life of the core, from start to `close`."""
+    """One process of the core, from its start to `close` or `kill`."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._folder = PrivateFolder()
@@ -40,55 +40,55 @@ class CoreProcess:
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(f"ipc://{folder}/from-core")
         self._outbox: zmq.Socket[bytes] = zmq.Context.shadow(self._context).socket(zmq.PUSH)
-        self._outbox.set_hwm(0)  # what waits here are requests: bounded where they come in
+        self._outbox.set_hwm(0)  # unlimited: the server bounds the number of requests
         self._outbox.bind(f"ipc://{folder}/to-core")
         command = [sys.executable, "-m", "longspan.server.core_process", str(folder), str(os.getpid())]
-        below = {**os.environ, "TMPDIR": str(folder)}  # what it makes goes with the folder, however it ends
-        # a group of its own, with its ranks: a rank that is stopped cannot see that the core has ended
+        below = {**os.environ, "TMPDIR": str(folder)}  # its temporary files are removed with the folder
+        # the core and its ranks form a process group, which `kill` ends: a stopped rank cannot end itself
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR, env=below, process_group=0)
         self.worker_ids: list[int] = []
         self._config = config
         self._pace: float | None = None
         self._silence = Silence()
-        self._longest_silence = config.liveness.start_timeout  # until it is ready
+        self._longest_silence = config.liveness.start_timeout  # of a core that is starting; shorter once it is ready
         self._late: str | None = None
 
     @property
     def process_id(self) -> int:
-        """Of the core itself; its ranks may have their own, which are in `worker_ids`."""
+        """The core's process id. Those of its ranks, if they are processes, are in `worker_ids`."""
         return self._process.pid
 
     @property
     def trouble(self) -> str | None:
-        """Why it may not go on, if there is a sign of that: it, or one of its ranks, has said nothing for seconds."""
+        """A reason to expect a failure: the core or a rank has been silent for some seconds. None without one."""
         silent = self._silence.seconds > self._config.liveness.heartbeat_late
         return self._silent() if silent else self._late
 
     def config_after(self, error: Exception) -> EngineConfig:
-        """The configuration of the core that follows when this one has ended with an error.
+        """The configuration for the next core, after this one has failed with `error`.
 
-        After one whose step hung it has that one's pace, and so no warm-up: a request that hangs every core by its
-        first step is seen to each time.
+        After a `StepTimeout` the next core gets the seconds per token that this one measured, so that its steps have a
+        limit from the first on. Otherwise a request whose first step hangs would hang every new core during warm-up.
         """
         pace = self._pace if isinstance(error, StepTimeout) else None
         return replace(self._config, liveness=replace(self._config.liveness, pace=pace))
 
     def send(self, message: ToCore) -> None:
-        """Hand a message over; it is lost if the core has ended, which `receive` will say."""
+        """Send a message. It is lost if the core has ended, which `receive` then raises."""
         with suppress(zmq.Again):
             self._outbox.send(msgspec.msgpack.encode(message), zmq.DONTWAIT)
 
     async def receive(self) -> FromCore:
-        """The next message. Raises the error the core reports, or `WorkerDied` if it ends or hangs without a word."""
+        """The next message. Raises the error that the core reports, or `WorkerDied` if it ends or hangs without one."""
         while True:
             message = await self._next()
             match message:
-                case Failed(kind, told):
+                case CoreFailed(kind, told):
                     raise error_named(kind, told) or EngineError(f"{kind}: {told}")
                 case Beat(late, pace):
                     self._late, self._pace = late, pace
                     continue
-                case Ready():
+                case CoreReady():
                     self._longest_silence = self._config.liveness.heartbeat_timeout
             return message
 
@@ -107,7 +107,7 @@ class CoreProcess:
         return f"the engine's process {self._process.pid} has been silent for {seconds:.1f} s: it is stopped or hangs"
 
     async def close(self) -> None:
-        """End the process, politely first; safe to call again."""
+        """Ask the process to stop, and kill it if it does not. May be called more than once."""
         if self._process.poll() is None:
             self.send(Stop())
             with suppress(subprocess.TimeoutExpired):
@@ -115,7 +115,7 @@ class CoreProcess:
         self.kill()
 
     def kill(self) -> None:
-        """End the process and its ranks at once and clean up."""
+        """Kill the process and its ranks, and free sockets and files."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -27,14 +27,14 @@ from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
 from longspan.server import messages
 
-_IDLE_MS = 500  # between looks at the ranks while there is nothing to do
+_IDLE_MS = 500  # interval of checks on the ranks while there is nothing to compute
 _SEQUENCES_SHOWN = 64
 Tell = Callable[[messages.FromCore], None]
 
 
 def main(folder: Path, parent: int) -> None:
-    """Serve until told to stop, or the parent is gone, or a rank has failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the parent decides what they mean
+    """Serve until a `Stop` message, the parent's end or a failure of a rank."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent acts on them
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
     context = zmq.Context()
@@ -42,7 +42,7 @@ def main(folder: Path, parent: int) -> None:
     inbox.connect(f"ipc://{folder}/to-core")
     outbox = context.socket(zmq.PUSH)
     outbox.connect(f"ipc://{folder}/from-core")
-    pulse = _Pulse()
+    vitals = _Vitals()
 
     def tell(message: messages.FromCore) -> None:
         outbox.send(msgspec.msgpack.encode(message))
@@ -51,22 +51,22 @@ def main(folder: Path, parent: int) -> None:
         config = msgspec.json.decode((folder / "config").read_bytes(), type=EngineConfig)
         line = context.socket(zmq.PUSH)
         line.connect(f"ipc://{folder}/from-core")
-        heartbeat = Heartbeat(line, pulse.word, config.liveness.heartbeat_interval)
+        heartbeat = Heartbeat(line, vitals.word, config.liveness.heartbeat_interval)
         try:
-            _serve(config, inbox, tell, pulse)
+            _serve(config, inbox, tell, vitals)
         finally:
             heartbeat.stop()
     except BaseException as error:
-        tell(messages.Failed(type(error).__name__, str(error)))
+        tell(messages.CoreFailed(type(error).__name__, str(error)))
     finally:
         context.destroy(linger=1000)
 
 
-class _Pulse:
-    """What the heartbeat says, while the main thread may be anywhere."""
+class _Vitals:
+    """The messages of the heartbeat thread, which do not depend on what the main thread does."""
 
     def __init__(self) -> None:
-        self.core: EngineCore | None = None  # once its ranks are ready
+        self.core: EngineCore | None = None  # None until its ranks are ready
 
     def word(self) -> bytes:
         return msgspec.msgpack.encode(self._message())
@@ -76,28 +76,28 @@ class _Pulse:
             return messages.Beat()
         try:
             self.core.watch.check()
-        except StepTimeout as error:  # the main thread says so too, unless it hangs itself
-            return messages.Failed(type(error).__name__, str(error))
+        except StepTimeout as error:  # the main thread reports it too, unless it hangs
+            return messages.CoreFailed(type(error).__name__, str(error))
         return messages.Beat(self.core.executor.late(), self.core.watch.pace)
 
 
-def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, pulse: _Pulse) -> None:
-    core = pulse.core = build_core(resolve(config))
+def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _Vitals) -> None:
+    core = vitals.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(messages.Ready(workers, core.role.card if core.role else None))
+        tell(messages.CoreReady(workers, core.role.card if core.role else None))
         told = _load(core)
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
             if outputs or load != told:
-                tell(messages.Tokens(outputs, load))
+                tell(messages.NewTokens(outputs, load))
             told = load
     finally:
         core.shutdown()
 
 
 def _obey(core: EngineCore, inbox: zmq.Socket[bytes], tell: Tell) -> bool:
-    """Carry out every message that is there, waiting for one if there is nothing to compute; False: stop."""
+    """Handle all messages that have arrived; waits for one if there is nothing to compute. False after `Stop`."""
     for message in _messages(core, inbox):
         match message:
             case messages.Start():
@@ -126,16 +126,16 @@ def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[messages.T
 
 
 def _wait(inbox: zmq.Socket[bytes], role: Role | None) -> bool:
-    """Whether something has come for the core while it has nothing to compute; wakes for other instances too."""
+    """Wait for messages of the server or of other instances; returns whether the server has sent one."""
     wait_for([inbox, *(role.sockets if role else ())], _IDLE_MS / 1000)
     return bool(inbox.poll(0))
 
 
-def _load(core: EngineCore) -> messages.Load:
+def _load(core: EngineCore) -> messages.CoreLoad:
     used = tuple(core.cache.used(shard) for shard in range(core.cache.num_shards))
     transfer = replace(core.role.counters) if core.role else None
     offload = core.cache.offload.counters if core.cache.offload else None
-    return messages.Load(used, core.scheduler.counters(), transfer, offload)
+    return messages.CoreLoad(used, core.scheduler.counters(), transfer, offload)
 
 
 def _state(core: EngineCore) -> messages.CoreState:

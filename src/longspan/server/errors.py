@@ -1,6 +1,6 @@
-"""Every failure in OpenAI's shape: `{"error": {message, type, param, code}}` and its HTTP status.
+"""Errors in OpenAI's format, `{"error": {message, type, param, code}}`, with their HTTP status.
 
-It owns the mapping; it must not know which endpoint failed.
+It owns the mapping from exceptions; it must not know which endpoint failed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from longspan.errors import ContextOverflow, EngineError, LongspanError, QueueFull, RequestError, RequestTimeout
 
-_SHOWN = 80  # characters of a value
+_SHOWN = 80  # characters of a value in a message
 _BRIEF = Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _SHOWN
 
 
 class HttpError(RequestError):
-    """A request that HTTP itself has a status for. `code` is OpenAI's."""
+    """A request that is refused with an HTTP status and OpenAI's error `code`."""
 
     def __init__(self, status: int, code: str, param: str, value: object, problem: str, remedy: str) -> None:
         super().__init__(param, value, problem, remedy)
@@ -28,22 +28,28 @@ class HttpError(RequestError):
 
 @dataclass(frozen=True)
 class Problem:
-    """An error as it is sent. `param` is the body's field, if it is one's fault."""
+    """An error as it is sent to the client."""
 
+    # HTTP status
     status: int
+    # text for people
     message: str
+    # OpenAI's class of errors
     type: str = "invalid_request_error"
+    # the field of the body that is wrong, if one is
     param: str | None = None
+    # OpenAI's code of the error
     code: str | None = None
+    # HTTP headers to send with it
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
+        """The error as OpenAI's JSON object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def problem_of(error: Exception) -> Problem:
-    """How an error is told to a client. What is none of ours is told without its details."""
+    """The answer to an exception. The message of an exception that is not a `LongspanError` is not shown."""
     match error:
         case HttpError():
             kind = "authentication_error" if error.status == 401 else "invalid_request_error"
@@ -64,7 +70,7 @@ def problem_of(error: Exception) -> Problem:
 
 
 def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, known: Sequence[str]) -> Problem:
-    """The first thing that is wrong with a `body`; `known` are the names of its fields."""
+    """The answer to pydantic's `errors` in a `body`, of which the first is shown; `known` are the body's fields."""
     first = errors[0]
     path = _path(first, body)
     param = ".".join(path) or "body"
@@ -80,7 +86,7 @@ def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, kno
 
 
 def _path(error: Mapping[str, Any], body: object) -> list[str]:
-    """Where in the body an error lies: its location also names the types that were tried, which are no places."""
+    """The path to the wrong field: pydantic's location without the names of types that were tried."""
     path: list[str] = []
     for part in error["loc"][1:]:
         if isinstance(body, dict) and (part in body or error["type"] == "missing"):
@@ -98,10 +104,10 @@ def _lowered(text: str) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value's text, cut to a length a message can hold."""
+    """The representation of a value, cut to a length that a message can hold."""
     return cut(_BRIEF.repr(value))
 
 
 def cut(text: str, most: int = _SHOWN) -> str:
-    """A text's beginning, if it is longer."""
+    """The text, cut to `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,6 +1,6 @@
-"""The fields that OpenAI's generating endpoints share, and their way into sampling parameters.
+"""The fields that OpenAI's generating endpoints share, and their conversion to sampling parameters.
 
-It owns names, types and defaults; ranges are checked by the sampling parameters themselves.
+It owns names, types and defaults; `SamplingParams` checks ranges.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from longspan.server.grammar import grammar_of
 
 _MAX_N = 128
 _MAX_LOGPROBS = 20
-_MAX_DIGITS = 20  # of a token id; Python refuses to read thousands of them
+_MAX_DIGITS = 20  # of a token id; Python refuses to convert thousands of digits
 _SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "seed", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-    "skip_special_tokens",
+    "skip_special_tokens", "cache_salt",
 )  # fmt: skip
 
 
-Ids = Annotated[list[int], Field(fail_fast=True)]  # a body may hold millions: one wrong id is one error
+Ids = Annotated[list[int], Field(fail_fast=True)]  # stop at the first wrong id: a body may hold millions
 
 
 class Body(BaseModel):
-    """A JSON object whose unknown fields are refused by name, and whose types are what they say."""
+    """A JSON object with strict types. An unknown field is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     _num_bytes: int = PrivateAttr(0)
 
     @classmethod
     def of(cls, values: Any, num_bytes: int) -> Self:
-        """The fields that a JSON text of so many bytes holds. Raises pydantic's `ValidationError`."""
+        """Validate decoded JSON. `num_bytes` is the size of its text. Raises pydantic's `ValidationError`."""
         body = cls.model_validate(values)
         body._num_bytes = num_bytes
         return body
 
     @property
     def num_bytes(self) -> int:
-        """Length of the JSON text it came from, 0 if it came from none."""
+        """Size of the JSON text that it was parsed from, 0 without one."""
         return self._num_bytes
 
     @model_validator(mode="before")
     @classmethod
     def _first_unknown_field_only(cls, value: Any) -> Any:
-        """Without this, each of a million unknown fields would be an error of its own, at microseconds each."""
+        """Keep one unknown field at most: pydantic makes an error for each, which takes long for a million of them."""
         if not isinstance(value, dict):
             return value
         names = [field.alias or name for name, field in cls.model_fields.items()]
@@ -58,7 +58,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its text."""
+    """What a stream sends besides text."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = Field(default=None, description="taken, not used")
@@ -75,13 +75,13 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What form the answer must have."""
+    """The form that the answer must have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     def grammar(self) -> str | None:
-        """The grammar that enforces it. Raises `RequestError`."""
+        """The grammar that enforces the format; None for plain text. Raises `RequestError`."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -92,7 +92,7 @@ class ResponseFormat(Body):
 
 
 class GenerationBody(Body):
-    """Common to completions and chat. None is the same as leaving a field out."""
+    """The fields that completions and chats share. None is the same as leaving a field out."""
 
     model: str | None = Field(default=None, description="the served model; default: the only one there is")
     stream: bool | None = None
@@ -115,6 +115,9 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = Field(default=None, description="not OpenAI's")
     response_format: ResponseFormat | None = None
     skip_special_tokens: bool | None = Field(default=None, description="not OpenAI's")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="not OpenAI's: cached prefixes are shared with requests of the same salt only"
+    )
     user: str | None = Field(default=None, description="taken, not used")
     safety_identifier: str | None = Field(default=None, description="taken, not used")
     prompt_cache_key: str | None = Field(default=None, description="taken, not used")
@@ -122,7 +125,7 @@ class GenerationBody(Body):
 
     @property
     def usage_in_stream(self) -> StreamOptions:
-        """What a stream tells of usage. Raises `RequestError` for options without a stream."""
+        """The stream's options, or the defaults. Raises `RequestError` if options are given without `stream`."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "{...}", "is for streams only", "set stream to true, or leave it out")
         return self.stream_options or StreamOptions()
@@ -134,7 +137,7 @@ class GenerationBody(Body):
         grammar: str | None = None,
         prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """The sampling parameters. Raises `RequestError`."""
+        """The fields as sampling parameters. Raises `RequestError`."""
         given = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         if self.n is not None and self.n > _MAX_N:
             raise RequestError("n", self.n, f"must be at most {_MAX_N}", "send several requests")

@@ -1,6 +1,6 @@
-"""From a reply in the making to bytes on the wire, whole or as server-sent events.
+"""Send the answer to a generating request, as one JSON body or as server-sent events.
 
-It owns streaming, disconnects and keep-alives; it must not know what a completion or a chat looks like.
+It owns streaming, disconnects and keep-alives; it must not know the formats of completions and chats.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from longspan.server.async_engine import AsyncEngine
 from longspan.server.errors import HttpError, problem_of
 from longspan.server.replies import Reply, usage
 
-_KEEP_ALIVE = b": keep-alive\n\n"  # for proxies that lose patience in a long prefill
-CLIENT_GONE = 499  # nginx's; nobody reads it
+_KEEP_ALIVE = b": keep-alive\n\n"  # so that proxies do not time out during a long prefill
+CLIENT_GONE = 499  # nginx's status for it; the client does not receive it
 _LOG = logging.getLogger("longspan.server")
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ Updates = AsyncGenerator[list[RequestOutput], None]
 
 
 async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: bool) -> Response:
-    """Complete the reply's jobs. What cannot be served raises here, before anything is sent."""
+    """Complete the jobs of a reply. Raises for requests that cannot be served, before anything is sent."""
     peers = await _named_peers(engine, request)
     updates = engine.generate([replace(job, prefill_at=peers) for job in reply.jobs] if peers else reply.jobs)
     outputs = await anext(updates)
@@ -44,7 +44,7 @@ async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: b
 
 
 async def _named_peers(engine: AsyncEngine, request: Request) -> tuple[str, ...]:
-    """The prefill instances that a request to a decode instance names. Raises `HttpError` if it may not name them."""
+    """The prefill instances that a request names, on a decode instance. Raises `HttpError` if it may not name them."""
     config, named = engine.setup.config.transfer, request.headers.get(PREFILL_HEADER)
     if named is None or config is None or config.role != "decode":
         return ()
@@ -61,18 +61,18 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Encode it."""
+        """Encode `content` as JSON."""
         return msgspec.json.encode(content)
 
 
 def refusal(error: Exception) -> Json:
-    """The answer to a request that failed with an error."""
+    """The answer to a request that failed with `error`."""
     problem = problem_of(error)
     return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
 
 
 class EventStream(Response):
-    """Server-sent events. A client that goes away ends the request within a step."""
+    """Server-sent events. The request is aborted within a step after its client has disconnected."""
 
     media_type = "text/event-stream"
 
@@ -83,7 +83,7 @@ class EventStream(Response):
         self._updates = updates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, or as much as the client waits for."""
+        """Send events until the end, or until the client disconnects."""
         try:
             with suppress(OSError):
                 await unless_gone(self._send(send), receive)
@@ -113,7 +113,7 @@ async def _exhausted(updates: Updates) -> bool:
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:
-    """What the work comes to, or raises; None if the client goes first, which cancels it."""
+    """Await `work`, and cancel it if the client disconnects first. Returns its result, or None if it was cancelled."""
     working, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,7 +131,10 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updates) -> AsyncIterator[bytes]:
-    """The chunks, the usage if wanted, and the end; an error is an event too, since the status is long sent."""
+    """The events of a stream: chunks, usage if requested, `[DONE]`.
+
+    An error is sent as an event, because the status has been sent already.
+    """
     options = reply.stream_options
 
     def event(chunk: dict[str, Any]) -> bytes:

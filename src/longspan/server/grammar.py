@@ -1,6 +1,6 @@
-"""Grammars that bind an answer's form, as the grammar library writes them.
+"""Grammars for structured output, in the form of the grammar library.
 
-It owns their making and checking before a request is queued; masks are made where tokens are sampled.
+It owns making and checking them before a request is queued; ranks compute the token masks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from longspan.errors import RequestError
 
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"  # indentation, but not for ever: a model may write spaces to the end
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"  # bounded, because a model may generate spaces without end
 
 
 def grammar_of(schema: dict[str, Any] | bool) -> str:
-    """The grammar of a JSON schema. Raises `RequestError` for a schema that the library cannot follow."""
+    """The grammar of a JSON schema. Raises `RequestError` for a schema that the library does not support."""
     from llguidance import LLMatcher
 
     try:

@@ -1,6 +1,6 @@
-"""What the server's process and the core's process tell each other.
+"""Messages between the server's process and the core's process.
 
-It owns the message types; it must not know how they travel.
+It owns the message types; it must not know how they are sent.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from longspan.scheduler.scheduler import SchedulerCounters
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """Completions to begin with, or to go on with after a restart; a prompt that several share is sent once."""
+    """Start completions, or continue them in a new core. A prompt that several completions share is sent once."""
 
+    # the distinct prompts
     prompts: list[list[int]]
+    # (index in `prompts`, request without its prompt)
     completions: list[tuple[int, CoreRequest]]
 
     @staticmethod
     def of(requests: Sequence[CoreRequest]) -> Start:
-        """The message for requests, whose own prompts are left out."""
+        """The message for these requests. Requests whose prompts are the same list object share it."""
         places: dict[int, int] = {}
         prompts: list[list[int]] = []
         completions: list[tuple[int, CoreRequest]] = []
@@ -43,79 +45,96 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):
-    """Completions that have ended: their pages are free within a step."""
+    """End completions."""
 
+    # their ids in the core
     request_ids: list[str]
 
 
 class AskState(msgspec.Struct, tag=True, frozen=True):
-    """Wanted: one `CoreState`."""
+    """Ask the core to answer with a `CoreState`."""
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
-    """End yourself."""
+    """Ask the core to end."""
 
 
 ToCore = Start | Finish | AskState | Stop
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Every rank has loaded its weights; `worker_ids` are the processes of the ranks, if they have any.
+class CoreReady(msgspec.Struct, tag=True, frozen=True):
+    """Every rank has loaded its weights."""
 
-    `peer` is what others of a pair must know of it, if it has a role.
-    """
-
+    # process ids of the ranks; empty if they are not processes of this machine
     worker_ids: list[int]
+    # what other instances must know of this one; None without a role
     peer: PeerCard | None = None
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):
-    """The core's process runs."""
+    """The core's heartbeat."""
 
-    late: str | None = None  # which of its ranks has not answered for some seconds
-    pace: float | None = None  # its `StepWatch.pace`
+    late: str | None = None  # the rank that has not answered for some seconds, and how long
+    pace: float | None = None  # `StepWatch.pace`
 
 
-class Load(msgspec.Struct, frozen=True):
-    """What is in use and was done, sent with every step's tokens; with what offload and a role have moved."""
+class CoreLoad(msgspec.Struct, frozen=True):
+    """Counters of the core, sent with every step's tokens."""
 
+    # pages of each shard that requests hold
     used_pages: tuple[int, ...] = ()
+    # requests that wait and run, preemptions, draft tokens
     scheduler: SchedulerCounters = SchedulerCounters()
+    # prompts moved between instances; None without a role
     transfer: TransferCounters | None = None
+    # pages moved to and from host memory and disk; None without offload
     offload: OffloadCounters | None = None
 
 
-class Tokens(msgspec.Struct, tag=True, frozen=True):
-    """What a step gave."""
+class NewTokens(msgspec.Struct, tag=True, frozen=True):
+    """The result of a step."""
 
+    # one for each completion that got tokens or ended
     outputs: list[TokenOutput]
-    load: Load
+    # counters after the step
+    load: CoreLoad
 
 
 class SequenceReport(msgspec.Struct, frozen=True):
-    """One completion's progress; `runs` are its pages in position order as (shard, pages) pairs."""
+    """The progress of one completion."""
 
+    # its id in the core
     request_id: str
+    # False while it waits
     running: bool
+    # tokens computed so far
     computed_tokens: int
+    # its pages in order of positions, as (shard, number of adjacent pages on it)
     runs: list[tuple[int, int]]
 
 
 class CoreState(msgspec.Struct, tag=True, frozen=True):
-    """Everything the live page shows of the core. `cached_pages` are those that only the prefix cache holds."""
+    """What the live page shows of the core."""
 
-    load: Load
+    # counters now
+    load: CoreLoad
+    # pages of each shard that only the prefix cache holds
     cached_pages: tuple[int, ...]
+    # completions, running ones first; at most 64
     sequences: list[SequenceReport]
+    # the last steps
     steps: list[StepRecord]
+    # bytes that ranks have sent, by the label of the collective
     bytes_by_label: dict[str, int]
 
 
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The core cannot go on; `kind` is the name of the error."""
+class CoreFailed(msgspec.Struct, tag=True, frozen=True):
+    """The core has failed and ends."""
 
+    # name of the exception's class
     kind: str
+    # the exception's message
     message: str
 
 
-FromCore = Ready | Beat | Tokens | CoreState | Failed
+FromCore = CoreReady | Beat | NewTokens | CoreState | CoreFailed

@@ -1,4 +1,4 @@
-"""Prometheus metrics, in vLLM's names with our prefix, and the figures of the live page.
+"""Prometheus metrics, with vLLM's names and the prefix `longspan:`, and the history of the live page.
 
 It owns what is counted and when; it must not know how a figure is shown.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from longspan.request import FinishReason, RequestOutput
-from longspan.server.messages import CoreState, Load
+from longspan.server.messages import CoreLoad, CoreState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TTFT_WINDOW = 64
@@ -22,7 +22,7 @@ _HISTORY = 120
 
 
 class Metrics:
-    """One server's figures. `start_page_history` is called once a second."""
+    """The metrics of one server. `tick` must be called once a second."""
 
     def __init__(self, model: str, pages_per_shard: tuple[int, ...]) -> None:
         self.registry = CollectorRegistry()
@@ -50,14 +50,14 @@ class Metrics:
         self._itl = self._histogram("inter_token_latency_seconds", "between tokens of a completion")
         self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end")
         self.totals = {"prompt_tokens": 0, "output_tokens": 0, "requests": 0, "prefix_cached_tokens": 0}
-        self.load = Load(used_pages=(0,) * len(pages_per_shard))
+        self.load = CoreLoad(used_pages=(0,) * len(pages_per_shard))
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._recent_ttft: deque[float] = deque(maxlen=_TTFT_WINDOW)
         self._last = (time.monotonic(), 0, 0)
         self._started = self._last[0]
 
     def first_token(self, output: RequestOutput, seconds: float) -> None:
-        """A request's prompt is computed."""
+        """Count a request's first token, `seconds` after its arrival."""
         prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
         for counter, tokens in ((self._prompt, prompt), (self._queried, prompt), (self._cached, cached)):
             counter.labels(self._model).inc(tokens)
@@ -67,7 +67,7 @@ class Metrics:
         self.totals["prefix_cached_tokens"] += cached
 
     def tokens(self, count: int, since_last: float | None) -> None:
-        """A step gave a completion `count` tokens, `since_last` seconds after the ones before."""
+        """Count `count` tokens of one completion, `since_last` seconds after its previous ones (None: the first)."""
         self._output.labels(self._model).inc(count)
         self.totals["output_tokens"] += count
         if since_last is not None:
@@ -75,7 +75,7 @@ class Metrics:
                 self._itl.labels(self._model).observe(since_last / count)
 
     def ended(self, output: RequestOutput, seconds: float) -> None:
-        """A request has ended, by itself or because its client has gone."""
+        """Count a request that has ended or was aborted, `seconds` after its arrival."""
         self.totals["requests"] += 1
         for completion in output.outputs:
             reason = completion.finish_reason or FinishReason.ABORT
@@ -83,16 +83,16 @@ class Metrics:
         self._e2e.labels(self._model).observe(seconds)
 
     def failed(self, status: int) -> None:
-        """A request was answered with an error."""
+        """Count a request that was answered with an error."""
         self._errors.labels(self._model, str(status)).inc()
 
     def restarted(self) -> None:
-        """The ranks were started again."""
+        """Count a restart of the core, and reset its load."""
         self._restarts.labels(self._model).inc()
-        self.load = Load(used_pages=(0,) * len(self._pages))
+        self.load = CoreLoad(used_pages=(0,) * len(self._pages))
 
     def tick(self) -> None:
-        """Add a second to the history."""
+        """Add the time since the last call to the history."""
         now, (before, outputs, prompts) = time.monotonic(), self._last
         seconds = max(now - before, 1e-9)
         self.history.append(
@@ -108,7 +108,7 @@ class Metrics:
         self._last = (now, self.totals["output_tokens"], self.totals["prompt_tokens"])
 
     def render(self, state: CoreState | None) -> bytes:
-        """The exposition text; `state` is None while the ranks are not there."""
+        """The metrics in Prometheus' text format. `state` is None while there is no core."""
         if state:
             self.load = state.load
             for schedule, moved in state.bytes_by_label.items():

@@ -1,6 +1,6 @@
-"""What every HTTP request passes through: the key, the size of its body.
+"""Middleware for every HTTP request: the check of the API key, and the limit on the size of bodies.
 
-It owns both checks, before any endpoint sees the request; it must not know the endpoints' bodies.
+It owns both checks, before any endpoint sees the request; it must not know the formats of bodies.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from longspan.server.generation import refusal
 from longspan.server.keys import NamedKey, is_known
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
-_SMALL_BODY = 64 << 10  # uvicorn holds as much of each connection in any case
-_LARGEST_BODIES = 8  # of the largest size in flight together
-_LEAST_HELD = 64 << 20  # bytes of bodies in flight together, whatever the largest size
+_SMALL_BODY = 64 << 10  # uvicorn may buffer as much for each connection anyway
+_LARGEST_BODIES = 8  # bodies of the largest size that may be in flight together
+_LEAST_HELD = 64 << 20  # bytes of bodies that may be in flight together at least
 
 
 class KeyCheck:
-    """401 for a missing or wrong key. Probes and the page are open: they tell no text."""
+    """Answers 401 to a missing or wrong key.
+
+    Probes and the live page need no key, because they show no text of requests.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[NamedKey]) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on if it may."""
+        """Pass the request on if its key is right or its path needs none."""
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and scope["method"] != "OPTIONS":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not is_known(given, self._keys):
@@ -44,8 +47,11 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """413 for a body over the limit, whether it says so itself or only turns out to be; 429 while the bodies of the
-    requests in flight exceed theirs. Small bodies always get in: the number of connections bounds them."""
+    """Answers 413 to a body over the limit, by its content-length or by the bytes received.
+
+    Answers 429 while the bodies of all requests in flight exceed `max_held_bytes` together. Small bodies are always
+    accepted: the limit on connections bounds them.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int | None = None) -> None:
         self._app = app
@@ -54,7 +60,7 @@ class BodyLimit:
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, counting."""
+        """Pass the request on and count the bytes of its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -90,7 +96,7 @@ class BodyLimit:
                 raise
         finally:
             self._held -= held
-        if refused is not None:  # whatever the application made of a body that broke off
+        if refused is not None:  # the application saw a disconnect, and its answer was dropped
             await refusal(refused)(scope, receive, send)
 
     def _too_large(self, size: str) -> HttpError:

@@ -1,10 +1,11 @@
-"""How a server and a router behave beyond their engines: address, key, bounds.
+"""Options of the server and the router that are not the engine's: address, key, limits.
 
 It owns the fields and their checks; it must not import the engine.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Self
@@ -15,18 +16,27 @@ from longspan.config.option import OPTION, Option, option
 from longspan.server.keys import KEY_VARIABLE, NamedKey, read_keys
 
 
+def parse_origins(field: str, text: str) -> tuple[str, ...]:
+    """`https://a.example,http://localhost:3000`, or `*`. Raises `ConfigError`."""
+    origins = tuple(part.strip() for part in text.split(",") if part.strip())
+    for origin in origins:
+        known = origin == "*" or re.fullmatch(r"https?://[^/?#\s]+", origin) is not None
+        require(known, field, origin, "is no origin", "write it as https://HOST or https://HOST:PORT, without a path")
+    return origins
+
+
 @dataclass(frozen=True)
 class HttpLimits:
-    """What one connection may take before its request is complete; the same in the server and the router."""
+    """Limits on connections, in the server and the router alike. Comments give the HTTP status beyond a limit."""
 
-    max_header_bytes: int = 64 << 10  # of the request line and headers together; of trailers as well; then 431
+    max_header_bytes: int = 64 << 10  # of the request line and headers together, and of trailers; then 431
     header_seconds: float = 30.0  # from the first byte of a request to the end of its headers; then 408
     body_seconds: float = 600.0  # from the end of the headers to the end of the body; then 408
-    stall_seconds: float = 30.0  # the window in which a body must keep its pace; then 408
-    min_body_rate: int = 1024  # bytes a second, on average over a window
+    stall_seconds: float = 30.0  # the window over which `min_body_rate` is averaged; then 408
+    min_body_rate: int = 1024  # bytes of a body that must arrive each second, on average over a window
     keep_alive_seconds: int = 60  # an idle connection is closed after these
-    linger_seconds: float = 5.0  # a refused client may go on sending for so long, so that it reads the answer
-    max_connections: int | None = None  # None: what the process may open (`ulimit -n`), less a reserve
+    linger_seconds: float = 5.0  # how long a refused client may go on sending before the connection is closed
+    max_connections: int | None = None  # None: the open files of the process (`ulimit -n`), less a reserve
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -35,7 +45,7 @@ class HttpLimits:
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """Where HTTP is served, and to whom."""
+    """The address that a server or router listens on, and the key of its clients."""
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every one")
     port: int = option(8000, "0 takes a free one")
@@ -74,7 +84,7 @@ class ListenOptions:
 
 @dataclass(frozen=True)
 class RouteOptions(ListenOptions):
-    """A router's; its instances take the same keys, and it asks them with the first."""
+    """Options of a router. Its instances take the same keys, and it asks them with the first one."""
 
     max_body_bytes: int = option(
         64 << 20, "largest request body; k, M, G are 1024-based", parse=parse_bytes, text="64M"
@@ -89,7 +99,7 @@ class RouteOptions(ListenOptions):
 
 @dataclass(frozen=True)
 class ServeOptions(ListenOptions):
-    """A server's."""
+    """Options of a server."""
 
     served_model_name: str | None = option(None, "default: MODEL as given")
     max_queued_requests: int = option(512, "completions that may wait beyond max_num_seqs; then 429")
@@ -100,6 +110,10 @@ class ServeOptions(ListenOptions):
     )
     request_timeout: float | None = option(None, "seconds a request may take; default: no limit")
     tool_call_parser: str | None = option(None, "form of tool calls; default: what the chat template tells")
+    allowed_origins: tuple[str, ...] = option(
+        (), "web pages of these origins may call the server from a browser, as in https://a.example,https://b.example; "
+        "* is all; default: none", parse=parse_origins, text=None,
+    )  # fmt: skip
     http: HttpLimits = field(default_factory=HttpLimits)
 
     def __post_init__(self) -> None:

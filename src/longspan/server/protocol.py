@@ -1,6 +1,6 @@
-"""The HTTP connection with bounds: bytes of headers, time for headers and body, number of connections.
+"""Limits on HTTP connections: bytes of headers, seconds for headers and body, number of connections.
 
-It owns what happens before a request reaches the application; limits on bodies are the middleware's.
+It owns what happens before a request reaches the application; the middleware limits the size of bodies.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from longspan.server.errors import Problem
 from longspan.server.options import HttpLimits
 
 _BACKLOG = 256  # connections that one turn of the event loop may accept before the first of them is counted
-_RESERVE = 128  # open files that are no connections: sockets of the core, logs, libraries, templates
-_MOST_CONNECTIONS = 8192  # with a head of 64 KiB each: half a gigabyte
+_RESERVE = 128  # open files that are not connections: sockets of the core, logs, libraries, templates
+_MOST_CONNECTIONS = 8192  # half a gigabyte if each has 64 KiB of headers
 _LOG_SECONDS = 10.0
 _LOG = logging.getLogger("longspan.server")
 AnyServer = TypeVar("AnyServer", bound=uvicorn.Server)
 
 
 def connections_allowed(limits: HttpLimits) -> int:
-    """How many connections may be open at once."""
+    """The most connections that may be open at the same time."""
     if limits.max_connections is not None:
         return limits.max_connections
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -41,7 +41,7 @@ def connections_allowed(limits: HttpLimits) -> int:
 
 
 class HttpConfig(uvicorn.Config):
-    """What the server and the router listen with."""
+    """uvicorn's configuration for the server and the router."""
 
     def __init__(self, app: ASGIApp, host: str, port: int, limits: HttpLimits) -> None:
         super().__init__(
@@ -49,7 +49,7 @@ class HttpConfig(uvicorn.Config):
             timeout_keep_alive=limits.keep_alive_seconds, backlog=_BACKLOG,
         )  # fmt: skip
         self.limits = limits
-        self.door = Door(connections_allowed(limits))
+        self.door = ConnectionLimiter(connections_allowed(limits))
 
 
 async def announce(server: AnyServer, on_ready: Callable[[AnyServer], None]) -> None:
@@ -60,15 +60,15 @@ async def announce(server: AnyServer, on_ready: Callable[[AnyServer], None]) -> 
 
 
 class _Phase(Enum):
-    """What a connection waits for."""
+    """The part of a request that a connection receives."""
 
-    IDLE = auto()  # nothing, or the next request
-    HEAD = auto()  # the rest of a request line and headers
-    BODY = auto()  # the rest of a body
+    IDLE = auto()  # none: it waits for the next request
+    HEAD = auto()  # request line and headers
+    BODY = auto()  # the body
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself takes endless headers and waits for ever."""
+    """uvicorn's protocol with limits on headers and on time, of which it has none itself."""
 
     def __init__(
         self,
@@ -81,18 +81,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = config.limits
         self._door = config.door
         self._refused = False
-        self._progress = False  # the parser has found more than a part of a head or trailer
-        self._quiet = 0  # bytes since the parser last made progress
+        self._progress = False  # whether the parser has completed a head, or found a part of a body, in this data
+        self._quiet = 0  # bytes of headers or trailers since the parser last made progress
         self._enter(_Phase.HEAD)
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether the server has nothing to do for this connection until its client sends more."""
+        """Whether the server can do nothing for this connection until its client sends more."""
         return not self.pipeline if self._phase is _Phase.BODY else not self._is_answering
 
     @property
     def waited(self) -> tuple[bool, float]:
-        """A key that sorts connections by how long they wait, those within a body last."""
+        """A sort key: connections that have waited longest come first, those within a body last."""
         return self._phase is _Phase.BODY, self._since
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -115,6 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
         room = self._limits.max_header_bytes - self._quiet
+        # in two parts, so that `_feed` notices headers over the limit before the parser has more of them
         if self._phase is _Phase.HEAD and len(data) > room:
             self._feed(data[:room])
             data = data[room:]
@@ -153,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """See uvicorn. Who was answered before the end of the body may not go on sending for long."""
+        """See uvicorn. A client that is answered before the end of its body may go on sending for a limited time."""
         super().on_response_complete()
         if self._phase is _Phase.BODY:
             self.loop.call_later(self._limits.linger_seconds, self._end_unread, self._since)
@@ -177,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._progress = True
 
     def _watch(self) -> None:
-        """Refuse a request that does not come to its end."""
+        """Refuse a request that arrives too slowly. Called at an interval."""
         if self._refused or self.transport.is_closing():
             return
         now, limits = self.loop.time(), self._limits
@@ -187,24 +188,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse_late(f"body: is not complete after {limits.body_seconds:g} seconds")
         elif self._phase is _Phase.BODY and now - self._window >= limits.stall_seconds:
             few = self._window_bytes < limits.min_body_rate * limits.stall_seconds
-            if few and not self.flow.read_paused:  # paused: it is the server that is slow
+            if few and not self.flow.read_paused:  # while reading is paused, it is the server that is slow
                 self._refuse_late(f"body: comes with less than {limits.min_body_rate} bytes a second")
             self._window, self._window_bytes = now, 0
         self._timer = self.loop.call_later(self._interval, self._watch)
 
     def _refuse_late(self, problem: str) -> None:
         if self._phase is _Phase.HEAD and not self._quiet:
-            self.transport.close()  # a connection without a request: there is nothing to answer
+            self.transport.close()  # no byte of a request has come, so there is nothing to answer
         else:
             self._refuse(Problem(408, f"{problem}; send it faster", "timeout_error", code="request_timeout"))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer in place of the application, if it has not begun to, and close."""
+        """Answer with an error, unless the application has begun to answer, and close the connection."""
         self._refused = True
         self._unset_keepalive_if_required()
         cycle = self.cycle if self._phase is _Phase.BODY else None
         if cycle is not None:
-            cycle.disconnected = True  # what the application still sends is dropped
+            cycle.disconnected = True  # uvicorn drops whatever the application still sends
             cycle.message_event.set()
         begun = cycle.response_started if cycle is not None else self._is_answering
         if begun or self.pipeline:
@@ -217,13 +218,13 @@ class BoundedProtocol(HttpToolsProtocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
-        if self.transport.can_write_eof():  # closing at once would discard the answer with what is still unread
+        if self.transport.can_write_eof():  # closing now would reset the connection and lose the answer
             self.transport.write_eof()
         self.loop.call_later(self._limits.linger_seconds, self.transport.close)
 
 
-class Door:
-    """Bounds the connections that are open: one too many costs the connection that has waited longest its place."""
+class ConnectionLimiter:
+    """Limits the number of open connections. Beyond the limit, the one that has waited longest is closed."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -231,7 +232,7 @@ class Door:
         self._logged = float("-inf")
 
     def admit(self, newest: BoundedProtocol, connections: set[BoundedProtocol]) -> None:
-        """Let the newest in, at the cost of another one that has no complete request, or turn it away."""
+        """Admit the newest connection. At the limit, close one without a complete request, or else the newest."""
         if len(connections) <= self._most:
             return
         waiting = (each for each in connections if each.waits_for_client)

@@ -1,6 +1,6 @@
-"""What both kinds of answer share: identity, usage, and what of an output was already sent.
+"""What answers to completions and chats share: id, usage, and the deltas of a stream.
 
-It owns the bookkeeping of a stream; the shapes of completions and chats are theirs.
+It owns the position of a stream in its output; it must not know the formats of completions and chats.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from longspan.server.fields import StreamOptions
 
 
 @dataclass(frozen=True)
-class News:
-    """What a completion gained since it was last asked. `logprobs` are of `tokens`, None if not wanted."""
+class TextDelta:
+    """What a completion has gained since the previous delta."""
 
+    # new text
     text: str
+    # ids of new tokens
     tokens: tuple[int, ...]
+    # one for each of `tokens`; None if they were not asked for
     logprobs: tuple[TokenLogprobs, ...] | None
+    # set in the last delta
     finish_reason: str | None
+    # the stop string or stop token that ended the completion
     stop_reason: str | int | None
+    # whether the client gets the token ids
     with_ids: bool = False
 
     @property
     def worth_sending(self) -> bool:
-        """Whether a client would see a difference."""
+        """Whether the delta holds anything that the client gets."""
         return bool(self.text or self.finish_reason or (self.tokens and (self.logprobs or self.with_ids)))
 
 
 class Cursor:
-    """How much of one completion has been sent."""
+    """The position up to which one completion has been sent."""
 
     def __init__(self, output: CompletionOutput, with_ids: bool) -> None:
         self._output = output
@@ -43,44 +49,46 @@ class Cursor:
         self._tokens = 0
         self._ended = False
 
-    def news(self) -> News:
-        """What is new, which counts as sent from now on."""
+    def delta(self) -> TextDelta:
+        """The delta since the last call. If it is worth sending, the position moves to the end of it."""
         output = self._output
         text, tokens = output.text[self._text :], tuple(output.token_ids[self._tokens :])
         logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens :])
         reason = None if output.finish_reason is None or self._ended else output.finish_reason.value
-        found = News(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
+        found = TextDelta(text, tokens, logprobs, reason, output.stop_reason, self._with_ids)
         if found.worth_sending:
             self._text, self._tokens, self._ended = len(output.text), len(output.token_ids), reason is not None
         return found
 
 
 class Reply(Protocol):
-    """An answer in the making."""
+    """The answer to one request, made from the outputs of its jobs."""
 
+    # the prompts to complete
     jobs: list[Job]
+    # what a stream sends besides text
     stream_options: StreamOptions
 
     def open(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-        """Chunks of a stream before any token."""
+        """The first chunks of a stream, before any token. Must be called before `chunks`."""
 
     def chunks(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
-        """Chunks of a stream for outputs that changed."""
+        """Chunks of a stream, for outputs that changed."""
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
+        """The body of an answer that is not streamed."""
 
     def envelope(self) -> dict[str, Any]:
-        """Identity of every chunk."""
+        """The fields that every chunk has: id, object, time and model."""
 
 
 def identity(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    """Id, kind of object, time and model of an answer."""
+    """Id, object, time and model of a new answer."""
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Tokens of all outputs together."""
+    """OpenAI's `usage` object: the tokens of all outputs together."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     completion = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
     return {

@@ -1,6 +1,6 @@
-"""A server from its options to its last request: engine, tokenizer, sockets, signals.
+"""Run a server: engine, tokenizer, sockets and signals.
 
-It owns start and end; what is served in between is the application's.
+It owns start and shutdown; the application serves requests in between.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("longspan.server")
 
 
 class Server(uvicorn.Server):
-    """A first signal drains: no new requests, those in flight end. A second one stops at once."""
+    """uvicorn's server. The first signal refuses new requests and waits for those in flight; a second one stops."""
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
         super().__init__(config)
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
 
     @property
     def port(self) -> int:
-        """The port that is open."""
+        """The port that it listens on."""
         return int(self.servers[0].sockets[0].getsockname()[1])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -50,13 +50,13 @@ class Server(uvicorn.Server):
             self.force_exit = True
         else:
             self._engine.drain()
-            waiting = len(self._engine.tracker)
+            waiting = len(self._engine.output_processor)
             _LOG.warning("%s: %d requests in flight end first; again to stop now", signal.Signals(sig).name, waiting)
         self.should_exit = True
 
 
 def make_service(config: EngineConfig, options: ServeOptions) -> Service:
-    """Everything but the ranks. Raises `ConfigError` or `ModelError`."""
+    """Build everything except the core, which `serve` starts. Raises `ConfigError` or `ModelError`."""
     setup = resolve(config)
     tokenizer = load_tokenizer(setup.source)
     model = options.served_model_name or config.model
@@ -67,7 +67,7 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
 
 
 async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
-    """Serve until a signal. `on_ready` hears when every rank is ready and the port is open."""
+    """Serve until a signal. `on_ready` is called once every rank is ready and the port is open."""
     with _ended_by_sigterm():
         await service.engine.start()
     options = service.options
@@ -83,8 +83,8 @@ async def serve(service: Service, on_ready: Callable[[Server], None]) -> None:
 
 
 async def _end_drain(server: Server, engine: AsyncEngine) -> None:
-    """A client that has stopped reading must not keep a drained server alive."""
-    while not (server.should_exit and not len(engine.tracker)):
+    """Force the exit some seconds after the last request: a client that does not read must not prevent it."""
+    while not (server.should_exit and not len(engine.output_processor)):
         await asyncio.sleep(0.2)
     await asyncio.sleep(_LAST_BYTES_SECONDS)
     server.force_exit = True
@@ -92,7 +92,7 @@ async def _end_drain(server: Server, engine: AsyncEngine) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """While ranks load their weights a SIGTERM ends the server, cleanly; later it drains."""
+    """Within this context SIGTERM cancels the current task, so that a start ends cleanly. Later it drains."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     on_main_thread = threading.current_thread() is threading.main_thread() and task is not None
     if on_main_thread and task is not None:

@@ -1,6 +1,6 @@
-"""What the live page shows, as one JSON object.
+"""The state of a server as one JSON object, for the live page.
 
-It owns the object's form; figures are the core's, the tracker's and the metrics'.
+It owns the object's format; the values come from the core, the output processor and the metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SHOWN = 64
 
 
 def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: float) -> dict[str, Any]:
-    """The object; `core` is None while the ranks are not there. `started` is of `time.monotonic()`."""
+    """The JSON object. `core` is None while there is no core. `started` is in `time.monotonic()`."""
     setup, metrics = engine.setup, engine.metrics
     parallel = setup.config.parallel
     requests = _requests(engine, core.sequences if core else [])
@@ -49,7 +49,7 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
             for each in setup.schedules.values()
         ],
         "requests": requests[:_SHOWN],
-        "requests_total": len(engine.tracker),
+        "requests_total": len(engine.output_processor),
         "cached_pages_by_shard": list(core.cached_pages) if core else [0] * len(setup.pages_per_shard),
         "steps": [{**asdict(step), "seconds": round(step.seconds, 5)} for step in (core.steps if core else [])],
         "totals": {
@@ -63,10 +63,10 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
 def _requests(engine: AsyncEngine, sequences: list[SequenceReport]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for report in sequences:
-        output = engine.tracker.request_of(report.request_id)
+        output = engine.output_processor.request_of(report.request_id)
         if output is None:
             continue
-        index = engine.tracker.core_ids(output.request_id).index(report.request_id)
+        index = engine.output_processor.core_ids(output.request_id).index(report.request_id)
         arrived, first = engine.times(output.request_id)
         pages = [0] * len(engine.setup.pages_per_shard)
         for shard, count in report.runs:

@@ -1,6 +1,6 @@
-"""Text to tokens and back for the server: prompts, conversations, single tokens.
+"""Tokenise and detokenise for the server: prompts, conversations, single tokens.
 
-It owns the tokenizer and the threads it encodes in, so that a long prompt never holds up the event loop.
+It owns the tokenizer and the threads it runs in, so that a long prompt does not block the event loop.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from longspan.errors import ContextOverflow, QueueFull, RequestError
 from longspan.server.errors import cut, shortened
 
 _SHORT = 16 << 10  # bytes: about 20 ms of encoding
-_MAX_LONG = 64  # texts beyond that wait for the thread; more are refused
-_LEAST_MAX_BYTES = 64 << 10  # cheap enough to encode for any model, so that an error can count tokens
+_MAX_LONG = 64  # longer texts that may wait for their thread; more are refused
+_LEAST_MAX_BYTES = 64 << 10  # texts up to this are always encoded, so that an error can give the number of tokens
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 Result = TypeVar("Result")
-_SHOWN = 400  # characters of a template's own complaint
+_SHOWN = 400  # characters of a template's error message
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "add_generation_prompt", "continue_final_message", "documents", "kwargs",
 }  # fmt: skip
 
 
 def max_text_bytes(tokenizer: Any, max_model_len: int) -> int:
-    """The most bytes of UTF-8 that so many tokens can stand for: each is at most as long as the vocabulary's longest.
+    """The most bytes of UTF-8 that `max_model_len` tokens can stand for, by the longest token of the vocabulary.
 
-    Vocabularies write a byte with one character or more, so that the length of what they hold is never too short.
+    Vocabularies write a byte as one or more characters, so a token's length there is never below its bytes.
     """
     if tokenizer is None:
         return 0
@@ -40,10 +40,10 @@ def max_text_bytes(tokenizer: Any, max_model_len: int) -> int:
 
 
 class Text:
-    """The model's tokenizer, or its absence: then prompts are token ids and outputs have no text.
+    """The model's tokenizer. Without one, prompts must be token ids and outputs have no text.
 
-    Long texts have a thread of their own, in which they are encoded one after another: short ones do not wait for
-    them. The tokenizer's library lets other threads run meanwhile.
+    Long texts are encoded one at a time in a thread of their own, so that short ones do not wait for them. The
+    tokenizers library releases the GIL meanwhile.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
@@ -52,11 +52,11 @@ class Text:
         self._max_model_len = max_model_len
         self._short = ThreadPoolExecutor(2, "longspan-tokenizer")
         self._long = ThreadPoolExecutor(1, "longspan-tokenizer-long")
-        self.num_pending = self._num_long = 0  # calls that wait for the tokenizer, or that it works on
+        self.num_pending = self._num_long = 0  # calls in the threads or waiting for them: all, and those of long texts
         self.token = lru_cache(1 << 16)(self._token)
 
     async def run(self, size: int, call: Callable[[], Result]) -> Result:
-        """Run a call on a text of about that size in the thread for such texts. Raises `QueueFull`."""
+        """Run `call` in the thread for texts of `size` bytes. Raises `QueueFull` if too many long texts wait."""
         is_long = size > _SHORT
         if is_long and self._num_long >= _MAX_LONG:
             raise QueueFull(
@@ -72,15 +72,16 @@ class Text:
             self._num_long -= is_long
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
-        """Token ids of a text. Raises `RequestError`."""
+        """Token ids of a text. Raises `RequestError`, which names `field`."""
         self._require(field, text)
         self._check_length(text, field)
         return await self.run(len(text), lambda: self._encode(text, add_special_tokens))
 
     async def chat(self, conversation: Callable[[], Conversation], options: Mapping[str, Any], size: int) -> list[int]:
-        """Token ids of a conversation under the model's template, ready for the answer. Raises `RequestError`.
+        """Token ids of a conversation under the model's chat template. Raises `RequestError`.
 
-        `conversation` makes the messages and the tools as the template wants them; `size` is about their bytes.
+        `conversation` returns messages and tools as the template expects them; it is called in the thread. `size` is
+        approximately their size in bytes. `options` are passed to the template.
         """
         tokenizer = self._require("messages", "[...]")
         for name in options:
@@ -95,7 +96,7 @@ class Text:
                 rendered = tokenizer.apply_chat_template(
                     messages, **{"tools": tools or None, "add_generation_prompt": True, **options}, tokenize=False
                 )
-            except Exception as error:  # a template may raise anything about a conversation it was not made for
+            except Exception as error:  # templates raise many types for conversations that they do not support
                 problem = f"the model's chat template refuses them ({type(error).__name__}: {cut(str(error), _SHOWN)})"
                 raise RequestError("messages", shortened(messages), problem, "change the conversation") from error
             self._check_length(rendered, "messages")
@@ -104,7 +105,7 @@ class Text:
         return await self.run(size, run)
 
     async def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special ones included. Raises `RequestError`."""
+        """The text of tokens, including special tokens. Raises `RequestError`."""
         tokenizer = self._require("tokens", tokens)
         if len(tokens) > self._max_model_len:
             raise ContextOverflow(
@@ -120,8 +121,8 @@ class Text:
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _check_length(self, text: str, field: str) -> None:
-        """Raise `ContextOverflow` for a text that is too long whatever it holds, before it is encoded."""
-        if 4 * len(text) <= self.max_bytes:  # UTF-8 has at most four bytes a character
+        """Raise `ContextOverflow` for a text that cannot fit the context, before it is encoded."""
+        if 4 * len(text) <= self.max_bytes:  # a character has at most four bytes in UTF-8
             return
         size = len(text.encode(errors="replace"))
         if size > self.max_bytes:
@@ -133,7 +134,7 @@ class Text:
             )  # fmt: skip
 
     def _token(self, token_id: int) -> str:
-        """One token's text by itself; halves of characters show as replacement characters."""
+        """The text of one token alone. Parts of characters become replacement characters."""
         if self.tokenizer is None:
             return f"token_id:{token_id}"
         return str(self.tokenizer.decode([token_id]))

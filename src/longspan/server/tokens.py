@@ -1,6 +1,6 @@
-"""`/tokenize` and `/detokenize`, in vLLM's form.
+"""`/tokenize` and `/detokenize`, in vLLM's format.
 
-It owns both bodies; the tokenizer is the text's.
+It owns the formats of both bodies; `text.py` has the tokenizer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TokenizeBody(Body):
     chat_template_kwargs: TemplateOptions | None = None
 
     async def answer(self, text: Text, max_model_len: int) -> dict[str, Any]:
-        """Ids, how many, and how many a request may have. Raises `RequestError`."""
+        """Token ids, their number, and the model's limit. Raises `RequestError`."""
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("prompt", repr(self.prompt), "and messages exclude each other", "give one of the two")
         if self.messages is not None:

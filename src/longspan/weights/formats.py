@@ -1,6 +1,6 @@
-"""How many bytes a weight takes, by the part of the model it belongs to.
+"""Bytes of one weight, by the part of the model that it belongs to.
 
-It owns the formats' names and their reading from a configuration's `quantization_config`; it must not know shapes.
+It owns the names of weight formats and how they are read from `quantization_config`; it must not know shapes.
 """
 
 from __future__ import annotations
@@ -15,38 +15,41 @@ from longspan.config import require_choice
 
 _BYTES: Mapping[str, float] = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625, "mxfp4": 0.53125
-}  # fmt: skip  # 4 bits with a scale of 16 bits for 32 weights, of 8 bits for 32
+}  # fmt: skip  # int4 has a scale of 16 bits for 32 weights, mxfp4 a scale of 8 bits for 32
 FORMAT_NAMES = tuple(_BYTES)
 _MODULES: Mapping[str, str] = {
     "attention": "model.layers.5.self_attn.o_proj",
     "ffn": "model.layers.5.mlp.down_proj",
     "experts": "model.layers.5.mlp.experts.0.down_proj",
-}  # one that stands for all of a part
+}  # one module of each part, on which `modules_to_not_convert` is tested
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Bytes an element of attention's projections, of dense and shared MLPs, of routed experts, and of the embedding.
+    """Bytes of one weight in each part of the model.
 
-    Formats of one byte are multiplied as they are; those of less are widened to two bytes first. The embedding's is
-    also that of activations.
+    Weights of one byte or more are multiplied in their own format; narrower ones are widened to two bytes first.
     """
 
+    # projections of attention
     attention: float = 2.0
+    # dense MLPs and shared experts
     ffn: float = 2.0
+    # routed experts
     experts: float = 2.0
+    # the embedding; activations have this size too
     embedding: float = 2.0
 
     @staticmethod
     def named(name: str, dtype: str = "bf16") -> WeightFormat:
-        """All products in one of `FORMAT_NAMES`, the embedding in `dtype`. Raises `ConfigError`."""
+        """Projections, MLPs and experts in one of `FORMAT_NAMES`, the embedding in `dtype`. Raises `ConfigError`."""
         require_choice("weight_dtype", name, FORMAT_NAMES)
         each = _BYTES[name]
         return WeightFormat(each, each, each, element_bytes("dtype", dtype))
 
     @staticmethod
     def of(values: Mapping[str, Any], dtype: str = "bf16") -> WeightFormat:
-        """What a config.json says of its checkpoint; without `quantization_config` all weights are in `dtype`."""
+        """The format that a config.json declares; without `quantization_config` all weights are in `dtype`."""
         plain = element_bytes("dtype", dtype)
         found = WeightFormat(plain, plain, plain, plain)
         quantisation = values.get("quantization_config")
@@ -59,13 +62,13 @@ class WeightFormat:
 
 
 def element_bytes(field: str, name: str) -> float:
-    """Bytes an element of a named format. Raises `ConfigError`."""
+    """Bytes of one element in a named format. `field` is the option that the `ConfigError` names."""
     require_choice(field, name, FORMAT_NAMES)
     return _BYTES[name]
 
 
 def _names(pattern: str, module: str) -> bool:
-    """Whether an entry of the list of modules left alone, a beginning or `re:` and an expression, means this one."""
+    """Whether an entry of `modules_to_not_convert`, a prefix or `re:` and a regular expression, matches a module."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return fnmatch(module, pattern + "*")

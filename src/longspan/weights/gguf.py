@@ -1,6 +1,6 @@
-"""GGUF files: their tensors under the hub's names, dequantised block by block.
+"""GGUF files: their tensors under Hugging Face's names, dequantised block by block.
 
-It owns the file's naming and its order of rotary rows; it must not know how a model is sharded.
+It owns the names of tensors in GGUF files and the order of their rotary rows; it must not know how a model is sharded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LAYER_NAMES = {
 
 
 def hub_name(name: str) -> str:
-    """The hub's name of a GGUF tensor; unknown names stay as they are."""
+    """The Hugging Face name of a GGUF tensor; an unknown name is returned unchanged."""
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if layer and layer[2] in _LAYER_NAMES:
@@ -51,12 +51,16 @@ def hub_name(name: str) -> str:
 
 
 class GGUFCheckpoint:
-    """The tensors and metadata of a GGUF file. Raises `WeightError` if it is damaged."""
+    """The tensors and metadata of a GGUF file.
+
+    Raises `WeightError` if it is damaged, `UnsupportedModel` if it is split or has a quantisation that the gguf package
+    cannot dequantise.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             self._reader = gguf.GGUFReader(path)
-        except Exception as error:  # a damaged file fails in the reader wherever the damage is
+        except Exception as error:  # the reader's exception for a damaged file depends on where the damage is
             raise WeightError(f"{path}: truncated or not a GGUF file ({error}); download it again") from error
         self._tensors = {hub_name(tensor.name): tensor for tensor in self._reader.tensors}
         if self.metadata("split.count", 1) > 1:
@@ -64,7 +68,7 @@ class GGUFCheckpoint:
         self._check_quantisations()
 
     def metadata(self, key: str, default: Any = None) -> Any:
-        """A metadata field's value, `default` where it is missing."""
+        """The value of a metadata field, or `default` if it is missing."""
         field = self._reader.fields.get(key)
         return default if field is None else field.contents()
 
@@ -77,7 +81,7 @@ class GGUFCheckpoint:
         return tuple(int(size) for size in reversed(self._tensor(name).shape))
 
     def rope_factors(self) -> list[float] | None:
-        """One divisor a rotary frequency, where the file has them (llama3 scaling)."""
+        """One divisor for each rotary frequency (llama3 scaling); None if the file has none."""
         tensor = self._tensors.get(ROPE_FACTORS)
         return None if tensor is None else [float(value) for value in tensor.data]
 
@@ -98,10 +102,10 @@ class GGUFCheckpoint:
         return self._tensors[name]
 
     def _stored_rows(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
-        """From rows of the hub's tensor to rows of the file's.
+        """The function that maps row numbers of the Hugging Face tensor to row numbers of the file's tensor.
 
-        Converters to GGUF interleave the two rotary halves of each head of `llama` models' queries and
-        keys: the hub's row (head, half, i) is the file's row (head, i, half).
+        Converters to GGUF interleave the two rotary halves of each head in the query and key projections of `llama`
+        models: row (head, half, i) becomes row (head, i, half).
         """
         suffix = re.search(r"self_attn\.([qk])_proj\.(weight|bias)$", name)
         if self.metadata("general.architecture") != "llama" or not suffix:

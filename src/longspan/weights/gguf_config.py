@@ -1,6 +1,6 @@
-"""A GGUF file's metadata in the words of a Hugging Face config.json.
+"""The metadata of a GGUF file as a Hugging Face config.json.
 
-It owns that translation; what the words mean is for the models to say.
+It owns the mapping from GGUF's keys to those of config.json; the models interpret the values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ARCHITECTURES: Mapping[str, tuple[str, str]] = {
 
 
 def gguf_config(file: GGUFCheckpoint) -> dict[str, Any]:
-    """The configuration; raises `UnsupportedModel` for an architecture whose names are not known here."""
+    """The configuration of a GGUF model. Raises `UnsupportedModel` for an architecture without a mapping."""
     name = file.metadata("general.architecture")
     if name not in _ARCHITECTURES:
         raise UnsupportedModel(
@@ -31,7 +31,7 @@ def gguf_config(file: GGUFCheckpoint) -> dict[str, Any]:
         return file.metadata(f"{name}.{key}", default)
 
     window = field("attention.sliding_window")
-    if window and architecture == "LlamaForCausalLM":  # Mistral's files call themselves llama
+    if window and architecture == "LlamaForCausalLM":  # Mistral's GGUF files have the architecture `llama`
         architecture, model_type = "MistralForCausalLM", "mistral"
     names = file.names()
     q_heads, hidden = field("attention.head_count"), field("embedding_length")

@@ -1,6 +1,6 @@
-"""MXFP4 tensors (OCP Microscaling 1.0) of stacked experts, multiplied out as they are read.
+"""MXFP4 tensors (OCP Microscaling 1.0) of stacked experts, dequantised as they are read.
 
-It owns the format; the files are another checkpoint's.
+It owns the format; another checkpoint reads the files.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from longspan.weights.checkpoint import Checkpoint
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32  # values that share a scale
-_BIAS = 127  # of a scale's exponent
+_BIAS = 127  # exponent bias of a scale
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 class Mxfp4Checkpoint:
-    """`NAME_blocks` uint8 [experts, out, in / 32, 16] and `NAME_scales` uint8 as tensor NAME [experts, in, out].
+    """A checkpoint whose MXFP4 tensors appear under one name each, dequantised; other tensors are passed through.
 
-    A byte holds two values, the low half first; a scale is a power of two.
+    The files hold `NAME_blocks` uint8 [experts, out, in / 32, 16] and `NAME_scales` uint8 [experts, out, in / 32]. They
+    are read as tensor NAME [experts, in, out]. A byte holds two values, the low half first. A scale is the exponent of
+    a power of two.
     """
 
     def __init__(self, files: Checkpoint) -> None:
@@ -54,7 +56,10 @@ class Mxfp4Checkpoint:
             out[expert - index[0].start].copy_(whole.t())
 
     def _expert(self, name: str, expert: slice, columns: slice, rows: slice) -> Tensor:
-        """One expert's [out, in] part in fp32."""
+        """A slice of one expert, dequantised: fp32 [rows, columns], where rows are outputs and columns inputs.
+
+        Whole blocks are read and cut to `columns` afterwards.
+        """
         first, stop = columns.start // _BLOCK, -(-columns.stop // _BLOCK)
         packed = torch.empty(1, rows.stop - rows.start, stop - first, _BLOCK // 2, dtype=torch.uint8)
         scales = torch.empty(packed.shape[:-1], dtype=torch.uint8)

@@ -1,6 +1,6 @@
-"""Safetensors folders: one file, or shards under an index.
+"""Folders of safetensors files: one file, or several with an index.
 
-It owns the files' handles; a slice is read from the file's map, nothing around it.
+It owns the open files. They are memory-mapped, so only the slices that are asked for are read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a folder. Raises `WeightError` if a file is missing or damaged, before anything is read.
+    """The tensors of a folder. Raises `WeightError` at construction if a file is missing or damaged.
 
-    An FP8 tensor with one scale for each `scale_block` of rows and columns (DeepSeek-V3) is multiplied out as it is
-    read; its scales are not listed as tensors of their own.
+    An FP8 tensor with one scale for each block of `scale_block` (rows, columns), as in DeepSeek-V3, is dequantised as
+    it is read. Its scales are not listed as tensors.
     """
 
     def __init__(self, folder: Path, scale_block: tuple[int, int] = (128, 128)) -> None:
@@ -50,11 +50,15 @@ class SafetensorsCheckpoint:
         out.copy_(part)
 
     def has_scales(self, name: str) -> bool:
-        """Whether a tensor is in FP8 with a scale a block."""
+        """Whether a tensor is in block-scaled FP8."""
         return name + _SCALE in self._file_of
 
     def read_scaled(self, name: str, index: tuple[slice, ...], values: Tensor, scales: Tensor) -> None:
-        """Copy a slice of such a tensor as it is, and the scales of its blocks, whose edges the slice's are."""
+        """Copy a slice of a block-scaled FP8 tensor without dequantising it, and the scales of its blocks.
+
+        The slice must begin and end at block boundaries. `values` is FP8 [rows, columns], `scales` has one element for
+        each block of the slice.
+        """
         blocks = tuple(
             slice(part.start // size, -(-part.stop // size)) for part, size in zip(index, self.scale_block, strict=True)
         )
@@ -65,7 +69,7 @@ class SafetensorsCheckpoint:
         return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
 
     def _scales(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """One scale for each element of the slice, [rows, columns] fp32."""
+        """The scale of each element of the slice, fp32 [rows, columns]."""
         scales: Tensor = self._slice(name + _SCALE)[:].float()
         for dim, (part, size) in enumerate(zip(index, self.scale_block, strict=True)):
             blocks = torch.arange(part.start, part.stop) // size

@@ -1,6 +1,6 @@
-"""From what a user calls a model to its files: a folder, a GGUF file, a hub id, or the small model's name.
+"""Find and open a model's files, given a folder, a GGUF file, a Hugging Face hub id, or the name of the built-in model.
 
-It owns finding and opening them; it must not interpret the configuration.
+It owns finding and opening the files; it must not interpret the configuration.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ _HUB_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model found and opened: its files, its configuration as a Hugging Face config.json has it.
+    """A model whose files are found and open."""
 
-    `block_scaled` are the same files where their weights are in FP8 with a scale a block.
-    """
-
+    # the name that the user gave
     name: str
+    # its folder, or its GGUF file
     path: Path
+    # its configuration, with the keys of a Hugging Face config.json
     config: dict[str, Any]
+    # its weights
     checkpoint: Checkpoint
+    # the same files, if their weights are in block-scaled FP8
     block_scaled: SafetensorsCheckpoint | None = None
 
 
@@ -70,7 +72,7 @@ def _folder(name: str, path: Path) -> ModelSource:
 
 
 def _open_folder(name: str, path: Path, config: dict[str, Any]) -> ModelSource:
-    """The folder's tensors; raises `UnsupportedModel` for any quantisation but block-scaled FP8 and MXFP4."""
+    """Open a folder's checkpoint. Raises `UnsupportedModel` for a quantisation but block-scaled FP8 and MXFP4."""
     quantisation = config.get("quantization_config") or {}
     method, block = quantisation.get("quant_method", "fp8"), quantisation.get("weight_block_size", [128, 128])
     if method == "mxfp4":
@@ -111,11 +113,11 @@ def _smollm2_file() -> Path:
 
 
 def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and needed for hub ids alone
+    from huggingface_hub import snapshot_download  # slow to import, and only needed for hub ids
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's many network, name and permission errors
+    except Exception as error:  # the hub raises many types for errors of network, name and permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(
             f"model={model}: no such folder, and fetching it from the hub failed ({reason}); "

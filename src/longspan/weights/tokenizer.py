@@ -1,6 +1,6 @@
-"""The tokenizer that belongs to a model's files.
+"""Load a model's tokenizer, or rebuild it from the metadata of a GGUF file.
 
-It owns finding or rebuilding it; encoding and decoding are the tokenizers library's.
+It owns finding and rebuilding it; the tokenizers library encodes and decodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from longspan.weights.source import ModelSource
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
-# how text is cut before merging, by the name GGUF files give the cut (None: GPT-2's own)
+# pre-tokenisation patterns by their name in GGUF files (`tokenizer.ggml.pre`); None is GPT-2's own
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,20 +30,23 @@ _SPLITS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _SINGLE_DIGITS = frozenset({"smollm"})
-_LLAMA3 = frozenset({"llama-bpe", "llama3", "llama-v3"})  # begin with a token of their own unless the file says no
+_LLAMA3 = frozenset({"llama-bpe", "llama3", "llama-v3"})  # these add a BOS token unless the file says otherwise
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """A transformers fast tokenizer, or None for a folder without one. Raises `UnsupportedModel`."""
+    """A transformers fast tokenizer, or None if the model has none.
+
+    Raises `ModelError` for a damaged one, `UnsupportedModel` for a kind that is not known.
+    """
     if isinstance(source.checkpoint, GGUFCheckpoint):
         return _from_gguf(source.checkpoint)
     if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # takes seconds to import
+    from transformers import AutoTokenizer  # importing takes seconds
 
     try:
         return AutoTokenizer.from_pretrained(source.path)
-    except Exception as error:  # damaged files, and kinds that need code or packages that are not here
+    except Exception as error:  # damaged files, or a tokenizer that needs code or packages that are not installed
         raise ModelError(f"{source.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
 
@@ -88,7 +91,7 @@ def _add_control_tokens(built: Any, tokens: list[str], kinds: list[int]) -> None
 
 
 def _byte_level(file: GGUFCheckpoint, tokens: list[str]) -> Any:
-    """GPT-2's byte-level BPE, with the cut the file names."""
+    """GPT-2's byte-level BPE, with the pre-tokenisation that the file names."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     cut = file.metadata("tokenizer.ggml.pre", "default")
@@ -110,7 +113,7 @@ def _byte_level(file: GGUFCheckpoint, tokens: list[str]) -> Any:
 
 
 def _sentence_piece(file: GGUFCheckpoint, tokens: list[str]) -> Any:
-    """SentencePiece BPE with byte fallback, its merges ranked by the scores of what they make."""
+    """SentencePiece BPE with byte fallback. Merges are ranked by the scores of the tokens that they produce."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
     unknown = file.metadata("tokenizer.ggml.unknown_token_id", 0)

@@ -29,7 +29,7 @@ class BackendShape:
     # of which attention returns the first
     value_dim: int
     # 2 for keys and values, 1 for latents
-    planes: int
+    kv_factor: int
     # whether rows have scales
     quantised: bool
     # of the queries

@@ -128,10 +128,10 @@ def _dense_block(q: Tensor, kv: Tensor, block: HeadBlock, scale: float, mask: Te
 def _batch_block(q: Tensor, batch: Batch, kv: CacheRows, block: HeadBlock, scale: float) -> AttentionState:
     """Lone queries [B, H, D], each over its own slots of the pool."""
     count, _, dim = q.shape
-    heads, (planes_held, kv_heads, slots, _) = block.q_stop - block.q_start, kv.values.shape
+    heads, (kv_factor, kv_heads, slots, _) = block.q_stop - block.q_start, kv.values.shape
     first = torch.arange(block.kv_start, block.kv_stop)
-    planes = torch.tensor([0, planes_held - 1]) * kv_heads
-    places = (planes[:, None] + first)[..., None] * slots + batch.slots.reshape(-1)
+    firsts = torch.tensor([0, kv_factor - 1]) * kv_heads
+    places = (firsts[:, None] + first)[..., None] * slots + batch.slots.reshape(-1)
     copied = kv.select(places.reshape(-1), q.dtype)
     keys, values = copied.view(2, len(first), count, -1, dim).transpose(1, 2)
     packed = q[:, block.q_start : block.q_stop].reshape(count, block.kv_heads, block.group, dim)

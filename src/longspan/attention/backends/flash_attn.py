@@ -115,7 +115,7 @@ def _fits(q: Tensor) -> bool:
 
 def _supports(shape: BackendShape) -> str | None:
     problem = half_precision_problem(shape)
-    if problem is None and shape.planes == 1:
+    if problem is None and shape.kv_factor == 1:
         problem = "cannot read a cache of latents"
     if problem is None and (shape.head_dim > _WIDEST or shape.head_dim % 8):
         problem = f"takes heads of up to {_WIDEST} elements, a multiple of 8, not {shape.head_dim}"

@@ -95,7 +95,7 @@ class _Runs:
                 causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
             )  # fmt: skip
             self._wrappers[key] = wrapper
-        held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [planes, slots, 1, Hkv, D]
+        held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [kv_factor, slots, 1, Hkv, D]
         found: tuple[Tensor, Tensor] = self._wrappers[key].run(q, (held[0], held[1]), return_lse=True)
         return found
 
@@ -199,7 +199,7 @@ def _supports(shape: BackendShape) -> str | None:
     problem = half_precision_problem(shape)
     if problem is not None:
         return problem
-    if shape.planes == 1:
+    if shape.kv_factor == 1:
         fits = (shape.head_dim, shape.value_dim) == (_LATENT + _ROPE, _LATENT)
         return None if fits else f"takes latents of {_LATENT + _ROPE} elements with {_LATENT} of values"
     if shape.head_dim not in _DIMS:

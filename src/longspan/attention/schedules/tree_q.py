@@ -25,35 +25,35 @@ def run(join: Join) -> AttentionState:
     group, nodes, rows = join.group.collectives, join.group.nodes, join.rows
     exchange = _Exchange(group, rows)
     home = next(node for node in nodes if group.rank in node)
-    stands_for = {member: deputies(nodes, home, member) for member in home}
+    stands_for = {member: proxies(nodes, home, member) for member in home}
     mine = stands_for[group.rank]
 
     def merged(parts: Sequence[Tensor]) -> Tensor:
         return pack(join.variant.merge([unpack(part) for part in parts]))
 
     queries = exchange(
-        {deputy(node, nodes, group.rank): [group.rank] for node in nodes},
+        {proxy(node, nodes, group.rank): [group.rank] for node in nodes},
         {member: [member] for member in mine},
         {group.rank: join.variant.outgoing(join.q)},
     )
     queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
     states = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
     gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), states, merged)
-    reps = [deputy(node, nodes, group.rank) for node in nodes]
+    reps = [proxy(node, nodes, group.rank) for node in nodes]
     home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
     return join.merged([home_again[group.rank]])
 
 
-def deputy(node: Sequence[int], nodes: _Nodes, member: int) -> int:
+def proxy(node: Sequence[int], nodes: _Nodes, member: int) -> int:
     """Who handles a member's rows inside `node`: itself at home, elsewhere the one in its place."""
     place = next(home.index(member) for home in nodes if member in home)
     return node[place % len(node)]
 
 
-def deputies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
+def proxies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
     """All members whose rows `member` handles inside its `node`, in member order."""
     everyone = sorted(other for home in nodes for other in home)
-    return [other for other in everyone if deputy(node, nodes, other) == member]
+    return [other for other in everyone if proxy(node, nodes, other) == member]
 
 
 class _Exchange:

@@ -1,6 +1,6 @@
-"""Attention kernels: decode over cached rows, long prefill off the diagonal, and one context over several shards.
+"""Benchmarks of attention kernels: decode, off-diagonal prefill, and one context over several shards.
 
-It owns the cases and what they must move and compute at least; it must not know how a backend works.
+It owns the cases and the least bytes and operations that they need; it must not know how a backend works.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from longspan.attention.backends.base import Backend, BackendShape
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
-from longspan.bench.kernels.bed import Bed, Row
+from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.cache.pages import Span
 from longspan.clock import Timing
 from longspan.parallel.heads import HeadBlock
@@ -26,117 +26,130 @@ _SCALE = 0.05
 
 
 @dataclass(frozen=True)
-class Heads:
-    """A model's heads: query and KV heads, elements of a row, of which `value_dim` are values, planes of a cache."""
+class KernelHeads:
+    """The heads of a model, as attention sees them."""
 
+    # name in tables
     name: str
+    # query heads
     q_heads: int
+    # KV heads
     kv_heads: int
+    # elements of a cached row
     head_dim: int
+    # those of them that are values
     value_dim: int
-    planes: int
+    # 2 for keys and values, 1 for latents
+    kv_factor: int
 
     @property
     def blocks(self) -> tuple[HeadBlock, ...]:
-        """All of them in one block."""
+        """All heads as one block."""
         return (HeadBlock(0, self.q_heads, 0, self.kv_heads),)
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """What shares a scale where rows are quantised."""
+        """Elements of a row in each scale group, where rows are quantised."""
         rest = self.head_dim - self.value_dim
-        return (self.value_dim, rest) if self.planes == 1 and rest else (self.head_dim,)
+        return (self.value_dim, rest) if self.kv_factor == 1 and rest else (self.head_dim,)
 
-    def shape(self, bed: Bed, quantised: bool) -> BackendShape:
-        """For the choice of backends."""
-        return BackendShape(self.head_dim, self.value_dim, self.planes, quantised, bed.dtype)
+    def shape(self, harness: Harness, quantised: bool) -> BackendShape:
+        """The shape that a backend must support."""
+        return BackendShape(self.head_dim, self.value_dim, self.kv_factor, quantised, harness.dtype)
 
 
 HEADS = {
     heads.name: heads
     for heads in (
-        Heads("gqa", 64, 8, 128, 128, 2),
-        Heads("mla", 128, 1, 576, 512, 1),
-        Heads("mha", 16, 16, 128, 128, 2),
+        KernelHeads("gqa", 64, 8, 128, 128, 2),
+        KernelHeads("mla", 128, 1, 576, 512, 1),
+        KernelHeads("mha", 16, 16, 128, 128, 2),
     )
 }
 
 
 @dataclass(frozen=True)
-class Scene:
-    """`batch` requests with `new` query tokens each, over `cached` tokens of their own in a cache of some format."""
+class AttentionCase:
+    """One case: a batch of requests that attend to their cached tokens."""
 
-    heads: Heads
+    # the model's heads
+    heads: KernelHeads
+    # of the cache, one of `FORMATS`
     format: str
+    # number of requests
     batch: int
+    # query tokens of each request
     new: int
+    # cached tokens of each request
     cached: int
 
     @property
     def rows(self) -> int:
-        """Query rows."""
+        """Query tokens of all requests."""
         return self.batch * self.new
 
-    def row_bytes(self, bed: Bed) -> int:
-        """One cached token's."""
+    def row_bytes(self, harness: Harness) -> int:
+        """Bytes of one cached token, including scales."""
         quantised = FORMATS[self.format] is not None
-        size = 1 if quantised else bed.dtype.itemsize
+        size = 1 if quantised else harness.dtype.itemsize
         scales = 4 * len(self.heads.groups) if quantised else 0
-        return self.heads.planes * self.heads.kv_heads * (self.heads.head_dim * size + scales)
+        return self.heads.kv_factor * self.heads.kv_heads * (self.heads.head_dim * size + scales)
 
-    def size(self, bed: Bed) -> tuple[int, int]:
-        """Bytes that must move and operations that must be done."""
+    def size(self, harness: Harness) -> tuple[int, int]:
+        """The least bytes that have to be moved, and the floating-point operations."""
         heads = self.heads
-        queries = heads.head_dim * bed.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
-        moved = self.batch * self.cached * self.row_bytes(bed) + self.rows * heads.q_heads * queries
+        queries = heads.head_dim * harness.dtype.itemsize + (heads.value_dim + 1) * 4  # q in, out and lse out
+        moved = self.batch * self.cached * self.row_bytes(harness) + self.rows * heads.q_heads * queries
         return moved, 2 * self.rows * self.cached * heads.q_heads * (heads.head_dim + heads.value_dim)
 
     def case(self, what: str) -> dict[str, str | int]:
-        """Its name in a table."""
+        """The columns that identify the case in a table; `what` is the kernel."""
         return {
             "kernel": what, "heads": self.heads.name, "format": self.format,
             "batch": self.batch, "new": self.new, "cached": self.cached,
         }  # fmt: skip
 
     def runs(self) -> tuple[QueryRun, ...]:
-        """Each request over its part of the cache."""
+        """One run for each request, over its own range of the cache."""
         return tuple(
             QueryRun(number * self.new, self.new, (Span(number * self.cached, self.cached),))
             for number in range(self.batch)
         )
 
-    def tensors(self, bed: Bed) -> tuple[Tensor, CacheRows]:
-        """Random queries and a random cache."""
-        q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=bed.device, dtype=bed.dtype)
-        shape = (self.heads.planes, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
+    def tensors(self, harness: Harness) -> tuple[Tensor, CacheRows]:
+        """Random queries q [T, Hq, D] and a random cache [kv_factor, Hkv, S, D]."""
+        q = torch.randn(self.rows, self.heads.q_heads, self.heads.head_dim, device=harness.device, dtype=harness.dtype)
+        shape = (self.heads.kv_factor, self.heads.kv_heads, self.batch * self.cached, self.heads.head_dim)
         stored = FORMATS[self.format]
         if stored is None:
-            return q, CacheRows(torch.randn(shape, device=bed.device, dtype=bed.dtype))
-        values = torch.empty(shape, dtype=stored, device=bed.device)
-        for plane in values.flatten(0, 1):  # a head at a time: what is random is larger than what is stored
-            plane.copy_(torch.randn(plane.shape, device=bed.device, dtype=bed.dtype).mul_(30).to(stored))
-        scales = torch.rand(*shape[:3], len(self.heads.groups), device=bed.device) / 30
+            return q, CacheRows(torch.randn(shape, device=harness.device, dtype=harness.dtype))
+        values = torch.empty(shape, dtype=stored, device=harness.device)
+        for plane in values.flatten(0, 1):  # one head at a time, as random numbers take more memory
+            plane.copy_(torch.randn(plane.shape, device=harness.device, dtype=harness.dtype).mul_(30).to(stored))
+        scales = torch.rand(*shape[:3], len(self.heads.groups), device=harness.device) / 30
         return q, CacheRows(values, scales, self.heads.groups)
 
 
-def run_scenes(bed: Bed, what: str, scenes: Iterable[Scene]) -> list[Row]:
-    """Every backend on every scene."""
-    found: list[Row] = []
+def run_scenes(harness: Harness, what: str, scenes: Iterable[AttentionCase]) -> list[KernelRow]:
+    """Time every backend on every scene. A scene that does not fit the memory gives one row that says so."""
+    found: list[KernelRow] = []
     for scene in scenes:
-        lacking = bed.lacks(scene.batch * scene.cached * scene.row_bytes(bed))
+        lacking = harness.lacks(scene.batch * scene.cached * scene.row_bytes(harness))
         if lacking:
-            found.append(Row(scene.case(what), "-", *scene.size(bed), None, lacking))
+            found.append(KernelRow(scene.case(what), "-", *scene.size(harness), None, lacking))
             continue
-        q, cache = scene.tensors(bed)
+        q, cache = scene.tensors(harness)
         runs = scene.runs()
-        for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
-            found.append(bed.measure(scene.case(what), name, scene.size(bed), _attend(backend, q, runs, cache, scene)))
+        for name, backend in harness.contestants(scene.heads.shape(harness, cache.scales is not None)).items():
+            found.append(
+                harness.measure(scene.case(what), name, scene.size(harness), _attend(backend, q, runs, cache, scene))
+            )
         del q, cache
     return found
 
 
 def _attend(
-    backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: Scene
+    backend: Backend, q: Tensor, runs: tuple[QueryRun, ...], cache: CacheRows, scene: AttentionCase
 ) -> Callable[[], AttentionState]:
     prepared = backend.prepare(runs, len(q))
     return lambda: prepared.attend(q, cache, scene.heads.blocks, _SCALE)
@@ -144,47 +157,52 @@ def _attend(
 
 @dataclass(frozen=True)
 class Shared:
-    """One context whole, and cut over shards: seconds of the whole, of each shard, of merging the shards' results."""
+    """Seconds of attention to one context, on one device and divided over shards."""
 
+    # the whole context
     whole: float
+    # each shard's part of it
     shards: tuple[float, ...]
+    # merging the shards' states
     merge: float
 
     @property
     def slowest_share(self) -> float:
-        """The slowest shard's part of the whole's time: 1 / shards at best."""
+        """Seconds of the slowest shard over those of the whole context: 1 / shards at best."""
         return max(self.shards) / self.whole
 
     @property
     def merge_share(self) -> float:
-        """The merge's part of the whole's time."""
+        """Seconds of the merge over those of the whole context."""
         return self.merge / self.whole
 
 
-def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str, Shared]]:
-    """A scene of one request on `shards` virtual ranks, one after the other on this device, and the merge."""
-    lacking = bed.lacks(scene.cached * scene.row_bytes(bed))
+def run_shards(harness: Harness, scene: AttentionCase, shards: int) -> tuple[list[KernelRow], dict[str, Shared]]:
+    """Time a scene of one request whole, each of its `shards` parts one after another on this device, and the merge."""
+    lacking = harness.lacks(scene.cached * scene.row_bytes(harness))
     if lacking:
-        return [Row(scene.case("whole"), "-", *scene.size(bed), None, lacking)], {}
-    q, cache = scene.tensors(bed)
+        return [KernelRow(scene.case("whole"), "-", *scene.size(harness), None, lacking)], {}
+    q, cache = scene.tensors(harness)
     bounds = [scene.cached * number // shards for number in range(shards + 1)]
     spans = [Span(start, stop - start) for start, stop in pairwise(bounds)]
-    found: list[Row] = []
+    found: list[KernelRow] = []
     shared: dict[str, Shared] = {}
-    for name, backend in bed.contestants(scene.heads.shape(bed, cache.scales is not None)).items():
+    for name, backend in harness.contestants(scene.heads.shape(harness, cache.scales is not None)).items():
         rows = [
-            bed.measure(scene.case("whole"), name, scene.size(bed), _attend(backend, q, scene.runs(), cache, scene))
+            harness.measure(
+                scene.case("whole"), name, scene.size(harness), _attend(backend, q, scene.runs(), cache, scene)
+            )
         ]
         parts: list[AttentionState] = []
         for number, span in enumerate(spans):
             runs = (QueryRun(0, scene.new, (span,)),)
-            part = Scene(scene.heads, scene.format, 1, scene.new, span.length)
+            part = AttentionCase(scene.heads, scene.format, 1, scene.new, span.length)
             case = {**part.case("shard"), "shard": number}
-            rows.append(bed.measure(case, name, part.size(bed), _attend(backend, q, runs, cache, scene)))
+            rows.append(harness.measure(case, name, part.size(harness), _attend(backend, q, runs, cache, scene)))
             if rows[-1].timing is not None:
                 parts.append(backend.attend(q, runs, cache, scene.heads.blocks, _SCALE).columns(scene.heads.value_dim))
         if len(parts) == shards:
-            rows.append(_merge_row(bed, name, backend, parts, scene))
+            rows.append(_merge_row(harness, name, backend, parts, scene))
         found += rows
         times = [row.timing for row in rows]
         if len(rows) == shards + 2 and all(times):
@@ -192,11 +210,13 @@ def run_shards(bed: Bed, scene: Scene, shards: int) -> tuple[list[Row], dict[str
     return found, shared
 
 
-def _merge_row(bed: Bed, name: str, backend: Backend, parts: list[AttentionState], scene: Scene) -> Row:
+def _merge_row(
+    harness: Harness, name: str, backend: Backend, parts: list[AttentionState], scene: AttentionCase
+) -> KernelRow:
     travelled = [torch.cat([part.out, part.lse[..., None]], dim=-1) for part in parts]
     arrived = [AttentionState(packed[..., :-1], packed[..., -1]) for packed in travelled]
     moved = 4 * travelled[0].numel() * (len(parts) + 1)
-    return bed.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
+    return harness.measure(scene.case("merge"), name, (moved, 0), lambda: backend.merge(arrived))
 
 
 def _shared(times: list[Timing]) -> Shared:

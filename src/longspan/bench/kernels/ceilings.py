@@ -1,6 +1,6 @@
-"""What a device reaches at best: a large copy and a large matrix product, measured here and now.
+"""The best rates of a device, measured: a large copy and a large matrix product.
 
-It owns their sizes; kernels are shown as shares of them.
+It owns their sizes. Results of kernels are shown as shares of these rates.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _MATMUL_SIZE = {"cuda": 8192, "cpu": 768}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of one device."""
+    """The best rates of one device."""
 
-    copy: float  # bytes read and written a second
-    matmul: float  # floating-point operations a second
+    copy: float  # bytes per second, read and written
+    matmul: float  # floating-point operations per second
 
 
 def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both ceilings, the product in `dtype`."""
+    """Measure both rates; the product is in `dtype`."""
     source = torch.randint(0, 255, (_COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = clock.time(lambda: target.copy_(source)).median

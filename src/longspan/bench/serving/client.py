@@ -1,4 +1,4 @@
-"""Sends a load to an OpenAI-compatible server and notes when each token comes back.
+"""Send a load to an OpenAI-compatible server and record when each token arrives.
 
 It owns connections, the clock and the kinds of failure; it must not know how prompts are made or results shown.
 """
@@ -16,14 +16,14 @@ import aiohttp
 import msgspec
 
 from longspan.bench.serving.dataset import LoadRequest
-from longspan.bench.serving.stream import Reply, error_message
+from longspan.bench.serving.stream import StreamedReply, error_message
 from longspan.config import require, require_choice
 from longspan.errors import ConfigError
 
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _OK = 200
-_IDLE_S = 2.0  # shorter than servers', so that no request is sent into a connection that they are closing
-_READ = 1 << 20  # bytes of a stream that wait here before its server is held back
+_IDLE_S = 2.0  # shorter than servers' keep-alive, so that no request is sent on a connection that they are closing
+_READ = 1 << 20  # bytes of a stream that are buffered before reading pauses
 
 
 class _Model(msgspec.Struct):
@@ -36,14 +36,21 @@ class _Models(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go and how; `timeout_s` bounds a request as a whole. Raises `ConfigError`."""
+    """The server under test, and the options of all requests. Raises `ConfigError`."""
 
+    # with or without /v1
     base_url: str
+    # the name that requests ask for
     model: str
+    # one of `ENDPOINTS`
     endpoint: str = "completions"
+    # 0 is greedy
     temperature: float = 0.0
+    # whether to ask for exactly `max_tokens` tokens
     ignore_eos: bool = True
+    # limit on the seconds of one request
     timeout_s: float = 600.0
+    # the server's API key; not shown in reports
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,24 +68,27 @@ class Target:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of every request; answers come uncompressed."""
+        """Headers of every request. They ask for uncompressed answers."""
         headers = {"content-type": "application/json", "accept-encoding": "identity"}
         return headers if self.api_key is None else {**headers, "authorization": f"Bearer {self.api_key}"}
 
     def options(self) -> dict[str, Any]:
-        """What a report tells of the target: everything but the key."""
+        """The fields for a report: all except the key."""
         shown = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "api_key"}
         return {**shown, "base_url": self.root}
 
     def session(self) -> aiohttp.ClientSession:
-        """What all requests share. It bounds neither time nor connections, and keeps no cookie that binds a replica."""
+        """A session for all requests, without limits on time or connections.
+
+        It keeps no cookies, because a load balancer's cookie would bind all requests to one replica.
+        """
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S), timeout=aiohttp.ClientTimeout(),
             headers=self.headers, cookie_jar=aiohttp.DummyCookieJar(), read_bufsize=_READ,
         )  # fmt: skip
 
     async def first_model(self) -> str:
-        """The first model the server lists. Raises `ConfigError`."""
+        """The first model that the server lists. Raises `ConfigError`."""
         try:
             async with (
                 asyncio.timeout(self.timeout_s), self.session() as session,
@@ -94,7 +104,7 @@ class Target:
         raise ConfigError("base_url", self.root, problem, "start the server there, or give --model")
 
     def body(self, request: LoadRequest) -> bytes:
-        """The JSON that asks for `request`."""
+        """The JSON body of a request."""
         prompt = request.prompt
         asks = {"messages": [{"role": "user", "content": prompt}]} if self.endpoint == "chat" else {"prompt": prompt}
         body = {
@@ -119,55 +129,69 @@ def _server_root(base_url: str) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request failed: a kind to count by, and what was said."""
+    """Why a request failed."""
 
+    # the kind by which failures are counted
     kind: str
+    # the error's message
     detail: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request. Times are seconds of one clock.
+    """The result of one request. Times are seconds of one clock."""
 
-    The request was due at `due_s` and left at `start_s`; `chunk_times` has one time a chunk with a token. Tokens are
-    the server's own count, or else, with `counted`, the ids sent and the chunks received.
-    """
-
+    # when it was to be sent
     due_s: float
+    # when it was sent
     start_s: float
+    # when each chunk with a token arrived
     chunk_times: tuple[float, ...]
+    # tokens of the prompt: the server's count, else the number of ids sent
     prompt_tokens: int
+    # tokens generated: the server's count, else the number of chunks with a token
     output_tokens: int
+    # `max_tokens` of the request
     asked_tokens: int
+    # whether `output_tokens` was counted here, because the server sent no usage
     counted: bool
+    # None if it completed
     failure: Failure | None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run: its outcomes, wall seconds, most requests in flight, and this process' share of a CPU core."""
+    """The result of one run."""
 
+    # in the order of the requests
     outcomes: tuple[Outcome, ...]
+    # wall-clock time of the run
     seconds: float
+    # the most requests in flight at the same time
     peak: int
+    # CPU seconds of this process over `seconds`
     client_cpu: float
 
 
 @dataclass(frozen=True)
 class _Job:
+    # seconds from the start of the run to the request
     arrival_s: float
+    # JSON, ready to send
     body: bytes
+    # 0 for a prompt that is text
     prompt_tokens: int
+    # tokens asked for
     max_tokens: int
 
 
 async def run_load(
     target: Target, requests: Iterable[LoadRequest], concurrency: int | None, on_done: Callable[[int, int], None]
 ) -> Finished:
-    """Send every request at its time, at most `concurrency` at once; a request that fails is an outcome too.
+    """Send every request at its arrival time, with at most `concurrency` in flight. Failures become outcomes too.
 
-    `on_done` hears how many requests have ended, of how many.
-    Bodies are made before the clock starts: about six bytes of memory for each token of all prompts.
+    `on_done(ended, total)` is called after each request. All bodies are made before the clock starts, which takes about
+    six bytes of memory for each token of all prompts.
     """
     jobs = [
         _Job(ask.arrival_s, target.body(ask), len(ask.prompt) if isinstance(ask.prompt, list) else 0, ask.max_tokens)
@@ -182,7 +206,7 @@ async def run_load(
 
 
 class _Run:
-    """One run's requests: how many are in flight, and what comes of each."""
+    """Sends the requests of one run and counts those in flight."""
 
     def __init__(
         self, target: Target, session: aiohttp.ClientSession, concurrency: int, on_done: Callable[[int], None]
@@ -193,7 +217,7 @@ class _Run:
         self._gate = asyncio.Semaphore(concurrency)
 
     async def one(self, job: _Job, due_s: float) -> Outcome:
-        """Wait until the job is due and a place is free, then send it."""
+        """Wait until the job is due and the concurrency allows it, then send it and wait for its end."""
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         async with self._gate:
             self._running += 1
@@ -205,7 +229,7 @@ class _Run:
         return outcome
 
     async def _send(self, job: _Job, due_s: float) -> Outcome:
-        reply, start_s = Reply(), time.perf_counter()
+        reply, start_s = StreamedReply(), time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
                 failure = await self._receive(job.body, reply)
@@ -221,7 +245,7 @@ class _Run:
             job.max_tokens, counted, failure,
         )  # fmt: skip
 
-    async def _receive(self, body: bytes, reply: Reply) -> Failure | None:
+    async def _receive(self, body: bytes, reply: StreamedReply) -> Failure | None:
         lost = None
         try:
             async with self._session.post(self._url, data=body, allow_redirects=False) as response:

@@ -1,6 +1,6 @@
-"""What a load test sends: prompts, lengths and the second at which each request leaves, random or from a file.
+"""The requests of a load test: prompts, lengths and arrival times, random or from a file.
 
-It owns files, random tokens and arrival times; it must not know how a request travels.
+It owns files, random tokens and arrival times; it must not know how requests are sent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ONLY_FOR = {
     "input_len": "random", "prefix_len": "random", "vary": "random",
     "speedup": "trace", "max_input_len": "trace",
 }  # fmt: skip
-# Common words: one token each, with the space before it, in nearly every vocabulary.
+# Common words. In nearly every vocabulary each is one token together with the space before it.
 _WORDS = (
     "the of and to in is that for it as was with be by on not he but at are this have from or had an they which one "
     "you were her"
@@ -38,25 +38,37 @@ _SHAPES = {
 
 
 @dataclass(frozen=True)
-class Load:
-    """The options of a load. Lengths are tokens, `request_rate` is requests a second.
+class RequestLoad:
+    """The options of a load. Lengths are in tokens.
 
-    `output_len` None is 128, or each row's own in a trace. An option that the dataset has no use for is an error.
-    Raises `ConfigError`.
+    Raises `ConfigError`, also for an option that the dataset does not use.
     """
 
+    # one of `DATASETS`
     dataset: str = "random"
+    # file of the dataset; required by every dataset except `random`
     dataset_path: str | None = None
+    # requests of one run
     num_prompts: int = 100
+    # mean length of random prompts, without the prefix
     input_len: int = 1024
+    # tokens to generate; None: 128, or those of each row in a trace
     output_len: int | None = None
+    # random lengths are uniform within this fraction of their mean
     vary: float = 0.0
+    # tokens of a prefix that all random prompts share
     prefix_len: int = 0
+    # mean requests per second of a Poisson process; None: all at once
     request_rate: float | None = None
+    # divides the arrival times of a trace
     speedup: float = 1.0
+    # longer prompts of a trace are cut to this
     max_input_len: int | None = None
+    # seed of tokens, lengths and arrival times
     seed: int = 0
+    # random token ids are below this
     vocab_size: int = 30000
+    # whether random prompts are sent as words, not as token ids
     text_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -82,25 +94,28 @@ class Load:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """One request, `arrival_s` seconds after the start; the prompt is text or token ids."""
+    """One request of a load."""
 
+    # seconds from the start of the run
     arrival_s: float
+    # text or token ids
     prompt: str | list[int]
+    # tokens to generate
     max_tokens: int
 
 
 class Dataset(Protocol):
-    """Requests for run after run.
+    """The requests of several runs.
 
-    Runs have the same lengths and times but, as far as a file allows, other prompts, so that no run finds the
-    prefixes of the run before it in the server's cache.
+    Runs have the same lengths and arrival times. As far as a file permits they have different prompts, so that no run
+    finds prefixes of an earlier run in the server's cache.
     """
 
     def requests(self, run: int) -> Iterator[LoadRequest]:
         """The requests of one run, in order of arrival."""
 
     def notes(self, runs: int) -> list[str]:
-        """What a reader of the results must know about the prompts."""
+        """Notes on the prompts, for the reader of the results."""
 
 
 class _Turn(msgspec.Struct):
@@ -117,17 +132,24 @@ class _Problem(msgspec.Struct):
 
 
 class _TraceRow(msgspec.Struct):
+    # milliseconds
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    # tokens of the prompt
     input_length: Annotated[int, msgspec.Meta(ge=1)]
+    # tokens to generate
     output_length: Annotated[int, msgspec.Meta(ge=1)]
+    # one for each `BLOCK_TOKENS` tokens of the prompt; equal ids stand for equal tokens
     hash_ids: list[int]
 
 
 _T = TypeVar("_T")
 
 
-def open_dataset(load: Load) -> Dataset:
-    """Read the load's file, if it has one. Raises `ConfigError` naming file, line, field and what was expected."""
+def open_dataset(load: RequestLoad) -> Dataset:
+    """The dataset of a load; reads its file if it has one.
+
+    Raises `ConfigError`, which names file, line, field and what was expected.
+    """
     if load.dataset_path is None:
         return RandomPrompts(load)
     path = Path(load.dataset_path)
@@ -142,7 +164,10 @@ def open_dataset(load: Load) -> Dataset:
 
 
 def poisson_arrivals(count: int, rate: float | None, seed: int) -> list[float]:
-    """Seconds from the first of `count` requests to each, at `rate` a second on average; None: all at once."""
+    """Arrival times of `count` requests in seconds after the first, a Poisson process of `rate` requests per second.
+
+    With `rate` None all requests arrive at once.
+    """
     if rate is None:
         return [0.0] * count
     generator = random.Random(f"{seed}/arrivals")
@@ -150,36 +175,36 @@ def poisson_arrivals(count: int, rate: float | None, seed: int) -> list[float]:
 
 
 def trace_arrivals(timestamps_ms: Sequence[float], speedup: float) -> list[float]:
-    """Seconds from the earliest timestamp to each, made `speedup` times shorter."""
+    """Arrival times in seconds after the earliest timestamp, divided by `speedup`."""
     first = min(timestamps_ms)
     return [(timestamp - first) / 1000 / speedup for timestamp in timestamps_ms]
 
 
-class Tokens:
-    """Random tokens; equal keys give equal tokens, in every process."""
+class TokenCounts:
+    """Random tokens, drawn by a key. Equal keys give equal tokens, in every process."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: RequestLoad) -> None:
         self._seed = load.seed
         self._words = _WORDS.split() if load.text_prompts else None
         self._ids = list(range(load.vocab_size if self._words is None else len(self._words)))
 
     def draw(self, key: str, count: int) -> list[int]:
-        """`count` tokens of `key`."""
+        """The first `count` tokens of a key."""
         return random.Random(f"{self._seed}/{key}").choices(self._ids, k=count)
 
     def prompt(self, ids: list[int]) -> str | list[int]:
-        """What is sent for the tokens: themselves, or a word for each."""
+        """The prompt for the tokens: their ids, or a word for each."""
         return ids if self._words is None else " ".join(self._words[number] for number in ids)
 
 
 class RandomPrompts:
-    """Random tokens behind a prefix that all prompts of a run share."""
+    """Random prompts. All prompts of a run share a prefix."""
 
-    def __init__(self, load: Load) -> None:
-        self._load, self._tokens = load, Tokens(load)
+    def __init__(self, load: RequestLoad) -> None:
+        self._load, self._tokens = load, TokenCounts(load)
 
     def requests(self, run: int) -> Iterator[LoadRequest]:
-        """The prompts' lengths are uniform within ±`vary` of `input_len`, and so are the outputs'."""
+        """See `Dataset.requests`. Lengths of prompts and outputs are uniform within ±`vary` of their means."""
         load, tokens = self._load, self._tokens
         lengths = random.Random(f"{load.seed}/lengths")
 
@@ -192,40 +217,40 @@ class RandomPrompts:
             yield LoadRequest(arrival, tokens.prompt(ids), around(load.output_len or _OUTPUT_LEN))
 
     def notes(self, runs: int) -> list[str]:
-        """None."""
+        """See `Dataset.notes`."""
         return []
 
 
 class TextPrompts:
-    """Texts of a file in shuffled order; each run goes on where the last one stopped."""
+    """Texts of a file in random order. Each run continues where the previous one ended."""
 
-    def __init__(self, load: Load, texts: Sequence[str]) -> None:
+    def __init__(self, load: RequestLoad, texts: Sequence[str]) -> None:
         self._load = load
         self._texts = random.Random(load.seed).sample(texts, len(texts))
 
     def requests(self, run: int) -> Iterator[LoadRequest]:
-        """The texts start anew when the file has no more."""
+        """See `Dataset.requests`. After the last text of the file the first one follows."""
         load = self._load
         for number, arrival in enumerate(poisson_arrivals(load.num_prompts, load.request_rate, load.seed)):
             text = self._texts[(run * load.num_prompts + number) % len(self._texts)]
             yield LoadRequest(arrival, text, load.output_len or _OUTPUT_LEN)
 
     def notes(self, runs: int) -> list[str]:
-        """Whether prompts repeat."""
+        """See `Dataset.notes`: whether prompts repeat."""
         if runs * self._load.num_prompts <= len(self._texts):
             return []
         return [f"the file's {len(self._texts)} prompts repeat, so a prefix cache may help more than in life"]
 
 
 class TracePrompts:
-    """A recorded trace at its own times: equal hash ids stand for equal tokens."""
+    """A recorded trace, at its own times. Equal hash ids stand for equal tokens."""
 
-    def __init__(self, load: Load, rows: Sequence[_TraceRow]) -> None:
-        self._load, self._tokens = load, Tokens(load)
+    def __init__(self, load: RequestLoad, rows: Sequence[_TraceRow]) -> None:
+        self._load, self._tokens = load, TokenCounts(load)
         self._rows = sorted(rows, key=lambda row: row.timestamp)
 
     def requests(self, run: int) -> Iterator[LoadRequest]:
-        """Prompts longer than `max_input_len` are cut to it."""
+        """See `Dataset.requests`. Prompts longer than `max_input_len` are cut to it."""
         load, tokens = self._load, self._tokens
         arrivals = trace_arrivals([row.timestamp for row in self._rows], load.speedup)
         for row, arrival in zip(self._rows, arrivals, strict=True):
@@ -235,7 +260,7 @@ class TracePrompts:
             yield LoadRequest(arrival, tokens.prompt(ids[:length]), load.output_len or row.output_length)
 
     def notes(self, runs: int) -> list[str]:
-        """How many prompts are cut, and whether the trace is shorter than asked."""
+        """See `Dataset.notes`: how many prompts are cut, and whether the trace has fewer requests than asked for."""
         notes, asked, limit = [], self._load.num_prompts, self._load.max_input_len
         if len(self._rows) < asked:
             notes.append(f"the trace has {len(self._rows)} requests, {asked} were asked for")
@@ -246,7 +271,7 @@ class TracePrompts:
 
 
 def _read_sharegpt(path: Path) -> list[str]:
-    """The first thing each human says; conversations in which none speaks are left out."""
+    """The first human turn of each conversation; conversations without one are left out."""
     entries = _decode(path.read_bytes(), list[msgspec.Raw], str(path), "sharegpt")
     texts = []
     for number, entry in enumerate(entries, 1):
@@ -272,7 +297,7 @@ def read_trace(path: Path, most: int) -> list[_TraceRow]:
 
 
 def _json_lines(path: Path, kind: type[_T], shape: str) -> Iterator[tuple[str, _T]]:
-    """Where each line that is not blank stands, and what it holds."""
+    """The place (for errors) and the content of each line that is not blank."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -1,4 +1,4 @@
-"""What a run's outcomes come to: rates, latencies and failures.
+"""Summarise the outcomes of a run: rates, latencies and failures.
 
 It owns the definitions of what is reported; it must not know how requests were sent or how a report is shown.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from longspan.bench.serving.client import Finished, Outcome
 
-_DETAIL = 200  # characters shown of what was said of an error
+_DETAIL = 200  # characters of an error's message
 
 
 @dataclass(frozen=True)
@@ -23,55 +23,67 @@ class Spread:
 
     mean: float
     median: float
-    p90: float
-    p99: float
+    p90: float  # 90th percentile
+    p99: float  # 99th percentile
 
 
 @dataclass(frozen=True)
 class ErrorCount:
-    """How many requests failed in one way, and what was said of the first."""
+    """The failures of one kind."""
 
+    # `Failure.kind`
     kind: str
+    # number of requests
     count: int
+    # message of the first of them
     example: str
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run. Latencies are of completed requests, seconds; a spread is None when there is nothing to measure.
+    """The report of one run.
 
-    - `concurrency`: the limit asked for, None without one; `peak_concurrency`: the most requests in flight.
-    - `duration_s`: from the start of the run to the end of its last request.
-    - `requests_per_s`, `output_tokens_per_s`, `total_tokens_per_s`: of completed requests, over the duration; the
-      total is prompt and output.
-    - `short_outputs`: completed requests with fewer tokens than asked for.
-    - `counted_requests`: completed requests whose tokens were counted here, as the server sent no usage.
-    - `ttft_s`: from sending a request to its first chunk with a token. Waiting for a free place does not count.
-    - `tpot_s`: time per output token after the first: (last chunk - first chunk) / (output tokens - 1).
-    - `itl_s`: between two chunks of a request, over all requests. A chunk may hold several tokens.
-    - `e2e_s`: from sending a request to its last chunk with a token.
-    - `max_send_delay_s`: the longest a request left after it was due, for want of a free place or of client time.
-    - `client_cpu`: this process' share of a core; near 1 the client itself is the limit and latencies are too long.
+    Tokens, rates and latencies are those of completed requests. Latencies are in seconds; a spread is None if there is
+    nothing to measure.
     """
 
+    # limit on requests in flight; None: no limit
     concurrency: int | None
+    # the most requests in flight at the same time
     peak_concurrency: int
+    # requests that completed
     completed: int
+    # requests that failed
     failed: int
+    # from the start of the run to the end of its last request
     duration_s: float
+    # tokens of all prompts
     prompt_tokens: int
+    # tokens generated
     output_tokens: int
+    # completed requests over `duration_s`
     requests_per_s: float
+    # tokens generated over `duration_s`
     output_tokens_per_s: float
+    # prompt and output tokens over `duration_s`
     total_tokens_per_s: float
+    # requests with fewer tokens than asked for
     short_outputs: int
+    # requests whose tokens were counted here, because the server sent no usage
     counted_requests: int
+    # time to first token: from sending a request, so without waiting for the concurrency limit
     ttft_s: Spread | None
+    # time per output token after the first: (last chunk - first chunk) / (output tokens - 1)
     tpot_s: Spread | None
+    # inter-token latency: between two chunks of a request, over all requests; a chunk may hold several tokens
     itl_s: Spread | None
+    # end to end: from sending a request to its last chunk with a token
     e2e_s: Spread | None
+    # the longest time from when a request was due until it was sent, because of the concurrency limit or a busy client
     max_send_delay_s: float
+    # this process's share of a CPU core; near 1 the client is the limit, and latencies are too long
     client_cpu: float
+    # failures by kind, the most frequent first
     errors: tuple[ErrorCount, ...]
 
 
@@ -109,7 +121,7 @@ def _tpot(outcome: Outcome) -> float:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and percentiles, on a straight line between neighbours; None of nothing."""
+    """Mean and percentiles, interpolated linearly; None for no values."""
     if not values:
         return None
     median, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()

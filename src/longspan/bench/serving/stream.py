@@ -1,4 +1,4 @@
-"""A streamed answer taken apart: server-sent events out of bytes, tokens and usage out of events.
+"""Parse a streamed answer: bytes into server-sent events, events into tokens and usage.
 
 It owns the wire format of OpenAI-compatible streams; it must not know how the bytes arrive or what is measured.
 """
@@ -11,9 +11,9 @@ import msgspec
 
 
 class EventSplitter:
-    """Bytes in, the data of whole events out; comments and other fields are dropped.
+    """Splits a stream of bytes into the data of complete events. Comments and other fields are dropped.
 
-    It works on bytes, so a cut may fall anywhere, inside a character too. Lines end in LF or CR LF.
+    The bytes may be divided anywhere, also inside a character. Lines end in LF or CR LF.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class EventSplitter:
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that `data` completes."""
+        """Add bytes; returns the data of the events that they complete."""
         events = []
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -35,24 +35,35 @@ class EventSplitter:
 
 
 class _Delta(msgspec.Struct):
+    # set in the first chunk of a message
     role: str | None = None
+    # text of the answer
     content: str | None = None
+    # text of the reasoning, by vLLM's and DeepSeek's name
     reasoning_content: str | None = None
+    # text of the reasoning, by another name
     reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
+    # text of a completion
     text: str | None = None
+    # message of a chat
     delta: _Delta | None = None
+    # set in the last chunk
     finish_reason: str | None = None
 
     def brings_token(self, first: bool) -> bool:
-        """Text does, and so may a chunk without text, unless it opens the message or only ends it."""
+        """Whether the chunk stands for a token; `first` says that no chunk before it did.
+
+        A chunk with text does. A chunk without text may hold a token whose text is held back, unless it only opens or
+        only ends the message.
+        """
         delta = self.delta
         if self.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning)):
             return True
         if self.finish_reason is not None:
-            return first  # an answer that ends at once has no other chunk to time
+            return first  # an answer that ends at once has no other chunk that could be timed
         return not (delta and delta.role)
 
 
@@ -62,18 +73,23 @@ class _Usage(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
+    # one, or none in the chunk with usage
     choices: list[_Choice] = []
+    # set in one chunk, usually the last
     usage: _Usage | None = None
+    # OpenAI's error object, or a text
     error: Any = None
+    # "error" in vLLM's older format of errors
     object: str | None = None
+    # the error's message in that format
     message: str | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Chunk)
 
 
-class Reply:
-    """One answer as it comes in; token counts are None until the server tells them."""
+class StreamedReply:
+    """One streamed answer as it arrives. Token counts are None until the server sends usage."""
 
     def __init__(self) -> None:
         self.chunk_times: list[float] = []
@@ -84,7 +100,7 @@ class Reply:
         self._splitter = EventSplitter()
 
     def feed(self, data: bytes, now: float) -> None:
-        """Take what was read at `now`. Raises `msgspec.MsgspecError` or `UnicodeDecodeError` for a bad event."""
+        """Add bytes read at `now`. Raises `msgspec.MsgspecError` or `UnicodeDecodeError` for an invalid event."""
         for event in self._splitter.feed(data):
             if event == b"[DONE]":
                 self.done = True
@@ -92,7 +108,7 @@ class Reply:
                 self._take(_DECODER.decode(event), now)
 
     def close(self) -> None:
-        """The stream is over; a last `[DONE]` may lack its empty line."""
+        """End the stream. A final `[DONE]` counts even without the empty line after it."""
         self.done = self.done or b"[DONE]" in self._splitter.feed(b"\n\n")
 
     def _take(self, chunk: _Chunk, now: float) -> None:
@@ -105,7 +121,7 @@ class Reply:
 
 
 def error_message(body: bytes) -> str:
-    """What a body that reports an error says, or all of it where it has no form known here."""
+    """The message in the body of an error, or the whole body if its format is not known."""
     text = body.decode(errors="replace")
     try:
         return _message(_DECODER.decode(text)) or text

@@ -1,6 +1,6 @@
-"""Puts a core together: files, cache, role, ranks, scheduler, in the order in which they need each other.
+"""Build the core: offload files, cache, role, ranks and scheduler, in the order of their dependencies.
 
-It owns this order, and that nothing stays open if a part cannot be made; what the parts do is their own.
+It owns this order, and closes what is open if a part cannot be built.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from longspan.scheduler.scheduler import Scheduler
 
 
 def build_core(setup: EngineSetup) -> EngineCore:
-    """A core whose ranks are ready. Raises `ConfigError`, `ModelError` or `EngineError`."""
+    """Start the ranks and build a core on them. Raises `ConfigError`, `ModelError` or `EngineError`."""
     config, cached = setup.config, setup.config.cache
+    # the ranks' setup has the paths of the offload files and the address of the role, so both come before the executor
     with ExitStack() as undo:
         offload = OffloadFiles(setup) if cached.offload.is_on else None
         index = None
@@ -45,7 +46,7 @@ def build_core(setup: EngineSetup) -> EngineCore:
             setup = replace(setup, config=replace(setup.config, transfer=role.config))
         executor = create_executor(setup)
         undo.callback(executor.shutdown)
-        setup = executor.setup  # which knows the machine of every rank
+        setup = executor.setup  # now with the machine of every rank
         constants = config.cost or executor.constants or CostConstants()
         chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule)
         scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups)
@@ -55,7 +56,7 @@ def build_core(setup: EngineSetup) -> EngineCore:
 
 
 def create_executor(setup: EngineSetup) -> Executor:
-    """The executor the configuration names."""
+    """Start the executor that the configuration names."""
     kinds: dict[str, Callable[[EngineSetup], Executor]] = {
         "threads": ThreadExecutor,
         "processes": ProcessExecutor,

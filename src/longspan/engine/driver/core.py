@@ -1,7 +1,7 @@
-"""The engine's core: completions in, tokens out, one step at a time.
+"""The engine core: completions in, tokens out, one step at a time.
 
-It owns the loop of scheduler and executor and the rules that end a completion by its tokens; it must not know of text,
-of users, nor of how its messages travel.
+It owns the loop over scheduler and executor and the rules that end a completion by its tokens; it must not know of
+text, of users' requests, or of how messages reach it.
 """
 
 from __future__ import annotations
@@ -32,34 +32,50 @@ _PATIENCE_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step, for reports. `seconds` are from submission to result."""
+    """One finished step, for reports."""
 
+    # the step's number
     step: int
+    # decode tokens computed
     decode_rows: int
+    # prompt tokens computed
     prefill_tokens: int
+    # schedule of the decode phase in the widest layer group
     decode_schedule: str
+    # schedule of the prefill phase in the widest layer group
     prefill_schedule: str
+    # wall-clock time from submission to result
     seconds: float
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for reports. Capacity is pages × page size summed over shards."""
+    """A snapshot of the engine, for reports."""
 
+    # tokens of a page
     page_size: int
+    # tokens that the cache holds: pages × page size, summed over shards
     capacity_tokens: int
+    # pages of each shard
     pages_per_shard: tuple[int, ...]
+    # pages of each shard that requests hold now
     used_pages_per_shard: tuple[int, ...]
+    # the most pages of each shard held after any step
     peak_pages_per_shard: tuple[int, ...]
+    # schedule of the last step with prefill
     prefill_schedule: str
+    # schedule of the last step with decode
     decode_schedule: str
+    # requests that wait and run, preemptions, draft tokens
     scheduler: SchedulerCounters
+    # bytes and calls of all ranks since they started
     traffic: Traffic
+    # zeros without offload
     offload: OffloadCounters = field(default_factory=OffloadCounters)
 
 
 class _Ending:
-    """When a completion ends by its tokens."""
+    """Decides whether a completion's new tokens end it: a stop token, or `max_tokens`."""
 
     def __init__(self, request: CoreRequest, eos_token_ids: Iterable[int]) -> None:
         params = request.params
@@ -67,7 +83,7 @@ class _Ending:
         self._left = request.max_tokens - len(request.output_token_ids)
 
     def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
-        """Those of the tokens that still belong to it, and why it ended if it did."""
+        """The new tokens up to the one that ends the completion, and the reason; None if it goes on."""
         for count, token in enumerate(tokens, 1):
             self._left -= 1
             if token.token_id in self._stops:
@@ -78,10 +94,7 @@ class _Ending:
 
 
 class EngineCore:
-    """Continuous batching over an executor, as `build_core` puts it together. Not thread-safe: one caller steps it.
-
-    Raises `EngineError` from `step`.
-    """
+    """Continuous batching over an executor; `build_core` builds it. Not thread-safe: one caller steps it."""
 
     def __init__(
         self,
@@ -102,7 +115,8 @@ class EngineCore:
         self._offload = offload
         self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
-        self._under_way: deque[tuple[StepPlan, float, bool]] = deque()
+        # steps in flight: plan, time of submission, and whether no other step was in flight then
+        self._in_flight: deque[tuple[StepPlan, float, bool]] = deque()
         self._endings: dict[str, _Ending] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
@@ -110,7 +124,7 @@ class EngineCore:
             role.start(self, setup.grid.world_size)
 
     def add(self, request: CoreRequest) -> None:
-        """Queue a completion that `Limits.check` has passed."""
+        """Queue a completion. It must have passed `Limits.check`."""
         self._endings[request.request_id] = _Ending(request, self.setup.model.eos_token_ids)
         if self.role is None or not self.role.add(request):
             self.begin(request, None)
@@ -128,7 +142,7 @@ class EngineCore:
         self.scheduler.arrived(request_id)
 
     def finish(self, request_id: str) -> None:
-        """End a completion now; its pages are free for the next step. Unknown ids are ignored."""
+        """End a completion now. The next step can use its pages. Unknown ids are ignored."""
         self._endings.pop(request_id, None)
         self.scheduler.finish(request_id)
         if self.role:
@@ -137,39 +151,42 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work to do."""
-        return bool(self._endings or self._under_way)
+        return bool(self._endings or self._in_flight)
 
     @property
-    def steps_under_way(self) -> int:
-        """Steps that were submitted and not yet collected."""
-        return len(self._under_way)
+    def steps_in_flight(self) -> int:
+        """Number of steps submitted to the ranks and not yet committed."""
+        return len(self._in_flight)
 
     def step(self) -> list[TokenOutput]:
-        """Give the ranks as many steps as they work on at once and finish the oldest; returns what that one gave."""
+        """Submit steps until `steps_at_once` are in flight, then wait for the oldest and return its outputs.
+
+        Raises `EngineError` if a rank fails, after which the core is shut down.
+        """
         self.watch.begin()
         try:
             if self.role:
                 self.role.exchange()
-            while len(self._under_way) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
+            while len(self._in_flight) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
                 if self.role:
                     self.role.submitted(plan)
-                self._under_way.append((plan, time.perf_counter(), not self._under_way))
-            if self._under_way:
-                self.watch.wait_for(self._under_way[0][0].step, self._tokens_under_way())
+                self._in_flight.append((plan, time.perf_counter(), not self._in_flight))
+            if self._in_flight:
+                self.watch.wait_for(self._in_flight[0][0].step, self._tokens_in_flight())
                 return self._deliver(self.executor.collect(self.watch.check))
-            if self.role and self._endings:  # they wait for other instances
+            if self.role and self._endings:  # all requests wait for other instances
                 self.role.wait(_PATIENCE_SECONDS)
             return []
-        except BaseException:  # an interrupt too: ranks, scheduler and outputs no longer agree on what was computed
-            self._under_way.clear()
+        except BaseException:  # KeyboardInterrupt too: ranks, scheduler and outputs now disagree on what was computed
+            self._in_flight.clear()
             self.shutdown()
             raise
         finally:
             self.watch.end()
 
     def stats(self) -> EngineStats:
-        """What is in use and what has travelled so far."""
+        """A snapshot of requests, pages and counters."""
         return EngineStats(
             page_size=self.cache.page_size,
             capacity_tokens=self.setup.capacity_tokens,
@@ -184,21 +201,21 @@ class EngineCore:
         )
 
     def shutdown(self) -> None:
-        """End every rank; safe to call again."""
+        """End every rank. May be called more than once."""
         self.executor.shutdown()
         if self._offload:
             self._offload.close()
         if self.role:
             self.role.close()
 
-    def _tokens_under_way(self) -> int:
-        """Those that are computed or loaded in steps under way."""
+    def _tokens_in_flight(self) -> int:
+        """Number of tokens computed or loaded by the steps in flight."""
         page_size = self.cache.page_size
-        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._under_way)
+        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._in_flight)
 
     def _deliver(self, result: StepResult) -> list[TokenOutput]:
-        """Commit the oldest step under way."""
-        plan, submitted, alone = self._under_way.popleft()
+        """Commit the oldest step in flight and return the outputs of its completions."""
+        plan, submitted, alone = self._in_flight.popleft()
         counted = self.scheduler.commit(plan, result)
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in counted.tokens:
@@ -208,7 +225,7 @@ class EngineCore:
             scores_of.setdefault(score.request_id, []).append(score)
         seconds = time.perf_counter() - submitted
         self._record(plan, seconds)
-        if alone and self.cache.offload:
+        if alone and self.cache.offload:  # otherwise the seconds include waiting for earlier steps
             self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
         outputs = [
             self._output(each, tokens_of.get(each, ()), scores_of.get(each, ()), counted.errors.get(each))
@@ -219,7 +236,7 @@ class EngineCore:
     def _output(
         self, request_id: str, tokens: Sequence[SampledToken], scores: Sequence[PromptScore], error: str | None
     ) -> TokenOutput | None:
-        """What a step gave one completion; None if that is no user's."""
+        """The output of a completion in this step; None if the role keeps it, because it is for another instance."""
         cached = self.scheduler.cached_tokens(request_id)
         kept, reason = self._endings[request_id].take(tokens)
         if error is not None:
@@ -246,6 +263,6 @@ class EngineCore:
 
 
 def _tokens(plan: StepPlan) -> tuple[int, int]:
-    """Tokens a step prefills and decodes."""
+    """(prompt tokens, decode tokens) that a step computes."""
     prefilled = sum(segment.length for segment in plan.segments if segment.prefill)
     return prefilled, sum(segment.length for segment in plan.segments) - prefilled

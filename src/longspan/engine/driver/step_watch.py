@@ -1,6 +1,6 @@
-"""How long a step may take, and whether the one that runs has taken longer.
+"""A time limit for steps: how long one may take, and whether the current one has taken longer.
 
-It owns the limit and the clock; it must not know what a step does, nor what follows from its verdict.
+It owns the limit and the clock; it must not know what a step does, nor what the caller does about a timeout.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from dataclasses import dataclass, replace
 from longspan.config import LivenessConfig
 from longspan.errors import StepTimeout
 
-_WARM_UP_STEPS = 8  # after a start steps compile kernels, record graphs and open connections
+_WARM_UP_STEPS = 8  # the first steps compile kernels, record graphs and open connections
 _STEPS_REMEMBERED = 64
-_FACTOR = 20.0  # by which the expectation may be wrong: tokens differ in context, and so in time
+_FACTOR = 20.0  # a step may take this many times the expected seconds: the time of a token depends on its context
 
 
 @dataclass(frozen=True)
 class _Running:
-    """What the core waits for."""
+    """The step that the core works on or waits for."""
 
-    started: float
-    step: int | None = None  # None while it is scheduled
-    tokens: int = 0
+    started: float  # when the core began, on the watch's clock
+    step: int | None = None  # None while it is being scheduled
+    tokens: int = 0  # computed or loaded by the steps in flight
 
 
 class StepWatch:
-    """Watches the calls of the core's `step`; `check` may be called by another thread.
+    """Measures the calls of the core's `step`. Another thread may call `check`.
 
-    The clock runs while the core works on or waits for the next result: from the call's begin, so from the last
-    result if steps are in flight, but not while the caller does something else. The expectation is the slowest
-    seconds a token of recent steps, each from its submission to its result, times the tokens in flight. It is too
-    long for prefill, whose tokens cost less than decode's, and never too short by more than contexts grow.
+    The clock runs during a call, so that the time the caller spends between calls does not count. The expected time is
+    the tokens in flight times the most seconds that a token took in recent steps, from submission to result. For
+    prefill this is too long, because a decode token takes more time than a prefill token. It can be too short where
+    contexts have grown, which `_FACTOR` allows for.
     """
 
     def __init__(self, liveness: LivenessConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,11 +48,11 @@ class StepWatch:
 
     @property
     def pace(self) -> float | None:
-        """The slowest seconds a token of recent steps; None during warm-up, unless it was known before."""
+        """The most seconds that a token took in recent steps; None during warm-up, unless the configuration has it."""
         return None if self._to_warm_up and not self._is_known else max(self._paces)
 
     def limit(self, tokens: int) -> float | None:
-        """Seconds that steps of so many tokens may take; None for any."""
+        """Seconds that steps of `tokens` tokens may take; None for no limit."""
         pace = self.pace
         if pace is None:
             return None
@@ -61,26 +61,26 @@ class StepWatch:
         return max(self._floor, self._timeout) if self._to_warm_up else self._timeout
 
     def begin(self) -> None:
-        """The core begins with a step."""
+        """Start the clock: the core begins to schedule a step."""
         self._running = _Running(self._clock())
 
     def wait_for(self, step: int, tokens: int) -> None:
-        """The core waits for a step's result; so many tokens are in flight."""
+        """Note that the core now waits for the result of `step`, with `tokens` tokens in flight."""
         if self._running is not None:
             self._running = replace(self._running, step=step, tokens=tokens)
 
     def end(self) -> None:
-        """The core has the result."""
+        """Stop the clock."""
         self._running = None
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens has taken so long."""
+        """Record the seconds of a step of `tokens` tokens."""
         if tokens:
             self._paces.append(seconds / tokens)
             self._to_warm_up = max(0, self._to_warm_up - 1)
 
     def check(self) -> None:
-        """Raise `StepTimeout` if the step that runs has taken too long."""
+        """Raise `StepTimeout` if the current step has taken longer than its limit."""
         running = self._running
         limit = self.limit(running.tokens) if running else None
         if running is None or limit is None or (seconds := self._clock() - running.started) <= limit:

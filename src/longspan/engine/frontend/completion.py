@@ -1,6 +1,6 @@
-"""One completion of a request: its tokens, text and end.
+"""One completion of a request, as its user sees it: tokens, text and finish reason.
 
-It owns stop strings and what of its tokens is text; it must not know about scheduling, nor which tokens end it.
+It owns stop strings and which tokens become text; it must not know about scheduling, nor which tokens end a completion.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from longspan.request import CompletionOutput, FinishReason, SampledToken, Sampl
 
 
 class Completion:
-    """Collects tokens until the core or a stop string ends them.
+    """Collects tokens until the core or a stop string ends the completion.
 
-    `request_id` is what the core and its ranks call it. The token that stops is part of `token_ids`, not of `text`.
+    `request_id` is its id in the core and on ranks. A stop token is part of `token_ids` but not of `text`.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Completion:
         return self.output.finish_reason is not None
 
     def take(self, outputs: TokenOutput) -> None:
-        """Take the next tokens. A stop string ends it before its tokens do; what comes after is not its own."""
+        """Append the tokens of one step. Tokens after a stop string are dropped."""
         if outputs.finish_reason is FinishReason.ERROR:
             self.end(FinishReason.ERROR, outputs.error)
             return
         if not outputs.tokens:
             return
-        if self._params.max_tokens == 0:  # only the prompt's scores were wanted; they come with a first token
+        if self._params.max_tokens == 0:  # only prompt log probabilities were wanted; they arrive with the first token
             self.end(FinishReason.LENGTH)
             return
         *before, last = outputs.tokens
@@ -62,7 +62,7 @@ class Completion:
             self.end(FinishReason.STOP, self._detokenizer.stopped_by)
 
     def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """End it, releasing text that was held back."""
+        """End the completion and append the text that the detokenizer held back."""
         self.output.text += self._detokenizer.finish()
         self.output.finish_reason = reason
         self.output.stop_reason = stop_reason

@@ -1,7 +1,7 @@
-"""Turns one completion's token ids into text as they come, and finds the stop strings in it.
+"""Incremental detokenization of one completion, and the search for its stop strings.
 
-It owns which text is final: characters and stop strings that are still incomplete are held back. It
-must not know how the tokens were chosen, or what becomes of a completion that has been stopped.
+It owns which text is final: incomplete characters and possible beginnings of stop strings are held back. It must not
+know how tokens were chosen, nor what happens to a completion after a stop string.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from longspan.errors import RequestError
 from longspan.request import SamplingParams
 
 INCOMPLETE = "\ufffd"
-"""What a decoder writes for bytes that are not, or not yet, a character."""
+"""U+FFFD: decoders return it for bytes that are not a complete character."""
 
 MAX_PENDING = 16
-"""Tokens that may wait for a character to end. A character has at most 4 bytes, so more are no character."""
+"""The most tokens held back for a character to become complete."""
 
 MAX_BYTES = 4
-"""Bytes of the longest UTF-8 character, so the tokens that may still belong to an incomplete one."""
+"""Bytes of the longest UTF-8 character, and so the most tokens that may belong to an incomplete one."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers and wrappers around others have it."""
+    """The part of the transformers tokenizer interface that is used here."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        """The text of `token_ids`, with U+FFFD for bytes that form no character."""
+        """The text of `token_ids`, with U+FFFD for bytes that do not form a character."""
 
 
 class Detokenizer:
     """The text of one completion.
 
-    `context` holds tokens before the first one appended (the prompt's last few), whose text is not
-    released: decoders of the SentencePiece family drop the space before the first token they are given.
+    `context` holds the last few tokens of the prompt. Their text is not returned. They are needed because SentencePiece
+    decoders drop the space before the first token that they are given.
 
-    The completion ends where the first stop string is complete, read character by character, so how text
-    falls into tokens does not matter; of several complete at the same character the longest counts.
+    The completion ends at the character that completes a stop string, however the text is divided into tokens. If
+    several stop strings end at the same character, the longest counts.
 
     Raises:
         RequestError: `params.stop` is not empty and there is no tokenizer to find stop strings with.
@@ -57,27 +57,27 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text released so far."""
+        """All text returned so far."""
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
     def append(self, token_id: int) -> str:
-        """Take one more token; returns the text that became final by it, often "".
+        """Append a token and return the text that it makes final, which is often empty.
 
-        Once a stop string was found, tokens are ignored.
+        Tokens after a stop string are ignored.
         """
         if self._window is None or self.stopped_by is not None:
             return ""
         return self._release(self._window.append(token_id), last=False)
 
     def finish(self) -> str:
-        """No more tokens will come: returns the text that was held back. A second call returns ""."""
+        """Return the text that was held back, as no more tokens will come. A second call returns ""."""
         if self._window is None or self.stopped_by is not None:
             return ""
         return self._release(self._window.rest(), last=True)
 
     def _release(self, new: str, last: bool) -> str:
-        # Whatever a stop string could still begin with is in `_held`, so earlier text is never read again.
+        # `_held` is the longest end of the text that a stop string begins with, so earlier text need not be searched.
         text = self._held + new
         found = self._first_stop(text)
         if found is None:
@@ -90,7 +90,7 @@ class Detokenizer:
         return text[:end]
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Where in `text` the first complete stop string ends, and which it is."""
+        """The end of the first complete stop string in `text`, and the stop string; None if there is none."""
         starts = ((text.find(stop), stop) for stop in self._stops)
         ends = [(start + len(stop), stop) for start, stop in starts if start >= 0]
         return min(ends, key=lambda end: (end[0], -len(end[1])), default=None)
@@ -107,15 +107,15 @@ class Detokenizer:
 class _Window:
     """The last few tokens, decoded again for every new one.
 
-    Text depends on the neighbours of a token (spaces, bytes of one character), so new text is the
-    difference between two decodings that start at the same token, as in text-generation-inference and
-    vLLM. The window starts one release before the new tokens, hence work does not grow with the output.
+    The text of a token depends on its neighbours (spaces, bytes of one character). New text is therefore the difference
+    between two decodings that start at the same token, as in text-generation-inference and vLLM. The window begins at
+    the tokens whose text was returned last, so the work for a token does not grow with the output.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = {"skip_special_tokens": skip_special_tokens}
-        # transformers' own default may rewrite " ," as ",": text that is not what the model said.
+        # By default transformers may rewrite " ," as ",", which is not the model's text.
         if hasattr(tokenizer, "clean_up_tokenization_spaces"):
             self._options["clean_up_tokenization_spaces"] = False
         self._ids = list(context[-MAX_PENDING:])
@@ -123,13 +123,13 @@ class _Window:
         self._released = len(self._decode())
 
     def append(self, token_id: int) -> str:
-        """The text that became final by `token_id`."""
+        """Append a token and return the text that it makes final."""
         self._ids.append(token_id)
         text = self._decode()
         if text.endswith(INCOMPLETE):
             return self._advance_in_character(text)
         if len(text) <= self._released:
-            # A token without text (a skipped special one) is no context to start a window with.
+            # The token has no text (a skipped special token), so the window cannot start with it. Keep the old start.
             if self._num_pending > MAX_PENDING:
                 self._ids.pop()
             return ""
@@ -146,11 +146,11 @@ class _Window:
         return new
 
     def _advance_in_character(self, text: str) -> str:
-        """Release what precedes the incomplete end of `text`.
+        """Return the text before the incomplete character at the end of `text`.
 
-        Tokens may hold the end of one character and the start of the next, so a window may end inside
-        a character for long, and a model may write bytes that never become one. After `MAX_PENDING`
-        tokens all but the last replacement character is final, and the window restarts inside the text.
+        A token may hold the end of one character and the beginning of the next, so several windows in a row may end
+        inside a character; and a model may generate bytes that never become one. After `MAX_PENDING` tokens everything
+        but the last replacement character is final, and the window starts again with the last `MAX_BYTES` tokens.
         """
         final = len(text.rstrip(INCOMPLETE))
         overdue = self._num_pending > MAX_PENDING

@@ -1,4 +1,4 @@
-"""Builds one rank: its weights, pool, attention and groups, over whatever transport it is given.
+"""Build one rank: weights, KV pool, attention and process groups.
 
 It owns the assembly; it must not know whether ranks are threads or processes.
 """
@@ -20,13 +20,13 @@ from longspan.attention.variants import AttentionOps, Heads
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
-from longspan.engine.rank.graphs import CudaRecorder, Recordings
+from longspan.engine.rank.graphs import CudaRecorder, GraphRunner
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, ExpertParallel, Provided
+from longspan.models.context import Alone, ExpertParallel, LayerContext
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
@@ -36,28 +36,28 @@ from longspan.weights.tokenizer import load_tokenizer
 
 
 def threads_per_rank(setup: EngineSetup) -> int:
-    """Threads a rank may use: the user's number, or an even share of this machine's cores."""
+    """CPU threads that a rank may use: the user's number, or an even share of this machine's cores."""
     return setup.config.num_threads or share_of_cores(setup.grid.world_size)
 
 
 def share_of_cores(ranks: int) -> int:
-    """An even share of this machine's cores, at least one."""
+    """The cores that this process may use divided by `ranks`, at least one."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class TensorParallelGroup:
-    """The TP group as the model layers see it."""
+    """The TP group, as the interface that model layers use."""
 
     def __init__(self, group: Collectives, vocab_sizes: Sequence[int]) -> None:
         self._group = group
         self._vocab_sizes = vocab_sizes
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the group."""
+        """The sum of `x` [...] over the members of the group."""
         return self._group.all_reduce(x, "tp")
 
     def all_gather_last(self, x: Tensor) -> Tensor:
-        """Concatenate the members' vocabulary slices."""
+        """Concatenate the members' slices of the vocabulary: [..., own slice] to [..., vocab]."""
         parts = self._group.all_gather(x, self._vocab_sizes, "tp", dim=x.dim() - 1)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -65,9 +65,10 @@ class TensorParallelGroup:
 def build_runner(
     setup: EngineSetup, rank: int, store: TensorStore, make_group: Callable[[Sequence[int]], Collectives]
 ) -> tuple[Runner, CostConstants | None]:
-    """One rank, ready to run, and its constants of the cost model if they are to be measured.
+    """Build one rank. Returns its runner, and the constants of the cost model if the setup asks to measure them.
 
-    `make_group` opens this rank's handle on a group of ranks.
+    `make_group` opens a group of ranks for this rank. All ranks must call `build_runner` at the same time, because
+    opening groups and measuring are collective.
     """
     grid, model_config, config = setup.grid, setup.model, setup.config
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
@@ -84,16 +85,16 @@ def build_runner(
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
-    model = setup.family.build(model_config, Provided(RankLoader(store, sharding), tp, experts), setup.dtype)
+    model = setup.family.build(model_config, LayerContext(RankLoader(store, sharding), tp, experts), setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
-    backend, recordings = attention.ops.backend, None
+    backend, cuda_graphs = attention.ops.backend, None
     if setup.records_decode and isinstance(backend, RecordableBackend):
-        recordings = Recordings(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+        cuda_graphs = GraphRunner(model, attention, backend, CudaRecorder(store.device), grid.pcp)
     transfer = config.transfer
     parts = RankParts(
         grid, rank, model, attention, groups, store.device,
         Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
-        config.cache.page_size, config.debug, bool(config.scheduler.run_ahead), recordings,
+        config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
         store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
     )  # fmt: skip
@@ -102,7 +103,7 @@ def build_runner(
 
 
 def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:
-    """The cost model's constants; all ranks of a context group must measure at the same time."""
+    """Measure the constants of the cost model. All ranks of a context group must do so at the same time."""
     grid, model = setup.grid, setup.model
     place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
     ops = _ops(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)

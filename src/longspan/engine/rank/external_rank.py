@@ -1,7 +1,6 @@
-"""A rank that the user starts: `torchrun ... -m longspan.engine.rank.external_rank tcp://host:port`.
+"""The main program of a rank that the user starts: `torchrun ... -m longspan.engine.rank.external_rank ADDRESS`.
 
-It owns the process's arguments and exit code; RANK, WORLD_SIZE and LOCAL_RANK are those every launcher of
-torch.distributed sets.
+It owns the arguments and the exit code. RANK, WORLD_SIZE and LOCAL_RANK are set by launchers of torch.distributed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ _USAGE = 2
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
-    """The exit code: 0 if the driver said stop, 1 for a launcher to start the rank again, 2 if that is of no use."""
+    """Serve the driver and return the exit code.
+
+    0: the driver stopped the rank. 1: the rank failed, and a launcher may start it again. 2: it cannot be started with
+    these arguments.
+    """
     try:
         if len(arguments) != 1:
             raise ConfigError("driver", " ".join(arguments), "is not one address", "give the driver's tcp://host:port")

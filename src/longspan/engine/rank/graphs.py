@@ -1,7 +1,7 @@
-"""Decode steps of fixed size, recorded once and replayed: a CUDA graph in place of Python between the kernels.
+"""CUDA graphs of decode steps: one for each size of step, recorded once and replayed.
 
-It owns the sizes, and the tokens and positions a recording reads; it must not know what a plan decides, nor where rows
-live. Every choice here follows from what all ranks know alike.
+It owns the sizes, and the tensors of token ids and positions that a graph reads; it must not know how a plan was made.
+Every decision here follows from the plan alone, so all ranks record and replay the same graphs in the same steps.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView
 
-_STEP = 8  # sizes beyond the small ones are multiples of this
+_STEP = 8  # larger sizes are multiples of this
 _SMALL = (1, 2, 4)
 
 
 class Recorder(Protocol):
-    """Makes a recording of work whose inputs and results stay at one address."""
+    """Records work whose inputs and results keep their addresses."""
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run the work once; what is returned does the same again with what its inputs then hold."""
+        """Run the work once and record it. The returned function repeats it on the present contents of its inputs."""
         ...
 
 
 class EagerRecorder:
-    """The slow twin: runs the work anew, and like a graph leaves its result where the last one was."""
+    """The reference: runs the work again without a graph. As with a graph, the result keeps its address."""
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Recorder.record`."""
@@ -44,15 +44,15 @@ class EagerRecorder:
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory, since no two of them run at once."""
+    """Records CUDA graphs. They share one memory pool, because no two of them run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: cuBLAS keeps 32 MiB for each
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one for all graphs: cuBLAS keeps a workspace of 32 MiB for each stream
 
     def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Recorder.record`. The first run, outside the capture, compiles kernels and makes buffers."""
+        """See `Recorder.record`. A first run outside the capture compiles kernels and allocates buffers."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
             work()
@@ -69,34 +69,37 @@ class CudaRecorder:
 
 
 def padded_rows(rows: int) -> int:
-    """The least size of a recording that has room for `rows`."""
+    """The smallest size of a graph that has room for `rows` rows."""
     return next((size for size in _SMALL if size >= rows), -(-rows // _STEP) * _STEP)
 
 
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
-    """Whether a step is one token of each of some decoding requests, by schedules of fixed shape."""
+    """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed."""
     plain = all(not s.prefill and s.length == 1 and s.sample == 1 for s in plan.segments)
     fixed = all(schedules[name].recordable for name in plan.decode_schedules)
     return bool(plan.segments) and plain and fixed and len(_moving(plan, schedules)) <= 1
 
 
-def of_one_kind(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
-    """The same step with all rows travelling if any does: how many stay at home must not change a recording's shape."""
+def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
+    """The same step, in which every row travels if any row does.
+
+    Otherwise the shapes of a graph would depend on the number of rows that stay on their own rank.
+    """
     groups = len(plan.decode_schedules)
-    if not any(segment.travels for segment in plan.segments):
+    if not any(segment.num_remote_groups for segment in plan.segments):
         return plan
-    segments = tuple(replace(segment, travels=groups) for segment in plan.segments)
+    segments = tuple(replace(segment, num_remote_groups=groups) for segment in plan.segments)
     (schedule,) = _moving(plan, schedules)
     return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
 
 
 def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
-    """Schedules of the decoding rows under which something travels."""
+    """The decode schedules of the plan that send anything."""
     return {name for name in plan.decode_schedules if schedules[name].moves is not None}
 
 
-class Recordings:
-    """All recordings of one rank, made when a size is first met."""
+class GraphRunner:
+    """All graphs of one rank. A graph is recorded in the first step of its size."""
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int
@@ -106,21 +109,25 @@ class Recordings:
         self._backend = backend
         self._recorder = recorder
         self._pcp = pcp
-        self._made: dict[StepSize, _Recording] = {}
+        self._made: dict[StepSize, _Graph] = {}
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Of this rank's rows, fp32 [T, vocab], for a step that is `recordable` and `of_one_kind`."""
+        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
+
+        `token_ids` and `positions` are int64 [T]. `rows_of_pcp` has the rows of every pcp index: the largest of them
+        decides the size on all ranks. The next step overwrites the result.
+        """
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
         size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
             step = RefillableStep(self._attention.preparer, self._backend, size)
-            self._made[size] = _Recording(self._model, self._attention, step, size.rows)
+            self._made[size] = _Graph(self._model, self._attention, step, size.rows)
             self._made[size].record(self._recorder)
         return self._made[size].run(view, token_ids, positions)[: len(token_ids)]
 
 
-class _Recording:
-    """One size."""
+class _Graph:
+    """The graph of one size of step."""
 
     def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int) -> None:
         self._model = model
@@ -131,11 +138,14 @@ class _Recording:
         self._replay: Callable[[], Tensor] = self._compute
 
     def record(self, recorder: Recorder) -> None:
-        """Make the recording; members of a group do so in the same step."""
+        """Record the graph. All members of a group must do so in the same step."""
         self._replay = recorder.record(self._compute)
 
     def run(self, view: RankView, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [rows, vocab], which the next run overwrites."""
+        """Logits fp32 [rows, vocab] for int64 [T] ids and positions, T <= rows. The next run overwrites them.
+
+        A step whose contexts do not fit the graph's buffers is computed without the graph, in the same shapes.
+        """
         count = len(token_ids)
         self._token_ids[:count] = token_ids
         self._positions[:count] = positions

@@ -1,7 +1,7 @@
-"""A rank's slices of a checkpoint, as the tensors its model asks for.
+"""Load a rank's slices of a checkpoint, as the tensors that its model asks for.
 
-It owns the way from logical axes to byte ranges, and sharing between ranks of one process; it must
-not know file formats or architectures.
+It owns the mapping from logical axes to slices, and the sharing of tensors between ranks of one process; it must not
+know file formats or architectures.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
-_Key = tuple["Piece", ...]
+_Key = tuple["WeightPiece", ...]
 
 
-class Piece(NamedTuple):
-    """A slice of a tensor: [start, stop) of each dimension; of a `stacked` one an entry, to be transposed."""
+class WeightPiece(NamedTuple):
+    """A slice of one tensor of the checkpoint."""
 
+    # the tensor's name
     name: str
+    # (start, stop) of each dimension
     bounds: Bounds
+    # whether the tensor stacks several weights [n, in, out], of which the slice is one, loaded as [out, in]
     stacked: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is loaded."""
+        """The slice's shape once it is loaded."""
         return loaded_shape(self.bounds, self.stacked)
 
     @property
@@ -44,20 +47,20 @@ class Piece(NamedTuple):
 
     @property
     def is_whole_blocks(self) -> bool:
-        """Whether no block with a scale of its own is cut."""
+        """Whether the slice begins and ends at boundaries of FP8 scale blocks."""
         return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
 
     def read(self, checkpoint: Checkpoint, out: Tensor) -> None:
-        """Into `out`, which has `shape`."""
+        """Read the slice into `out`, of shape `shape` and any dtype. Raises `WeightError`."""
         target = out.permute(*reversed(range(out.dim())))[None] if self.stacked else out
         checkpoint.read(self.name, self.slices, target)
 
 
 class TensorStore:
-    """Tensors by name and slice: ranks of one process that need the same slice share one copy.
+    """Loaded tensors by name and slice. Ranks of one process that need the same slice share one tensor.
 
-    Loading is serial: one tensor is being converted at any time. Weights of products that are in `scaled`, in whole
-    blocks, are kept as they are there.
+    One tensor is loaded at a time, which bounds the memory that conversion takes. Weights that `scaled` holds in FP8
+    are kept in FP8 if their slice is made of whole blocks.
     """
 
     def __init__(
@@ -72,31 +75,34 @@ class TensorStore:
         self._linears: dict[_Key, Linear] = {}
         self._lock = Lock()
 
-    def tensor(self, pieces: Sequence[Piece], exact: bool = False) -> Tensor:
-        """The slices, concatenated along dim 0 if there are several; in fp32 if `exact`."""
+    def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
+        """The slices concatenated along dimension 0, [rows, ...], in fp32 if `exact`, else in the model's dtype."""
         dtype = torch.float32 if exact else self._dtype
         with self._lock:
             return _once(self._tensors, pieces, lambda wanted: self._read(wanted, dtype))
 
-    def linear(self, pieces: Sequence[Piece]) -> Linear:
-        """The slices as the weight of products; the plain tensor is dropped once it is packed."""
+    def linear(self, pieces: Sequence[WeightPiece]) -> Linear:
+        """A linear layer whose weight [out, in] is the slices concatenated along dimension 0.
+
+        The layer may pack the weight; the plain tensor is then not kept.
+        """
         with self._lock:
             return _once(self._linears, pieces, self._linear)
 
-    def _linear(self, pieces: Sequence[Piece]) -> Linear:
+    def _linear(self, pieces: Sequence[WeightPiece]) -> Linear:
         kept = self._scaled
         if kept and all(piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces):
             return BlockScaledLinear(self._read_scaled(kept, pieces), kept.fused)
         return DenseLinear(self._read(pieces, self._dtype))
 
-    def _read(self, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    def _read(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
         rows = [piece.shape[0] for piece in pieces]
         whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
         for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
             piece.read(self._checkpoint, out)
         return whole.to(self.device)
 
-    def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[Piece]) -> BlockScaled:
+    def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[WeightPiece]) -> BlockScaled:
         rows, columns = [piece.shape[0] for piece in pieces], pieces[0].shape[1]
         values = torch.empty(sum(rows), columns, dtype=torch.float8_e4m3fn)
         scales = torch.empty(sum(rows) // BLOCK, columns // BLOCK)
@@ -106,7 +112,7 @@ class TensorStore:
         return BlockScaled(values.to(self.device), scales.to(self.device))
 
 
-def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence[Piece]], T]) -> T:
+def _once(made: dict[_Key, T], pieces: Sequence[WeightPiece], make: Callable[[Sequence[WeightPiece]], T]) -> T:
     key = tuple(pieces)
     if key not in made:
         made[key] = make(pieces)
@@ -114,7 +120,7 @@ def _once(made: dict[_Key, T], pieces: Sequence[Piece], make: Callable[[Sequence
 
 
 class RankLoader:
-    """What a model loads through: parameters in, this rank's part of them out."""
+    """The loader that a model is built with: it returns this rank's part of each parameter."""
 
     def __init__(self, store: TensorStore, sharding: Sharding) -> None:
         self._store = store
@@ -122,7 +128,7 @@ class RankLoader:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self._store.device
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
@@ -130,13 +136,13 @@ class RankLoader:
         return self._sharding.extent(axis, size)
 
     def load(self, *params: Param) -> Tensor:
-        """This rank's slice of each parameter, concatenated along dim 0."""
+        """This rank's slice of each parameter, concatenated along dimension 0: [rows, ...]."""
         exact = any(param.exact for param in params)
         return self._store.tensor([self._piece(param) for param in params], exact)
 
     def linear(self, *params: Param) -> Linear:
-        """The same, as the weight of products."""
+        """A linear layer whose weight is this rank's slice of each parameter, concatenated along dimension 0."""
         return self._store.linear([self._piece(param) for param in params])
 
-    def _piece(self, param: Param) -> Piece:
-        return Piece(param.name, param.bounds(self.extent), param.stacked is not None)
+    def _piece(self, param: Param) -> WeightPiece:
+        return WeightPiece(param.name, param.bounds(self.extent), param.stacked is not None)

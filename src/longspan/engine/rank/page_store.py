@@ -1,6 +1,6 @@
-"""Pages outside the device: the driver's files for host memory and disk, and what each rank copies from and to them.
+"""Offloaded pages: files for host memory and disk, which the driver opens and to which ranks copy pages.
 
-It owns bytes, slots and checksums; which page goes where is the plan's.
+It owns bytes, slots and checksums; the plan decides which page goes where.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ from longspan.errors import ConfigError, EngineError
 from longspan.parallel.sharding import Sharding
 
 _KEY_BYTES = 16
-_HEADER_BYTES = 32  # key, checksum, nothing: what is behind it stays aligned
+_HEADER_BYTES = 32  # key, checksum and padding, so that the data after it is aligned
 _MEMORY_INFO = Path("/proc/meminfo")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where in a slot of `slot_bytes` a rank's record of a page is: `record_bytes` from `start`.
+class PagePart:
+    """The part of a slot that holds a rank's record of a page.
 
-    Ranks of one stage and head shard have the same part, so that each can read what another of them wrote.
+    Ranks of the same stage and head shard have the same part, so each can read what another of them wrote.
     """
 
+    # the record's offset in the slot, in bytes
     start: int
+    # size of the record
     record_bytes: int
+    # size of the slot: the records of all parts
     slot_bytes: int
 
 
-def parts_of_a_slot(setup: EngineSetup) -> list[Part]:
-    """Every rank's part, in rank order."""
+def parts_of_a_slot(setup: EngineSetup) -> list[PagePart]:
+    """The part of each rank, in rank order."""
     model, grid = setup.model, setup.grid
     sizes: dict[tuple[int, int], int] = {}
     for place in grid.ranks:
@@ -56,13 +59,14 @@ def parts_of_a_slot(setup: EngineSetup) -> list[Part]:
         sizes[place.pp, place.head_shard] = _HEADER_BYTES + own.bytes_per_token * setup.config.cache.page_size
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
     keys = [(place.pp, place.head_shard) for place in grid.ranks]
-    return [Part(ends[key] - sizes[key], sizes[key], sum(sizes.values())) for key in keys]
+    return [PagePart(ends[key] - sizes[key], sizes[key], sum(sizes.values())) for key in keys]
 
 
 class OffloadFiles:
-    """The driver's side: opens a file for each tier, and knows how many pages they hold. Raises `ConfigError`.
+    """The driver's side: opens a file for each tier and counts the pages that it can hold. Raises `ConfigError`.
 
-    No folder names them: ranks open them through this process, as `setup` says, and whatever ends it frees them.
+    The files have no name in any folder. Ranks open them through the driver's file descriptors, whose paths are in
+    `setup`. The kernel frees the files when the driver's process ends, for whatever reason.
     """
 
     def __init__(self, setup: EngineSetup) -> None:
@@ -84,7 +88,7 @@ class OffloadFiles:
         self.setup = replace(setup, config=replace(setup.config, cache=replace(setup.config.cache, offload=opened)))
 
     def close(self) -> None:
-        """Free them; safe to call again."""
+        """Close the files. May be called more than once."""
         for file in self._files:
             file.close()
 
@@ -121,7 +125,7 @@ class OffloadFiles:
 
 
 def _free_memory() -> int:
-    """Bytes the host has left, at most what the container this runs in may use."""
+    """Bytes of memory that the host has left, but no more than the limit of the container."""
     lines = dict(line.split(":", 1) for line in _MEMORY_INFO.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) << 10
     with suppress(OSError, ValueError):  # no container, or one without a limit
@@ -130,9 +134,9 @@ def _free_memory() -> int:
 
 
 class PageStore:
-    """One rank's copies between its pool and its part of the slots.
+    """Copies pages between a rank's pool and its part of the slots.
 
-    A record is a header (the page's key, and on disk a checksum) and what the rank holds of the page.
+    A record is a header (the page's key, and on disk a checksum) and the rank's layers and heads of the page.
     """
 
     def __init__(self, setup: EngineSetup, rank: int, pool: KVPool) -> None:
@@ -141,6 +145,7 @@ class PageStore:
         self._shard = setup.grid.ranks[rank].shard
         caches = list(pool.layers.values())
         values, scales = [cache.values for cache in caches], [c.scales for c in caches if c.scales is not None]
+        # values of all layers, and scales of all layers if the cache is quantised
         self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in (values, scales) if kind]
         self._sizes = [sum(page[:, :, 0].numel() for page in pages) for pages in self._pages]
         self._scratch = torch.empty(self._part.record_bytes, dtype=torch.uint8)
@@ -148,12 +153,14 @@ class PageStore:
         self._disk = None if offload.disk_file is None else _unbuffered(offload.disk_file)
 
     def save(self, saves: Sequence[PageSave]) -> list[int]:
-        """Carry out this rank's share; returns the numbers of those of which the disk did not take a page."""
+        """Save the pages that are on this rank's shard. Returns the indices in `saves` of which a write to disk
+        failed."""
         failed: list[int] = []
         for number, save in enumerate(saves):
             if save.page.shard != self._shard:
                 continue
             record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
+            # the slot's page moves to disk before it is overwritten
             written = not save.spill or self._write(save.spill.slot, save.spill.key, record)
             self._gather(save.page.index, record[_HEADER_BYTES:])
             if save.tier is Tier.MEMORY:
@@ -165,7 +172,7 @@ class PageStore:
         return failed
 
     def load(self, loads: Sequence[PageLoad]) -> list[int]:
-        """Carry out this rank's share; returns the numbers of pages that are not as they were saved."""
+        """Load the pages that are for this rank's shard. Returns the indices in `loads` of pages that are damaged."""
         lost: list[int] = []
         for number, load in enumerate(loads):
             if load.page.shard != self._shard:
@@ -199,7 +206,7 @@ class PageStore:
         return written == _HEADER_BYTES + len(data)
 
     def _read(self, slot: int, key: Key, record: Tensor) -> bool:
-        """Whether it is what was written."""
+        """Read a record from disk into `record`, uint8 [record_bytes]; False if it is not the one that was written."""
         whole = _buffer(record)
         try:
             read = os.preadv(self._on_disk, [whole], self._offset(slot))
@@ -214,12 +221,12 @@ class PageStore:
         return self._disk.fileno()
 
     def _gather(self, index: int, data: Tensor) -> None:
-        """Page `index` of every layer into one run of bytes: all values, then all scales."""
+        """Copy page `index` of every layer into `data`, uint8 [bytes]: all values, then all scales."""
         for pages, part in zip(self._pages, torch.split(data, self._sizes), strict=True):
             part.copy_(torch.stack([page[:, :, index] for page in pages]).flatten())
 
     def _scatter(self, index: int, data: Tensor) -> None:
-        """The inverse of `_gather`."""
+        """The inverse of `_gather`: copy `data`, uint8 [bytes], to page `index` of every layer."""
         for pages, part in zip(self._pages, torch.split(data, self._sizes), strict=True):
             layers = part.to(pages[0].device).view(len(pages), *pages[0][:, :, index].shape)
             for page, layer in zip(pages, layers, strict=True):
@@ -227,9 +234,9 @@ class PageStore:
 
 
 def _by_page(rows: Tensor, page_size: int) -> Tensor:
-    """Rows [planes, Hkv, slots, D] as bytes [planes, Hkv, pages, bytes of a page]."""
-    planes, heads, slots, _ = rows.shape
-    return rows.view(torch.uint8).view(planes, heads, slots // page_size, -1)
+    """Rows [kv_factor, Hkv, S, D] as uint8 [kv_factor, Hkv, pages, bytes of a page], sharing memory."""
+    kv_factor, heads, slots, _ = rows.shape
+    return rows.view(torch.uint8).view(kv_factor, heads, slots // page_size, -1)
 
 
 def _mapped(path: str) -> Tensor:

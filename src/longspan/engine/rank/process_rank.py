@@ -1,6 +1,6 @@
-"""The main program of a worker process: `python -m longspan.engine.rank.process_rank ADDRESS RANK RANKS PARENT`.
+"""The main program of a rank's process: `python -m longspan.engine.rank.process_rank ADDRESS RANK RANKS PARENT`.
 
-It owns the process's life: it serves the driver at ADDRESS, and ends when told to or when the driver is gone.
+It owns signals and the end of the process: it serves the driver at ADDRESS until it is told to stop or the driver ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from longspan.engine.transport.lifetime import end_with_parent
 
 
 def main(address: str, rank: int, world_size: int, parent: int) -> None:
-    """Serve the driver until it says stop or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group: the driver decides what they mean
+    """Serve the driver until it stops this rank or ends itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the driver acts on them
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
     serve_driver(address, rank, world_size, rank)

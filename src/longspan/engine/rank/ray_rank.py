@@ -1,6 +1,6 @@
-"""A rank as a Ray actor.
+"""A rank that is a Ray actor.
 
-It owns nothing but the call; it must not know where the actor runs.
+It owns the actor's one method; it must not know where the actor runs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from longspan.engine.rank.serving import serve_driver
 
 
 class RankActor:
-    """Serves the driver in one call that lasts as long as the rank: its end tells of the rank's."""
+    """An actor whose one call lasts as long as the rank, so that the end of the call shows the end of the rank."""
 
     def serve(self, address: str, rank: int, world_size: int) -> None:
-        """See `serve_driver`; Ray shows the actor one GPU, so its number is 0."""
+        """See `serve_driver`. Ray makes one GPU visible to the actor, so its number is 0."""
         serve_driver(address, rank, world_size)

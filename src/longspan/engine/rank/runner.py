@@ -1,7 +1,6 @@
-"""One rank at work: mirrors the page tables, runs the model on its rows, samples what it owns.
+"""Run plans on one rank: mirror the page tables, run the model on the rank's rows, sample.
 
-It owns a rank's state between steps; it must not decide anything a plan decides, nor know how plans
-reach it.
+It owns a rank's state between steps; it must not decide anything that a plan decides, nor know how plans arrive.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.disaggregation.worker import TransferThread
-from longspan.engine.rank.graphs import Recordings, of_one_kind, recordable
+from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.grammar import Matcher, Vocabulary
 from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, start_sampling
@@ -37,40 +36,50 @@ Finish = Callable[[], StepResult]
 
 @dataclass(frozen=True)
 class Groups:
-    """A rank's groups: the TP group splits heads, the context group pages, the pipeline layers."""
+    """The groups of ranks that one rank belongs to."""
 
+    # the TP group, which splits heads
     tp: Collectives
+    # the context group, which splits the pages of a context
     context: Collectives
+    # the stages, which split layers
     pipeline: Pipeline
 
 
 @dataclass(frozen=True)
 class RankParts:
-    """What a rank is made of; `build.py` puts it together."""
+    """The parts of a rank, as `build.py` makes them."""
 
+    # coordinates of all ranks
     grid: Grid
+    # this rank's number
     rank: int
+    # this rank's stage and head shard of the model
     model: Model
+    # attention with this rank's KV pool
     attention: Attention
+    # groups of ranks that this rank belongs to
     groups: Groups
+    # where the rank's tensors are
     device: torch.device
+    # tokens as the grammar library sees them
     vocabulary: Vocabulary
     # tokens of a page
     page_size: int
     # whether ranks compare the digests of their plans
     debug: bool
-    # whether a step may begin before the last one's tokens are read
-    runs_ahead: bool
-    # of decode steps; None where none is recorded
-    recordings: Recordings | None = None
-    # pages outside the device, if any are kept there
+    # whether a step may start before the tokens of the previous one are read
+    async_scheduling: bool
+    # graphs of decode steps; None if they are not recorded
+    cuda_graphs: GraphRunner | None = None
+    # offloaded pages; None without offload
     store: PageStore | None = None
-    # pages on their way from or to other instances, if this one has a role
+    # moves pages from or to other instances; None without a role
     transfer: TransferThread | None = None
 
 
 class Runner:
-    """Carries out plans on one rank, in order."""
+    """Runs plans on one rank, in order."""
 
     def __init__(self, parts: RankParts) -> None:
         grid, rank = parts.grid, parts.rank
@@ -83,11 +92,11 @@ class Runner:
         self._debug = parts.debug
         self._device = parts.device
         self._vocabulary = parts.vocabulary
-        self._runs_ahead = parts.runs_ahead
-        self._sampled: dict[str, Tensor] = {}  # the last step's tokens, where the next may need them unread
+        self._async_scheduling = parts.async_scheduling
+        self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
         self._mirror = Mirror(parts.page_size, grid.num_shards)
-        self._matchers: dict[str, Matcher] = {}  # of requests under a grammar
-        self.recordings = parts.recordings
+        self._matchers: dict[str, Matcher] = {}  # by id of requests with a grammar
+        self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
 
@@ -98,7 +107,7 @@ class Runner:
 
     @property
     def attention(self) -> Attention:
-        """This rank's attention."""
+        """Attention with this rank's KV pool."""
         return self._attention
 
     @property
@@ -107,12 +116,13 @@ class Runner:
         return self._device.type == "cuda"
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one step; returns what this rank is to hand over (others of its TP group: no tokens)."""
+        """Run one step and wait for its result. Only the rank that returns tokens for its TP group has any in it."""
         return self.start(plan)()
 
     def start(self, plan: StepPlan) -> Finish:
-        """Run one step up to its tokens, which the function returned waits for: a GPU may still be computing them."""
+        """Start one step. The returned function waits for its result, which a GPU may still be computing."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
+            # first: the step may overwrite pages that are saved
             failed_saves, failed_loads = self._copy_pages(plan)
             finish = self._start(plan)
         if self.transfer is not None:
@@ -122,13 +132,13 @@ class Runner:
         return lambda: replace(finish(), failed_loads=failed_loads, failed_saves=failed_saves)
 
     def close(self) -> None:
-        """End what runs beside its steps."""
+        """End the transfer thread, if there is one."""
         if self.transfer is not None:
             self.transfer.close()
 
     def _copy_pages(self, plan: StepPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Between the pool and other tiers; returns the saves that the disk did not take, and the loads that found no
-        intact page."""
+        """Save and load pages as the plan says; returns the indices of saves that the disk did not take, and of loads
+        that found no intact page."""
         if self._store is None:
             return (), ()
         return tuple(self._store.save(plan.saves)), tuple(self._store.load(plan.loads))
@@ -140,12 +150,12 @@ class Runner:
         if not plan.segments:
             return StepResult
         schedules = self._attention.schedules
-        if self.recordings is not None and recordable(plan, schedules):
-            return self._replay(of_one_kind(plan, schedules), self.recordings)
+        if self.cuda_graphs is not None and recordable(plan, schedules):
+            return self._replay(uniform(plan, schedules), self.cuda_graphs)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
-        if self._model.head is None:
+        if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
@@ -155,26 +165,40 @@ class Runner:
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
         return self._finish(view, logits, scores)
 
-    def _replay(self, plan: StepPlan, recordings: Recordings) -> Finish:
-        """A decode step through a recording, in which every row is sampled."""
+    def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
+        """Run a decode step as a CUDA graph. Every row is sampled."""
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
-        logits = recordings.logits(view, rows, self._token_ids(view), self._integers(view.positions))
+        logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
 
     def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
-        """Sample `logits` [samples, vocab]; on ranks that do not return tokens only if the next step may need them."""
+        """Start sampling from `logits` fp32 [samples, vocab].
+
+        Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
+        """
         self._sampled.clear()
         returns = self._grid.returns_tokens(self._rank)
-        if not view.samples or (not returns and not self._runs_ahead):
+        if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(scores))
         errors, sampling = self._sample(logits, view.samples)
-        return lambda: StepResult(tuple(sampling.finish()), tuple(scores), errors) if returns else StepResult()
+
+        def finish() -> StepResult:
+            if not returns:
+                return StepResult()
+            sampled = sampling.finish()
+            return StepResult(tuple(sampled.tokens), tuple(scores), {**errors, **sampled.errors})
+
+        return finish
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
     ) -> Iterator[PromptScore]:
-        """In blocks: logits of a long chunk are larger than the model. Every rank of the TP group takes part."""
+        """Log probabilities of prompt tokens, from `hidden` [T, hidden].
+
+        Rows are scored in blocks, because the logits of a long chunk may be larger than the model. Every rank of the TP
+        group takes part, because `head` gathers the vocabulary.
+        """
         known = self._mirror.requests[rows.request_id]
         for first in range(0, rows.length, _SCORED_ROWS):
             count = min(_SCORED_ROWS, rows.length - first)
@@ -185,14 +209,14 @@ class Runner:
                 yield from score(logits, rows.request_id, position, tokens, known.params.prompt_logprobs or 0)
 
     def _enter(self, view: RankView) -> Tensor:
-        """Hidden states [T, hidden] before this stage's layers."""
+        """Hidden states [T, hidden] before this stage's layers: embedded, or received from the stage before."""
         if self._model.embedding is not None:
             return self._model.embedding(self._token_ids(view))
         shape = (len(view.token_ids), self._model.hidden_size)
         return self._groups.pipeline.receive(shape, self._model.dtype)
 
     def _token_ids(self, view: RankView) -> Tensor:
-        """int64 [T]; tokens that nobody else knows yet are taken from where this rank sampled them."""
+        """Token ids int64 [T]. Those of pending segments are taken from the tensors in which this rank sampled them."""
         known = self._integers(view.token_ids)
         if view.pending:
             rows, requests = zip(*view.pending, strict=True)
@@ -203,10 +227,13 @@ class Runner:
         found = torch.tensor(values, dtype=torch.int64)
         if self._device.type == "cpu":
             return found
-        return found.pin_memory().to(self._device, non_blocking=True)  # does not wait for the step under way
+        return found.pin_memory().to(self._device, non_blocking=True)  # a plain copy would wait for the step in flight
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
-        """By request why it cannot go on, and the sampling of the others."""
+        """Start sampling from `logits` fp32 [samples, vocab].
+
+        Returns the errors of requests that cannot go on, by request id, and the sampling of the others.
+        """
         rows: list[SampleRow] = []
         kept: list[int] = []
         errors: dict[str, str] = {}
@@ -217,7 +244,7 @@ class Runner:
             except RequestError as error:
                 errors[wanted.request_id] = str(error)
         sampling = start_sampling(logits[kept] if errors else logits, rows)
-        if self._runs_ahead:
+        if self._async_scheduling:
             self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
         return errors, sampling
 
@@ -245,7 +272,7 @@ class Runner:
             self.transfer.apply(plan, self._mirror.table)
 
     def _compare_digest(self, plan: StepPlan) -> None:
-        """Debug: every rank of all groups must be about to take the same branches."""
+        """For debugging: raise `EngineError` unless all ranks of this rank's groups have the same plan."""
         mine = torch.frombuffer(bytearray(plan.digest()), dtype=torch.uint8).to(self._device)
         for group in (self._groups.tp, self._groups.context):
             for member, digest in enumerate(group.all_gather(mine, [len(mine)] * group.size, "debug")):

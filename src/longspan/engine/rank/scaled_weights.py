@@ -1,4 +1,4 @@
-"""Whether a checkpoint's FP8 weights stay as they are, and with which product.
+"""The decision whether a checkpoint's FP8 weights are kept in FP8, and which kernel multiplies them.
 
 It owns this decision and its reason; it must not load weights.
 """
@@ -16,29 +16,35 @@ from longspan.weights.safetensors import SafetensorsCheckpoint
 
 @dataclass(frozen=True)
 class ScaledWeights:
-    """FP8 weights to be kept: the files that hold them, and whether PyTorch's own product is used."""
+    """FP8 weights that are kept in FP8."""
 
+    # the files that hold them
     checkpoint: SafetensorsCheckpoint
+    # whether PyTorch's `scaled_mm` multiplies them; if not, they are dequantised for each product
     fused: bool
 
 
 @dataclass(frozen=True)
 class ScaledChoice:
-    """What was decided, None to multiply out, and why; no reason where the checkpoint has no FP8."""
+    """The decision of `choose_scaled`."""
 
+    # None: dequantise at load, or the checkpoint has no FP8
     weights: ScaledWeights | None = None
+    # why; empty if the checkpoint has no FP8
     reason: str = ""
 
     @property
     def notes(self) -> list[str]:
-        """For the user, at start."""
+        """Lines printed at start."""
         return [f"FP8 weights: {self.reason}"] if self.reason else []
 
 
 def choose_scaled(quantization: str, stored: SafetensorsCheckpoint | None, device: torch.device) -> ScaledChoice:
-    """`stored` is the checkpoint if its weights are in block-scaled FP8. Raises `ConfigError` for `fp8` where not.
+    """Decide whether FP8 weights are kept.
 
-    `auto` keeps FP8 where PyTorch multiplies it as it is, `fp8` keeps it everywhere, `none` nowhere.
+    `stored` is the checkpoint if its weights are in block-scaled FP8, else None. `quantization` is `auto` to keep FP8
+    where PyTorch can multiply it, `fp8` to keep it on any device, or `none`. Raises `ConfigError` for `fp8` if the
+    checkpoint has no such weights.
     """
     require(
         quantization != "fp8" or stored is not None, "quantization", quantization,
@@ -52,10 +58,10 @@ def choose_scaled(quantization: str, stored: SafetensorsCheckpoint | None, devic
         f"weights in blocks of {blocks[0]}x{blocks[1]} cannot be multiplied as they are", "use --quantization none",
     )  # fmt: skip
     if quantization == "none" or blocks != (BLOCK, BLOCK):
-        return ScaledChoice(reason="multiplied out as they are loaded")
+        return ScaledChoice(reason="dequantised at load")
     problem = problem_of_kernel(device)
     if problem is None:
         return ScaledChoice(ScaledWeights(stored, fused=True), "kept, multiplied by PyTorch's scaled_mm")
     if quantization == "auto":
-        return ScaledChoice(reason=f"multiplied out as they are loaded ({problem})")
-    return ScaledChoice(ScaledWeights(stored, fused=False), f"kept, multiplied out for each product ({problem})")
+        return ScaledChoice(reason=f"dequantised at load ({problem})")
+    return ScaledChoice(ScaledWeights(stored, fused=False), f"kept, dequantised for each product ({problem})")

@@ -45,12 +45,12 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         line.set_hwm(0)  # a full inbox would not let ZeroMQ's heartbeats through: a long step would be taken for an end
         watch_peers(line, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
-        store = open_store(host) if rank == 0 and host else None  # on one machine a file does it
-        hello = messages.Hello(rank, world_size, __version__, host, store.port if store else 0)
+        store = open_store(host) if rank == 0 and host else None  # ranks of one machine meet through a file
+        hello = messages.RankHello(rank, world_size, __version__, host, store.port if store else 0)
         word, watch = meet_driver(line, address, msgspec.msgpack.encode(hello))
         leaving.callback(watch.stop)
         begin = msgspec.msgpack.decode(word, type=messages.ToWorker)
-        if isinstance(begin, messages.Refused):
+        if isinstance(begin, messages.RankRefused):
             raise ConfigError("rank", rank, begin.reason, "see the driver's output")
 
         def answer(message: messages.FromWorker) -> None:
@@ -101,7 +101,7 @@ def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
     runner, constants = build_runner(setup, rank, store, make_group)
     traffic.reset()  # what was measured with is not the engine's
-    answer(messages.Ready(rank, constants))
+    answer(messages.RankReady(rank, constants))
     loop = StepLoop(runner, lambda result: answer(messages.Stepped(result)), lambda: bool(line.poll(0)))
     while (message := line.recv()) != messages.STOP:
         if message not in _WORDS:

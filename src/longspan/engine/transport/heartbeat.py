@@ -1,6 +1,6 @@
-"""Signs of life of a process, and how long there were none.
+"""Heartbeats of a process, and the seconds since the last one.
 
-It owns the thread that gives them and the count of silence; it must not know what follows from either.
+It owns the thread that sends them and the measurement of silence; it must not know what follows from either.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _LONGEST_LOOK = 1.0
 
 
 class Heartbeat:
-    """A thread that sends `word()` every `seconds`, whatever the process's other threads do; None is not sent.
+    """A thread that sends the message `word()` every `seconds`, whatever other threads do; None is not sent.
 
-    The socket is the thread's own from now on (ZeroMQ's are not thread-safe), and closed by `stop`.
+    From now on only this thread may use the socket `line`, because ZeroMQ's sockets are not thread-safe. `stop` closes
+    it.
     """
 
     def __init__(self, line: zmq.Socket[bytes], word: Callable[[], bytes | None], seconds: float) -> None:
@@ -30,7 +31,7 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send no more."""
+        """End the thread and close its socket."""
         self._stopped.set()
         self._thread.join()
 
@@ -38,15 +39,15 @@ class Heartbeat:
         while not self._stopped.wait(self._seconds):
             word = self._word()
             if word is not None:
-                with suppress(zmq.Again):  # nobody listens
+                with suppress(zmq.Again):  # no peer is connected
                     self._line.send(word, zmq.DONTWAIT)
         self._line.close(linger=0)
 
 
 class Silence:
-    """How long somebody has said nothing, while its listener was listening.
+    """Seconds since a peer's last message, as far as its listener was looking for one.
 
-    Of the time between two looks a second counts at most: in the rest the listener itself was busy or stopped.
+    At most one second between two calls of `look` counts. In the rest the listener itself was busy or stopped.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,11 +56,11 @@ class Silence:
         self._looked = clock()
 
     def heard(self) -> None:
-        """There was a word."""
+        """Set the seconds to zero: a message has come."""
         self.seconds, self._looked = 0.0, self._clock()
 
     def look(self) -> float:
-        """There was none: the seconds of silence up to now."""
+        """Add the time since the last call, as no message has come; returns the seconds of silence."""
         now = self._clock()
         self.seconds += min(_LONGEST_LOOK, now - self._looked)
         self._looked = now

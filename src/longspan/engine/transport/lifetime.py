@@ -1,6 +1,6 @@
-"""A process that ends with the one it works for, however that one ends.
+"""End this process when the process that it works for has ended, for whatever reason.
 
-It owns the watches; it must not know what either process does.
+It owns the threads that watch for this; it must not know what either process does.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ _POLL_MS = 200
 
 
 def end_with_parent(parent: int) -> None:
-    """From now on this process ends within a second of its parent: no orphans, even deep in a collective.
+    """From now on, end this process within a second of its parent's end, even if a collective blocks.
 
-    `parent` is the parent's id as the parent itself gave it: it may be gone by now.
+    `parent` is the parent's process id as the parent passed it. `os.getppid` would be wrong if the parent has ended
+    already.
     """
     Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 class ConnectionWatch:
-    """From now on this process ends as soon as a connection is lost, even deep in a collective.
+    """From now on, end this process as soon as a connection is lost, even if a collective blocks.
 
-    `monitor` is the connected socket's, for `EVENT_DISCONNECTED`; the watch closes it.
+    `monitor` is the monitor socket of the connection, for `EVENT_DISCONNECTED`. The watch closes it.
     """
 
     def __init__(self, monitor: zmq.Socket[bytes]) -> None:
@@ -37,7 +38,7 @@ class ConnectionWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """The connection may go from now on."""
+        """Stop watching: the connection may be closed from now on."""
         self._stopped.set()
         self._thread.join()
 

@@ -1,6 +1,6 @@
-"""What a driver and its ranks tell each other, but for plans.
+"""Messages between a driver and its ranks, except plans.
 
-It owns the message types; it must not know how they travel.
+It owns the message types; it must not know how they are sent.
 """
 
 from __future__ import annotations
@@ -12,88 +12,111 @@ from longspan.errors import LongspanError, WorkerDied, error_named
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.result import StepResult
 
-THERE = b""  # the driver looks whether a rank is still there: no answer is wanted
-ASK = b"alive?"  # of a rank's heartbeat, which answers with `Alive`
-STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # whatever else comes once a rank is ready is a plan
+THERE = b""  # probes the connection: a send fails if the rank is gone; the rank does not answer
+ASK = b"alive?"  # to a rank's heartbeat connection, which answers with `Alive`
+STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # any other message to a rank that is ready is a plan
 
 
-class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A rank's first word. Rank 0 keeps the store where ranks of several machines meet at `store_port` of its host."""
+class RankHello(msgspec.Struct, tag=True, frozen=True):
+    """The first message of a rank."""
 
+    # the sender
     rank: int
+    # number of ranks that its launcher started
     world_size: int
+    # Longspan's version on its host
     version: str
+    # address of its host; empty on the driver's host
     host: str
+    # port of the TCPStore that rank 0 opens for ranks of several machines; 0 from other ranks, and on one machine
     store_port: int
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """All ranks are there: what to run, the file or the `tcp://host:port` where they meet, and how many share
-    this one's host."""
+    """The driver's answer to every rank, once all of them have sent `RankHello`."""
 
+    # the driver's configuration, from which the rank makes its setup
     config: EngineConfig
+    # `tcp://host:port` of the TCPStore of rank 0, or the file where ranks of one machine meet
     meet_at: str
+    # number of ranks on this rank's host
     ranks_here: int
 
 
-class Refused(msgspec.Struct, tag=True, frozen=True):
-    """The driver has no place for the rank."""
+class RankRefused(msgspec.Struct, tag=True, frozen=True):
+    """The driver's answer to a rank that does not fit its layout or version."""
 
+    # why the rank is refused, for its error message
     reason: str
 
 
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The rank has loaded its weights, and measured the cost model's constants if it was to."""
+class RankReady(msgspec.Struct, tag=True, frozen=True):
+    """The rank has loaded its weights and is ready for plans."""
 
+    # the sender
     rank: int
+    # the cost model's constants; None if the rank was not to measure them
     constants: CostConstants | None
 
 
 class Alive(msgspec.Struct, tag=True, frozen=True):
-    """The rank's process runs; from a connection of its heartbeat's own."""
+    """A heartbeat, sent on a connection of its own."""
 
+    # the sender
     rank: int
 
 
 class Stepped(msgspec.Struct, tag=True, frozen=True):
-    """A step is done."""
+    """The rank has finished a step."""
 
+    # its part of the step's result
     result: StepResult
 
 
 class TrafficReport(msgspec.Struct, tag=True, frozen=True):
-    """What the rank has sent so far."""
+    """The answer to `TRAFFIC`: what the rank has sent to other ranks since it started."""
 
+    # bytes, by the label of the collective
     bytes_by_label: dict[str, int]
+    # calls of the collective
     calls_by_label: dict[str, int]
 
 
 class TraceReport(msgspec.Struct, tag=True, frozen=True):
-    """What the rank did when."""
+    """The answer to `TRACE`."""
 
+    # the sender
     rank: int
+    # what the rank did, with start and end
     spans: list[TraceSpan]
 
 
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The rank cannot go on. `lost_peer`: only because another one ended."""
+class RankFailed(msgspec.Struct, tag=True, frozen=True):
+    """The rank has failed and ends."""
 
+    # the sender
     rank: int
+    # name of the exception's class
     kind: str
+    # the exception's message
     message: str
+    # whether it failed only because another rank has ended
     lost_peer: bool
 
 
-ToWorker = Begin | Refused
-FromWorker = Hello | Ready | Alive | Stepped | TrafficReport | TraceReport | Failed
+ToWorker = Begin | RankRefused
+FromWorker = RankHello | RankReady | Alive | Stepped | TrafficReport | TraceReport | RankFailed
 
 
-def failure(rank: int, error: BaseException) -> Failed:
-    """The message for an error."""
-    return Failed(rank, type(error).__name__, str(error), isinstance(error, WorkerDied))
+def failure(rank: int, error: BaseException) -> RankFailed:
+    """The message that reports an exception to the driver."""
+    return RankFailed(rank, type(error).__name__, str(error), isinstance(error, WorkerDied))
 
 
-def report_error(message: Failed) -> LongspanError:
-    """The error for a message: of the same class where it is one of ours with a plain message."""
+def report_error(message: RankFailed) -> LongspanError:
+    """The exception that the driver raises for a rank's failure.
+
+    It has the class of the rank's exception if that is a `ModelError` or an `EngineError`, else it is a `WorkerDied`.
+    """
     told = f"rank {message.rank} failed: {message.kind}: {message.message}"
     return error_named(message.kind, message.message) or WorkerDied(told)

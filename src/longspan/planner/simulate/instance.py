@@ -1,6 +1,6 @@
 """One engine of a simulation: the real scheduler and cache, a clock in place of the ranks.
 
-It owns the steps under way and what they give; it must not know of other instances nor of a trace.
+It owns the steps in flight and what they give; it must not know of other instances nor of a trace.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Instance:
         self.steps = 0
         self._clock = StepClock(config.timer, config.grid)
         self._skips = config.skips and config.grid.pp == 1
-        self._under_way: deque[tuple[StepPlan, float]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()
         self._stages = [0.0] * config.grid.pp
         self._now = 0.0
         self._alike_end: float | None = None
@@ -95,17 +95,17 @@ class Instance:
 
     def advance(self, until: float) -> None:
         """Do every step that ends by `until` and begin those that begin before."""
-        if not self._under_way and self._alike_end is None:  # else the engine waits for a step and hears of nobody
+        if not self._in_flight and self._alike_end is None:  # else the engine waits for a step and hears of nobody
             self._begin(until)
-        while self._under_way or self._alike_end is not None:
+        while self._in_flight or self._alike_end is not None:
             if self._alike_end is not None:
                 if self._alike_end > until:
                     return
                 self._repeat(self._alike_end, until)
-            elif self._under_way[0][1] > until:
+            elif self._in_flight[0][1] > until:
                 return
             else:
-                plan, self._now = self._under_way.popleft()
+                plan, self._now = self._in_flight.popleft()
                 self._finish(plan)
             self._begin(until)
 
@@ -114,12 +114,12 @@ class Instance:
         if self._now < until and self._alike():
             self._alike_end = self._now + self._clock.seconds
             return
-        while self._now < until and len(self._under_way) < len(self._stages):
+        while self._now < until and len(self._in_flight) < len(self._stages):
             plan = self.scheduler.schedule()
             if plan is None:
                 return
             self.steps += 1
-            self._under_way.append((plan, self._end(self._clock.step(plan, self.scheduler.table))))
+            self._in_flight.append((plan, self._end(self._clock.step(plan, self.scheduler.table))))
             for shard, used in enumerate(self.used_pages()):
                 self.peak_pages[shard] = max(self.peak_pages[shard], used)
 
@@ -156,7 +156,7 @@ class Instance:
         return min(steps, *(self._left(sequence.request_id) - 1 for sequence in running)) if steps else 0
 
     def _repeat(self, first_end: float, until: float) -> None:
-        """End the step under way, which is like the last one, and as many behind it as end by `until`."""
+        """End the step in flight, which is like the last one, and as many behind it as end by `until`."""
         behind = self._alike() - 1  # none if somebody has come meanwhile
         times = list(accumulate(repeat(self._clock.seconds, behind), initial=first_end))
         del times[max(1, bisect_right(times, until)) :]

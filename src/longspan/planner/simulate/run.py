@@ -75,7 +75,7 @@ class _Samples:
 
 
 class _Run:
-    """One simulation under way."""
+    """One simulation in flight."""
 
     def __init__(self, config: InstanceConfig, instances: int, limits: Limits) -> None:
         self.instances = [Instance(config) for _ in range(instances)]

@@ -1,6 +1,7 @@
-"""Which instance a request goes to: the one that will have it done first, by load and by what it has seen before.
+"""Choose the instance for a request, by load and by the prompts that each instance has seen.
 
-It owns load and memory of prefixes, counted in bytes of prompts; pure, it must not know how requests travel.
+It owns the estimated load and the prefixes of each instance, in bytes of prompts; it must not know how requests are
+sent.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from hashlib import blake2b
 from itertools import takewhile
 
 _BLOCK_BYTES = 256
-_MAX_BLOCKS = 1 << 12  # of one prompt: what lies behind is taken as new
-_REMEMBERED = 1 << 16  # blocks an instance
+_MAX_BLOCKS = 1 << 12  # blocks of one prompt that are compared; the rest counts as new
+_REMEMBERED = 1 << 16  # blocks remembered for each instance
 
 Block = bytes
 
 
 def blocks_of(prompt: bytes) -> list[Block]:
-    """Keys of a prompt's beginnings: two prompts share as many as they begin alike."""
+    """A key for each block of a prompt. It covers the blocks before it too, so equal prefixes have equal keys."""
     found: list[Block] = []
     key = b""
     for start in range(0, min(len(prompt), _MAX_BLOCKS * _BLOCK_BYTES) - _BLOCK_BYTES + 1, _BLOCK_BYTES):
@@ -28,7 +29,10 @@ def blocks_of(prompt: bytes) -> list[Block]:
 
 
 class Balance:
-    """Load and memory of the instances of one role, by name. `weight` is what a request costs beside its new bytes."""
+    """Load and seen prefixes of the instances of one role, by name.
+
+    The cost of a request is `weight` plus the bytes of its prompt that the instance has not seen.
+    """
 
     def __init__(self, weight: float) -> None:
         self._weight = weight
@@ -36,21 +40,21 @@ class Balance:
         self._seen: dict[str, OrderedDict[Block, None]] = {}
 
     def ranked(self, names: Collection[str], prompt: bytes, blocks: Sequence[Block]) -> list[str]:
-        """All `names`, best first: by what they have to do, and would have to do for this prompt."""
+        """All `names`, those with the least load including this prompt first."""
         return sorted(names, key=lambda name: (self._load.get(name, 0.0) + self.cost(name, prompt, blocks), name))
 
     def cost(self, name: str, prompt: bytes, blocks: Sequence[Block]) -> float:
-        """What a prompt adds to an instance's work."""
+        """The load that a prompt adds to an instance, in bytes."""
         seen = self._seen.get(name, OrderedDict())
         known = sum(1 for _ in takewhile(seen.__contains__, blocks))
         return self._weight + len(prompt) - known * _BLOCK_BYTES
 
     def begin(self, name: str, prompt: bytes, blocks: Sequence[Block]) -> float:
-        """A request goes to an instance; returns the load it adds, for `end`."""
+        """Add a request to an instance's load. Returns what it adds, to be passed to `end`."""
         added = self.cost(name, prompt, blocks)
         self._load[name] = self._load.get(name, 0.0) + added
         seen = self._seen.setdefault(name, OrderedDict())
-        for block in reversed(blocks):  # the last ones are forgotten first
+        for block in reversed(blocks):  # in reverse order, so that a prompt's last blocks are forgotten first
             seen[block] = None
             seen.move_to_end(block)
         while len(seen) > _REMEMBERED:
@@ -58,5 +62,5 @@ class Balance:
         return added
 
     def end(self, name: str, added: float) -> None:
-        """A request's work there is done."""
+        """Take a request off an instance's load."""
         self._load[name] = self._load.get(name, 0.0) - added

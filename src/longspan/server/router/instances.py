@@ -1,6 +1,6 @@
-"""The instances behind a router: who is there, and whether they fit together.
+"""The instances behind a router: which of them are alive, and whether they fit together.
 
-It owns their addresses and the questions put to them at start and once a second; it must not forward requests.
+It owns their addresses and polls them at start and once a second; it must not forward requests.
 """
 
 from __future__ import annotations
@@ -26,28 +26,34 @@ _LOG = logging.getLogger("longspan.disaggregation")
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What an instance says of itself; without a `card` it is not ready, or has no role."""
+    """An instance's answer to `/internal/peer`."""
 
+    # its instance info; None if it is not ready or has no role
     card: PeerCard | None
+    # name of the served model
     model: str
+    # completions that wait
     waiting: int
+    # completions that run
     running: int
 
 
 @dataclass
 class Instance:
-    """One server."""
+    """One server behind the router."""
 
+    # `prefill` or `decode`
     role: str
+    # its HTTP address
     url: str
-    # its latest, None while it is not there
+    # its latest answer; None while it is not alive
     answer: Answer | None = None
-    # of a decode instance: what was last wrong with naming it prefill instances
+    # for a decode instance: why it does not accept some prefill instance, as last logged
     refusal: str | None = None
 
     @property
     def address(self) -> str:
-        """Where other instances reach it; '' while it is not there."""
+        """The address at which other instances reach it; empty while it is not alive."""
         if self.answer is None or self.answer.card is None:
             return ""
         host = self.url.split("://", 1)[1].split("/")[0].rpartition(":")[0]
@@ -55,8 +61,12 @@ class Instance:
 
 
 class Instances:
-    """All of them. `session` must send what they want for a key; with `token` decode instances are named prefill
-    instances that they were not told of."""
+    """All instances of a router.
+
+    The sessions that are passed to its methods must send the instances' API key. `token` is the transfer token, with
+    which the router may name prefill instances that a decode instance does not know. Raises `ConfigError` for a URL
+    that is not HTTP.
+    """
 
     def __init__(self, prefill: Sequence[str], decode: Sequence[str], token: str = "") -> None:
         self.token = token
@@ -67,11 +77,11 @@ class Instances:
                 raise ConfigError(instance.role, instance.url, "is no URL", "give one like http://127.0.0.1:8000")
 
     def alive(self, role: str) -> list[Instance]:
-        """Those that can be used now."""
+        """The instances of a role that answered last time."""
         return [instance for instance in self.all if instance.role == role and instance.answer]
 
     async def wait(self, session: aiohttp.ClientSession, seconds: float) -> None:
-        """Until all have answered. Raises `ConfigError` for one that does not, or does not fit the others."""
+        """Wait until all instances have answered. Raises `ConfigError` for one that does not, or that does not fit."""
         deadline = time.monotonic() + seconds
         while missing := [instance for instance in self.all if not instance.answer]:
             problems = await asyncio.gather(*(self._ask(instance, session) for instance in missing))
@@ -96,26 +106,26 @@ class Instances:
                 )  # fmt: skip
 
     async def watch(self, session: aiohttp.ClientSession) -> None:
-        """Ask everyone once a second, for ever."""
+        """Poll all instances once a second, until cancelled."""
         while True:
             await asyncio.sleep(_PAUSE_SECONDS)
             await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
 
     def accepts(self, decode: Instance, prefill: Instance) -> bool:
-        """Whether a decode instance lets the router name it this prefill instance, and that one will hear it."""
+        """Whether a decode instance accepts this prefill instance from the router, and has the same token as it."""
         card, other = (side.answer.card if side.answer else None for side in (decode, prefill))
         if card is None or other is None or card.token != other.token:
             return False
         return prefill.address in card.prefill_peers or (card.token != "" and card.token == token_digest(self.token))
 
     def lost(self, instance: Instance, problem: str) -> None:
-        """It did not answer a request: use it again when it answers a question."""
+        """Mark an instance as not alive, until it answers a poll again."""
         if instance.answer is not None:
             _LOG.warning("%s instance %s: %s", instance.role, instance.url, problem)
         instance.answer = None
 
     def misfit(self, instance: Instance) -> str | None:
-        """Why an instance that has answered cannot work with the first one."""
+        """Why an instance cannot work with the first one that is alive; None if it can, or has not answered."""
         answer, first = instance.answer, next((other.answer for other in self.all if other.answer), None)
         if answer is None or answer.card is None or first is None or first.card is None:
             return None
@@ -138,7 +148,7 @@ class Instances:
                 _LOG.warning("decode instance %s %s, and computes prompts itself", instance.url, instance.refusal)
 
     def _refusal(self, decode: Instance) -> str | None:
-        """Why a decode instance would not use some prefill instance that the router names, None if it would."""
+        """Why a decode instance would not accept some prefill instance that is alive; None if it accepts all."""
         refused = [prefill for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
         card = decode.answer.card if decode.answer else None
         if not refused or card is None:
@@ -151,7 +161,7 @@ class Instances:
         return f"was not told of the prefill instance {refused[0].address}"
 
     async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
-        """What is wrong with it, None if it has answered."""
+        """Poll an instance and keep its answer. Returns the problem if there is none."""
         timeout = aiohttp.ClientTimeout(_ASK_SECONDS)
         try:
             async with session.get(f"{instance.url}/internal/peer", timeout=timeout) as response:

@@ -1,7 +1,6 @@
-"""The front of prefill and decode instances: one OpenAI-compatible address.
+"""The router: one OpenAI-compatible address for several prefill and decode instances.
 
-It owns the way of a request and of its answer, and what happens when an instance does not answer; what is in the answer
-is the decode instance's.
+It owns forwarding requests and answers, and retries when an instance does not answer; it must not interpret answers.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from longspan.server.protocol import HttpConfig, announce
 from longspan.server.router.balance import Balance, blocks_of
 from longspan.server.router.instances import Instance, Instances
 
-_BOUNDS = JsonBounds(values=1 << 23)  # the length of a model is its instances' to check
+_BOUNDS = JsonBounds(values=1 << 23)  # larger than any model needs: the instances check against max_model_len
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
 _POSTED = (*_GENERATING, "/tokenize", "/detokenize")
 _READ = ("/v1/models", "/version", "/openapi.json", "/docs")
@@ -43,13 +42,15 @@ _HOP_BY_HOP = {
     "connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length",
     PREFILL_HEADER, SIGNATURE_HEADER,
 }  # fmt: skip
-_PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # bytes of prompt that a request counts for
+_PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # fixed cost of a request, in bytes of prompt
 _LOG = logging.getLogger("longspan.disaggregation")
 
 
 class Router:
-    """Forwards requests. A decode instance that does not answer is replaced by another; of the prefill instances it
-    is told all that are there, best first."""
+    """Forwards requests to decode instances, trying the next one if one does not answer.
+
+    A header names the prefill instances that are alive, best first.
+    """
 
     def __init__(self, instances: Instances, session: aiohttp.ClientSession) -> None:
         self._instances = instances
@@ -58,7 +59,7 @@ class Router:
         self._decode = Balance(_DECODE_WEIGHT)
 
     async def forward(self, request: Request) -> Response:
-        """The answer of a decode instance."""
+        """Forward a request to a decode instance and return its answer."""
         body = await request.body()
         prompt = await _prompt_of(body) if request.scope["path"] in _GENERATING else b""
         blocks = blocks_of(prompt)
@@ -83,7 +84,7 @@ class Router:
         return refusal(EngineUnavailable("no decode instance is there; try again later, and see the router's log"))
 
     def state(self) -> dict[str, Any]:
-        """Who is there."""
+        """Role and state of every instance, as JSON."""
         return {
             instance.url: {
                 "role": instance.role, "alive": instance.answer is not None,
@@ -94,7 +95,7 @@ class Router:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests can be served."""
+        """Whether a decode instance is alive."""
         return bool(self._instances.alive("decode"))
 
     def _peers(self, addresses: list[str], body: bytes) -> dict[str, str]:
@@ -106,7 +107,11 @@ class Router:
         return {PREFILL_HEADER: ",".join(addresses), **signed}
 
     def _ends(self, url: str, added: float, ahead: tuple[str, float] | None) -> Callable[[bool], None]:
-        """To be called with True when the answer begins, so the prompt is computed, and with False at its end."""
+        """A function that takes a request off the loads of its instances.
+
+        It must be called with True when the answer begins, as the prompt has been computed then, and with False when
+        the answer ends. Further calls do nothing.
+        """
         open_parts = {"decode": True, "prefill": ahead is not None}
 
         def ended(only_prefill: bool) -> None:
@@ -123,7 +128,7 @@ class Router:
         self, instance: Instance, request: Request, body: bytes, headers: Mapping[str, str],
         ended: Callable[[bool], None],
     ) -> Response:  # fmt: skip
-        """What the instance answers, as it comes. Raises what keeps it from answering at all."""
+        """The instance's answer, streamed. Raises the connection's error if it does not begin to answer."""
         url = URL(f"{instance.url}{_target(request)}", encoded=True)
         asking = self._session.request(request.method, url, data=body or None, headers=headers, allow_redirects=False)
         answer = await unless_gone(asking, request.receive)
@@ -137,7 +142,7 @@ class Router:
 async def _bytes(
     answer: aiohttp.ClientResponse, instance: Instance, ended: Callable[[bool], None]
 ) -> AsyncIterator[bytes]:
-    """The body, and where it breaks off in a stream of events, an event that says so."""
+    """The body of an answer. If a stream of events breaks off, an error event is added."""
     try:
         async for part in answer.content.iter_any():
             ended(True)
@@ -154,7 +159,7 @@ async def _bytes(
 
 
 def build_router(router: Router, options: RouteOptions) -> Starlette:
-    """The application over a router that somebody else starts and ends."""
+    """The application of a router. Its caller polls the instances."""
 
     async def health(_: Request) -> Response:
         return Json({"status": "ready" if router.is_ready else "not ready"}, 200 if router.is_ready else 503)
@@ -188,7 +193,7 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
 
 
 async def route(instances: Instances, options: RouteOptions, on_ready: Callable[[uvicorn.Server], None]) -> None:
-    """Serve until a signal. `on_ready` hears when all instances have answered and the port is open.
+    """Serve until a signal. `on_ready` is called once all instances have answered and the port is open.
 
     Raises `ConfigError` for instances that do not answer or do not fit together.
     """
@@ -211,7 +216,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
 
 
 def _target(request: Request) -> str:
-    """What to ask an instance for, from the scope: `request.url` can contain a path of the Host header."""
+    """Path and query for the instance. Taken from the scope, because `request.url` depends on the Host header."""
     name = request.path_params.get("name")
     path = request.scope["path"] if name is None else f"{_MODEL}{quote(name, safe='')}"
     query = request.scope["query_string"].decode("latin-1")
@@ -219,12 +224,15 @@ def _target(request: Request) -> str:
 
 
 async def _prompt_of(body: bytes) -> bytes:
-    """See `_prompt`; a long one does not hold up other requests."""
+    """See `_prompt`. A long body is parsed in a thread, so that other requests do not wait."""
     return _prompt(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_prompt, body)
 
 
 def _prompt(body: bytes) -> bytes:
-    """What of a body decides which pages it needs; what is no request has none, and the decode instance says why."""
+    """The part of a body that decides which pages the request needs: its messages or prompt.
+
+    Empty for a body that is not valid; the decode instance answers with the error.
+    """
     try:
         _BOUNDS.check([body])
         values = msgspec.json.decode(body)

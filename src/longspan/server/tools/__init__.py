@@ -1,7 +1,7 @@
-"""Finds the tool calls a model writes in its text, piece by piece as the text comes.
+"""Incremental parsing of tool calls in a model's output.
 
-It owns what is content and what is a call; it must not know which tools a request offers, nor how a call is
-sent to the client.
+It owns which text is content and which is a call; it must not know which tools a request offers, nor how a call is sent
+to the client.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from longspan.config import require_choice
-from longspan.server.tools.formats import FORMATS, Format, detect_format
+from longspan.server.tools.formats import FORMATS, ToolFormat, detect_format
 from longspan.server.tools.reader import NoCall, ParsedDelta, Reader, ToolCall, Wait
 
 __all__ = ["TOOL_FORMATS", "ParsedDelta", "ToolCall", "ToolParser", "detect_format"]
@@ -18,13 +18,14 @@ TOOL_FORMATS = tuple(FORMATS)
 
 
 class ToolParser:
-    """The calls in one completion's text.
+    """Parses the tool calls in one completion's text.
 
-    Text is content as soon as it cannot begin a call. What begins like a call and turns out to be none, or is
-    cut off, is content too, unchanged. How the text is cut into pieces makes no difference to the whole.
+    Text is returned as content as soon as it cannot be the beginning of a call. Text that begins like a call and turns
+    out not to be one, or is incomplete at the end, is content too. The result does not depend on how the text is
+    divided into pieces.
 
     Raises:
-        ConfigError: `format` is none of `TOOL_FORMATS`.
+        ConfigError: `format` is not one of `TOOL_FORMATS`.
     """
 
     def __init__(self, format: str) -> None:
@@ -33,20 +34,20 @@ class ToolParser:
         self._steps = _read_all(self._reader, FORMATS[format])
 
     def append(self, text: str) -> ParsedDelta:
-        """Take more text; returns what became certain by it."""
+        """Add text; returns the content and the calls that it makes certain."""
         self._reader.text += text
         next(self._steps, None)
         return self._reader.pop()
 
     def finish(self) -> ParsedDelta:
-        """No more text will come: returns what was held back. A second call returns nothing."""
+        """Return what was held back, as no more text will come. A second call returns nothing."""
         self._reader.ended = True
         next(self._steps, None)
         return self._reader.pop()
 
 
-def _read_all(reader: Reader, form: Format) -> Wait[None]:
-    """Reads a whole completion; yields whenever it needs more text."""
+def _read_all(reader: Reader, form: ToolFormat) -> Wait[None]:
+    """Read a whole completion. Yields whenever it needs more text."""
     while (yield from _find_call(reader, form)):
         reader.taken = False
         with suppress(NoCall):
@@ -60,8 +61,8 @@ def _read_all(reader: Reader, form: Format) -> Wait[None]:
     reader.release(len(reader.text))
 
 
-def _find_call(reader: Reader, form: Format) -> Wait[bool]:
-    """Releases text up to where a call begins; False if none will."""
+def _find_call(reader: Reader, form: ToolFormat) -> Wait[bool]:
+    """Release text up to the beginning of a call; False if no call can follow."""
     while True:
         reader.release(form.find(reader.text))
         if reader.text.startswith(form.openers):

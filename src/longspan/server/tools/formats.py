@@ -1,6 +1,6 @@
-"""How each family of models writes its tool calls, and how to tell the family from its chat template.
+"""The formats in which models write tool calls, and how to detect one from a chat template.
 
-It owns the formats' marks and syntax; it must not know how text is held back or released.
+It owns the marks and the syntax of the formats; it must not know how text is held back or released.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ CALL_BEGIN, CALL_SEP, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep�
 
 
 @dataclass(frozen=True)
-class Format:
-    """How calls are written: they begin with one of `openers`, anywhere or only as a completion's first word.
+class ToolFormat:
+    """One format of tool calls."""
 
-    `read` starts at an opener and takes call after call until the text goes on otherwise. Then it returns or raises
-    `NoCall`; what it passed and did not take is content.
-    """
-
+    # a call begins with one of these
     openers: tuple[str, ...]
+    # starts at an opener and takes calls from the reader until the text is not a call, then returns or raises `NoCall`;
+    # text that it passed and did not take is content
     read: Callable[[Reader], Wait[None]]
+    # whether calls occur at the beginning of a completion only
     at_start: bool = False
 
     def find(self, text: str) -> int:
-        """Where in `text` an opener stands or may be about to stand; its length if nowhere."""
+        """The index in `text` of an opener, or of an incomplete one at the end; the length of `text` without one."""
         if self.at_start:
             return len(text) - len(text.lstrip())
         starts = [start for opener in self.openers if (start := text.find(opener)) >= 0]
@@ -48,9 +48,9 @@ class Format:
 
 
 def detect_format(chat_template: str | None) -> str | None:
-    """The format whose marks `chat_template` itself writes; None if there are none or the format is not known here."""
+    """The format whose marks occur in `chat_template`; None if there are none or the format is not supported."""
     template = chat_template or ""
-    # Other formats (Qwen3-Coder, GLM, Functionary) share a mark with one below and then go on otherwise.
+    # These formats (Qwen3-Coder, GLM, Functionary) share a mark with one below, but their syntax differs.
     if "<function=" in template or "<arg_key>" in template:
         return None
     is_llama = "<|start_header_id|>" in template or "<|header_start|>" in template
@@ -100,7 +100,7 @@ def _deepseek_v3(reader: Reader) -> Wait[None]:
         yield from reader.expect(CALL_BEGIN)
         mark = CALL_BEGIN
     while mark == CALL_BEGIN:
-        # V3 writes function<sep>NAME and fences the arguments, V3.1 only NAME<sep>.
+        # V3 writes function<sep>NAME and arguments in a code fence, V3.1 NAME<sep> and arguments without one.
         before = yield from reader.skip(NAME)
         yield from reader.expect(CALL_SEP)
         after = yield from reader.skip(NAME)
@@ -120,7 +120,7 @@ def _llama3_json(reader: Reader) -> Wait[None]:
     yield from reader.one_of("<|python_tag|>")
     while True:
         fields = yield from _json_object(reader)
-        # Without marks, an object that only has a name is more likely an answer in JSON.
+        # An object without arguments is more likely to be an answer in JSON than a call.
         if not fields.keys() & {"parameters", "arguments"}:
             raise NoCall
         reader.take(_named_call(fields))
@@ -131,7 +131,7 @@ def _pythonic(reader: Reader) -> Wait[None]:
     marked = yield from reader.one_of("<|python_start|>")
     yield from reader.expect("[")
     start = reader.pos - 1
-    # Prose in brackets is found out at its first word, not at the closing bracket.
+    # Check that a call follows, so that text in brackets is not held back until the closing bracket.
     yield from reader.skip(SPACE)
     yield from reader.skip(PYTHON_NAME)
     yield from reader.expect("(")
@@ -141,27 +141,27 @@ def _pythonic(reader: Reader) -> Wait[None]:
         reader.take()
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
+FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
-        "hermes": Format(("<tool_call>",), _hermes),
-        "llama3_json": Format(("{", "<|python_tag|>"), _llama3_json, at_start=True),
-        "mistral": Format(("[TOOL_CALLS]",), _mistral),
-        "deepseek_v3": Format((CALLS_BEGIN, CALL_BEGIN), _deepseek_v3),
-        "pythonic": Format(("[", "<|python_start|>"), _pythonic, at_start=True),
+        "hermes": ToolFormat(("<tool_call>",), _hermes),
+        "llama3_json": ToolFormat(("{", "<|python_tag|>"), _llama3_json, at_start=True),
+        "mistral": ToolFormat(("[TOOL_CALLS]",), _mistral),
+        "deepseek_v3": ToolFormat((CALLS_BEGIN, CALL_BEGIN), _deepseek_v3),
+        "pythonic": ToolFormat(("[", "<|python_start|>"), _pythonic, at_start=True),
     }
 )
 
 
 def _json_object(reader: Reader) -> Wait[Mapping[str, Any]]:
-    """Passes whitespace and a JSON object."""
+    """Pass whitespace and a JSON object, and return the object."""
     yield from reader.expect("{")
     start = reader.pos - 1
-    # Prose in braces is found out at its first word, not at the closing brace.
+    # Check the first character, so that text in braces is not held back until the closing brace.
     if not (yield from reader.one_of('"', "}")):
         raise NoCall
     reader.pos = start
     text = yield from reader.brackets('"')
-    # Models write raw newlines in strings; their meaning is clear.
+    # Not strict: models write raw newlines in strings.
     return _parse_object(text, strict=False)
 
 
@@ -176,12 +176,12 @@ def _parse_object(text: str, strict: bool) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    """NaN and infinities, which Python reads and JSON does not have."""
+    """Refuse NaN and infinities, which Python's parser accepts and JSON does not have."""
     raise ValueError(name)
 
 
 def _named_call(fields: Mapping[str, Any]) -> ToolCall:
-    """The call an object with name and arguments describes. Models mix up the two keys for arguments."""
+    """The call that an object describes. Models use both `arguments` and `parameters` for the arguments."""
     arguments = fields.get("arguments", fields.get("parameters"))
     return _call(fields.get("name"), {} if arguments is None else arguments)
 
@@ -197,7 +197,7 @@ def _call(name: object, arguments: object) -> ToolCall:
     else:
         raise NoCall
     try:
-        # An escape can stand for half a surrogate pair, which no response could carry.
+        # An escape may give a lone surrogate, which cannot be encoded in a response.
         (name + text).encode()
     except UnicodeEncodeError:
         raise NoCall from None
@@ -212,7 +212,7 @@ def _dumped(arguments: dict[str, Any]) -> str:
 
 
 def _python_calls(text: str) -> list[ToolCall]:
-    """The calls in a Python list of calls; nothing is evaluated."""
+    """The calls in a Python list of calls. The text is parsed, not evaluated."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -232,7 +232,7 @@ def _python_call(node: ast.expr) -> ToolCall:
 
 
 def _literal(node: ast.expr | None) -> object:
-    """The value of a literal that JSON has too, with JSON's own words for constants."""
+    """The value of a Python literal that JSON can express. JSON's `true`, `false` and `null` are accepted too."""
     match node:
         case ast.Constant(value=str() | int() | float() | None as value):
             return value

@@ -1,6 +1,6 @@
-"""Reads text that is still coming: a position in it, and steps that wait for more where they must.
+"""A reader of incomplete text: a position in it, and generators that wait for more text.
 
-It owns what is held back of the text; it must not know any format of calls.
+It owns which text is held back; it must not know any format of calls.
 """
 
 from __future__ import annotations
@@ -14,38 +14,42 @@ from typing import TypeAlias, TypeVar
 T = TypeVar("T")
 
 Wait: TypeAlias = Generator[None, None, T]
-"""A step of reading: yields whenever it needs more text than there is, and returns a T."""
+"""A generator that yields whenever it needs more text, and returns a T."""
 
 SPACE = re.compile(r"\s*")
 BARE = re.compile(r"[\s\w:=,.+-]*")
-"""What JSON and Python literals consist of, apart from brackets and strings."""
+"""The characters of JSON and Python literals, except brackets and strings."""
 IN_STRING = MappingProxyType({quote: re.compile(rf"[^{quote}\\]*") for quote in "\"'"})
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call. `arguments` is the JSON text of an object, as OpenAI's protocol sends it."""
+    """One tool call."""
 
+    # the function's name
     name: str
+    # JSON text of an object, as OpenAI's protocol has it
     arguments: str
 
 
 @dataclass(frozen=True)
 class ParsedDelta:
-    """What became certain: text for the user, and calls that are complete."""
+    """The content and calls that more text has made certain."""
 
+    # text for the user
     content: str = ""
+    # complete calls
     calls: tuple[ToolCall, ...] = ()
 
 
 class NoCall(Exception):
-    """What was read is no call, or not a whole one."""
+    """The text is not a call, or not a complete one."""
 
 
 class Reader:
-    """The text that is neither content nor part of a call yet, and a position in it.
+    """Text that is not yet known to be content or a call, and a position in it.
 
-    The methods that pass text raise `NoCall` where it is not what they pass, or ends too early.
+    Methods that pass text raise `NoCall` if the text is different from what they pass, or ends before it.
     """
 
     def __init__(self) -> None:
@@ -57,23 +61,23 @@ class Reader:
         self._calls: list[ToolCall] = []
 
     def pop(self) -> ParsedDelta:
-        """What was released and taken since the last time."""
+        """The content released and the calls taken since the last call of `pop`."""
         delta = ParsedDelta(self._content, tuple(self._calls))
         self._content, self._calls = "", []
         return delta
 
     def release(self, length: int) -> None:
-        """The first `length` characters are content; reading starts again behind them."""
+        """Release the first `length` characters as content. The position moves to the text after them."""
         self._content += self.text[:length]
         self.text, self.pos = self.text[length:], 0
 
     def take(self, *calls: ToolCall) -> None:
-        """The text up to here is `calls`, or what goes with those before."""
+        """Take the text up to the position as `calls`; without any, as a part of the previous ones."""
         self._calls += calls
         self.text, self.pos, self.taken = self.text[self.pos :], 0, True
 
     def skip(self, pattern: re.Pattern[str]) -> Wait[str]:
-        """Passes what matches and returns it; `pattern` is one class of characters, any number of times."""
+        """Pass the text that matches and return it. `pattern` must be a repeated class of characters."""
         start = self.pos
         while True:
             if match := pattern.match(self.text, self.pos):
@@ -83,7 +87,7 @@ class Reader:
             yield from self._more()
 
     def one_of(self, *words: str) -> Wait[str]:
-        """Passes whitespace and one of `words`, and returns the word; "" if none of them is next."""
+        """Pass whitespace and one of `words`, and return the word; "" if none of them is next."""
         yield from self.skip(SPACE)
         while True:
             nexts = {word: self.text[self.pos : self.pos + len(word)] for word in words}
@@ -96,14 +100,15 @@ class Reader:
             yield from self._more()
 
     def expect(self, word: str) -> Wait[None]:
-        """Passes whitespace and `word`."""
+        """Pass whitespace and `word`."""
         if not (yield from self.one_of(word)):
             raise NoCall
 
     def brackets(self, quotes: str) -> Wait[str]:
-        """Passes the brackets that are next, and returns them with what they enclose. Those in strings do not count.
+        """Pass a pair of brackets, and return the brackets with their content.
 
-        Only the characters of literals may stand between them, and strings between `quotes`.
+        The content may hold further brackets, characters of literals (`BARE`), and strings in one of `quotes`. Brackets
+        in strings do not count.
         """
         start, depth = self.pos, 0
         while True:
@@ -125,7 +130,7 @@ class Reader:
             yield from self.skip(IN_STRING[quote])
             if (yield from self._character()) == quote:
                 return
-            # After a backslash any character is part of the string.
+            # It was a backslash: the next character is part of the string.
             yield from self._character()
 
     def _character(self) -> Wait[str]:

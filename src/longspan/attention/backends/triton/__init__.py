@@ -11,7 +11,7 @@ _WIDEST_LATENT = 576  # MLA's latent and its rope part: one tile is keys and val
 
 
 def _supports(shape: BackendShape) -> str | None:
-    if shape.head_dim <= (_WIDEST_LATENT if shape.planes == 1 else _WIDEST):
+    if shape.head_dim <= (_WIDEST_LATENT if shape.kv_factor == 1 else _WIDEST):
         return None
     return f"takes heads of up to {_WIDEST} elements and latents of up to {_WIDEST_LATENT}, not {shape.head_dim}"
 

@@ -42,15 +42,15 @@ class TritonWriter:
         """See `Writer.write`. Raises `ValueError` if k has another number of rows than this was made for."""
         if len(k) != self._rows:
             raise ValueError(f"{len(k)} rows for a writer of {self._rows}")
-        planes, heads, _, width = cache.values.shape
+        kv_factor, heads, _, width = cache.values.shape
         if not self._rows:
             return
-        k, v = unit_stride(k), unit_stride(v if planes > 1 else k)
+        k, v = unit_stride(k), unit_stride(v if kv_factor > 1 else k)
         quantised = cache.scales is not None
         widths = cache.groups if quantised else _power_and_rest(width)
         scales = cache.values if cache.scales is None else cache.scales
         rows = max(1, _ELEMENTS // triton.next_power_of_2(max(widths)))
-        _write_kernel[(triton.cdiv(self._rows * heads, rows), planes)](
+        _write_kernel[(triton.cdiv(self._rows * heads, rows), kv_factor)](
             self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
             cache.values.stride()[:3], scales.stride()[:3], self._rows * heads, heads,
             WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,

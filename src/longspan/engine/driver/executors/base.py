@@ -36,16 +36,16 @@ class Executor(Protocol):
         """Of the cost model, as the ranks measured them when they started; None if they were not to."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Start a step on every rank, behind those under way; raises `WorkerDied` if the ranks are gone."""
+        """Start a step on every rank, behind those in flight; raises `WorkerDied` if the ranks are gone."""
 
     def collect(self, look: Callable[[], None]) -> StepResult:
-        """Wait for the oldest step under way; raises `EngineError` (`WorkerDied`) if a rank cannot finish it.
+        """Wait for the oldest step in flight; raises `EngineError` (`WorkerDied`) if a rank cannot finish it.
 
         `look` is called several times a second meanwhile; what it raises ends the ranks, as far as that is possible.
         """
 
     def check(self) -> None:
-        """Raise `WorkerDied` if a rank has ended: for times when nothing is under way."""
+        """Raise `WorkerDied` if a rank has ended: for times when nothing is in flight."""
 
     def late(self) -> str | None:
         """Which rank has not answered for some seconds, and how long; None if all have. Any thread may ask."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from longspan.engine.driver.executors.remote import RemoteExecutor
 from longspan.engine.setup import EngineSetup
-from longspan.engine.transport.messages import Hello
+from longspan.engine.transport.messages import RankHello
 from longspan.private_folder import PrivateFolder
 
 _STDERR = 2  # the descriptor: sys.stderr may be anything
@@ -39,7 +39,7 @@ class ProcessExecutor(RemoteExecutor):
             command = [*program, address, str(rank), str(size), str(os.getpid())]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
 
-    def _meeting_place(self, hellos: Sequence[Hello]) -> str:
+    def _meeting_place(self, hellos: Sequence[RankHello]) -> str:
         return f"{self._folder.name}/store"  # no port: whoever reached it could read and write what ranks agree on
 
     def _end_of(self, rank: int) -> str | None:

@@ -38,7 +38,7 @@ _POLL_MS = 200
 _SAY_SECONDS = 5.0
 _STOP_SECONDS = 5.0
 _EXPLAIN_SECONDS = 0.5  # between a connection's end and the word of who started the process
-M = TypeVar("M", messages.Ready, messages.Stepped, messages.TrafficReport, messages.TraceReport)
+M = TypeVar("M", messages.RankReady, messages.Stepped, messages.TrafficReport, messages.TraceReport)
 
 
 class RemoteExecutor(ABC):
@@ -56,7 +56,7 @@ class RemoteExecutor(ABC):
         self._ranks: dict[bytes, int] = {}  # by the name of their connection
         self._heartbeats: dict[bytes, int] = {}  # ranks by the name of their heartbeat's connection
         self._silences: dict[int, Silence] = {}  # of ranks that are ready: C code may hold the interpreter before
-        self._failed: dict[int, messages.Failed] = {}
+        self._failed: dict[int, messages.RankFailed] = {}
         self._answers: list[deque[messages.FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
         self._context = zmq.Context()
         self._line = self._context.socket(zmq.ROUTER)
@@ -67,7 +67,7 @@ class RemoteExecutor(ABC):
             self._bind(listen)
             self._launch(self._line.getsockopt_string(zmq.LAST_ENDPOINT))
             self._begin(self._gather(patience))
-            measured = [ready.constants for ready in self._collect(messages.Ready) if ready.constants]
+            measured = [ready.constants for ready in self._collect(messages.RankReady) if ready.constants]
             self.constants = combine(measured) if measured else None
         except BaseException:
             self._end(0.0)
@@ -142,25 +142,25 @@ class RemoteExecutor(ABC):
                 "listen", listen, f"cannot be listened at ({error})", "give an address of this host as tcp://host:port"
             ) from error
 
-    def _gather(self, patience: float) -> list[messages.Hello]:
+    def _gather(self, patience: float) -> list[messages.RankHello]:
         """Wait for every rank to report; of a rank that reports twice the later one counts."""
-        found: dict[int, tuple[bytes, messages.Hello]] = {}
+        found: dict[int, tuple[bytes, messages.RankHello]] = {}
         waiting = _Patience(patience, self.setup.grid.world_size, self._line.getsockopt_string(zmq.LAST_ENDPOINT))
         while len(found) < self.setup.grid.world_size:
             waiting.check(found)
             name, message = self._next()
             if message is None and (end := self._known_end()):
                 raise WorkerDied(f"{end} before it had started")
-            if not isinstance(message, messages.Hello):
+            if not isinstance(message, messages.RankHello):
                 continue
             if objection := self._objection(message):
-                self._reaches(name, msgspec.msgpack.encode(messages.Refused(objection)))
+                self._reaches(name, msgspec.msgpack.encode(messages.RankRefused(objection)))
             else:
                 found[message.rank] = (name, message)
         self._ranks = {name: rank for rank, (name, _) in sorted(found.items())}
         return [found[rank][1] for rank in sorted(found)]
 
-    def _objection(self, hello: messages.Hello) -> str | None:
+    def _objection(self, hello: messages.RankHello) -> str | None:
         size = self.setup.grid.world_size
         if hello.version != __version__:
             return f"it runs version {hello.version} and the driver {__version__}"
@@ -168,7 +168,7 @@ class RemoteExecutor(ABC):
             return f"the driver's layout has {size} ranks, and this is one of {hello.world_size}"
         return None
 
-    def _begin(self, hellos: Sequence[messages.Hello]) -> None:
+    def _begin(self, hellos: Sequence[messages.RankHello]) -> None:
         hosts = [hello.host for hello in hellos]
         self.setup = _placed(self.setup, hosts)
         config = replace(self.setup.config, device=self.setup.device_type)  # the same on every host
@@ -178,7 +178,7 @@ class RemoteExecutor(ABC):
             if not self._reaches(name, msgspec.msgpack.encode(begin)):
                 self._check_alive()
 
-    def _meeting_place(self, hellos: Sequence[messages.Hello]) -> str:
+    def _meeting_place(self, hellos: Sequence[messages.RankHello]) -> str:
         """Where ranks of several machines meet: at the store of rank 0."""
         return f"tcp://{hellos[0].host}:{hellos[0].store_port}"
 
@@ -223,10 +223,10 @@ class RemoteExecutor(ABC):
                 self._silences[message.rank].heard()
         elif name not in self._ranks:  # a rank of an engine before this one, or one too many
             return
-        elif isinstance(message, messages.Failed):
+        elif isinstance(message, messages.RankFailed):
             self._fail(message)
         else:
-            if isinstance(message, messages.Ready):
+            if isinstance(message, messages.RankReady):
                 self._silences[message.rank] = Silence()
             self._answers[self._ranks[name]].append(message)
 
@@ -283,13 +283,13 @@ class RemoteExecutor(ABC):
             time.sleep(0.02)
         return None
 
-    def _fail(self, message: messages.Failed) -> None:
+    def _fail(self, message: messages.RankFailed) -> None:
         """A rank reports an error. A lost peer is only the echo of another rank's end: look for that first."""
         self._failed[message.rank] = message
         deadline = time.monotonic() + _POLL_MS / 1000
         while all(failed.lost_peer for failed in self._failed.values()) and time.monotonic() < deadline:
             name, other = self._next()
-            if isinstance(other, messages.Failed) and name in self._ranks:
+            if isinstance(other, messages.RankFailed) and name in self._ranks:
                 self._failed[other.rank] = other
         cause = next((failed for failed in self._failed.values() if not failed.lost_peer), None)
         if cause is None:

@@ -17,7 +17,7 @@ import torch
 from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
-from longspan.engine.rank.build import build_runner, threads_per_rank
+from longspan.engine.rank.build import build_runner, share_of_cores, threads_per_rank
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
@@ -123,8 +123,7 @@ class ThreadExecutor:
             raise
 
     def _serve(self, rank: int) -> None:
-        share = threads_per_rank(self.setup)
-        torch.set_num_threads(share)
+        torch.set_num_threads(threads_per_rank(self.setup))
         try:
             runner, constants = build_runner(self.setup, rank, self._store, lambda group: self._open(group, rank))
             self._traffic[rank].reset()  # what was measured with is not the engine's
@@ -139,17 +138,19 @@ class ThreadExecutor:
         loop = StepLoop(runner, lambda result: self._outcomes.put((rank, result)), lambda: not inbox.empty())
         while (plan := inbox.get()) is not None:
             try:
-                torch.set_num_threads(self._threads_for(rank, plan, share))
+                torch.set_num_threads(self._threads_for(rank, plan))
                 loop.take(plan)
             except BaseException as error:
                 self._outcomes.put((rank, error))
         runner.close()
 
-    def _threads_for(self, rank: int, plan: StepPlan, share: int) -> int:
-        """A rank's share of the cores, and that of ranks whose PCP index has no tokens in this step."""
+    def _threads_for(self, rank: int, plan: StepPlan) -> int:
+        """The user's number, or a rank's share of the cores and that of ranks whose PCP index has no tokens now."""
         grid = self.setup.grid
         busy = {segment.pcp for segment in plan.segments}
-        return share * grid.pcp // len(busy) if grid.ranks[rank].pcp in busy else share
+        if self.setup.config.num_threads or grid.ranks[rank].pcp not in busy:
+            return threads_per_rank(self.setup)
+        return share_of_cores(sum(place.pcp in busy for place in grid.ranks))
 
     def _open(self, group: Sequence[int], rank: int) -> Collectives:
         return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])

@@ -1,6 +1,6 @@
-"""Which tokens a grammar allows next, where tokens are sampled.
+"""Token masks of grammars (structured output), computed where tokens are sampled.
 
-It owns the grammar library's matchers; it must not know of ranks or requests: a matcher follows the tokens it is shown.
+It owns the grammar library's matchers; it must not know of ranks or requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longspan.errors import RequestError
 
 
 class Vocabulary:
-    """The model's tokens as the grammar library sees them, read when a grammar first asks."""
+    """The model's tokens in the form of the grammar library. The tokenizer is loaded for the first grammar."""
 
     def __init__(self, load_tokenizer: Callable[[], Any], size: int, eos_token_ids: Sequence[int]) -> None:
         self._load = load_tokenizer
@@ -24,14 +24,14 @@ class Vocabulary:
         self._tokens: Any = None
 
     def matcher(self, grammar: str) -> Matcher:
-        """A matcher at the start of an output; one that fails when it is asked, if the grammar cannot be read."""
+        """A matcher for a new output. If the grammar cannot be read, `Matcher.allowed` raises the reason."""
         from llguidance import LLMatcher
 
         try:
             if self._tokens is None:
                 self._tokens = self._read()
             return Matcher(LLMatcher(self._tokens, grammar), self._size)
-        except Exception as error:  # whatever the library thinks of a tokenizer is this request's matter only
+        except Exception as error:  # an error of the library must fail this request only, not the rank
             return Matcher(None, self._size, f"{type(error).__name__}: {error}")
 
     def _read(self) -> Any:
@@ -44,7 +44,7 @@ class Vocabulary:
 
 
 class Matcher:
-    """One output under a grammar."""
+    """Follows one output under a grammar."""
 
     def __init__(self, matcher: Any, size: int, failure: str = "") -> None:
         self._matcher = matcher
@@ -53,7 +53,7 @@ class Matcher:
         self._seen = 0
 
     def allowed(self, output_token_ids: Sequence[int]) -> Tensor:
-        """Bool [V]: the tokens that may follow the output, whose beginning is what it was when last asked.
+        """Bool [vocab]: which tokens may follow the output. The output must begin with that of the previous call.
 
         Raises `RequestError` if the grammar cannot be followed any further.
         """

@@ -1,7 +1,7 @@
-"""Sampling many rows at once, without reading anything back from the device.
+"""Sample many rows at once, without reading anything back from the device.
 
-It owns the batched form of temperature, top-k, top-p, min-p and the race of exponentials; its slow twin is the
-sampler's row by row, which on a CPU is the faster one.
+It owns the batched form of temperature, top-k, top-p, min-p and Gumbel sampling. Its reference is the sampler's code
+for one row, which on a CPU is faster.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
 from longspan.request import SamplingParams
 
-_COLDEST = 1e-5  # less is greedy
+_COLDEST = 1e-5  # lower temperatures are greedy
 
 
 def sample_together(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[tuple[int, int]]) -> Tensor:
-    """Token ids [R] int64 of logits [R, V] fp32; `seeds` are (request's seed, position). For greedy rows any."""
+    """Sample one token for each of R rows: int64 [R] from `logits` fp32 [R, vocab].
+
+    `seeds` are (the request's seed, position). The tokens of greedy rows are undefined.
+    """
     device = logits.device
     temperature = torch.tensor([max(one.temperature, _COLDEST) for one in params], device=device)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
@@ -33,12 +36,13 @@ def sample_together(logits: Tensor, params: Sequence[SamplingParams], seeds: Seq
 
 
 def _kept(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """bool [R, V]: which of `values`, best first, the filters leave. Ties with the k-th best stay."""
+    """Bool [R, vocab]: which of the `values`, sorted best first, the filters keep. Ties with the k-th best are kept."""
     vocabulary, device = values.shape[1], values.device
     top_k = torch.tensor([one.top_k if 0 < one.top_k < vocabulary else vocabulary for one in params], device=device)
     kept = values >= values.gather(1, top_k[:, None] - 1)
     weights = values.exp().masked_fill_(~kept, 0.0).double()
     mass = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+    # 2.0 is no filter: the mass may exceed 1 by rounding. The best token always stays, as there is no mass before it.
     top_p = torch.tensor([one.top_p if one.top_p < 1.0 else 2.0 for one in params], dtype=torch.float64, device=device)
     kept[:, 1:] &= mass[:, :-1] < top_p[:, None]
     floors = [math.log(one.min_p) if one.min_p > 0.0 else float("-inf") for one in params]

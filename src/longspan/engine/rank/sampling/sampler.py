@@ -1,7 +1,7 @@
-"""Chooses the next tokens from rows of logits, as each row's sampling parameters say.
+"""Sample the next tokens from rows of logits, by the sampling parameters of each row.
 
-It owns penalties, filters, noise and log-probabilities; it must not know of ranks, of scheduling,
-or of which rows happen to share its batch.
+It owns penalties, filters, sampling and log probabilities; it must not know of ranks or of scheduling. The token of a
+row does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -14,63 +14,70 @@ import torch
 from torch import Tensor
 
 from longspan.engine.rank.sampling.gumbel import sample_together
-from longspan.engine.rank.sampling.noise import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import mix, uniform
 from longspan.errors import EngineError
 from longspan.request import PromptScore, SampledToken, SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy, as in vLLM: dividing by less would only overflow."""
+"""Lower temperatures are greedy, as in vLLM: dividing by them would overflow."""
 
 _LARGEST = 1e38
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One row of logits to sample.
+    """One row of logits to sample."""
 
-    `seed` is the request's resolved seed and `position` the index of the wanted token in the request's
-    output (0 is the first): the noise depends on these two only. The histories are read only if
-    `params.needs_history`. `allowed` [V] are the tokens that a grammar leaves, None for all.
-    """
-
+    # the completion's id
     request_id: str
+    # its sampling parameters
     params: SamplingParams
+    # the completion's seed; random numbers depend on it and on `position` only
     seed: int
+    # index of the wanted token in the output, from 0
     position: int
+    # the prompt; only read if `params.needs_history`
     prompt_token_ids: Sequence[int] = ()
+    # the output before the wanted token; only read if `params.needs_history`
     output_token_ids: Sequence[int] = ()
+    # bool [vocab]: tokens that the grammar allows; None for all
     allowed: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether the largest logit is the token, as it stands."""
+        """Whether the token is the argmax of the unchanged logits."""
         return _is_greedy(self.params) and not _changes_logits(self)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Tokens being sampled: `token_ids` [R] int64 on the device of the logits, and what remains to be read from it."""
+    """Tokens that a device may still be computing."""
 
+    # int64 [R], on the device of the logits
     token_ids: Tensor
-    finish: Callable[[], list[SampledToken]]
+    # waits for the device and returns the tokens
+    finish: Callable[[], Sampled]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-    """`start_sampling`, waited for."""
-    return start_sampling(logits, rows).finish()
+@dataclass(frozen=True)
+class Sampled:
+    """The result of sampling a batch."""
+
+    # tokens of requests whose rows could all be sampled, in the order of the rows
+    tokens: list[SampledToken]
+    # by request id, why a request cannot go on
+    errors: dict[str, str]
 
 
 def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
-    """One token for each row of `logits` [R, V] fp32, which is left as it was.
+    """Start sampling one token for each row of `logits` fp32 [R, vocab], which are not changed.
 
-    Where the largest logits are the tokens nothing is read from the device before `finish` is called.
-
-    The order is vLLM's documented one: penalties, temperature, top-k, top-p, min-p, then a race of
-    exponentials. Log-probabilities, where asked for, are of the logits before all of these. A row's
-    result does not depend on the other rows.
+    The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
+    probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
+    `Sampling.finish` is called. A row that holds NaN or +inf, or nothing but -inf, is an error of its request alone.
 
     Raises:
-        EngineError: the shape does not fit the rows, or a row holds NaN or +inf or nothing but -inf.
+        EngineError: the shape does not fit the rows.
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise EngineError(
@@ -81,28 +88,37 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     token_ids = peaks.indices
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        if logits.device.type == "cpu":
-            _require_finite(peaks.values, rows)
-        token_ids[_ids(others, logits)] = _sample_rows(logits, others, rows)
+        finite = peaks.values.isfinite()
+        all_finite = logits.device.type == "cpu" and bool(finite.all())  # on a GPU this would wait for the device
+        usable = logits if all_finite else torch.where(finite[:, None], logits, 0.0)
+        token_ids[_ids(others, logits)] = _sample_rows(usable, others, rows)
 
+    # copies, because the caller may overwrite the logits (a CUDA graph does) before `finish` is called
     described = {i: logits[i].clone() for i, row in enumerate(rows) if row.params.logprobs is not None}
     arrived = _on_its_way(token_ids, peaks.values)
 
-    def finish() -> list[SampledToken]:
+    def finish() -> Sampled:
         tokens, highest = arrived()
-        _require_finite(highest, rows)
-        chosen = tokens.tolist()
-        logprobs = {i: _logprobs(raw, chosen[i], rows[i].params.logprobs or 0) for i, raw in described.items()}
-        return [
-            SampledToken(row.request_id, token, logprobs.get(i), row.position)
-            for i, (row, token) in enumerate(zip(rows, chosen, strict=True))
+        errors = _not_finite(highest, rows)
+        good = [
+            (i, row, token)
+            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
+            if row.request_id not in errors
         ]
+        found: list[SampledToken] = []
+        for i, row, token in good:
+            logprobs = _logprobs(described[i], token, row.params.logprobs or 0) if i in described else None
+            found.append(SampledToken(row.request_id, token, logprobs, row.position))
+        return Sampled(found, errors)
 
     return Sampling(token_ids, finish)
 
 
 def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Copies for the CPU that start now, behind what computes them and before anything that is launched later."""
+    """Start copies of tensors, of any shape, to the CPU; the returned function waits for them.
+
+    The copies are queued on the current stream now, so they do not wait for kernels that are launched later.
+    """
     if tensors[0].device.type == "cpu":
         return lambda: list(tensors)
     copies = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
@@ -117,7 +133,10 @@ def _on_its_way(*tensors: Tensor) -> Callable[[], list[Tensor]]:
 
 
 def score(logits: Tensor, request_id: str, position: int, tokens: Sequence[int], count: int) -> list[PromptScore]:
-    """What `logits` [R, V] give the prompt's own `tokens` [R], of which the first is at `position`."""
+    """Log probabilities of `tokens`, R adjacent tokens of a prompt from `position` on, under `logits` fp32 [R, vocab].
+
+    `count` is the number of alternatives for each token.
+    """
     return [
         PromptScore(request_id, position + row, _logprobs(logits[row], token, count))
         for row, token in enumerate(tokens)
@@ -125,12 +144,11 @@ def score(logits: Tensor, request_id: str, position: int, tokens: Sequence[int],
 
 
 def penalise(logits: Tensor, row: SampleRow) -> Tensor:
-    """A copy of `logits` [V] with the row's biases, penalties and what its grammar forbids at -inf.
+    """A copy of `logits` fp32 [vocab] with the row's biases and penalties; tokens that its grammar forbids have -inf.
 
-    Penalties are vLLM's, which follow OpenAI and CTRL.
-
-    Repetition divides positive and multiplies negative logits of every token of prompt and output, once;
-    frequency subtracts for each occurrence in the output, presence once for each distinct token there.
+    Penalties are vLLM's, which follow OpenAI and CTRL. The repetition penalty divides the positive and multiplies the
+    negative logits of each distinct token in prompt and output. The frequency penalty is subtracted for each occurrence
+    in the output, the presence penalty once for each distinct token of the output.
     """
     params = row.params
     result = logits.clone()
@@ -146,19 +164,19 @@ def penalise(logits: Tensor, row: SampleRow) -> Tensor:
     if params.frequency_penalty or params.presence_penalty:
         counts = output.bincount(minlength=len(result))
         result -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-    result.clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty makes infinities, and their differences NaN
+    result.clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty gives infinities, whose differences are NaN
     if row.allowed is not None:
         result.masked_fill_(~row.allowed.to(logits.device), float("-inf"))
     return result
 
 
 def filter_tokens(logits: Tensor, params: SamplingParams) -> tuple[Tensor | None, Tensor]:
-    """What temperature, top-k, top-p and min-p leave of `logits` [V]; `params` must not be greedy.
+    """Apply temperature, top-k, top-p and min-p to `logits` fp32 [vocab]; `params` must not be greedy.
 
-    Returns (ids [K] int64, scaled [K] fp32): the tokens that may be sampled (None: all V, in order), and
-    their logits over the temperature, shifted so that the best of them is 0: softmax(scaled) are their
-    probabilities. Tokens tied with the k-th best stay in the top-k, as in vLLM; ties at the edge of top-p
-    go to the lowest id.
+    Returns (ids, scaled). `ids` int64 [K] are the tokens that may be sampled, None for the whole vocabulary in order.
+    `scaled` fp32 [K] are their logits divided by the temperature and shifted so that the largest is 0; softmax(scaled)
+    are their probabilities. Tokens tied with the k-th best stay in the top-k, as in vLLM. At the edge of top-p the
+    lowest id of tied tokens is kept.
     """
     scaled = (logits - logits.amax()).div_(params.temperature)
     ids: Tensor | None = None
@@ -177,9 +195,9 @@ def _keep(ids: Tensor | None, scaled: Tensor, kept: Tensor) -> tuple[Tensor, Ten
 
 
 def best(values: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest of `values` [V] and of all tied with the last, best first, ties by index.
+    """Indices int64 of the `k` largest of `values` [vocab] and of all that are tied with the k-th; ties by index.
 
-    `torch.topk` alone leaves open which of several equal values it takes.
+    The best is first. `torch.topk` alone does not define which of several equal values it takes.
     """
     if k >= len(values):
         return values.sort(descending=True, stable=True).indices
@@ -189,7 +207,10 @@ def best(values: Tensor, k: int) -> Tensor:
 
 
 def _sample_rows(logits: Tensor, chosen: Sequence[int], rows: Sequence[SampleRow]) -> Tensor:
-    """Token ids of those rows of logits [R, V] that are not plain; on a GPU together: a row at a time would wait."""
+    """Token ids int64 of the rows `chosen` of `logits` fp32 [R, vocab], which are not plain.
+
+    On a GPU they are sampled together, because the code for one row reads from the device.
+    """
     if logits.device.type == "cpu":
         return _ids([_sample_row(logits[i], rows[i]) for i in chosen], logits)
     changed = torch.stack([penalise(logits[i], rows[i]) if _changes_logits(rows[i]) else logits[i] for i in chosen])
@@ -206,22 +227,22 @@ def _sample_row(logits: Tensor, row: SampleRow) -> int:
     if _is_greedy(row.params):
         return int(logits.argmax())
     ids, scaled = filter_tokens(logits, row.params)
-    # Noise belongs to token ids, not to ranks in the sorted row: where two ranks' arithmetic differs in
-    # the last bit and swaps two candidates, the winner stays the same.
+    # Random numbers belong to token ids, not to places in the sorted row. So if the logits of two ranks differ in the
+    # last bit, which may swap two candidates, both ranks still sample the same token.
     tokens = torch.arange(len(logits), device=logits.device) if ids is None else ids
     noise = uniform([mix(row.seed, row.position)], tokens)[0]
-    # -log(noise) is Exp(1), and argmax of p / Exp(1) is taken in logarithms; fp64, so that no probability
-    # is rounded to 0; in place, because fresh memory for a whole vocabulary costs more than the arithmetic.
+    # -log(noise) is Exp(1), so argmax(p / Exp(1)) samples from p; it is taken in logarithms. In fp64, so that no
+    # probability is rounded to 0. In place, because allocating for a whole vocabulary costs more than the arithmetic.
     winner = (scaled - noise.log_().neg_().log_()).argmax()
     return int(tokens[winner])
 
 
 def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
-    """Indices [K] of the fewest of `scaled` [V], best first, whose probability reaches `top_p`."""
+    """Indices int64 [K] of the smallest set of `scaled` [vocab] whose probability reaches `top_p`, best first."""
     weights = scaled.exp()
     total = weights.sum(dtype=torch.float64)
-    # Tokens that each have less than a V-th of 1 - top_p make less than 1 - top_p together: they lie
-    # outside whatever their order, and sorting the few others is what makes top-p cheap.
+    # Tokens whose probability is below (1 - top_p) / vocab have less than 1 - top_p together, so none of them can be
+    # in the nucleus. Only the few others have to be sorted.
     ids = (weights >= total * ((1 - top_p) / len(scaled))).nonzero().squeeze(1)
     ids = ids[scaled[ids].sort(descending=True, stable=True).indices]
     mass = weights[ids].cumsum(0, dtype=torch.float64) / total
@@ -229,7 +250,7 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
 
 
 def _logprobs(raw: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of raw logits [V]: the sampled token's, and those of the `count` most likely."""
+    """Log probabilities of `token` and of the `count` most likely tokens under raw logits fp32 [vocab]."""
     normaliser = raw.logsumexp(dim=0)
     sampled = float(raw[token] - normaliser)
     if count == 0:
@@ -238,16 +259,18 @@ def _logprobs(raw: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(sampled, tuple(ids.tolist()), tuple((raw[ids] - normaliser).tolist()))
 
 
-def _require_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> None:
-    """NaN wins every maximum, so one reduction finds all rows that cannot be sampled."""
-    bad = (~peaks.isfinite()).nonzero().squeeze(1).tolist()
-    if bad:
-        i = bad[0]
-        raise EngineError(
-            f"logits of request {rows[i].request_id} at output position {rows[i].position} have maximum "
-            f"{float(peaks[i])}: no token can be sampled; check the weights, or use a wider dtype "
-            "(float32) if activations overflow"
-        )
+def _not_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[str, str]:
+    """Errors of rows that cannot be sampled, by request id, given the maximum of each row, `peaks` fp32 [R].
+
+    The maximum of a row with NaN is NaN, so it shows every such row.
+    """
+    return {
+        rows[
+            i
+        ].request_id: f"logits at output position {rows[i].position} have maximum {float(peaks[i])}: no token can "
+        "be sampled; check the weights, or use a wider dtype (float32) if activations overflow"
+        for i in (~peaks.isfinite()).nonzero().squeeze(1).tolist()
+    }
 
 
 def _is_greedy(params: SamplingParams) -> bool:

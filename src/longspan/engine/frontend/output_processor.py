@@ -1,6 +1,7 @@
-"""Users' requests from arrival to their last output: `n` completions each, their text, their stop strings.
+"""Users' requests from arrival to their last output: their `n` completions, text and stop strings.
 
-It owns what a user is owed; it must not know how tokens come to be: it hands `CoreRequest`s out and takes tokens in.
+It owns requests and their outputs: it makes `CoreRequest`s and takes `TokenOutput`s. It must not know how tokens are
+computed.
 """
 
 from __future__ import annotations
@@ -17,37 +18,45 @@ from longspan.engine.setup import EngineSetup
 from longspan.errors import RequestError
 from longspan.request import CoreRequest, FinishReason, RequestOutput, SamplingParams, TokenOutput
 
-_CONTEXT_TOKENS = 16  # of the prompt, for tokenizers that need to see what a token follows
+_CONTEXT_TOKENS = 16  # last tokens of the prompt that the detokenizer gets: a token's text may depend on those before
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
 
 
 @dataclass
 class Orders:
-    """What the core is to do, in this order: completions to start, ids of those that ended without its knowing."""
+    """Calls that the caller must make on the core, `start` before `finish`."""
 
+    # completions to add
     start: list[CoreRequest] = field(default_factory=list)
+    # ids of completions to end: aborted, or ended by a stop string
     finish: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _Group:
-    """One user's request and its `n` completions; those not started wait for the first one's prompt pages."""
+    """One user's request and its `n` completions."""
 
+    # what the user gets; updated in place
     output: RequestOutput
+    # the user's parameters, and a stop token where a grammar needs one
     params: SamplingParams
+    # the most tokens of each completion, resolved
     max_tokens: int
+    # all `n`, in order
     completions: list[Completion]
+    # those that wait until the first one has computed the prompt's pages, which they share
     unstarted: list[Completion]
+    # addresses of instances that can compute the prompt
     prefill_at: tuple[str, ...] = ()
 
 
-class RequestTracker:
-    """Every unfinished request. What the core must hear gathers in `orders`, for the caller to take."""
+class OutputProcessor:
+    """All unfinished requests. Calls that the caller must make on the core collect in `orders`."""
 
     def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
         self._setup = setup
         self._tokenizer = tokenizer
-        self._numbers = count()  # of completions
+        self._numbers = count()  # one for each completion
         self._groups: dict[str, _Group] = {}
         self._group_of: dict[str, tuple[_Group, Completion]] = {}
         self.orders = Orders()
@@ -63,7 +72,10 @@ class RequestTracker:
         prompt: str | None,
         prefill_at: tuple[str, ...] = (),
     ) -> RequestOutput:
-        """Take a request; its output, which is kept up to date. Raises `RequestError` if it can never be served."""
+        """Add a request and return its output, which is updated in place.
+
+        Raises `RequestError` if the request can never be served.
+        """
         if request_id in self._groups:
             raise RequestError("request_id", request_id, "is in use", "choose another")
         tokens = _integers(prompt_token_ids)
@@ -77,19 +89,19 @@ class RequestTracker:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(tokens)
         group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at)
-        if max_tokens == 0 and params.prompt_logprobs is None:
+        if max_tokens == 0 and params.prompt_logprobs is None:  # there is nothing to compute
             for completion in completions:
                 completion.end(FinishReason.LENGTH)
             output.finished = True
             return output
         self._groups[request_id] = group
         self._start(group, completions[0])
-        if not self._setup.config.cache.enable_prefix_caching:
+        if not self._setup.config.cache.enable_prefix_caching:  # completions cannot share the prompt's pages
             self._start_rest(group)
         return output
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; None if it is unknown."""
+        """End a request now and return its output; None if it is unknown."""
         group = self._groups.get(request_id)
         if group is None:
             return None
@@ -100,7 +112,7 @@ class RequestTracker:
         return self._close(group)
 
     def take(self, outputs: Sequence[TokenOutput]) -> list[RequestOutput]:
-        """Give tokens to their requests; those that changed. Tokens of requests that have ended are ignored."""
+        """Add tokens to their completions; returns the requests that changed. Tokens of ended requests are ignored."""
         changed: dict[str, RequestOutput] = {}
         for tokens in outputs:
             if tokens.request_id not in self._group_of:
@@ -120,21 +132,21 @@ class RequestTracker:
         return list(changed.values())
 
     def resume(self) -> list[CoreRequest]:
-        """Every completion under way with the tokens it has: what a core that starts anew must go on with."""
+        """Every unfinished completion with the tokens that it has, for a core that was restarted."""
         return [self._core_request(*entry) for entry in self._group_of.values()]
 
     def core_ids(self, request_id: str) -> list[str]:
-        """What the core calls a request's completions, in order; none if it is unknown."""
+        """Ids of a request's completions in the core, in order; empty if the request is unknown."""
         group = self._groups.get(request_id)
         return [completion.request_id for completion in group.completions] if group else []
 
     def request_of(self, core_id: str) -> RequestOutput | None:
-        """The request of one of the core's completions, while it is unfinished."""
+        """The output of the request that a completion belongs to; None if the completion has ended."""
         entry = self._group_of.get(core_id)
         return entry[0].output if entry else None
 
     def _under_grammar(self, params: SamplingParams) -> SamplingParams:
-        """A grammar's end is an end of text, even if the model's configuration names none."""
+        """With a grammar, add the tokenizer's EOS to the stop tokens if the model has none: it ends the grammar."""
         if params.grammar is None:
             return params
         if self._tokenizer is None:
@@ -151,9 +163,10 @@ class RequestTracker:
                 raise RequestError(field_name, token, f"is not in 0..{last}", "check the tokenizer")
 
     def _completion(self, request_id: str, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
-        """Its id is never used again, unlike the user's: steps under way may name a completion that has ended."""
+        """A new completion. Its id in the core is never used again, because steps in flight may name an ended one."""
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
+        # with a seed of the user, tokens must not depend on how many requests came before
         own = number if params.seed is None else index
         detokenizer = Detokenizer(self._tokenizer, params, tokens[-_CONTEXT_TOKENS:])
         own_seed = (seed + own * _SEED_STRIDE) % (1 << 63)
@@ -164,13 +177,13 @@ class RequestTracker:
         self.orders.start.append(self._core_request(group, completion))
 
     def _start_rest(self, group: _Group) -> None:
-        """The prompt's pages can be found now: the other completions share them."""
+        """Start the other completions: the prompt's pages are in the prefix cache now, and are shared."""
         for completion in group.unstarted:
             self._start(group, completion)
         group.unstarted = []
 
     def _core_request(self, group: _Group, completion: Completion) -> CoreRequest:
-        first = completion.index == 0  # the prompt is the same for all: one scores it
+        first = completion.index == 0  # the prompt is the same for all, so only the first scores it
         params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
             completion.request_id, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
@@ -178,7 +191,7 @@ class RequestTracker:
         )  # fmt: skip
 
     def _drop(self, completion: Completion, known: bool = False) -> None:
-        """It has ended; the core must hear of it unless the core `known` it first."""
+        """Remove an ended completion. The core is told to end it, unless it was the core that did (`known`)."""
         if self._group_of.pop(completion.request_id, None) and not known:
             self.orders.finish.append(completion.request_id)
 
@@ -189,7 +202,7 @@ class RequestTracker:
 
 
 def _integers(prompt_token_ids: Sequence[SupportsIndex]) -> list[int]:
-    """Plain integers, whatever integers the caller has; raises `RequestError`."""
+    """Token ids as Python integers, from integers of any type. Raises `RequestError`."""
     try:
         return [operator.index(token) for token in prompt_token_ids]
     except TypeError as error:

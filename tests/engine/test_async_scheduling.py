@@ -26,7 +26,7 @@ def watch_plans(llm):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
 def test_tokens_are_those_of_the_oracle(tiny, model, layout):
-    llm = tiny(model, run_ahead=True, **layout)
+    llm = tiny(model, async_scheduling=True, **layout)
     plans = watch_plans(llm)
     assert tokens_of(llm) == [greedy(oracle(model), prompt, 24)[0] for prompt in PROMPTS]
     assert any(segment.pending for plan in plans for segment in plan.segments)
@@ -35,12 +35,12 @@ def test_tokens_are_those_of_the_oracle(tiny, model, layout):
 
 def test_sampled_tokens_are_those_without(tiny):
     params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=24)
-    assert tokens_of(tiny(run_ahead=True, tp=2, dcp=2), params) == tokens_of(tiny(), params)
+    assert tokens_of(tiny(async_scheduling=True, tp=2, dcp=2), params) == tokens_of(tiny(), params)
 
 
 def test_penalties_wait_for_the_tokens_they_look_back_at(tiny):
     params = SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=24)
-    ahead = tiny(run_ahead=True)
+    ahead = tiny(async_scheduling=True)
     plans = watch_plans(ahead)
     assert tokens_of(ahead, params) == tokens_of(tiny(), params)
     assert not any(segment.pending for plan in plans for segment in plan.segments)
@@ -48,7 +48,7 @@ def test_penalties_wait_for_the_tokens_they_look_back_at(tiny):
 
 def test_what_was_computed_behind_an_end_is_dropped(tiny):
     """The stop token is known a step late: nothing of that step is delivered, and its pages are free."""
-    llm = tiny(run_ahead=True, pcp=2)
+    llm = tiny(async_scheduling=True, pcp=2)
     expected = greedy(oracle("llama"), PROMPTS[0], 24)[0]
     stop = expected[7]
     cut = expected.index(stop) + 1
@@ -60,11 +60,11 @@ def test_what_was_computed_behind_an_end_is_dropped(tiny):
 
 
 def test_an_id_may_be_used_again_while_a_step_of_the_request_that_had_it_is_under_way(tiny):
-    engine = tiny(run_ahead=True).engine
+    engine = tiny(async_scheduling=True).engine
     engine.add_request("again", PROMPTS[0], GREEDY)
     for _ in range(4):
         engine.step()
-    assert engine.core.steps_under_way
+    assert engine.core.steps_in_flight
     engine.abort("again")
     engine.add_request("again", PROMPTS[1], GREEDY)
     outputs = [output for _ in range(60) if engine.has_unfinished for output in engine.step()]
@@ -73,7 +73,7 @@ def test_an_id_may_be_used_again_while_a_step_of_the_request_that_had_it_is_unde
 
 
 def test_no_step_is_computed_for_tokens_beyond_the_last(tiny):
-    llm = tiny(run_ahead=True)
+    llm = tiny(async_scheduling=True)
     plans = watch_plans(llm)
     assert len(tokens_of(llm, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), [PROMPTS[1]])[0]) == 5
     assert sum(segment.sample for plan in plans for segment in plan.segments) == 5
@@ -81,7 +81,7 @@ def test_no_step_is_computed_for_tokens_beyond_the_last(tiny):
 
 def test_preempted_requests_give_the_same_tokens(tiny):
     """Pages for little more than one of them: a request is preempted while its token is under way."""
-    llm = tiny(run_ahead=True, pages_per_shard=(24,))
+    llm = tiny(async_scheduling=True, pages_per_shard=(24,))
     assert tokens_of(llm, SamplingParams(temperature=0, max_tokens=30)) == [
         greedy(oracle("llama"), prompt, 30)[0] for prompt in PROMPTS
     ]
@@ -90,7 +90,7 @@ def test_preempted_requests_give_the_same_tokens(tiny):
 
 @pytest.mark.parametrize("options", [{"pp": 2}, {"speculative": "prompt-lookup:3"}], ids=str)
 def test_stages_and_drafts_do_not_run_ahead(tiny, options):
-    llm = tiny(run_ahead=True, **options)
+    llm = tiny(async_scheduling=True, **options)
     plans = watch_plans(llm)
     assert tokens_of(llm) == [greedy(oracle("llama"), prompt, 24)[0] for prompt in PROMPTS]
     assert not any(segment.pending for plan in plans for segment in plan.segments)

@@ -1,6 +1,6 @@
-"""What every kernel benchmark runs on: device, clock, backends side by side, memory, and the row of a result.
+"""The harness of all kernel benchmarks: device, clock, backends, a check of memory, and rows of results.
 
-It owns how a contestant's failure or a case too large becomes a row; it must not know what the cases are.
+It owns how the failure of a backend, or a case that is too large, becomes a row; it must not know what the cases are.
 """
 
 from __future__ import annotations
@@ -19,40 +19,46 @@ from longspan.bench.kernels.ceilings import Ceilings, measure_ceilings
 from longspan.clock import Clock, Timing, make_clock
 from longspan.errors import ConfigError
 
-_USABLE = 0.8  # of the memory that is free
+_USABLE = 0.8  # fraction of the free memory that a case may take
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contestant on one case: what was done (bytes moved at least, floating-point operations), in what time.
+class KernelRow:
+    """The result of one backend on one case."""
 
-    `problem` says why there is no time.
-    """
-
+    # the columns that identify the case
     case: dict[str, str | int]
+    # the backend's name; "-" if the case was not run
     backend: str
+    # the least bytes that have to be moved
     bytes: int
+    # floating-point operations
     flops: int
+    # None if the kernel failed or was not run
     timing: Timing | None
+    # why there is no timing
     problem: str = ""
 
 
 @dataclass(frozen=True)
-class Bed:
-    """A device ready to measure."""
+class Harness:
+    """A device with everything that measurements need."""
 
+    # where kernels run
     device: torch.device
+    # of queries and of caches that are not quantised
     dtype: torch.dtype
+    # times the kernels
     clock: Clock
+    # the device's best rates
     ceilings: Ceilings
+    # names of the backends to measure; empty: all
     backends: tuple[str, ...]
+    # called with a line about each measurement
     progress: Callable[[str], None]
 
     def contestants(self, shape: BackendShape) -> dict[str, Backend]:
-        """Of the backends asked for, or of all without a wish, those that can serve `shape`.
-
-        Raises `ConfigError` if none of those asked for can.
-        """
+        """The backends to measure that support `shape`, by name. Raises `ConfigError` if none does."""
         found: dict[str, Backend] = {}
         problem: ConfigError | None = None
         for name in self.backends or BACKENDS:
@@ -66,16 +72,16 @@ class Bed:
 
     def measure(
         self, case: dict[str, str | int], backend: str, size: tuple[int, int], work: Callable[[], object]
-    ) -> Row:
-        """One row; `size` is bytes and operations. A kernel that fails leaves the other rows."""
+    ) -> KernelRow:
+        """Time `work` and return a row. `size` is (bytes, operations). A failure gives a row without a timing."""
         self.progress(f"{backend}: {', '.join(f'{name} {value}' for name, value in case.items())}")
         try:
-            return Row(case, backend, *size, self.clock.time(work))
-        except Exception as error:  # whatever a compiler or a library raises
-            return Row(case, backend, *size, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
+            return KernelRow(case, backend, *size, self.clock.time(work))
+        except Exception as error:  # compilers and libraries raise many types
+            return KernelRow(case, backend, *size, None, f"{type(error).__name__}: {str(error).strip()[:200]}")
 
     def lacks(self, needed: int) -> str:
-        """Why `needed` bytes cannot be had; empty if they can."""
+        """Why `needed` bytes cannot be allocated; empty if they can."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -84,10 +90,11 @@ class Bed:
         return f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free" if needed > _USABLE * free else ""
 
 
-def make_bed(device: str, backends: Sequence[str], budget: float, progress: Callable[[str], None]) -> Bed:
-    """A bed on `device`, cpu or cuda, its ceilings measured; `budget` is seconds for each case.
+def make_harness(device: str, backends: Sequence[str], budget: float, progress: Callable[[str], None]) -> Harness:
+    """Make a harness and measure the device's ceilings.
 
-    Raises `ConfigError` for a device or a backend that is not there.
+    `device` is `cpu` or `cuda`, `budget` the seconds that the repetitions of one case may take. Raises `ConfigError`
+    for a device that this machine lacks, or an unknown backend.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", device, "PyTorch sees no such device", "use --device cpu")
@@ -98,11 +105,11 @@ def make_bed(device: str, backends: Sequence[str], budget: float, progress: Call
     where = torch.device(device)
     clock = make_clock(where, budget)
     progress("measuring the device's ceilings")
-    return Bed(where, dtype, clock, measure_ceilings(clock, where, dtype), tuple(backends), progress)
+    return Harness(where, dtype, clock, measure_ceilings(clock, where, dtype), tuple(backends), progress)
 
 
-def as_json(row: Row, ceilings: Ceilings) -> dict[str, Any]:
-    """A row as plain data: seconds, bytes and operations a second, and both as shares of the ceilings."""
+def as_json(row: KernelRow, ceilings: Ceilings) -> dict[str, Any]:
+    """A row as JSON: seconds, bytes and operations per second, and the last two as shares of the ceilings."""
     plain: dict[str, Any] = {**row.case, "backend": row.backend, "bytes": row.bytes, "flops": row.flops}
     if row.timing is None:
         return {**plain, "problem": row.problem}

@@ -1,4 +1,4 @@
-"""The noise behind sampling: a hash of seed, position and token id, the same on every device.
+"""Counter-based random numbers: a hash of seed, position and token id, the same on every device.
 
 It owns the hash; it must not know what is sampled with it.
 """
@@ -15,17 +15,18 @@ _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def mix(seed: int, position: int) -> int:
-    """The noise's 64-bit seed: splitmix64 of (splitmix64 of `seed`) xor `position`.
+    """The 64-bit seed of one position: splitmix64(splitmix64(`seed`) xor `position`).
 
-    Neighbouring seeds and positions must not give related noise.
+    It is hashed twice so that neighbouring seeds and positions do not give related numbers.
     """
     return _splitmix64(_splitmix64(seed & _MASK64) ^ position)
 
 
 def uniform(seeds: Sequence[int], ids: Tensor) -> Tensor:
-    """fp64 [seeds, K] in (0, 1) for int64 `ids` [K]: number ids[k] of the splitmix64 sequence that a row's seed begins.
+    """Uniform numbers in (0, 1), fp64 [R, K], for R `seeds` and `ids` int64 [K].
 
-    Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014), in wrapping 64-bit integers.
+    Entry [r, k] is number ids[k] of the splitmix64 sequence that begins with seed r (Steele, Lea and Flood, Fast
+    Splittable Pseudorandom Number Generators, 2014), computed in wrapping 64-bit integers.
     """
     starts = torch.tensor([_signed(seed) for seed in seeds], device=ids.device)
     state = (ids + 1).mul_(_signed(_GAMMA)) + starts[:, None]
@@ -48,5 +49,5 @@ def _signed(value: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shifted right, with zeros moving in."""
+    """Logical shift right of int64 (PyTorch's is arithmetic)."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

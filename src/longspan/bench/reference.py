@@ -1,6 +1,6 @@
-"""The same weights in Hugging Face transformers: the other side of a comparison.
+"""The same weights in Hugging Face transformers, as a reference to compare with.
 
-It owns the conversion only; nothing of the engine runs through it.
+It owns the conversion only; the engine does not use it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from longspan.weights.source import ModelSource
 
 
-def transformers_twin(source: ModelSource, dtype: torch.dtype) -> Any:
+def transformers_reference(source: ModelSource, dtype: torch.dtype) -> Any:
     """A transformers causal language model on the source's weights, dequantised to `dtype`."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
+    from transformers import AutoConfig, AutoModelForCausalLM  # importing takes seconds
 
     if source.path.is_dir():
         return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).eval()

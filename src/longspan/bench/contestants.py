@@ -1,6 +1,6 @@
-"""The contestants of a comparison, each in a process of its own, so that neither's threads or memory touch the other's.
+"""The contestants of a comparison. Each has a process, so that they do not share threads or memory.
 
-It owns those processes and what one timed run of each kind does; it must not know how results are shown.
+It owns those processes and what one timed run of each contestant does; it must not know how results are shown.
 """
 
 from __future__ import annotations
@@ -18,61 +18,67 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One run: seconds until every request had its first token, and of the decode steps after it."""
+class ContestantTiming:
+    """The times of one run."""
 
+    # seconds until every request had its first token
     prefill_s: float
+    # seconds of the decode steps after that
     decode_s: float
+    # tokens generated in `decode_s`, of all requests
     decode_tokens: int
 
 
-Runner = Callable[[Prompts, int], Timing]
+Runner = Callable[[Prompts, int], ContestantTiming]
 
 
 @dataclass(frozen=True)
-class LongspanSide:
-    """This engine in one configuration."""
+class LongspanContestant:
+    """Longspan in one configuration."""
 
+    # model, layout and options
     config: EngineConfig
 
     def open(self) -> Runner:
-        """Load the model; the engine lives as long as its process."""
+        """Load the model and return the function for one timed run. The engine is not shut down before its process."""
         from longspan.bench.measure import run_batch
         from longspan.engine.engine import Engine
         from longspan.request import SamplingParams
 
         engine = Engine(self.config)
 
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
             measured = run_batch(engine, prompts, params)
-            return Timing(measured.ttft_s, measured.decode_s, measured.decode_tokens)
+            return ContestantTiming(measured.ttft_s, measured.decode_s, measured.decode_tokens)
 
         return run
 
 
 @dataclass(frozen=True)
-class TransformersSide:
-    """Hugging Face transformers on the same weights: one forward for the prompts, then a greedy loop over its cache."""
+class TransformersContestant:
+    """Hugging Face transformers on the same weights: one forward pass for the prompts, then greedy decoding."""
 
+    # names model, dtype and device
     config: EngineConfig
+    # CPU threads
     num_threads: int
 
     def open(self) -> Runner:
-        """Load the model."""
+        """Load the model and return the function for one timed run."""
         import torch
 
-        from longspan.bench.twin import transformers_twin
+        from longspan.bench.reference import transformers_reference
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()
-        model = transformers_twin(setup.source, setup.dtype).to(device)
+        model = transformers_reference(setup.source, setup.dtype).to(device)
 
         @torch.inference_mode()
-        def run(prompts: Prompts, output_len: int) -> Timing:
+        def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             started = now(device)
             out = model(torch.tensor(prompts, device=device), use_cache=True, logits_to_keep=1)
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
@@ -80,15 +86,15 @@ class TransformersSide:
             for _ in range(output_len - 1):
                 out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            return Timing(first - started, now(device) - first, len(prompts) * (output_len - 1))
+            return ContestantTiming(first - started, now(device) - first, len(prompts) * (output_len - 1))
 
         return run
 
 
-class SideProcess:
-    """A side in its own process. Use it in a `with` block; raises `EngineError` if the side fails."""
+class ContestantProcess:
+    """A contestant in its own process, to be used in a `with` block. Raises `EngineError` if the contestant fails."""
 
-    def __init__(self, side: LongspanSide | TransformersSide) -> None:
+    def __init__(self, side: LongspanContestant | TransformersContestant) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side), daemon=True)
@@ -96,13 +102,13 @@ class SideProcess:
         theirs.close()
 
     def wait_ready(self) -> None:
-        """Until the model is loaded."""
+        """Wait until the model is loaded."""
         self._receive()
 
-    def run(self, prompts: Prompts, output_len: int) -> Timing:
-        """One timed run."""
+    def run(self, prompts: Prompts, output_len: int) -> ContestantTiming:
+        """Run the prompts once, with `output_len` tokens each, and return the times."""
         self._pipe.send((prompts, output_len))
-        timing: Timing = self._receive()
+        timing: ContestantTiming = self._receive()
         return timing
 
     def close(self) -> None:
@@ -110,7 +116,7 @@ class SideProcess:
         self._process.terminate()
         self._process.join()
 
-    def __enter__(self) -> SideProcess:
+    def __enter__(self) -> ContestantProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -126,7 +132,7 @@ class SideProcess:
         return answer
 
 
-def _serve(pipe: Connection, side: LongspanSide | TransformersSide) -> None:
+def _serve(pipe: Connection, side: LongspanContestant | TransformersContestant) -> None:
     try:
         run = side.open()
         pipe.send(None)
