@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import zmq
 
 from longspan.config import EngineConfig, ParallelConfig
 from longspan.engine.driver.executors.ray_cluster import _fitting
 from longspan.engine.driver.executors.remote import _placed
 from longspan.engine.setup import resolve
-from longspan.engine.transport.connection import interface_of, own_address
+from longspan.engine.transport.connection import interface_of, own_address, use_interface, watch_peers
 from tests.oracle import tiny_folder
 
 
@@ -44,3 +47,22 @@ def test_the_own_address_is_the_one_towards_the_peer_and_names_an_interface():
     assert own_address("tcp://127.0.0.1:7850") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.1") is None
+
+
+def test_ranks_of_one_machine_use_the_loopback_unless_the_user_names_an_interface(monkeypatch):
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(os, "environ", {names[1]: "eth7"})
+    use_interface("")
+    assert [os.environ[name] for name in names] == ["lo", "eth7"]
+
+
+def test_who_sends_a_driver_more_than_any_rank_would_is_cut_off():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as driver, context.socket(zmq.DEALER) as stranger:
+        watch_peers(driver, 10.0)
+        monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        stranger.linger = 0
+        stranger.connect(f"tcp://127.0.0.1:{driver.bind_to_random_port('tcp://127.0.0.1')}")
+        stranger.send(bytes((1 << 28) + 1), copy=False)
+        assert monitor.poll(20_000)
+        stranger.disable_monitor()
+        monitor.close(linger=0)

@@ -182,26 +182,6 @@ def strict() -> Iterator[Running]:
         yield started
 
 
-def test_a_server_with_a_key_is_open_to_nobody_else(strict: Running):
-    for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
-        headers = {} if key is None else {"Authorization": key.encode("latin-1")}
-        answer = httpx.get(f"{strict.url}/v1/models", headers=headers)
-        error = refused(answer, 401)
-        assert error["code"] == "invalid_api_key"
-        assert httpx.get(f"{strict.url}/internal/state", headers=headers).status_code == 401
-    assert httpx.get(f"{strict.url}/health").status_code == 200
-    assert strict.client.get("/v1/models").status_code == 200
-
-
-def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not(strict: Running):
-    body = b'{"prompt": "' + b"a" * 2000 + b'"}'
-    headers = {"content-type": "application/json"}
-    for content in (body, iter([body[:900], body[900:]])):
-        error = refused(strict.client.post("/v1/completions", content=content, headers=headers), 413)
-        assert "--max-body-bytes" in error["message"]
-    strict.complete("abc", 2)
-
-
 def test_every_key_of_a_file_opens_a_server_and_no_other_does(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# of the two of us\nalice: open-a\n\nbob:open:b\n")
@@ -252,6 +232,26 @@ def test_an_empty_key_in_the_environment_opens_no_server():
 def test_keys_are_shown_to_nobody():
     options = ServeOptions(api_key="sesame").with_secrets({})
     assert "sesame" not in repr(options) and "secret" not in repr(read_keys(None, {KEY_VARIABLE: "secret"}))
+
+
+def test_a_server_with_a_key_is_open_to_nobody_else(strict: Running):
+    for key in (None, "Bearer wrong", "Bearer sesame2", "sesame", "Bearer \xff"):
+        headers = {} if key is None else {"Authorization": key.encode("latin-1")}
+        answer = httpx.get(f"{strict.url}/v1/models", headers=headers)
+        error = refused(answer, 401)
+        assert error["code"] == "invalid_api_key"
+        assert httpx.get(f"{strict.url}/internal/state", headers=headers).status_code == 401
+    assert httpx.get(f"{strict.url}/health").status_code == 200
+    assert strict.client.get("/v1/models").status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_whether_it_says_its_length_or_not(strict: Running):
+    body = b'{"prompt": "' + b"a" * 2000 + b'"}'
+    headers = {"content-type": "application/json"}
+    for content in (body, iter([body[:900], body[900:]])):
+        error = refused(strict.client.post("/v1/completions", content=content, headers=headers), 413)
+        assert "--max-body-bytes" in error["message"]
+    strict.complete("abc", 2)
 
 
 def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():

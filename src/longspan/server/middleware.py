@@ -22,7 +22,7 @@ _LEAST_HELD = 64 << 20  # bytes of bodies that may be in flight together at leas
 
 
 class KeyCheck:
-    """Answers 401 to a missing or wrong key. Keys are compared in constant time.
+    """Answers 401 to a missing or wrong key.
 
     Probes and the live page need no key, because they show no text of requests.
     """

@@ -84,7 +84,7 @@ class ListenOptions:
 
 @dataclass(frozen=True)
 class RouteOptions(ListenOptions):
-    """A router's; its instances take the same keys, and it asks them with the first."""
+    """Options of a router. Its instances take the same keys, and it asks them with the first one."""
 
     max_body_bytes: int = option(
         64 << 20, "largest request body; k, M, G are 1024-based", parse=parse_bytes, text="64M"

@@ -153,12 +153,14 @@ class PageStore:
         self._disk = None if offload.disk_file is None else _unbuffered(offload.disk_file)
 
     def save(self, saves: Sequence[PageSave]) -> list[int]:
-        """Carry out this rank's share; returns the numbers of those of which the disk did not take a page."""
+        """Save the pages that are on this rank's shard. Returns the indices in `saves` of which a write to disk
+        failed."""
         failed: list[int] = []
         for number, save in enumerate(saves):
             if save.page.shard != self._shard:
                 continue
             record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
+            # the slot's page moves to disk before it is overwritten
             written = not save.spill or self._write(save.spill.slot, save.spill.key, record)
             self._gather(save.page.index, record[_HEADER_BYTES:])
             if save.tier is Tier.MEMORY:

@@ -137,8 +137,8 @@ class Runner:
             self.transfer.close()
 
     def _copy_pages(self, plan: StepPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Between the pool and other tiers; returns the saves that the disk did not take, and the loads that found no
-        intact page."""
+        """Save and load pages as the plan says; returns the indices of saves that the disk did not take, and of loads
+        that found no intact page."""
         if self._store is None:
             return (), ()
         return tuple(self._store.save(plan.saves)), tuple(self._store.load(plan.loads))

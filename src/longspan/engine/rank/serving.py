@@ -45,7 +45,7 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         line.set_hwm(0)  # a full inbox would not let ZeroMQ's heartbeats through: a long step would be taken for an end
         watch_peers(line, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
-        store = open_store(host) if rank == 0 and host else None  # on one machine a file does it
+        store = open_store(host) if rank == 0 and host else None  # ranks of one machine meet through a file
         hello = messages.RankHello(rank, world_size, __version__, host, store.port if store else 0)
         word, watch = meet_driver(line, address, msgspec.msgpack.encode(hello))
         leaving.callback(watch.stop)

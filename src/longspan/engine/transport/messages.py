@@ -37,7 +37,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
     # the driver's configuration, from which the rank makes its setup
     config: EngineConfig
-    # where the ranks meet: a file on one machine, else `tcp://host:port` of the TCPStore of rank 0
+    # `tcp://host:port` of the TCPStore of rank 0, or the file where ranks of one machine meet
     meet_at: str
     # number of ranks on this rank's host
     ranks_here: int

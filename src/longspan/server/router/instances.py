@@ -112,7 +112,7 @@ class Instances:
             await asyncio.gather(*(self._look_after(instance, session) for instance in self.all))
 
     def accepts(self, decode: Instance, prefill: Instance) -> bool:
-        """Whether a decode instance lets the router name it this prefill instance, and that one will hear it."""
+        """Whether a decode instance accepts this prefill instance from the router, and has the same token as it."""
         card, other = (side.answer.card if side.answer else None for side in (decode, prefill))
         if card is None or other is None or card.token != other.token:
             return False
@@ -148,7 +148,7 @@ class Instances:
                 _LOG.warning("decode instance %s %s, and computes prompts itself", instance.url, instance.refusal)
 
     def _refusal(self, decode: Instance) -> str | None:
-        """Why a decode instance would not use some prefill instance that the router names, None if it would."""
+        """Why a decode instance would not accept some prefill instance that is alive; None if it accepts all."""
         refused = [prefill for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
         card = decode.answer.card if decode.answer else None
         if not refused or card is None:
