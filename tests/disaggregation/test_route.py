@@ -49,7 +49,7 @@ def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_inst
             moved = httpx.get(f"{decode.url()}/internal/peer").json()["transfer"]
             assert moved["fetched"] == 2
             metrics = httpx.get(f"{decode.url()}/metrics").text
-            assert f'longspan:kv_transfer{{model_name="tiny",what="bytes"}} {float(moved["bytes"])}' in metrics
+            assert f'longspan:kv_transfer_total{{model_name="tiny",what="bytes"}} {float(moved["bytes"])}' in metrics
             prefill.process.kill()
             assert completed(url, "y" + PROMPT) == expected("y" + PROMPT, 12)
             states = httpx.get(f"{url}/internal/instances").json()

@@ -211,7 +211,7 @@ def test_metrics_count_pages_that_were_offloaded_and_came_back():
     with running(pages=40, offload=OffloadConfig(memory_bytes=1 << 20)) as server:
         for prompt in ("a" * 120, "b" * 120, "a" * 120):
             server.complete(prompt, 4)
-        counts = metric(server, "longspan:kv_offload_pages")
+        counts = metric(server, "longspan:kv_offload_pages_total")
     assert counts['event="saved"'] > 10
     assert counts['event="loaded_from_memory"'] > 10
     assert counts['event="lost"'] == counts['event="loaded_from_disk"'] == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from longspan.request import FinishReason, RequestOutput
 from longspan.server.messages import CoreLoad, CoreState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))  # 1 to 5 million
 _TTFT_WINDOW = 64
 _HISTORY = 120
 
@@ -31,14 +33,14 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "completions that wait")
         self._running = self._gauge("num_requests_running", "completions that run")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "share of a shard's pages that requests hold", "shard")
-        self._preemptions = self._gauge("num_preemptions", "requests that were preempted since the ranks started")
-        self._drafted = self._gauge("spec_decode_num_draft_tokens", "tokens drafted since the ranks started")
-        self._accepted = self._gauge("spec_decode_num_accepted_tokens", "of these, tokens that were right")
-        self._moved = self._gauge("bytes_moved", "bytes between ranks since they started, by schedule", "schedule")
-        self._offload = self._gauge(
-            "kv_offload_pages", "pages since the ranks started, by what became of them", "event"
+        self._preemptions = self._counter("num_preemptions", "preemptions of requests")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "tokens drafted")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "drafted tokens that were accepted")
+        self._moved = self._counter(
+            "bytes_moved", "bytes sent between ranks, by schedule, or tp, pp, ... for what no schedule sends", "purpose"
         )
-        self._transfer = self._gauge("kv_transfer", "of prompts between instances, since the ranks started", "what")
+        self._offload = self._counter("kv_offload_pages", "pages offloaded, by what became of them", "event")
+        self._transfer = self._counter("kv_transfer", "KV transfers between instances, by what is counted", "what")
         self._restarts = self._counter("engine_restarts", "times the ranks were started again")
         self._prompt = self._counter("prompt_tokens", "prompt tokens of requests that began to generate")
         self._cached = self._counter("prefix_cache_hits", "prompt tokens the prefix cache had")
@@ -49,10 +51,14 @@ class Metrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "arrival to first token")
         self._itl = self._histogram("inter_token_latency_seconds", "between tokens of a completion")
         self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end")
+        self._prompt_size = self._histogram("request_prompt_tokens", "prompt tokens of a request", _TOKENS)
+        self._output_size = self._histogram("request_generation_tokens", "tokens generated of a completion", _TOKENS)
         self.totals = {"prompt_tokens": 0, "output_tokens": 0, "requests": 0, "prefix_cached_tokens": 0}
         self.load = CoreLoad(used_pages=(0,) * len(pages_per_shard))
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
         self._recent_ttft: deque[float] = deque(maxlen=_TTFT_WINDOW)
+        # by counter and labels, what the present core had counted when the counter was last brought up to date
+        self._counted: dict[tuple[Counter, tuple[str, ...]], float] = {}
         self._last = (time.monotonic(), 0, 0)
         self._started = self._last[0]
 
@@ -77,7 +83,9 @@ class Metrics:
     def ended(self, output: RequestOutput, seconds: float) -> None:
         """Count a request that has ended or was aborted, `seconds` after its arrival."""
         self.totals["requests"] += 1
+        self._prompt_size.labels(self._model).observe(len(output.prompt_token_ids))
         for completion in output.outputs:
+            self._output_size.labels(self._model).observe(len(completion.token_ids))
             reason = completion.finish_reason or FinishReason.ABORT
             self._success.labels(self._model, reason.value).inc()
         self._e2e.labels(self._model).observe(seconds)
@@ -89,6 +97,7 @@ class Metrics:
     def restarted(self) -> None:
         """Count a restart of the core, and reset its load."""
         self._restarts.labels(self._model).inc()
+        self._counted.clear()
         self.load = CoreLoad(used_pages=(0,) * len(self._pages))
 
     def tick(self) -> None:
@@ -111,20 +120,26 @@ class Metrics:
         """The metrics in Prometheus' text format. `state` is None while there is no core."""
         if state:
             self.load = state.load
-            for schedule, moved in state.bytes_by_label.items():
-                self._moved.labels(self._model, schedule).set(moved)
+            for purpose, moved in state.bytes_by_label.items():
+                self._advance(self._moved, moved, purpose)
         counted = self.load.scheduler
         self._waiting.labels(self._model).set(counted.waiting)
         self._running.labels(self._model).set(counted.running)
-        self._preemptions.labels(self._model).set(counted.preemptions)
-        self._drafted.labels(self._model).set(counted.drafted_tokens)
-        self._accepted.labels(self._model).set(counted.accepted_tokens)
+        self._advance(self._preemptions, counted.preemptions)
+        self._advance(self._drafted, counted.drafted_tokens)
+        self._advance(self._accepted, counted.accepted_tokens)
         for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
             self._kv_usage.labels(self._model, str(shard)).set(used / pages)
-        for gauge, counters in ((self._offload, self.load.offload), (self._transfer, self.load.transfer)):
-            for name, count in asdict(counters).items() if counters else ():
-                gauge.labels(self._model, name).set(count)
+        for counter, counts in ((self._offload, self.load.offload), (self._transfer, self.load.transfer)):
+            for name, count in asdict(counts).items() if counts else ():
+                self._advance(counter, count, name)
         return generate_latest(self.registry)
+
+    def _advance(self, counter: Counter, count: float, *labels: str) -> None:
+        """Bring a counter to what a core has counted since it started, on top of what earlier cores had counted."""
+        before = self._counted.get((counter, labels), 0.0)
+        counter.labels(self._model, *labels).inc(max(0.0, count - before))
+        self._counted[counter, labels] = count
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
         return Gauge(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
@@ -132,5 +147,5 @@ class Metrics:
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
 
-    def _histogram(self, name: str, help_text: str) -> Histogram:
-        return Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=_SECONDS, registry=self.registry)
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        return Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry)
