@@ -219,5 +219,5 @@ def test_a_plan_and_a_prediction_of_a_pipeline_are_the_same(app, tp, pp):
 
 
 def test_a_row_without_a_model_is_refused(app):
-    with pytest.raises(ConfigError, match="model=: is missing"):
+    with pytest.raises(ConfigError, match="model: is missing"):
         CliRunner().invoke(app, ["predict", "--hardware", "h100"], catch_exceptions=False)

@@ -125,7 +125,7 @@ def test_an_address_that_cannot_be_listened_at(listen):
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ([], {}, "driver=: is not one address"),
+        ([], {}, "driver: is not one address"),
         (["tcp://127.0.0.1:7000"], {}, "RANK=(unset): is not a number; start the ranks with torchrun"),
         (["tcp://127.0.0.1:7000"], {"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two: is not a number"),
         (["tcp://no.such.host.invalid:7000"], {"RANK": "1", "WORLD_SIZE": "2"}, "cannot be reached"),

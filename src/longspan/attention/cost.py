@@ -185,9 +185,8 @@ class StepTotals:
         return max(load.calls for load in self.totals.by_pcp) - self.model.group.members
 
     def queries_sent(self) -> int:
-        """Bytes that the group sends when queries travel: each row's to all other members, which return a state each.
-
-        Rings and trees send the same number of bytes.
+        """Bytes that the group sends when queries travel: each row's query to every other member, which returns one
+        attention state. `ring_q` and `tree_q` send as many.
         """
         shape, group = self.model.shape, self.model.group
         each_way = shape.query_bytes + shape.state_bytes

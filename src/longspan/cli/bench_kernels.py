@@ -42,8 +42,13 @@ Cached = Annotated[str | None, typer.Option("--cached", help="tokens each of the
 Prefill = Annotated[str | None, typer.Option("--prefill", help="new x cached tokens, as in 256x2048; empty: none")]
 Whole = Annotated[int | None, typer.Option("--shared-context", help="tokens of the context cut over shards; 0: none")]
 Shards = Annotated[int, typer.Option("--shards", help="virtual shards of that context")]
-Parts = Annotated[int, typer.Option("--parts", help="partials merged")]
-Tokens = Annotated[str | None, typer.Option("--tokens", help="query tokens of a partial, as in 1,1024")]
+Parts = Annotated[int, typer.Option("--parts", help="attention states merged")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens", help="query tokens of the attention states to merge, a case for each number, as in 1,1024"
+    ),
+]
 Rows = Annotated[str | None, typer.Option("--rows", help="rows written, as in 1,1024")]
 Seconds = Annotated[float, typer.Option("--seconds", help="time for the repetitions of one case")]
 
@@ -101,7 +106,7 @@ def merge(
     seconds: Seconds = 0.3,
     as_json: Json = False,
 ) -> None:
-    """The merge of partials, as they arrive from other ranks and as kernels return them."""
+    """The merge of attention states, as they arrive from other ranks and as kernels return them."""
     found, counts = _heads(heads), _integers("tokens", tokens, _sizes(device)["tokens"])
     require(parts >= 2, "parts", parts, "leaves nothing to merge", "give 2 or more")
     from longspan.bench.kernels.movement import run_merges
@@ -109,7 +114,7 @@ def merge(
     def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
         return [row for of in found for row in run_merges(harness, of, counts, parts)], {}
 
-    _run(device, backends, seconds, as_json, f"Merge of {parts} partials", measure)
+    _run(device, backends, seconds, as_json, f"Merge of {parts} attention states", measure)
 
 
 def kv_write(

@@ -68,7 +68,7 @@ def build_app() -> typer.Typer:
     benches.command("attention", help="Attention kernels, against what the device can do.")(
         bench_kernels.attention_kernel
     )
-    benches.command("merge", help="Merging partial results, likewise.")(bench_kernels.merge)
+    benches.command("merge", help="Merging attention states, likewise.")(bench_kernels.merge)
     benches.command("kv-write", help="Writing the cache, likewise.")(bench_kernels.kv_write)
     benches.command("serve", help="Load on any OpenAI-compatible server.")(bench_serve.serve)
     app.add_typer(benches, name="bench")

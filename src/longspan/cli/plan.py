@@ -63,7 +63,9 @@ class PlanOptions:
     dtype: str = option("bf16", "of activations and embedding: bf16, fp16 or fp32")
     weight_dtype: str | None = option(None, "bf16, fp8, int4, mxfp4, fp32; default: the model's own")
     kv_cache_dtype: str = option("auto", "auto (as dtype), fp8 or int8")
-    memory_fraction: float = option(0.9, "of a device's memory that is used in all")
+    memory_fraction: float = option(
+        0.9, "fraction of each device's memory for weights, workspace and KV cache together"
+    )
     max_num_batched_tokens: int = option(8192, "new tokens a step computes")
     price: float | None = option(None, "of a device and hour, for a column of costs; default: the machine's own")
     show_all: bool = option(False, "dominated and impossible layouts too", name="all")

@@ -45,7 +45,12 @@ Unit = Annotated[str, typer.Option("--unit", help="ms, s, us or tokens")]
 Dtype = Annotated[str, typer.Option("--dtype", help="of activations and embedding: bf16, fp16 or fp32")]
 WeightDtype = Annotated[str | None, typer.Option("--weight-dtype", help="default: the model's own")]
 CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp8 or fp32")]
-MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
+MemoryFraction = Annotated[
+    float,
+    typer.Option(
+        "--memory-fraction", help="fraction of each device's memory for weights, workspace and KV cache together"
+    ),
+]
 BatchedTokens = Annotated[
     int | None,
     typer.Option(

@@ -57,7 +57,12 @@ KVDtype = Annotated[str | None, typer.Option("--kv-cache-dtype", help="default: 
 CacheMemory = Annotated[
     str | None, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank; default: what the machine has left")
 ]
-MemoryFraction = Annotated[float, typer.Option("--memory-fraction", help="of a device's memory that is used in all")]
+MemoryFraction = Annotated[
+    float,
+    typer.Option(
+        "--memory-fraction", help="fraction of each device's memory for weights, workspace and KV cache together"
+    ),
+]
 GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", help="ranks that share a machine")]
 Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the KV pages of every shard over time")]
 

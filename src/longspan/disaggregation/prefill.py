@@ -34,9 +34,9 @@ class _Prompt:
 
 
 class PrefillRole(Role):
-    """See `Role`; users' requests are computed like anywhere.
+    """The prefill side: computes prompts for decode instances, and the requests of its own clients as any engine does.
 
-    `check` says what is wrong with a prompt, None if it can be computed.
+    `check` returns what is wrong with a prompt, or None.
     """
 
     def __init__(self, config: TransferConfig, form: Format, parts: tuple[Part, ...], check: CheckPrompt) -> None:

@@ -27,7 +27,7 @@ class Assumed:
     dtype: str = "bf16"  # of activations and embedding
     weight_dtype: str | None = None  # None: the model's own
     kv_element_bytes: int = 2
-    memory_fraction: float = 0.9  # of a device's memory that is used in all
+    memory_fraction: float = 0.9  # fraction of each device's memory for weights, workspace and KV cache together
     gpus_per_node: int = 8
     max_num_batched_tokens: int | None = None  # all stages together; None: 8,192, or 2,048 on a small device
 

@@ -1,6 +1,7 @@
-"""Timing constants on a machine that others may use: in two rounds, with doubts noted.
+"""Measures constants on a machine that may be busy with other work: two rounds, and a note where they disagree.
 
-It owns how often, in which order and with which doubts something is timed; it must not know what it times.
+It owns how often and in which order things are timed, and when a result is called unreliable; it must not know what it
+times.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def split_chunk(
 ) -> list[Piece]:
     """Cut positions [start, stop) into pieces, in position order.
 
-    A page has one writer. So if `start` is inside a half-full page, the rest of this page must be computed on its rank.
+    A page has one writer. So if `start` is inside a partly filled page, the rest of this page must be computed on the
+    rank that holds it.
 
     Args:
         start: first position of the chunk.
@@ -34,10 +35,10 @@ def split_chunk(
         page_size: tokens of a page.
         room: number of pages that each rank can allocate.
         load: number of tokens that each rank already computes in this step.
-        tail: the rank of the half-full page that `start` is in; None if `start` begins a page.
+        tail: the rank of the partly filled page that `start` is in; None if `start` begins a page.
 
     Raises:
-        ValueError: if there is no room for all positions.
+        ValueError: if the free pages cannot hold all positions.
     """
     for attempt in (_zigzag, _whole):
         pieces = attempt(start, stop, page_size, load, tail)

@@ -94,10 +94,10 @@ def open_store(host: str) -> TCPStore:
 
 
 def use_interface(host: str) -> None:
-    """Have gloo and NCCL listen at this address only; '' is for ranks of one machine, which the loopback joins.
+    """Make gloo and NCCL use the network interface that has this address; '' is the loopback, for ranks of one machine.
 
-    Between machines data goes by the way to the driver: gloo would take that of the host's name, often the loopback,
-    and NCCL any. What the user has set stays.
+    `host` is this machine's address on its route to the driver. By default gloo would use the interface that the host
+    name resolves to, often the loopback, and NCCL any interface. Variables that the user has set are kept.
     """
     if interface := interface_of(host or _LOOPBACK):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

@@ -1,6 +1,6 @@
-"""A trace played to several engines on a clock of its own: who gets each request, and what came of it.
+"""Plays a trace of requests to simulated engines on a virtual clock: assigns each request, and collects the results.
 
-It owns the order of events and the samples of memory; it must not know what a step does or takes.
+It owns the order of events and the samples of memory use; it must not know what a step computes or how long it takes.
 """
 
 from __future__ import annotations

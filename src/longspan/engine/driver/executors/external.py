@@ -15,7 +15,7 @@ _LOOK_SECONDS = 0.05
 
 
 class ExternalExecutor(RemoteExecutor):
-    """See `RemoteExecutor`. A rank ends when it loses the driver, so an engine that has failed leaves none behind."""
+    """Ranks that the user has started. The driver cannot end them; a rank ends by itself when it loses the driver."""
 
     def __init__(self, setup: EngineSetup) -> None:
         super().__init__(setup, setup.config.cluster.listen, setup.config.cluster.timeout)
