@@ -46,7 +46,8 @@ def test_a_layout_is_sizes_by_short_names_and_its_own_name_is_one():
 
 @pytest.mark.parametrize("text", ["tp", "tp=x", "cp=2", "", "tp=2,", "pcp=²"])
 def test_what_is_no_layout_is_refused_by_the_name_of_the_option(text):
-    with pytest.raises(ConfigError, match=f"compare_layout={text}: .* is no size; write it as tp=8,pcp=1,dcp=8,pp=1"):
+    given = f"compare_layout={text}" if text else "compare_layout"
+    with pytest.raises(ConfigError, match=f"{given}: .* is no size; write it as tp=8,pcp=1,dcp=8,pp=1"):
         ParallelConfig.parse("compare_layout", text)
 
 
