@@ -64,7 +64,7 @@ class Attention:
         for each in self._step.phases:
             rows, prepared = slice(each.start, each.stop), each.groups[group]
             off = self._off_diagonal(prepared, variant, kv, q[rows])
-            diagonal = _diagonal(prepared, variant, q[rows], through(k[rows], kv), through(v[rows], kv))
+            diagonal = _diagonal(prepared, variant, kv, q[rows], k[rows], v[rows])
             parts.append(self.ops.backend.merge([part for part in (diagonal, off) if part is not None]))
         if not parts:
             return q.new_zeros(*q.shape[:-1], variant.value_dim)
@@ -91,14 +91,16 @@ class Attention:
 
 
 def _diagonal(
-    prepared: PreparedReach, variant: AttentionVariant, q: Tensor, k: Tensor, v: Tensor
+    prepared: PreparedReach, variant: AttentionVariant, kv: CacheRows, q: Tensor, k: Tensor, v: Tensor
 ) -> AttentionState | None:
     """Causal attention of each segment longer than one token to itself, in one phase's rows; None without any.
 
-    q [T, Hq, Dq], k and v [T, Hkv, D], as they are read from the cache. The rows of lone tokens get the identity.
+    q [T, Hq, Dq], k and v [T, Hkv, D], which are attended as they read from the cache `kv`. The rows of lone tokens get
+    the identity.
     """
     if not prepared.diagonal:
         return None
+    k, v = through(k, kv), through(v, kv)  # only now: a step that decodes has no use for it
     parts: list[AttentionState] = []
     at = 0
     for row, length, diagonal in prepared.diagonal:
