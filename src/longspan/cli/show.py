@@ -30,8 +30,7 @@ def new_table(
 def step_bar(console: Console, total: int | None = None) -> Iterator[Callable[[str], None]]:
     """What goes on while a block runs, which calls what it is given with each new step, of `total`, and the time since
     the start: a bar on a terminal, elsewhere a line a step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("starting", total=total)
         begun = 0
 
@@ -48,7 +47,12 @@ def step_bar(console: Console, total: int | None = None) -> Iterator[Callable[[s
 @contextmanager
 def progress_bar(console: Console, what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """A bar that goes with the block, which calls what it is given with how many are done, and of how many."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES) as progress:
+    with _progress(console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done, total=None: progress.update(task, completed=done, total=total)
+
+
+def _progress(console: Console) -> Progress:
+    """What is done, a bar, how many of how many, and the time; it goes with its block."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, refresh_per_second=_REFRESHES)
