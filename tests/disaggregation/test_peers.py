@@ -238,14 +238,20 @@ def test_pages_of_a_users_request_are_given_to_nobody():
         assert running.result("0") == expected("llama", PROMPT)
 
 
+def held_prompt(running, socket):
+    """The source, the name of a computed prompt that is held for this socket, and a connection to a rank's pages."""
+    source = greeted(running, socket)
+    socket.send(encode(Prefill(1, list(PROMPT))))
+    request = answer(socket, Accepted).request
+    rank = socket.context.socket(zmq.DEALER)
+    rank.connect(source.addresses[0])
+    running.wait_until(lambda: request in running.core.scheduler._held)
+    return source, request, rank
+
+
 def test_a_question_that_names_a_token_twice_is_not_answered():
     with spoken_to() as (running, socket):
-        source = greeted(running, socket)
-        socket.send(encode(Prefill(1, list(PROMPT))))
-        request = answer(socket, Accepted).request
-        rank = socket.context.socket(zmq.DEALER)
-        rank.connect(source.addresses[0])
-        running.wait_until(lambda: request in running.core.scheduler._held)
+        source, request, rank = held_prompt(running, socket)
         rank.send(encode(PageRequest(source.epoch, 3, request, (0, 1), (0, 1), ((0, 50), (0, 50)))))
         assert answer(rank, Missing, ToReceiver).block == 3
 
@@ -286,12 +292,7 @@ def test_what_a_rank_tells_its_driver_cannot_be_said_by_a_peer():
 
 def test_pages_of_another_instances_prompt_cannot_be_had_by_counting():
     with spoken_to() as (running, owner):
-        source = greeted(running, owner)
-        owner.send(encode(Prefill(1, list(PROMPT))))
-        request = answer(owner, Accepted).request
-        rank = owner.context.socket(zmq.DEALER)
-        rank.connect(source.addresses[0])
-        running.wait_until(lambda: request in running.core.scheduler._held)
+        source, request, rank = held_prompt(running, owner)
         for number in range(8):
             rank.send(encode(PageRequest(source.epoch, number, f"peer-{number}", (0, 1), (0, 1), ((0, 50),))))
             assert answer(rank, (PageBlock, Missing), ToReceiver) == Missing(number)
