@@ -88,10 +88,7 @@ def start_sampling(logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
     token_ids = peaks.indices
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        finite = peaks.values.isfinite()
-        all_finite = logits.device.type == "cpu" and bool(finite.all())  # on a GPU this would wait for the device
-        usable = logits if all_finite else torch.where(finite[:, None], logits, 0.0)
-        token_ids[_ids(others, logits)] = _sample_rows(usable, others, rows)
+        token_ids[_ids(others, logits)] = _sample_rows(logits, peaks.values.isfinite(), others, rows)
 
     # copies, because the caller may overwrite the logits (a CUDA graph does) before `finish` is called
     described = {i: logits[i].clone() for i, row in enumerate(rows) if row.params.logprobs is not None}
@@ -206,14 +203,17 @@ def best(values: Tensor, k: int) -> Tensor:
     return ids[values[ids].sort(descending=True, stable=True).indices]
 
 
-def _sample_rows(logits: Tensor, chosen: Sequence[int], rows: Sequence[SampleRow]) -> Tensor:
+def _sample_rows(logits: Tensor, finite: Tensor, chosen: Sequence[int], rows: Sequence[SampleRow]) -> Tensor:
     """Token ids int64 of the rows `chosen` of `logits` fp32 [R, vocab], which are not plain.
 
-    On a GPU they are sampled together, because the code for one row reads from the device.
+    Rows that are not `finite`, bool [R], get any token: their requests end. On a GPU the rows are sampled together,
+    because the code for one row reads from the device.
     """
     if logits.device.type == "cpu":
-        return _ids([_sample_row(logits[i], rows[i]) for i in chosen], logits)
+        usable = finite.tolist()
+        return _ids([_sample_row(logits[i], rows[i]) if usable[i] else 0 for i in chosen], logits)
     changed = torch.stack([penalise(logits[i], rows[i]) if _changes_logits(rows[i]) else logits[i] for i in chosen])
+    changed.masked_fill_(~finite[_ids(chosen, logits)][:, None], 0.0)
     greedy = torch.tensor([_is_greedy(rows[i].params) for i in chosen], device=logits.device)
     drawn = sample_together(
         changed, [rows[i].params for i in chosen], [(rows[i].seed, rows[i].position) for i in chosen]
