@@ -34,8 +34,8 @@ _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and
 ATTENTION = (
     Fault(
         "another request's page table is read", "plan/reach.py",
-        "        table = requests[segment.request_id].table\n        for sight in",
-        "        table = next(iter(requests.values())).table\n        for sight in",
+        "        table = requests[segment.request_id].table\n        for visible in",
+        "        table = next(iter(requests.values())).table\n        for visible in",
         (
             f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",
             f"{_RANKS}::test_more_requests_than_memory_are_preempted_and_stay_exact",
@@ -110,8 +110,8 @@ ATTENTION = (
     ),
     Fault(
         "a row's window starts where the segment's first does", "plan/reach.py",
-        "yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
-        "yield _Sight(row, len(seeing), first, until - first, None)",
+        "yield _VisibleTokens(row, len(seeing), first, until - first, seeing if seeing[-1] else None)",
+        "yield _VisibleTokens(row, len(seeing), first, until - first, None)",
         (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(

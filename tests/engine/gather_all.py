@@ -15,8 +15,8 @@ _NAME = "gather_all"
 def run(join: Join) -> AttentionState:
     """Partials [T, Hq, D] of this rank's travelling rows over all pages of the context group."""
     group, rows = join.group.collectives, join.rows
-    queries = group.all_gather(join.variant.outgoing(join.q), rows, _NAME)
-    everyones = torch.cat(join.visit(queries))
+    queries = group.all_gather(join.variant.sent_queries(join.q), rows, _NAME)
+    everyones = torch.cat(join.attend_received(queries))
     found = group.all_gather(everyones, [sum(rows)] * group.size, _NAME)
     return join.merged([torch.split(packed, rows)[group.rank] for packed in found])
 

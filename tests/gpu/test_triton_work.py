@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 
 from longspan.attention.backends.triton.work import (
-    Sight,
     Slots,
     Tiling,
+    VisibleColumns,
     Work,
     most_items,
     plan_work,
-    sights_of_diagonal,
-    sights_of_runs,
+    visible_in_runs,
+    visible_on_diagonal,
 )
 from longspan.cache.pages import Span
 from longspan.plan.reach import QueryRun
@@ -75,9 +75,9 @@ def random_runs(random: random.Random) -> tuple[list[QueryRun], int]:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_row_meets_every_slot_it_sees_once_and_is_written_once(seed):
     runs, rows = random_runs(random.Random(seed))
-    sights, index = sights_of_runs(runs)
+    visible, index = visible_in_runs(runs)
     tiling = replace(TILING, programs=[1, 16, 200][seed % 3])
-    work = plan_work(sights, index, rows, tiling)
+    work = plan_work(visible, index, rows, tiling)
     expected: Counter[tuple[int, int]] = Counter()
     for run in runs:
         slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
@@ -90,7 +90,7 @@ def test_every_row_meets_every_slot_it_sees_once_and_is_written_once(seed):
 
 @pytest.mark.parametrize("tokens, window", [(1, None), (70, None), (70, 1), (70, 20), (70, 100)])
 def test_the_diagonal_sees_the_tokens_up_to_its_own(tokens, window):
-    work = plan_work(sights_of_diagonal(tokens, window), Slots(), tokens, TILING)
+    work = plan_work(visible_on_diagonal(tokens, window), Slots(), tokens, TILING)
     assert pairs(work, TILING) == Counter(
         (row * TILING.group + head, column)
         for row in range(tokens)
@@ -100,7 +100,7 @@ def test_the_diagonal_sees_the_tokens_up_to_its_own(tokens, window):
 
 
 def test_partials_of_a_split_block_are_neighbours_and_nobody_elses():
-    work = plan_work(*sights_of_runs([QueryRun(0, 9, (Span(0, 5000),))]), 9, TILING)
+    work = plan_work(*visible_in_runs([QueryRun(0, 9, (Span(0, 5000),))]), 9, TILING)
     items = [*work.adjacent, *work.gathered]
     assert sorted(item.partial for item in items if item.partial >= 0) == list(range(work.partials))
     for split in work.splits:
@@ -108,8 +108,8 @@ def test_partials_of_a_split_block_are_neighbours_and_nobody_elses():
         assert owners == {(split.row, split.first)}
 
 
-def decode(*tokens: int) -> list[Sight]:
-    return sights_of_runs([QueryRun(row, 1, (Span(row << 20, length),)) for row, length in enumerate(tokens)])[0]
+def decode(*tokens: int) -> list[VisibleColumns]:
+    return visible_in_runs([QueryRun(row, 1, (Span(row << 20, length),)) for row, length in enumerate(tokens)])[0]
 
 
 def test_one_long_context_keeps_every_processor_busy():
@@ -145,5 +145,5 @@ def test_decode_of_any_lengths_fits_the_capacity_of_static_runs():
 
 def test_segments_of_one_request_share_the_index_of_its_short_spans():
     spans = tuple(Span(slot * 7, 3) for slot in range(100))
-    _, index = sights_of_runs([QueryRun(0, 4, spans), QueryRun(4, 2, spans)])
+    _, index = visible_in_runs([QueryRun(0, 4, spans), QueryRun(4, 2, spans)])
     assert index.length == 300

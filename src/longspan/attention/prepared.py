@@ -46,7 +46,7 @@ class PreparedReach:
     # local rows against this rank's pages
     own: OwnRuns
     # for each pcp index, its travelling rows against this rank's pages; without runs where keys travel
-    visiting: tuple[PreparedRuns, ...]
+    received: tuple[PreparedRuns, ...]
     # (first row, length, diagonal) of each segment longer than one token
     diagonal: tuple[tuple[int, int, PreparedDiagonal], ...]
     # prepares the rounds
@@ -112,8 +112,8 @@ class Preparer:
 
     def reach(self, reach: Reach, diagonal: tuple[tuple[int, int, PreparedDiagonal], ...] = ()) -> PreparedReach:
         """Prepare what the rows of one phase attend to in the layers of one group."""
-        visiting = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
-        return PreparedReach(reach, self.own(reach.own, reach.travel), visiting, diagonal, self)
+        received = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
+        return PreparedReach(reach, self.own(reach.own, reach.travel), received, diagonal, self)
 
     def own(self, runs: Sequence[QueryRun], rows: int) -> OwnRuns:
         """Prepare runs of this rank's own queries, which have `rows` rows.

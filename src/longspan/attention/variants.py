@@ -63,14 +63,14 @@ class AttentionVariant(Protocol):
     """Attention of one layer on one rank.
 
     Queries of this rank's own heads are [T, Hq, Dq], as the model passes them. A schedule sends queries and states in
-    another form if the variant needs it: it passes queries through `outgoing` before they are sent, and merged states
-    through `incoming` after they have come back.
+    another form if the variant needs it: it passes queries through `sent_queries` before it sends them, and the merged
+    state that it receives through `received_state`.
     """
 
     # elements of a value, so of a result
     value_dim: int
     # elements of a result while it is sent
-    travelling_dim: int
+    sent_dim: int
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
         """Causal attention of one segment to itself: q [T, Hq, Dq], k and v [T, Hkv, D] as they are cached.
@@ -86,19 +86,21 @@ class AttentionVariant(Protocol):
         """
         ...
 
-    def outgoing(self, q: Tensor) -> Tensor:
+    def sent_queries(self, q: Tensor) -> Tensor:
         """This rank's queries [T, Hq, Dq] in the form in which they are sent: [T, Hq, D]."""
         ...
 
-    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> AttentionState:
-        """Attention of received queries [T, Hq, D] to this rank's cached rows: out [T, Hq, travelling_dim].
+    def attend_received(
+        self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None
+    ) -> AttentionState:
+        """Attention of received queries [T, Hq, D] to this rank's cached rows: out [T, Hq, sent_dim].
 
         The heads are those of one member of the context group, or of this rank's whole DCP group if `member` is None.
         """
         ...
 
-    def incoming(self, part: AttentionState) -> AttentionState:
-        """A state that has come back, out [T, Hq, travelling_dim], with values: out [T, Hq, value_dim]."""
+    def received_state(self, part: AttentionState) -> AttentionState:
+        """A received state, out [T, Hq, sent_dim], in the form of values: out [T, Hq, value_dim]."""
         ...
 
     def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
@@ -106,14 +108,16 @@ class AttentionVariant(Protocol):
         ...
 
 
-class _Base:
+class _VariantBase:
     """What both variants share: received queries attend to cached rows as they are."""
 
     def __init__(self, ops: AttentionOps) -> None:
         self._ops = ops
 
-    def visiting(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None) -> AttentionState:
-        """See `AttentionVariant.visiting`."""
+    def attend_received(
+        self, q: Tensor, runs: PreparedRuns, kv: CacheRows, member: int | None = None
+    ) -> AttentionState:
+        """See `AttentionVariant.attend_received`."""
         heads = self._ops.heads
         return self._attend(q, runs, kv, heads.shard if member is None else heads.by_member[member])
 
@@ -126,12 +130,12 @@ class _Base:
         return runs.attend(q, kv, blocks, self._ops.scale).columns(self._ops.value_dim)
 
 
-class GroupedQueryVariant(_Base):
+class GroupedQueryVariant(_VariantBase):
     """Grouped-query attention, of which multi-head and multi-query attention are special cases: k and v are cached."""
 
     def __init__(self, ops: AttentionOps) -> None:
         super().__init__(ops)
-        self.value_dim = self.travelling_dim = ops.value_dim
+        self.value_dim = self.sent_dim = ops.value_dim
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
@@ -143,16 +147,16 @@ class GroupedQueryVariant(_Base):
             raise TypeError("keys and values are never expanded")
         return self._attend(q, runs.direct, kv, self._ops.heads.own)
 
-    def outgoing(self, q: Tensor) -> Tensor:
-        """See `AttentionVariant.outgoing`."""
+    def sent_queries(self, q: Tensor) -> Tensor:
+        """See `AttentionVariant.sent_queries`."""
         return q
 
-    def incoming(self, part: AttentionState) -> AttentionState:
-        """See `AttentionVariant.incoming`."""
+    def received_state(self, part: AttentionState) -> AttentionState:
+        """See `AttentionVariant.received_state`."""
         return part
 
 
-class MultiHeadLatentVariant(_Base):
+class MultiHeadLatentVariant(_VariantBase):
     """Multi-head latent attention: latents are cached.
 
     Where few queries see a row, queries are absorbed into latent space; where many do, the row is expanded to keys and
@@ -163,7 +167,7 @@ class MultiHeadLatentVariant(_Base):
     def __init__(self, ops: AttentionOps, latent: Latent) -> None:
         super().__init__(ops)
         self._latent = latent
-        self.value_dim, self.travelling_dim = latent.value_dim, ops.value_dim
+        self.value_dim, self.sent_dim = latent.value_dim, ops.value_dim
 
     def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
@@ -172,22 +176,22 @@ class MultiHeadLatentVariant(_Base):
             keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
             return diagonal.attend(q, keys, values[..., : self.value_dim], _each_head(q), ops.scale)
         part = diagonal.attend(self._latent.absorb(q), k, None, ops.heads.own, ops.scale)
-        return self.incoming(part.columns(ops.value_dim))
+        return self.received_state(part.columns(ops.value_dim))
 
     def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
         """See `AttentionVariant.own`."""
         parts = [self._expanded(q, blocks, kv) for blocks in runs.expanded]
         if runs.direct is not None:
             absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._ops.heads.own)
-            parts.append(self.incoming(absorbed))
+            parts.append(self.received_state(absorbed))
         return self.merge(parts)
 
-    def outgoing(self, q: Tensor) -> Tensor:
-        """See `AttentionVariant.outgoing`."""
+    def sent_queries(self, q: Tensor) -> Tensor:
+        """See `AttentionVariant.sent_queries`."""
         return self._latent.absorb(q)
 
-    def incoming(self, part: AttentionState) -> AttentionState:
-        """See `AttentionVariant.incoming`."""
+    def received_state(self, part: AttentionState) -> AttentionState:
+        """See `AttentionVariant.received_state`."""
         return AttentionState(self._latent.values(part.out), part.lse)
 
     def _expanded(self, q: Tensor, blocks: Sequence[ExpandedBlock], kv: CacheRows) -> AttentionState:

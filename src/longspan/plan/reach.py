@@ -114,7 +114,7 @@ class Place:
     shards_of_pcp: tuple[tuple[int, ...], ...]
 
 
-class _Sight(NamedTuple):
+class _VisibleTokens(NamedTuple):
     """Rows [row, row + length) of a segment see tokens [first, first + tokens) of a shard."""
 
     # first row, counted from the segment's start
@@ -171,7 +171,7 @@ def reach(
     )
 
 
-def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) -> Iterator[_Sight]:
+def _visible_tokens(segment: Segment, table: PageTable, shard: int, window: int | None) -> Iterator[_VisibleTokens]:
     """What a segment's rows see of a shard's tokens.
 
     The tokens before a row's window are a prefix of the shard's tokens, so one number a row describes the window.
@@ -179,7 +179,7 @@ def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) 
     until = table.visible(shard, segment.unmasked_until)
     if window is None:
         if until:
-            yield _Sight(0, segment.length, 0, until, None)
+            yield _VisibleTokens(0, segment.length, 0, until, None)
         return
     for row in range(0, segment.length, _WINDOW_ROWS):
         positions = range(segment.start + row, min(segment.start + row + _WINDOW_ROWS, segment.stop))
@@ -188,7 +188,7 @@ def _sights(segment: Segment, table: PageTable, shard: int, window: int | None) 
         seeing = tuple(low - first for low in window_starts if low < until)
         if not seeing:
             return
-        yield _Sight(row, len(seeing), first, until - first, seeing if seeing[-1] else None)
+        yield _VisibleTokens(row, len(seeing), first, until - first, seeing if seeing[-1] else None)
 
 
 def _runs(
@@ -198,11 +198,11 @@ def _runs(
     row = 0
     for segment in segments:
         table = requests[segment.request_id].table
-        for sight in _sights(segment, table, shard, window):
+        for visible in _visible_tokens(segment, table, shard, window):
             spans = table.spans(shard, segment.unmasked_until)
-            if sight.first:
-                spans = tuple(clip_spans(spans, sight.first, sight.first + sight.tokens))
-            runs.append(QueryRun(row + sight.row, sight.length, spans, sight.window_starts))
+            if visible.first:
+                spans = tuple(clip_spans(spans, visible.first, visible.first + visible.tokens))
+            runs.append(QueryRun(row + visible.row, visible.length, spans, visible.window_starts))
         row += segment.length
     return tuple(runs)
 
@@ -242,8 +242,8 @@ def _keys(
         shares.append(KeyShare(tuple(spans), tokens))
         row = 0
         for segment in mine:
-            for sight in _sights(segment, requests[segment.request_id].table, shard, window):
-                seen = Span(offset[key(segment)] + sight.first, sight.tokens)
-                runs.append(KeyRun(shard, row + sight.row, sight.length, seen, sight.window_starts))
+            for visible in _visible_tokens(segment, requests[segment.request_id].table, shard, window):
+                seen = Span(offset[key(segment)] + visible.first, visible.tokens)
+                runs.append(KeyRun(shard, row + visible.row, visible.length, seen, visible.window_starts))
             row += segment.length
     return tuple(shares), tuple(runs)

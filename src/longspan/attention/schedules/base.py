@@ -65,28 +65,28 @@ class Join:
     @property
     def packed_dim(self) -> int:
         """Width of a packed state: out and lse."""
-        return self.variant.travelling_dim + 1
+        return self.variant.sent_dim + 1
 
     def nothing(self) -> list[Tensor]:
         """For each member a packed state without rows: [0, Hq, out | lse]."""
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         return [self.q.new_empty(0, self.q.shape[1], self.packed_dim, dtype=dtype)] * self.group.collectives.size
 
-    def visit(self, queries: Sequence[Tensor]) -> list[Tensor]:
+    def attend_received(self, queries: Sequence[Tensor]) -> list[Tensor]:
         """Attention of all members' queries to this rank's pages.
 
         `queries` are [T, Hq, D] of each member in shard order, as they are sent. Returns packed states [T, Hq, out |
         lse] in the same order.
         """
         heads, found = self.q.shape[1], self.nothing()
-        blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, self.prepared.visiting, strict=True)
+        blocks = zip(self.group.shards_of_pcp, self.reach.block_rows, self.prepared.received, strict=True)
         for shards, rows, runs in blocks:
             # members of one pcp index have the same tokens and different heads: their queries share one kernel call
             if not rows:
                 continue
             held = [queries[shard] for shard in shards]
             together = held[0] if len(held) == 1 else torch.cat(held, dim=1)
-            packed = pack(self.variant.visiting(together, runs, self.kv))
+            packed = pack(self.variant.attend_received(together, runs, self.kv))
             for shard, piece in zip(shards, torch.split(packed, heads, dim=1), strict=True):
                 found[shard] = piece
         return found
@@ -95,7 +95,7 @@ class Join:
         """The state of this rank's rows, out [T, Hq, value_dim], from packed states that together cover all keys."""
         if not len(self.q):
             return AttentionState.empty(0, self.q.shape[1], self.variant.value_dim, self.q)
-        return self.variant.incoming(self.variant.merge([unpack(part) for part in packed]))
+        return self.variant.received_state(self.variant.merge([unpack(part) for part in packed]))
 
 
 def pack(part: AttentionState) -> Tensor:

@@ -16,7 +16,7 @@ _NAME = "gather_q"
 def run(join: Join) -> AttentionState:
     """See `Schedule.run`."""
     group, rows = join.group.collectives, join.rows
-    sends = join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))
+    sends = join.attend_received(group.all_gather(join.variant.sent_queries(join.q), rows, _NAME))
     shape = (len(join.q), join.q.shape[1], join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 

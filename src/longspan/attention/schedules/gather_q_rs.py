@@ -19,18 +19,19 @@ _NAME = "gather_q_rs"
 def run(join: Join) -> AttentionState:
     """See `Schedule.run`."""
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
-    parts = [unpack(packed) for packed in join.visit(group.all_gather(join.variant.outgoing(join.q), rows, _NAME))]
+    queries = group.all_gather(join.variant.sent_queries(join.q), rows, _NAME)
+    parts = [unpack(packed) for packed in join.attend_received(queries)]
     # the lse of every row of the group, from this member's pages; then from all pages
     mine = torch.cat([part.lse for part in parts])
     lse = torch.stack(group.all_gather(mine, [len(mine)] * len(rows), _NAME)).logsumexp(0)
     totals = torch.split(lse, [len(part.lse) for part in parts])
     sends = [_weighed(part, total) for part, total in zip(parts, totals, strict=True)]
-    shape = (len(join.q), heads, join.variant.travelling_dim)
+    shape = (len(join.q), heads, join.variant.sent_dim)
     returned = group.all_to_all(sends, [shape] * len(rows), _NAME)
     if not len(join.q):
         return AttentionState.empty(0, heads, join.variant.value_dim, join.q)
     own = totals[group.rank]
-    return join.variant.incoming(AttentionState(torch.stack(returned).sum(0), own))
+    return join.variant.received_state(AttentionState(torch.stack(returned).sum(0), own))
 
 
 def _weighed(part: AttentionState, total: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ def run(join: Join) -> AttentionState:
     group, rows, heads = join.group.collectives, join.rows, join.q.shape[1]
     pcp_of = {shard: pcp for pcp, shards in enumerate(join.group.shards_of_pcp) for shard in shards}
     sends = join.nothing()
-    mine = join.variant.outgoing(join.q)
+    mine = join.variant.sent_queries(join.q)
     for owner, queries in circulate(group, mine, [(count, *mine.shape[1:]) for count in rows], _NAME):
         if len(queries):
-            runs = join.prepared.visiting[pcp_of[owner]]
-            sends[owner] = pack(join.variant.visiting(queries, runs, join.kv, owner))
+            runs = join.prepared.received[pcp_of[owner]]
+            sends[owner] = pack(join.variant.attend_received(queries, runs, join.kv, owner))
     shape = (len(join.q), heads, join.packed_dim)
     return join.merged(group.all_to_all(sends, [shape] * len(rows), _NAME))
 

@@ -25,9 +25,9 @@ def run(join: Join) -> AttentionState:
     """See `Schedule.run`."""
     group, nodes, rows = join.group.collectives, join.group.nodes, join.rows
     exchange = _Exchange(group, rows)
-    home = next(node for node in nodes if group.rank in node)  # members on this machine
-    stands_for = {member: proxies(nodes, home, member) for member in home}  # whose rows each of them handles
-    mine = stands_for[group.rank]
+    local = next(node for node in nodes if group.rank in node)  # members on this machine
+    handled_by = {member: proxies(nodes, local, member) for member in local}  # whose rows each of them handles
+    mine = handled_by[group.rank]
 
     def merged(parts: Sequence[Tensor]) -> Tensor:
         return pack(join.variant.merge([unpack(part) for part in parts]))
@@ -36,27 +36,27 @@ def run(join: Join) -> AttentionState:
     queries = exchange(
         {proxy(node, nodes, group.rank): [group.rank] for node in nodes},
         {member: [member] for member in mine},
-        {group.rank: join.variant.outgoing(join.q)},
+        {group.rank: join.variant.sent_queries(join.q)},
     )
-    queries = exchange(dict.fromkeys(home, mine), stands_for, queries)
-    states = dict(enumerate(join.visit([queries[member] for member in range(group.size)])))
+    queries = exchange(dict.fromkeys(local, mine), handled_by, queries)
+    states = dict(enumerate(join.attend_received([queries[member] for member in range(group.size)])))
     # states to the proxy, which merges them, then from each machine's proxy to the member that the rows belong to
-    gathered = exchange({peer: stands_for[peer] for peer in home}, dict.fromkeys(home, mine), states, merged)
+    gathered = exchange({peer: handled_by[peer] for peer in local}, dict.fromkeys(local, mine), states, merged)
     reps = [proxy(node, nodes, group.rank) for node in nodes]
-    home_again = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
-    return join.merged([home_again[group.rank]])
+    returned = exchange({m: [m] for m in mine}, {rep: [group.rank] for rep in reps}, gathered, merged)
+    return join.merged([returned[group.rank]])
 
 
 def proxy(node: Sequence[int], nodes: _Nodes, member: int) -> int:
     """The member of machine `node` that handles the rows of `member`: itself on its own machine."""
-    place = next(home.index(member) for home in nodes if member in home)
+    place = next(members.index(member) for members in nodes if member in members)
     return node[place % len(node)]
 
 
 def proxies(nodes: _Nodes, node: Sequence[int], member: int) -> list[int]:
     """All members whose rows `member` handles on its machine `node`, in order."""
-    everyone = sorted(other for home in nodes for other in home)
-    return [other for other in everyone if proxy(node, nodes, other) == member]
+    all_members = sorted(other for members in nodes for other in members)
+    return [other for other in all_members if proxy(node, nodes, other) == member]
 
 
 class _Exchange:
@@ -85,12 +85,12 @@ class _Exchange:
             The combined tensors by member.
         """
         like = next(iter(held.values()))
-        outgoing = [
+        to_send = [
             torch.cat([held[member] for member in sends[peer]]) if sends.get(peer) else like[:0]
             for peer in range(self._group.size)
         ]
         counts = [[self._rows[member] for member in arrives.get(peer, [])] for peer in range(self._group.size)]
-        received = self._group.all_to_all(outgoing, [(sum(c), *like.shape[1:]) for c in counts], _NAME)
+        received = self._group.all_to_all(to_send, [(sum(c), *like.shape[1:]) for c in counts], _NAME)
         found: dict[int, list[Tensor]] = {}
         for peer, whole in enumerate(received):
             for member, part in zip(arrives.get(peer, []), torch.split(whole, counts[peer]), strict=True):
@@ -102,8 +102,8 @@ def seconds(step: StepTotals) -> LayerTime:
     """See `Schedule.seconds`: two exchanges for queries and two for states; one copy for each machine crosses."""
     model, rows = step.model, step.totals.rows
     shape, at, nodes = model.shape, model.constants, model.group.nodes
-    widest, most, visiting = max(map(len, nodes)), max(rows), sum(rows) * model.group.members_per_pcp
-    arriving = visiting * shape.query_bytes
+    widest, most, received_rows = max(map(len, nodes)), max(rows), sum(rows) * model.group.members_per_pcp
+    arriving = received_rows * shape.query_bytes
     across = (len(nodes) - 1) / len(nodes)
     column = most * len(nodes) * shape.state_bytes
     inside = (arriving + (widest - 1) * column) * at.byte_s
@@ -112,7 +112,7 @@ def seconds(step: StepTotals) -> LayerTime:
         fixed=step.fixed(_NAME, 4, step.query_calls),
         compute=step.query_compute,
         transfer=inside + crossing,
-        copies=(visiting * shape.state_bytes + (widest + 1) * column) * at.copy_s,
+        copies=(received_rows * shape.state_bytes + (widest + 1) * column) * at.copy_s,
     )
 
 

@@ -22,8 +22,8 @@ from longspan.attention.backends.triton.work import (
     most_blocks,
     most_items,
     plan_work,
-    sights_of_diagonal,
-    sights_of_runs,
+    visible_in_runs,
+    visible_on_diagonal,
 )
 from longspan.plan.reach import QueryRun
 
@@ -111,8 +111,8 @@ class Plans:
     @staticmethod
     def of_diagonal(tokens: int, window: int | None, device: torch.device) -> Plans:
         """Plans for the diagonal of a segment."""
-        sights = sights_of_diagonal(tokens, window)
-        return Plans(tokens, tokens, device, lambda tiling: plan_work(sights, Slots(), tokens, tiling))
+        visible = visible_on_diagonal(tokens, window)
+        return Plans(tokens, tokens, device, lambda tiling: plan_work(visible, Slots(), tokens, tiling))
 
     def plan(self, tiling: Tiling) -> WorkPlan:
         """The plan for one tiling."""
@@ -166,8 +166,8 @@ class RefillablePlans(Plans):
 
 def _work_of_runs(runs: Sequence[QueryRun], rows: int) -> Callable[[Tiling], Work]:
     """A function that plans the work of these runs for a tiling."""
-    sights, index = sights_of_runs(runs)
-    return lambda tiling: plan_work(sights, index, rows, tiling)
+    visible, index = visible_in_runs(runs)
+    return lambda tiling: plan_work(visible, index, rows, tiling)
 
 
 def _expanded(slots: Slots) -> Tensor | None:

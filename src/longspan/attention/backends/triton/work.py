@@ -91,7 +91,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisibleColumns:
     """The columns that adjacent rows (tokens) see. A row sees only columns that are in some stretch."""
 
     # first row
@@ -169,34 +169,34 @@ class _Draft:
     partials: int = 0
 
 
-def sights_of_runs(runs: Sequence[QueryRun]) -> tuple[list[Sight], Slots]:
+def visible_in_runs(runs: Sequence[QueryRun]) -> tuple[list[VisibleColumns], Slots]:
     """(what runs see off the diagonal, the index of slots of their short spans)."""
     index = Slots()
     seen: dict[tuple[Span, ...], tuple[Stretch, ...]] = {}  # segments of one request may see the same
-    sights: list[Sight] = []
+    visible: list[VisibleColumns] = []
     for run in runs:
         if run.spans not in seen:
             seen[run.spans] = tuple(_stretches(run.spans, index))
         lows = (0,) * run.length if run.window_starts is None else run.window_starts
-        sights.append(Sight(run.row, seen[run.spans], lows, (run.tokens,) * run.length))
-    return sights, index
+        visible.append(VisibleColumns(run.row, seen[run.spans], lows, (run.tokens,) * run.length))
+    return visible, index
 
 
-def sights_of_diagonal(tokens: int, window: int | None) -> list[Sight]:
+def visible_on_diagonal(tokens: int, window: int | None) -> list[VisibleColumns]:
     """What a segment of `tokens` tokens sees on the diagonal: the tokens up to the own one, or `window` of them."""
     lows = (0,) * tokens if window is None else [max(0, row + 1 - window) for row in range(tokens)]
-    return [Sight(0, (Stretch(0, tokens, 0, False),), lows, range(1, tokens + 1))]
+    return [VisibleColumns(0, (Stretch(0, tokens, 0, False),), lows, range(1, tokens + 1))]
 
 
-def plan_work(sights: Sequence[Sight], index: Slots, rows: int, tiling: Tiling) -> Work:
-    """The work of one launch over `rows` rows (tokens). A row may be in one sight at most.
+def plan_work(visible: Sequence[VisibleColumns], index: Slots, rows: int, tiling: Tiling) -> Work:
+    """The work of one launch over `rows` rows (tokens). A row may be in one range of rows at most.
 
-    Rows of no sight get an item without columns, which writes the identity.
+    Other rows get an item without columns, which writes the identity.
     """
     bounds = [(0, 0)] * rows
-    for sight in sights:
-        bounds[sight.row : sight.row + len(sight.lows)] = zip(sight.lows, sight.highs, strict=True)
-    blocks = [block for sight in [*sights, *_blind(sights, rows)] for block in _blocks(sight, tiling)]
+    for seen in visible:
+        bounds[seen.row : seen.row + len(seen.lows)] = zip(seen.lows, seen.highs, strict=True)
+    blocks = [block for seen in [*visible, *_without_columns(visible, rows)] for block in _blocks(seen, tiling)]
     longest = _piece_length(blocks, tiling)
     draft = _Draft()
     for block in blocks:
@@ -239,31 +239,31 @@ def _stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
             column += span.length
 
 
-def _blind(sights: Sequence[Sight], rows: int) -> Iterator[Sight]:
-    """Sights without columns, for rows that are in no sight."""
+def _without_columns(visible: Sequence[VisibleColumns], rows: int) -> Iterator[VisibleColumns]:
+    """Empty lists of columns, for the rows that are in no range of `visible`."""
     at = 0
-    for sight in sorted(sights, key=lambda sight: sight.row):
-        if sight.row > at:
-            yield Sight(at, (), (0,) * (sight.row - at), (0,) * (sight.row - at))
-        at = max(at, sight.row + len(sight.lows))
+    for seen in sorted(visible, key=lambda seen: seen.row):
+        if seen.row > at:
+            yield VisibleColumns(at, (), (0,) * (seen.row - at), (0,) * (seen.row - at))
+        at = max(at, seen.row + len(seen.lows))
     if rows > at:
-        yield Sight(at, (), (0,) * (rows - at), (0,) * (rows - at))
+        yield VisibleColumns(at, (), (0,) * (rows - at), (0,) * (rows - at))
 
 
-def _blocks(sight: Sight, tiling: Tiling) -> Iterator[_Block]:
-    """Cut the packed rows of a sight into tiles."""
-    packed = len(sight.lows) * tiling.group
+def _blocks(seen: VisibleColumns, tiling: Tiling) -> Iterator[_Block]:
+    """Cut the packed rows of a range into tiles."""
+    packed = len(seen.lows) * tiling.group
     for first in range(0, packed, tiling.block_m):
         count = min(tiling.block_m, packed - first)
         tokens = slice(first // tiling.group, (first + count - 1) // tiling.group + 1)
-        lows, highs = sight.lows[tokens], sight.highs[tokens]
+        lows, highs = seen.lows[tokens], seen.highs[tokens]
         low, high = min(lows), max(highs)
         ranges = [
             Stretch(max(low, s.start), min(high, s.stop), s.place, s.gathered)
-            for s in sight.stretches
+            for s in seen.stretches
             if s.start < high and low < s.stop
         ]
-        yield _Block(sight.row, first, count, [r for r in ranges if r.start < r.stop], max(lows), min(highs))
+        yield _Block(seen.row, first, count, [r for r in ranges if r.start < r.stop], max(lows), min(highs))
 
 
 def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
