@@ -15,15 +15,15 @@ import zmq
 from longspan.disaggregation.handshake import parts_of
 from longspan.disaggregation.messages import (
     Accepted,
+    Available,
     Computed,
-    Have,
     Hello,
     PageBlock,
     PageRequest,
     Prefill,
+    Subscribe,
     ToPrefill,
     ToSender,
-    Watch,
     Welcome,
     encode,
 )
@@ -41,7 +41,7 @@ class FakePeer:
     token_bytes: int
     welcome: Callable[[Source], Source | bytes] = lambda source: source
     accept: Callable[[int, str], list[Any]] = lambda number, request: [Accepted(number, request)]
-    have: Callable[[str], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
+    have: Callable[[str], Any] = lambda request: Available(LIFE, request, [(0, 1 << 20)])
     block: Callable[[bytes], bytes] = lambda zeros: zeros
     computes: bool = True
     greetings: int = 0
@@ -82,7 +82,7 @@ class FakePeer:
 
     def _asked(self, data: bytes) -> Iterator[list[bytes]]:
         match msgspec.msgpack.decode(data, type=ToSender):
-            case Watch(_, request):
+            case Subscribe(_, request):
                 said = self.have(request)
                 yield [said if isinstance(said, bytes) else encode(said)]
             case PageRequest(_, block, _, layers, heads, runs):

@@ -55,7 +55,7 @@ class Running:
 
     @property
     def address(self) -> str:
-        return self.core.role.card.address
+        return self.core.role.info.address
 
     def call(self, action: Any) -> None:
         """Have the stepping thread do something."""

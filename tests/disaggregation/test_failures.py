@@ -147,7 +147,7 @@ def test_a_preempted_request_is_computed_again_where_it_is():
 
 
 def test_a_prefill_instance_that_stops_sending_is_given_up(monkeypatch):
-    monkeypatch.setattr(PageSender, "_answer", lambda *_: None)
+    monkeypatch.setattr(PageSender, "_send_block", lambda *_: None)
     with pair(config_of(), config_of(), patience_seconds=0.5) as both:
         assert both.complete("0", PROMPT) == expected("llama", PROMPT)
         assert both.decode.core.role.counters.retried == 1

@@ -7,7 +7,7 @@ import pytest
 from longspan.cache.pages import PageRef, PageTable
 from longspan.config import ParallelConfig
 from longspan.disaggregation.layout_map import cells, runs_on
-from longspan.disaggregation.pulls import Pulls
+from longspan.disaggregation.pulls import PullTracker
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_layers
 from longspan.plan.source import Part
@@ -51,7 +51,7 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
     for mine in parts(ours, q_heads, kv_heads):
         wanted = runs_on(goal, mine.shard, start, tokens)
         found = cells(mine, parts_there)
-        pulls = Pulls(found, wanted, [dice.randint(1, 9) for _ in found])
+        pulls = PullTracker(found, wanted, [dice.randint(1, 9) for _ in found])
         seen = set()
         for rank in dice.sample(sorted(pulls.ranks), len(pulls.ranks)):
             pulls.offer(rank, runs_on(source, parts_there[rank].shard, 0, tokens))
@@ -67,7 +67,7 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
                 }  # fmt: skip
                 assert not rows & seen
                 seen |= rows
-            pulls.arrived(pull)
+            pulls.received(pull)
         assert pulls.done
         assert seen == {
             (layer, head, position)
@@ -93,7 +93,7 @@ def test_parts_of_a_model_with_fewer_heads_do_not_fit():
 
 def one_cell(wanted, limit=100):
     part = Part(0, 0, (0, 1), (0, 1))
-    return Pulls(cells(part, [part]), wanted, [limit])
+    return PullTracker(cells(part, [part]), wanted, [limit])
 
 
 def test_what_is_offered_twice_is_asked_for_once():
@@ -111,7 +111,7 @@ def test_what_was_refused_is_asked_for_again_when_it_is_offered_again():
     pulls.refused(pulls.next())
     assert pulls.next() is None
     pulls.offer(0, [(0, 4)])
-    pulls.arrived(pulls.next())
+    pulls.received(pulls.next())
     assert pulls.done
 
 

@@ -79,7 +79,10 @@ def test_what_is_signed_is_fetched(decode):
 @pytest.mark.parametrize(
     ("signed", "problem"),
     [
-        (lambda address, body: sign(TOKEN, [address], body, time.time() - VALID_SECONDS - 60), "a time that is over"),
+        (
+            lambda address, body: sign(TOKEN, [address], body, time.time() - VALID_SECONDS - 60),
+            "has a signature that expired",
+        ),
         (lambda address, body: sign("another secret of that kind", [address], body, time.time()), "no valid signature"),
         (lambda address, body: sign(TOKEN, ["tcp://127.0.0.1:1"], body, time.time()), "no valid signature"),
         (lambda address, body: sign(TOKEN, [address], body + b" ", time.time()), "no valid signature"),

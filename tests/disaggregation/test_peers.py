@@ -8,22 +8,22 @@ import pytest
 import zmq
 
 from longspan.config import TransferConfig
+from longspan.disaggregation.authentication import LARGEST_MESSAGE, present_token
 from longspan.disaggregation.handshake import format_of
 from longspan.disaggregation.layout_map import problem_of
-from longspan.disaggregation.lock import LARGEST_MESSAGE, unlock
 from longspan.disaggregation.messages import (
     Accepted,
-    Broken,
-    Ended,
-    Have,
+    Available,
     Hello,
     Missing,
     PageBlock,
     PageRequest,
     Prefill,
+    PrefillFailed,
     Release,
     ToDecode,
     ToReceiver,
+    TransferFailed,
     Welcome,
     encode,
 )
@@ -37,7 +37,7 @@ from tests.oracle import prompt_of
 PROMPT = tuple(prompt_of(100))
 TOKEN = "a secret of some length"
 NO_TEXT = b"\x81\xa4type\xa2\xff\xfe"
-NESTED = b"\x82\xa1x" + b"\x91" * 5000 + b"\x01\xa4type\xa5Pulse"
+NESTED = b"\x82\xa1x" + b"\x91" * 5000 + b"\x01\xa4type\xa4Ping"
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def test_a_prompt_that_is_accepted_twice_is_computed_elsewhere():
 
 
 RANKS = {
-    "positions in the wrong order": {"have": lambda request: Have(LIFE, request, [(50, 100), (0, 50)])},
-    "runs of less than nothing": {"have": lambda request: Have(LIFE, request, [(9, 2)])},
+    "positions in the wrong order": {"have": lambda request: Available(LIFE, request, [(50, 100), (0, 50)])},
+    "runs of less than nothing": {"have": lambda request: Available(LIFE, request, [(9, 2)])},
     "bytes that are no message": {"have": lambda _: NO_TEXT},
     "a block that is too short": {"block": lambda zeros: zeros[:-1]},
     "a block of nothing": {"block": lambda _: b""},
@@ -104,7 +104,7 @@ def test_two_prompts_of_one_name_are_not_taken_for_each_other():
     with (
         decode_instance() as decode,
         fake_peer(
-            decode.core.setup, have=lambda request: Have(LIFE, request, []),
+            decode.core.setup, have=lambda request: Available(LIFE, request, []),
             accept=lambda number, _: [Accepted(number, "same")],
         ) as peer,
     ):  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_peer_that_greets_and_stays_silent_is_waited_for_no_longer_than_the_pa
 
 
 def test_a_peer_that_never_has_a_prompt_is_waited_for_no_longer_than_prompts_may_take():
-    have = lambda request: Have(LIFE, request, [])  # noqa: E731
+    have = lambda request: Available(LIFE, request, [])  # noqa: E731
     assert_computed_elsewhere({"prompt_seconds": 0.5}, have=have, computes=False)
 
 
@@ -166,7 +166,7 @@ def spoken_to(token=""):
     context = zmq.Context()
     try:
         socket = context.socket(zmq.DEALER)
-        unlock(socket, token)
+        present_token(socket, token)
         socket.connect(running.address)
         yield running, socket
     finally:
@@ -202,7 +202,7 @@ def test_a_number_that_a_decode_instance_uses_twice_is_refused():
         greeted(running, socket)
         for _ in range(2):
             socket.send(encode(Prefill(1, list(PROMPT))))
-        assert "in use" in answer(socket, Ended).reason
+        assert "in use" in answer(socket, PrefillFailed).reason
         socket.send(encode(Release(1)))
         running.settle()
         running.start("0", PROMPT, 8)
@@ -260,7 +260,7 @@ def test_a_question_that_names_a_token_twice_is_not_answered():
 def test_who_has_not_the_token_is_not_heard(token):
     with spoken_to(TOKEN) as (running, friend):
         stranger = friend.context.socket(zmq.DEALER)
-        unlock(stranger, token)
+        present_token(stranger, token)
         turned_away(stranger, running.address, encode(Hello(format_of(running.core.setup))))
         assert not stranger.poll(0)
         greeted(running, friend)
@@ -283,8 +283,8 @@ def test_a_decode_instance_with_another_token_computes_for_itself_and_says_so(ca
 def test_what_a_rank_tells_its_driver_cannot_be_said_by_a_peer():
     with spoken_to() as (running, socket):
         source = greeted(running, socket)
-        socket.send_multipart([source.epoch.encode(), encode(Broken(0, "so they say"))])
-        socket.send(encode(Broken(0, "so they say")))
+        socket.send_multipart([source.epoch.encode(), encode(TransferFailed(0, "so they say"))])
+        socket.send(encode(TransferFailed(0, "so they say")))
         greeted(running, socket)  # so the instance has read what came before
         running.start("0", PROMPT, 8)
         assert running.result("0") == expected("llama", PROMPT)
@@ -335,5 +335,5 @@ def test_the_token_is_told_to_nobody():
     assert token not in repr(config)
     with decode_instance(token=token) as decode:
         assert token not in str(msgspec.json.encode(decode.core.setup.config))  # the ranks' configuration
-        assert token not in str(msgspec.json.encode(decode.core.role.card))
+        assert token not in str(msgspec.json.encode(decode.core.role.info))
     assert resolve(config).config.transfer.token == token  # the server's own has it

@@ -50,11 +50,11 @@ class Fake:
         return f"tcp://127.0.0.1:{1 + id(self) % 1000}"
 
     async def _peer(self, _: Request) -> JSONResponse:
-        card = {
+        info = {
             "role": self.role, "address": self.address.replace("127.0.0.1", "0.0.0.0"), "format": self.format,
             "token": token_digest(self.token), "prefill_peers": self.peers,
         }  # fmt: skip
-        return JSONResponse({"card": card, "model": "tiny", "waiting": 0, "running": 0})
+        return JSONResponse({"info": info, "model": "tiny", "waiting": 0, "running": 0})
 
     async def _asked(self, request: Request):
         self.paths.append(request.scope["raw_path"].decode())
@@ -158,7 +158,7 @@ def test_configured_peers_are_named_without_a_token():
             TOKEN,
             "than the prefill instance tcp.*or only one has any; .*same --transfer-token-file.*--prefill-peers tcp",
         ),
-        (TOKEN, "", "was not told of the prefill instance"),
+        (TOKEN, "", "does not know the prefill instance"),
         ("another secret of that kind", TOKEN, "has another transfer token than the router"),
     ],
     ids=["none there", "none here", "another"],

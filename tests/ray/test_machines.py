@@ -8,10 +8,10 @@ import pytest
 import zmq
 
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.driver.executors.ray_cluster import _fitting
-from longspan.engine.driver.executors.remote import _placed
+from longspan.engine.driver.executors.ray_cluster import _runs_that_fit
+from longspan.engine.driver.executors.remote import _with_hosts
 from longspan.engine.setup import resolve
-from longspan.engine.transport.connection import interface_of, own_address, use_interface, watch_peers
+from longspan.engine.transport.connection import detect_lost_peers, interface_of, own_address, use_interface
 from tests.oracle import tiny_folder
 
 
@@ -29,18 +29,18 @@ def setup(**parallel):
     ],
 )
 def test_ranks_that_report_from_one_address_share_a_machine(hosts, nodes):
-    found = _placed(setup(prefill_context_parallel_size=4), hosts)
+    found = _with_hosts(setup(prefill_context_parallel_size=4), hosts)
     assert found.grid.nodes((0, 1, 2, 3)) == nodes
 
 
 def test_a_user_who_names_the_machines_is_believed():
-    found = _placed(setup(prefill_context_parallel_size=4, ranks_per_node=2), ["a", "b", "c", "d"])
+    found = _with_hosts(setup(prefill_context_parallel_size=4, ranks_per_node=2), ["a", "b", "c", "d"])
     assert found.grid.nodes((0, 1, 2, 3)) == ((0, 1), (2, 3))
 
 
 @pytest.mark.parametrize(("room", "run", "fit"), [([4, 4], 4, 2), ([3, 3], 2, 2), ([3, 3], 4, 0), ([], 1, 0)])
 def test_runs_fit_only_whole_on_a_machine(room, run, fit):
-    assert _fitting(room, run) == fit
+    assert _runs_that_fit(room, run) == fit
 
 
 def test_the_own_address_is_the_one_towards_the_peer_and_names_an_interface():
@@ -58,7 +58,7 @@ def test_ranks_of_one_machine_use_the_loopback_unless_the_user_names_an_interfac
 
 def test_who_sends_a_driver_more_than_any_rank_would_is_cut_off():
     with zmq.Context() as context, context.socket(zmq.ROUTER) as driver, context.socket(zmq.DEALER) as stranger:
-        watch_peers(driver, 10.0)
+        detect_lost_peers(driver, 10.0)
         monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         stranger.linger = 0
         stranger.connect(f"tcp://127.0.0.1:{driver.bind_to_random_port('tcp://127.0.0.1')}")
