@@ -1,4 +1,4 @@
-"""Any two layouts fit together: every row of every token comes once, from a rank that has it."""
+"""For any two layouts, every cache row of every token is fetched once, from a rank that has it."""
 
 import random
 
@@ -76,17 +76,17 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
         }  # fmt: skip
 
 
-def test_replicas_share_the_work():
+def test_replicas_fetch_from_different_ranks():
     latent = [Part(rank, 0, (0, 2), (0, 1)) for rank in range(4)]
     assert {cell.ranks for mine in latent for cell in cells(mine, latent)} == {(0,), (1,), (2,), (3,)}
 
 
-def test_parts_of_a_model_with_fewer_layers_do_not_fit():
+def test_a_layer_that_no_rank_holds_is_an_error():
     with pytest.raises(ValueError, match="no rank holds layers 3"):
         cells(Part(0, 0, (0, 4), (0, 2)), [Part(0, 0, (0, 3), (0, 2))])
 
 
-def test_parts_of_a_model_with_fewer_heads_do_not_fit():
+def test_a_kv_head_that_no_rank_holds_is_an_error():
     with pytest.raises(ValueError, match="no rank of the shard holds KV head 2"):
         cells(Part(0, 0, (0, 4), (0, 3)), [Part(0, 0, (0, 4), (0, 2))])
 
@@ -96,7 +96,7 @@ def one_cell(wanted, limit=100):
     return PullTracker(cells(part, [part]), wanted, [limit])
 
 
-def test_what_is_offered_twice_is_asked_for_once():
+def test_a_token_that_is_offered_twice_is_requested_once():
     pulls = one_cell([(0, 8)])
     pulls.offer(0, [(0, 4)])
     assert pulls.next().runs == ((0, 4),)
@@ -105,7 +105,7 @@ def test_what_is_offered_twice_is_asked_for_once():
     assert pulls.next() is None
 
 
-def test_what_was_refused_is_asked_for_again_when_it_is_offered_again():
+def test_a_refused_token_is_requested_again_after_another_offer():
     pulls = one_cell([(0, 4)])
     pulls.offer(0, [(0, 4)])
     pulls.refused(pulls.next())
@@ -115,13 +115,13 @@ def test_what_was_refused_is_asked_for_again_when_it_is_offered_again():
     assert pulls.done
 
 
-def test_a_pull_holds_no_more_than_its_limit():
+def test_a_pull_has_no_more_tokens_than_its_limit():
     pulls = one_cell([(2, 5), (9, 14)], limit=4)
     pulls.offer(0, [(0, 20)])
     assert [pulls.next().runs for _ in range(2)] == [((2, 5), (9, 10)), ((10, 14),)]
 
 
-def test_a_rank_that_stores_nothing_is_done_and_asks_nobody():
+def test_a_rank_that_stores_no_token_is_done_and_needs_no_other_rank():
     pulls = one_cell([])
     assert pulls.done
     assert not pulls.ranks

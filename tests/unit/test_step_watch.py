@@ -122,7 +122,7 @@ def test_steps_without_tokens_measure_nothing():
     assert watched.pace is None
 
 
-def test_silence_ends_with_a_word():
+def test_a_message_resets_the_silence():
     clock = Clock()
     silence = SilenceTimer(clock)
     for clock.now in (0.4, 0.8, 1.2):
@@ -132,7 +132,7 @@ def test_silence_ends_with_a_word():
     assert silence.seconds == 0
 
 
-def test_time_in_which_nobody_listened_is_no_silence():
+def test_time_in_which_the_timer_was_not_updated_is_no_silence():
     clock = Clock()
     silence = SilenceTimer(clock)
     clock.now = 3600.0

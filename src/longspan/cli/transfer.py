@@ -1,12 +1,11 @@
-"""Options of `serve` and `route` that join prefill and decode instances.
+"""Options of `serve` and `route` that connect prefill and decode instances.
 
-It owns where the transfer token comes from; what it is good for is disaggregation's.
+It owns where the transfer token comes from; what the token is used for is in `disaggregation/`.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ import typer
 from longspan.cli.options import flag
 from longspan.config import TransferConfig, require
 from longspan.config.addresses import is_loopback
-from longspan.errors import ConfigError
+from longspan.secret_file import read_secret_file
 
 TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"
 
@@ -32,14 +31,14 @@ TransferTokenFile = Annotated[
 
 
 def read_token(file: str | None) -> str:
-    """The transfer token, '' for none. Raises `ConfigError` for a file that has none."""
+    """The transfer token of a file, or without a file of the environment; empty for none.
+
+    Raises `ConfigError` for a file that is empty or cannot be read.
+    """
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     remedy = f"put a secret into it, as with `openssl rand -hex 32 > {file}`"
-    try:
-        token = Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("transfer_token_file", file, f"cannot be read ({type(error).__name__})", remedy) from error
+    token = read_secret_file("transfer_token_file", file, remedy).strip()
     require(token != "", "transfer_token_file", file, "is empty", remedy)
     return token
 
@@ -47,7 +46,7 @@ def read_token(file: str | None) -> str:
 def transfer_config(
     role: str | None, host: str, port: int, prefill_peers: str | None, token_file: str | None
 ) -> TransferConfig | None:
-    """What makes an instance one side of a pair, None without a role. Raises `ConfigError`."""
+    """The configuration of a prefill or decode instance; None without a role. Raises `ConfigError`."""
     if role is None:
         for name, value in (("prefill_peers", prefill_peers), ("transfer_token_file", token_file)):
             require(value is None, name, value, "means nothing without a role", "give --role prefill or --role decode")
@@ -57,7 +56,7 @@ def transfer_config(
 
 
 def warnings(config: TransferConfig | None) -> list[str]:
-    """What a user should know of a configuration that does less than it seems to."""
+    """Warnings about a configuration that is open to others, or that has no effect."""
     if config is None or config.token:
         return []
     if config.role == "prefill" and not is_loopback(config.host):
