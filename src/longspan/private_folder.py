@@ -20,9 +20,9 @@ _LOCK, _NEW_LOCK = "lock", "lock.new"
 class PrivateFolder(tempfile.TemporaryDirectory[str]):
     """A folder that only this user can open.
 
-    It is removed by `cleanup` or with the object. If the process was killed, it is removed when a process of this user
-    makes the next one. That process recognises it by a lock file in it: the process that made the folder holds the
-    lock, and the kernel releases it however that process ends.
+    It is removed by `cleanup`, or when the object is deleted. If the process was killed, it is removed when any process
+    of this user makes the next one. That process recognises it by a lock file in it: the process that made the folder
+    holds the lock, and the kernel releases it however that process ends.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ def refused(address: str, message: str) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:", "127.0.0.1:99999", "no such host:6379"])
 def test_an_address_where_nothing_listens_is_refused(address):
-    refused(address, "nobody answers there .*; give HOST:PORT")
+    refused(address, "no server answers there .*; give HOST:PORT")
 
 
 def test_the_address_of_another_server_is_refused():
@@ -59,4 +59,4 @@ def test_the_address_of_another_server_is_refused():
 def test_an_address_that_accepts_and_never_answers_is_refused(monkeypatch):
     monkeypatch.setattr("longspan.engine.driver.executors.ray_cluster._PROBE_SECONDS", 0.2)
     with listener(None) as address:
-        refused(address, "nobody answers there .*timed out")
+        refused(address, "no server answers there .*timed out")

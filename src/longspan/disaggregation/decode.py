@@ -40,7 +40,7 @@ class _RemotePrefill:
     candidates: list[str]
     # connection to the instance that computes it
     connection: Connection | None = None
-    # its number in the messages on this connection
+    # the prompt's number in the messages on this connection
     number: int = 0
     # its id in that instance; None until `Accepted`
     remote_id: str | None = None
@@ -147,12 +147,12 @@ class DecodeRole(Role):
         There is no limit between the last computed page and the plan of the fetch, when the request waits for free
         pages of this instance.
         """
-        waited, patience, deadline = now - prefill.progress_at, self.config.patience_seconds, self.config.prompt_seconds
+        waited, timeout, longest = now - prefill.progress_at, self.config.patience_seconds, self.config.prompt_seconds
         if prefill.remote_id is None:
-            return f"the prompt was not accepted for {patience:g} s" if waited > patience else None
+            return f"the prompt was not accepted for {timeout:g} s" if waited > timeout else None
         if not prefill.computed:
-            return f"the prompt was not computed for {deadline:g} s" if waited > deadline else None
-        return f"no pages arrived for {patience:g} s" if prefill.fetch and waited > patience else None
+            return f"the prompt was not computed for {longest:g} s" if waited > longest else None
+        return f"no pages arrived for {timeout:g} s" if prefill.fetch and waited > timeout else None
 
     def _send_prompt(self, prefill: _RemotePrefill) -> None:
         """Send a prompt to the next prefill instance whose connection can be opened; if there is none, compute it here.

@@ -165,7 +165,7 @@ class Role(ABC):
     def __init__(self, config: TransferConfig, page_format: Format) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._control = ControlSocket(config, self._context)
-        self.config = self._control.config  # for the ranks
+        self.config = self._control.config  # for the ranks: with the control address, without the token
         self.info = InstanceInfo.of(config, self._control.address, page_format)
         self.counters = TransferCounters()
         self._core: CoreHandle | None = None

@@ -74,7 +74,7 @@ class Accepted(msgspec.Struct, tag=True, frozen=True):
 
     # as in `Prefill`
     number: int
-    # the request's id in the prefill instance. Ranks send its pages to whoever names it
+    # the request's id in the prefill instance. Ranks send its pages to any peer that names it
     request: str
 
 
@@ -195,7 +195,7 @@ class Available(msgspec.Struct, tag=True, frozen=True):
     epoch: str
     # the request's id there
     request: str
-    # positions that are new since the last such message, in order
+    # positions that were not reported before, in order; all of them again after the request was preempted
     runs: list[Extent]
 
 

@@ -19,14 +19,17 @@ _UNNAMED = "default"
 
 @dataclass(frozen=True)
 class NamedKey:
-    """One key that clients may send; whoever keeps the file tells keys apart by `name`."""
+    """A key that clients may send. `name` identifies it in messages to the user."""
 
     name: str
     key: str = field(repr=False)
 
 
 def read_keys(file: str | None, environment: Mapping[str, str]) -> tuple[NamedKey, ...]:
-    """Of a file with `name:key` lines, or one key alone; without a file, of the environment. Raises `ConfigError`."""
+    """The keys of a file, or without a file the one of the environment, if any. Raises `ConfigError`.
+
+    A line of the file is `name:key`, a key alone, a comment, or empty.
+    """
     if file is None:
         value = environment.get(KEY_VARIABLE)
         if value is None:
@@ -49,7 +52,10 @@ def read_keys(file: str | None, environment: Mapping[str, str]) -> tuple[NamedKe
 
 
 def is_known(given: bytes, keys: Sequence[NamedKey]) -> bool:
-    """Whether it is `Bearer KEY` with one of the keys. The time it takes tells neither which one nor how near it is."""
+    """Whether `given` is `Bearer KEY` with one of the keys.
+
+    All keys are compared in constant time, so the time reveals neither which key it is nor how many characters match.
+    """
     digest, known = sha256(given).digest(), False
     for one in keys:
         known |= hmac.compare_digest(digest, sha256(f"Bearer {one.key}".encode()).digest())

@@ -83,7 +83,7 @@ class _StopCheck:
         self._left = request.max_tokens - len(request.output_token_ids)
 
     def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
-        """The new tokens up to the one that ends the completion, and the reason; None if it goes on."""
+        """The new tokens up to the one that ends the completion, and the reason. The reason is None if none ends it."""
         for count, token in enumerate(tokens, 1):
             self._left -= 1
             if token.token_id in self._stops:
@@ -178,7 +178,7 @@ class EngineCore:
             if self.role and self._stop_checks:  # all requests wait for other instances
                 self.role.wait(_POLL_SECONDS)
             return []
-        except BaseException:  # KeyboardInterrupt too: ranks, scheduler and outputs now disagree on what was computed
+        except BaseException:  # also KeyboardInterrupt: ranks and scheduler may differ now, so no step can follow
             self._in_flight.clear()
             self.shutdown()
             raise

@@ -60,7 +60,7 @@ def connect_to_driver(zmq_socket: zmq.Socket[bytes], address: str, hello: bytes)
             if connected:
                 zmq_socket.send(hello)
     raise ConfigError(
-        "driver", address, f"nobody has answered for {_CONNECT_SECONDS:.0f} s",
+        "driver", address, f"no driver has answered for {_CONNECT_SECONDS:.0f} s",
         "start `longspan serve` with `--executor external --listen` there, and look for a firewall between",
     )  # fmt: skip
 

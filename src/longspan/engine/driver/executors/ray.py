@@ -16,7 +16,7 @@ _MAX_SHOWN = 200  # characters of each end of Ray's error when an actor has died
 
 
 class RayExecutor(RemoteExecutor):
-    """See `RemoteExecutor`. Raises `ConfigError` also if the cluster cannot be joined or has no room for the ranks."""
+    """See `RemoteExecutor`. Raises `ConfigError` also if the cluster cannot be joined or is too small."""
 
     def __init__(self, setup: EngineSetup) -> None:
         self._ray = import_ray()

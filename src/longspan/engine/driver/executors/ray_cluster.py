@@ -207,7 +207,7 @@ def _probe(address: str) -> None:
             answer = probe.recv(9)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(
-            "ray_address", address, f"nobody answers there ({error})",
+            "ray_address", address, f"no server answers there ({error})",
             "give HOST:PORT as `ray start --head` prints it, or leave it out to start Ray on this machine",
         ) from error  # fmt: skip
     if not answer or (answer[0] != _TLS_ALERT and answer[3:4] != bytes([_SETTINGS])):

@@ -131,7 +131,7 @@ class RemoteExecutor(ABC):
             self._send_to(name, messages.STOP)
         self._end(_STOP_SECONDS)
         self._socket.close(linger=0)
-        # in a thread that can be left behind: `term` has been seen to block for ever after a rank was stopped
+        # in a daemon thread with a time limit: `term` has been seen to block for ever after a rank was stopped
         ending = Thread(target=self._context.term, name="longspan-close", daemon=True)
         ending.start()
         ending.join(_STOP_SECONDS)
