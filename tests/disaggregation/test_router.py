@@ -35,7 +35,7 @@ class Fake:
 
     def __init__(self, role: str, answer=None, token: str = TOKEN, peers=(), **differences: object) -> None:
         self.role, self.answer, self.asked = role, answer, []
-        self.token, self.peers, self.paths, self.bodies = token, peers, [], []
+        self.token, self.peers, self.paths, self.queries, self.bodies = token, peers, [], [], []
         self.format = {**FORMAT, **differences}
         self.url = ""
 
@@ -58,6 +58,7 @@ class Fake:
 
     async def _asked(self, request: Request):
         self.paths.append(request.scope["raw_path"].decode())
+        self.queries.append(request.scope["query_string"].decode())
         self.bodies.append(await request.body())
         self.asked.append((dict(request.headers), await request.json() if self.bodies[-1] else None))
         return self.answer() if self.answer else JSONResponse({"by": self.url})
@@ -217,10 +218,10 @@ def test_the_name_of_a_model_is_forwarded_as_one_path_segment(name):
         assert decode.paths == ["/v1/models/" + name.replace("/", "%2F")]
 
 
-def test_the_query_goes_along():
+def test_the_query_is_forwarded_unchanged():
     with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
-        client.get("/v1/models", params={"a": "b c"})
-        assert decode.paths == ["/v1/models"]
+        ask(client, "/v1/models?a=b%20c&d", "x", "GET")
+        assert (decode.paths, decode.queries) == (["/v1/models"], ["a=b%20c&d"])
 
 
 def test_other_requests_are_forwarded_without_prefill_addresses():
