@@ -43,9 +43,11 @@ def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
     found: list[Cell] = []
     shards = sorted({part.shard for part in theirs})
     for layers in _overlaps(mine.layers, [part.layers for part in theirs]):
+        # the ranks of the pipeline stage that has these layers
         stage = [part for part in theirs if part.layers[0] <= layers[0] and layers[1] <= part.layers[1]]
         if not stage:
             raise ValueError(f"no rank holds layers {layers[0]}..{layers[1] - 1}")
+        # each cell takes as many heads as one rank of every shard holds together, from the first remaining head on
         head = mine.heads[0]
         while head < mine.heads[1]:
             chosen = [_furthest([p for p in stage if p.shard == shard], head, mine.rank) for shard in shards]

@@ -75,6 +75,7 @@ class PullTracker:
 
     def next(self) -> Pull | None:
         """The next block to request, now marked as requested; None until more is offered."""
+        # a pull has tokens of one cell from one rank, of one offer or of adjacent ones in the queue
         taken: list[Extent] = []
         number = rank = room = 0
         while self._offers:
@@ -86,13 +87,13 @@ class PullTracker:
             self._offers.popleft()
             state = self._states[cell]
             low = state.find(_MISSING, start - self._first, stop - self._first)
-            if low < 0:
+            if low < 0:  # all of the offer was requested or received already
                 continue
             high = low
             while high < stop - self._first and high - low < room and state[high] == _MISSING:
                 high += 1
             run = (low + self._first, high + self._first)
-            if run[1] < stop:
+            if run[1] < stop:  # the rest of the offer stays in the queue
                 self._offers.appendleft((cell, holder, (run[1], stop)))
             self._mark(state, run, _REQUESTED)
             taken.append(run)

@@ -72,7 +72,7 @@ class PageReceiver(TransferThread):
                 self._writable[fetch.request_id] = fetch.number
                 self._new.append((fetch, table_of(fetch.request_id)))
         if plan.fetches or any(number is not None for number in ended):
-            self._access.mark()
+            self._access.mark()  # kernels of earlier steps may still use the slots that will be written
             self.wake()
 
     def computed(self, plan: StepPlan) -> None:

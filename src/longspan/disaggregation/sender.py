@@ -82,6 +82,7 @@ class PageSender(TransferThread):
     def computed(self, plan: StepPlan) -> None:
         """See `TransferThread.computed`."""
         changed = False
+        # without the lock: only the rank's thread adds and removes requests, and `computed` only grows
         for segment in plan.segments:
             readable = self._readable.get(segment.request_id)
             if readable is not None:

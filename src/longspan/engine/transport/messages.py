@@ -60,7 +60,7 @@ class RankReady(msgspec.Struct, tag=True, frozen=True):
 
     # the sender
     rank: int
-    # the cost model's constants; None if the rank was not to measure them
+    # the cost model's constants; None if the rank has not measured them
     constants: CostConstants | None
 
 

@@ -60,6 +60,7 @@ class RemoteExecutor(ABC):
         # of ranks that are ready: while a rank loads, C code may hold the interpreter lock and delay its heartbeat
         self._silences: dict[int, SilenceTimer] = {}
         self._failed: dict[int, messages.RankFailed] = {}
+        # messages of each rank that `_collect` has not returned yet
         self._replies: list[deque[messages.FromWorker]] = [deque() for _ in range(setup.grid.world_size)]
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
