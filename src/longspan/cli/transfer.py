@@ -1,6 +1,6 @@
-"""Options of `serve` and `route` that connect prefill and decode instances.
+"""Options of `serve` and `route` that join prefill and decode instances.
 
-It owns where the transfer token comes from; what the token is used for is in `disaggregation/`.
+It owns where the transfer token comes from; what it is good for is disaggregation's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ TransferTokenFile = Annotated[
 
 
 def read_token(file: str | None) -> str:
-    """The transfer token of a file, or without a file of the environment; empty for none.
-
-    Raises `ConfigError` for a file that is empty or cannot be read.
-    """
+    """The transfer token, '' for none. Raises `ConfigError` for a file that has none."""
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     remedy = f"put a secret into it, as with `openssl rand -hex 32 > {file}`"
@@ -46,7 +43,7 @@ def read_token(file: str | None) -> str:
 def transfer_config(
     role: str | None, host: str, port: int, prefill_peers: str | None, token_file: str | None
 ) -> TransferConfig | None:
-    """The configuration of a prefill or decode instance; None without a role. Raises `ConfigError`."""
+    """What makes an instance one side of a pair, None without a role. Raises `ConfigError`."""
     if role is None:
         for name, value in (("prefill_peers", prefill_peers), ("transfer_token_file", token_file)):
             require(value is None, name, value, "means nothing without a role", "give --role prefill or --role decode")
@@ -56,7 +53,7 @@ def transfer_config(
 
 
 def warnings(config: TransferConfig | None) -> list[str]:
-    """Warnings about a configuration that is open to others, or that has no effect."""
+    """What a user should know of a configuration that does less than it seems to."""
     if config is None or config.token:
         return []
     if config.role == "prefill" and not is_loopback(config.host):

@@ -1,6 +1,6 @@
-"""The configuration of a prefill or decode instance: its role, addresses, peers and limits.
+"""What makes an engine one side of a pair: its role, its address, its peers, its bounds.
 
-It owns the fields and their checks; pure, it must not open files or sockets.
+It owns the fields and their checks; pure, it must not open anything.
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ _SHORTEST_TOKEN = 16
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """How an instance sends pages to others, or receives them."""
+    """How an instance hands pages to others, or takes them."""
 
     role: str = field(
         metadata={OPTION: Option("prefill or decode: one side of a pair, see `longspan route`; default: both")}
     )
     host: str = option("127.0.0.1", "address for other instances and all ranks; default: --host", name="transfer_host")
     port: int = option(0, "port for other instances; 0 takes a free one", name="transfer_port")
-    # the most bytes of KV in one block
+    # the most bytes of KV in one message, and the most messages on their way to one rank
     block_bytes: int = 1 << 21
-    # the most blocks in flight to one decode rank
     max_blocks: int = 8
-    # how long a prefill instance holds computed pages that are not fetched
+    # a prefill instance keeps computed pages so long if nobody fetches them
     hold_seconds: float = 120.0
-    # how long a decode instance waits for the handshake, for a prompt to be accepted, and for computed pages to arrive
+    # a decode instance waits so long for an answer, or for pages that are computed; and so long for a prompt to be
+    # computed, without any page of it
     patience_seconds: float = 30.0
-    # how long a decode instance waits for an accepted prompt to be computed
     prompt_seconds: float = 600.0
-    # whether pages are sent while the rest of the prompt is computed
+    # whether pages leave while the rest of the prompt is computed
     overlap: bool = True
     prefill_peers: tuple[str, ...] = option(
         (), "transfer addresses a decode instance may use, whoever asks for it: tcp://HOST:PORT,..."
     )
-    # the secret that instances and routers share; empty for none. A decode instance accepts addresses that are signed
-    # with it, a prefill instance accepts only connections of peers that have it
+    # the secret that instances and routers share; '' for none. A decode instance believes what is signed with it, a
+    # prefill instance hears only who has it
     token: str = field(default="", repr=False)
-    # set for the ranks: the address where their driver receives their messages
+    # for the ranks: where their driver listens, and which start of the instance they belong to
     control_address: str = ""
-    # set for the ranks: a random string, another one for each start of the core
     epoch: str = ""
 
     def __post_init__(self) -> None:
