@@ -70,7 +70,7 @@ def measure(prefill: Side, decode: Side, number: int, tokens: int) -> Times:
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     decode.first = 0.0
     started = time.perf_counter()
-    decode.todo.append(CoreRequest(str(number), prompt, params, 0, 1, prefill_at=(prefill.core.role.card.address,)))
+    decode.todo.append(CoreRequest(str(number), prompt, params, 0, 1, prefill_at=(prefill.core.role.info.address,)))
     while not decode.first:
         time.sleep(0.001)
         if not (prefill.is_alive and decode.is_alive):

@@ -276,7 +276,7 @@ PLACEMENT = (
         "rows of another head are sent to the decode side", "disaggregation/pool_access.py",
         "part[:, heads[0] - first : heads[1] - first]", "part[:, : heads[1] - heads[0]]",
         (
-            "tests/disaggregation/test_pairs.py::test_pages_fit_any_other_layout"
+            "tests/disaggregation/test_pairs.py::test_the_tokens_of_any_two_layouts_are_those_of_one_instance"
             "[llama-{'tp': 4, 'page_size': 1}-{'pcp': 3, 'page_size': 7}]",
         ),
     ),

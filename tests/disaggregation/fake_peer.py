@@ -1,4 +1,4 @@
-"""A prefill instance that does not compute: it says what a test has it say, and sends zeros for keys and values."""
+"""A prefill instance that computes nothing: it sends replies that a test gives it, and zeros for keys and values."""
 
 from __future__ import annotations
 
@@ -15,43 +15,51 @@ import zmq
 from longspan.disaggregation.handshake import parts_of
 from longspan.disaggregation.messages import (
     Accepted,
+    Available,
     Computed,
-    Have,
     Hello,
     PageBlock,
     PageRequest,
     Prefill,
+    Subscribe,
     ToPrefill,
     ToSender,
-    Watch,
     Welcome,
     encode,
 )
 from longspan.engine.setup import EngineSetup
 from longspan.plan.source import Part, Source
 
-LIFE = "fake"
+EPOCH = "fake"
 
 
 @dataclass
 class FakePeer:
-    """What it answers, and what it has been told. `greetings` counts those who have connected and spoken."""
+    """Its replies. Each may be replaced by another message, or by bytes that are not a valid one."""
 
+    # what its ranks claim to store
     parts: tuple[Part, ...]
+    # bytes of one token in one layer and KV head
     token_bytes: int
+    # from its true source, the one that it sends in `Welcome`
     welcome: Callable[[Source], Source | bytes] = lambda source: source
+    # the replies to `Prefill`
     accept: Callable[[int, str], list[Any]] = lambda number, request: [Accepted(number, request)]
-    have: Callable[[str], Any] = lambda request: Have(LIFE, request, [(0, 1 << 20)])
+    # the reply of a rank to `Subscribe`
+    available: Callable[[str], Any] = lambda request: Available(EPOCH, request, [(0, 1 << 20)])
+    # from zeros of the right length, the bytes of a block
     block: Callable[[bytes], bytes] = lambda zeros: zeros
+    # whether it sends `Computed`
     computes: bool = True
-    greetings: int = 0
+    # number of `Hello` messages received
+    hellos: int = 0
     address: str = ""
     source: Source = field(init=False)
 
     def serve(self, context: zmq.Context) -> None:
         driver, rank = (context.socket(zmq.ROUTER) for _ in range(2))
         self.address, there = (f"tcp://127.0.0.1:{s.bind_to_random_port('tcp://127.0.0.1')}" for s in (driver, rank))
-        self.source = Source(LIFE, (there,) * len(self.parts), self.parts)
+        self.source = Source(EPOCH, (there,) * len(self.parts), self.parts)
         Thread(target=self._run, args=(driver, rank), daemon=True).start()
 
     def _run(self, driver: zmq.Socket, rank: zmq.Socket) -> None:
@@ -61,7 +69,10 @@ class FakePeer:
         try:
             while True:
                 ready = dict(poller.poll())
-                for socket, answers in ((driver, lambda data: self._told(data, requests)), (rank, self._asked)):
+                for socket, answers in (
+                    (driver, lambda data: self._driver_replies(data, requests)),
+                    (rank, self._rank_replies),
+                ):
                     if socket in ready:
                         peer, data = socket.recv_multipart()
                         for answer in answers(data):
@@ -70,21 +81,21 @@ class FakePeer:
             for socket in (driver, rank):
                 socket.close(linger=0)
 
-    def _told(self, data: bytes, requests: Iterator[str]) -> Iterator[list[bytes]]:
+    def _driver_replies(self, data: bytes, requests: Iterator[str]) -> Iterator[list[bytes]]:
         match msgspec.msgpack.decode(data, type=ToPrefill):
             case Hello():
-                self.greetings += 1
-                said = self.welcome(self.source)
-                yield [said if isinstance(said, bytes) else encode(Welcome(said))]
+                self.hellos += 1
+                source = self.welcome(self.source)
+                yield [source if isinstance(source, bytes) else encode(Welcome(source))]
             case Prefill(number):
                 for message in (*self.accept(number, next(requests)), *([Computed(number)] if self.computes else ())):
                     yield [encode(message)]
 
-    def _asked(self, data: bytes) -> Iterator[list[bytes]]:
+    def _rank_replies(self, data: bytes) -> Iterator[list[bytes]]:
         match msgspec.msgpack.decode(data, type=ToSender):
-            case Watch(_, request):
-                said = self.have(request)
-                yield [said if isinstance(said, bytes) else encode(said)]
+            case Subscribe(_, request):
+                reply = self.available(request)
+                yield [reply if isinstance(reply, bytes) else encode(reply)]
             case PageRequest(_, block, _, layers, heads, runs):
                 rows = (layers[1] - layers[0]) * (heads[1] - heads[0]) * sum(stop - start for start, stop in runs)
                 yield [encode(PageBlock(block)), self.block(bytes(rows * self.token_bytes))]
@@ -92,7 +103,7 @@ class FakePeer:
 
 @contextmanager
 def fake_peer(setup: EngineSetup, **answers: Any) -> Iterator[FakePeer]:
-    """It listens within the block, as an instance of one rank that would fit an engine."""
+    """Listens within the block, as an instance of one rank whose format and layout fit the setup's."""
     whole = parts_of(setup)
     part = Part(0, 0, (0, max(p.layers[1] for p in whole)), (0, max(p.heads[1] for p in whole)))
     peer = FakePeer((part,), setup.layout.kv_factor * setup.layout.row_bytes, **answers)
@@ -105,5 +116,5 @@ def fake_peer(setup: EngineSetup, **answers: Any) -> Iterator[FakePeer]:
 
 
 def with_part(source: Source, **values: Any) -> Source:
-    """The source with its one part changed."""
+    """The source with other values in its one part."""
     return replace(source, parts=(replace(source.parts[0], **values),))

@@ -1,4 +1,4 @@
-"""Two engines in this process, each stepped by a thread of its own, and what transformers says of the same prompts."""
+"""A prefill and a decode instance in this process, each stepped by its own thread, and transformers' tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_of(
 
 
 class Running:
-    """A core that a thread steps, as a server's process does."""
+    """A core that a thread steps, as the core's process of a server does."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.core = build_core(resolve(config))
@@ -55,10 +55,10 @@ class Running:
 
     @property
     def address(self) -> str:
-        return self.core.role.card.address
+        return self.core.role.info.address
 
     def call(self, action: Any) -> None:
-        """Have the stepping thread do something."""
+        """Let the stepping thread call `action`."""
         self._todo.append(action)
 
     def start(self, request_id: str, prompt: Sequence[int], tokens: int, prefill_at: Sequence[str] = (), **params: Any):
@@ -76,14 +76,14 @@ class Running:
         return self.outputs[request_id]
 
     def settle(self) -> None:
-        """Until everything asked of it is done, and no page is held or lost."""
+        """Wait until all requests have ended and no page is held; checks that none is lost."""
         deadline = time.monotonic() + PATIENCE
-        while not self.ask(self._idle):
+        while not self.evaluate(self._idle):
             assert time.monotonic() < deadline, "pages are still held"
             time.sleep(0.01)
 
-    def ask(self, question: Any) -> Any:
-        """The stepping thread's answer."""
+    def evaluate(self, question: Any) -> Any:
+        """The result of `question`, called by the stepping thread."""
         done: Event = Event()
         answers: list[Any] = []
         self.call(lambda: (answers.append(question()), done.set()))
@@ -98,7 +98,7 @@ class Running:
 
     @property
     def bytes_here(self) -> int:
-        """What has arrived in the pools."""
+        """Bytes of KV that have arrived in the pools."""
         return sum(runner.transfer.received for runner in self.core.executor.runners)
 
     def close(self) -> None:
@@ -137,22 +137,22 @@ class Pair:
     decode: Running
 
     def complete(self, request_id: str, prompt: Sequence[int], tokens: int = 8, **params: Any) -> list[int]:
-        """Through both sides."""
+        """The tokens of a request whose prompt the prefill instance computes."""
         self.decode.start(request_id, prompt, tokens, (self.prefill.address,), **params)
         return self.decode.result(request_id)
 
     def assert_fetched(self, *tokens: int) -> None:
-        """The decode side has taken in this many tokens of as many prompts, with all bytes of each, and no more."""
+        """The decode instance has fetched so many prompts, with these numbers of tokens and all their bytes."""
         counters = self.decode.core.role.counters
         assert (counters.fetched, counters.tokens) == (len(tokens), sum(tokens))
         assert counters.bytes == sum(tokens) * stored_bytes(self.decode.core.setup)
 
 
 def stored_bytes(setup: EngineSetup) -> int:
-    """What one token takes on all ranks that hold a part of it: a KV head counts at each of its replicas."""
+    """Bytes of one token on all ranks that store a part of it. Every replica of a KV head counts."""
     model, total = setup.model, 0
     for place in setup.grid.ranks:
-        if place.shard:  # a token is on one shard: take the first
+        if place.shard:  # a token is on one shard, so count the ranks of the first
             continue
         sharding = Sharding(setup.grid, place.rank, model.num_q_heads, model.num_kv_heads)
         layers, heads = sharding.extent("layers", model.num_layers), sharding.kv_extent
@@ -163,7 +163,7 @@ def stored_bytes(setup: EngineSetup) -> int:
 
 @contextmanager
 def pair(prefill: EngineConfig, decode: EngineConfig, **options: Any) -> Iterator[Pair]:
-    """Both sides, started; ended with the block."""
+    """Starts both instances, and ends them with the block."""
     options = {"block_bytes": 4096, **options}
     sides: list[Running] = []
     try:
@@ -177,5 +177,5 @@ def pair(prefill: EngineConfig, decode: EngineConfig, **options: Any) -> Iterato
 
 @cache
 def expected(model: str, prompt: tuple[int, ...], tokens: int = 8) -> list[int]:
-    """What transformers says."""
+    """The tokens that transformers generates."""
     return greedy(oracle(model), prompt, tokens)[0]

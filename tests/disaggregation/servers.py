@@ -1,4 +1,4 @@
-"""Servers and routers as a user starts them: processes, told apart by what they print when they are ready."""
+"""Servers and routers in processes of their own, as a user starts them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READY = re.compile(r"(?:serving \S+|routing) at (http://\S+)")
 
 @dataclass
 class Started:
-    """A process and its lines; `url` once it is ready."""
+    """A process. `lines` is its error output; `url` waits until it prints the address that it serves."""
 
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ def start(program: str, arguments: Sequence[str]) -> Started:
 
 @contextmanager
 def ended(*running: Started) -> Iterator[None]:
-    """They are gone after the block."""
+    """Terminates processes at the end of the block, and kills those that do not end."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Whatever happens to one side, a request completes with the same tokens, and no page stays behind."""
+"""If an instance fails, requests complete with the same tokens, and both sides free their pages."""
 
 import logging
 import socket
@@ -28,7 +28,7 @@ def instance(role: str, config=None, **options):
 
 
 def in_the_middle(running: Running):
-    """Whether a prompt is being computed, and not yet done."""
+    """A condition: a prompt is computed in part."""
     return lambda: any(sequence.computed >= 48 for sequence in running.core.scheduler.running)
 
 
@@ -44,7 +44,7 @@ def test_a_prefill_instance_that_dies_is_replaced_by_another():
         second.settle()
 
 
-def test_the_decode_instance_computes_a_prompt_itself_if_nobody_is_left():
+def test_the_decode_instance_computes_a_prompt_itself_if_no_prefill_instance_is_left():
     with instance("decode", config_of(tp=2, dcp=2)) as decode:
         with instance("prefill") as first:
             first.pause_when = in_the_middle(first)
@@ -55,23 +55,23 @@ def test_the_decode_instance_computes_a_prompt_itself_if_nobody_is_left():
         decode.settle()
 
 
-def test_an_address_where_nobody_listens_costs_no_time():
+def test_a_prompt_is_computed_here_if_nothing_listens_at_the_address():
     with socket.socket() as free, instance("decode") as decode:
         free.bind(("127.0.0.1", 0))
         decode.start("0", PROMPT, 8, (f"tcp://127.0.0.1:{free.getsockname()[1]}",))
         assert decode.result("0") == expected("llama", PROMPT)
 
 
-def test_an_address_that_never_answers_is_waited_for_no_longer_than_the_patience():
-    with socket.socket() as deaf, instance("decode", patience_seconds=0.3) as decode:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        decode.start("0", PROMPT, 8, (f"tcp://127.0.0.1:{deaf.getsockname()[1]}",))
+def test_an_address_that_never_answers_is_given_up_after_patience_seconds():
+    with socket.socket() as silent, instance("decode", patience_seconds=0.3) as decode:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        decode.start("0", PROMPT, 8, (f"tcp://127.0.0.1:{silent.getsockname()[1]}",))
         assert decode.result("0") == expected("llama", PROMPT)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "tcp://", "tcp://127.0.0.1:99999", "http://127.0.0.1:80"])
-def test_an_address_that_is_none_does_no_harm(address):
+def test_an_invalid_address_is_skipped(address):
     with instance("decode") as decode:
         decode.start("0", PROMPT, 8, (address,))
         assert decode.result("0") == expected("llama", PROMPT)
@@ -86,7 +86,7 @@ def test_an_address_that_is_none_does_no_harm(address):
     ],
     ids=["model", "kv", "dtype"],
 )
-def test_an_instance_of_another_kind_is_refused_with_the_reason(other, reason, caplog):
+def test_an_instance_with_another_format_is_refused_and_the_log_has_the_difference(other, reason, caplog):
     with caplog.at_level(logging.WARNING), instance("prefill", other) as first, instance("decode") as decode:
         decode.start("0", PROMPT, 8, (first.address,))
         assert decode.result("0") == expected("llama", PROMPT)
@@ -105,7 +105,7 @@ def test_a_request_that_is_aborted_frees_pages_on_both_sides():
         both.prefill.settle()
 
 
-def test_a_decode_instance_that_dies_leaves_no_pages_behind():
+def test_pages_for_a_decode_instance_that_dies_are_freed():
     with instance("prefill") as first:
         with instance("decode") as decode:
             first.pause_when = in_the_middle(first)
@@ -115,16 +115,16 @@ def test_a_decode_instance_that_dies_leaves_no_pages_behind():
         first.settle()
 
 
-def test_pages_that_nobody_fetches_are_let_go_and_the_request_completes():
+def test_pages_that_are_not_fetched_in_time_are_freed_and_the_request_completes():
     with pair(config_of(), config_of(memory=60 * 4 * 256), hold_seconds=0.5) as both:
-        both.decode.start("0", prompt_of(120, seed=3), 100)  # takes most pages, and keeps them for a while
+        both.decode.start("0", prompt_of(120, seed=3), 100)  # holds most pages for a while
         both.decode.pause_when = lambda: False
         both.decode.start("1", PROMPT, 8, (both.prefill.address,))
         assert both.decode.result("1") == expected("llama", PROMPT)
         both.prefill.settle()
 
 
-def test_a_prompt_that_was_preempted_on_the_prefill_side_goes_on():
+def test_a_prompt_that_is_preempted_in_the_prefill_instance_completes():
     prompts = [tuple(prompt_of(60, seed)) for seed in range(3)]
     with pair(config_of(memory=40 * 4 * 256, budget=16), config_of()) as both:
         both.prefill.start("9", prompt_of(20), 60)
@@ -136,7 +136,7 @@ def test_a_prompt_that_was_preempted_on_the_prefill_side_goes_on():
         both.prefill.settle()
 
 
-def test_a_preempted_request_is_computed_again_where_it_is():
+def test_a_request_that_is_preempted_in_the_decode_instance_is_computed_again_there():
     prompts = [tuple(prompt_of(40, seed)) for seed in range(3)]
     with pair(config_of(), config_of(memory=40 * 4 * 256)) as both:
         for number, prompt in enumerate(prompts):
@@ -146,20 +146,20 @@ def test_a_preempted_request_is_computed_again_where_it_is():
         assert both.decode.core.scheduler.preemptions > 0
 
 
-def test_a_prefill_instance_that_stops_sending_is_given_up(monkeypatch):
-    monkeypatch.setattr(PageSender, "_answer", lambda *_: None)
+def test_a_prompt_is_retried_if_the_prefill_instance_stops_sending(monkeypatch):
+    monkeypatch.setattr(PageSender, "_send_block", lambda *_: None)
     with pair(config_of(), config_of(), patience_seconds=0.5) as both:
         assert both.complete("0", PROMPT) == expected("llama", PROMPT)
         assert both.decode.core.role.counters.retried == 1
         both.prefill.settle()
 
 
-def test_a_role_needs_pages():
+def test_a_role_is_refused_with_the_dry_executor():
     with pytest.raises(ConfigError, match="executor=dry: has no pages"):
         Running(config_of(executor="dry", transfer=TransferConfig("decode")))
 
 
-def test_a_port_that_is_taken_is_named():
+def test_the_error_names_a_transfer_port_that_is_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -170,6 +170,6 @@ def test_a_port_that_is_taken_is_named():
 @pytest.mark.parametrize(
     ("field", "value"), [("role", "both"), ("port", -1), ("block_bytes", 0), ("patience_seconds", 0)]
 )
-def test_impossible_options_are_named(field, value):
+def test_the_error_names_an_invalid_value(field, value):
     with pytest.raises(ConfigError, match=str(value)):
         TransferConfig(**{"role": "decode", field: value})

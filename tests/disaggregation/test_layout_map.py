@@ -1,4 +1,4 @@
-"""Any two layouts fit together: every row of every token comes once, from a rank that has it."""
+"""For any two layouts, every cache row of every token is fetched once, from a rank that has it."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from longspan.cache.pages import PageRef, PageTable
 from longspan.config import ParallelConfig
 from longspan.disaggregation.layout_map import cells, runs_on
-from longspan.disaggregation.pulls import Pulls
+from longspan.disaggregation.pulls import PullTracker
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_layers
 from longspan.plan.source import Part
@@ -51,7 +51,7 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
     for mine in parts(ours, q_heads, kv_heads):
         wanted = runs_on(goal, mine.shard, start, tokens)
         found = cells(mine, parts_there)
-        pulls = Pulls(found, wanted, [dice.randint(1, 9) for _ in found])
+        pulls = PullTracker(found, wanted, [dice.randint(1, 9) for _ in found])
         seen = set()
         for rank in dice.sample(sorted(pulls.ranks), len(pulls.ranks)):
             pulls.offer(rank, runs_on(source, parts_there[rank].shard, 0, tokens))
@@ -67,7 +67,7 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
                 }  # fmt: skip
                 assert not rows & seen
                 seen |= rows
-            pulls.arrived(pull)
+            pulls.received(pull)
         assert pulls.done
         assert seen == {
             (layer, head, position)
@@ -76,27 +76,27 @@ def test_every_row_arrives_once_from_a_rank_that_has_it(seed):
         }  # fmt: skip
 
 
-def test_replicas_share_the_work():
+def test_replicas_fetch_from_different_ranks():
     latent = [Part(rank, 0, (0, 2), (0, 1)) for rank in range(4)]
     assert {cell.ranks for mine in latent for cell in cells(mine, latent)} == {(0,), (1,), (2,), (3,)}
 
 
-def test_parts_of_a_model_with_fewer_layers_do_not_fit():
+def test_a_layer_that_no_rank_holds_is_an_error():
     with pytest.raises(ValueError, match="no rank holds layers 3"):
         cells(Part(0, 0, (0, 4), (0, 2)), [Part(0, 0, (0, 3), (0, 2))])
 
 
-def test_parts_of_a_model_with_fewer_heads_do_not_fit():
+def test_a_kv_head_that_no_rank_holds_is_an_error():
     with pytest.raises(ValueError, match="no rank of the shard holds KV head 2"):
         cells(Part(0, 0, (0, 4), (0, 3)), [Part(0, 0, (0, 4), (0, 2))])
 
 
 def one_cell(wanted, limit=100):
     part = Part(0, 0, (0, 1), (0, 1))
-    return Pulls(cells(part, [part]), wanted, [limit])
+    return PullTracker(cells(part, [part]), wanted, [limit])
 
 
-def test_what_is_offered_twice_is_asked_for_once():
+def test_a_token_that_is_offered_twice_is_requested_once():
     pulls = one_cell([(0, 8)])
     pulls.offer(0, [(0, 4)])
     assert pulls.next().runs == ((0, 4),)
@@ -105,23 +105,23 @@ def test_what_is_offered_twice_is_asked_for_once():
     assert pulls.next() is None
 
 
-def test_what_was_refused_is_asked_for_again_when_it_is_offered_again():
+def test_a_refused_token_is_requested_again_after_another_offer():
     pulls = one_cell([(0, 4)])
     pulls.offer(0, [(0, 4)])
     pulls.refused(pulls.next())
     assert pulls.next() is None
     pulls.offer(0, [(0, 4)])
-    pulls.arrived(pulls.next())
+    pulls.received(pulls.next())
     assert pulls.done
 
 
-def test_a_pull_holds_no_more_than_its_limit():
+def test_a_pull_has_no_more_tokens_than_its_limit():
     pulls = one_cell([(2, 5), (9, 14)], limit=4)
     pulls.offer(0, [(0, 20)])
     assert [pulls.next().runs for _ in range(2)] == [((2, 5), (9, 10)), ((10, 14),)]
 
 
-def test_a_rank_that_stores_nothing_is_done_and_asks_nobody():
+def test_a_rank_that_stores_no_token_is_done_and_needs_no_other_rank():
     pulls = one_cell([])
     assert pulls.done
     assert not pulls.ranks

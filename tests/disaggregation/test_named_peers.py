@@ -1,4 +1,4 @@
-"""Who may tell a decode instance's server where to have a prompt computed: its configuration, and who signs it."""
+"""Which prefill instances a client's request to a decode instance may name: configured ones, and signed addresses."""
 
 import json
 import time
@@ -29,20 +29,20 @@ def prefill_instance(token=""):
 
 @pytest.fixture(scope="module")
 def decode():
-    """A decode instance's server that knows a token, and no prefill instance."""
+    """A decode instance's server with a token and without configured prefill instances."""
     with running(transfer=TransferConfig("decode", token=TOKEN)) as server:
         yield server
 
 
 @pytest.fixture
-def evil(decode):
-    """What a client would like the decode instance to fetch from."""
+def hostile(decode):
+    """A prefill instance of an attacker, which sends zeros for KV."""
     with fake_peer(decode.service.engine.setup) as peer:
         yield peer
 
 
 def ask(server, prompt, address, signature=None):
-    """A completion for which a client names a prefill instance; `signature` makes one of the body that is sent."""
+    """Request a completion and name a prefill instance. `signature` makes the signature from the body."""
     body = json.dumps({"prompt": prompt, "max_tokens": 12, "temperature": 0}).encode()
     headers = {"Content-Type": "application/json", PREFILL_HEADER: address}
     if signature is not None:
@@ -52,22 +52,22 @@ def ask(server, prompt, address, signature=None):
 
 def fetched(server) -> int:
     transfer = server.client.get("/internal/peer").json()["transfer"]
-    return transfer["fetched"] if transfer else 0  # none before the first step
+    return transfer["fetched"] if transfer else 0  # None before the first step
 
 
-def test_what_a_client_names_is_not_fetched_and_the_next_one_gets_the_right_text():
+def test_an_address_from_a_client_is_refused_and_never_connected():
     with running(transfer=TransferConfig("decode")) as server, fake_peer(server.service.engine.setup) as peer:
         answer = ask(server, PROMPT, peer.address)
         assert server.complete(PROMPT, 12)["choices"][0]["text"] == expected(PROMPT, 12)
         assert answer.status_code == 403, answer.text
-        assert (peer.greetings, server.engine.restarts) == (0, 0)
+        assert (peer.hellos, server.engine.restarts) == (0, 0)
         error = answer.json()["error"]
         assert error["param"] == PREFILL_HEADER
         assert "start the decode instance with --prefill-peers" in error["message"]
         assert "the same --transfer-token-file" in error["message"]
 
 
-def test_what_is_signed_is_fetched(decode):
+def test_pages_are_fetched_from_a_signed_address(decode):
     with prefill_instance(TOKEN) as side:
         before = fetched(decode)
         answer = ask(decode, "s" + PROMPT, side.address, lambda body: sign(TOKEN, [side.address], body, time.time()))
@@ -79,7 +79,10 @@ def test_what_is_signed_is_fetched(decode):
 @pytest.mark.parametrize(
     ("signed", "problem"),
     [
-        (lambda address, body: sign(TOKEN, [address], body, time.time() - VALID_SECONDS - 60), "a time that is over"),
+        (
+            lambda address, body: sign(TOKEN, [address], body, time.time() - VALID_SECONDS - 60),
+            "has a signature that expired",
+        ),
         (lambda address, body: sign("another secret of that kind", [address], body, time.time()), "no valid signature"),
         (lambda address, body: sign(TOKEN, ["tcp://127.0.0.1:1"], body, time.time()), "no valid signature"),
         (lambda address, body: sign(TOKEN, [address], body + b" ", time.time()), "no valid signature"),
@@ -87,15 +90,15 @@ def test_what_is_signed_is_fetched(decode):
     ],
     ids=["expired", "another token", "another address", "another body", "none"],
 )
-def test_what_is_signed_otherwise_is_refused(decode, evil, signed, problem):
-    answer = ask(decode, "o" + PROMPT, evil.address, lambda body: signed(evil.address, body))
+def test_an_address_without_a_valid_signature_is_refused(decode, hostile, signed, problem):
+    answer = ask(decode, "o" + PROMPT, hostile.address, lambda body: signed(hostile.address, body))
     assert answer.status_code == 403
     assert problem in answer.json()["error"]["message"]
-    assert evil.greetings == 0
+    assert hostile.hellos == 0
     assert decode.complete("o" + PROMPT, 12)["choices"][0]["text"] == expected("o" + PROMPT, 12)
 
 
-def test_configured_peers_are_used_and_one_that_says_nonsense_costs_no_restart():
+def test_configured_peers_are_used_and_an_invalid_one_does_not_restart_the_core():
     setup = resolve(replace(config_of(), model=ascii_folder()))
     with (
         prefill_instance() as good,
@@ -104,7 +107,7 @@ def test_configured_peers_are_used_and_one_that_says_nonsense_costs_no_restart()
     ):
         answer = ask(server, PROMPT, bad.address)
         assert answer.json()["choices"][0]["text"] == expected(PROMPT, 12)
-        assert (bad.greetings, server.engine.restarts, fetched(server)) == (1, 0, 0)
+        assert (bad.hellos, server.engine.restarts, fetched(server)) == (1, 0, 0)
         assert server.complete("n" + PROMPT, 12)["choices"][0]["text"] == expected("n" + PROMPT, 12)
         assert ask(server, "m" + PROMPT, good.address).status_code == 200
         assert (server.engine.restarts, fetched(server)) == (0, 2)

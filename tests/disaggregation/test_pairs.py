@@ -1,4 +1,4 @@
-"""A prompt computed by one instance and continued by another gives the tokens of one alone, whatever their layouts."""
+"""A prompt that one instance computes and another one continues gives the tokens of one instance, for all layouts."""
 
 import pytest
 
@@ -18,7 +18,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("model", "prefill", "decode"), PAIRS, ids=str)
-def test_pages_fit_any_other_layout(model, prefill, decode):
+def test_the_tokens_of_any_two_layouts_are_those_of_one_instance(model, prefill, decode):
     lengths = (100, 33, 9)
     prompts = [tuple(prompt_of(length)) for length in lengths]
     with pair(config_of(model, **prefill), config_of(model, **decode)) as both:
@@ -29,31 +29,33 @@ def test_pages_fit_any_other_layout(model, prefill, decode):
         both.prefill.settle()
         both.decode.settle()
         assert both.decode.core.role.counters.retried == 0
-        # all but the last token travel; what fits into one page here is computed here
+        # the last token is not fetched; a prompt of one page is computed by the decode instance
         both.assert_fetched(*(length - 1 for length in lengths if length - 1 > decode["page_size"]))
 
 
 @pytest.mark.parametrize("kv", ["int8", "fp8_e4m3"])
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
-def test_quantised_rows_travel_with_their_scales(model, kv):
+def test_quantised_rows_are_sent_with_their_scales(model, kv):
     prompt = tuple(prompt_of(100))
     layouts = config_of(model, kv=kv, pcp=2, page_size=8), config_of(model, kv=kv, tp=2, page_size=4)
     with pair(*layouts) as both:
         through_both = both.complete("0", prompt)
-        both.decode.start("1", [*prompt[:50], 1, *prompt[51:]], 8)  # computed here: no more than half of it is known
+        both.decode.start(
+            "1", [*prompt[:50], 1, *prompt[51:]], 8
+        )  # computed by the decode instance, because it names no address
         both.prefill.start("2", prompt, 8)
         assert through_both == both.prefill.result("2")
         both.assert_fetched(99)
 
 
-def test_pages_go_from_process_to_process():
+def test_pages_are_sent_between_processes():
     prompt = tuple(prompt_of(100))
     with pair(config_of(executor="processes", pcp=2), config_of(executor="processes", tp=2, page_size=8)) as both:
         assert both.complete("0", prompt) == expected("llama", prompt)
         both.assert_fetched(99)
 
 
-def test_as_many_bytes_arrive_as_the_tokens_have():
+def test_the_bytes_received_are_those_of_the_tokens():
     prompt = tuple(prompt_of(100))
     with pair(config_of(pcp=2, page_size=8), config_of(tp=2, dcp=2, page_size=4)) as both:
         both.complete("0", prompt)
@@ -63,14 +65,14 @@ def test_as_many_bytes_arrive_as_the_tokens_have():
         assert counters.bytes == 99 * row.with_kv_heads(4).bytes_per_token
 
 
-def test_replicated_heads_arrive_at_each_replica():
+def test_every_replica_of_a_head_receives_its_own_copy():
     prompt = tuple(prompt_of(100))
     with pair(config_of("deepseek-v3", pcp=2), config_of("deepseek-v3", tp=2)) as both:
         both.complete("0", prompt)
         assert both.decode.core.role.counters.bytes == 2 * 99 * both.decode.core.setup.layout.bytes_per_token
 
 
-def test_pages_that_the_decode_side_has_are_not_sent():
+def test_pages_in_the_decode_instances_prefix_cache_are_not_sent():
     first, second = tuple(prompt_of(64)), tuple(prompt_of(64)) + tuple(prompt_of(40, seed=1))
     with pair(config_of(pcp=2), config_of(tp=2, dcp=2)) as both:
         both.complete("0", first)
@@ -80,7 +82,7 @@ def test_pages_that_the_decode_side_has_are_not_sent():
         both.assert_fetched(63, 103 - 64)
 
 
-def test_what_was_fetched_is_found_by_others():
+def test_fetched_pages_are_prefix_hits_for_other_requests():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of()) as both:
         both.complete("0", prompt)
@@ -90,7 +92,7 @@ def test_what_was_fetched_is_found_by_others():
         both.assert_fetched(99)
 
 
-def test_a_prompt_that_is_known_but_for_a_page_is_computed_where_it_is():
+def test_a_prompt_that_is_cached_except_for_a_page_is_computed_by_the_decode_instance():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of()) as both:
         for number in range(2):
@@ -98,7 +100,7 @@ def test_a_prompt_that_is_known_but_for_a_page_is_computed_where_it_is():
         both.assert_fetched(99)
 
 
-def test_a_short_context_gets_a_home():
+def test_a_short_prompt_is_fetched_to_one_shard_and_decodes_onto_others():
     prompt = tuple(prompt_of(8))
     with pair(config_of(page_size=2), config_of(pcp=3, page_size=2)) as both:
         both.decode.start("0", prompt, 30, (both.prefill.address,))
@@ -106,13 +108,13 @@ def test_a_short_context_gets_a_home():
         both.assert_fetched(7)
 
 
-def test_scored_prompts_are_computed_where_the_scores_are():
+def test_a_prompt_with_prompt_logprobs_is_computed_by_the_decode_instance():
     with pair(config_of(), config_of()) as both:
         assert both.complete("0", tuple(prompt_of(50)), prompt_logprobs=0) == expected("llama", tuple(prompt_of(50)))
         both.assert_fetched()
 
 
-def test_penalties_see_the_fetched_prompt():
+def test_penalties_count_the_tokens_of_a_fetched_prompt():
     prompt = tuple(prompt_of(100))
     with pair(config_of(), config_of(pcp=2)) as both:
         both.prefill.start("0", prompt, 8, repetition_penalty=1.7)
@@ -120,7 +122,7 @@ def test_penalties_see_the_fetched_prompt():
         both.assert_fetched(99)
 
 
-def test_more_requests_than_pages_wait_for_their_turn():
+def test_requests_wait_while_there_are_too_few_pages():
     prompts = [tuple(prompt_of(60, seed)) for seed in range(6)]
     small = config_of(memory=24 * 4 * 256)
     with pair(small, small) as both:
@@ -134,7 +136,7 @@ def test_more_requests_than_pages_wait_for_their_turn():
         both.assert_fetched(*[59] * 6)
 
 
-def test_chunks_leave_while_the_next_is_computed():
+def test_pages_of_a_chunk_are_sent_while_the_next_chunk_is_computed():
     with pair(config_of(budget=16), config_of()) as both:
         running = both.prefill.core.scheduler.running
         both.prefill.pause_when = lambda: any(sequence.computed == 160 for sequence in running)
@@ -151,7 +153,7 @@ def test_without_overlap_the_tokens_are_the_same():
         both.assert_fetched(99)
 
 
-def test_a_prefill_instance_serves_users_too():
+def test_a_prefill_instance_also_serves_its_own_users():
     prompt = tuple(prompt_of(40))
     with pair(config_of(), config_of()) as both:
         both.prefill.start("7", prompt, 8)

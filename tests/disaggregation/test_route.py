@@ -1,4 +1,4 @@
-"""`longspan serve --role` and `longspan route` as a user starts them."""
+"""`longspan serve --role` and `longspan route`, started as a user does."""
 
 import os
 import sys
@@ -24,19 +24,19 @@ def completed(url: str, prompt: str, tokens: int = 12) -> str:
 
 @pytest.fixture
 def token(tmp_path):
-    """The options that give a process the secret which all share."""
+    """The options with the transfer token."""
     file = tmp_path / "transfer-token"
     file.write_text("a secret of some length\n")
     return "--transfer-token-file", str(file)
 
 
-def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_instance(token):
+def test_a_router_answers_like_one_instance_also_after_the_prefill_instance_has_died(token):
     prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2", *token))
     decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2", *token))
     with ended(prefill, decode):
-        front = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *token])
-        with ended(front):
-            url = front.url()
+        router = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *token])
+        with ended(router):
+            url = router.url()
             assert completed(url, PROMPT) == expected(PROMPT, 12)
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
             assert [model.id for model in client.models.list()] == ["tiny"]
@@ -54,21 +54,21 @@ def test_a_front_of_two_instances_answers_like_one_and_outlives_the_prefill_inst
             assert completed(url, "y" + PROMPT) == expected("y" + PROMPT, 12)
             states = httpx.get(f"{url}/internal/instances").json()
             assert {state["role"] for state in states.values()} == {"prefill", "decode"}
-    assert "Traceback" not in prefill.text + decode.text + front.text
+    assert "Traceback" not in prefill.text + decode.text + router.text
 
 
 def refused(monkeypatch, capsys, *arguments: str) -> str:
-    """What `longspan` says as it ends at once."""
+    """The error output of a command that fails at its start."""
     monkeypatch.setattr(sys, "argv", ["longspan", *arguments])
     with pytest.raises(SystemExit):
         main()
     return capsys.readouterr().err
 
 
-def test_an_instance_that_does_not_answer_is_named(monkeypatch, capsys):
+def test_the_error_names_an_instance_that_does_not_answer(monkeypatch, capsys):
     nobody = "http://127.0.0.1:9"
-    said = refused(monkeypatch, capsys, "route", "--prefill", nobody, "--decode", nobody, "--wait", "0")
-    assert f"prefill={nobody}: nobody answers there" in said
+    output = refused(monkeypatch, capsys, "route", "--prefill", nobody, "--decode", nobody, "--wait", "0")
+    assert f"prefill={nobody}: nobody answers there" in output
 
 
 @pytest.mark.parametrize(
@@ -80,18 +80,18 @@ def test_an_instance_that_does_not_answer_is_named(monkeypatch, capsys):
         (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; put a secret into it"),
     ],
 )
-def test_peers_and_tokens_that_cannot_be_are_named_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):
+def test_invalid_peers_and_tokens_are_refused_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):
     assert problem in refused(monkeypatch, capsys, "serve", "no-such-model", *arguments)
 
 
-def test_a_token_in_the_environment_is_taken_unless_a_file_is_given(monkeypatch, token):
+def test_a_token_in_the_environment_is_used_unless_a_file_is_given(monkeypatch, token):
     monkeypatch.setenv("LONGSPAN_TRANSFER_TOKEN", "another secret of that kind")
     assert transfer_config("decode", "127.0.0.1", 0, None, None).token == "another secret of that kind"
     assert transfer_config("decode", "127.0.0.1", 0, None, token[1]).token == "a secret of some length"
     assert transfer_config(None, "127.0.0.1", 0, None, None) is None
 
 
-def test_a_decode_instance_that_can_use_nobody_says_so(monkeypatch):
+def test_a_decode_instance_that_can_use_no_prefill_instance_warns(monkeypatch):
     monkeypatch.delenv("LONGSPAN_TRANSFER_TOKEN", raising=False)
     (warning,) = warnings(transfer_config("decode", "127.0.0.1", 0, None, None))
     assert "compute every prompt itself" in warning

@@ -1,4 +1,4 @@
-"""The router alone: which instance it chooses, what it does when one fails. Instances are stand-ins."""
+"""The router: which instance it chooses, and what it does when one fails. The instances are fakes."""
 
 import asyncio
 import socket
@@ -31,11 +31,11 @@ TOKEN = "a secret of some length"
 
 
 class Fake:
-    """Stands in for an instance: says who it is, remembers what it is asked."""
+    """A fake instance: reports its role and format, and records the requests that it receives."""
 
     def __init__(self, role: str, answer=None, token: str = TOKEN, peers=(), **differences: object) -> None:
         self.role, self.answer, self.asked = role, answer, []
-        self.token, self.peers, self.paths, self.bodies = token, peers, [], []
+        self.token, self.peers, self.paths, self.queries, self.bodies = token, peers, [], [], []
         self.format = {**FORMAT, **differences}
         self.url = ""
 
@@ -46,18 +46,19 @@ class Fake:
 
     @property
     def address(self) -> str:
-        """Where the router takes it to listen for other instances."""
+        """Its transfer address, as the router should report it."""
         return f"tcp://127.0.0.1:{1 + id(self) % 1000}"
 
     async def _peer(self, _: Request) -> JSONResponse:
-        card = {
+        info = {
             "role": self.role, "address": self.address.replace("127.0.0.1", "0.0.0.0"), "format": self.format,
             "token": token_digest(self.token), "prefill_peers": self.peers,
         }  # fmt: skip
-        return JSONResponse({"card": card, "model": "tiny", "waiting": 0, "running": 0})
+        return JSONResponse({"info": info, "model": "tiny", "waiting": 0, "running": 0})
 
     async def _asked(self, request: Request):
         self.paths.append(request.scope["raw_path"].decode())
+        self.queries.append(request.scope["query_string"].decode())
         self.bodies.append(await request.body())
         self.asked.append((dict(request.headers), await request.json() if self.bodies[-1] else None))
         return self.answer() if self.answer else JSONResponse({"by": self.url})
@@ -86,8 +87,8 @@ def fakes(*instances: Fake) -> Iterator[tuple[Fake, ...]]:
 
 
 @contextmanager
-def front(*instances: Fake, more: tuple[str, ...] = (), token: str = TOKEN, **options) -> Iterator[httpx.Client]:
-    """A router over instances; raises what keeps it from starting."""
+def routing(*instances: Fake, more: tuple[str, ...] = (), token: str = TOKEN, **options) -> Iterator[httpx.Client]:
+    """A router in front of instances. Raises the error if it does not start."""
     started, found, failed = Event(), [], []
     prefill = [fake.url for fake in instances if fake.role == "prefill"]
     decode = [*(fake.url for fake in instances if fake.role == "decode"), *more]
@@ -116,34 +117,34 @@ def front(*instances: Fake, more: tuple[str, ...] = (), token: str = TOKEN, **op
     thread.join(20)
 
 
-def test_the_decode_instance_hears_of_all_prefill_instances_where_it_can_reach_them():
+def test_a_decode_instance_gets_the_addresses_of_all_prefill_instances():
     with (
         fakes(Fake("prefill"), Fake("prefill"), Fake("decode")) as (first, second, decode),
-        front(first, second, decode) as client,
+        routing(first, second, decode) as client,
     ):
-        evil = {PREFILL_HEADER: "tcp://evil:1", SIGNATURE_HEADER: "1.2"}
-        assert client.post("/v1/completions", json=BODY, headers=evil).json()
+        forged = {PREFILL_HEADER: "tcp://evil:1", SIGNATURE_HEADER: "1.2"}
+        assert client.post("/v1/completions", json=BODY, headers=forged).json()
         ((headers, body),) = decode.asked
         assert body == BODY
         assert set(headers[PREFILL_HEADER].split(",")) == {first.address, second.address}
 
 
-def test_what_the_router_names_it_signs_for_this_body():
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+def test_the_router_signs_the_addresses_and_the_body():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
         client.post("/v1/completions", json=BODY)
         ((headers, _),), (body,) = decode.asked, decode.bodies
         shared, other = (TransferConfig("decode", token=token) for token in (TOKEN, "another secret of that kind"))
-        said = headers[PREFILL_HEADER], headers[SIGNATURE_HEADER]
-        assert named_peers(shared, *said, body, time.time()) == (prefill.address,)
+        sent_headers = headers[PREFILL_HEADER], headers[SIGNATURE_HEADER]
+        assert named_peers(shared, *sent_headers, body, time.time()) == (prefill.address,)
         for config, sent in ((other, body), (shared, body + b" ")):
             with pytest.raises(RequestError, match="no valid signature"):
-                named_peers(config, *said, sent, time.time())
+                named_peers(config, *sent_headers, sent, time.time())
 
 
-def test_configured_peers_are_named_without_a_token():
+def test_configured_peers_are_sent_without_a_signature():
     with fakes(Fake("prefill", token="")) as (prefill,), fakes(Fake("decode", token="", peers=(prefill.address,))) as (
         decode,
-    ), front(prefill, decode, token="") as client:  # fmt: skip
+    ), routing(prefill, decode, token="") as client:  # fmt: skip
         client.post("/v1/completions", json=BODY)
         ((headers, _),) = decode.asked
         assert headers[PREFILL_HEADER] == prefill.address
@@ -158,32 +159,32 @@ def test_configured_peers_are_named_without_a_token():
             TOKEN,
             "than the prefill instance tcp.*or only one has any; .*same --transfer-token-file.*--prefill-peers tcp",
         ),
-        (TOKEN, "", "was not told of the prefill instance"),
+        (TOKEN, "", "does not know the prefill instance"),
         ("another secret of that kind", TOKEN, "has another transfer token than the router"),
     ],
     ids=["none there", "none here", "another"],
 )
-def test_a_decode_instance_that_would_refuse_the_router_is_named_at_the_start(theirs, ours, problem):
+def test_the_router_does_not_start_if_a_decode_instance_would_refuse_its_addresses(theirs, ours, problem):
     with (
         fakes(Fake("prefill"), Fake("decode", token=theirs)) as both,
         pytest.raises(ConfigError, match=problem),
-        front(*both, token=ours),
+        routing(*both, token=ours),
     ):
         pass
 
 
 def ask(client: httpx.Client, target: str, host: str, method: str = "POST") -> bytes:
-    """The status line of an answer; what is sent is what is written here."""
-    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as line:
-        line.sendall(
+    """The status line of the answer to a request that is sent exactly as given."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
+        connection.sendall(
             f"{method} {target} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
         )
-        return line.makefile("rb").readline()
+        return connection.makefile("rb").readline()
 
 
 @pytest.mark.parametrize("target", ["/version", "/docs", "/openapi.json"])
-def test_a_host_that_looks_like_a_path_leads_nowhere_else(target):
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode, api_key="k") as client:
+def test_the_host_header_does_not_change_the_forwarded_path(target):
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode, api_key="k") as client:
         assert b"200" in ask(client, target, "x/v1/completions?", "GET")
         assert decode.paths == [target]
         assert b"401" in ask(client, "/v1/completions", "x/health?")
@@ -198,58 +199,58 @@ def test_a_host_that_looks_like_a_path_leads_nowhere_else(target):
     ],
 )  # fmt: skip
 def test_only_listed_paths_are_forwarded(method, target):
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
         status = ask(client, target, "x", method)
         assert b"404" in status or b"405" in status
         assert not decode.paths
 
 
-def test_what_is_not_forwarded_is_answered_with_what_is():
-    with fakes(Fake("prefill"), Fake("decode")) as both, front(*both) as client:
+def test_the_answer_for_another_path_lists_the_forwarded_ones():
+    with fakes(Fake("prefill"), Fake("decode")) as both, routing(*both) as client:
         problem = client.get("/metrics").json()["error"]["message"]
         assert "GET /metrics is nothing that the router forwards; it takes POST of /v1/completions" in problem
 
 
 @pytest.mark.parametrize("name", ["org/model", "..%2F..%2Finternal%2Fpeer", "a%3Fb%23c", "../../internal/peer"])
-def test_the_name_of_a_model_stays_one(name):
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+def test_the_name_of_a_model_is_forwarded_as_one_path_segment(name):
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
         ask(client, f"/v1/models/{name}?x=1", "x", "GET")
         assert decode.paths == ["/v1/models/" + name.replace("/", "%2F")]
 
 
-def test_the_query_goes_along():
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
-        client.get("/v1/models", params={"a": "b c"})
-        assert decode.paths == ["/v1/models"]
+def test_the_query_is_forwarded_unchanged():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
+        ask(client, "/v1/models?a=b%20c&d", "x", "GET")
+        assert (decode.paths, decode.queries) == (["/v1/models"], ["a=b%20c&d"])
 
 
-def test_other_requests_go_to_a_decode_instance_without_more():
-    with fakes(Fake("prefill"), Fake("decode")) as both, front(*both) as client:
+def test_other_requests_are_forwarded_without_prefill_addresses():
+    with fakes(Fake("prefill"), Fake("decode")) as both, routing(*both) as client:
         client.post("/tokenize", json=BODY)
         assert "x-longspan-prefill" not in both[1].asked[0][0]
 
 
-def test_headers_are_bounded_before_anything_is_forwarded():
-    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), front(prefill, decode) as client:
+def test_a_request_with_too_large_headers_is_not_forwarded():
+    with fakes(Fake("prefill"), Fake("decode")) as (prefill, decode), routing(prefill, decode) as client:
         assert client.post("/tokenize", json=BODY, headers={"x-long": "a" * (200 << 10)}).status_code == 431
         assert not decode.asked
 
 
-def test_a_decode_instance_that_is_gone_is_replaced():
+def test_another_decode_instance_serves_when_one_has_ended():
     prefill, first, second = Fake("prefill"), Fake("decode"), Fake("decode")
     with fakes(prefill, second), ExitStack() as opened:
         first.url = opened.enter_context(served(first.app()))
-        with front(prefill, first, second) as client:
-            opened.close()  # before the router can notice by itself
+        with routing(prefill, first, second) as client:
+            opened.close()  # before the router's next poll
             for _ in range(3):
                 assert client.post("/v1/completions", json=BODY).json() == {"by": second.url}
 
 
-def test_without_a_decode_instance_the_answer_says_so():
+def test_without_a_decode_instance_the_answer_is_503():
     prefill, decode = Fake("prefill"), Fake("decode")
     with fakes(prefill), ExitStack() as opened:
         decode.url = opened.enter_context(served(decode.app()))
-        with front(prefill, decode) as client:
+        with routing(prefill, decode) as client:
             assert client.get("/health").status_code == 200
             opened.close()
             answer = client.post("/v1/completions", json=BODY)
@@ -266,8 +267,8 @@ def test_without_a_decode_instance_the_answer_says_so():
         (Fake("decode", kv_cache_dtype="int8"), "kv_cache_dtype: the decode instance has int8"),
     ],
 )
-def test_instances_that_do_not_fit_are_refused_at_the_start(other, problem):
-    with fakes(Fake("prefill"), other) as both, pytest.raises(ConfigError, match=problem), front(*both):
+def test_instances_of_different_formats_are_refused_at_the_start(other, problem):
+    with fakes(Fake("prefill"), other) as both, pytest.raises(ConfigError, match=problem), routing(*both):
         pass
 
 
@@ -275,46 +276,46 @@ def test_an_instance_under_the_wrong_role_is_refused():
     with (
         fakes(Fake("prefill"), Fake("prefill")) as (first, second),
         pytest.raises(ConfigError, match="is a prefill instance"),
-        front(first, more=(second.url,)),
+        routing(first, more=(second.url,)),
     ):
         pass
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host"])
-def test_what_is_no_url_is_refused(url):
+def test_an_invalid_url_is_refused(url):
     with pytest.raises(ConfigError, match="is no URL"):
         Instances([url], [])
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error():
+def test_a_stream_that_is_interrupted_ends_with_an_error_event():
     async def events():
         yield b"data: {}\n\n"
-        await asyncio.sleep(0.2)  # what arrives together with the end is lost with it
+        await asyncio.sleep(0.2)  # data that arrives together with the end would be lost
         raise RuntimeError
 
     def breaking():
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    with fakes(Fake("prefill"), Fake("decode", breaking)) as both, front(*both) as client:
+    with fakes(Fake("prefill"), Fake("decode", breaking)) as both, routing(*both) as client:
         text = client.post("/v1/completions", json=BODY).text
         assert text.startswith("data: {}\n\n")
         assert "the decode instance ended within the answer" in text
         assert text.endswith("data: [DONE]\n\n")
 
 
-def test_what_begins_alike_shares_blocks():
+def test_bodies_with_the_same_beginning_have_the_same_first_blocks():
     first, second = blocks_of(b"a" * 1000), blocks_of(b"a" * 600 + b"b" * 400)
     assert len(first) == 3
     assert [x == y for x, y in zip(first, second, strict=True)] == [True, True, False]
 
 
-def test_a_prompt_goes_where_its_beginning_was_seen():
+def test_a_prompt_goes_to_the_instance_that_has_seen_its_beginning():
     balance, prompt = Balance(10), b"a" * 4096
     balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
     assert balance.ranked(["idle", "busy"], prompt, blocks_of(prompt)) == ["busy", "idle"]
 
 
-def test_a_prompt_does_not_wait_behind_others_for_the_sake_of_its_beginning():
+def test_a_prompt_goes_to_an_idle_instance_if_the_one_with_its_beginning_is_busy():
     balance, prompt, other = Balance(10), b"a" * 4096, b"b" * 9000
     balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
     balance.begin("busy", other, blocks_of(other))

@@ -1,4 +1,4 @@
-"""Which prefill instances a request may name: those that were configured, and those under a router's signature."""
+"""Which prefill instances a request may name: configured ones, and addresses with a router's signature."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def named(config, addresses=PEERS, signature=None, body=BODY, now=NOW):
     return named_peers(config, ",".join(addresses), signature, body, now)
 
 
-def test_signed_addresses_may_be_named_for_a_while():
+def test_signed_addresses_are_accepted_until_the_signature_expires():
     assert named(SIGNED) == named(SIGNED, now=NOW + VALID_SECONDS - 1) == PEERS
 
 
@@ -28,7 +28,7 @@ def test_configured_addresses_need_no_signature():
     assert named(LISTED, PEERS[1:], signature="") == PEERS[1:]
 
 
-def test_a_peer_that_is_named_twice_is_asked_once():
+def test_a_repeated_address_is_removed():
     assert named(LISTED, (*PEERS, *PEERS), signature="") == PEERS
 
 
@@ -48,37 +48,37 @@ def test_a_peer_that_is_named_twice_is_asked_once():
     ],
     ids=str,
 )
-def test_what_is_not_as_it_was_signed_is_refused(change):
+def test_a_signature_for_anything_else_is_refused(change):
     with pytest.raises(RequestError, match=r"no valid signature.*same --transfer-token-file"):
         named(SIGNED, **change)
 
 
-def test_a_signature_ends():
-    with pytest.raises(RequestError, match=r"a time that is over since 2 s.*clocks"):
+def test_an_expired_signature_is_refused():
+    with pytest.raises(RequestError, match=r"expired 2 s ago.*clocks"):
         named(SIGNED, now=NOW + VALID_SECONDS + 2)
 
 
-def test_without_a_token_a_signature_is_worth_nothing():
+def test_without_a_token_only_configured_addresses_are_accepted():
     with pytest.raises(RequestError, match="start the decode instance with --prefill-peers"):
         named(TransferConfig("decode"))
-    with pytest.raises(RequestError, match="was not told of"):
+    with pytest.raises(RequestError, match="not in this decode instance's configuration"):
         named(LISTED, (*PEERS, "tcp://evil:1"))
 
 
 @pytest.mark.parametrize(
     "address", ["ipc:///tmp/x", "http://a:1", "tcp://a", "tcp://a:0", "tcp://a:70000", "tcp://a;b:1"]
 )
-def test_a_signed_address_of_another_form_is_refused(address):
-    with pytest.raises(RequestError, match="something else than tcp://HOST:PORT"):
+def test_a_signed_address_that_is_not_a_tcp_address_is_refused(address):
+    with pytest.raises(RequestError, match="not of the form tcp://HOST:PORT"):
         named(SIGNED, (address,), sign(TOKEN, (address,), BODY, NOW))
 
 
-def test_a_long_header_is_shown_in_part():
+def test_an_error_shows_only_the_beginning_of_a_long_header():
     with pytest.raises(RequestError) as refused:
         named(SIGNED, ("x" * 10_000,))
     assert len(str(refused.value)) < 400
 
 
-def test_tokens_are_told_apart_by_their_digests():
+def test_different_tokens_have_different_digests():
     assert token_digest(TOKEN) == token_digest(TOKEN) != token_digest(OTHER)
     assert token_digest("") == ""

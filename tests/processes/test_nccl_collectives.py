@@ -1,4 +1,4 @@
-"""The collectives of GPU processes, run over gloo: the same results and bytes as the plain ones."""
+"""`NcclCollectives`, run over gloo on CPUs: the same results and bytes as `DistributedCollectives`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _reduce(group: Collectives) -> list[torch.Tensor]:
 
 
 def _ring(group: Collectives) -> list[torch.Tensor]:
-    shapes = [(owner, 2) for owner in range(group.size)]  # the first has nothing
+    shapes = [(owner, 2) for owner in range(group.size)]  # the first member sends no rows
     return [x.clone() for _, x in circulate(group, _tensor(group.rank, group.rank, 2), shapes, "x")]
 
 
 def _pass_on(group: Collectives) -> list[torch.Tensor]:
-    """A pipeline: several in a row from each member to the next."""
+    """As between pipeline stages: several tensors, one after the other, from each member to the next."""
     first, last = group.rank == 0, group.rank == group.size - 1
     found = []
     for number in range(12):
@@ -66,7 +66,7 @@ OPERATIONS: dict[str, Callable[[Collectives], list[torch.Tensor]]] = {
 
 
 def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -> dict[str, Any]:
-    """Every operation on the group of all and on one of two, with both kinds of collectives."""
+    """The results and bytes of every operation, on a group of three and one of two, with both kinds of collectives."""
     found: dict[str, Any] = {}
     for members in ((0, 1, 2), (0, 2)):
         if rank not in members:
@@ -81,7 +81,7 @@ def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -
                 [x.tolist() for x in ours], [x.tolist() for x in expected],
                 dict(counted.bytes_by_label), dict(traffic.bytes_by_label),
             )  # fmt: skip
-    make_group((0, 1, 2)).all_reduce(torch.zeros(1), "nobody leaves before all are done")
+    make_group((0, 1, 2)).all_reduce(torch.zeros(1), "barrier")  # no rank may leave before all are done
     return found
 
 
@@ -92,7 +92,7 @@ def results() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("members", [3, 2])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_gives_what_the_plain_one_gives(results, name, members):
+def test_an_operation_gives_the_results_and_bytes_of_the_gloo_collectives(results, name, members):
     of_ranks = [found[f"{name} of {members}"] for found in results if f"{name} of {members}" in found]
     assert len(of_ranks) == members
     for ours, expected, sent, counted in of_ranks:
@@ -103,7 +103,7 @@ def test_an_operation_gives_what_the_plain_one_gives(results, name, members):
         assert sent == counted
 
 
-def test_a_group_of_one_moves_nothing():
+def test_a_group_of_one_sends_nothing():
     group = NcclCollectives([5], 5, Traffic(), CPU)
     x = torch.ones(2)
     assert group.all_reduce(x, "x") is x

@@ -1,4 +1,4 @@
-"""Ranks as real processes over gloo: the same tokens, and an end within seconds when one dies."""
+"""Ranks as processes over gloo: the same tokens as with threads, and an error within seconds when one dies."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from longspan.errors import StepTimeout
 from tests.engine.conftest import DEFAULTS, SHORT
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
-PATIENCE = 10.0  # seconds; noticing takes a fraction of one
+PATIENCE = 10.0  # seconds; detection takes a fraction of one
 
 
 def start(**options):
@@ -38,51 +38,51 @@ def test_tokens_and_bytes_equal_those_of_threads(layout):
         outputs = llm.generate(prompts, params)
         traffic = llm.stats().traffic
     named = {SHORT.get(name, name): value for name, value in layout.items()}
-    with LLM(tiny_folder("llama"), executor="threads", **{**DEFAULTS, **named}) as twin:
-        twin.generate(prompts, params)
-        assert twin.stats().traffic == traffic
+    with LLM(tiny_folder("llama"), executor="threads", **{**DEFAULTS, **named}) as reference:
+        reference.generate(prompts, params)
+        assert reference.stats().traffic == traffic
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.outputs[0].token_ids == greedy(oracle("llama"), prompt, 8)[0]
 
 
-def test_a_killed_worker_ends_the_generation_with_a_message_and_no_process_left():
+def test_a_killed_rank_raises_worker_died_and_leaves_no_process():
     llm = start(pcp=2)
-    workers = llm.engine.executor.process_ids
+    ranks = llm.engine.executor.process_ids
     stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
     next(stream)
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
     with pytest.raises(WorkerDied, match=r"rank 1 .*exit code -9"):
         for _ in stream:
             pass
     assert time.monotonic() - killed < PATIENCE
     llm.shutdown()
-    assert not any(alive(worker) for worker in workers)
+    assert not any(alive(rank) for rank in ranks)
 
 
 def test_shutdown_leaves_no_process_and_may_be_repeated():
     llm = start(pcp=2)
-    workers = llm.engine.executor.process_ids
-    assert all(alive(worker) for worker in workers)
+    ranks = llm.engine.executor.process_ids
+    assert all(alive(rank) for rank in ranks)
     llm.shutdown()
     llm.shutdown()
-    assert not any(alive(worker) for worker in workers)
+    assert not any(alive(rank) for rank in ranks)
 
 
-def test_a_stopped_worker_ends_the_generation_by_the_time_of_a_step():
+def test_a_stopped_rank_raises_step_timeout():
     llm = start(pcp=2, step_timeout=1.0)
-    workers = llm.engine.executor.process_ids
+    ranks = llm.engine.executor.process_ids
     stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
     for _ in range(10):  # the first eight steps have no limit
         next(stream)
-    os.kill(workers[1], signal.SIGSTOP)
+    os.kill(ranks[1], signal.SIGSTOP)
     with pytest.raises(StepTimeout, match=r"step \d+ \(1 tokens\) has not ended .* limit is 1\.0 s \(step_timeout\)"):
         for _ in stream:
             pass
-    assert not any(alive(worker) for worker in workers)
+    assert not any(alive(rank) for rank in ranks)
 
 
-def test_a_worker_stopped_between_steps_is_noticed_by_whoever_looks():
+def test_a_rank_stopped_between_steps_is_detected_by_check():
     config = EngineConfig(
         tiny_folder("llama"), executor="processes", cost=CostConstants(),
         liveness=LivenessConfig(heartbeat_interval=0.1, heartbeat_late=0.5, heartbeat_timeout=2.0),
@@ -93,16 +93,16 @@ def test_a_worker_stopped_between_steps_is_noticed_by_whoever_looks():
             executor.check()
         assert executor.late() is None
         os.kill(executor.process_ids[0], signal.SIGSTOP)
-        said = set()
+        reports = set()
         with pytest.raises(WorkerDied, match=r"rank 0 has not answered for .*: its process is stopped or hangs"):
             while True:
                 executor.check()
-                said.add(executor.late())
+                reports.add(executor.late())
                 time.sleep(0.05)
-        assert any("rank 0 has not answered" in late for late in said if late)
+        assert any("rank 0 has not answered" in late for late in reports if late)
 
 
-def test_a_thread_that_hangs_ends_the_generation_by_the_time_of_a_step():
+def test_a_thread_that_hangs_raises_step_timeout():
     llm = LLM(tiny_folder("llama"), prefill_context_parallel_size=2, step_timeout=1.0, **DEFAULTS)
     stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
     for _ in range(10):
@@ -115,7 +115,7 @@ def test_a_thread_that_hangs_ends_the_generation_by_the_time_of_a_step():
     released.set()
 
 
-def test_a_worker_killed_between_steps_is_noticed_at_the_next():
+def test_a_rank_killed_between_steps_is_detected_at_the_next_step():
     llm = start(pcp=2)
     os.kill(llm.engine.executor.process_ids[0], signal.SIGKILL)
     killed = time.monotonic()
@@ -125,20 +125,20 @@ def test_a_worker_killed_between_steps_is_noticed_at_the_next():
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
-def test_an_engine_that_was_shut_down_says_so(executor):
+def test_an_engine_that_was_shut_down_refuses_requests(executor):
     llm = LLM(tiny_folder("llama"), executor=executor, **DEFAULTS)
     llm.shutdown()
     with pytest.raises(WorkerDied, match="shut down; start the engine again"):
         llm.generate(prompt_of(16), SamplingParams(temperature=0, max_tokens=4))
 
 
-def test_a_workers_error_reaches_the_caller_as_it_is(tmp_path):
+def test_a_configuration_error_is_raised_with_its_own_class(tmp_path):
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes=1"):
         start(pcp=2, kv_cache_memory_bytes=1)
 
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
-def test_a_rank_that_fails_in_a_step_ends_the_engine_with_its_name(executor, monkeypatch):
+def test_the_error_of_a_failed_step_names_the_rank(executor, monkeypatch):
     llm = LLM(tiny_folder("llama"), executor=executor, prefill_context_parallel_size=2, **DEFAULTS)
     plan_of = llm.engine.scheduler.schedule
     monkeypatch.setattr(llm.engine.scheduler, "schedule", lambda: replace(plan_of(), finished=("gone",)))

@@ -1,6 +1,6 @@
-"""Several hosts on one machine: network namespaces with an address each, behind a bridge of their own.
+"""Several hosts on one machine: network namespaces, each with an address, connected by a bridge.
 
-They share files and process ids and nothing of the network, not even with this machine's own.
+They share files and process ids with this machine, but no network.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _NETWORK = 0x40000000  # CLONE_NEWNET
 
 @dataclass
 class Host:
-    """A host: what is run on it has its address, and what is killed with it is gone."""
+    """A network namespace, and the programs that run in it."""
 
     name: str
     address: str
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start a program there, which goes on until it ends or the host is killed."""
+        """Start a program on the host. It runs until it ends or the host is killed."""
         there = ["ip", "netns", "exec", self.name, *command]
         with log.open("ab") as output:
             self.processes.append(
@@ -41,16 +41,16 @@ class Host:
             )
 
     def threads(self, number: int) -> ThreadPoolExecutor:
-        """Threads of this process that are on the host, as far as the network goes."""
+        """Threads of this process that use the host's network."""
         return ThreadPoolExecutor(number, initializer=_enter, initargs=(self.name,))
 
     @property
     def process_ids(self) -> list[int]:
-        """Of everything that runs there."""
+        """Ids of all processes on the host."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """End everything that runs there, at once."""
+        """Kill all processes on the host."""
         deadline = time.monotonic() + 10
         while (pids := self.process_ids) and time.monotonic() < deadline:
             for pid in pids:
@@ -60,10 +60,6 @@ class Host:
                 process.poll()
         for process in self.processes:
             process.wait(10)
-
-    def cut_off(self) -> None:
-        """Pull the network cable: nothing ends, and nobody is told."""
-        _ip("-n", self.name, "link", "set", "eth0", "down")
 
 
 def _enter(name: str) -> None:
@@ -78,7 +74,7 @@ def _ip(*arguments: str) -> str:
 
 @cache
 def why_not() -> str | None:
-    """Why there can be no hosts here."""
+    """Why hosts cannot be made on this machine; None if they can."""
     name = f"longspan-{os.getpid()}-try"
     try:
         _ip("netns", "add", name)
@@ -94,7 +90,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def hosts(number: int) -> Iterator[list[Host]]:
-    """So many hosts, which reach each other and nothing else; all that runs on them ends with them."""
+    """Hosts that reach each other and nothing else. At the end of the block they are killed and removed."""
     prefix = f"longspan-{os.getpid()}-{next(_SWITCHES)}"
     switch = f"{prefix}-switch"
     made = [Host(f"{prefix}-host{index}", f"10.77.0.{index + 1}") for index in range(number)]

@@ -1,4 +1,4 @@
-"""Ranks that are started from outside, as `torchrun` starts them: they come, serve, and end with their driver."""
+"""Ranks that the user starts, as `torchrun` does: they connect, serve, and end with their driver."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def address() -> str:
-    """Where a driver may listen."""
+    """A free address for a driver."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
@@ -65,7 +65,7 @@ def drive(address: str, timeout: float = 120.0):
     return LLM(tiny_folder("llama"), executor="external", cluster=cluster, prefill_context_parallel_size=2, **DEFAULTS)
 
 
-def test_ranks_serve_and_end_well_when_the_driver_says_so(address):
+def test_ranks_exit_with_0_when_the_driver_stops_them(address):
     with two_ranks(address) as ranks:
         with drive(address) as llm:
             [output] = llm.generate([prompt_of(100)], SamplingParams(temperature=0, max_tokens=8))
@@ -73,7 +73,7 @@ def test_ranks_serve_and_end_well_when_the_driver_says_so(address):
         assert [process.wait(PATIENCE) for process in ranks] == [0, 0]
 
 
-def test_a_killed_rank_ends_the_engine_and_the_other_rank_asks_to_be_started_again(address):
+def test_a_killed_rank_ends_the_engine_and_the_other_rank_exits_with_1(address):
     with two_ranks(address) as ranks:
         llm = drive(address)
         stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
@@ -87,7 +87,7 @@ def test_a_killed_rank_ends_the_engine_and_the_other_rank_asks_to_be_started_aga
         assert ranks[0].wait(PATIENCE) == 1
 
 
-def test_ranks_end_when_their_driver_is_killed(address):
+def test_ranks_exit_with_1_when_their_driver_is_killed(address):
     with two_ranks(address) as ranks:
         command = [sys.executable, "-c", DRIVER, tiny_folder("llama"), address]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
@@ -96,7 +96,7 @@ def test_ranks_end_when_their_driver_is_killed(address):
         assert [process.wait(PATIENCE) for process in ranks] == [1, 1]
 
 
-def test_a_rank_of_another_layout_is_refused_and_the_others_are_waited_for(address):
+def test_a_rank_of_another_layout_is_refused_and_the_driver_waits_for_the_others(address):
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.connect(address)
         stranger.send(msgspec.msgpack.encode(RankHello(0, 4, __version__, "127.0.0.1", 1)))
@@ -106,7 +106,7 @@ def test_a_rank_of_another_layout_is_refused_and_the_others_are_waited_for(addre
         assert answer.reason == "the driver's layout has 2 ranks, and this is one of 4"
 
 
-def test_a_rank_that_is_refused_says_why(address, capsys):
+def test_a_rank_that_is_refused_prints_the_reason(address, capsys):
     with zmq.Context() as context, context.socket(zmq.ROUTER) as driver, ThreadPoolExecutor(1) as pool:
         driver.bind(address)
         code = pool.submit(main, [address], {"RANK": "1", "WORLD_SIZE": "2"})
@@ -117,7 +117,7 @@ def test_a_rank_that_is_refused_says_why(address, capsys):
 
 
 @pytest.mark.parametrize("listen", ["tcp://192.0.2.123:7000", "tcp://127.0.0.1", "nonsense"])
-def test_an_address_that_cannot_be_listened_at(listen):
+def test_an_address_that_cannot_be_bound_is_refused(listen):
     with pytest.raises(ConfigError, match=f"listen={listen}: cannot be listened at .*; give an address of this host"):
         drive(listen)
 
@@ -136,6 +136,6 @@ def test_an_address_that_cannot_be_listened_at(listen):
         ),
     ],
 )
-def test_what_a_rank_is_given_wrongly(arguments, environment, message, capsys):
+def test_invalid_arguments_of_a_rank_are_named_and_exit_with_2(arguments, environment, message, capsys):
     assert main(arguments, environment) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A server over several hosts, each with an address of its own: the texts of one host, and one host that dies."""
+"""A server on several hosts, each with its own address: the same texts as on one host, also when a host dies."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ RAY = [
     "--block",
 ]
 LONGSPAN = [sys.executable, "-c", "from longspan.cli.main import main; main()"]
-OPEN = {"RAY_AUTH_MODE": "disabled"}  # nobody else reaches these hosts
+OPEN = {"RAY_AUTH_MODE": "disabled"}  # no other machine reaches these hosts
 TOKENS = 200
 PROMPTS = [f"request number {number} " * 2 for number in range(3)]
 
 
 @pytest.fixture
 def logs() -> Iterator[Path]:
-    """A folder for what the hosts print, which a failed test shows; its name is short, as Ray's sockets need it."""
+    """A folder for the output of the hosts, printed after a failed test. Ray's sockets need its short name."""
     with TemporaryDirectory(prefix="ls-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
         for path in sorted(Path(folder).glob("*.log")):
@@ -52,7 +52,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def serving(host: Host, logs: Path, *options: str) -> Iterator[str]:
-    """The address of a server on a host."""
+    """Starts a server on a host; gives its URL once it is healthy."""
     url = f"http://{host.address}:8000"
     model = [ascii_folder(), "--served-model-name", "tiny", "--host", host.address, "--port", "8000"]
     sizes = ["--page-size", "4", "--kv-cache-memory-bytes", "1M", "--local-context", "8", "--num-threads", "1"]
@@ -70,7 +70,7 @@ def healthy(url: str) -> bool:
 
 
 def stream_text(url: str, prompt: str, on_text: Callable[[str], None] = lambda text: None) -> str:
-    """The text of a streamed completion; raises what the stream says went wrong."""
+    """The text of a streamed completion; fails if the stream has an error event."""
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
     text = ""
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as answer:
@@ -85,7 +85,7 @@ def stream_text(url: str, prompt: str, on_text: Callable[[str], None] = lambda t
 
 
 def ray_cluster(head: Host, others: list[Host], logs: Path) -> str:
-    """Its address; the head has the driver and no rank, the others room for two."""
+    """Starts Ray on all hosts; returns the address. The head has CPUs for no rank, each other host for two."""
     address = f"{head.address}:6379"
     join(head, logs, "--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={logs}/ray", "--num-cpus=0")
     for host in others:
@@ -99,7 +99,7 @@ def join(host: Host, logs: Path, *options: str) -> None:
     until(lambda: "Ray runtime started" in log.read_text(), f"Ray on {host.address}")
 
 
-def test_a_ray_cluster_of_hosts_serves_the_texts_of_one_and_outlives_a_host(logs):
+def test_a_server_on_several_hosts_gives_the_texts_of_one_host_also_when_a_host_dies(logs):
     killed: list[float] = []
     with hosts(3) as (head, first, second):
         address = ray_cluster(head, [first, second], logs)

@@ -1,4 +1,4 @@
-"""Which ranks share a machine: as they report it, in whatever order they are spread."""
+"""Which ranks share a machine, as they report it; and the addresses and interfaces that ranks use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import zmq
 
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.driver.executors.ray_cluster import _fitting
-from longspan.engine.driver.executors.remote import _placed
+from longspan.engine.driver.executors.ray_cluster import _runs_that_fit
+from longspan.engine.driver.executors.remote import _with_hosts
 from longspan.engine.setup import resolve
-from longspan.engine.transport.connection import interface_of, own_address, use_interface, watch_peers
+from longspan.engine.transport.connection import detect_lost_peers, interface_of, own_address, use_interface
 from tests.oracle import tiny_folder
 
 
@@ -29,21 +29,21 @@ def setup(**parallel):
     ],
 )
 def test_ranks_that_report_from_one_address_share_a_machine(hosts, nodes):
-    found = _placed(setup(prefill_context_parallel_size=4), hosts)
+    found = _with_hosts(setup(prefill_context_parallel_size=4), hosts)
     assert found.grid.nodes((0, 1, 2, 3)) == nodes
 
 
-def test_a_user_who_names_the_machines_is_believed():
-    found = _placed(setup(prefill_context_parallel_size=4, ranks_per_node=2), ["a", "b", "c", "d"])
+def test_ranks_per_node_overrides_the_reported_hosts():
+    found = _with_hosts(setup(prefill_context_parallel_size=4, ranks_per_node=2), ["a", "b", "c", "d"])
     assert found.grid.nodes((0, 1, 2, 3)) == ((0, 1), (2, 3))
 
 
-@pytest.mark.parametrize(("room", "run", "fit"), [([4, 4], 4, 2), ([3, 3], 2, 2), ([3, 3], 4, 0), ([], 1, 0)])
-def test_runs_fit_only_whole_on_a_machine(room, run, fit):
-    assert _fitting(room, run) == fit
+@pytest.mark.parametrize(("capacities", "run", "fit"), [([4, 4], 4, 2), ([3, 3], 2, 2), ([3, 3], 4, 0), ([], 1, 0)])
+def test_a_run_is_not_split_between_machines(capacities, run, fit):
+    assert _runs_that_fit(capacities, run) == fit
 
 
-def test_the_own_address_is_the_one_towards_the_peer_and_names_an_interface():
+def test_own_address_is_that_of_the_route_to_the_peer_and_belongs_to_an_interface():
     assert own_address("tcp://127.0.0.1:7850") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.1") is None
@@ -56,9 +56,9 @@ def test_ranks_of_one_machine_use_the_loopback_unless_the_user_names_an_interfac
     assert [os.environ[name] for name in names] == ["lo", "eth7"]
 
 
-def test_who_sends_a_driver_more_than_any_rank_would_is_cut_off():
+def test_a_peer_that_sends_a_driver_too_large_a_message_is_disconnected():
     with zmq.Context() as context, context.socket(zmq.ROUTER) as driver, context.socket(zmq.DEALER) as stranger:
-        watch_peers(driver, 10.0)
+        detect_lost_peers(driver, 10.0)
         monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         stranger.linger = 0
         stranger.connect(f"tcp://127.0.0.1:{driver.bind_to_random_port('tcp://127.0.0.1')}")

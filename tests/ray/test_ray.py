@@ -1,6 +1,6 @@
-"""Ranks as Ray actors: the same tokens, room that is asked for and given back, and an end that is noticed.
+"""Ranks as Ray actors: the same tokens as with threads, resources that are reserved and freed, and actors that die.
 
-One small cluster in this process serves all tests.
+All tests use one small cluster of this process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[str]:
-    """Its address."""
+    """The address of the cluster."""
     context = ray.init(
         "local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         namespace="tests",
@@ -56,7 +56,7 @@ def tokens(llm: LLM) -> list[list[int]]:
 
 
 def rank_ids() -> list[int]:
-    """Process ids of the cluster's actors that live."""
+    """Process ids of the cluster's actors that are alive."""
     return [actor["Pid"] for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
 
 
@@ -71,14 +71,14 @@ def until(condition, what: str) -> None:
 def test_tokens_and_bytes_equal_those_of_threads(layout):
     with start(**layout) as llm:
         found, traffic = tokens(llm), llm.stats().traffic
-    with start(executor="threads", **layout) as twin:
-        assert tokens(twin) == found
-        assert twin.stats().traffic == traffic
+    with start(executor="threads", **layout) as reference:
+        assert tokens(reference) == found
+        assert reference.stats().traffic == traffic
 
 
 def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_tokens():
-    with start(executor="threads") as twin:
-        expected = tokens(twin)
+    with start(executor="threads") as reference:
+        expected = tokens(reference)
     llm = start(pcp=2)
     stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
     next(stream)
@@ -93,14 +93,14 @@ def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_toke
         assert tokens(again) == expected
 
 
-def test_room_in_use_is_waited_for_and_shutdown_gives_it_back():
+def test_resources_in_use_are_waited_for_and_shutdown_frees_them():
     llm = start(pcp=3)
     assert len(rank_ids()) == 3
     with pytest.raises(ConfigError, match="have 4 that others use; wait for them"):
         start(pcp=2, cluster=ClusterConfig(timeout=0.5))
     llm.shutdown()
     llm.shutdown()
-    until(lambda: ray.available_resources().get("CPU") == CPUS, "the room")
+    until(lambda: ray.available_resources().get("CPU") == CPUS, "the resources")
 
 
 def test_a_killed_driver_leaves_no_actor_behind(cluster):
@@ -110,7 +110,7 @@ def test_a_killed_driver_leaves_no_actor_behind(cluster):
         assert len(rank_ids()) == 2
         driver.kill()
     until(lambda: not rank_ids(), "the end of the actors")
-    until(lambda: ray.available_resources().get("CPU") == CPUS, "the room")
+    until(lambda: ray.available_resources().get("CPU") == CPUS, "the resources")
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_killed_driver_leaves_no_actor_behind(cluster):
         ({"tp": 2, "pcp": 3}, r"needs 6 CPUs in runs of 2 on one machine.* have 4; use --prefill-.*-size 2"),
     ],
 )
-def test_too_little_room_says_how_much_there_is_and_what_fits(layout, message):
+def test_the_error_for_too_few_resources_names_what_there_is_and_what_fits(layout, message):
     with pytest.raises(ConfigError, match=message):
         start(**layout, cluster=ClusterConfig(timeout=0.5))
 
 
-def test_ray_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+def test_the_error_without_ray_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"executor=ray: Ray is not installed .*pip install 'longspan\[ray\]'"):
         start()

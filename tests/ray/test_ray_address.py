@@ -1,4 +1,4 @@
-"""Addresses that are not a Ray cluster's: noticed within seconds, with what to do."""
+"""An address that is not a Ray cluster's is refused within seconds, with a remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOUND = 20.0  # seconds; Ray itself would try for minutes
 
 @contextmanager
 def listener(answer: bytes | None) -> Iterator[str]:
-    """A port where the first caller gets this answer, or none for as long as it likes to wait."""
+    """A port that sends the first client this answer; with None it accepts the connection and sends nothing."""
 
     def serve() -> None:
         call, _ = server.accept()
@@ -47,16 +47,16 @@ def refused(address: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:", "127.0.0.1:99999", "no such host:6379"])
-def test_an_address_where_nobody_answers(address):
-    refused(address, "nobody answers there .*; give HOST:PORT")
+def test_an_address_where_nothing_listens_is_refused(address):
+    refused(address, "no server answers there .*; give HOST:PORT")
 
 
-def test_an_address_where_something_else_answers():
+def test_the_address_of_another_server_is_refused():
     with listener(b"HTTP/1.0 400 Bad request\r\n\r\n") as address:
         refused(address, "what answers there is not Ray")
 
 
-def test_an_address_where_nobody_ever_says_a_word(monkeypatch):
+def test_an_address_that_accepts_and_never_answers_is_refused(monkeypatch):
     monkeypatch.setattr("longspan.engine.driver.executors.ray_cluster._PROBE_SECONDS", 0.2)
     with listener(None) as address:
-        refused(address, "nobody answers there .*timed out")
+        refused(address, "no server answers there .*timed out")

@@ -6,7 +6,7 @@ import pytest
 
 from longspan.config import LivenessConfig
 from longspan.engine.driver.step_watch import StepWatch
-from longspan.engine.transport.heartbeat import Silence
+from longspan.engine.transport.heartbeat import SilenceTimer
 from longspan.errors import ConfigError, StepTimeout
 
 
@@ -122,21 +122,21 @@ def test_steps_without_tokens_measure_nothing():
     assert watched.pace is None
 
 
-def test_silence_ends_with_a_word():
+def test_a_message_resets_the_silence():
     clock = Clock()
-    silence = Silence(clock)
+    silence = SilenceTimer(clock)
     for clock.now in (0.4, 0.8, 1.2):
-        silence.look()
+        silence.update()
     assert silence.seconds == pytest.approx(1.2)
-    silence.heard()
+    silence.reset()
     assert silence.seconds == 0
 
 
-def test_time_in_which_nobody_listened_is_no_silence():
+def test_time_in_which_the_timer_was_not_updated_is_no_silence():
     clock = Clock()
-    silence = Silence(clock)
+    silence = SilenceTimer(clock)
     clock.now = 3600.0
-    assert silence.look() == 1.0
+    assert silence.update() == 1.0
 
 
 @pytest.mark.parametrize("field", ["step_timeout", "heartbeat_interval", "heartbeat_timeout"])

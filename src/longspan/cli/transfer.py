@@ -6,7 +6,6 @@ It owns where the transfer token comes from; what it is good for is disaggregati
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ import typer
 from longspan.cli.options import flag
 from longspan.config import TransferConfig, require
 from longspan.config.addresses import is_loopback
-from longspan.errors import ConfigError
+from longspan.secret_file import read_secret_file
 
 TOKEN_VARIABLE = "LONGSPAN_TRANSFER_TOKEN"
 
@@ -36,10 +35,7 @@ def read_token(file: str | None) -> str:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "").strip()
     remedy = f"put a secret into it, as with `openssl rand -hex 32 > {file}`"
-    try:
-        token = Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("transfer_token_file", file, f"cannot be read ({type(error).__name__})", remedy) from error
+    token = read_secret_file("transfer_token_file", file, remedy).strip()
     require(token != "", "transfer_token_file", file, "is empty", remedy)
     return token
 

@@ -1,7 +1,7 @@
-"""The decode instance's role: has prompts computed elsewhere, and falls back to others, at last to itself.
+"""The role of a decode instance: it has prompts computed by prefill instances and fetches their pages.
 
-It owns where each prompt is computed and what happens when that fails; placing and filling pages is the scheduler's and
-the ranks' business.
+It owns the choice of the prefill instance for each prompt, and what follows when one fails: the next one is tried, and
+at last the prompt is computed here. The scheduler places the pages, the ranks fill them.
 """
 
 from __future__ import annotations
@@ -32,33 +32,41 @@ CachedTokens = Callable[["CoreRequest"], int]
 
 
 @dataclass(eq=False)
-class _Remote:
-    """A request whose prompt is computed elsewhere."""
+class _RemotePrefill:
+    """A request whose prompt is computed by a prefill instance."""
 
     request: CoreRequest
-    # addresses that can be asked next
-    others: list[str]
-    # where it is computed, and under which of our numbers
+    # addresses of prefill instances that have not been tried, in order
+    candidates: list[str]
+    # connection to the instance that computes it
     connection: Connection | None = None
-    sent: int = 0
-    # what the prompt is called there, None until it is told
-    accepted: str | None = None
+    # the prompt's number in the messages on this connection
+    number: int = 0
+    # its id in that instance; None until `Accepted`
+    remote_id: str | None = None
+    # whether that instance has computed all of its pages
     computed: bool = False
-    # when it was asked for, or something moved last, in `time.monotonic()`
-    heard: float = 0.0
-    # what the ranks carry out, those that have all of theirs, and the bytes of these
+    # when it was last sent, accepted, computed or planned, or pages arrived, by `time.monotonic()`
+    progress_at: float = 0.0
+    # the fetch that the ranks carry out; None before it is planned
     fetch: Fetch | None = None
-    arrived: set[int] = field(default_factory=set)
+    # ranks that have received their part of the fetch
+    ranks_done: set[int] = field(default_factory=set)
+    # bytes of KV that these ranks received
     received: int = 0
 
 
 class DecodeRole(Role):
-    """See `Role`. `cached` says how many of a request's tokens need not be computed anywhere."""
+    """The decode side, see `Role`.
+
+    `parts` is what each of this instance's ranks stores. `cached` returns the number of a request's tokens that the
+    prefix cache has.
+    """
 
     def __init__(
-        self, config: TransferConfig, form: Format, parts: tuple[Part, ...], cached: CachedTokens, page_size: int
+        self, config: TransferConfig, page_format: Format, parts: tuple[Part, ...], cached: CachedTokens, page_size: int
     ) -> None:
-        super().__init__(config, form)
+        super().__init__(config, page_format)
         self._parts = parts
         self._token = config.token
         self._own_peers = deque(config.prefill_peers)
@@ -66,9 +74,9 @@ class DecodeRole(Role):
         self._page_size = page_size
         self._ranks = 0
         self._connections: dict[str, Connection] = {}
-        self._remotes: dict[str, _Remote] = {}
-        self._by_sent: dict[int, _Remote] = {}
-        self._by_fetch: dict[int, _Remote] = {}
+        self._prefills: dict[str, _RemotePrefill] = {}  # by request id
+        self._by_number: dict[int, _RemotePrefill] = {}
+        self._by_fetch: dict[int, _RemotePrefill] = {}  # by number of the fetch
         self._numbers = count(1)
 
     def start(self, core: CoreHandle, ranks: int) -> None:
@@ -76,51 +84,51 @@ class DecodeRole(Role):
         self._core, self._ranks = core, ranks
 
     def add(self, request: CoreRequest) -> bool:
-        """See `Role.add`: what is new to the cache by a page or less is computed here.
+        """See `Role.add`. A prompt is computed here if the prefix cache has all but a page of it.
 
-        A request that names no instances goes to the configured ones in turn.
+        A request that names no prefill instances uses the configured ones in turn.
         """
         known = len(request.prompt_token_ids) + len(request.output_token_ids) - 1
-        scored = request.params.prompt_logprobs is not None  # every token is wanted, not only its KV
-        salted = request.params.cache_salt != ""  # a prefill instance would share its pages with everybody
+        scored = request.params.prompt_logprobs is not None  # needs logits of every prompt token, not only KV
+        salted = request.params.cache_salt != ""  # a prefill instance would share its pages with all requests
         peers = request.prefill_at or self._own_peers
         if not peers or scored or salted or known - self._cached(request) <= self._page_size:
             return False
-        remote = self._remotes[request.request_id] = _Remote(request, list(peers))
+        prefill = self._prefills[request.request_id] = _RemotePrefill(request, list(peers))
         if peers is self._own_peers:
             self._own_peers.rotate(-1)
-        self._ask(remote)
+        self._send_prompt(prefill)
         return True
 
     def submitted(self, plan: StepPlan) -> None:
-        """See `Role.submitted`: requests of which the scheduler has placed the pages are being fetched."""
+        """See `Role.submitted`. From now on the ranks fetch the pages of the plan's fetches."""
         for fetch in plan.fetches:
-            remote = self._remotes[fetch.request_id]
-            remote.fetch, remote.heard = fetch, time.monotonic()
-            self._by_fetch[fetch.number] = remote
+            prefill = self._prefills[fetch.request_id]
+            prefill.fetch, prefill.progress_at = fetch, time.monotonic()
+            self._by_fetch[fetch.number] = prefill
 
     def finish(self, request_id: str) -> None:
         """See `Role.finish`."""
-        remote = self._remotes.pop(request_id, None)
-        if remote is not None:
-            self._leave(remote)
+        prefill = self._prefills.pop(request_id, None)
+        if prefill is not None:
+            self._release(prefill)
 
-    def exchange(self) -> None:
-        """See `Role.exchange`."""
+    def poll(self) -> None:
+        """See `Role.poll`."""
         for message in self._control.from_ranks():
             match message:
-                case messages.Moving(fetch) if fetch in self._by_fetch:
-                    self._by_fetch[fetch].heard = time.monotonic()
-                case messages.Arrived(rank, fetch, received) if fetch in self._by_fetch:
-                    self._arrived(self._by_fetch[fetch], rank, received)
+                case messages.FetchProgress(fetch) if fetch in self._by_fetch:
+                    self._by_fetch[fetch].progress_at = time.monotonic()
+                case messages.FetchDone(rank, fetch, received) if fetch in self._by_fetch:
+                    self._rank_done(self._by_fetch[fetch], rank, received)
                 case messages.FetchFailed(rank, fetch, reason) if fetch in self._by_fetch:
                     self._retry(self._by_fetch[fetch], f"rank {rank}: {one_line(reason)}")
         for connection in list(self._connections.values()):
-            self._hear(connection)
+            self._receive(connection)
         now = time.monotonic()
-        for remote in list(self._remotes.values()):
-            if problem := self._overdue(remote, now):
-                self._retry(remote, problem)
+        for prefill in list(self._prefills.values()):
+            if problem := self._timed_out(prefill, now):
+                self._retry(prefill, problem)
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -133,95 +141,106 @@ class DecodeRole(Role):
             connection.close()
         super().close()
 
-    def _overdue(self, remote: _Remote, now: float) -> str | None:
-        """What has taken too long; None while there is time. A prompt that is computed may wait for pages here."""
-        silent, patience, deadline = now - remote.heard, self.config.patience_seconds, self.config.prompt_seconds
-        if remote.accepted is None:
-            return f"the prompt was not taken for {patience:g} s" if silent > patience else None
-        if not remote.computed:
-            return f"the prompt was not computed for {deadline:g} s" if silent > deadline else None
-        return f"sent nothing for {patience:g} s" if remote.fetch and silent > patience else None
+    def _timed_out(self, prefill: _RemotePrefill, now: float) -> str | None:
+        """Which time limit has passed; None if none has.
 
-    def _ask(self, remote: _Remote) -> None:
-        """Have the prompt computed by the next instance that may be there, at last by this one."""
-        request = remote.request
-        while remote.others:
-            connection = self._connection(remote.others.pop(0))
+        There is no limit between the last computed page and the plan of the fetch, when the request waits for free
+        pages of this instance.
+        """
+        waited, timeout, longest = now - prefill.progress_at, self.config.patience_seconds, self.config.prompt_seconds
+        if prefill.remote_id is None:
+            return f"the prompt was not accepted for {timeout:g} s" if waited > timeout else None
+        if not prefill.computed:
+            return f"the prompt was not computed for {longest:g} s" if waited > longest else None
+        return f"no pages arrived for {timeout:g} s" if prefill.fetch and waited > timeout else None
+
+    def _send_prompt(self, prefill: _RemotePrefill) -> None:
+        """Send a prompt to the next prefill instance whose connection can be opened; if there is none, compute it here.
+
+        The last token is not sent: this instance computes it, for the first logits.
+        """
+        request = prefill.request
+        while prefill.candidates:
+            connection = self._connection(prefill.candidates.pop(0))
             if connection.open():
-                remote.connection, remote.sent, remote.heard = connection, next(self._numbers), time.monotonic()
-                self._by_sent[remote.sent] = remote
+                prefill.connection, prefill.number = connection, next(self._numbers)
+                prefill.progress_at = time.monotonic()
+                self._by_number[prefill.number] = prefill
                 tokens = [*request.prompt_token_ids, *request.output_token_ids][:-1]
-                connection.send(messages.Prefill(remote.sent, tokens))
+                connection.send(messages.Prefill(prefill.number, tokens))
                 return
-        del self._remotes[request.request_id]
+        del self._prefills[request.request_id]
         if self._core is not None:
             self._core.begin(request, None)
 
     def _connection(self, address: str) -> Connection:
+        """The connection to an address. Above `_MAX_CONNECTIONS` those without requests are closed first."""
         if address not in self._connections:
             if len(self._connections) >= _MAX_CONNECTIONS:
-                used = {remote.connection for remote in self._remotes.values()}
+                used = {prefill.connection for prefill in self._prefills.values()}
                 for idle in [known for known, connection in self._connections.items() if connection not in used]:
                     self._connections.pop(idle).close()
-            check, patience = partial(problem_of, ours=self._parts), self.config.patience_seconds
+            check, timeout = partial(problem_of, ours=self._parts), self.config.patience_seconds
             self._connections[address] = Connection(
-                address, self.card.format, patience, self._token, self._context, check
+                address, self.info.format, timeout, self._token, self._context, check
             )
         return self._connections[address]
 
-    def _hear(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection) -> None:
+        """Handle the messages on a connection. If it has failed, retry its prompts elsewhere."""
         for message in connection.receive():
-            self._obey(connection, message)
+            self._handle(connection, message)
         if connection.problem is not None:
             problem, connection.problem = connection.problem, None
             _LOG.warning("prefill instance %s %s", connection.address, problem)
-            for remote in [r for r in self._remotes.values() if r.connection is connection]:
-                self._retry(remote, problem)
+            for prefill in [p for p in self._prefills.values() if p.connection is connection]:
+                self._retry(prefill, problem)
 
-    def _obey(self, connection: Connection, message: messages.ToDecode) -> None:
-        remote = self._by_sent.get(getattr(message, "number", 0))
-        if remote is None or remote.connection is not connection:
+    def _handle(self, connection: Connection, message: messages.ToDecode) -> None:
+        prefill = self._by_number.get(getattr(message, "number", 0))
+        if prefill is None or prefill.connection is not connection:
             return
         match message:
-            case messages.Accepted(_, request) if connection.source is not None and self._core is not None:
-                taken = {r.accepted for r in self._remotes.values() if r.connection is connection}
-                if remote.accepted is not None or request in taken:
-                    connection.refuse(f"calls two prompts {one_line(request)}, or one prompt twice")
+            case messages.Accepted(_, remote_id) if connection.source is not None and self._core is not None:
+                used = {p.remote_id for p in self._prefills.values() if p.connection is connection}
+                if prefill.remote_id is not None or remote_id in used:
+                    connection.refuse(f"gave two prompts the id {one_line(remote_id)}, or accepted a prompt twice")
                     return
-                remote.accepted = request
-                self._core.begin(remote.request, replace(connection.source, request=request))
+                prefill.remote_id = remote_id
+                self._core.begin(prefill.request, replace(connection.source, request=remote_id))
             case messages.Computed():
-                remote.computed, remote.heard = True, time.monotonic()
-            case messages.Ended(_, reason):
-                self._retry(remote, one_line(reason))
+                prefill.computed, prefill.progress_at = True, time.monotonic()
+            case messages.PrefillFailed(_, reason):
+                self._retry(prefill, one_line(reason))
 
-    def _arrived(self, remote: _Remote, rank: int, received: int) -> None:
-        remote.arrived.add(rank)
-        remote.received += received
-        remote.heard = time.monotonic()
-        if len(remote.arrived) < self._ranks or remote.fetch is None or self._core is None:
+    def _rank_done(self, prefill: _RemotePrefill, rank: int, received: int) -> None:
+        """Record that a rank has received its part. When all ranks have, the request decodes."""
+        prefill.ranks_done.add(rank)
+        prefill.received += received
+        prefill.progress_at = time.monotonic()
+        if len(prefill.ranks_done) < self._ranks or prefill.fetch is None or self._core is None:
             return
         self.counters.fetched += 1
-        self.counters.tokens += remote.fetch.stop - remote.fetch.start
-        self.counters.bytes += remote.received
-        self._core.arrived(remote.request.request_id)
-        del self._remotes[remote.request.request_id]
-        self._leave(remote)
+        self.counters.tokens += prefill.fetch.stop - prefill.fetch.start
+        self.counters.bytes += prefill.received
+        self._core.arrived(prefill.request.request_id)
+        del self._prefills[prefill.request.request_id]
+        self._release(prefill)
 
-    def _retry(self, remote: _Remote, reason: str) -> None:
-        """Begin again elsewhere: what has arrived is given up with its pages."""
-        _LOG.warning("request %s: its prompt is computed elsewhere: %s", remote.request.request_id, reason)
+    def _retry(self, prefill: _RemotePrefill, reason: str) -> None:
+        """Send the prompt to the next prefill instance. Its pages here are freed, with the KV that has arrived."""
+        _LOG.warning("request %s: its prompt is computed elsewhere: %s", prefill.request.request_id, reason)
         self.counters.retried += 1
-        self._leave(remote)
-        if remote.accepted is not None and self._core is not None:
-            self._core.leave(remote.request.request_id)
-        again = self._remotes[remote.request.request_id] = _Remote(remote.request, remote.others)
-        self._ask(again)
+        self._release(prefill)
+        if prefill.remote_id is not None and self._core is not None:
+            self._core.remove(prefill.request.request_id)
+        again = self._prefills[prefill.request.request_id] = _RemotePrefill(prefill.request, prefill.candidates)
+        self._send_prompt(again)
 
-    def _leave(self, remote: _Remote) -> None:
-        """The prefill instance can let go of it."""
-        if remote.connection is not None:
-            remote.connection.send(messages.Release(remote.sent))
-        self._by_sent.pop(remote.sent, None)
-        if remote.fetch is not None:
-            self._by_fetch.pop(remote.fetch.number, None)
+    def _release(self, prefill: _RemotePrefill) -> None:
+        """Let the prefill instance free the prompt's pages, and ignore further messages about it."""
+        if prefill.connection is not None:
+            prefill.connection.send(messages.Release(prefill.number))
+        self._by_number.pop(prefill.number, None)
+        if prefill.fetch is not None:
+            self._by_fetch.pop(prefill.fetch.number, None)

@@ -1,6 +1,6 @@
-"""What two instances must agree on before a page of one can be a page of the other, and what they tell of themselves.
+"""What two instances compare before pages of one can be stored by the other, and which part of a page each rank stores.
 
-It owns the fingerprints and the comparison; it must not know how the words travel.
+It owns the fingerprints and the comparison; it must not know how messages are sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from longspan.parallel.sharding import Sharding
 from longspan.plan.source import Part
 from longspan.weights.checkpoint import Checkpoint
 
-PROTOCOL = 3
+PROTOCOL = 4
+"""Version of `messages.py`: instances of different versions refuse each other."""
+
 _SAMPLED_TENSORS = 64
 _SAMPLED_ELEMENTS = 64
 _NAMES = {
@@ -31,16 +33,16 @@ _NAMES = {
 
 
 def format_of(setup: InstanceSetup) -> Format:
-    """What an instance's pages mean. Reads a little of some weights, to tell revisions apart."""
+    """The format of an instance's pages. Reads some elements of some weights, to distinguish revisions."""
     model = blake2b(repr(setup.model).encode(), digest_size=8).hexdigest()
     return Format(
-        PROTOCOL, model, _weights(setup.source.checkpoint), str(setup.dtype),
+        PROTOCOL, model, _weights_digest(setup.source.checkpoint), str(setup.dtype),
         setup.config.cache.dtype, setup.layout.kv_factor, setup.layout.row_bytes,
     )  # fmt: skip
 
 
 def difference(decode: Format, prefill: Format) -> str | None:
-    """Why pages of the one are no pages of the other, with the remedy; None if they are."""
+    """The first difference between two formats, with a remedy; None if they are equal."""
     ours, theirs = msgspec.structs.asdict(decode), msgspec.structs.asdict(prefill)
     for field, name in _NAMES.items():
         if ours[field] != theirs[field]:
@@ -62,8 +64,11 @@ def parts_of(setup: InstanceSetup) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def _weights(checkpoint: Checkpoint) -> str:
-    """Of all names and shapes, and of a few numbers of a few tensors: revisions differ in most of theirs."""
+def _weights_digest(checkpoint: Checkpoint) -> str:
+    """A digest of all names and shapes, and of a few elements of a few tensors.
+
+    That is enough, because revisions of a model differ in most elements of most tensors.
+    """
     names = sorted(checkpoint.names())
     digest = blake2b(digest_size=8)
     for name in names:

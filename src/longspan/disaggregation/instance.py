@@ -1,6 +1,6 @@
-"""What is asked of an engine that is one side of a pair.
+"""The interface that disaggregation needs of an engine's setup.
 
-It owns this interface, which an engine's setup has: so that pages can move without knowing engines.
+It owns this interface, so that this package does not import the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class InstanceSetup(Protocol):
-    """An engine's configuration, resolved for its model."""
+    """An engine's configuration, resolved for its model. `EngineSetup` implements it."""
 
     @property
     def config(self) -> EngineConfig: ...
@@ -36,15 +36,15 @@ class InstanceSetup(Protocol):
 
     @property
     def layout(self) -> KVLayout:
-        """Of a cache row."""
+        """The layout of a cache row."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
 
     @property
     def limits(self) -> Limits:
-        """What one request may ask for."""
+        """The largest request that can be served."""
 
     def device(self, number: int = 0) -> torch.device:
-        """The device of that number on a machine."""
+        """The device with this number on its host."""

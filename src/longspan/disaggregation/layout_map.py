@@ -1,7 +1,7 @@
-"""Which rank of one instance has what a rank of another needs: layers × KV heads × tokens.
+"""Which ranks of a prefill instance have the KV that a decode rank stores: layers × KV heads × positions.
 
-It owns this mapping as pure functions of what ranks say of themselves; it must not know of sizes of groups, page sizes
-or how bytes travel: both sides speak of tokens by their positions.
+It owns this mapping, as pure functions of what the ranks of both instances store. Tokens are named by their positions,
+so it must not know about page sizes or sizes of groups, nor how bytes are sent.
 """
 
 from __future__ import annotations
@@ -19,29 +19,35 @@ _MAX_RANKS = 1 << 12  # of another instance
 
 @dataclass(frozen=True)
 class Cell:
-    """Layers × heads of one rank's part that come together; `ranks[s]` has them of what is on the source's shard s."""
+    """Layers × KV heads that one decode rank stores, and that lie whole on one rank of every prefill shard."""
 
+    # layers of the model
     layers: Extent
+    # KV heads of the model
     heads: Extent
+    # for each shard of the prefill instance, in order, the rank from which to fetch
     ranks: tuple[int, ...]
 
     @property
     def rows(self) -> int:
-        """Cache rows of one token, in one plane."""
+        """Layers × KV heads, so cache rows of one token divided by `kv_factor`."""
         return (self.layers[1] - self.layers[0]) * (self.heads[1] - self.heads[0])
 
 
 def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
-    """Cut `mine` so that each cell lies whole on one rank of every source shard; replicas share the work.
+    """Cut the layers and KV heads of decode rank `mine` into cells.
 
-    Raises ValueError if nobody has a piece of it.
+    If several ranks of a shard hold the same heads, decode ranks use different ones of them. Raises `ValueError` if no
+    rank holds some layer or head.
     """
     found: list[Cell] = []
     shards = sorted({part.shard for part in theirs})
     for layers in _overlaps(mine.layers, [part.layers for part in theirs]):
+        # the ranks of the pipeline stage that has these layers
         stage = [part for part in theirs if part.layers[0] <= layers[0] and layers[1] <= part.layers[1]]
         if not stage:
             raise ValueError(f"no rank holds layers {layers[0]}..{layers[1] - 1}")
+        # each cell takes as many heads as one rank of every shard holds together, from the first remaining head on
         head = mine.heads[0]
         while head < mine.heads[1]:
             chosen = [_furthest([p for p in stage if p.shard == shard], head, mine.rank) for shard in shards]
@@ -52,20 +58,20 @@ def cells(mine: Part, theirs: Sequence[Part]) -> list[Cell]:
 
 
 def problem_of(source: Source, ours: Sequence[Part]) -> str | None:
-    """Why what another instance says of itself cannot be, or cannot be put together by ranks that hold `ours`, all
-    parts of a model; None if it can."""
+    """Why ranks that store `ours`, all parts of a model, cannot fetch from a source; None if they can.
+
+    A source comes from another instance and may be invalid. The problem is worded to follow that instance's address.
+    """
     parts, num_shards = source.parts, len({part.shard for part in source.parts})
     if not 0 < len(parts) <= _MAX_RANKS or len(source.addresses) != len(parts):
-        return f"speaks of {len(parts)} ranks at {len(source.addresses)} addresses"
+        return f"reports {len(parts)} ranks and {len(source.addresses)} addresses"
     for address in source.addresses:
         if not is_address(address):
             return f"has a rank at {address!r}, which is not of the form tcp://HOST:PORT"
     num_layers, num_heads = max(part.layers[1] for part in ours), max(part.heads[1] for part in ours)
     for rank, part in enumerate(parts):
         if part.rank != rank or not 0 <= part.shard < num_shards:
-            return (
-                f"speaks of rank {part.rank} with shard {part.shard} where rank {rank} of {num_shards} shards belongs"
-            )
+            return f"reports rank {part.rank} with shard {part.shard} in place of rank {rank} of {num_shards} shards"
         for name, (start, stop), size in (("layers", part.layers, num_layers), ("KV heads", part.heads, num_heads)):
             if not 0 <= start < stop <= size:
                 return f"has another model: rank {rank} has {name} {start}..{stop - 1} of {size}"
@@ -78,26 +84,26 @@ def problem_of(source: Source, ours: Sequence[Part]) -> str | None:
 
 
 def are_in_order(runs: Sequence[Extent]) -> bool:
-    """Whether runs of positions have some each, do not overlap and go upwards."""
+    """Whether runs of positions are not empty, do not overlap and are in ascending order."""
     return all(before <= start < stop for before, (start, stop) in zip((0, *(r[1] for r in runs)), runs, strict=False))
 
 
 def runs_on(table: PageTable, shard: int, start: int, stop: int) -> list[Extent]:
-    """Positions [start, stop) of a request that lie on `shard`, as runs of adjacent slots."""
+    """The positions in [start, stop) of a request that are on `shard`, as runs whose slots are adjacent."""
     return [(start + offset, start + offset + span.length) for offset, span in table.slots(shard, start, stop)]
 
 
 def _overlaps(mine: Extent, theirs: Sequence[Extent]) -> list[Extent]:
-    """`mine`, cut where one of theirs ends."""
+    """`mine`, cut wherever an extent of `theirs` starts or stops."""
     cuts = sorted({*mine, *(cut for extent in theirs for cut in extent if mine[0] < cut < mine[1])})
     return list(pairwise(cuts))
 
 
-def _furthest(parts: Sequence[Part], head: int, spread: int) -> Part:
-    """The part that holds `head` and most heads behind it; one of several by `spread`."""
+def _furthest(parts: Sequence[Part], head: int, rank: int) -> Part:
+    """The part that holds `head` and the most heads after it. Among equal ones the decode rank's number chooses."""
     having = [part for part in parts if part.heads[0] <= head < part.heads[1]]
     if not having:
         raise ValueError(f"no rank of the shard holds KV head {head}")
     stop = max(part.heads[1] for part in having)
     best = [part for part in having if part.heads[1] == stop]
-    return best[spread % len(best)]
+    return best[rank % len(best)]

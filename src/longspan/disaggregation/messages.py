@@ -1,4 +1,4 @@
-"""What the two sides of a pair, and the ranks of each with their driver, tell each other.
+"""Messages between a prefill and a decode instance, between their ranks, and from ranks to their own driver.
 
 It owns the message types and their encoding; it must not know who sends them when.
 """
@@ -11,33 +11,44 @@ from longspan.plan.source import Extent, Source
 
 
 class Format(msgspec.Struct, frozen=True):
-    """What must be equal on both sides for a page to mean the same: fingerprints, names and sizes of a cache row."""
+    """What must be equal on both sides so that pages of one can be stored by the other."""
 
+    # version of these messages
     protocol: int
+    # fingerprint of the model's configuration
     model: str
+    # fingerprint of the weights
     weights: str
+    # dtype of weights and activations
     dtype: str
+    # dtype of the KV cache, as configured
     kv_cache_dtype: str
+    # cache rows of a token in each layer and KV head: 2 for keys and values, 1 for latents
     kv_factor: int
+    # bytes of a cache row, with its scales
     row_bytes: int
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A decode instance introduces itself."""
+    """The first message of a decode instance on a connection."""
 
+    # of the sender
     format: Format
 
 
 class Prefill(msgspec.Struct, tag=True, frozen=True):
-    """Wanted: the KV of these tokens. `number` is the decode instance's own: another one each time it asks."""
+    """Asks a prefill instance to compute a prompt and to hold its pages until `Release`."""
 
+    # the decode instance's number for it; a retry has a new one
     number: int
+    # the prompt
     token_ids: list[int]
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
-    """The KV of `number` has arrived, or is no longer wanted."""
+    """The prefill instance may free a prompt's pages: they have been fetched, or are no longer needed."""
 
+    # as in `Prefill`
     number: int
 
 
@@ -45,134 +56,175 @@ ToPrefill = Hello | Prefill | Release
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """The answer to `Hello`: where pages will be."""
+    """The reply to a `Hello` whose format is equal."""
 
+    # the prefill instance's ranks; without a request
     source: Source
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """The answer to a `Hello` that does not fit."""
+    """The reply to a `Hello` whose format differs."""
 
+    # the difference and a remedy
     reason: str
 
 
 class Accepted(msgspec.Struct, tag=True, frozen=True):
-    """A prompt will be computed; `request` is what it is called on the prefill side."""
+    """The prefill instance has queued a prompt."""
 
+    # as in `Prefill`
     number: int
+    # the request's id in the prefill instance. Ranks send its pages to any peer that names it
     request: str
 
 
 class Computed(msgspec.Struct, tag=True, frozen=True):
-    """All of a prompt's pages can be fetched."""
+    """All pages of a prompt are computed and can be fetched."""
 
+    # as in `Prefill`
     number: int
 
 
-class Ended(msgspec.Struct, tag=True, frozen=True):
-    """A prompt will not be computed, or its pages are gone."""
+class PrefillFailed(msgspec.Struct, tag=True, frozen=True):
+    """A prompt will not be computed, or its pages have been freed."""
 
+    # as in `Prefill`
     number: int
+    # for the decode instance's log
     reason: str
 
 
-class Pulse(msgspec.Struct, tag=True, frozen=True):
-    """Nothing new; the sender learns whether the other side is still there."""
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Has no reply: its sending fails if the decode instance has disconnected."""
 
 
-ToDecode = Welcome | Refused | Accepted | Computed | Ended | Pulse
+ToDecode = Welcome | Refused | Accepted | Computed | PrefillFailed | Ping
 
 
-class Serving(msgspec.Struct, tag=True, frozen=True):
-    """A rank answers questions for pages at this address."""
+class SenderReady(msgspec.Struct, tag=True, frozen=True):
+    """A rank's `PageSender` listens."""
 
+    # the sender of this message
     rank: int
+    # where decode ranks connect to
     address: str
 
 
-class Moving(msgspec.Struct, tag=True, frozen=True):
-    """A fetch goes on."""
+class FetchProgress(msgspec.Struct, tag=True, frozen=True):
+    """Pages of a fetch have arrived at a rank since its last message."""
 
+    # the fetch's number
     fetch: int
 
 
-class Arrived(msgspec.Struct, tag=True, frozen=True):
-    """A rank has all of a fetch that it was to store; `received` bytes of KV."""
+class FetchDone(msgspec.Struct, tag=True, frozen=True):
+    """A rank has received its part of a fetch."""
 
+    # the sender of this message
     rank: int
+    # the fetch's number
     fetch: int
+    # bytes of KV that this rank received for it
     received: int
 
 
 class FetchFailed(msgspec.Struct, tag=True, frozen=True):
-    """A rank cannot have its part of one fetch; others go on."""
+    """A rank cannot receive its part of a fetch. Other fetches go on."""
 
+    # the sender of this message
     rank: int
+    # the fetch's number
     fetch: int
+    # for the log
     reason: str
 
 
-class Broken(msgspec.Struct, tag=True, frozen=True):
-    """A rank can move no more pages."""
+class TransferFailed(msgspec.Struct, tag=True, frozen=True):
+    """A rank's transfer thread has ended with an exception, so the rank can transfer no more pages."""
 
+    # the sender of this message
     rank: int
+    # the exception
     reason: str
 
 
-FromRank = Serving | Moving | Arrived | FetchFailed | Broken
+FromRank = SenderReady | FetchProgress | FetchDone | FetchFailed | TransferFailed
 
 
-class Watch(msgspec.Struct, tag=True, frozen=True):
-    """Wanted: word of every token of a request that this rank has."""
+class Subscribe(msgspec.Struct, tag=True, frozen=True):
+    """Asks a prefill rank to report tokens of a request as they are computed, in `Available` messages."""
 
+    # epoch of the prefill instance
     epoch: str
+    # the request's id there
     request: str
 
 
-class Unwatch(msgspec.Struct, tag=True, frozen=True):
-    """No longer wanted."""
+class Unsubscribe(msgspec.Struct, tag=True, frozen=True):
+    """Ends a `Subscribe`."""
 
+    # as in `Subscribe`
     epoch: str
     request: str
 
 
 class PageRequest(msgspec.Struct, tag=True, frozen=True):
-    """Wanted: one block."""
+    """Asks a prefill rank for one block of KV: layers × KV heads × positions. The reply has the same `block`."""
 
+    # epoch of the prefill instance
     epoch: str
+    # the receiver's number for the block
     block: int
+    # the request's id in the prefill instance
     request: str
+    # layers of the model
     layers: Extent
+    # KV heads of the model
     heads: Extent
+    # positions of the request, in order
     runs: tuple[Extent, ...]
 
 
-ToSender = Watch | Unwatch | PageRequest
+ToSender = Subscribe | Unsubscribe | PageRequest
 
 
-class Have(msgspec.Struct, tag=True, frozen=True):
-    """These tokens can be asked for."""
+class Available(msgspec.Struct, tag=True, frozen=True):
+    """Tokens of a subscribed request have been computed, and this rank can send their KV."""
 
+    # epoch of the prefill instance
     epoch: str
+    # the request's id there
     request: str
+    # positions that were not reported before, in order; all of them again after the request was preempted
     runs: list[Extent]
 
 
 class PageBlock(msgspec.Struct, tag=True, frozen=True):
-    """The answer to an `PageRequest`; its bytes follow."""
+    """The reply to a `PageRequest`. A second frame has the block's bytes, see `PoolAccess`."""
 
+    # as in `PageRequest`
     block: int
 
 
 class Missing(msgspec.Struct, tag=True, frozen=True):
-    """The answer where the tokens are no longer there."""
+    """The reply to a `PageRequest` for tokens that this rank does not have."""
 
+    # as in `PageRequest`
     block: int
 
 
-ToReceiver = Have | PageBlock | Missing
+ToReceiver = Available | PageBlock | Missing
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """As msgpack bytes."""
+    """A message as msgpack."""
     return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: object) -> msgspec.Struct | None:
+    """A message of a type or union `kind`; None for bytes that are no such message, which any peer may send."""
+    try:
+        message: msgspec.Struct = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return message

@@ -1,7 +1,7 @@
-"""Slots of a rank's pool as bytes, read and written beside the steps that use other slots.
+"""Copies between the slots of a rank's pool and blocks of bytes, while steps use other slots.
 
-It owns the order of these bytes; it must not know whose slots they are. On a GPU copies have a stream of their own,
-behind what was launched when `mark` was last called.
+It owns the order of the bytes in a block; it must not know which requests the slots belong to. On a GPU copies run on a
+stream of their own, after the kernels that had been launched when `mark` was last called.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from longspan.attention.pool import KVPool
 from longspan.cache.pages import Span
 from longspan.plan.source import Extent
 
-_FEW_SPANS = 4  # up to this many are copied as slices, more through an index
+_FEW_SPANS = 4  # up to this many are written as slices, more through an index
 
 
 class PoolAccess:
-    """A rank's pool, whose KV heads are [heads[0], heads[1]) of the model's.
+    """A rank's pool, which holds the KV heads [heads[0], heads[1]) of the model.
 
-    A block is, for each layer, [kv_factor, heads, tokens, bytes of a row]: values, then scales if rows have any.
+    A block of T tokens is uint8 [layers, kv_factor, heads, T, bytes of a row], flattened. A row has its values first,
+    then its scales if the cache is quantised.
     """
 
     def __init__(self, pool: KVPool, heads: Extent, device: torch.device) -> None:
@@ -35,19 +36,19 @@ class PoolAccess:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
         rows = next(iter(pool.layers.values()))
-        self._planes = rows.values.shape[0]
-        self.token_bytes = self._planes * sum(part.shape[-1] for part in self._tensors(next(iter(pool.layers))))
-        """Bytes of one token in one layer and head."""
+        self._kv_factor = rows.values.shape[0]
+        # bytes of one token in one layer and head
+        self.token_bytes = self._kv_factor * sum(part.shape[-1] for part in self._tensors(next(iter(pool.layers))))
 
     def mark(self) -> None:
-        """Copies from now on come behind what this thread has launched."""
+        """Make later copies wait for the kernels that the calling thread has launched so far."""
         if self._launched is not None:
             self._launched.record()
 
     def read(self, layers: Extent, heads: Extent, spans: Sequence[Span]) -> Tensor:
-        """The block of some slots: uint8 on the CPU, the caller's own."""
+        """The block of some slots: a new uint8 tensor [bytes] on the CPU."""
         shape = self._shape(heads, spans)
-        with self._copying():
+        with self._on_stream():
             whole = torch.empty(layers[1] - layers[0], *shape, dtype=torch.uint8)
             index = self._index(spans)
             for layer, out in zip(range(*layers), whole, strict=True):
@@ -59,9 +60,9 @@ class PoolAccess:
         return whole.view(-1)
 
     def write(self, layers: Extent, heads: Extent, spans: Sequence[Span], block: Tensor) -> None:
-        """Put a block into slots; it is there when this returns."""
+        """Write a block, uint8 [bytes] on the CPU, into slots. It is complete when this returns."""
         shape = self._shape(heads, spans)
-        with self._copying():
+        with self._on_stream():
             index = self._index(spans) if len(spans) > _FEW_SPANS else None
             for layer, rows in zip(range(*layers), block.view(-1, *shape), strict=True):
                 at = 0
@@ -71,37 +72,42 @@ class PoolAccess:
                     if index is not None:
                         part.index_copy_(2, index, own.to(part.device))
                     else:
-                        _put(part, spans, own)
+                        _write_spans(part, spans, own)
         if self._stream is not None:
             self._stream.synchronize()
 
     def _tensors(self, layer: int) -> Iterator[Tensor]:
-        """A layer's tensors as bytes [kv_factor, heads, slots, bytes]."""
+        """A layer's values, then its scales if it has any, as uint8 [kv_factor, Hkv of this rank, S, bytes]."""
         rows = self._pool.layers[layer]
         yield rows.values.view(torch.uint8)
         if rows.scales is not None:
             yield rows.scales.view(torch.uint8)
 
     def _heads(self, layer: int, heads: Extent) -> list[Tensor]:
+        """`_tensors` of some KV heads of the model: uint8 [kv_factor, heads, S, bytes]."""
         first = self._first_head
         return [part[:, heads[0] - first : heads[1] - first] for part in self._tensors(layer)]
 
     def _shape(self, heads: Extent, spans: Sequence[Span]) -> tuple[int, int, int, int]:
+        """The shape of one layer of a block: [kv_factor, heads, T, bytes of a row]."""
         tokens = sum(span.length for span in spans)
-        return self._planes, heads[1] - heads[0], tokens, self.token_bytes // self._planes
+        return self._kv_factor, heads[1] - heads[0], tokens, self.token_bytes // self._kv_factor
 
     def _index(self, spans: Sequence[Span]) -> Tensor:
+        """The slots of some spans, int64 [T] on the device."""
         slots = [slot for span in spans for slot in range(span.slot, span.slot + span.length)]
         return torch.tensor(slots, device=self._device)
 
-    def _copying(self) -> AbstractContextManager[object]:
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Run copies on the stream of their own, after the last `mark`."""
         if self._stream is None or self._launched is None:
             return nullcontext()
         self._stream.wait_event(self._launched)
         return torch.cuda.stream(self._stream)
 
 
-def _put(part: Tensor, spans: Sequence[Span], rows: Tensor) -> None:
+def _write_spans(part: Tensor, spans: Sequence[Span], rows: Tensor) -> None:
+    """Copy `rows` [kv_factor, heads, T, bytes] into the slots of `part` [kv_factor, heads, S, bytes]."""
     at = 0
     for span in spans:
         part[:, :, _slice(span)].copy_(rows[:, :, at : at + span.length])

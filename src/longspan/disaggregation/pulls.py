@@ -1,6 +1,6 @@
-"""What one rank still lacks of a prompt that another instance computes: which tokens to ask of whom.
+"""Which KV a decode rank still has to fetch of one prompt, and from which prefill rank it can be requested next.
 
-It owns this bookkeeping; pure, it must not know how questions and answers travel.
+It owns this bookkeeping; pure, it must not know how requests and blocks are sent.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ from dataclasses import dataclass
 from longspan.disaggregation.layout_map import Cell
 from longspan.plan.source import Extent
 
-_MISSING, _ASKED, _HERE = 0, 1, 2
+_MISSING, _REQUESTED, _RECEIVED = 0, 1, 2  # states of a token in a cell
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Ask `rank` for the tokens of `runs` (in position order) in the layers and heads of a cell."""
+    """One block to request from a prefill rank."""
 
+    # the rank, in the prefill instance
     rank: int
+    # number of the cell
     cell: int
+    # layers of the cell
     layers: Extent
+    # KV heads of the cell
     heads: Extent
+    # positions, in order
     runs: tuple[Extent, ...]
 
     @property
@@ -31,11 +36,12 @@ class Pull:
         return sum(stop - start for start, stop in self.runs)
 
 
-class Pulls:
-    """Tokens move from missing over asked to here, each cell for itself.
+class PullTracker:
+    """The state of every wanted token in every cell: missing, requested or received.
 
-    `wanted` are the positions this rank stores, in order; `limits[c]` is the most tokens of cell c in one pull. Tokens
-    are offered by the ranks that have them, again if need be: what is here or in flight is not asked for twice.
+    `wanted` are the positions that this rank stores, in order. `limits[c]` is the most tokens of cell c in one pull.
+    Prefill ranks offer tokens once they are computed. An offer may be repeated: tokens that are requested or received
+    are not requested again.
     """
 
     def __init__(self, cells: Sequence[Cell], wanted: Sequence[Extent], limits: Sequence[int]) -> None:
@@ -44,31 +50,32 @@ class Pulls:
         self._wanted = tuple(wanted)
         self._first = wanted[0][0] if wanted else 0
         length = wanted[-1][1] - self._first if wanted else 0
-        state = bytearray([_HERE]) * length
+        state = bytearray([_RECEIVED]) * length  # positions between wanted ones count as received
         for start, stop in wanted:
             self._mark(state, (start, stop), _MISSING)
         self._states = [bytearray(state) for _ in self._cells]
-        self._left = [state.count(_MISSING)] * len(self._cells)
+        self._left = [state.count(_MISSING)] * len(self._cells)  # tokens of each cell that are not received
         self._offers: deque[tuple[int, int, Extent]] = deque()  # (cell, rank, positions)
 
     @property
     def ranks(self) -> set[int]:
-        """Those that may have something for this rank; nobody if it stores no token."""
+        """The prefill ranks that may have wanted tokens; empty if no token is wanted."""
         return {rank for cell in self._cells for rank in cell.ranks} if self._wanted else set()
 
     @property
     def done(self) -> bool:
-        """Whether everything is here."""
+        """Whether all wanted tokens are received in all cells."""
         return not any(self._left)
 
     def offer(self, rank: int, runs: Sequence[Extent]) -> None:
-        """A rank can send these positions."""
+        """Record that a prefill rank can send these positions."""
         for number, cell in enumerate(self._cells):
             if rank in cell.ranks:
                 self._offers += ((number, rank, run) for run in self._clip(runs))
 
     def next(self) -> Pull | None:
-        """What to ask for now, counted as asked from here on; None until more is offered."""
+        """The next block to request, now marked as requested; None until more is offered."""
+        # a pull has tokens of one cell from one rank, of one offer or of adjacent ones in the queue
         taken: list[Extent] = []
         number = rank = room = 0
         while self._offers:
@@ -80,15 +87,15 @@ class Pulls:
             self._offers.popleft()
             state = self._states[cell]
             low = state.find(_MISSING, start - self._first, stop - self._first)
-            if low < 0:
+            if low < 0:  # all of the offer was requested or received already
                 continue
             high = low
             while high < stop - self._first and high - low < room and state[high] == _MISSING:
                 high += 1
             run = (low + self._first, high + self._first)
-            if run[1] < stop:
+            if run[1] < stop:  # the rest of the offer stays in the queue
                 self._offers.appendleft((cell, holder, (run[1], stop)))
-            self._mark(state, run, _ASKED)
+            self._mark(state, run, _REQUESTED)
             taken.append(run)
             room -= high - low
         if not taken:
@@ -96,14 +103,14 @@ class Pulls:
         cell_of = self._cells[number]
         return Pull(rank, number, cell_of.layers, cell_of.heads, tuple(taken))
 
-    def arrived(self, pull: Pull) -> None:
-        """An answer is stored."""
+    def received(self, pull: Pull) -> None:
+        """Mark a pull's tokens as received."""
         for run in pull.runs:
-            self._mark(self._states[pull.cell], run, _HERE)
+            self._mark(self._states[pull.cell], run, _RECEIVED)
         self._left[pull.cell] -= pull.tokens
 
     def refused(self, pull: Pull) -> None:
-        """The rank no longer has it: somebody will offer it again."""
+        """Mark a pull's tokens as missing again: the rank does not have them. They wait for another offer."""
         for run in pull.runs:
             self._mark(self._states[pull.cell], run, _MISSING)
 
@@ -111,7 +118,7 @@ class Pulls:
         state[run[0] - self._first : run[1] - self._first] = bytes([value]) * (run[1] - run[0])
 
     def _clip(self, runs: Sequence[Extent]) -> list[Extent]:
-        """Offered positions that are wanted; both are in order."""
+        """The wanted positions among `runs`. Both are in order."""
         found: list[Extent] = []
         wanted = iter(self._wanted)
         mine = next(wanted, None)

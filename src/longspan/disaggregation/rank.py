@@ -1,6 +1,6 @@
-"""Opens a rank's side of transfers.
+"""The transfer thread of a rank.
 
-It owns the choice of the thread for a role; it must not know of plans.
+It owns the choice between sender and receiver by the instance's role; it must not know about plans.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from longspan.disaggregation.worker import TransferThread
 
 
 def open_transfer(config: TransferConfig, setup: InstanceSetup, rank: int, pool: KVPool) -> TransferThread:
-    """The thread that moves this rank's pages; call it on the rank's own thread."""
+    """Start the thread that transfers this rank's pages.
+
+    Call it on the rank's own thread, which then calls the result's methods: ZeroMQ's sockets are not thread-safe.
+    """
     part = parts_of(setup)[rank]
     access = PoolAccess(pool, part.heads, setup.device(rank))
     return (PageSender if config.role == "prefill" else PageReceiver)(part, access, config)

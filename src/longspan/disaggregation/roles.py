@@ -1,6 +1,6 @@
-"""From a configuration to the role beside a core.
+"""Builds the role that an engine's configuration names.
 
-It owns what a role needs to know of the engine; it must not know what a role does.
+It owns what a role gets from the engine; it must not know what a role does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from longspan.request import CoreRequest
 
 
 def open_role(setup: InstanceSetup, cache: CacheManager, root: Key) -> Role | None:
-    """The configured role, if there is one. Raises `ConfigError`."""
+    """The configured role; None without one. `root` is the parent key of every request's first page.
+
+    Raises `ConfigError`.
+    """
     config = setup.config.transfer
     if config is None:
         return None
@@ -26,14 +29,14 @@ def open_role(setup: InstanceSetup, cache: CacheManager, root: Key) -> Role | No
         setup.config.executor != "dry", "executor", "dry", f"has no pages, so it cannot be a {config.role} instance",
         "use threads or processes",
     )  # fmt: skip
-    form, parts = format_of(setup), parts_of(setup)
+    page_format, parts = format_of(setup), parts_of(setup)
     if config.role == "prefill":
-        return PrefillRole(config, form, parts, lambda tokens: _problem(setup, tokens))
-    return DecodeRole(config, form, parts, lambda request: _cached(cache, root, request), cache.page_size)
+        return PrefillRole(config, page_format, parts, lambda tokens: _problem(setup, tokens))
+    return DecodeRole(config, page_format, parts, lambda request: _cached(cache, root, request), cache.page_size)
 
 
 def _problem(setup: InstanceSetup, tokens: list[int]) -> str | None:
-    """Why a prompt cannot be computed here."""
+    """Why this instance cannot compute a prompt; None if it can."""
     try:
         setup.limits.check(len(tokens), PREFILL_ONLY)
     except RequestError as error:
@@ -44,7 +47,7 @@ def _problem(setup: InstanceSetup, tokens: list[int]) -> str | None:
 
 
 def _cached(cache: CacheManager, root: Key, request: CoreRequest) -> int:
-    """How many of a request's tokens, from the first on, the prefix cache has."""
+    """Number of a request's first tokens that the prefix cache has, in whole pages."""
     if not cache.enable_prefix_caching:
         return 0
     tokens, size = [*request.prompt_token_ids, *request.output_token_ids], cache.page_size

@@ -1,6 +1,6 @@
-"""A prefill rank's side of a transfer: says which tokens it has, and sends those it is asked for.
+"""A prefill rank's side of a transfer: reports which tokens are computed, and sends the blocks that are requested.
 
-It owns the requests that others may ask for; it must not know who computes them when, nor where they go.
+It owns which requests may be read by other instances; it must not know when they are computed, nor where blocks go.
 """
 
 from __future__ import annotations
@@ -16,138 +16,153 @@ from longspan.config import TransferConfig
 from longspan.disaggregation import messages
 from longspan.disaggregation.layout_map import are_in_order, runs_on
 from longspan.disaggregation.pool_access import PoolAccess
-from longspan.disaggregation.worker import TableOf, TransferThread, decoded
+from longspan.disaggregation.worker import TableOf, TransferThread
 from longspan.plan.plan import StepPlan
 from longspan.plan.source import Part
 
-_LARGEST_QUESTION = 1 << 22  # runs of positions are the most of it
-_MAX_WATCHERS = 1 << 16
+_LARGEST_REQUEST = 1 << 22  # bytes; a request consists mostly of runs of positions
+_MAX_SUBSCRIPTIONS = 1 << 16
 _LOG = logging.getLogger("longspan.disaggregation")
 
 
 @dataclass
-class _Served:
-    """A request that others may ask for; positions before `computed` are in the pools."""
+class _Readable:
+    """A request whose pages other instances may read."""
 
+    # its pages; a request that was preempted gets another table
     table: PageTable
+    # tokens of its prompt
     num_prompt: int
+    # positions before this one are in the pools
     computed: int
 
 
 @dataclass
-class _Watcher:
-    """Who wants to hear of a request: told of positions before `told` of this `table`."""
+class _Subscription:
+    """What a decode rank has been sent about a request."""
 
+    # the table of the positions that were reported; None if none were
     table: PageTable | None = None
-    told: int = 0
+    # positions before this one were reported
+    reported: int = 0
 
 
 class PageSender(TransferThread):
-    """See `TransferThread`. A computed page is not written again while its request has it, so it is read at any time;
-    what ends a request waits for the block that is being read."""
+    """See `TransferThread`.
+
+    A computed page is not written again while its request has it, so blocks can be read at any time. A plan that ends a
+    request waits, in `apply`, until the block that is being read is complete.
+    """
 
     def __init__(self, part: Part, access: PoolAccess, config: TransferConfig) -> None:
         super().__init__(part, access, config)
-        self._served: dict[str, _Served] = {}
-        self._watchers: OrderedDict[tuple[bytes, str], _Watcher] = OrderedDict()
+        self._readable: dict[str, _Readable] = {}  # by request id
+        self._subscriptions: OrderedDict[tuple[bytes, str], _Subscription] = OrderedDict()  # by peer and request id
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(0)  # a receiver asks for a bounded number of blocks
-        self._socket.maxmsgsize = _LARGEST_QUESTION  # anybody may ask: without a request's name there is no answer
+        self._socket.set_hwm(0)  # a receiver requests a bounded number of blocks
+        self._socket.maxmsgsize = _LARGEST_REQUEST  # any peer may connect; a request's id is needed to read its pages
         port = self._socket.bind_to_random_port(f"tcp://{config.host}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._woken, zmq.POLLIN)
-        self._tell(messages.Serving(part.rank, f"tcp://{config.host}:{port}"))
+        self._poller.register(self._wake_receiver, zmq.POLLIN)
+        self._report(messages.SenderReady(part.rank, f"tcp://{config.host}:{port}"))
         self._thread.start()
 
     def apply(self, plan: StepPlan, table_of: TableOf) -> None:
         """See `TransferThread.apply`."""
         with self._lock:
             for request_id in plan.finished:
-                self._served.pop(request_id, None)
+                self._readable.pop(request_id, None)
             for admission in plan.admitted:
                 if admission.for_peer:
                     table = table_of(admission.request_id)
                     cached = len(admission.pages) * table.page_size
-                    self._served[admission.request_id] = _Served(table, admission.num_prompt, cached)
+                    self._readable[admission.request_id] = _Readable(table, admission.num_prompt, cached)
 
     def computed(self, plan: StepPlan) -> None:
         """See `TransferThread.computed`."""
-        news = False
+        changed = False
+        # without the lock: only the rank's thread adds and removes requests, and `computed` only grows
         for segment in plan.segments:
-            served = self._served.get(segment.request_id)
-            if served is not None:
-                served.computed = max(served.computed, segment.stop)
-                news = True
-        if news:
+            readable = self._readable.get(segment.request_id)
+            if readable is not None:
+                readable.computed = max(readable.computed, segment.stop)
+                changed = True
+        if changed:
             self._access.mark()
             self.wake()
 
-    def _woke(self) -> None:
-        for (peer, request), watcher in self._watchers.items():
-            self._announce(peer, request, watcher)
+    def _on_wake(self) -> None:
+        for (peer, request), subscription in self._subscriptions.items():
+            self._report_tokens(peer, request, subscription)
 
-    def _listen(self) -> None:
+    def _process_messages(self) -> None:
         self._poller.poll()
         while self._socket.poll(0):
             peer, *_, data = self._socket.recv_multipart()
-            match decoded(data, messages.ToSender):
-                case messages.Watch(epoch, request) if epoch == self._config.epoch:
-                    watcher = self._watchers[peer, request] = _Watcher()
-                    self._announce(peer, request, watcher)
-                    if len(self._watchers) > _MAX_WATCHERS:
-                        self._watchers.popitem(last=False)
-                case messages.Unwatch(_, request):
-                    self._watchers.pop((peer, request), None)
-                case messages.PageRequest() as ask:
-                    self._answer(peer, ask)
-                case _:  # of another life of this instance, or no message at all
+            match messages.decode(data, messages.ToSender):
+                case messages.Subscribe(epoch, request) if epoch == self._config.epoch:
+                    subscription = self._subscriptions[peer, request] = _Subscription()
+                    self._report_tokens(peer, request, subscription)
+                    if len(self._subscriptions) > _MAX_SUBSCRIPTIONS:  # of peers that have gone: drop the oldest
+                        self._subscriptions.popitem(last=False)
+                case messages.Unsubscribe(_, request):
+                    self._subscriptions.pop((peer, request), None)
+                case messages.PageRequest() as request:
+                    self._send_block(peer, request)
+                case _:  # of an earlier epoch, or not a valid message
                     continue
 
-    def _announce(self, peer: bytes, request: str, watcher: _Watcher) -> None:
-        """Tell of what is new; a request that had to start over is told of from its beginning."""
-        with self._lock:
-            served = self._served.get(request)
-            if served is None:
-                return
-            if watcher.table is not served.table:
-                watcher.table, watcher.told = served.table, 0
-            stop = min(served.computed, served.num_prompt)
-            if stop <= watcher.told or (stop < served.num_prompt and not self._config.overlap):
-                return
-            runs = runs_on(served.table, self._part.shard, watcher.told, stop)
-            watcher.told = stop
-        if runs:
-            self._send(peer, messages.Have(self._config.epoch, request, runs))
+    def _report_tokens(self, peer: bytes, request: str, subscription: _Subscription) -> None:
+        """Send `Available` for tokens that were not reported yet.
 
-    def _answer(self, peer: bytes, ask: messages.PageRequest) -> None:
+        A request that was preempted has a new table; its tokens are reported again from the first on.
+        """
+        with self._lock:
+            readable = self._readable.get(request)
+            if readable is None:
+                return
+            if subscription.table is not readable.table:
+                subscription.table, subscription.reported = readable.table, 0
+            stop = min(readable.computed, readable.num_prompt)
+            is_partial = stop < readable.num_prompt
+            if stop <= subscription.reported or (is_partial and not self._config.overlap):
+                return
+            runs = runs_on(readable.table, self._part.shard, subscription.reported, stop)
+            subscription.reported = stop
+        if runs:
+            self._send(peer, messages.Available(self._config.epoch, request, runs))
+
+    def _send_block(self, peer: bytes, request: messages.PageRequest) -> None:
+        """Reply to a request for a block."""
         block = None
         try:
             with self._lock:
-                spans = self._spans(ask)
-                block = self._access.read(ask.layers, ask.heads, spans) if spans else None
-        except Exception as error:  # of one question: others go on
-            _LOG.warning("request %s: a block cannot be read: %s: %s", ask.request, type(error).__name__, error)
+                spans = self._spans(request)
+                block = self._access.read(request.layers, request.heads, spans) if spans else None
+        except Exception as error:  # it concerns one block only, so the thread must go on
+            _LOG.warning("request %s: a block cannot be read: %s: %s", request.request, type(error).__name__, error)
         if block is None:
-            self._send(peer, messages.Missing(ask.block))
+            self._send(peer, messages.Missing(request.block))
         else:
             self._socket.send_multipart(
-                [peer, messages.encode(messages.PageBlock(ask.block)), block.numpy().data], copy=False
+                [peer, messages.encode(messages.PageBlock(request.block)), block.numpy().data], copy=False
             )
 
-    def _spans(self, ask: messages.PageRequest) -> list[Span]:
-        """The slots of what is asked for; none unless all of it is here."""
-        served = self._served.get(ask.request)
+    def _spans(self, request: messages.PageRequest) -> list[Span]:
+        """The slots of the requested positions; empty unless this rank has all of them, in these layers and heads."""
+        readable = self._readable.get(request.request)
         (low, high), (first, last) = self._part.layers, self._part.heads
-        inside = low <= ask.layers[0] < ask.layers[1] <= high and first <= ask.heads[0] < ask.heads[1] <= last
-        if served is None or ask.epoch != self._config.epoch or not inside or not are_in_order(ask.runs):
+        layers, heads = request.layers, request.heads
+        inside = low <= layers[0] < layers[1] <= high and first <= heads[0] < heads[1] <= last
+        if readable is None or request.epoch != self._config.epoch or not inside or not are_in_order(request.runs):
             return []
         found: list[Span] = []
-        for start, stop in ask.runs:
-            if stop > served.computed:
+        for start, stop in request.runs:
+            if stop > readable.computed:
                 return []
-            spans = [span for _, span in served.table.slots(self._part.shard, start, stop)]
-            if sum(span.length for span in spans) != stop - start:
+            spans = [span for _, span in readable.table.slots(self._part.shard, start, stop)]
+            if sum(span.length for span in spans) != stop - start:  # some are on another shard
                 return []
             found += spans
         return found

@@ -13,7 +13,7 @@ from longspan.config import EngineConfig
 from longspan.engine.driver.build import build_core
 from longspan.engine.driver.core import EngineStats
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.output_processor import Orders, OutputProcessor
+from longspan.engine.frontend.output_processor import CoreCalls, OutputProcessor
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.request import RequestOutput, SamplingParams
 from longspan.scheduler.sequence import SequenceState
@@ -90,10 +90,10 @@ class Engine:
         self.shutdown()
 
     def _carry_out(self) -> None:
-        orders, self._output_processor.orders = self._output_processor.orders, Orders()
-        for request in orders.start:
+        calls, self._output_processor.core_calls = self._output_processor.core_calls, CoreCalls()
+        for request in calls.start:
             self.core.add(request)
-        for request_id in orders.finish:
+        for request_id in calls.finish:
             self.core.finish(request_id)
 
     def _first_sequence(self, request_id: str) -> SequenceState | None:

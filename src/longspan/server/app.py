@@ -248,9 +248,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/internal/peer", include_in_schema=False)
     async def peer() -> Response:
         load = service.engine.metrics.load
-        card = service.engine.peer if service.engine.is_ready else None
+        info = service.engine.peer if service.engine.is_ready else None
         state = {"waiting": load.scheduler.waiting, "running": load.scheduler.running, "transfer": load.transfer}
-        return Json({"card": card, "model": service.model, **state})
+        return Json({"info": info, "model": service.model, **state})
 
     @app.get("/internal/state", include_in_schema=False)
     async def state() -> Response:

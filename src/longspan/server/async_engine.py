@@ -16,7 +16,7 @@ from typing import NoReturn
 from longspan.config import EngineConfig
 from longspan.disaggregation.driver import InstanceInfo
 from longspan.engine.frontend.detokenizer import Tokenizer
-from longspan.engine.frontend.output_processor import Orders, OutputProcessor
+from longspan.engine.frontend.output_processor import CoreCalls, OutputProcessor
 from longspan.engine.setup import EngineSetup
 from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
 from longspan.request import FinishReason, RequestOutput, SamplingParams, TokenOutput
@@ -247,17 +247,17 @@ class AsyncEngine:
             self._strikes.pop(core_id, None)
 
     def _flush(self) -> None:
-        """Send the output processor's orders to the core.
+        """Send the output processor's calls to the core.
 
         Without a core they are dropped, because `_welcome` sends all unfinished requests to the next one.
         """
-        orders, self.output_processor.orders = self.output_processor.orders, Orders()
+        calls, self.output_processor.core_calls = self.output_processor.core_calls, CoreCalls()
         if self._core is None:
             return
-        if orders.start:
-            self._core.send(Start.of(orders.start))
-        if orders.finish:
-            self._core.send(Finish(orders.finish))
+        if calls.start:
+            self._core.send(Start.of(calls.start))
+        if calls.finish:
+            self._core.send(Finish(calls.finish))
 
     async def _welcome(self, core: CoreProcess) -> None:
         """Wait until a core is ready and send it all unfinished requests."""
@@ -267,7 +267,7 @@ class AsyncEngine:
         core.worker_ids = message.worker_ids
         self.peer = message.peer
         self._core = core
-        self.output_processor.orders = Orders()
+        self.output_processor.core_calls = CoreCalls()
         requests = self.output_processor.resume()
         if requests:
             core.send(Start.of(requests))

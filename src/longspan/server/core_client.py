@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from longspan.config import EngineConfig
-from longspan.engine.transport.heartbeat import Silence
+from longspan.engine.transport.heartbeat import SilenceTimer
 from longspan.errors import EngineError, StepTimeout, WorkerDied, error_named
 from longspan.private_folder import PrivateFolder
 from longspan.server.messages import Beat, CoreFailed, CoreReady, FromCore, Stop, ToCore
@@ -49,7 +49,7 @@ class CoreProcess:
         self.worker_ids: list[int] = []
         self._config = config
         self._pace: float | None = None
-        self._silence = Silence()
+        self._silence = SilenceTimer()
         self._longest_silence = config.liveness.start_timeout  # of a core that is starting; shorter once it is ready
         self._late: str | None = None
 
@@ -96,9 +96,9 @@ class CoreProcess:
         while not await self._inbox.poll(_POLL_MS):
             if self._process.poll() is not None and not await self._inbox.poll(0):
                 raise WorkerDied(f"the engine's process {self._process.pid} ended with code {self._process.returncode}")
-            if self._silence.look() > self._longest_silence:
+            if self._silence.update() > self._longest_silence:
                 raise WorkerDied(self._silent())
-        self._silence.heard()
+        self._silence.reset()
         message: FromCore = msgspec.msgpack.decode(await self._inbox.recv(), type=FromCore)
         return message
 

@@ -85,7 +85,7 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _
     core = vitals.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(messages.CoreReady(workers, core.role.card if core.role else None))
+        tell(messages.CoreReady(workers, core.role.info if core.role else None))
         told = _load(core)
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
@@ -120,7 +120,7 @@ def _messages(core: EngineCore, inbox: zmq.Socket[bytes]) -> Iterator[messages.T
             return
         core.executor.check()
         if role:
-            role.exchange()
+            role.poll()
     while inbox.poll(0):
         yield msgspec.msgpack.decode(inbox.recv(), type=messages.ToCore)
 

@@ -9,10 +9,9 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 
 from longspan.config import require
-from longspan.errors import ConfigError
+from longspan.secret_file import read_secret_file
 
 KEY_VARIABLE = "LONGSPAN_API_KEY"
 _UNNAMED = "default"
@@ -20,26 +19,25 @@ _UNNAMED = "default"
 
 @dataclass(frozen=True)
 class NamedKey:
-    """One key that clients may send; whoever keeps the file tells keys apart by `name`."""
+    """A key that clients may send. `name` identifies it in messages to the user."""
 
     name: str
     key: str = field(repr=False)
 
 
 def read_keys(file: str | None, environment: Mapping[str, str]) -> tuple[NamedKey, ...]:
-    """Of a file with `name:key` lines, or one key alone; without a file, of the environment. Raises `ConfigError`."""
+    """The keys of a file, or without a file the one of the environment, if any. Raises `ConfigError`.
+
+    A line of the file is `name:key`, a key alone, a comment, or empty.
+    """
     if file is None:
         value = environment.get(KEY_VARIABLE)
         if value is None:
             return ()
         _check(KEY_VARIABLE, "(hidden)", value.strip())
         return (NamedKey(_UNNAMED, value.strip()),)
-    try:
-        lines = [line.strip() for line in Path(file).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "api_key_file", file, f"cannot be read ({type(error).__name__})", "give a file with lines of name:key"
-        ) from error
+    text = read_secret_file("api_key_file", file, "give a file with lines of name:key")
+    lines = [line.strip() for line in text.splitlines()]
     keys: dict[str, NamedKey] = {}
     for number, line in enumerate(lines, 1):
         if line and not line.startswith("#"):

@@ -1,6 +1,6 @@
-"""Build the core: offload files, cache, role, ranks and scheduler, in the order of their dependencies.
+"""Builds the core: offload files, cache, role, ranks and scheduler, in the order of their dependencies.
 
-It owns this order, and closes what is open if a part cannot be built.
+It owns this order, and closes the parts that are open if a later one cannot be built.
 """
 
 from __future__ import annotations

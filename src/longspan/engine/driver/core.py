@@ -1,7 +1,7 @@
-"""The engine core: completions in, tokens out, one step at a time.
+"""The engine core: takes completions and returns their tokens, one step at a time.
 
-It owns the loop over scheduler and executor and the rules that end a completion by its tokens; it must not know of
-text, of users' requests, or of how messages reach it.
+It owns the loop over scheduler and executor, and the rules that end a completion by its tokens. It must not know about
+text, users' requests, or how messages arrive.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from longspan.request import CoreRequest, FinishReason, PromptScore, SampledToke
 from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
 
 _STEPS_REMEMBERED = 60
-_PATIENCE_SECONDS = 0.005
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class EngineStats:
     decode_schedule: str
     # requests that wait and run, preemptions, draft tokens
     scheduler: SchedulerCounters
-    # bytes and calls of all ranks since they started
+    # bytes and calls of collectives, of all ranks since they started
     traffic: Traffic
-    # zeros without offload
+    # pages saved to and loaded from host memory and disk; zeros without offload
     offload: OffloadCounters = field(default_factory=OffloadCounters)
 
 
-class _Ending:
+class _StopCheck:
     """Decides whether a completion's new tokens end it: a stop token, or `max_tokens`."""
 
     def __init__(self, request: CoreRequest, eos_token_ids: Iterable[int]) -> None:
@@ -83,7 +83,7 @@ class _Ending:
         self._left = request.max_tokens - len(request.output_token_ids)
 
     def take(self, tokens: Sequence[SampledToken]) -> tuple[tuple[SampledToken, ...], FinishReason | None]:
-        """The new tokens up to the one that ends the completion, and the reason; None if it goes on."""
+        """The new tokens up to the one that ends the completion, and the reason. The reason is None if none ends it."""
         for count, token in enumerate(tokens, 1):
             self._left -= 1
             if token.token_id in self._stops:
@@ -94,7 +94,7 @@ class _Ending:
 
 
 class EngineCore:
-    """Continuous batching over an executor; `build_core` builds it. Not thread-safe: one caller steps it."""
+    """Continuous batching over an executor. `build_core` builds it. Not thread-safe: one thread calls all methods."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class EngineCore:
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
         # steps in flight: plan, time of submission, and whether no other step was in flight then
         self._in_flight: deque[tuple[StepPlan, float, bool]] = deque()
-        self._endings: dict[str, _Ending] = {}
+        self._stop_checks: dict[str, _StopCheck] = {}  # of unfinished completions
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
         if role:
@@ -125,7 +125,7 @@ class EngineCore:
 
     def add(self, request: CoreRequest) -> None:
         """Queue a completion. It must have passed `Limits.check`."""
-        self._endings[request.request_id] = _Ending(request, self.setup.model.eos_token_ids)
+        self._stop_checks[request.request_id] = _StopCheck(request, self.setup.model.eos_token_ids)
         if self.role is None or not self.role.add(request):
             self.begin(request, None)
 
@@ -133,8 +133,8 @@ class EngineCore:
         """See `CoreHandle.begin`."""
         self.scheduler.add(request, source)
 
-    def leave(self, request_id: str) -> None:
-        """See `CoreHandle.leave`."""
+    def remove(self, request_id: str) -> None:
+        """See `CoreHandle.remove`."""
         self.scheduler.finish(request_id)
 
     def arrived(self, request_id: str) -> None:
@@ -143,7 +143,7 @@ class EngineCore:
 
     def finish(self, request_id: str) -> None:
         """End a completion now. The next step can use its pages. Unknown ids are ignored."""
-        self._endings.pop(request_id, None)
+        self._stop_checks.pop(request_id, None)
         self.scheduler.finish(request_id)
         if self.role:
             self.role.finish(request_id)
@@ -151,7 +151,7 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has work to do."""
-        return bool(self._endings or self._in_flight)
+        return bool(self._stop_checks or self._in_flight)
 
     @property
     def steps_in_flight(self) -> int:
@@ -166,7 +166,7 @@ class EngineCore:
         self.watch.begin()
         try:
             if self.role:
-                self.role.exchange()
+                self.role.poll()
             while len(self._in_flight) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
                 if self.role:
@@ -174,11 +174,11 @@ class EngineCore:
                 self._in_flight.append((plan, time.perf_counter(), not self._in_flight))
             if self._in_flight:
                 self.watch.wait_for(self._in_flight[0][0].step, self._tokens_in_flight())
-                return self._deliver(self.executor.collect(self.watch.check))
-            if self.role and self._endings:  # all requests wait for other instances
-                self.role.wait(_PATIENCE_SECONDS)
+                return self._finish_step(self.executor.collect(self.watch.check))
+            if self.role and self._stop_checks:  # all requests wait for other instances
+                self.role.wait(_POLL_SECONDS)
             return []
-        except BaseException:  # KeyboardInterrupt too: ranks, scheduler and outputs now disagree on what was computed
+        except BaseException:  # also KeyboardInterrupt: ranks and scheduler may differ now, so no step can follow
             self._in_flight.clear()
             self.shutdown()
             raise
@@ -213,7 +213,7 @@ class EngineCore:
         page_size = self.cache.page_size
         return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._in_flight)
 
-    def _deliver(self, result: StepResult) -> list[TokenOutput]:
+    def _finish_step(self, result: StepResult) -> list[TokenOutput]:
         """Commit the oldest step in flight and return the outputs of its completions."""
         plan, submitted, alone = self._in_flight.popleft()
         counted = self.scheduler.commit(plan, result)
@@ -236,14 +236,14 @@ class EngineCore:
     def _output(
         self, request_id: str, tokens: Sequence[SampledToken], scores: Sequence[PromptScore], error: str | None
     ) -> TokenOutput | None:
-        """The output of a completion in this step; None if the role keeps it, because it is for another instance."""
+        """The output of a completion in this step; None for a prompt that was computed for another instance."""
         cached = self.scheduler.cached_tokens(request_id)
-        kept, reason = self._endings[request_id].take(tokens)
+        kept, reason = self._stop_checks[request_id].take(tokens)
         if error is not None:
             reason = FinishReason.ERROR
         output = TokenOutput(request_id, kept, reason, cached, tuple(scores), error)
-        if reason is not None and self.role and self.role.keeps(output):
-            self._endings.pop(request_id, None)
+        if reason is not None and self.role and self.role.holds(output):
+            self._stop_checks.pop(request_id, None)
             self.scheduler.hold(request_id)
             return None
         if reason is not None:
@@ -251,6 +251,7 @@ class EngineCore:
         return output
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
+        """Record a finished step for reports and for the time limit."""
         chunk, rows = _tokens(plan)
         self.watch.measured(chunk + rows, seconds)
         self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]

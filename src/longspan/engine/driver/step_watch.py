@@ -20,11 +20,14 @@ _FACTOR = 20.0  # a step may take this many times the expected seconds: the time
 
 @dataclass(frozen=True)
 class _Running:
-    """The step that the core works on or waits for."""
+    """The step that the core schedules or waits for."""
 
-    started: float  # when the core began, on the watch's clock
-    step: int | None = None  # None while it is being scheduled
-    tokens: int = 0  # computed or loaded by the steps in flight
+    # when the core began to schedule it, on the watch's clock
+    started: float
+    # its number; None while it is being scheduled
+    step: int | None = None
+    # tokens that the steps in flight compute or load
+    tokens: int = 0
 
 
 class StepWatch:
@@ -39,7 +42,7 @@ class StepWatch:
     def __init__(self, liveness: LivenessConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._timeout, self._floor = liveness.step_timeout, liveness.step_floor
         self._clock = clock
-        self._paces: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
+        self._paces: deque[float] = deque(maxlen=_STEPS_REMEMBERED)  # seconds a token
         self._is_known = liveness.pace is not None
         if liveness.pace is not None:
             self._paces.append(liveness.pace)
@@ -74,7 +77,7 @@ class StepWatch:
         self._running = None
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """Record the seconds of a step of `tokens` tokens."""
+        """Record that a step of `tokens` tokens took so many seconds."""
         if tokens:
             self._paces.append(seconds / tokens)
             self._to_warm_up = max(0, self._to_warm_up - 1)
@@ -88,9 +91,9 @@ class StepWatch:
         what = "scheduling a step" if running.step is None else f"step {running.step} ({running.tokens} tokens)"
         reason = (
             "step_timeout" if self._timeout is not None
-            else f"the larger of {self._floor:.0f} s and {_FACTOR:.0f} times what recent steps let expect"
+            else f"the larger of {self._floor:.0f} s and {_FACTOR:.0f} times the time expected from recent steps"
         )  # fmt: skip
         raise StepTimeout(
             f"{what} has not ended after {seconds:.1f} s, and its limit is {limit:.1f} s ({reason}); "
-            "a rank hangs: see what it waits for, or raise --step-timeout if steps may take so long"
+            "a rank hangs: find out what it waits for, or raise --step-timeout if steps may take so long"
         )

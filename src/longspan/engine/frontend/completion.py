@@ -1,6 +1,7 @@
-"""One completion of a request, as its user sees it: tokens, text and finish reason.
+"""One completion of a request, as the user gets it: tokens, text and finish reason.
 
-It owns stop strings and which tokens become text; it must not know about scheduling, nor which tokens end a completion.
+It owns the end by a stop string, and which tokens become text. It must not know about scheduling, nor which tokens end
+a completion.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Completion:
             return
         if not outputs.tokens:
             return
-        if self._params.max_tokens == 0:  # only prompt log probabilities were wanted; they arrive with the first token
+        if self._params.max_tokens == 0:  # only prompt log-probabilities are wanted, which come with the first token
             self.end(FinishReason.LENGTH)
             return
         *before, last = outputs.tokens
@@ -47,16 +48,17 @@ class Completion:
                 return
         stopped = outputs.finish_reason is FinishReason.STOP
         stop_id = stopped and last.token_id in self._params.stop_token_ids
-        self._append(last, silent=stopped and not (stop_id and self._params.include_stop_str_in_output))
+        self._append(last, hidden=stopped and not (stop_id and self._params.include_stop_str_in_output))
         if outputs.finish_reason is not None and not self.finished:
             self.end(outputs.finish_reason, last.token_id if stop_id else None)
 
-    def _append(self, token: SampledToken, silent: bool = False) -> None:
+    def _append(self, token: SampledToken, hidden: bool = False) -> None:
+        """Append a token, and its text unless it is hidden. Ends the completion at a stop string."""
         output = self.output
         output.token_ids.append(token.token_id)
         if output.logprobs is not None and token.logprobs is not None:
             output.logprobs.append(token.logprobs)
-        if not silent:
+        if not hidden:
             output.text += self._detokenizer.append(token.token_id)
         if self._detokenizer.stopped_by is not None:
             self.end(FinishReason.STOP, self._detokenizer.stopped_by)

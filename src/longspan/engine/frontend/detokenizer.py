@@ -23,7 +23,7 @@ MAX_BYTES = 4
 
 
 class Tokenizer(Protocol):
-    """The part of the transformers tokenizer interface that is used here."""
+    """The part of transformers' tokenizer interface that is used here."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that do not form a character."""
@@ -52,8 +52,8 @@ class Detokenizer:
         self._window = None if tokenizer is None else _Window(tokenizer, params.skip_special_tokens, context)
         self._stops = tuple(params.stop)
         self._include_stop = params.include_stop_str_in_output
-        self._held = ""
-        self._pieces: list[str] = []
+        self._held = ""  # text that may be the beginning of a stop string
+        self._pieces: list[str] = []  # text returned so far
 
     @property
     def text(self) -> str:
@@ -77,6 +77,7 @@ class Detokenizer:
         return self._release(self._window.rest(), last=True)
 
     def _release(self, new: str, last: bool) -> str:
+        """Add decoded text; returns what is final. With `last` no more text will come."""
         # `_held` is the longest end of the text that a stop string begins with, so earlier text need not be searched.
         text = self._held + new
         found = self._first_stop(text)
@@ -119,8 +120,8 @@ class _Window:
         if hasattr(tokenizer, "clean_up_tokenization_spaces"):
             self._options["clean_up_tokenization_spaces"] = False
         self._ids = list(context[-MAX_PENDING:])
-        self._settled = len(self._ids)
-        self._released = len(self._decode())
+        self._settled = len(self._ids)  # tokens at the start of the window whose text is complete and was returned
+        self._released = len(self._decode())  # characters of the window's text that were returned
 
     def append(self, token_id: int) -> str:
         """Append a token and return the text that it makes final."""

@@ -1,7 +1,7 @@
 """Users' requests from arrival to their last output: their `n` completions, text and stop strings.
 
-It owns requests and their outputs: it makes `CoreRequest`s and takes `TokenOutput`s. It must not know how tokens are
-computed.
+It owns requests and their outputs: it creates `CoreRequest`s and processes `TokenOutput`s. It must not know how tokens
+are computed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from longspan.engine.setup import EngineSetup
 from longspan.errors import RequestError
 from longspan.request import CoreRequest, FinishReason, RequestOutput, SamplingParams, TokenOutput
 
-_CONTEXT_TOKENS = 16  # last tokens of the prompt that the detokenizer gets: a token's text may depend on those before
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads the n completions' seeds
+_CONTEXT_TOKENS = 16  # the prompt's last tokens for the detokenizer: a token's text may depend on those before it
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: makes the seeds of completions differ in most bits
 
 
 @dataclass
-class Orders:
-    """Calls that the caller must make on the core, `start` before `finish`."""
+class CoreCalls:
+    """Calls that the caller must make on the core: first `add` for `start`, then `finish` for `finish`."""
 
     # completions to add
     start: list[CoreRequest] = field(default_factory=list)
@@ -38,9 +38,9 @@ class _Group:
 
     # what the user gets; updated in place
     output: RequestOutput
-    # the user's parameters, and a stop token where a grammar needs one
+    # the user's parameters; with a grammar, EOS may be added to its stop tokens
     params: SamplingParams
-    # the most tokens of each completion, resolved
+    # the most tokens of each completion; a default has been resolved
     max_tokens: int
     # all `n`, in order
     completions: list[Completion]
@@ -51,15 +51,16 @@ class _Group:
 
 
 class OutputProcessor:
-    """All unfinished requests. Calls that the caller must make on the core collect in `orders`."""
+    """All unfinished requests. Its methods append to `core_calls`, which the caller carries out and empties."""
 
     def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
         self._setup = setup
         self._tokenizer = tokenizer
         self._numbers = count()  # one for each completion
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, _Group] = {}  # by request id
+        # started and unfinished completions, by their id in the core
         self._group_of: dict[str, tuple[_Group, Completion]] = {}
-        self.orders = Orders()
+        self.core_calls = CoreCalls()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -82,7 +83,7 @@ class OutputProcessor:
         self._check_known("prompt_token_ids", tokens)
         self._check_known("logit_bias", (token for token, _ in params.logit_bias))
         self._check_known("stop_token_ids", params.stop_token_ids)
-        params = self._under_grammar(params)
+        params = self._with_grammar_stop(params)
         max_tokens = self._setup.limits.check(len(tokens), params)
         completions = [self._completion(request_id, index, tokens, params) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
@@ -124,7 +125,7 @@ class OutputProcessor:
                     group.output.prompt_logprobs[score.position] = score.logprobs
             completion.take(tokens)
             if completion.finished:
-                self._drop(completion, known=tokens.finish_reason is not None)
+                self._drop(completion, ended_by_core=tokens.finish_reason is not None)
             self._start_rest(group)
             if all(c.finished for c in group.completions):
                 self._close(group)
@@ -132,7 +133,7 @@ class OutputProcessor:
         return list(changed.values())
 
     def resume(self) -> list[CoreRequest]:
-        """Every unfinished completion with the tokens that it has, for a core that was restarted."""
+        """Requests for all unfinished completions, with the tokens that they have, for a new core after a failure."""
         return [self._core_request(*entry) for entry in self._group_of.values()]
 
     def core_ids(self, request_id: str) -> list[str]:
@@ -145,7 +146,7 @@ class OutputProcessor:
         entry = self._group_of.get(core_id)
         return entry[0].output if entry else None
 
-    def _under_grammar(self, params: SamplingParams) -> SamplingParams:
+    def _with_grammar_stop(self, params: SamplingParams) -> SamplingParams:
         """With a grammar, add the tokenizer's EOS to the stop tokens if the model has none: it ends the grammar."""
         if params.grammar is None:
             return params
@@ -166,7 +167,7 @@ class OutputProcessor:
         """A new completion. Its id in the core is never used again, because steps in flight may name an ended one."""
         number = next(self._numbers)
         seed = self._setup.config.seed if params.seed is None else params.seed
-        # with a seed of the user, tokens must not depend on how many requests came before
+        # with the user's seed, tokens must not depend on the number of earlier requests
         own = number if params.seed is None else index
         detokenizer = Detokenizer(self._tokenizer, params, tokens[-_CONTEXT_TOKENS:])
         own_seed = (seed + own * _SEED_STRIDE) % (1 << 63)
@@ -174,7 +175,7 @@ class OutputProcessor:
 
     def _start(self, group: _Group, completion: Completion) -> None:
         self._group_of[completion.request_id] = (group, completion)
-        self.orders.start.append(self._core_request(group, completion))
+        self.core_calls.start.append(self._core_request(group, completion))
 
     def _start_rest(self, group: _Group) -> None:
         """Start the other completions: the prompt's pages are in the prefix cache now, and are shared."""
@@ -183,17 +184,17 @@ class OutputProcessor:
         group.unstarted = []
 
     def _core_request(self, group: _Group, completion: Completion) -> CoreRequest:
-        first = completion.index == 0  # the prompt is the same for all, so only the first scores it
+        first = completion.index == 0  # only the first scores the prompt, which is the same for all
         params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
             completion.request_id, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
             tuple(completion.output.token_ids), group.prefill_at,
         )  # fmt: skip
 
-    def _drop(self, completion: Completion, known: bool = False) -> None:
-        """Remove an ended completion. The core is told to end it, unless it was the core that did (`known`)."""
-        if self._group_of.pop(completion.request_id, None) and not known:
-            self.orders.finish.append(completion.request_id)
+    def _drop(self, completion: Completion, ended_by_core: bool = False) -> None:
+        """Remove a completion that has ended, and let the core end it too unless it has done so already."""
+        if self._group_of.pop(completion.request_id, None) and not ended_by_core:
+            self.core_calls.finish.append(completion.request_id)
 
     def _close(self, group: _Group) -> RequestOutput:
         group.output.finished = True

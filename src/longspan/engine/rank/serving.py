@@ -1,6 +1,6 @@
-"""One rank's side of the talk with its driver: it reports there, starts from the driver's word, and serves it.
+"""A rank's side of the connection to its driver: it connects, builds its runner, and carries out plans until it ends.
 
-It owns the order of a rank's life; it must not know who started the process, nor what a plan says.
+It owns the order of these steps; it must not know who started the process, nor what a plan contains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
 from longspan.engine.transport import messages
-from longspan.engine.transport.connection import meet_driver, open_store, own_address, use_interface, watch_peers
+from longspan.engine.transport.connection import (
+    connect_to_driver,
+    detect_lost_peers,
+    open_store,
+    own_address,
+    use_interface,
+)
 from longspan.engine.transport.heartbeat import Heartbeat
 from longspan.errors import ConfigError
 from longspan.parallel.collectives import Collectives, Traffic
@@ -27,72 +33,77 @@ from longspan.parallel.world import join_world, leave_world, open_group
 from longspan.plan.plan import StepPlan
 from longspan.version import __version__
 
-Answer = Callable[[messages.FromWorker], None]
-_WORDS = (messages.THERE, messages.TRAFFIC, messages.TRACE)
+Reply = Callable[[messages.FromWorker], None]
+_NO_PLANS = (messages.PROBE, messages.TRAFFIC, messages.TRACE)
 
 
 def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> bool:
-    """Serve the driver at an address until it says stop (True), or this rank has failed and told it so (False).
+    """Serve the driver at an address until it stops this rank.
 
-    `device` is the number of this rank's GPU on its host. The process ends at once if the driver goes. Raises
-    `ConfigError` if nobody answers at the address, or the driver has no place for this rank.
+    Returns True if the driver has stopped the rank, False if the rank has failed and reported it. `device` is the
+    number of this rank's GPU on its host. If the driver disconnects, the process ends at once. Raises `ConfigError` if
+    nothing answers at the address, or if the driver refuses this rank.
     """
-    with ExitStack() as leaving:
-        leaving.callback(leave_world)
+    with ExitStack() as cleanup:
+        cleanup.callback(leave_world)
         context = zmq.Context()
-        leaving.callback(context.destroy, linger=1000)
-        line = context.socket(zmq.DEALER)
-        line.set_hwm(0)  # a full inbox would not let ZeroMQ's heartbeats through: a long step would be taken for an end
-        watch_peers(line, LivenessConfig.heartbeat_timeout)
+        cleanup.callback(context.destroy, linger=1000)
+        socket = context.socket(zmq.DEALER)
+        # a full receive queue would also stop ZeroMQ's heartbeats, and a rank in a long step would count as lost
+        socket.set_hwm(0)
+        detect_lost_peers(socket, LivenessConfig.heartbeat_timeout)
         host = own_address(address)
-        store = open_store(host) if rank == 0 and host else None  # ranks of one machine meet through a file
+        store = open_store(host) if rank == 0 and host else None  # ranks of one host use a file instead
         hello = messages.RankHello(rank, world_size, __version__, host, store.port if store else 0)
-        word, watch = meet_driver(line, address, msgspec.msgpack.encode(hello))
-        leaving.callback(watch.stop)
-        begin = msgspec.msgpack.decode(word, type=messages.ToWorker)
+        first, watch = connect_to_driver(socket, address, msgspec.msgpack.encode(hello))
+        cleanup.callback(watch.stop)
+        begin = msgspec.msgpack.decode(first, type=messages.ToWorker)
         if isinstance(begin, messages.RankRefused):
             raise ConfigError("rank", rank, begin.reason, "see the driver's output")
 
-        def answer(message: messages.FromWorker) -> None:
-            line.send(msgspec.msgpack.encode(message))
+        def reply(message: messages.FromWorker) -> None:
+            socket.send(msgspec.msgpack.encode(message))
 
         heartbeat = _open_heartbeat(context, address, rank, begin.config.liveness.heartbeat_interval)
-        leaving.callback(heartbeat.stop)
+        cleanup.callback(heartbeat.stop)
         try:
             use_interface(host)
-            _serve(begin, rank, device, line, answer)
+            _serve(begin, rank, device, socket, reply)
         except BaseException as error:
-            answer(messages.failure(rank, error))
+            reply(messages.failure(rank, error))
             return False
         return True
 
 
 def _open_heartbeat(context: zmq.Context[zmq.Socket[bytes]], address: str, rank: int, seconds: float) -> Heartbeat:
-    """Introduce a second connection to the driver, on which a thread answers whenever it is asked.
+    """Open a second connection to the driver, on which a thread replies to `HEARTBEAT`.
 
-    It answers only then: words that nobody reads would fill the memory of a driver that has nothing to do.
+    The first message is not requested: it shows the driver which connection belongs to this rank. Later ones are only
+    sent on request, because an idle driver reads nothing and unread messages would fill its memory.
     """
-    line = context.socket(zmq.DEALER)
-    line.connect(address)
-    word = msgspec.msgpack.encode(messages.Alive(rank))
-    line.send(word)
+    socket = context.socket(zmq.DEALER)
+    socket.connect(address)
+    alive = msgspec.msgpack.encode(messages.RankAlive(rank))
+    socket.send(alive)
 
-    def answer() -> bytes | None:
-        asked = False
-        while line.poll(0):
-            asked = line.recv() == messages.ASK
-        return word if asked else None
+    def message() -> bytes | None:
+        requested = False
+        while socket.poll(0):
+            requested = socket.recv() == messages.HEARTBEAT
+        return alive if requested else None
 
-    return Heartbeat(line, answer, seconds)
+    return Heartbeat(socket, message, seconds)
 
 
-def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes], answer: Answer) -> None:
+def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[bytes], reply: Reply) -> None:
+    """Join the other ranks, load the weights, and carry out plans until `STOP`. `number` is the GPU's on this host."""
     if resolve_device(begin.config.device) == "cuda":
-        torch.cuda.set_device(number)  # first: what allocates later, as `resolve` does, would open a context on GPU 0
+        # first of all: the first allocation, which `resolve` may make, would otherwise open a CUDA context on GPU 0
+        torch.cuda.set_device(number)
     setup = resolve(begin.config)
     device = setup.device(number)
-    torch.set_num_threads(setup.config.num_threads or share_of_cores(begin.ranks_here))
-    join_world(rank, setup.grid.world_size, begin.meet_at, device)
+    torch.set_num_threads(setup.config.num_threads or share_of_cores(begin.ranks_on_host))
+    join_world(rank, setup.grid.world_size, begin.rendezvous, device)
     traffic = Traffic(trace=Trace(setup.config.trace))
 
     def make_group(group: Sequence[int]) -> Collectives:
@@ -100,16 +111,16 @@ def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes
 
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
     runner, constants = build_runner(setup, rank, store, make_group)
-    traffic.reset()  # what was measured with is not the engine's
-    answer(messages.RankReady(rank, constants))
-    loop = StepLoop(runner, lambda result: answer(messages.Stepped(result)), lambda: bool(line.poll(0)))
-    while (message := line.recv()) != messages.STOP:
-        if message not in _WORDS:
+    traffic.reset()  # the calibration's traffic does not count
+    reply(messages.RankReady(rank, constants))
+    loop = StepLoop(runner, lambda result: reply(messages.StepDone(result)), lambda: bool(socket.poll(0)))
+    while (message := socket.recv()) != messages.STOP:
+        if message not in _NO_PLANS:
             loop.take(StepPlan.decode(message))
             continue
-        loop.flush()  # it may have waited for what is only a word
+        loop.flush()  # a step may still be in flight, because `more` took this message for the next plan
         if message == messages.TRAFFIC:
-            answer(messages.TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
+            reply(messages.TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
         elif message == messages.TRACE:
-            answer(messages.TraceReport(rank, traffic.trace.spans))
+            reply(messages.TraceReport(rank, traffic.trace.spans))
     runner.close()

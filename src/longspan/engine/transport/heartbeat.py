@@ -12,22 +12,21 @@ from threading import Event, Thread
 
 import zmq
 
-_LONGEST_LOOK = 1.0
+_LONGEST_INTERVAL = 1.0
 
 
 class Heartbeat:
-    """A thread that sends the message `word()` every `seconds`, whatever other threads do; None is not sent.
+    """A thread that sends `message()` every `seconds`, independently of the other threads; None is not sent.
 
-    From now on only this thread may use the socket `line`, because ZeroMQ's sockets are not thread-safe. `stop` closes
-    it.
+    From now on only this thread may use `socket`, because ZeroMQ's sockets are not thread-safe. `stop` closes it.
     """
 
-    def __init__(self, line: zmq.Socket[bytes], word: Callable[[], bytes | None], seconds: float) -> None:
-        self._line = line
-        self._word = word
+    def __init__(self, socket: zmq.Socket[bytes], message: Callable[[], bytes | None], seconds: float) -> None:
+        self._socket = socket
+        self._message = message
         self._seconds = seconds
         self._stopped = Event()
-        self._thread = Thread(target=self._beat, name="longspan-heartbeat", daemon=True)
+        self._thread = Thread(target=self._run, name="longspan-heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -35,33 +34,34 @@ class Heartbeat:
         self._stopped.set()
         self._thread.join()
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
-            word = self._word()
-            if word is not None:
+            message = self._message()
+            if message is not None:
                 with suppress(zmq.Again):  # no peer is connected
-                    self._line.send(word, zmq.DONTWAIT)
-        self._line.close(linger=0)
+                    self._socket.send(message, zmq.DONTWAIT)
+        self._socket.close(linger=0)
 
 
-class Silence:
-    """Seconds since a peer's last message, as far as its listener was looking for one.
+class SilenceTimer:
+    """Seconds since a peer's last message, without the time in which this process did not look for messages.
 
-    At most one second between two calls of `look` counts. In the rest the listener itself was busy or stopped.
+    Between two calls of `update` at most one second counts. In the rest of the time this process itself was busy or
+    stopped.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.seconds = 0.0
-        self._looked = clock()
+        self._updated_at = clock()
 
-    def heard(self) -> None:
-        """Set the seconds to zero: a message has come."""
-        self.seconds, self._looked = 0.0, self._clock()
+    def reset(self) -> None:
+        """Set the seconds to zero: a message has arrived."""
+        self.seconds, self._updated_at = 0.0, self._clock()
 
-    def look(self) -> float:
-        """Add the time since the last call, as no message has come; returns the seconds of silence."""
+    def update(self) -> float:
+        """Add the time since the last call, in which no message has arrived; returns the seconds of silence."""
         now = self._clock()
-        self.seconds += min(_LONGEST_LOOK, now - self._looked)
-        self._looked = now
+        self.seconds += min(_LONGEST_INTERVAL, now - self._updated_at)
+        self._updated_at = now
         return self.seconds

@@ -1,6 +1,6 @@
-"""End this process when the process that it works for has ended, for whatever reason.
+"""Ends this process when its parent process or its connection to the driver has ended, for whatever reason.
 
-It owns the threads that watch for this; it must not know what either process does.
+It owns the threads that detect that end; it must not know what either process does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from threading import Event, Thread
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-_WATCH_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 _POLL_MS = 200
 
 
@@ -22,7 +22,7 @@ def end_with_parent(parent: int) -> None:
     `parent` is the parent's process id as the parent passed it. `os.getppid` would be wrong if the parent has ended
     already.
     """
-    Thread(target=_watch, args=(parent,), daemon=True).start()
+    Thread(target=_wait_for_end, args=(parent,), daemon=True).start()
 
 
 class ConnectionWatch:
@@ -38,7 +38,7 @@ class ConnectionWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: the connection may be closed from now on."""
+        """End the watch, so that the connection can be closed without ending the process."""
         self._stopped.set()
         self._thread.join()
 
@@ -51,7 +51,7 @@ class ConnectionWatch:
         self._monitor.close(linger=0)
 
 
-def _watch(parent: int) -> None:
+def _wait_for_end(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
+        time.sleep(_CHECK_SECONDS)
     os._exit(1)

@@ -12,9 +12,14 @@ from longspan.errors import LongspanError, WorkerDied, error_named
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.result import StepResult
 
-THERE = b""  # probes the connection: a send fails if the rank is gone; the rank does not answer
-ASK = b"alive?"  # to a rank's heartbeat connection, which answers with `Alive`
-STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"  # any other message to a rank that is ready is a plan
+PROBE = b""
+"""Has no reply: its sending fails if the rank has disconnected."""
+
+HEARTBEAT = b"alive?"
+"""Sent to a rank's heartbeat connection. The reply is `RankAlive`."""
+
+STOP, TRAFFIC, TRACE = b"stop", b"traffic", b"trace"
+"""The other messages to a rank that is ready, except plans: `TrafficReport` and `TraceReport` are the replies."""
 
 
 class RankHello(msgspec.Struct, tag=True, frozen=True):
@@ -28,23 +33,23 @@ class RankHello(msgspec.Struct, tag=True, frozen=True):
     version: str
     # address of its host; empty on the driver's host
     host: str
-    # port of the TCPStore that rank 0 opens for ranks of several machines; 0 from other ranks, and on one machine
+    # port of the TCPStore that rank 0 opens if ranks are on several hosts; else 0
     store_port: int
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """The driver's answer to every rank, once all of them have sent `RankHello`."""
+    """The driver's reply to every rank, once all of them have sent `RankHello`."""
 
     # the driver's configuration, from which the rank makes its setup
     config: EngineConfig
-    # `tcp://host:port` of the TCPStore of rank 0, or the file where ranks of one machine meet
-    meet_at: str
+    # for the rendezvous of the ranks: `tcp://host:port` of the TCPStore of rank 0, or a file if all are on one host
+    rendezvous: str
     # number of ranks on this rank's host
-    ranks_here: int
+    ranks_on_host: int
 
 
 class RankRefused(msgspec.Struct, tag=True, frozen=True):
-    """The driver's answer to a rank that does not fit its layout or version."""
+    """The driver's reply to a rank of another layout or version."""
 
     # why the rank is refused, for its error message
     reason: str
@@ -55,44 +60,44 @@ class RankReady(msgspec.Struct, tag=True, frozen=True):
 
     # the sender
     rank: int
-    # the cost model's constants; None if the rank was not to measure them
+    # the cost model's constants; None if the rank has not measured them
     constants: CostConstants | None
 
 
-class Alive(msgspec.Struct, tag=True, frozen=True):
-    """A heartbeat, sent on a connection of its own."""
+class RankAlive(msgspec.Struct, tag=True, frozen=True):
+    """The reply to `HEARTBEAT`, on the heartbeat's own connection."""
 
     # the sender
     rank: int
 
 
-class Stepped(msgspec.Struct, tag=True, frozen=True):
+class StepDone(msgspec.Struct, tag=True, frozen=True):
     """The rank has finished a step."""
 
-    # its part of the step's result
+    # the rank's part of the step's result
     result: StepResult
 
 
 class TrafficReport(msgspec.Struct, tag=True, frozen=True):
-    """The answer to `TRAFFIC`: what the rank has sent to other ranks since it started."""
+    """The reply to `TRAFFIC`: what the rank has sent to other ranks since it started."""
 
     # bytes, by the label of the collective
     bytes_by_label: dict[str, int]
-    # calls of the collective
+    # number of calls, by the label of the collective
     calls_by_label: dict[str, int]
 
 
 class TraceReport(msgspec.Struct, tag=True, frozen=True):
-    """The answer to `TRACE`."""
+    """The reply to `TRACE`."""
 
     # the sender
     rank: int
-    # what the rank did, with start and end
+    # what the rank computed and sent, with start and end
     spans: list[TraceSpan]
 
 
 class RankFailed(msgspec.Struct, tag=True, frozen=True):
-    """The rank has failed and ends."""
+    """The rank has failed, and its process ends."""
 
     # the sender
     rank: int
@@ -100,12 +105,12 @@ class RankFailed(msgspec.Struct, tag=True, frozen=True):
     kind: str
     # the exception's message
     message: str
-    # whether it failed only because another rank has ended
+    # whether it failed because a collective lost another rank, so that rank's failure is the cause
     lost_peer: bool
 
 
 ToWorker = Begin | RankRefused
-FromWorker = RankHello | RankReady | Alive | Stepped | TrafficReport | TraceReport | RankFailed
+FromWorker = RankHello | RankReady | RankAlive | StepDone | TrafficReport | TraceReport | RankFailed
 
 
 def failure(rank: int, error: BaseException) -> RankFailed:
@@ -118,5 +123,5 @@ def report_error(message: RankFailed) -> LongspanError:
 
     It has the class of the rank's exception if that is a `ModelError` or an `EngineError`, else it is a `WorkerDied`.
     """
-    told = f"rank {message.rank} failed: {message.kind}: {message.message}"
-    return error_named(message.kind, message.message) or WorkerDied(told)
+    text = f"rank {message.rank} failed: {message.kind}: {message.message}"
+    return error_named(message.kind, message.message) or WorkerDied(text)

@@ -29,7 +29,7 @@ class Answer(msgspec.Struct, frozen=True):
     """An instance's answer to `/internal/peer`."""
 
     # its instance info; None if it is not ready or has no role
-    card: InstanceInfo | None
+    info: InstanceInfo | None
     # name of the served model
     model: str
     # completions that wait
@@ -54,10 +54,10 @@ class Instance:
     @property
     def address(self) -> str:
         """The address at which other instances reach it; empty while it is not alive."""
-        if self.answer is None or self.answer.card is None:
+        if self.answer is None or self.answer.info is None:
             return ""
         host = self.url.split("://", 1)[1].split("/")[0].rpartition(":")[0]
-        return reachable(self.answer.card.address, f"tcp://{host}:0")
+        return reachable(self.answer.info.address, f"tcp://{host}:0")
 
 
 class Instances:
@@ -113,10 +113,10 @@ class Instances:
 
     def accepts(self, decode: Instance, prefill: Instance) -> bool:
         """Whether a decode instance accepts this prefill instance from the router, and has the same token as it."""
-        card, other = (side.answer.card if side.answer else None for side in (decode, prefill))
-        if card is None or other is None or card.token != other.token:
+        info, other = (side.answer.info if side.answer else None for side in (decode, prefill))
+        if info is None or other is None or info.token != other.token:
             return False
-        return prefill.address in card.prefill_peers or (card.token != "" and card.token == token_digest(self.token))
+        return prefill.address in info.prefill_peers or (info.token != "" and info.token == token_digest(self.token))
 
     def lost(self, instance: Instance, problem: str) -> None:
         """Mark an instance as not alive, until it answers a poll again."""
@@ -127,16 +127,16 @@ class Instances:
     def misfit(self, instance: Instance) -> str | None:
         """Why an instance cannot work with the first one that is alive; None if it can, or has not answered."""
         answer, first = instance.answer, next((other.answer for other in self.all if other.answer), None)
-        if answer is None or answer.card is None or first is None or first.card is None:
+        if answer is None or answer.info is None or first is None or first.info is None:
             return None
-        if answer.card.role != instance.role:
-            return f"is a {answer.card.role} instance"
+        if answer.info.role != instance.role:
+            return f"is a {answer.info.role} instance"
         if answer.model != first.model:
             return f"serves {answer.model!r}, another one {first.model!r}"
         ours, theirs = (answer, first) if instance.role == "decode" else (first, answer)
-        if ours.card is None or theirs.card is None:
+        if ours.info is None or theirs.info is None:
             return None
-        return difference(ours.card.format, theirs.card.format)
+        return difference(ours.info.format, theirs.info.format)
 
     async def _look_after(self, instance: Instance, session: aiohttp.ClientSession) -> None:
         problem = await self._ask(instance, session) or self.misfit(instance)
@@ -150,15 +150,15 @@ class Instances:
     def _refusal(self, decode: Instance) -> str | None:
         """Why a decode instance would not accept some prefill instance that is alive; None if it accepts all."""
         refused = [prefill for prefill in self.alive("prefill") if not self.accepts(decode, prefill)]
-        card = decode.answer.card if decode.answer else None
-        if not refused or card is None:
+        info = decode.answer.info if decode.answer else None
+        if not refused or info is None:
             return None
-        if self.token and card.token and card.token != token_digest(self.token):
+        if self.token and info.token and info.token != token_digest(self.token):
             return "has another transfer token than the router"
-        other = refused[0].answer.card if refused[0].answer else None
-        if other is not None and other.token != card.token:
+        other = refused[0].answer.info if refused[0].answer else None
+        if other is not None and other.token != info.token:
             return f"has another transfer token than the prefill instance {refused[0].address}, or only one has any"
-        return f"was not told of the prefill instance {refused[0].address}"
+        return f"does not know the prefill instance {refused[0].address}"
 
     async def _ask(self, instance: Instance, session: aiohttp.ClientSession) -> str | None:
         """Poll an instance and keep its answer. Returns the problem if there is none."""
@@ -175,7 +175,7 @@ class Instances:
             return f"nobody answers there ({type(error).__name__})"
         except msgspec.MsgspecError:
             return "is no server of this kind"
-        if answer.card is None:
+        if answer.info is None:
             return "is not ready, or was started without --role"
         instance.answer = answer
         return None

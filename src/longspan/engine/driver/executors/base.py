@@ -1,6 +1,6 @@
-"""What carries plans to ranks: one interface for threads, processes and what comes later.
+"""The interface of executors, which carry plans to the ranks: as threads, as processes, on Ray, or to none at all.
 
-It owns the interface; an executor must not look into a plan.
+It owns the interface; an executor must not depend on what a plan contains.
 """
 
 from __future__ import annotations
@@ -18,43 +18,42 @@ from longspan.plan.result import StepResult
 
 
 def require_open(closed: bool) -> None:
-    """Raise `WorkerDied` if the ranks have ended: a plan would never be answered."""
+    """Raise `WorkerDied` if the ranks have been shut down."""
     if closed:
         raise WorkerDied("the ranks have been shut down; start the engine again")
 
 
 class Executor(Protocol):
-    """All ranks of an engine. Steps run in the order they were submitted, and are collected in it.
+    """All ranks of an engine. They run steps in the order of `submit`, and `collect` returns results in that order."""
 
-    `setup` is the one it was made with, and knows on which machine every rank is.
-    """
-
+    # the setup it was made with, and the host of every rank
     setup: EngineSetup
 
     @property
     def constants(self) -> CostConstants | None:
-        """Of the cost model, as the ranks measured them when they started; None if they were not to."""
+        """The cost model's constants, if the ranks have measured them at their start; else None."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Start a step on every rank, behind those in flight; raises `WorkerDied` if the ranks are gone."""
+        """Start a step on every rank, after those in flight. Raises `WorkerDied` if the ranks have ended."""
 
-    def collect(self, look: Callable[[], None]) -> StepResult:
-        """Wait for the oldest step in flight; raises `EngineError` (`WorkerDied`) if a rank cannot finish it.
+    def collect(self, while_waiting: Callable[[], None]) -> StepResult:
+        """Wait for the oldest step in flight. Raises `EngineError` (often `WorkerDied`) if a rank cannot finish it.
 
-        `look` is called several times a second meanwhile; what it raises ends the ranks, as far as that is possible.
+        `while_waiting` is called several times a second. If it raises, the ranks are ended (threads that hang cannot
+        be) and the exception is passed on.
         """
 
     def check(self) -> None:
-        """Raise `WorkerDied` if a rank has ended: for times when nothing is in flight."""
+        """Raise `WorkerDied` if a rank has ended. Call it while no step is in flight."""
 
     def late(self) -> str | None:
-        """Which rank has not answered for some seconds, and how long; None if all have. Any thread may ask."""
+        """Which rank has not answered for some seconds, and for how long; None if all have. Any thread may call it."""
 
     def traffic(self) -> Traffic:
         """What all ranks have sent since they started."""
 
     def trace(self) -> dict[int, list[TraceSpan]]:
-        """What every rank did when, if the configuration asks for it."""
+        """The recorded spans of every rank, by rank; empty unless the configuration turns tracing on."""
 
     def shutdown(self) -> None:
-        """End every rank; safe to call again."""
+        """End every rank. May be called more than once."""

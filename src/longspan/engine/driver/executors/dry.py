@@ -1,6 +1,6 @@
-"""No ranks at all: every token is made up at once, so that what remains is the engine's and the server's own time.
+"""No ranks: every step returns made-up tokens at once, so that only the time of engine and server remains.
 
-It owns the made-up tokens; it must not load weights nor pretend to any result.
+It owns these tokens; it must not load weights.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.result import StepResult
 from longspan.request import SampledToken, TokenLogprobs
 
-_STRIDE = 7919  # a prime: neighbouring tokens differ, and so do their texts
+_STRIDE = 7919  # a prime, so that neighbouring tokens differ
 _CERTAIN = TokenLogprobs(0.0, (), ())
 
 
 class DryExecutor:
-    """See `Executor`."""
+    """See `Executor`. The token at a position is always the same."""
 
     def __init__(self, setup: EngineSetup) -> None:
         self.setup = setup
@@ -33,7 +33,7 @@ class DryExecutor:
         """See `Executor.submit`."""
         self._done.append(StepResult(tuple(t for segment in plan.segments for t in self._sampled(segment))))
 
-    def collect(self, look: Callable[[], None]) -> StepResult:
+    def collect(self, while_waiting: Callable[[], None]) -> StepResult:
         """See `Executor.collect`."""
         return self._done.popleft()
 
@@ -56,5 +56,6 @@ class DryExecutor:
         """See `Executor.shutdown`."""
 
     def _sampled(self, segment: Segment) -> list[SampledToken]:
+        """The tokens of the last `segment.sample` positions."""
         positions = range(segment.stop - segment.sample, segment.stop)
         return [SampledToken(segment.request_id, p * _STRIDE % self._vocabulary, _CERTAIN, p) for p in positions]

@@ -1,6 +1,6 @@
-"""Ranks as processes of this machine, started and ended by the driver.
+"""Ranks as processes on this host, which the driver starts and ends.
 
-It owns the processes; what is said to them is `remote.py`'s.
+It owns the processes; `remote.py` has the messages.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from longspan.engine.setup import EngineSetup
 from longspan.engine.transport.messages import RankHello
 from longspan.private_folder import PrivateFolder
 
-_STDERR = 2  # the descriptor: sys.stderr may be anything
+_STDERR = 2  # the file descriptor, because sys.stderr may be replaced by an object without one
 
 
 class ProcessExecutor(RemoteExecutor):
-    """See `RemoteExecutor`."""
+    """See `RemoteExecutor`. Ranks end with the driver, however it ends."""
 
     def __init__(self, setup: EngineSetup) -> None:
         self._folder = PrivateFolder()
@@ -29,7 +29,7 @@ class ProcessExecutor(RemoteExecutor):
 
     @property
     def process_ids(self) -> list[int]:
-        """The operating system's ids, in rank order."""
+        """The process ids, in rank order."""
         return [process.pid for process in self._processes]
 
     def _launch(self, address: str) -> None:
@@ -39,10 +39,11 @@ class ProcessExecutor(RemoteExecutor):
             command = [*program, address, str(rank), str(size), str(os.getpid())]
             self._processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=_STDERR))
 
-    def _meeting_place(self, hellos: Sequence[RankHello]) -> str:
-        return f"{self._folder.name}/store"  # no port: whoever reached it could read and write what ranks agree on
+    def _rendezvous(self, hellos: Sequence[RankHello]) -> str:
+        # a file: anyone who reached the port of a store could read and change what ranks write there
+        return f"{self._folder.name}/store"
 
-    def _end_of(self, rank: int) -> str | None:
+    def _exit_of(self, rank: int) -> str | None:
         process = self._processes[rank]
         return None if process.poll() is None else f"(process {process.pid}) ended with exit code {process.returncode}"
 

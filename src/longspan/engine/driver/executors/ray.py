@@ -1,6 +1,6 @@
-"""Ranks as Ray actors: Ray finds the machines, starts the processes and tells of their end.
+"""Ranks as Ray actors: Ray chooses the hosts, starts the processes and reports their end.
 
-It owns the actors; data and steps travel as between any remote ranks.
+It owns the actors; messages and collectives are those of all remote ranks.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from longspan.engine.driver.executors.remote import RemoteExecutor
 from longspan.engine.rank.ray_rank import RankActor
 from longspan.engine.setup import EngineSetup
 
-_SHOWN = 200  # characters of the beginning and of the end of what Ray says of an actor's death
+_MAX_SHOWN = 200  # characters of each end of Ray's error when an actor has died
 
 
 class RayExecutor(RemoteExecutor):
-    """See `RemoteExecutor`. Raises `ConfigError` too if the cluster cannot be joined or has no room for the ranks."""
+    """See `RemoteExecutor`. Raises `ConfigError` also if the cluster cannot be joined or is too small."""
 
     def __init__(self, setup: EngineSetup) -> None:
         self._ray = import_ray()
-        self._lives: list[Any] = []
+        self._calls: list[Any] = []  # of `RankActor.serve`, in rank order; each lasts as long as its rank
         self._cluster = Cluster(setup)
         try:
             self._placement = Placement(setup)
@@ -31,25 +31,25 @@ class RayExecutor(RemoteExecutor):
 
     def _launch(self, address: str) -> None:
         actors = self._placement.start(RankActor)
-        self._lives = [actor.serve.remote(address, rank, len(actors)) for rank, actor in enumerate(actors)]
+        self._calls = [actor.serve.remote(address, rank, len(actors)) for rank, actor in enumerate(actors)]
 
-    def _end_of(self, rank: int) -> str | None:
-        ready, _ = self._ray.wait([self._lives[rank]], timeout=0)
+    def _exit_of(self, rank: int) -> str | None:
+        ready, _ = self._ray.wait([self._calls[rank]], timeout=0)
         if not ready:
             return None
         try:
             self._ray.get(ready[0])
         except Exception as error:
             return f"ended: {_shortened(' '.join(str(error).split()))}"
-        return "ended without a word"
+        return "ended without an error"
 
     def _end(self, seconds: float) -> None:
-        if self._lives and seconds:
-            self._ray.wait(self._lives, num_returns=len(self._lives), timeout=seconds)
-        self._lives = []
-        self._placement.release()  # with every actor in it
+        if self._calls and seconds:
+            self._ray.wait(self._calls, num_returns=len(self._calls), timeout=seconds)
+        self._calls = []
+        self._placement.release()  # kills every actor in it
         self._cluster.leave()
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} [...] {text[-_SHOWN:]}"
+    return text if len(text) <= 2 * _MAX_SHOWN else f"{text[:_MAX_SHOWN]} [...] {text[-_MAX_SHOWN:]}"

@@ -1,6 +1,6 @@
-"""A Ray cluster as a place for ranks: joining or starting one, and room on its machines.
+"""A Ray cluster for the ranks: joins or starts one, and reserves resources on its machines.
 
-It owns the connection and the placement group; it must not know what runs there.
+It owns the connection and the placement group; it must not know what the actors do.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from longspan.errors import ConfigError
 
 _LOG = logging.getLogger("longspan.engine")
 _PROBE_SECONDS = 5.0
-_SAY_SECONDS = 2.0
-_ANSWER_SECONDS = 1.0
-_LOOK_SECONDS = 0.5
-_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-_SETTINGS, _TLS_ALERT = 4, 21  # where an HTTP/2 server's answer, and that of one behind TLS, say what they are
+_WARN_SECONDS = 2.0
+_CONNECT_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+# the client preface of HTTP/2 (gRPC) with empty settings
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = 4  # fourth byte of an HTTP/2 server's reply
+_TLS_ALERT = 21  # first byte of the reply of a server that expects TLS
 
 
 def import_ray() -> ModuleType:
-    """Ray, which is an extra of this package. Raises `ConfigError` without it."""
+    """Ray, which is an extra of this package. Raises `ConfigError` if it is not installed."""
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -39,9 +41,10 @@ def import_ray() -> ModuleType:
 
 
 class Cluster:
-    """A driver's membership in a cluster: the one at an address, or one of its own on this machine.
+    """The connection of this process to a cluster: the one at the configured address, or a new one on this machine.
 
-    Whoever has called `ray.init` in this process already keeps that cluster. Raises `ConfigError`.
+    If this process is already connected to a cluster, by the caller's `ray.init`, that one is used and left open.
+    Raises `ConfigError`.
     """
 
     def __init__(self, setup: EngineSetup) -> None:
@@ -52,11 +55,11 @@ class Cluster:
 
     @property
     def own_address(self) -> str:
-        """Of this machine, as the others know it."""
+        """This machine's address in the cluster."""
         return str(self._ray.util.get_node_ip_address())
 
     def leave(self) -> None:
-        """Leave the cluster, which ends if it was started here; safe to call again."""
+        """Disconnect. A cluster that was started here ends. May be called more than once."""
         if self._joined:
             self._ray.shutdown()
         self._joined = False
@@ -65,7 +68,7 @@ class Cluster:
         address = setup.config.cluster.ray_address
         size: dict[str, Any] = {}
         if address is None:
-            cpus = setup.grid.world_size  # a machine of our own may run more ranks than it has cores
+            cpus = setup.grid.world_size  # one for each rank, also if the machine has fewer cores
             size = {"num_cpus": cpus, "include_dashboard": False}
         else:
             _probe(address)
@@ -78,26 +81,26 @@ class Cluster:
                 "run `ray start --address HOST:PORT` on this machine too, with the cluster's Ray and Python",
             ) from error  # fmt: skip
         finally:
-            if threading.current_thread() is threading.main_thread():  # Ray has put its own in its place
+            if threading.current_thread() is threading.main_thread():  # `ray.init` has replaced the handler
                 signal.signal(signal.SIGTERM, handler)
 
 
 class Placement:
-    """Room for the ranks: a placement group of one bundle for each run of ranks that must share a machine.
+    """The resources for the ranks: a placement group with one bundle for each run of ranks that must share a machine.
 
-    A run is a TP group, or what the user has said; runs are packed onto few machines, or spread if the user has said
-    how many ranks a machine gets. Raises `ConfigError` if there is no room within the configuration's patience.
+    A run is a TP group, and runs are packed onto few machines. With `ranks_per_node` a run has that many ranks, and
+    runs are spread over machines. Raises `ConfigError` if the resources are not free within `cluster_timeout` seconds.
     """
 
     def __init__(self, setup: EngineSetup) -> None:
         self._ray = import_ray()
         parallel, grid = setup.config.parallel, setup.grid
-        self._kind = "GPU" if setup.device_type == "cuda" else "CPU"
+        self._resource = "GPU" if setup.device_type == "cuda" else "CPU"
         run = min(parallel.ranks_per_node or grid.tp, grid.world_size)
         self._runs = [min(run, grid.world_size - first) for first in range(0, grid.world_size, run)]
-        self._settle(setup.config.cluster.timeout)
+        self._wait_for_dead_machines(setup.config.cluster.timeout)
         strategy = "SPREAD" if parallel.ranks_per_node else "PACK"
-        self._group = self._ray.util.placement_group([{self._kind: size} for size in self._runs], strategy)
+        self._group = self._ray.util.placement_group([{self._resource: size} for size in self._runs], strategy)
         try:
             self._wait(setup)
         except BaseException:
@@ -105,13 +108,13 @@ class Placement:
             raise
 
     def start(self, actor: type) -> list[Any]:
-        """One actor for each rank, in rank order: neighbours on the same machine where runs are."""
+        """Start one actor for each rank, in rank order. Runs on the same machine get consecutive ranks."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         node_of = self._ray.util.placement_group_table(self._group)["bundles_to_node_id"]
         nodes = list(dict.fromkeys(node_of.values()))
         bundles = sorted(node_of, key=lambda bundle: nodes.index(node_of[bundle]))
-        kind = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": 1}
+        kind = {"num_gpus": 1, "num_cpus": 0} if self._resource == "GPU" else {"num_cpus": 1}
         remote = self._ray.remote(actor)
         return [
             remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle), **kind).remote()
@@ -120,62 +123,71 @@ class Placement:
         ]
 
     def release(self) -> None:
-        """Give the room back, ending whatever runs there; safe to call again."""
+        """Remove the placement group, which kills its actors. May be called more than once."""
         group, self._group = self._group, None
-        if group is not None:  # once only: after it has left a cluster, Ray would start a new one for a second call
-            with suppress(Exception):  # the cluster may be gone, and the room with it
+        if group is not None:  # not a second time: a call of Ray after `ray.shutdown` would start a new cluster
+            with suppress(Exception):  # the cluster may have ended, and the group with it
                 self._ray.util.remove_placement_group(group)
 
-    def _settle(self, patience: float) -> None:
-        """Wait until Ray knows of machines that are gone: it would give ranks to them, and wait for minutes."""
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and not all(map(_answers, self._machines())):
-            time.sleep(_LOOK_SECONDS)
+    def _wait_for_dead_machines(self, timeout: float) -> None:
+        """Wait until Ray has removed machines that cannot be reached.
+
+        Otherwise it might place ranks on them, and only notice minutes later.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and not all(map(_is_reachable, self._machines())):
+            time.sleep(_POLL_SECONDS)
 
     def _machines(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
     def _wait(self, setup: EngineSetup) -> None:
-        patience = setup.config.cluster.timeout
-        deadline = time.monotonic() + patience
-        if self._group.wait(min(_SAY_SECONDS, patience)):
+        timeout = setup.config.cluster.timeout
+        deadline = time.monotonic() + timeout
+        if self._group.wait(min(_WARN_SECONDS, timeout)):
             return
-        _LOG.warning("waiting up to %.0f s for room: %s", patience, self._lack())
+        _LOG.warning("waiting up to %.0f s for resources: %s", timeout, self._shortage())
         if not self._group.wait(max(0.0, deadline - time.monotonic())):
-            raise ConfigError("executor", "ray", self._lack(), self._remedy(setup))
+            raise ConfigError("executor", "ray", self._shortage(), self._remedy(setup))
 
-    def _room(self) -> list[int]:
-        return [int(node["Resources"].get(self._kind, 0)) for node in self._machines()]
+    def _capacities(self) -> list[int]:
+        """The GPUs or CPUs of each machine, in use or not."""
+        return [int(node["Resources"].get(self._resource, 0)) for node in self._machines()]
 
-    def _lack(self) -> str:
-        room = self._room()
+    def _shortage(self) -> str:
+        """What the layout needs and what the cluster has."""
+        capacities = self._capacities()
         each = f" in runs of {max(self._runs)} on one machine" if max(self._runs) > 1 else ""
-        busy = " that others use" if _fitting(room, max(self._runs)) >= len(self._runs) else ""
+        busy = " that others use" if _runs_that_fit(capacities, max(self._runs)) >= len(self._runs) else ""
         return (
-            f"the layout needs {sum(self._runs)} {self._kind}s{each}, and the cluster's machines have "
-            f"{' + '.join(map(str, room)) or 0}{busy}"
+            f"the layout needs {sum(self._runs)} {self._resource}s{each}, and the cluster's machines have "
+            f"{' + '.join(map(str, capacities)) or 0}{busy}"
         )
 
     def _remedy(self, setup: EngineSetup) -> str:
-        room, grid = self._room(), setup.grid
-        groups = _fitting(room, grid.tp) // grid.pp
+        """The largest layout that would fit, or what else to do."""
+        capacities, grid = self._capacities(), setup.grid
+        groups = _runs_that_fit(capacities, grid.tp) // grid.pp
         if groups >= grid.pcp:
             return "wait for them, or end what uses them"
         fits = f"use --prefill-context-parallel-size {groups}" if groups else ""
-        if not fits and max(room, default=0) >= 1:
-            fits = f"use --tensor-parallel-size {max(room)}"
+        if not fits and max(capacities, default=0) >= 1:
+            fits = f"use --tensor-parallel-size {max(capacities)}"
         return f"{fits or 'start a machine that has some'}, or add machines with `ray start --address`"
 
 
-def _fitting(room: Sequence[int], run: int) -> int:
-    """How many runs fit on machines with so much room."""
-    return sum(free // run for free in room)
+def _runs_that_fit(capacities: Sequence[int], run: int) -> int:
+    """How many runs of `run` ranks fit on machines with these capacities. A run is not split between machines."""
+    return sum(capacity // run for capacity in capacities)
 
 
-def _answers(node: dict[str, Any]) -> bool:
-    """Whether a machine of the cluster can be reached, if only to say that Ray has ended there: that, Ray notices."""
+def _is_reachable(node: dict[str, Any]) -> bool:
+    """Whether a machine of the cluster can be reached.
+
+    True also if it refuses the connection: then only Ray has ended there, which the cluster notices at once.
+    """
     try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _ANSWER_SECONDS):
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _CONNECT_SECONDS):
             return True
     except ConnectionRefusedError:
         return True
@@ -184,15 +196,18 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def _probe(address: str) -> None:
-    """Raise `ConfigError` unless something like Ray's control service answers: `ray.init` would try for minutes."""
+    """Raise `ConfigError` unless a gRPC server answers at the address, as Ray's control service would.
+
+    `ray.init` itself would try for minutes.
+    """
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), _PROBE_SECONDS) as probe:
-            probe.sendall(_HTTP2_HELLO)
+            probe.sendall(_HTTP2_PREFACE)
             answer = probe.recv(9)
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(
-            "ray_address", address, f"nobody answers there ({error})",
+            "ray_address", address, f"no server answers there ({error})",
             "give HOST:PORT as `ray start --head` prints it, or leave it out to start Ray on this machine",
         ) from error  # fmt: skip
     if not answer or (answer[0] != _TLS_ALERT and answer[3:4] != bytes([_SETTINGS])):

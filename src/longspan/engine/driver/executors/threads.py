@@ -1,7 +1,7 @@
 """Ranks as threads of this process: the default on a CPU and for one rank on a GPU.
 
-It owns the threads, their inboxes and their failures; tensors change hands by reference, and ranks
-that hold the same slice of a weight share one copy.
+It owns the threads, their queues of plans and their failures. Tensors are passed by reference, and ranks that hold the
+same slice of a weight share one copy.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
 
 _POLL_SECONDS = 0.2
-_STOP_SECONDS = 5.0  # for threads of which one hangs
+_STOP_SECONDS = 5.0  # until the threads are left behind, if one of them hangs
 _Outcome = StepResult | BaseException
 
 
 class ThreadExecutor:
-    """One thread a rank."""
+    """See `Executor`. Every rank is a thread."""
 
     def __init__(self, setup: EngineSetup) -> None:
         size = setup.grid.world_size
         self.setup = setup
-        self._closed = self._hangs = False
+        self._closed = False
+        self._hangs = False  # whether a thread may never end
         self._fabric = ThreadFabric(size)
         self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
-        self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]
-        self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()
-        self._done: list[deque[StepResult]] = [deque() for _ in range(size)]
+        self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]  # None ends a rank
+        self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()  # with the rank
+        self._done: list[deque[StepResult]] = [deque() for _ in range(size)]  # results of each rank, not collected yet
         self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
@@ -54,12 +55,12 @@ class ThreadExecutor:
         ]
         for thread in self._threads:
             thread.start()
-        self.collect(lambda: None)
+        self.collect(lambda: None)  # every rank reports an empty result once it is ready
         self.constants = combine(self._measured) if self._measured else None
 
     @property
     def runners(self) -> list[Runner]:
-        """What runs on each rank, in rank order."""
+        """The runner of each rank, in rank order."""
         return [self._runners[rank] for rank in sorted(self._runners)]
 
     def submit(self, plan: StepPlan) -> None:
@@ -68,14 +69,14 @@ class ThreadExecutor:
         for inbox in self._inboxes:
             inbox.put(plan)
 
-    def collect(self, look: Callable[[], None]) -> StepResult:
-        """See `Executor.collect`. The first failure ends all ranks and is raised; a thread that hangs stays."""
+    def collect(self, while_waiting: Callable[[], None]) -> StepResult:
+        """See `Executor.collect`. The first failure of a rank ends all ranks and is raised."""
         require_open(self._closed)
         while not all(self._done):
             try:
                 rank, outcome = self._outcomes.get(timeout=_POLL_SECONDS)
             except Empty:
-                self._look(look)
+                self._call(while_waiting)
                 continue
             if isinstance(outcome, BaseException):
                 self.shutdown()
@@ -114,19 +115,20 @@ class ThreadExecutor:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()) if self._hangs else None)
 
-    def _look(self, look: Callable[[], None]) -> None:
+    def _call(self, while_waiting: Callable[[], None]) -> None:
         try:
-            look()
+            while_waiting()
         except BaseException:
-            self._hangs = True  # and cannot be ended, nor waited for
+            self._hangs = True  # a thread cannot be killed, so `shutdown` must not wait for it without a limit
             self.shutdown()
             raise
 
     def _serve(self, rank: int) -> None:
+        """The main function of a rank's thread."""
         torch.set_num_threads(threads_per_rank(self.setup))
         try:
             runner, constants = build_runner(self.setup, rank, self._store, lambda group: self._open(group, rank))
-            self._traffic[rank].reset()  # what was measured with is not the engine's
+            self._traffic[rank].reset()  # the calibration's traffic does not count
             self._runners[rank] = runner
             if constants:
                 self._measured.append(constants)
@@ -145,7 +147,10 @@ class ThreadExecutor:
         runner.close()
 
     def _threads_for(self, rank: int, plan: StepPlan) -> int:
-        """The user's number, or a rank's share of the cores and that of ranks whose PCP index has no tokens now."""
+        """The number of torch's threads for a rank in a step.
+
+        If the user has not set it, ranks with tokens in this step share the cores, and the others keep their own share.
+        """
         grid = self.setup.grid
         busy = {segment.pcp for segment in plan.segments}
         if self.setup.config.num_threads or grid.ranks[rank].pcp not in busy:
