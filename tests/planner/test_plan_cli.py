@@ -130,8 +130,13 @@ def test_limits_leave_the_layouts_that_keep_them(app):
     assert {row["name"] for row in kept if row["within_limits"]} == {
         row["name"] for row in rows if row["fits"] and row["tpot"]["seconds"] * 1e3 <= limit
     }
-    with pytest.raises(ConfigError, match=r"max_ttft=0\.001 s: no layout is so fast; tp.* takes .*; raise it"):
-        CliRunner().invoke(app, [*LLAMA, "--max-ttft", "0.001"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("flag", "limit"), [("--max-ttft", "0.001 s"), ("--max-tpot", "0.5 ms")])
+def test_a_limit_that_no_layout_meets_is_refused_in_the_unit_of_its_flag(app, flag, limit):
+    value, unit = limit.split()
+    with pytest.raises(ConfigError, match=rf"={limit}: no layout is that fast: tp.* takes [\d.]+ {unit}; raise"):
+        CliRunner().invoke(app, [*LLAMA, flag, value], catch_exceptions=False)
 
 
 def test_a_price_gives_what_a_million_tokens_cost(app):
@@ -188,7 +193,7 @@ def test_a_mistake_names_the_option_and_the_value(app, more, message):
 
 def test_a_file_of_rows_gives_each_its_prediction_and_error(app):
     rows = run(app, "predict", "--rows", PUBLISHED)["rows"]
-    assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error"}
+    assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error", "chunk_tokens"}
     assert {(row["quantity"], row["unit"]) for row in rows} == {("ttft", "ms"), ("ttit", "ms"), ("kv_tokens", "tokens")}
     assert len(rows) == 33
 
@@ -206,6 +211,13 @@ def test_a_prediction_is_shown_with_its_setup_quantity_and_unit(app):
     assert "llama-3-70b on 8 x h200, tp=1,pcp=1,dcp=1,pp=8: 1 x 131,072 new tokens" in result.stderr
     assert re.search(r"time to first token +\d\.\d\d +s", result.stderr)
     assert not result.stdout
+
+
+def test_a_prediction_through_pipeline_stages_states_the_chunk_it_assumes(app):
+    setup = ["predict", "--model", "llama-3-70b", "--hardware", "h200", "--new-tokens", "131072"]
+    staged, whole = (CliRunner().invoke(app, [*setup, *more], catch_exceptions=False) for more in (["--pp", "8"], []))
+    assert "assumed: chunks of 1,024 tokens" in staged.stderr
+    assert "assumed" not in whole.stderr
 
 
 @pytest.mark.parametrize(("tp", "pp"), [("1", "8"), ("2", "4")])

@@ -182,6 +182,11 @@ def test_explain_says_what_its_columns_mean_and_has_no_negative_zero(run):
         assert term in " ".join(out.split())
 
 
+def test_explain_without_a_table_has_no_legend_of_its_columns(run):
+    _, out, _ = run("explain", tiny_folder("llama"), "--hardware", "h100")
+    assert "nothing travels" in out and "chosen" not in out
+
+
 def test_ranks_that_share_memory_have_no_rate_of_a_link():
     line = constants_line(CostConstants(byte_s=0.0, cross_byte_s=1e-9))
     assert "; ranks share memory, collective" in line

@@ -75,7 +75,8 @@ def explain(
             console.print(f"{title}: nothing travels", highlight=False)
             continue
         console.print(_table(title, found, found[0].schedule if forced == "auto" else forced))
-    console.print(_LEGEND, highlight=False)
+    if any(tables):
+        console.print(_LEGEND, highlight=False)
 
 
 def constants_line(constants: CostConstants) -> str:

@@ -114,6 +114,11 @@ def predict(
     console.width = max(console.width, _LEAST_WIDTH)
     console.print(title, soft_wrap=True, highlight=False)
     console.print(_table(found))
+    for one in found:
+        if one.chunk_tokens is not None:
+            row_id = f"{one.id}: " if one.id else ""
+            line = f"{row_id}assumed: chunks of {one.chunk_tokens:,} tokens (--max-num-batched-tokens / pp)"
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def _described(row: Row) -> str:

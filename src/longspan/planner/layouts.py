@@ -86,18 +86,20 @@ def pareto_set(found: Sequence[Forecast], load: TrafficLoad, objective: str) -> 
 
 
 def fast_enough(found: Sequence[Forecast], max_ttft: float | None, max_tpot: float | None) -> list[Forecast]:
-    """Those within both limits, in seconds. Raises `ConfigError` with the nearest where there is none."""
+    """The layouts within both limits, in seconds. Raises `ConfigError`, which names the fastest layout, if none is."""
     kept = list(found)
-    for name, limit, value in (
-        ("max_ttft", max_ttft, attrgetter("ttft.seconds")), ("max_tpot", max_tpot, attrgetter("tpot.seconds")),
-    ):  # fmt: skip
+    for name, limit, value, unit, scale in (
+        ("max_ttft", max_ttft, attrgetter("ttft.seconds"), "s", 1.0),
+        ("max_tpot", max_tpot, attrgetter("tpot.seconds"), "ms", 1e3),
+    ):
         if limit is None:
             continue
-        require(limit > 0, name, f"{limit:g} s", "must be positive", "leave it out for no limit")
-        nearest = min(kept, key=value)
+        shown = f"{limit * scale:g} {unit}"  # in the flag's unit
+        require(limit > 0, name, shown, "must be positive", "leave it out for no limit")
+        fastest = min(kept, key=value)
         kept = [one for one in kept if value(one) <= limit]
-        problem = f"no layout is so fast; {nearest.parallel.short_name} takes {value(nearest):,.3g} s"
-        require(bool(kept), name, f"{limit:g} s", problem, "raise it, or take more devices")
+        problem = f"no layout is that fast: {fastest.parallel.short_name} takes {value(fastest) * scale:,.3g} {unit}"
+        require(bool(kept), name, shown, problem, "raise the limit or use more devices")
     return kept
 
 

@@ -34,14 +34,15 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a row's setup is foretold, in the row's unit."""
+    """The predicted value of a row, beside the measured one."""
 
-    id: str
-    quantity: str  # of `QUANTITIES`
-    unit: str
+    id: str  # name of the row
+    quantity: str  # a key of `QUANTITIES`
+    unit: str  # of `predicted` and `value`: ms, s, us or tokens
     predicted: float
-    value: float | None  # what was measured, where it is known
-    error: float | None  # relative to `value`
+    value: float | None  # the measured value; None if the row has none
+    error: float | None  # (predicted - value) / value; None without a value
+    chunk_tokens: int | None  # tokens of a prompt's chunk, which rows do not say; None where prompts are not cut
 
 
 def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = None) -> Prediction:
@@ -53,7 +54,8 @@ def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = N
     else:
         found = row_time(row, deployed).seconds * row.scale
     error = None if not row.value else found / row.value - 1
-    return Prediction(row.id, row.quantity, row.unit_shown, found, row.value, error)
+    chunk = deployed.chunk_tokens if row.quantity == "ttft" and row.pp > 1 else None
+    return Prediction(row.id, row.quantity, row.unit_shown, found, row.value, error, chunk)
 
 
 def predict_all(rows: Sequence[Row], assumed: Assumed) -> list[Prediction]:

@@ -53,7 +53,7 @@ def read_requests(
     try:
         rows = sorted(read_trace(Path(path), most or 1 << 62), key=lambda row: row.timestamp)
     except OSError as error:
-        raise ConfigError("trace", path, f"cannot be read ({error})", "name a trace file") from error
+        raise ConfigError("trace", path, f"cannot be read ({error.strerror})", "give the path of a trace file") from error
     except ConfigError as error:
         raise ConfigError("trace", error.value, error.problem, error.remedy) from error
     arrivals = trace_arrivals([row.timestamp for row in rows], 1 / time_scale)
