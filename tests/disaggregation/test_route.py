@@ -74,10 +74,10 @@ def test_an_instance_that_does_not_answer_is_named(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--role", "decode", "--prefill-peers", "http://a:1"), "prefill_peers=http://a:1: is no transfer address"),
-        (("--prefill-peers", "tcp://a:1"), "prefill_peers=tcp://a:1: means nothing without a role"),
+        (("--role", "decode", "--prefill-peers", "http://a:1"), "prefill_peers=http://a:1: is not a transfer address"),
+        (("--prefill-peers", "tcp://a:1"), "prefill_peers=tcp://a:1: has no effect without a role"),
         (("--role", "decode", "--transfer-token-file", "/nowhere"), "transfer_token_file=/nowhere: cannot be read"),
-        (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; put a secret into it"),
+        (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; write a secret to it"),
     ],
 )
 def test_peers_and_tokens_that_cannot_be_are_named_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):
