@@ -80,12 +80,8 @@ PLANNED = {
     "four machines, fp16": [*LLAMA, "--gpus", "16", "--nodes", "4", "--dtype", "fp16"],
     "a small max_num_batched_tokens": [*LLAMA, "--max-num-batched-tokens", "128"],
 }
-NOT_SERVED = {
-    "gpt-oss-120b",
-    "kimi-k2-thinking",
-    "llama-3-405b",
-    "qwq-32b-fp8",
-}  # their weights on the hub cannot be served
+# models whose weights on the hub cannot be served
+NOT_SERVED = {"gpt-oss-120b", "kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}
 
 
 @pytest.mark.parametrize("case", PLANNED)

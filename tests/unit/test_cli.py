@@ -466,7 +466,7 @@ def test_a_killed_worker_ends_the_command_with_an_error(tmp_path):
         "--prompt-ids", "1,2,3", "--max-tokens", "400", "--executor", "processes", "-pcp", "2",
     ]  # fmt: skip
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    driver.stdout.read(1)  # the first token is out: all ranks are at work
+    driver.stdout.read(1)  # waits for the first token: then all ranks are running
     workers = children(driver.pid)
     os.kill(workers[-1], 9)
     _, err = driver.communicate(timeout=30)

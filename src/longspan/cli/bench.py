@@ -29,12 +29,12 @@ CompareLayout = Annotated[
     str | None,
     typer.Option("--compare-layout", help="also measure a second layout in turn, as in tp=1,pcp=2,dcp=1,pp=1"),
 ]
-NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all")]
-Chats = Annotated[int, typer.Option("--chats", help="short requests")]
+NumPrompts = Annotated[int, typer.Option("--num-prompts", help="number of requests")]
+Chats = Annotated[int, typer.Option("--chats", help="number of short requests")]
 ChatLen = Annotated[
     int, typer.Option("--chat-len", help="mean tokens of a short request's prompt; lengths are within ±50 %")
 ]
-LongContexts = Annotated[int, typer.Option("--contexts", help="long requests")]
+LongContexts = Annotated[int, typer.Option("--contexts", help="number of long requests")]
 ContextLen = Annotated[int, typer.Option("--context-len", help="tokens of a long request's prompt")]
 Running = Annotated[int, typer.Option("--running", help="decoding requests")]
 Contexts = Annotated[str, typer.Option("--context", help="context lengths, as in 1024,65536")]

@@ -36,7 +36,7 @@ Model = Annotated[
 HardwareName = Annotated[str, typer.Option("--hardware", help="name of the hardware, as in h200, or a .yaml file")]
 
 _SHOWN = 30  # rows of the table
-_LEAST_WIDTH = 128  # characters of the table
+_MIN_WIDTH = 128  # characters of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def plan(model: Model, hardware: HardwareName, options: PlanOptions, as_json: Js
         }))  # fmt: skip
         return
     console = Console(stderr=True)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(found.table(options.show_all))
     best = fast[0]
     lines = [f"no command: {start.problem}"] if start.problem else [commands[layouts.index(best)] or ""]

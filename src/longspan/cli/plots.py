@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 _SPREADS = ("median", "p90", "p99")
 _LATENCIES = {"time to first token, ms": "ttft_s", "time per output token, ms": "tpot_s"}
 _TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-_MAPS_A_ROW = 3
+_MAPS_PER_ROW = 3
 _MAP_LEGEND = "Bold: the fastest schedule. Below it: the engine's choice if it differs, and how much slower it is."
 _MAP_SHADE = 0.75  # colours of schedules are multiplied by this, so that small white text is readable on them
 _BOX = (1.08, 0.5)  # inches of a box in `schedule_map`
 _PANEL = (4.8, 3.6)  # inches of a panel in `latency_lines`
 _SCATTER = (7.5, 5.0)  # inches of the panel in `layout_scatter`
 _LABEL_ROW = 16  # pixels between two labels in `layout_scatter`
-_SHARD_ROW, _LEAST_ROW = 0.3, 0.18  # inches of a shard in `memory_map`, and of the smallest row with a label
-_LEAST_MAP, _MOST_MAP = 1.2, 7.0  # minimum and maximum height in inches of the panel in `memory_map`
+_SHARD_ROW, _MIN_ROW = 0.3, 0.18  # inches of a shard in `memory_map`, and of the smallest row with a label
+_MIN_MAP, _MAX_MAP = 1.2, 7.0  # minimum and maximum height in inches of the panel in `memory_map`
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
         cell = result.cell
         maps.setdefault(f"{cell.heads.name}, tp {cell.tp} pcp {cell.pcp} dcp {cell.dcp}", []).append(result)
     news, cached = (sorted({getattr(result.cell, name) for result in results}) for name in ("new", "cached"))
-    across = min(_MAPS_A_ROW, len(maps))
+    across = min(_MAPS_PER_ROW, len(maps))
     size = (len(cached) * _BOX[0] + 0.6, len(news) * _BOX[1] + 0.7)
     figure, axes = _panels(f"{title}\n{_MAP_LEGEND}", ceil(len(maps) / across), across, size)
     for panel, (name, members) in zip(axes, maps.items(), strict=False):
@@ -169,13 +169,13 @@ def memory_map(memory: Memory, title: str) -> Figure:
         [count / pages for count in row or (0,)]
         for instance in memory.used for pages, row in zip(memory.pages_per_shard, instance, strict=True)
     ]  # fmt: skip
-    height = max(_LEAST_MAP, min(_SHARD_ROW * len(rows), _MOST_MAP))
+    height = max(_MIN_MAP, min(_SHARD_ROW * len(rows), _MAX_MAP))
     figure, (panel,) = _panels(title, 1, 1, (10, 1 + height))
     seconds = memory.interval_s * len(rows[0])
     scale, unit = next((scale, unit) for scale, unit in _TIME_UNITS if seconds >= 2 * scale or scale == 1)
     ends = (0, seconds / scale, len(rows), 0)
     picture = panel.imshow(rows, "Blues", aspect="auto", vmin=0, vmax=1, extent=ends, interpolation="nearest")
-    least = ceil(len(rows) * _LEAST_ROW / height)  # shards per label, so that labels do not overlap
+    least = ceil(len(rows) * _MIN_ROW / height)  # shards per label, so that labels do not overlap
     every = next((n for n in range(least, shards) if shards % n == 0), shards * ceil(least / shards))
     named = range(0, len(rows), every)
     name = "shard {shard}" if instances == 1 else "instance {instance}, shard {shard}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from longspan.planner.predict import Prediction
     from longspan.planner.rows import Row
 
-_LEAST_WIDTH = 110  # characters of the table
+_MIN_WIDTH = 110  # characters of the table
 
 Rows = Annotated[str | None, typer.Option("--rows", help="CSV file of setups, instead of the options for one setup")]
 RowId = Annotated[str, typer.Option("--id", help="name of the setup")]
@@ -127,7 +127,7 @@ def predict(
         print(json.dumps({"rows": [asdict(prediction) for prediction in found]}))
         return
     console = Console(stderr=True)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(title, soft_wrap=True, highlight=False)
     console.print(_table(found))
     for one in found:

@@ -12,7 +12,7 @@ from longspan.config.option import OPTION, Option, option
 from longspan.errors import ConfigError
 
 ROLE_NAMES = ("prefill", "decode")
-_SHORTEST_TOKEN = 16  # characters
+_SHORTEST_TOKEN = 16  # characters of the shortest transfer token that is accepted
 
 
 @dataclass(frozen=True)

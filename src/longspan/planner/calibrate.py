@@ -19,12 +19,12 @@ from longspan.models.registry import load_config
 from longspan.planner.hardware import Hardware
 from longspan.planner.linear import passed_elements
 from longspan.planner.measured_engine import EngineBench, EngineTimes, plain_folder
-from longspan.planner.measured_layers import KERNELS_A_LAYER, LayerBench
+from longspan.planner.measured_layers import KERNELS_PER_LAYER, LayerBench
 from longspan.planner.models import find_config
 from longspan.planner.timing import Bench, Report
 
 _STREAM_BYTES = 1 << 28  # more than the processor's caches hold
-_DEFAULT_LINK_GB_S = 25.0  # link rate of a GPU, which is not measured
+_DEFAULT_LINK_GB_S = 25.0  # rate of links between GPUs, which are not measured
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def calibrate(model: str, executor: str, report: Report) -> Calibrated:
         memory=stream / (layers.read_s + engine.row_s / (passed_elements(shape) * bench.dtype.itemsize)),
         intra_link=1.0,
         inter_link=1.0,
-        kernel_s=layers.kernel_s + engine.layer_s / KERNELS_A_LAYER,
+        kernel_s=layers.kernel_s + engine.layer_s / KERNELS_PER_LAYER,
         message_s=cost.message_s,
         cross_message_s=cost.cross_message_s,
         step_s=engine.step_s,

@@ -15,7 +15,7 @@ from longspan.parallel.grid import split_evenly
 from longspan.planner.deployment import Deployment
 from longspan.planner.step import Chunk, StepModel
 
-_MOST_REQUESTS = 256  # concurrent requests when the load does not limit them
+_MAX_REQUESTS = 256  # concurrent requests when the load does not limit them
 _EXCHANGED = ("tp", "exchange")  # parts of a step in which ranks wait for data of other ranks
 
 
@@ -94,7 +94,7 @@ def forecast(deployed: Deployment, load: TrafficLoad) -> Forecast:
     )  # fmt: skip
     if not found.fits or not found.requests:
         return found
-    running = min(found.requests, load.concurrency or _MOST_REQUESTS)
+    running = min(found.requests, load.concurrency or _MAX_REQUESTS)
     model = StepModel(deployed)
     ttft = time_to_first_token(model, load.context, load.new or load.context)
     tpot = time_per_token(model, load.context + math.ceil(load.output / 2), running)

@@ -24,8 +24,8 @@ _ORDERS: Mapping[str, Callable[[Forecast, TrafficLoad], float]] = {
     "capacity": lambda found, _: -found.capacity_tokens,
 }
 OBJECTIVES = tuple(_ORDERS)
-_MOST_NAMED = 6  # layouts that an error names
-_MOST_DOUBLINGS = 6  # how often the number of devices is doubled in search of one that is sufficient
+_MAX_NAMED = 6  # layouts that an error names
+_MAX_DOUBLINGS = 6  # how often the number of devices is doubled in search of one that is sufficient
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def plan_layouts(base: Deployment, gpus: int, fixed: FixedSizes, load: TrafficLo
     if not chosen:
         if refused is not None and not valid:
             raise refused
-        names = ", ".join(deployed.parallel.name for deployed in valid[:_MOST_NAMED])
-        more = f" and {len(valid) - _MOST_NAMED} more" if len(valid) > _MOST_NAMED else ""
+        names = ", ".join(deployed.parallel.name for deployed in valid[:_MAX_NAMED])
+        more = f" and {len(valid) - _MAX_NAMED} more" if len(valid) > _MAX_NAMED else ""
         raise ConfigError(
             "layout", _wanted(fixed), f"is not possible on {gpus} devices with this model", f"use one of {names}{more}"
         )
@@ -114,7 +114,7 @@ def smallest_layout(base: Deployment, tokens: int) -> ParallelConfig:
     does not fit on 64 devices either.
     """
     size = 1
-    for _ in range(_MOST_DOUBLINGS + 1):
+    for _ in range(_MAX_DOUBLINGS + 1):
         fitting = [one.parallel for one in _valid(base, size)[0] if one.missing_bytes(tokens) <= 0]
         if fitting:
             return min(fitting, key=lambda one: (
@@ -143,12 +143,12 @@ def _does_not_fit(
     """The error for a load that fits no layout on `gpus` devices; it names layouts on more devices that are enough."""
     fitting = [deployed for deployed in valid if deployed.missing_bytes(load.tokens) <= 0]
     size = gpus
-    for _ in range(_MOST_DOUBLINGS):
+    for _ in range(_MAX_DOUBLINGS):
         if fitting:
             break
         size *= 2
         fitting = [deployed for deployed in _valid(base, size)[0] if deployed.missing_bytes(load.tokens) <= 0]
-    names = ", ".join(deployed.parallel.name for deployed in fitting[:_MOST_NAMED])
+    names = ", ".join(deployed.parallel.name for deployed in fitting[:_MAX_NAMED])
     remedy = f"use {size} devices, with {names}" if fitting else "use smaller data types or a shorter context"
     return ConfigError(
         "layout", best.parallel.name,

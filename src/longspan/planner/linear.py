@@ -16,7 +16,7 @@ from longspan.models.config import ModelConfig
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware
 
-_LEAST_ROWS = 16  # rows of a tensor core's smallest tile
+_MIN_ROWS = 16  # rows of a tensor core's smallest tile
 _HIDDEN_PASSES, _INNER_PASSES = 8, 4  # how often norms, sums and activations read or write a row
 # kernels of a layer besides its products: norms, rotary embedding and cache; routing and sorting of a mixture
 _SMALL_KERNELS, _MIXTURE_KERNELS = 6, 5
@@ -58,7 +58,7 @@ class Links:
 
     @staticmethod
     def of(hardware: Hardware, nodes: Sequence[Sequence[int]]) -> Links:
-        """The links of a group, given its ranks on each machine."""
+        """The links of a group of ranks; `nodes` lists the ranks on each machine."""
         return Links(hardware, sum(map(len, nodes)), len(nodes), max(map(len, nodes)))
 
     @property
@@ -189,7 +189,7 @@ class LinearTime:
     def _rounded(self, rows: float) -> float:
         """`rows` rounded up to whole tiles; few rows use smaller tiles."""
         tile = self._hardware.tile_rows
-        tile = tile if rows > tile else min(tile, _LEAST_ROWS)
+        tile = tile if rows > tile else min(tile, _MIN_ROWS)
         return math.ceil(rows / tile) * tile
 
 

@@ -36,7 +36,7 @@ _BRIEF = 512  # tokens of the short prompt
 _STEPS = 24  # timed decode steps
 _PROMPTS = 3  # timed prompts
 _MANY = 8  # requests of a large decoding batch
-_LEAST = 1e-12  # smallest constant in seconds: differences of noisy times may be negative
+_MIN = 1e-12  # smallest constant in seconds: differences of noisy times may be negative
 _CACHE_BYTES = 1 << 28  # KV cache of a rank
 
 
@@ -61,7 +61,7 @@ class _Steps:
     brief: float  # all steps of a short prompt
     whole: float  # all steps of a long prompt
 
-    def a_layer(self, deeper: _Steps) -> _Steps:
+    def per_layer(self, deeper: _Steps) -> _Steps:
         """The times of one layer, from the difference to an engine with more layers."""
         layers = _DEPTHS[1] - _DEPTHS[0]
         both = zip(astuple(self), astuple(deeper), strict=True)
@@ -85,15 +85,15 @@ class EngineBench:
         row_bytes = 2 * self._narrow.num_kv_heads * self._narrow.head_dim * self._bench.dtype.itemsize
         layers = LayerBench(self._bench, self._narrow)
         shallow, deep = map(self._narrow_steps, _DEPTHS)
-        layer = shallow.a_layer(deep)
-        read = max(layer.long - layer.short, _LEAST) / ((self._long - self._short) * row_bytes)
+        layer = shallow.per_layer(deep)
+        read = max(layer.long - layer.short, _MIN) / ((self._long - self._short) * row_bytes)
         self._step_s = max(shallow.short - layer.short - layers.logits(1), 0.0)
         self._context_s = self._short * row_bytes * read
         pair, row = self._prompt_rates(layer, layers)
         kernels = [self._kernels(rows) for rows in (1, _MANY)]
         with self._engine(self._layers.deep, None) as wide:
             one, many = (self._besides(wide, n, own) for n, own in zip((1, _MANY), kernels, strict=True))
-        call = max((many - one) / (_MANY - 1) - self._context_s, _LEAST)
+        call = max((many - one) / (_MANY - 1) - self._context_s, _MIN)
         return EngineTimes(
             step_s=self._step_s,
             layer_s=max(one - call - self._context_s, 0.0),
@@ -110,7 +110,7 @@ class EngineBench:
         brief = layer.brief - layers.each_layer(self._brief)
         pairs, brief_pairs = tokens * (tokens + 1) // 2, self._brief * (self._brief + 1) // 2
         times = tokens / self._brief
-        pair = max(whole - times * brief, _LEAST) / (pairs - times * brief_pairs)
+        pair = max(whole - times * brief, _MIN) / (pairs - times * brief_pairs)
         return pair, max(brief - pair * brief_pairs, 0.0) / self._brief
 
     def fixed(self, alone: Mapping[str, Fixed], layer_s: float, slowdown: float) -> dict[str, Fixed]:

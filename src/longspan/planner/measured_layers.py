@@ -30,10 +30,10 @@ _FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # measured with many lay
 _MANY_ROWS = (128, 256, 512, 1024, 2048)  # measured with few layers
 _PASSED_ROWS = 512  # rows at which the passes over rows are measured
 _SHARED_ROWS = (1, 4, 16, 64, 512)  # rows of passes on all cores at once
-_MOST_LAYERS_BYTES = 1 << 30  # weights of the measured layers
+_MAX_LAYER_BYTES = 1 << 30  # weights of the measured layers
 _FEW_LAYERS = 2  # enough for many rows, which are bound by arithmetic
-KERNELS_A_LAYER = 10  # as the planner counts: six small ones, and four products, whose own time is in the table
-_LEAST_SHARE = 0.05  # least part of a layer's time that is taken to be that of its products
+KERNELS_PER_LAYER = 10  # as the planner counts: six small ones, and four products, whose own time is in the table
+_MIN_SHARE = 0.05  # least part of a layer's time that is taken to be that of its products
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LayerBench:
         self._bench, self._shape = bench, replace(shape, moe=None)
         self.sizes = _product_sizes(self._shape)
         self._each = sum(out * into for out, into in self.sizes)
-        most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
+        most = _MAX_LAYER_BYTES // (self._each * bench.dtype.itemsize)
         self.deep = max(_FEW_LAYERS, min(shape.num_layers, most))  # layers that few rows are measured with
         self._models = {count: self._model(count) for count in (self.deep, _FEW_LAYERS)}
         self._head = bench.tensor(shape.vocab_size, shape.hidden_size)
@@ -102,14 +102,14 @@ class LayerBench:
         found = self._bench.rounds(runs)
         taken = {rows: found[f"layers of {rows} rows"] / self._count(rows) for rows in every}
         alone = {rows: found[f"products of {rows} rows"] / self._count(rows) for rows in (1, _PASSED_ROWS)}
-        kernel = max((taken[1] - alone[1]) / KERNELS_A_LAYER, 0.0)
-        above = taken[_PASSED_ROWS] - alone[_PASSED_ROWS] - KERNELS_A_LAYER * kernel
+        kernel = max((taken[1] - alone[1]) / KERNELS_PER_LAYER, 0.0)
+        above = taken[_PASSED_ROWS] - alone[_PASSED_ROWS] - KERNELS_PER_LAYER * kernel
         passed = passed_elements(self._shape) * self._bench.dtype.itemsize
-        read = max(above, _LEAST_SHARE * taken[_PASSED_ROWS]) / (_PASSED_ROWS * passed)
+        read = max(above, _MIN_SHARE * taken[_PASSED_ROWS]) / (_PASSED_ROWS * passed)
         table: list[tuple[int, float]] = []
         for rows, seconds in taken.items():
-            products = seconds - KERNELS_A_LAYER * kernel - rows * passed * read
-            products, elements = max(products, _LEAST_SHARE * seconds) * self.deep, self.deep * self._each
+            products = seconds - KERNELS_PER_LAYER * kernel - rows * passed * read
+            products, elements = max(products, _MIN_SHARE * seconds) * self.deep, self.deep * self._each
             if rows in _FEW_ROWS:
                 products, elements = products + found[f"logits of {rows} rows"], elements + self._head.numel()
             table.append((rows, products / elements))

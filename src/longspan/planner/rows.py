@@ -31,8 +31,8 @@ class Row:
     """One setup and its measured value. Its fields are the columns of the file. Raises `ConfigError`."""
 
     id: str  # name of the row
-    model: str  # as `find_config` takes it
-    hardware: str  # as `hardware` takes it
+    model: str  # built-in name, folder or hub id
+    hardware: str  # name of hardware, or a .yaml file
     gpus: Count  # devices in all: tp x pcp x pp
     tp: Count
     pcp: Count

@@ -16,7 +16,7 @@ from longspan.attention.workload import ComputeLoad, GroupShape, WorkloadTotals
 from longspan.planner.deployment import Deployment
 from longspan.planner.linear import LinearTime, Seconds
 
-_CACHED_TIMES = 4096  # times outside attention that are kept, by numbers of rows
+_CACHE_SIZE = 4096  # entries of the cache of times outside attention
 Bounds = tuple[float, float, float, float]  # seconds of compute, memory, link and latency
 
 
@@ -90,7 +90,7 @@ class StepModel:
         """Everything outside attention. Results are cached, because decode steps have the same rows again and again."""
         key = (rows, all_rows, sampled)
         if key not in self._times_outside:
-            if len(self._times_outside) >= _CACHED_TIMES:
+            if len(self._times_outside) >= _CACHE_SIZE:
                 self._times_outside.clear()
             linear, sums = self._linear.layers(rows, all_rows), self._linear.sums(rows)
             head, host = self._linear.head(sampled, sampled * all_rows // max(rows, 1)), self.deployment.hardware.step_s

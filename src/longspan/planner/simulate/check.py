@@ -35,7 +35,7 @@ BATCHES = (1, 2, 4, 8, 16)  # decoding requests
 LAYOUTS = (ParallelConfig(), ParallelConfig(1, 2, 1))
 _CONTEXT, _OUTPUT = 512, 24  # tokens of a decoding request: its prompt, and those it generates
 _ONCE = 4096  # prompts from this length on are measured once
-_REQUESTS, _RATE, _SEED = 40, 1.0, 0  # of the trace; the rate is in requests per second
+_REQUESTS, _RATE, _SEED = 40, 1.0, 0  # trace: number of requests, arrivals per second, random seed
 _VOCABULARY = 100  # token ids of prompts lie below it
 
 

@@ -15,7 +15,7 @@ from longspan.plan.plan import Segment, StepPlan
 from longspan.planner.step import Chunk, StepTime
 
 _GROWTH = 64  # the time of a decode step is computed again when contexts have grown by 1/64
-_MOST_REUSES = 128  # steps that one result is used for
+_MAX_REUSES = 128  # steps that one result is used for
 
 
 class StepTimer(Protocol):
@@ -47,7 +47,7 @@ class StepClock:
             self.reuses_left -= 1
             return self.seconds
         context = sum(segment.stop for segment in segments) // len(segments)
-        self.reuses_left, self._batch = 0 if prefills else min(context // _GROWTH, _MOST_REUSES), batch
+        self.reuses_left, self._batch = 0 if prefills else min(context // _GROWTH, _MAX_REUSES), batch
         time = self._timer.time(self._chunks(plan, table), plan.decode_schedules[0], plan.prefill_schedules[0])
         self.seconds = time.seconds
         return self.seconds

@@ -17,7 +17,7 @@ from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.request import SamplingParams
 from longspan.scheduler.limits import Limits
 
-_MOST_SAMPLES = 400  # samples of memory use
+_MAX_SAMPLES = 400  # samples of memory use
 _FIRST_INTERVAL_S = 0.01  # seconds between samples at the start
 _RUNNING_TOKENS = 512  # tokens of work that a request on an instance counts for when a new one is assigned
 
@@ -60,7 +60,7 @@ class _Samples:
     def take(self) -> None:
         """Take a sample. All instances must have advanced to `due_s`."""
         self._taken.append([instance.used_pages() for instance in self._instances])
-        if len(self._taken) > _MOST_SAMPLES:
+        if len(self._taken) > _MAX_SAMPLES:
             self._taken = self._taken[::2]
             self.interval_s *= 2
 
@@ -75,7 +75,7 @@ class _Samples:
 
 
 class _Run:
-    """One simulation in flight."""
+    """A running simulation: its instances, and its results so far."""
 
     def __init__(self, config: InstanceConfig, instances: int, limits: Limits) -> None:
         self.instances = [SimulatedInstance(config) for _ in range(instances)]
