@@ -32,7 +32,7 @@ def test_fields_with_defaults_may_be_missing_and_numbers_may_have_exponents(tmp_
         (LEAST.replace("80", "0"), "line 2, column 1: memory_gb: 0.0 is not positive; give a positive number"),
         (LEAST + "kernel_s: -1\n", "line 6, column 1: kernel_s: -1.0 is negative"),
         (LEAST + "memory: 0\n", "line 6, column 1: memory: 0.0 is not positive"),
-        (LEAST.replace("memory_gb", "memory_bg"), "line 2, column 1: memory_bg: is no field .* memory_gb"),
+        (LEAST.replace("memory_gb", "memory_bg"), "line 2, column 1: memory_bg: is not a field .* memory_gb"),
         (LEAST + "product_s: [[8, 1.0], [1, 2.0]]\n", "line 6, column 1: product_s: is not in order"),
         ("tflops: 900\n", "missing required field `memory_gb`"),
         ("tflops: 900\n a: b: c\n", "line 2, column 3"),
