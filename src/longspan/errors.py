@@ -1,6 +1,6 @@
-"""The exception tree: every failure a user can meet, each naming field, value and remedy.
+"""The exception tree: all errors that users can see, with messages that name field, value and remedy.
 
-It owns the types, and how another process rebuilds an error from its name; it must not know what raises them.
+It owns the types, and how another process builds an error from its name; it must not know what raises them.
 
     LongspanError
     ├── ConfigError        an option or a combination of options is impossible
@@ -8,19 +8,19 @@ It owns the types, and how another process rebuilds an error from its name; it m
     │   ├── ModelNotFound      no such folder, file or hub id
     │   ├── UnsupportedModel   an architecture, rope type or quantisation this version lacks
     │   └── WeightError        a tensor is missing, extra, misshapen or its file is damaged
-    ├── RequestError       one request cannot be served; others are not touched
+    ├── RequestError       one request cannot be served; others are not affected
     │   ├── ContextOverflow    prompt + max_tokens exceed what the engine can hold
-    │   ├── QueueFull          too many requests wait already
-    │   └── RequestTimeout     it took longer than the server allows
+    │   ├── QueueFull          too many requests are waiting
+    │   └── RequestTimeout     the request took longer than the server allows
     └── EngineError        the engine itself failed
         ├── WorkerDied         a rank's process or thread ended, or does not answer
-        ├── StepTimeout        a step does not end
+        ├── StepTimeout        a step took longer than its limit
         └── EngineUnavailable  the engine cannot serve now
 """
 
 
 class LongspanError(Exception):
-    """Root of the tree. `str(error)` is one message a user can act on."""
+    """Root of the tree. `str(error)` is a message that says what to do."""
 
 
 class ConfigError(LongspanError, ValueError):
@@ -44,7 +44,7 @@ class ModelNotFound(ModelError):
 
 
 class UnsupportedModel(ModelError):
-    """An architecture, rope type or quantisation this version does not have."""
+    """An architecture, rope type or quantisation that this version does not support."""
 
 
 class WeightError(ModelError):
@@ -52,7 +52,7 @@ class WeightError(ModelError):
 
 
 class RequestError(LongspanError, ValueError):
-    """One request cannot be served; others are not touched.
+    """One request cannot be served; others are not affected.
 
     The message has the form `field=value: what is wrong; remedy`.
     """
@@ -67,7 +67,7 @@ class ContextOverflow(RequestError):
 
 
 class QueueFull(RequestError):
-    """Too many requests wait already: try again later."""
+    """Too many requests are waiting: try again later."""
 
 
 class RequestTimeout(RequestError):
@@ -83,17 +83,17 @@ class WorkerDied(EngineError):
 
 
 class StepTimeout(EngineError):
-    """A step has taken longer than its limit: a rank hangs, or the limit is too low."""
+    """A step took longer than its limit: a rank hangs, or the limit is too low."""
 
 
 class EngineUnavailable(EngineError):
-    """The engine cannot serve now: it is ending, or it failed again and again."""
+    """The engine cannot serve now: it is shutting down, or it has failed repeatedly."""
 
 
 def error_named(name: str, message: str) -> LongspanError | None:
-    """The error of this name and message; None unless it is a `ModelError` or an `EngineError`.
+    """The error with this class name and message; None unless it is a `ModelError` or an `EngineError`.
 
-    Only these two kinds are built from a message alone.
+    Only these two can be built from a message alone.
     """
     kind = globals().get(name)
     return kind(message) if isinstance(kind, type) and issubclass(kind, ModelError | EngineError) else None

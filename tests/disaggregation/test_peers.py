@@ -320,10 +320,10 @@ def test_a_decode_instance_opens_no_transfer_port():
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"role": "decode", "prefill_peers": ("http://a:1",)}, "is no transfer address"),
-        ({"role": "decode", "prefill_peers": ("ipc:///tmp/a",)}, "is no transfer address"),
-        ({"role": "prefill", "prefill_peers": ("tcp://a:1",)}, "means nothing to a prefill instance"),
-        ({"role": "decode", "token": "short"}, "can be guessed"),
+        ({"role": "decode", "prefill_peers": ("http://a:1",)}, "is not a transfer address"),
+        ({"role": "decode", "prefill_peers": ("ipc:///tmp/a",)}, "is not a transfer address"),
+        ({"role": "prefill", "prefill_peers": ("tcp://a:1",)}, "has no effect on a prefill instance"),
+        ({"role": "decode", "token": "short"}, "is too short"),
     ],
 )
 def test_invalid_peers_and_tokens_are_refused(values, problem):

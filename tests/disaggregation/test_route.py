@@ -74,10 +74,10 @@ def test_the_error_names_an_instance_that_does_not_answer(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--role", "decode", "--prefill-peers", "http://a:1"), "prefill_peers=http://a:1: is no transfer address"),
-        (("--prefill-peers", "tcp://a:1"), "prefill_peers=tcp://a:1: means nothing without a role"),
+        (("--role", "decode", "--prefill-peers", "http://a:1"), "prefill_peers=http://a:1: is not a transfer address"),
+        (("--prefill-peers", "tcp://a:1"), "prefill_peers=tcp://a:1: has no effect without a role"),
         (("--role", "decode", "--transfer-token-file", "/nowhere"), "transfer_token_file=/nowhere: cannot be read"),
-        (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; put a secret into it"),
+        (("--role", "decode", "--transfer-token-file", os.devnull), "is empty; write a secret to it"),
     ],
 )
 def test_invalid_peers_and_tokens_are_refused_before_a_model_is_loaded(arguments, problem, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Constants measured here are a machine the planner can read, and the engine is compared with its predictions."""
+"""Calibration of this machine, and the comparison of predictions with the engine."""
 
 import json
 from itertools import groupby
@@ -26,7 +26,7 @@ from tests.oracle import tiny_folder
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """A model whose measuring takes a moment; its folder, without weights."""
+    """The folder of a tiny model without weights, which is measured quickly."""
     values = {
         **find_config("smollm2-135m"), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
@@ -50,7 +50,7 @@ def machine():
     return Hardware(0.1, 16, 0.02, 10, 10, parallelism=1.0, product_s=((1, 1e-9), (64, 4e-9)))
 
 
-def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
+def test_a_calibration_is_written_as_hardware_that_the_planner_reads(quick, capsys):
     file = quick / "here.yaml"
     command(output=str(file), model=str(quick))
     found = hardware_from_yaml(file)
@@ -61,7 +61,7 @@ def test_a_calibrated_machine_is_what_the_planner_reads(quick, capsys):
     assert not capsys.readouterr().out
 
 
-def test_layers_with_latent_attention_are_timed_too(quick):
+def test_layers_with_latent_attention_are_measured_too(quick):
     values = json.loads(Path(tiny_folder("deepseek-v3"), "config.json").read_text())
     bench = measured_layers.LayerBench(Bench(torch.device("cpu"), 1, lambda what: None), load_config(values))
     assert bench.sizes[-2:] == [(2 * 80, 48), (48, 80)]  # gate and up are one product, as in the layer
@@ -70,7 +70,7 @@ def test_layers_with_latent_attention_are_timed_too(quick):
     assert found.read_s > 0
 
 
-def test_two_timings_that_differ_by_more_than_a_tenth_are_noted():
+def test_timings_that_differ_by_more_than_10_percent_are_noted():
     bench = Bench(torch.device("cpu"), 1, lambda what: None)
     assert bench.agreed("a", 1.0, 1.09) == pytest.approx(1.045) and not bench.notes
     assert bench.agreed("b", 1.2, 1.0) == pytest.approx(1.1)
@@ -78,7 +78,7 @@ def test_two_timings_that_differ_by_more_than_a_tenth_are_noted():
     assert note.startswith("b: two timings differ by 20%")
 
 
-def test_everything_is_timed_once_before_anything_is_timed_again():
+def test_every_function_is_timed_once_before_the_second_round():
     order: list[str] = []
     bench = Bench(torch.device("cpu"), 1, lambda what: None)
     found = bench.rounds({name: lambda name=name: order.append(name) for name in "ab"})
@@ -92,7 +92,7 @@ def test_the_typical_time_is_the_lower_quartile():
 
 
 @pytest.mark.parametrize("width", [None, 16])
-def test_a_made_up_model_is_one_the_engine_runs_with_the_vocabulary_of_another(quick, width):
+def test_a_plain_model_has_the_vocabulary_of_the_given_one_and_runs(quick, width):
     cache = CacheConfig(pages_per_shard=(8,))
     with (
         measured_engine.plain_folder(find_config(str(quick)), 3, width) as folder,
@@ -103,7 +103,7 @@ def test_a_made_up_model_is_one_the_engine_runs_with_the_vocabulary_of_another(q
         assert measured_engine.decode_step(engine, 2, 5, 3) > 0
 
 
-def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, machine):
+def test_a_trace_gives_reports_of_the_engine_and_of_its_simulation(quick, machine):
     asks = [TraceRequest(n, 0.01 * n, 20 + n, 6, (n,)) for n in range(5)]
     with measured_engine.plain_folder(find_config(str(quick)), 1, 16) as folder:
         config = EngineConfig(folder, cache=CacheConfig(pages_per_shard=(64,), enable_prefix_caching=False))
@@ -113,8 +113,8 @@ def test_a_trace_is_played_alike_to_the_engine_and_to_its_simulation(quick, mach
         assert report.duration_s >= 0.04 and report.ttft_s.median > 0
 
 
-def test_errors_of_a_trace_are_relative_to_the_real_run():
-    """Of one request: two tokens in 2 s, the first after 1 s, simulated; in 4 s, the first after 2 s, in truth."""
+def test_errors_of_a_trace_are_relative_to_the_engine():
+    """One request with two tokens: in the simulation after 1 s and 2 s, in the engine after 2 s and 4 s."""
 
     def report(first, last):
         outcome = Outcome(0.0, 0.0, (first, last), 5, 2, 2, False, None)
@@ -125,7 +125,7 @@ def test_errors_of_a_trace_are_relative_to_the_real_run():
     assert found.ttft_error == pytest.approx(-0.5)
 
 
-def test_predictions_follow_the_definitions_of_what_is_measured(machine):
+def test_predictions_have_the_definitions_of_the_measurements(machine):
     config = EngineConfig("smollm2-135m", cache=CacheConfig(enable_prefix_caching=False))
     simulated = check._simulated(config, machine)
     begun, each = check._predicted(simulated, 1, 512, 10)
@@ -133,7 +133,7 @@ def test_predictions_follow_the_definitions_of_what_is_measured(machine):
     assert check._predicted(simulated, 4, 512, 10)[0] > 3 * begun
 
 
-def test_an_error_is_against_the_mean_of_two_runs_and_a_doubt_is_seen():
+def test_an_error_is_relative_to_the_mean_of_both_measurements():
     row = check.CheckRow("prefill", 512, 1, 1.1, 0.95, 1.0499)
     assert row.error == pytest.approx(0.1, abs=1e-3) and not row.agrees
     assert check.CheckRow("prefill", 512, 1, 1.1, 1.0, 1.05).agrees

@@ -1,4 +1,4 @@
-"""What fits: bytes of cache and weights by model, tokens by layout."""
+"""Capacity: bytes of KV cache and weights by model, tokens by layout."""
 
 import pytest
 
@@ -29,44 +29,44 @@ def deployed(name: str, parallel: ParallelConfig = ALONE, machine: str = "h200")
 
 
 @pytest.mark.parametrize("name", builtin_names())
-def test_a_token_takes_what_the_models_publish(name):
+def test_the_bytes_of_a_cached_token_are_those_that_were_published(name):
     assert deployed(name).layout.bytes_per_token == KV_BYTES[name]
 
 
 @pytest.mark.parametrize(("name", "gigabytes"), CHECKPOINT_GB.items())
-def test_weights_of_one_rank_are_the_checkpoint(name, gigabytes):
+def test_the_weights_of_a_single_rank_have_the_size_of_the_checkpoint(name, gigabytes):
     assert deployed(name).weight_bytes == pytest.approx(gigabytes * 1e9, rel=0.01)
 
 
-def test_context_ranks_of_a_tp_group_multiply_the_tokens_of_a_latent_cache():
+def test_dcp_multiplies_the_tokens_of_a_latent_cache():
     once, eight = (deployed("kimi-k2-thinking", ParallelConfig(8, 1, dcp)) for dcp in (1, 8))
     assert eight.capacity_tokens == 8 * once.capacity_tokens
 
 
-def test_a_quantised_cache_row_carries_its_scales():
+def test_a_row_of_a_quantised_cache_includes_its_scales():
     model, weights = find_model("llama-3-70b")
     eight_bits = Deployment(model, hardware("h200"), ParallelConfig(8), weights, 1)
     assert eight_bits.layout.bytes_per_token == 80 * 2 * (128 + 4)
 
 
-def test_a_rank_that_lacks_room_says_by_how_much():
+def test_a_request_that_does_not_fit_is_refused_with_the_missing_bytes():
     with pytest.raises(ConfigError, match=r"lacks \d+\.\d GB for 1,000 tokens"):
         deployed("llama-3-405b", ParallelConfig(2), "h100").check_fits(1000)
 
 
-def test_stages_hold_their_layers_and_one_end_each():
+def test_a_pipeline_stage_holds_its_layers_and_the_embedding_or_the_head():
     whole, half = deployed("llama-3-70b"), deployed("llama-3-70b", ParallelConfig(1, 1, 1, 2))
     assert half.weight_bytes == pytest.approx(whole.weight_bytes / 2)
 
 
-def test_products_of_a_part_are_those_that_it_loads_matrices_for():
+def test_the_products_of_a_part_are_those_of_its_matrices():
     dense, latent, stacked = deployed("llama-3-70b"), deployed("kimi-k2"), deployed("gpt-oss-120b")
     assert (dense.attention.products, dense.ffn.products) == (2, 2)  # q, k and v are one, and so are gate and up
     assert (latent.attention.products, latent.router.products, latent.shared.products) == (5, 1, 2)
     assert (stacked.attention.products, stacked.expert.products) == (2, 2)
 
 
-def test_a_model_may_be_named_with_other_kv_heads():
+def test_a_model_can_be_named_with_another_number_of_kv_heads():
     assert find_config("qwen3-0.6b with 1 kv head")["num_key_value_heads"] == 1
 
 
@@ -74,12 +74,12 @@ def test_a_hub_id_of_a_built_in_model_needs_no_network():
     assert find_config("Qwen/Qwen3-8B") == find_config("qwen3-8b")
 
 
-def test_an_unknown_model_names_those_that_are_near():
+def test_an_unknown_model_is_refused_with_similar_names():
     with pytest.raises(ModelNotFound, match=r"lama-70b: .* use one of llama-3-70b"):
         find_config("lama-70b")
 
 
-def test_a_broken_config_names_line_and_column(tmp_path):
+def test_a_malformed_config_is_refused_with_line_and_column(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 4,\n "x" 3}')
     with pytest.raises(ModelError, match="line 2, column 6"):
         find_config(str(tmp_path))
@@ -92,6 +92,6 @@ def test_a_configuration_says_which_parts_are_quantised():
     assert WeightFormat.of({"quantization_config": four_bits}) == WeightFormat(2.0, 0.5625, 0.5625, 2.0)
 
 
-def test_an_unknown_format_lists_the_known_ones():
+def test_an_unknown_weight_format_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="use one of fp32, bf16"):
         WeightFormat.named("fp5")

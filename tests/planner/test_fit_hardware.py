@@ -1,4 +1,4 @@
-"""Constants of a machine fitted to measurements, by scripts/fit_hardware.py."""
+"""scripts/fit_hardware.py: fitting the constants of hardware to measurements."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from longspan.planner.predict import Assumed, deployment, row_time
 from longspan.planner.rows import Row
 
 
-def test_fitting_finds_the_constants_that_made_the_times():
+def test_a_fit_finds_the_constants_that_the_times_were_computed_with():
     true = replace(hardware("h100"), fp8_matmul=0.5, memory=0.7)
     rows = [
         Row("", "qwq-32b-fp8", "h100", 1, 1, 1, 1, 1, quantity, "", new, cached)

@@ -1,4 +1,4 @@
-"""`longspan plan` and `longspan predict` as a user meets them."""
+"""The commands `longspan plan` and `longspan predict`: options, tables, JSON and errors."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def run(app: typer.Typer, *arguments: str) -> dict:
     return json.loads(result.stdout)
 
 
-def test_a_plan_has_times_and_bounds_of_every_layout_in_the_order_asked_for(app):
+def test_a_plan_has_times_and_bounds_of_every_layout_ordered_by_the_objective(app):
     rows = run(app, *LLAMA, "--objective", "ttft")["layouts"]
     best = rows[0]
     assert best["fits"]
@@ -48,14 +48,14 @@ def test_a_plan_has_times_and_bounds_of_every_layout_in_the_order_asked_for(app)
     assert next(row for row in rows if row["dcp"] == 4 and row["pp"] == row["pcp"] == 1)["name"] == "tp8 dcp4"
 
 
-def test_by_default_the_time_of_a_whole_request_decides(app):
+def test_the_default_order_is_the_time_of_a_whole_request(app):
     rows = [row for row in run(app, *LLAMA, "--output", "256")["layouts"] if row["fits"]]
     whole = [row["ttft"]["seconds"] + 255 * row["tpot"]["seconds"] for row in rows]
     assert whole == sorted(whole)
 
 
 def started(command: str, *more: str) -> EngineSetup:
-    """What the engine makes of a printed command, on a machine that has neither the weights nor the devices."""
+    """The engine's setup for a printed command, on a machine without the weights and devices."""
     found: list[EngineConfig] = []
 
     def serve(config: EngineConfig, options: ServeOptions) -> None:
@@ -78,9 +78,10 @@ PLANNED = {
     "an FP8 cache": [*LLAMA, "--kv-cache-dtype", "fp8"],
     "experts in parallel": ["plan", "qwen3-235b", "--enable-expert-parallel"],
     "four machines, fp16": [*LLAMA, "--gpus", "16", "--nodes", "4", "--dtype", "fp16"],
-    "few tokens at once": [*LLAMA, "--max-num-batched-tokens", "128"],
+    "a small max_num_batched_tokens": [*LLAMA, "--max-num-batched-tokens", "128"],
 }
-NOT_SERVED = {"gpt-oss-120b", "kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}  # weights as they are on the hub
+# models whose weights on the hub cannot be served
+NOT_SERVED = {"gpt-oss-120b", "kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}
 
 
 @pytest.mark.parametrize("case", PLANNED)
@@ -102,13 +103,13 @@ def test_every_printed_command_starts_what_was_planned(app, case):
         assert bool(re.search("--executor (processes|ray)", row["command"])) == spread
 
 
-def test_layouts_over_several_machines_are_started_by_ray(app):
+def test_the_command_for_several_machines_uses_ray(app):
     result = CliRunner().invoke(app, [*LLAMA, "--gpus", "16"], catch_exceptions=False)
     assert "--executor ray --ray-address" in result.stderr
     assert "the head of a Ray cluster of 2 machines" in result.stderr
 
 
-def test_only_the_pareto_set_is_shown_unless_all_is_asked_for(app):
+def test_only_the_pareto_set_is_shown_without_all(app):
     rows = run(app, *LLAMA)["layouts"]
     best = [row for row in rows if row["pareto"]]
     beaten = next(row for row in rows if row["fits"] and not row["pareto"])
@@ -119,29 +120,34 @@ def test_only_the_pareto_set_is_shown_unless_all_is_asked_for(app):
     shown, every = (CliRunner().invoke(app, [*LLAMA, *more], catch_exceptions=False).stderr for more in ([], ["--all"]))
     assert re.findall(r"^  (\S.*?)  +[\d,]+  ", shown, re.MULTILINE) == [row["name"] for row in best]
     hidden = [sum(row["fits"] and not row["pareto"] for row in rows), sum(not row["fits"] for row in rows)]
-    assert f"hidden: {hidden[0]} slower, {hidden[1]} without room; --all shows them" in shown
+    assert f"hidden layouts: {hidden[0]} not in the Pareto set, {hidden[1]} that do not fit; --all shows them" in shown
     assert "lacks" in every and f"{best[0]['name']} *" in every and f"{beaten['name']} *" not in every
 
 
-def test_limits_leave_the_layouts_that_keep_them(app):
+def test_only_layouts_within_the_limits_are_kept(app):
     rows = run(app, *LLAMA, "--objective", "ttft")["layouts"]
     limit = sorted(row["tpot"]["seconds"] for row in rows if row["fits"])[3] * 1e3
     kept = run(app, *LLAMA, "--objective", "ttft", "--max-tpot", str(limit))["layouts"]
     assert {row["name"] for row in kept if row["within_limits"]} == {
         row["name"] for row in rows if row["fits"] and row["tpot"]["seconds"] * 1e3 <= limit
     }
-    with pytest.raises(ConfigError, match=r"max_ttft=0\.001 s: no layout is so fast; tp.* takes .*; raise it"):
-        CliRunner().invoke(app, [*LLAMA, "--max-ttft", "0.001"], catch_exceptions=False)
 
 
-def test_a_price_gives_what_a_million_tokens_cost(app):
+@pytest.mark.parametrize(("flag", "limit"), [("--max-ttft", "0.001 s"), ("--max-tpot", "0.5 ms")])
+def test_a_limit_that_no_layout_meets_is_refused_in_the_unit_of_its_flag(app, flag, limit):
+    value, unit = limit.split()
+    with pytest.raises(ConfigError, match=rf"={limit}: no layout is that fast: tp.* takes [\d.]+ {unit}; raise"):
+        CliRunner().invoke(app, [*LLAMA, flag, value], catch_exceptions=False)
+
+
+def test_with_a_price_the_price_of_a_million_tokens_is_shown(app):
     row = run(app, *LLAMA, "--price", "3.6")["layouts"][0]
     assert row["price_per_million"] == pytest.approx(1e3 / row["throughput_per_gpu"])
     assert run(app, *LLAMA)["layouts"][0]["price_per_million"] is None
     assert "price of" in CliRunner().invoke(app, [*LLAMA, "--price", "3.6"], catch_exceptions=False).stderr
 
 
-def test_weights_of_half_the_size_leave_room_for_more_tokens(app):
+def test_weights_of_half_the_size_allow_more_tokens_and_faster_decode(app):
     plain, half = (
         run(app, *LLAMA, "-tp", "8", "-dcp", "1", "--weight-dtype", name)["layouts"][0] for name in ("bf16", "fp8")
     )
@@ -149,26 +155,26 @@ def test_weights_of_half_the_size_leave_room_for_more_tokens(app):
     assert half["tpot"]["seconds"] < plain["tpot"]["seconds"]
 
 
-def test_more_machines_make_a_tp_group_slower(app):
+def test_a_tp_group_over_more_machines_waits_longer_for_transfers(app):
     near, far = (run(app, *LLAMA, "-tp", "8", "-dcp", "1", "--nodes", nodes)["layouts"][0] for nodes in ("1", "4"))
     assert far["ttft"]["exposed"] > 2 * near["ttft"]["exposed"]
 
 
-def test_a_plan_draws_its_layouts_and_names_the_best(app, tmp_path):
+def test_the_plot_of_a_plan_labels_the_pareto_set(app, tmp_path):
     pytest.importorskip("matplotlib")
     rows = run(app, *LLAMA, "--plot", str(tmp_path / "plan.svg"))["layouts"]
     texts = {text.text for text in ElementTree.parse(tmp_path / "plan.svg").getroot().iterfind(".//{*}text")}
     assert {"time to first token, s", *(row["name"] for row in rows if row["pareto"])} <= texts
 
 
-def test_without_json_the_table_ends_with_the_command_to_start(app):
+def test_the_command_that_starts_the_best_layout_follows_the_table(app):
     result = CliRunner().invoke(app, [*LLAMA, "-tp", "8", "-dcp", "2"], catch_exceptions=False)
     assert result.stderr.splitlines()[-1].startswith("longspan serve meta-llama/Llama-3.1-70B-Instruct -tp 8 -dcp 2 ")
 
 
-def test_a_context_beyond_the_models_positions_is_told(app):
+def test_a_context_beyond_the_models_positions_is_noted(app):
     result = CliRunner().invoke(app, ["plan", "qwen3-8b", "--hardware", "h200"], catch_exceptions=False)
-    assert "made for 40,960 positions" in result.stderr
+    assert "the model has 40,960 positions" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,26 +187,26 @@ def test_a_context_beyond_the_models_positions_is_told(app):
         (["--concurrency", "0"], "concurrency=0"), (["--plot", "/nowhere/x.svg"], "plot=/nowhere/x.svg"),
     ],
 )  # fmt: skip
-def test_a_mistake_names_the_option_and_the_value(app, more, message):
+def test_an_invalid_option_is_refused_with_its_name_and_value(app, more, message):
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, [*LLAMA, *more], catch_exceptions=False)
 
 
-def test_a_file_of_rows_gives_each_its_prediction_and_error(app):
+def test_every_row_of_a_file_has_a_prediction_and_an_error(app):
     rows = run(app, "predict", "--rows", PUBLISHED)["rows"]
-    assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error"}
+    assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error", "chunk_tokens"}
     assert {(row["quantity"], row["unit"]) for row in rows} == {("ttft", "ms"), ("ttit", "ms"), ("kv_tokens", "tokens")}
     assert len(rows) == 33
 
 
-def test_one_row_is_given_as_options(app):
+def test_a_setup_can_be_given_as_options(app):
     options = ["--model", "llama-3-405b", "--hardware", "h100-meta", "--tp", "8", "--new_tokens", "8192"]
     (row,) = run(app, "predict", *options, "--value", "1740", "--unit", "ms")["rows"]
     assert abs(row["error"]) < 0.05
     assert row["error"] == pytest.approx(row["predicted"] / 1740 - 1)
 
 
-def test_a_prediction_is_shown_with_its_setup_quantity_and_unit(app):
+def test_a_prediction_is_shown_with_setup_quantity_and_unit(app):
     options = ["--model", "llama-3-70b", "--hardware", "h200", "--pp", "8", "--new-tokens", "131072", "--unit", "s"]
     result = CliRunner().invoke(app, ["predict", *options], catch_exceptions=False)
     assert "llama-3-70b on 8 x h200, tp=1,pcp=1,dcp=1,pp=8: 1 x 131,072 new tokens" in result.stderr
@@ -208,8 +214,15 @@ def test_a_prediction_is_shown_with_its_setup_quantity_and_unit(app):
     assert not result.stdout
 
 
+def test_a_prediction_through_pipeline_stages_states_the_chunk_it_assumes(app):
+    setup = ["predict", "--model", "llama-3-70b", "--hardware", "h200", "--new-tokens", "131072"]
+    staged, whole = (CliRunner().invoke(app, [*setup, *more], catch_exceptions=False) for more in (["--pp", "8"], []))
+    assert "assumed: chunks of 1,024 tokens" in staged.stderr
+    assert "assumed" not in whole.stderr
+
+
 @pytest.mark.parametrize(("tp", "pp"), [("1", "8"), ("2", "4")])
-def test_a_plan_and_a_prediction_of_a_pipeline_are_the_same(app, tp, pp):
+def test_plan_and_predict_agree_on_a_pipeline(app, tp, pp):
     (planned,) = run(app, *LLAMA, "-tp", tp, "-pcp", "1", "-dcp", "1", "-pp", pp, "--output", "2")["layouts"]
     setup = ["predict", "--model", "llama-3-70b", "--hardware", "h200", "--tp", tp, "--pp", pp, "--unit", "s"]
     (first,) = run(app, *setup, "--new-tokens", "32768")["rows"]
@@ -218,6 +231,6 @@ def test_a_plan_and_a_prediction_of_a_pipeline_are_the_same(app, tp, pp):
     assert each["predicted"] == pytest.approx(planned["tpot"]["seconds"])
 
 
-def test_a_row_without_a_model_is_refused(app):
+def test_a_setup_without_a_model_is_refused(app):
     with pytest.raises(ConfigError, match="model: is missing"):
         CliRunner().invoke(app, ["predict", "--hardware", "h100"], catch_exceptions=False)

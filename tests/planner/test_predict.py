@@ -1,4 +1,4 @@
-"""Published measurements: what the planner says of them, and mistakes in the file that holds them."""
+"""Predictions of published measurements, and errors in the CSV file."""
 
 from pathlib import Path
 from statistics import median
@@ -19,37 +19,37 @@ def predictions() -> dict[str, Prediction]:
     return {found.id: found for found in predict_all(read_rows(str(PUBLISHED)), Assumed())}
 
 
-def test_times_are_near_what_was_published(predictions):
+def test_predicted_times_are_close_to_published_ones(predictions):
     errors = [abs(found.error) for name, found in predictions.items() if not name.startswith("K")]
     assert len(errors) == 28
     assert median(errors) < 0.05
     assert max(errors) < 0.15
 
 
-def test_capacities_are_near_where_the_setup_is_complete(predictions):
+def test_predicted_capacities_are_close_where_the_setup_is_published(predictions):
     assert all(abs(predictions[name].error) < 0.03 for name in ("K01", "K02", "K03", "K04"))
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [(131_072, 3.8), (1_000_000, 77.0)])
-def test_sixteen_machines_are_foretold_from_up_to_four(tokens, seconds):
+def test_times_on_16_machines_are_predicted_from_constants_of_up_to_4(tokens, seconds):
     row = Row("", "llama-3-405b", "h100-meta", 128, 8, 16, 1, 1, "ttft", "ring_kv", tokens, value=seconds, unit="s")
     assert abs(predict(row).error) < 0.1
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [(131_072, 10.5), (1 << 20, 421.0)])
-def test_a_pipeline_of_eight_stages_is_foretold_if_its_chunks_were_of_4096_tokens(tokens, seconds):
+def test_a_pipeline_of_8_stages_is_predicted_with_chunks_of_4096_tokens(tokens, seconds):
     row = Row("", "qwen3-235b-a22b-fp8", "h20-96", 32, 4, 1, 1, 8, "ttft", "", tokens, value=seconds, unit="s")
     assert abs(predict(row, Assumed(max_num_batched_tokens=8 * 4096)).error) < 0.05
 
 
-def test_stages_shorten_a_prompt_but_by_less_than_their_number():
+def test_stages_shorten_a_prompt_by_less_than_their_number():
     alone, staged = (
         predict(Row("", "llama-3-70b", "h200", pp, 1, 1, 1, pp, "ttft", "", 131_072)).predicted for pp in (1, 8)
     )
     assert alone / 8 < staged < alone
 
 
-def test_requests_that_decode_are_shared_out_among_the_stages():
+def test_decoding_requests_are_divided_among_the_stages():
     setup = ("", "llama-3-70b", "h200", 8, 1, 1, 1, 8, "ttit", "", 1, 65_536)
     one, eight, nine = (predict(Row(*setup, batch)).predicted for batch in (1, 8, 9))
     assert one == eight < nine
@@ -61,7 +61,7 @@ def rows(tmp_path: Path, text: str) -> list[Row]:
     return read_rows(str(path))
 
 
-def test_comments_blank_lines_and_missing_values_are_read(tmp_path):
+def test_a_file_may_have_comments_blank_lines_and_missing_values(tmp_path):
     (row,) = rows(tmp_path, f"# a comment\n{HEADER}\n{GOOD.replace(',100,', ',,')}")
     assert (row.id, row.new_tokens, row.value) == ("A", 8192, None)
 
@@ -80,7 +80,7 @@ def test_comments_blank_lines_and_missing_values_are_read(tmp_path):
         (GOOD.replace(",ms", ""), "line 3: has more cells than columns, or fewer"),
     ],
 )
-def test_a_malformed_row_names_line_and_column(tmp_path, bad, message):
+def test_a_malformed_row_is_refused_with_line_and_column(tmp_path, bad, message):
     with pytest.raises(ConfigError) as caught:
         rows(tmp_path, HEADER + GOOD + bad)
     assert message in str(caught.value).replace(", line", ": line")
@@ -94,11 +94,11 @@ def test_a_malformed_row_names_line_and_column(tmp_path, bad, message):
         ("", "line 1: no header"),
     ],
 )
-def test_a_malformed_header_names_the_column(tmp_path, header, message):
+def test_a_malformed_header_is_refused_with_the_column(tmp_path, header, message):
     with pytest.raises(ConfigError, match=message):
         rows(tmp_path, header)
 
 
-def test_an_unknown_machine_in_a_file_names_the_row_and_those_that_are_near(tmp_path):
+def test_unknown_hardware_in_a_file_is_refused_with_the_row_and_similar_names(tmp_path):
     with pytest.raises(ConfigError, match=r"row=A: hardware=h10: .* h100"):
         predict_all(rows(tmp_path, HEADER + GOOD.replace("h100", "h10")), Assumed())

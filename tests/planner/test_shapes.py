@@ -1,4 +1,4 @@
-"""What attention moves under a layout: the planner counts the bytes that the engine counts."""
+"""Bytes that attention exchanges under a layout: planner and engine count the same."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ LAYOUTS = [ParallelConfig(1), ParallelConfig(8), ParallelConfig(8, 1, 8), Parall
 
 
 def engine(name: str, layout: ParallelConfig, cache_dtype: str) -> EngineSetup:
-    """The engine's own setup of a model whose weights nobody has."""
+    """The setup of the engine for a model without weights."""
     cache = CacheConfig(dtype=cache_dtype)
     return resolve(EngineConfig(name, parallel=layout, cache=cache, device="cpu", dtype="bfloat16", executor="dry"))
 
@@ -40,13 +40,13 @@ def test_engine_and_planner_count_the_same_bytes(name, cache_dtype):
         assert theirs.attention_shape == ours.attention_shape
 
 
-def test_queries_travel_in_the_type_of_activations_whatever_the_cache_keeps():
+def test_queries_are_sent_in_the_dtype_of_activations_with_any_cache_dtype():
     plain, quantised = (planned("llama-3-70b", ParallelConfig(8), dtype).attention_shape for dtype in ("auto", "fp8"))
     assert plain.query_bytes == quantised.query_bytes == 8 * 128 * 2
     assert quantised.kv_bytes == 2 * (128 + 4)  # a scale for each of key and value
 
 
-def test_values_wider_than_queries_are_never_expanded_in_a_plan_either():
+def test_values_wider_than_queries_are_not_expanded_in_the_planner_either():
     deployed = planned("deepseek-v3", ParallelConfig(8), "auto")
     assert deployed.model.mla is not None
     wide = replace(deployed.model, mla=replace(deployed.model.mla, value_dim=256))

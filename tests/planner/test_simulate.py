@@ -1,4 +1,4 @@
-"""A simulation makes the engine's own decisions on a clock of its own; what it skips changes nothing."""
+"""A simulation makes the decisions of the engine; steps that are advanced at once do not change its results."""
 
 import json
 import random
@@ -71,18 +71,18 @@ LOADS = {
 
 @pytest.mark.parametrize("name", LOADS)
 @pytest.mark.parametrize("instances", [1, 3])
-def test_making_equal_steps_at_once_gives_the_report_of_making_each(name, instances):
+def test_advancing_equal_steps_at_once_does_not_change_the_report(name, instances):
     settings, gap_s = LOADS[name]
     requests = random_asks(40, gap_s)
-    assert play(settings, requests, instances) == play(replace(settings, skips=False), requests, instances)
+    assert play(settings, requests, instances) == play(replace(settings, skip_repeated=False), requests, instances)
 
 
-def test_the_load_that_preempts_does():
+def test_the_preempting_load_has_preemptions():
     settings, gap_s = LOADS["preempting"]
     assert play(settings, random_asks(40, gap_s)).preemptions
 
 
-def test_most_steps_of_a_long_decode_are_not_planned_again():
+def test_most_steps_of_a_long_decode_are_not_scheduled_one_by_one():
     settings = config(pages=(8, 8), page_size=512)
     instance = SimulatedInstance(settings)
     planned = []
@@ -93,13 +93,13 @@ def test_most_steps_of_a_long_decode_are_not_planned_again():
     assert instance.steps > 400 and len(planned) < 60
 
 
-def test_the_first_token_comes_when_the_prompts_step_ends():
+def test_the_first_token_has_the_time_at_which_the_prompts_step_ends():
     result = play(config(), [TraceRequest(0, 5.0, 20, 1, (0,))])
     expected = STEP_S + 20 * (TOKEN_S + CONTEXT_S)
     assert result.report.ttft_s.mean == pytest.approx(expected)
 
 
-def test_a_request_waits_for_the_step_that_is_under_way():
+def test_a_request_waits_for_the_step_in_flight():
     settings = config()
     first = STEP_S + 100 * (TOKEN_S + CONTEXT_S)
     instance = SimulatedInstance(settings)
@@ -110,7 +110,7 @@ def test_a_request_waits_for_the_step_that_is_under_way():
     assert late.token_times == [pytest.approx(first + STEP_S + 10 * (TOKEN_S + CONTEXT_S))]
 
 
-def test_page_keys_given_from_outside_place_and_share_as_real_tokens_do(tmp_path):
+def test_given_page_keys_place_and_share_pages_as_real_tokens_do(tmp_path):
     rows = [
         {"timestamp": 400 * n, "input_length": length, "output_length": 40, "hash_ids": ids}
         for n, (length, ids) in enumerate([(1100, [1, 2, 3]), (1500, [1, 2, 4]), (700, [1, 5]), (1100, [1, 2, 3])])
@@ -147,7 +147,7 @@ def test_a_shared_prefix_is_computed_once():
     assert play(replace(config(), enable_prefix_caching=False), twice).cached_tokens == 0
 
 
-def test_a_request_goes_where_its_prefix_is_and_otherwise_where_least_is_ahead():
+def test_a_request_goes_to_the_instance_with_its_prefix_or_the_least_work():
     keys = list(TraceRequest(0, 0.0, 600, 5, (1, 2)).page_keys(16))[:37]
     first, second = SimulatedInstance(config()), SimulatedInstance(config())
     assert choose([first, second], [0, 0]) == 0
@@ -159,25 +159,25 @@ def test_a_request_goes_where_its_prefix_is_and_otherwise_where_least_is_ahead()
     assert choose([first, second], cached) == 0
 
 
-def test_instances_share_the_load():
+def test_requests_are_divided_among_the_instances():
     result = play(config(), [TraceRequest(n, 0.0, 100, 20, (n,)) for n in range(8)], 4)
     assert result.requests_by_instance == (2, 2, 2, 2)
 
 
-def test_pipeline_stages_work_on_two_steps_at_once():
+def test_two_pipeline_stages_compute_two_steps_at_once():
     requests = [TraceRequest(n, 0.0, 10, 200, (n,)) for n in range(8)]
     parallel = ParallelConfig(1, 2, 1, 2)
     one, two = play(config(), requests), play(config(parallel=parallel), requests)
     assert two.report.duration_s < 1.2 * one.report.duration_s  # half the requests a step: twice as long one by one
 
 
-def test_a_request_that_can_never_be_served_fails_and_others_do_not():
+def test_a_request_that_does_not_fit_fails_and_others_do_not():
     result = play(config(pages=(8, 8)), [TraceRequest(0, 0.0, 5000, 5, (0,) * 10), TraceRequest(1, 0.0, 50, 5, (1,))])
     assert (result.report.completed, result.report.failed) == (1, 1)
     assert "KV cache" in result.report.errors[0].example
 
 
-def test_memory_is_sampled_evenly_and_never_above_its_peak():
+def test_memory_is_sampled_at_regular_intervals_and_is_at_most_its_peak():
     memory = play(config(), random_asks(40, 0.5), 2).memory
     assert len(memory.used) == 2 and all(len(shards) == 2 for shards in memory.used)
     for used, peak in zip(memory.used, memory.peak, strict=True):
@@ -186,7 +186,7 @@ def test_memory_is_sampled_evenly_and_never_above_its_peak():
     assert any(max(row) for used in memory.used for row in used)
 
 
-def test_pages_are_known_by_blocks_whatever_the_page_size():
+def test_page_keys_follow_from_block_ids_with_any_page_size():
     one, other = TraceRequest(0, 0.0, 1200, 1, (1, 2, 3)), TraceRequest(1, 0.0, 1200, 1, (1, 2, 4))
     for size, shared, whole in ((16, 64, 75), (512, 2, 2), (1024, 1, 1)):
         keys, others = list(one.page_keys(size)), list(other.page_keys(size))
@@ -206,7 +206,7 @@ ROW = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 
         (json.dumps({name: ROW[name] for name in ("timestamp", "input_length", "hash_ids")}), "output_length"),
     ],
 )
-def test_a_malformed_trace_names_line_field_and_what_was_expected(tmp_path, line, named):
+def test_a_malformed_trace_is_refused_with_line_field_and_remedy(tmp_path, line, named):
     path = tmp_path / "trace.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + line + "\n")
     with pytest.raises(ConfigError) as error:
@@ -215,7 +215,7 @@ def test_a_malformed_trace_names_line_field_and_what_was_expected(tmp_path, line
     assert message.startswith("trace=") and "line 2" in message and named in message and "expected" in message.lower()
 
 
-def test_gaps_between_arrivals_are_scaled(tmp_path):
+def test_the_gaps_between_arrivals_are_scaled(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(json.dumps({**ROW, "timestamp": at}) for at in (3000, 1000)))
     assert [request.arrival_s for request in read_requests(str(path), None, 0.5)] == [0.0, 1.0]

@@ -1,4 +1,4 @@
-"""`longspan simulate`: from options to a report, a picture, or one line that says what is wrong."""
+"""The command `longspan simulate`: report, plot, notes and errors."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -20,7 +20,7 @@ def trace(tmp_path):
     return str(path)
 
 
-def test_a_trace_on_two_instances_gives_what_bench_serve_gives_and_memory(trace, capsys):
+def test_the_report_has_the_fields_of_bench_serve_and_memory(trace, capsys):
     simulate("llama-3-70b", "h200", trace, "tp=8,dcp=8", instances=2, as_json=True)
     out, err = capsys.readouterr()
     found = json.loads(out)
@@ -31,7 +31,7 @@ def test_a_trace_on_two_instances_gives_what_bench_serve_gives_and_memory(trace,
     assert "first token" in err and "KV pages in use" in err
 
 
-def test_a_simulation_is_drawn(trace, tmp_path):
+def test_the_plot_is_written(trace, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "memory.svg"
     simulate("llama-3-70b", "h200", trace, "tp=8,dcp=8", instances=2, plot=str(plot))
@@ -43,13 +43,13 @@ def test_without_json_nothing_goes_to_stdout(trace, capsys):
     assert not capsys.readouterr().out
 
 
-def test_a_trace_shorter_than_asked_and_requests_beyond_the_models_positions_are_noted(trace, capsys):
+def test_a_trace_with_too_few_requests_and_requests_beyond_the_models_positions_are_noted(trace, capsys):
     simulate("smollm2-135m", "h200", trace, num_requests=30, as_json=True)
-    assert json.loads(capsys.readouterr().out)["notes"] == ["the trace has 20 requests, 30 were asked for"]
+    assert json.loads(capsys.readouterr().out)["notes"] == ["the trace has only 20 of 30 requests"]
 
 
 @pytest.mark.parametrize("ids", [None, []])
-def test_a_trace_without_block_ids_has_prompts_that_share_nothing(tmp_path, capsys, ids):
+def test_prompts_without_block_ids_share_no_prefix(tmp_path, capsys, ids):
     rows = [{"timestamp": 9000 * n, "input_length": 3000, "output_length": 3} for n in range(3)]
     path = tmp_path / "trace.jsonl"
     path.write_text("\n".join(json.dumps(row if ids is None else {**row, "hash_ids": ids}) for row in rows))
@@ -58,12 +58,12 @@ def test_a_trace_without_block_ids_has_prompts_that_share_nothing(tmp_path, caps
     assert (found["report"]["completed"], found["cached_tokens"]) == (3, 0)
 
 
-def test_without_a_layout_the_smallest_that_has_room_is_simulated(trace, capsys):
+def test_the_default_layout_is_the_smallest_that_fits(trace, capsys):
     simulate("llama-3-70b", "h200", trace, as_json=True)
     assert json.loads(capsys.readouterr().out)["layout"] == "tp=2,pcp=1,dcp=1,pp=1"
 
 
-def test_a_trace_is_read_before_a_layout_is_looked_at(tmp_path):
+def test_the_trace_is_read_before_the_layout_is_checked(tmp_path):
     with pytest.raises(LongspanError, match="trace="):
         simulate("llama-3-70b", "h200", str(tmp_path / "none"), layout="tp=7")
 
@@ -83,7 +83,7 @@ def test_a_trace_is_read_before_a_layout_is_looked_at(tmp_path):
         ({"plot": "/nowhere/plot.svg"}, "plot=/nowhere/plot.svg"),
     ],
 )
-def test_bad_input_names_the_field_and_the_remedy(trace, changed, named):
+def test_invalid_input_is_refused_with_field_and_remedy(trace, changed, named):
     options = {"model": "llama-3-70b", "hardware": "h200", "trace": trace, "layout": "tp=8,dcp=8", **changed}
     with pytest.raises(LongspanError) as error:
         simulate(**options)

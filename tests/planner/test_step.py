@@ -1,4 +1,4 @@
-"""The time of a step: what grows with what, what hides behind what, and that the parts are the whole."""
+"""The predicted time of a step: how it depends on sizes, schedules and hardware."""
 
 from dataclasses import replace
 
@@ -36,14 +36,14 @@ def attention(step: StepTime) -> float:
     return step.parts["attention"]
 
 
-def test_the_parts_are_the_whole():
+def test_the_time_of_a_step_is_the_sum_of_its_parts():
     step = model_of("llama-3-70b", ParallelConfig(8, 1, 8)).time(
         [decoding(8000, 8), prompt(512, 1600, 1, 8)], "auto", "auto"
     )
     assert sum(step.parts.values()) == pytest.approx(step.seconds)
 
 
-def test_attention_of_a_prompt_grows_with_its_square_and_products_with_its_length():
+def test_attention_grows_with_the_square_of_a_prompts_length_and_products_linearly():
     model = model_of("llama-3.1-8b")
     short, long = (model.time([prompt(new)], "local", "local") for new in (65536, 131072))
     assert attention(long) / attention(short) == pytest.approx(4, rel=0.05)
@@ -51,20 +51,20 @@ def test_attention_of_a_prompt_grows_with_its_square_and_products_with_its_lengt
     assert long.bound == "compute"
 
 
-def test_chunks_of_a_prompt_attend_as_much_as_the_whole():
+def test_the_chunks_of_a_prompt_need_as_much_attention_as_the_whole():
     model = model_of("llama-3.1-8b")
     chunks = [attention(model.time([prompt(8192, at)], "local", "local")) for at in range(0, 65536, 8192)]
     assert sum(chunks) == pytest.approx(attention(model.time([prompt(65536)], "local", "local")), rel=0.05)
 
 
-def test_a_token_costs_reading_the_weights_once_for_a_whole_batch():
+def test_a_decode_step_reads_the_weights_once_for_the_whole_batch():
     model = model_of("llama-3.1-8b")
     one, many = (model.time([decoding(100)] * batch, "local", "local") for batch in (1, 16))
     assert one.bound == "memory"
     assert many.parts["linear"] < 1.1 * one.parts["linear"]
 
 
-def test_a_ring_of_keys_hides_behind_a_long_prompt_and_not_behind_a_few_tokens():
+def test_the_transfers_of_a_ring_overlap_with_a_long_prompt_and_not_with_few_tokens():
     layout = ParallelConfig(8, 4)
     model = model_of("llama-3-405b", layout, hardware("h100-meta"))
     latencies = model.time([prompt(4, 0, 4, 4)], "ring_kv", "ring_kv").parts["exchange"]
@@ -73,7 +73,7 @@ def test_a_ring_of_keys_hides_behind_a_long_prompt_and_not_behind_a_few_tokens()
     assert long < 8 * latencies < few
 
 
-def test_auto_takes_the_cheapest_schedule():
+def test_the_schedule_auto_is_the_cheapest():
     model = model_of("llama-3-70b", ParallelConfig(8, 1, 4))
     chunk = [decoding(100_000, 4)]
     named = [model.time(chunk, name, name).seconds for name in ("gather_q", "ring_q", "gather_kv", "ring_kv", "tree_q")]
@@ -88,7 +88,7 @@ def test_more_context_ranks_read_a_long_cache_faster():
     assert spread < alone / 4
 
 
-def test_windowed_layers_do_not_pay_for_what_they_do_not_see():
+def test_layers_with_a_window_take_time_only_for_the_tokens_in_it():
     config, weights = find_model("gpt-oss-120b")
     shape = Deployment(config, hardware("h200"), ParallelConfig(), weights, 2)
     everywhere = replace(shape, model=replace(config, windows=()))
@@ -96,13 +96,13 @@ def test_windowed_layers_do_not_pay_for_what_they_do_not_see():
     assert attention(windowed) / attention(full) == pytest.approx(0.5, rel=0.05)
 
 
-def test_a_batch_touches_more_experts_than_a_token():
+def test_a_batch_uses_more_experts_than_a_token():
     model = model_of("qwen3-235b-a22b", ParallelConfig(8))
     one, many = (model.time([decoding(100)] * batch, "local", "local").parts["linear"] for batch in (1, 32))
     assert 2 < many / one < 32
 
 
-def test_all_reduces_between_machines_cost_more_than_within():
+def test_all_reduces_between_machines_take_longer_than_inside_one():
     config, weights = find_model("llama-3-70b")
     near, far = (
         StepModel(Deployment(config, hardware("h200"), ParallelConfig(8), weights, 2, gpus_per_node=size))
@@ -112,7 +112,7 @@ def test_all_reduces_between_machines_cost_more_than_within():
     assert times[1] > 2 * times[0]
 
 
-def test_ranks_that_share_a_machine_share_its_computing():
+def test_ranks_that_share_a_machine_slow_each_other_down():
     alone = model_of("smollm2-135m", ParallelConfig(1, 2), SMALL_CPU)
     sharing = model_of("smollm2-135m", ParallelConfig(1, 2), replace(SMALL_CPU, parallelism=1.0))
     chunk = [prompt(64, 0, 2, 2)]
@@ -120,7 +120,7 @@ def test_ranks_that_share_a_machine_share_its_computing():
     assert times[1] == pytest.approx(2 * times[0])
 
 
-def test_measured_products_take_the_place_of_rates():
+def test_measured_products_replace_the_peak_rates():
     assert measured(SMALL_CPU.product_s, 1) == 2e-10
     assert measured(SMALL_CPU.product_s, 36) == pytest.approx(7e-10)
     assert measured(SMALL_CPU.product_s, 128) == pytest.approx(2e-9)
@@ -131,7 +131,7 @@ def test_measured_products_take_the_place_of_rates():
     assert slow.parts["head"] > 1.5 * fast.parts["head"]
 
 
-def test_segments_are_calls_of_their_own_where_the_machine_says_so():
+def test_with_calls_per_segment_every_segment_is_an_attention_call():
     chunks = [decoding(64)] * 8
     each = model_of("smollm2-135m", machine=SMALL_CPU).time(chunks, "local", "local")
     batched = model_of("smollm2-135m", machine=replace(SMALL_CPU, calls_per_segment=False))

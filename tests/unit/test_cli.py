@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one message for a mistake, one JSON object for a result."""
+"""The command line: options, results as one JSON object, and errors as one message."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def generate(run):
-    """`generate(...)` on a tiny folder without a tokenizer."""
+    """`generate(...)` on a tiny model without a tokenizer."""
     return lambda *arguments: run("generate", tiny_folder("llama"), "--page-size", "4", *arguments)
 
 
 @pytest.mark.parametrize("command", OPTIONS, ids=" ".join)
-def test_the_options_are_these(command):
+def test_the_options_of_a_command_are_those_listed(command):
     found = typer.main.get_command(build_app())
     for name in command:
         found = found.commands[name]
@@ -135,7 +135,7 @@ def test_the_options_are_these(command):
     assert given == OPTIONS[command]
 
 
-def test_json_holds_one_object_with_exactly_the_documented_keys(generate):
+def test_json_prints_one_object_with_exactly_the_documented_keys(generate):
     code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "6", "-pcp", "2", "--local-context", "8", "--json")
     report = json.loads(out)
     assert code == 0
@@ -152,7 +152,7 @@ def test_json_holds_one_object_with_exactly_the_documented_keys(generate):
     assert "KV cache size" in err
 
 
-def test_a_small_step_alone_is_enough(generate):
+def test_a_small_max_num_batched_tokens_alone_is_accepted(generate):
     code, _, err = generate("--prompt-ids", "1,2", "--max-tokens", "1", "--max-num-batched-tokens", "193")
     assert code == 0, err
 
@@ -164,7 +164,7 @@ def test_the_kv_cache_line_reports_pages_times_page_size(generate):
     assert "maximum concurrency for 512 tokens per request: 0.50x" in line
 
 
-def test_explain_names_every_schedule_and_the_choice(run):
+def test_explain_shows_every_schedule_and_the_choice(run):
     code, out, _ = run("explain", tiny_folder("gpt-oss"), "-pcp", "4", "--new", "64", "--cached", "400",
                        "--hardware", "h100")  # fmt: skip
     assert code == 0
@@ -175,14 +175,19 @@ def test_explain_names_every_schedule_and_the_choice(run):
     assert "window of 11: nothing travels" in out  # and so there is nothing to choose
 
 
-def test_explain_says_what_its_columns_mean_and_has_no_negative_zero(run):
+def test_explain_has_a_legend_and_no_negative_zero(run):
     _, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--new", "64", "--hardware", "h100")
     assert "-0.00" not in out
     for term in ("fixed: ", "transfer: ", "copies: ", "hidden: "):
         assert term in " ".join(out.split())
 
 
-def test_ranks_that_share_memory_have_no_rate_of_a_link():
+def test_explain_without_a_table_has_no_legend(run):
+    _, out, _ = run("explain", tiny_folder("llama"), "--hardware", "h100")
+    assert "nothing travels" in out and "chosen" not in out
+
+
+def test_no_link_rate_is_shown_for_ranks_that_share_memory():
     line = constants_line(CostConstants(byte_s=0.0, cross_byte_s=1e-9))
     assert "; ranks share memory, collective" in line
     assert "between machines link 1.0 GB/s" in line
@@ -197,7 +202,7 @@ def test_the_version_is_printed(run):
     [("serve", "./no-such-model"), ("route", "--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:2")],
     ids=["serve", "route"],
 )
-def test_a_busy_port_is_told_before_models_are_loaded_and_instances_waited_for(run, command):
+def test_a_busy_port_is_reported_before_a_model_is_loaded_or_instances_are_awaited(run, command):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -211,13 +216,13 @@ def test_a_busy_port_is_told_before_models_are_loaded_and_instances_waited_for(r
 @pytest.mark.parametrize(
     ("host", "message"), [("8.8.8.8", "host=8.8.8.8: is no address of this machine"), ("no.such.", "host=no.such.: ca")]
 )
-def test_a_host_that_cannot_be_served_is_named(run, host, message):
+def test_a_host_that_is_not_of_this_machine_is_refused(run, host, message):
     code, _, err = run("serve", "./no-such-model", "--host", host, "--api-key", "k")
     assert code == 2
     assert message in err
 
 
-def test_the_latency_benchmark_says_what_it_is_at(run):
+def test_the_latency_benchmark_shows_its_progress(run):
     code, _, err = run("bench", "latency", tiny_folder("llama"), "--input-len", "8", "--output-len", "2",
                        "--iterations", "2", "--warmup", "0")  # fmt: skip
     assert code == 0
@@ -226,7 +231,7 @@ def test_the_latency_benchmark_says_what_it_is_at(run):
     ]  # fmt: skip
 
 
-def test_explain_from_published_figures_takes_layouts_of_more_ranks_than_there_are_gpus(run, monkeypatch):
+def test_explain_for_named_hardware_accepts_more_ranks_than_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
@@ -235,7 +240,7 @@ def test_explain_from_published_figures_takes_layouts_of_more_ranks_than_there_a
     assert "gather_kv" in out
 
 
-def test_constants_that_explain_prints_can_be_given_back(run, generate, tmp_path):
+def test_constants_printed_by_explain_are_accepted_as_cost_constants(run, generate, tmp_path):
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "2", "--new", "8", "--cached", "64", "--json")
     report = json.loads(out)
     assert code == 0
@@ -253,12 +258,12 @@ def test_the_measured_constants_are_printed(generate):
 
 
 @pytest.mark.parametrize("executor", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
-def test_a_trace_has_computing_and_transfers_of_every_rank(generate, tmp_path, executor):
+def test_a_trace_has_compute_and_transfers_of_every_rank(generate, tmp_path, executor):
     file = tmp_path / "trace.json"
     code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "3", "-pcp", "2", "--local-context", "8",
                               "--schedule", "ring_kv", "--executor", executor, "--trace", str(file))  # fmt: skip
     assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])
-    assert "s of them at once" in " ".join(err.split())
+    assert "s overlap" in " ".join(err.split())
     events = [event for event in json.loads(file.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {(event["pid"], event["cat"]) for event in events} >= {
         (rank, lane) for rank in (0, 1) for lane in ("step", "compute", "transfer")
@@ -278,19 +283,19 @@ def test_mixed_compares_three_placements(run):
 
 
 @pytest.mark.parametrize(("dcp", "noted"), [("1", True), ("4", False)])
-def test_copies_of_the_cache_are_noted_with_the_remedy(run, dcp, noted):
+def test_copies_of_the_kv_cache_are_noted_with_the_remedy(run, dcp, noted):
     model = tiny_folder("deepseek-v3")
     _, _, err = run("generate", model, "--prompt-ids", "1,2", "--max-tokens", "1", "-tp", "4", "-dcp", dcp)
     expected = "tensor_parallel_size=4 keeps 4 copies of the KV cache (the model has 1 KV heads); --decode-context-"
     assert (expected in " ".join(err.split())) == noted
 
 
-def test_tokens_are_shown_where_there_is_no_tokenizer(generate):
+def test_token_ids_are_printed_without_a_tokenizer(generate):
     code, out, _ = generate("--prompt-ids", IDS, "--max-tokens", "3")
     assert (code, out.split()) == (0, [str(token) for token in greedy(oracle("llama"), prompt_of(33), 3)[0]])
 
 
-def test_n_completions_are_all_in_the_json(generate):
+def test_all_n_completions_are_in_the_json(generate):
     code, out, _ = generate("--prompt-ids", IDS, "--max-tokens", "3", "--n", "2", "--temperature", "1", "--json")
     assert code == 0
     assert [len(completion["token_ids"]) for completion in json.loads(out)["completions"]] == [3, 3]
@@ -301,8 +306,7 @@ MISTAKES = {
         ["--prompt-ids", "1", "--pages-per-shard", "10,4", "-pcp", "2", "--local-context", "50"],
         r"local_context=50: exceeds the 40 tokens the largest shard holds; use at most 40",
     ),
-    "a schedule there is not": (["--prompt-ids", "1", "--schedule", "pigeon"], r"schedule=pigeon: unknown choice"),
-    "constants that are none": (
+    "a file of constants that does not exist": (
         ["--prompt-ids", "1", "--cost-constants", "/nowhere"], r"cost_constants=/nowhere: cannot be read .*; give what"
     ),
     "a trace that cannot be written": (
@@ -321,8 +325,12 @@ MISTAKES = {
     ),
     "a negative number": (["--prompt-ids", "1", "--max-tokens", "-3"], r"max_tokens=-3: must not be negative"),
     "a negative page size": (["--prompt-ids", "1", "--page-size", "-1"], r"page_size=-1: must be at least 1; 16 is"),
-    "no number": (["--prompt-ids", "1", "--max-tokens", "x"], r"'--max-tokens'.*'x'"),
-    "ids that are none": (["--prompt-ids", "1,b"], r"prompt_ids=1,b: is not a list of integers; write them as 1,2,3"),
+    "a value that is not a number": (
+        ["--prompt-ids", "1", "--max-tokens", "x"], r"'--max-tokens'.*'x'"
+    ),
+    "a malformed list of token ids": (
+        ["--prompt-ids", "1,b"], r"prompt_ids=1,b: is not a list of integers; write them as 1,2,3"
+    ),
     "an empty prompt": (["--prompt", ""], r"prompt='': from --prompt is empty; give at least one character"),
     "no prompt": ([], r"prompt=0 given: .*give one of --prompt, --prompt-file, --prompt-ids"),
     "two prompts": (["--prompt", "a", "--prompt-ids", "1"], r"prompt=2 given"),
@@ -332,13 +340,17 @@ MISTAKES = {
     "local with dcp": (["-tp", "2", "-dcp", "2", "--schedule", "local", "--prompt-ids", "1"], r"schedule=local: "),
     "too long a context": (["--prompt-ids", "1", "--max-model-len", "9999"], r"max_model_len=9999: exceeds the 512"),
     "pages for the wrong shards": (["--prompt-ids", "1", "--pages-per-shard", "1,2"], r"pages_per_shard=\(1, 2\): na"),
-    "no size": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "12Q"], r"kv_cache_memory_bytes=12Q: is not a size"),
+    "a malformed size": (
+        ["--prompt-ids", "1", "--kv-cache-memory-bytes", "12Q"], r"kv_cache_memory_bytes=12Q: is not a size"
+    ),
     "too little memory": (["--prompt-ids", "1", "--kv-cache-memory-bytes", "1"], r"kv_cache_memory_bytes=1: one page"),
-    "no size to offload to": (
+    "a malformed size of offload memory": (
         ["--prompt-ids", "1", "--kv-offload-memory", "much"], r"kv_offload_memory=much: is not a size"
     ),
-    "no size of a disk": (["--prompt-ids", "1", "--kv-offload-disk", "/tmp:9x"], r"kv_offload_disk=9x: is not a size"),
-    "a disk that is none": (
+    "a malformed size of an offload disk": (
+        ["--prompt-ids", "1", "--kv-offload-disk", "/tmp:9x"], r"kv_offload_disk=9x: is not a size"
+    ),
+    "an offload folder that does not exist": (
         ["--prompt-ids", "1", "--kv-offload-disk", "/nowhere"], r"kv_offload_disk=/nowhere: cannot be written"
     ),
     "an unknown option": (["--prompt-ids", "1", "--nope"], r"--nope"),
@@ -346,7 +358,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_exit_code_2(generate, mistake):
+def test_an_error_is_one_message_and_exit_code_2(generate, mistake):
     arguments, message = MISTAKES[mistake]
     code, out, err = generate(*arguments)
     (line,) = [line for line in err.splitlines() if line.startswith("longspan: error: ")]
@@ -356,7 +368,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(generate, mistake):
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["bench", "latency", "x", "--input-len", "0"]])
-def test_a_mistaken_command_is_exit_code_2(run, arguments):
+def test_an_invalid_command_line_is_exit_code_2(run, arguments):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("longspan: error: ")
@@ -377,26 +389,26 @@ def test_a_missing_model_is_named(run, name):
         ("{}", "config.json names no architectures, and model_type=None is not supported; supported are Llama"),
     ],
 )
-def test_an_unknown_architecture_is_named_whether_there_are_weights_or_not(run, tmp_path, config, message):
+def test_an_unknown_architecture_is_reported_even_without_weights(run, tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
     code, _, err = run("generate", str(tmp_path), "--prompt-ids", "1")
     assert code == 2
     assert message in err
 
 
-def test_a_config_that_names_no_architectures_is_read_by_its_model_type():
+def test_a_config_without_architectures_is_read_by_its_model_type():
     for name in builtin_names():
         values = builtin_config(name)
         assert load_config({**values, "architectures": None}) == load_config(values), name
 
 
-def test_a_dry_run_takes_a_built_in_model(run):
+def test_a_dry_run_accepts_a_built_in_model(run):
     code, out, err = run("generate", "qwen3-235b", "--prompt-ids", "1,2,3", "--max-tokens", "3", "--executor", "dry")
     assert code == 0, err
     assert len(out.split()) == 3
 
 
-def test_explain_takes_a_built_in_model_and_every_layout_of_it(run):
+def test_explain_accepts_a_built_in_model_with_any_layout(run):
     code, out, err = run("explain", "llama-3-405b", "-tp", "8", "-pcp", "4", "--hardware", "h200")
     assert code == 0, err
     assert "ring_kv" in out
@@ -434,7 +446,7 @@ def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
 
 
 @pytest.mark.slow
-def test_nobody_is_told_of_warnings_that_are_not_for_users():
+def test_warnings_of_libraries_are_not_shown():
     command = [
         sys.executable, "-c", "from longspan.cli.main import main; main()", "bench", "latency", tiny_folder("llama"),
         "--input-len", "16", "--output-len", "3", "--iterations", "1", "--compare", "transformers",
@@ -448,13 +460,13 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
+def test_a_killed_worker_ends_the_command_with_an_error(tmp_path):
     command = [
         sys.executable, "-c", "from longspan.cli.main import main; main()", "generate", tiny_folder("llama"),
         "--prompt-ids", "1,2,3", "--max-tokens", "400", "--executor", "processes", "-pcp", "2",
     ]  # fmt: skip
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    driver.stdout.read(1)  # the first token is out: all ranks are at work
+    driver.stdout.read(1)  # waits for the first token: then all ranks are running
     workers = children(driver.pid)
     os.kill(workers[-1], 9)
     _, err = driver.communicate(timeout=30)
@@ -463,12 +475,12 @@ def test_a_killed_worker_ends_the_command_with_a_message(tmp_path):
     assert not [process for process in workers if Path(f"/proc/{process}").exists()]
 
 
-def test_the_reference_page_is_what_the_commands_say():
+def test_the_reference_page_is_up_to_date():
     page = Path(__file__).parents[2] / "docs" / "cli.md"
     assert page.read_text() == reference(), "run: python -m longspan.cli.reference > docs/cli.md"
 
 
-def test_a_text_that_is_still_empty_is_not_shown_as_ids(capsys):
+def test_an_empty_text_is_not_printed_as_token_ids(capsys):
     printer = _Printer(has_text=True)
     for text, ids in (("", [12345]), ("", [12345, 678]), (" Paris is", [12345, 678, 9])):
         printer.show(RequestOutput("r", None, [], [CompletionOutput(0, text, ids)]))
@@ -476,11 +488,11 @@ def test_a_text_that_is_still_empty_is_not_shown_as_ids(capsys):
 
 
 @pytest.mark.parametrize("model", ["qwen3-moe", "deepseek-v2-lite", "deepseek-v3"])
-def test_transformers_runs_on_the_same_weights_whatever_the_family(model):
+def test_transformers_gives_the_same_tokens_on_the_same_weights(model):
     twin = transformers_reference(resolve_model(tiny_folder(model)), torch.float32)
     assert greedy(twin, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
 
 
-def test_a_page_of_no_tokens_is_refused_by_the_scheduler_benchmark(run):
+def test_the_scheduler_benchmark_refuses_a_page_size_of_0(run):
     code, _, err = run("bench", "scheduler", "--page-size", "0")
     assert (code, "page_size=0: must be at least 1" in err) == (2, True)

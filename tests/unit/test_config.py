@@ -1,4 +1,4 @@
-"""What a configuration makes of options that are left out, and of those that contradict each other."""
+"""Defaults of options that are not given, and options that contradict each other."""
 
 import pytest
 
@@ -19,12 +19,12 @@ from tests.oracle import tiny_folder
     ],
     ids=str,
 )
-def test_the_size_of_a_batch_that_is_left_out_adapts_to_the_one_that_is_given(given, step_tokens, running_limit):
+def test_a_missing_batch_limit_adapts_to_the_given_one(given, step_tokens, running_limit):
     for config in (SchedulerConfig(**given), EngineConfig.of("smollm2", **given).scheduler):
         assert (config.step_tokens, config.running_limit) == (step_tokens, running_limit)
 
 
-def test_sizes_of_a_batch_that_contradict_each_other_are_refused():
+def test_batch_limits_that_contradict_each_other_are_refused():
     with pytest.raises(
         ConfigError, match=r"max_num_seqs=257: exceeds max_num_batched_tokens=256.*leave one of them out"
     ):
@@ -32,12 +32,12 @@ def test_sizes_of_a_batch_that_contradict_each_other_are_refused():
 
 
 @pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_seqs"])
-def test_a_batch_of_nothing_is_refused(name):
+def test_a_batch_limit_of_0_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name}=0: must be at least 1"):
         SchedulerConfig(**{name: 0})
 
 
-def test_a_layout_is_sizes_by_short_names_and_its_own_name_is_one():
+def test_a_layout_is_parsed_from_its_name():
     assert ParallelConfig.parse("layout", "tp=8, dcp=4") == ParallelConfig(8, 1, 4)
     assert ParallelConfig(8, 2, 4, 3).name == "tp=8,pcp=2,dcp=4,pp=3"
     for layout in (ParallelConfig(), ParallelConfig(8, 2, 4, 3)):
@@ -45,13 +45,13 @@ def test_a_layout_is_sizes_by_short_names_and_its_own_name_is_one():
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=x", "cp=2", "", "tp=2,", "pcp=²"])
-def test_what_is_no_layout_is_refused_by_the_name_of_the_option(text):
+def test_a_malformed_layout_is_refused_with_the_name_of_the_option(text):
     given = f"compare_layout={text}" if text else "compare_layout"
-    with pytest.raises(ConfigError, match=f"{given}: .* is no size; write it as tp=8,pcp=1,dcp=8,pp=1"):
+    with pytest.raises(ConfigError, match=f"{given}: .* is not a size; write it as tp=8,pcp=1,dcp=8,pp=1"):
         ParallelConfig.parse("compare_layout", text)
 
 
-def test_an_engine_starts_with_a_small_step_alone():
+def test_an_engine_runs_with_a_small_max_num_batched_tokens_alone():
     with LLM(
         tiny_folder("llama"), max_num_batched_tokens=5, kv_cache_memory_bytes=1 << 20, cost=CostConstants()
     ) as llm:

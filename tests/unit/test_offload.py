@@ -423,7 +423,7 @@ def test_only_steps_that_did_one_thing_teach_what_it_costs():
 
 
 def test_offload_needs_the_prefix_cache():
-    with pytest.raises(ConfigError, match=r"enable_prefix_caching=False: offloaded pages are found by the prefix"):
+    with pytest.raises(ConfigError, match=r"enable_prefix_caching=False: offload needs the prefix"):
         CacheConfig(enable_prefix_caching=False, offload=OffloadConfig(memory_bytes=1))
 
 

@@ -185,5 +185,7 @@ def test_constants_come_from_a_file_or_are_given(tmp_path):
     ("name", "nearest"), [("tensor_parallel", "tensor_parallel_size"), ("ray_address", None), ("memory_settled", None)]
 )
 def test_a_keyword_that_is_no_option_is_refused_with_the_nearest_that_is_one(name, nearest):
-    with pytest.raises(ConfigError, match=re.escape(f"{name}=2: is no option; the nearest one is {nearest or ''}")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{name}=2: is not an option; the most similar one is {nearest or ''}")
+    ):
         LLM("smollm2", **{name: 2})

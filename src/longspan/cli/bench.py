@@ -1,6 +1,6 @@
-"""`longspan bench`: the benchmarks' options and tables.
+"""`longspan bench latency|throughput|mixed|scheduler`: benchmarks of the engine on this machine.
 
-It owns what is shown; tables and progress go to stderr, and with `--json` one object goes to stdout.
+It owns the options and the tables. Tables and progress go to stderr; with `--json` one object goes to stdout.
 """
 
 from __future__ import annotations
@@ -18,23 +18,28 @@ from longspan.cli.show import new_table, progress_bar, step_bar
 from longspan.config import EngineConfig, ParallelConfig, parse_integers, require, require_choice
 
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a prompt")]
-OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated a request")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="requests run together")]
-Iterations = Annotated[int, typer.Option("--iterations", help="counted runs")]
-Warmup = Annotated[int, typer.Option("--warmup", help="runs before, not counted")]
-Compare = Annotated[str | None, typer.Option("--compare", help="measure `transformers` in turn, same weights")]
-CompareLayout = Annotated[
-    str | None, typer.Option("--compare-layout", help="measure a second layout in turn, as tp=1,pcp=1,dcp=1,pp=1")
+OutputLen = Annotated[int, typer.Option("--output-len", help="tokens generated for a request")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="requests in the batch")]
+Iterations = Annotated[int, typer.Option("--iterations", help="measured runs")]
+Warmup = Annotated[int, typer.Option("--warmup", help="runs before the measured ones")]
+Compare = Annotated[
+    str | None, typer.Option("--compare", help="also measure `transformers` on the same weights, in turn")
 ]
-NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests in all")]
-Chats = Annotated[int, typer.Option("--chats", help="short requests")]
-ChatLen = Annotated[int, typer.Option("--chat-len", help="tokens of a short request's prompt, within ±50 %")]
-LongContexts = Annotated[int, typer.Option("--contexts", help="long requests")]
+CompareLayout = Annotated[
+    str | None,
+    typer.Option("--compare-layout", help="also measure a second layout in turn, as in tp=1,pcp=2,dcp=1,pp=1"),
+]
+NumPrompts = Annotated[int, typer.Option("--num-prompts", help="number of requests")]
+Chats = Annotated[int, typer.Option("--chats", help="number of short requests")]
+ChatLen = Annotated[
+    int, typer.Option("--chat-len", help="mean tokens of a short request's prompt; lengths are within ±50 %")
+]
+LongContexts = Annotated[int, typer.Option("--contexts", help="number of long requests")]
 ContextLen = Annotated[int, typer.Option("--context-len", help="tokens of a long request's prompt")]
-Running = Annotated[int, typer.Option("--running", help="requests that decode at once")]
+Running = Annotated[int, typer.Option("--running", help="decoding requests")]
 Contexts = Annotated[str, typer.Option("--context", help="context lengths, as in 1024,65536")]
-Shards = Annotated[int, typer.Option("--shards", help="shards the pages lie on")]
-Steps = Annotated[int, typer.Option("--steps", help="steps measured for each length")]
+Shards = Annotated[int, typer.Option("--shards", help="shards that hold the pages")]
+Steps = Annotated[int, typer.Option("--steps", help="measured steps for each context length")]
 
 
 def latency(
@@ -48,7 +53,7 @@ def latency(
     compare_layout: CompareLayout = None,
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode rates of one batch."""
+    """Measure time to first token, prefill rate and decode rate of one batch."""
     _at_least(1, input_len=input_len, output_len=output_len, batch_size=batch_size, iterations=iterations)
     _at_least(0, warmup=warmup)
     if compare is not None:
@@ -81,7 +86,7 @@ def throughput(
     output_len: OutputLen = 64,
     as_json: Json = False,
 ) -> None:
-    """Continuous batching under a random load of lengths within ±50 % of the means."""
+    """Measure the throughput of continuous batching with random lengths, within ±50 % of the means."""
     _at_least(1, num_prompts=num_prompts, input_len=input_len, output_len=output_len)
     from longspan.bench.throughput import run_throughput
     from longspan.engine.engine import Engine
@@ -105,11 +110,11 @@ def mixed(
     iterations: Iterations = 1,
     as_json: Json = False,
 ) -> None:
-    """Short chats beside long contexts, placed by length, all spread, and all local, in turn."""
+    """Measure short chats and long contexts together, with three placements: by length, all spread, and all local."""
     _at_least(1, chats=chats, chat_len=chat_len - 1, contexts=contexts, context_len=context_len)
     _at_least(1, output_len=output_len - 1, iterations=iterations)
     dcp = config.parallel.decode_context_parallel_size
-    require(dcp == 1, "decode_context_parallel_size", dcp, "leaves nothing local to compare with", "use -pcp")
+    require(dcp == 1, "decode_context_parallel_size", dcp, "leaves no local placement to compare with", "use -pcp")
     from longspan.bench.mixed import MixedLoad, run_mixed
 
     load = MixedLoad(chats, chat_len, contexts, context_len, output_len, config.seed)
@@ -128,7 +133,7 @@ def scheduler(
     steps: Steps = 100,
     as_json: Json = False,
 ) -> None:
-    """The scheduler's own time a decode step, without a model."""
+    """Measure the time that the scheduler takes for a decode step. No model is run."""
     contexts = parse_integers("context", context)
     _at_least(1, running=running, shards=shards, steps=steps, context=min(contexts), page_size=page_size)
     from longspan.bench.scheduling import run_scheduling
@@ -136,7 +141,7 @@ def scheduler(
     console = Console(stderr=True)
     with console.status("starting") as status:
         rows = run_scheduling(running, contexts, shards, page_size, steps, status.update)
-    _show_table(console, f"Scheduler, µs a step (median of {steps})", rows)
+    _show_table(console, f"Scheduler, µs per step (median of {steps})", rows)
     _print_json(as_json, {"shards": shards, "page_size": page_size, "rows": rows})
 
 
@@ -147,7 +152,7 @@ def _at_least(least: int, **options: int) -> None:
 
 def _show_rates(console: Console, report: Mapping[str, Any], batch_size: int) -> None:
     columns = ("", "first token, s", "prefill, tokens/s", "decode, tokens/s")
-    table = new_table(f"Latency, batch of {batch_size}: median (least to most)", columns)
+    table = new_table(f"Latency, batch of {batch_size}: median (minimum to maximum)", columns)
     for name, rates in report.items():
         if name == "ratio":
             continue

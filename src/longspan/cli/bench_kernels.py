@@ -1,6 +1,6 @@
-"""`longspan bench attention|merge|kv-write`: kernels alone, against what the device can do.
+"""`longspan bench attention|merge|kv-write`: single kernels, compared with the limits of the device.
 
-It owns the options and the tables; tables and progress go to stderr, and with `--json` one object goes to stdout.
+It owns the options and the tables. Tables and progress go to stderr; with `--json` one object goes to stdout.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from longspan.bench.kernels.attention import KernelHeads, Shared
     from longspan.bench.kernels.harness import Harness, KernelRow
 
-_WIDTH = 150
-_SIZES = {  # of each device, where the user gives none
+_WIDTH = 150  # characters of the table
+_SIZES = {  # default sizes by device
     "cpu": {
         "batch": "1,4", "cached": "1024,8192", "prefill": "256x2048", "whole": 8192,
         "tokens": "1,256", "rows": "1,1024",
@@ -34,23 +34,30 @@ _SIZES = {  # of each device, where the user gives none
     },
 }  # fmt: skip
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
-Backends = Annotated[str, typer.Option("--backends", help="those to compare, the first against the others, or all")]
+Backends = Annotated[str, typer.Option("--backends", help="attention backends to compare with the first one, or all")]
 HeadNames = Annotated[str, typer.Option("--heads", help="gqa (64/8 x 128), mla (128 over a latent of 576), mha")]
-Formats = Annotated[str, typer.Option("--kv-cache-dtype", help="formats of the cache: auto, fp8, int8")]
-Batch = Annotated[str | None, typer.Option("--batch", help="requests that decode, as in 1,64; empty: no decode")]
-Cached = Annotated[str | None, typer.Option("--cached", help="tokens each of them has in the cache")]
-Prefill = Annotated[str | None, typer.Option("--prefill", help="new x cached tokens, as in 256x2048; empty: none")]
-Whole = Annotated[int | None, typer.Option("--shared-context", help="tokens of the context cut over shards; 0: none")]
-Shards = Annotated[int, typer.Option("--shards", help="virtual shards of that context")]
-Parts = Annotated[int, typer.Option("--parts", help="attention states merged")]
+Formats = Annotated[str, typer.Option("--kv-cache-dtype", help="data types of the cache: auto, fp8, int8")]
+Batch = Annotated[
+    str | None, typer.Option("--batch", help="decoding requests, a case for each number, as in 1,64; empty: no decode")
+]
+Cached = Annotated[str | None, typer.Option("--cached", help="cached tokens of each of them")]
+Prefill = Annotated[
+    str | None, typer.Option("--prefill", help="new x cached tokens of a prefill, as in 256x2048; empty: no prefill")
+]
+Whole = Annotated[
+    int | None,
+    typer.Option("--shared-context", help="tokens of a context that is divided over shards; 0: no such case"),
+]
+Shards = Annotated[int, typer.Option("--shards", help="virtual shards of --shared-context")]
+Parts = Annotated[int, typer.Option("--parts", help="attention states to merge")]
 Tokens = Annotated[
     str | None,
     typer.Option(
         "--tokens", help="query tokens of the attention states to merge, a case for each number, as in 1,1024"
     ),
 ]
-Rows = Annotated[str | None, typer.Option("--rows", help="rows written, as in 1,1024")]
-Seconds = Annotated[float, typer.Option("--seconds", help="time for the repetitions of one case")]
+Rows = Annotated[str | None, typer.Option("--rows", help="rows to write, a case for each number, as in 1,1024")]
+Seconds = Annotated[float, typer.Option("--seconds", help="seconds for the repetitions of one case")]
 
 
 def attention_kernel(
@@ -66,7 +73,7 @@ def attention_kernel(
     seconds: Seconds = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Decode, prefill off the diagonal, and one context over virtual shards, in every backend."""
+    """Measure attention kernels: decode, prefill off the diagonal, and one context divided over virtual shards."""
     sizes = _sizes(device)
     found = _heads(heads)
     stored = tuple(formats.split(","))
@@ -76,7 +83,13 @@ def attention_kernel(
     pairs = _pairs(sizes["prefill"] if prefill is None else prefill)
     whole = sizes["whole"] if shared_context is None else shared_context
     require(shards >= 1, "shards", shards, "must be at least 1", "give 1 or more")
-    require(whole == 0 or whole >= shards, "shared_context", whole, "is less than a token a shard", "give more, or 0")
+    require(
+        whole == 0 or whole >= shards,
+        "shared_context",
+        whole,
+        "is less than one token for each shard",
+        "give more, or 0",
+    )
     from longspan.bench.kernels.attention import AttentionCase, run_scenes, run_shards
 
     def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
@@ -106,7 +119,7 @@ def merge(
     seconds: Seconds = 0.3,
     as_json: Json = False,
 ) -> None:
-    """The merge of attention states, as they arrive from other ranks and as kernels return them."""
+    """Measure the merge of attention states, as they arrive from other ranks and as kernels return them."""
     found, counts = _heads(heads), _integers("tokens", tokens, _sizes(device)["tokens"])
     require(parts >= 2, "parts", parts, "leaves nothing to merge", "give 2 or more")
     from longspan.bench.kernels.movement import run_merges
@@ -126,7 +139,7 @@ def kv_write(
     seconds: Seconds = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Writing new rows into the cache, as they are and quantised."""
+    """Measure writing new keys and values into the cache, unquantised and quantised."""
     found, counts = _heads(heads), _integers("rows", rows, _sizes(device)["rows"])
     stored = tuple(formats.split(","))
     for name in stored:
@@ -143,7 +156,7 @@ def _run(
     device: str, backends: str, seconds: float, as_json: bool, title: str,
     measure: Callable[[Harness], tuple[list[KernelRow], dict[str, Any]]],
 ) -> None:  # fmt: skip
-    require(seconds > 0, "seconds", seconds, "must be positive", "give 0.3, say")
+    require(seconds > 0, "seconds", seconds, "must be positive", "0.3 is the default")
     from longspan.bench.kernels.harness import as_json as plain
     from longspan.bench.kernels.harness import make_harness
 
@@ -165,7 +178,7 @@ def _run(
 
 
 def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """`to first` is the first backend's time over this one's on the same case. Single shards are in the JSON only."""
+    """Print the table. `to first` is the first backend's time divided by this one's. Shards are only in the JSON."""
     columns = ("case", "backend", "µs", "best", "TB/s", "of copy", "TFLOP/s", "of matmul", "to first")
     table = new_table(title, columns, left=columns[:2])
     first: dict[str, float] = {}

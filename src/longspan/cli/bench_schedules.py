@@ -1,6 +1,6 @@
-"""`longspan bench schedules`: every schedule in the same situations, and what the automatic choice loses.
+"""`longspan bench schedules`: the times of all schedules on the same workloads, and the regret of the automatic choice.
 
-It owns the options, the table and the files; tables and progress go to stderr, one JSON object to stdout.
+It owns the options, the table and the files. Tables and progress go to stderr; with `--json` one object goes to stdout.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from longspan.parallel.sharding import check_heads
 if TYPE_CHECKING:
     from longspan.bench.schedules import CellResult
 
-_WIDTH = 150
-_Q_HEADS = 8  # of every head shape
-NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, as in 1,64")]
-CachedList = Annotated[str, typer.Option("--cached", help="tokens in the cache")]
+_WIDTH = 150  # characters of the table
+_Q_HEADS = 8  # query heads of every head shape
+NewList = Annotated[str, typer.Option("--new", help="new tokens of a step, a case for each number, as in 1,64")]
+CachedList = Annotated[str, typer.Option("--cached", help="cached tokens, a case for each number")]
 Layouts = Annotated[str, typer.Option("--layouts", help="tp.pcp.dcp of each layout, as in 1.2.1,2.2.2")]
-ExecutorName = Annotated[str, typer.Option("--executor", help="what ranks are: threads or processes")]
-Iterations = Annotated[int, typer.Option("--iterations", help="counted repetitions of each schedule")]
-Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the map of winners")]
+ExecutorName = Annotated[str, typer.Option("--executor", help="threads or processes: how ranks run")]
+Iterations = Annotated[int, typer.Option("--iterations", help="measured repetitions of each schedule")]
+Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for a map of the fastest schedules")]
 
 
 def schedules(
@@ -44,7 +44,7 @@ def schedules(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Time, bytes and estimate of every schedule, and the regret of the automatic choice."""
+    """Measure time and bytes of every schedule, and the regret of the automatic choice."""
     require_choice("executor", executor, ("threads", "processes"))
     require(iterations >= 1, "iterations", iterations, "must be at least 1", "give 1 or more")
     sizes = [_layout(text) for text in layouts.split(",")]
@@ -92,7 +92,12 @@ def _rows(results: list[CellResult]) -> list[dict[str, Any]]:
 
 def _table(results: list[CellResult]) -> Table:
     columns = ("heads", "tp.pcp.dcp", "new", "cached", *(timing.schedule for timing in results[0].timings), "regret")
-    table = new_table("Milliseconds a layer; * fastest, > chosen", columns, left=("heads",), no_wrap=True)
+    table = new_table(
+        "Milliseconds per layer; *: the fastest, >: the automatic choice, regret: how much slower it is",
+        columns,
+        left=("heads",),
+        no_wrap=True,
+    )
     for r in results:
         times = (
             f"{'>' if t.schedule == r.chosen else ''}{'*' if t is r.best else ''}{t.seconds * 1e3:.2f}"

@@ -1,6 +1,6 @@
-"""`longspan bench serve`: a load on any OpenAI-compatible server, and its latencies.
+"""`longspan bench serve`: throughput and latencies of any OpenAI-compatible server under load.
 
-It owns the options, the tables and the files; tables and progress go to stderr, one JSON object to stdout.
+It owns the options, the tables and the files. Tables and progress go to stderr, the object of `--json` to stdout.
 """
 
 from __future__ import annotations
@@ -26,37 +26,49 @@ if TYPE_CHECKING:
     from longspan.bench.serving.report import RunReport
 
 _METRICS = {"first token": "ttft_s", "per output token": "tpot_s", "between chunks": "itl_s", "whole request": "e2e_s"}
-_BUSY = 0.8  # share of a core from which the client may have slowed what it measures
+_BUSY = 0.8  # fraction of a core from which on the client itself may be the bottleneck
 
 BaseUrl = Annotated[str, typer.Option("--base-url", help="the server's root, as in http://127.0.0.1:8000")]
-ModelName = Annotated[str | None, typer.Option("--model", help="default: the first the server lists")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", help="sent as bearer token")]
-Endpoint = Annotated[str, typer.Option("--endpoint", help="completions or chat")]
-DatasetName = Annotated[str, typer.Option("--dataset", help="random, sharegpt, gsm8k or trace")]
-DatasetPath = Annotated[str | None, typer.Option("--dataset-path", help="file of the dataset; none for random")]
-NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests a run")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="model name to request; default: the first that the server lists")
+]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="API key, sent as bearer token")]
+Endpoint = Annotated[str, typer.Option("--endpoint", help="API to call: completions or chat")]
+DatasetName = Annotated[str, typer.Option("--dataset", help="source of prompts: random, sharegpt, gsm8k or trace")]
+DatasetPath = Annotated[str | None, typer.Option("--dataset-path", help="file of the dataset; random needs none")]
+NumPrompts = Annotated[int, typer.Option("--num-prompts", help="requests of a run")]
 InputLen = Annotated[int, typer.Option("--input-len", help="tokens of a random prompt, without the shared prefix")]
 OutputLen = Annotated[
-    int | None, typer.Option("--output-len", help="tokens asked for a request; default: 128, in a trace its own")
+    int | None,
+    typer.Option("--output-len", help="tokens to generate for a request; default: 128, or what the trace says"),
 ]
-Vary = Annotated[float, typer.Option("--vary", help="random lengths lie within this fraction of the mean, as in 0.5")]
-PrefixLen = Annotated[int, typer.Option("--prefix-len", help="tokens that all random prompts begin with")]
-Rate = Annotated[float | None, typer.Option("--request-rate", help="requests a second, Poisson; default: all at once")]
+Vary = Annotated[
+    float, typer.Option("--vary", help="random lengths differ from the mean by up to this fraction, as in 0.5")
+]
+PrefixLen = Annotated[int, typer.Option("--prefix-len", help="tokens of a prefix that all random prompts share")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--request-rate", help="mean arrivals per second (a Poisson process); default: all at once"),
+]
 Concurrency = Annotated[
-    str | None, typer.Option("--concurrency", help="most requests at once; 1,8,32 makes a run each; default: no limit")
+    str | None,
+    typer.Option("--concurrency", help="maximum requests at once; 1,8,32 makes three runs; default: no limit"),
 ]
-Speedup = Annotated[float, typer.Option("--speedup", help="of a trace's clock")]
-MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="longer prompts of a trace are cut to this")]
-LoadSeed = Annotated[int, typer.Option("--seed", help="of prompts, lengths and arrivals")]
-VocabSize = Annotated[int, typer.Option("--vocab-size", help="random token ids lie below it")]
+Speedup = Annotated[float, typer.Option("--speedup", help="factor by which a trace is sent faster than recorded")]
+MaxInputLen = Annotated[
+    int | None, typer.Option("--max-input-len", help="tokens to which longer prompts of a trace are cut")
+]
+LoadSeed = Annotated[int, typer.Option("--seed", help="random seed of prompts, lengths and arrivals")]
+VocabSize = Annotated[int, typer.Option("--vocab-size", help="random token ids are less than this")]
 TextPrompts = Annotated[
-    bool, typer.Option("--text-prompts", help="random prompts of words, not token ids; chat: always")
+    bool, typer.Option("--text-prompts", help="send random prompts as words instead of token ids; always so for chat")
 ]
-Temperature = Annotated[float, typer.Option("--temperature", help="0: greedy")]
+Temperature = Annotated[float, typer.Option("--temperature", help="sampling temperature; 0 is greedy")]
 IgnoreEos = Annotated[
-    bool, typer.Option("--ignore-eos/--no-ignore-eos", help="send ignore_eos, so that outputs have the length asked")
+    bool,
+    typer.Option("--ignore-eos/--no-ignore-eos", help="send ignore_eos, so that outputs have the requested length"),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", help="seconds a request")]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds that a request may take")]
 Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for latency against concurrency")]
 
 
@@ -85,7 +97,7 @@ def serve(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Throughput and latencies of an OpenAI-compatible server under load."""
+    """Measure throughput and latencies of an OpenAI-compatible server under load."""
     from longspan.bench.serving.client import Target
     from longspan.bench.serving.dataset import RequestLoad, open_dataset
 
@@ -119,7 +131,7 @@ def _limits(concurrency: str | None) -> tuple[int | None, ...]:
 
 
 def _run_all(console: Console, target: Target, prompts: Dataset, limits: Sequence[int | None]) -> list[RunReport]:
-    """A run for each limit. Raises `ConfigError` once it is clear that no request can succeed."""
+    """Make a run for each limit. Raises `ConfigError` if no request of the first run succeeds."""
     from longspan.bench.serving.client import run_load
     from longspan.bench.serving.report import summarise
 
@@ -129,25 +141,26 @@ def _run_all(console: Console, target: Target, prompts: Dataset, limits: Sequenc
             finished = asyncio.run(run_load(target, prompts.requests(number), limit, on_done))
         reports.append(summarise(finished, limit))
         if not any(report.completed for report in reports):
-            said = "; ".join(f"{error.count} x {error.kind}: {error.example}" for error in reports[-1].errors)
-            problem = f"none of {reports[-1].failed} requests succeeded ({said})"
+            seen = "; ".join(f"{error.count} x {error.kind}: {error.example}" for error in reports[-1].errors)
+            problem = f"none of {reports[-1].failed} requests succeeded ({seen})"
             raise ConfigError("base_url", target.root, problem, "check the server, the model and the options")
     return reports
 
 
 def _warnings(reports: Sequence[RunReport]) -> list[str]:
-    """What makes numbers doubtful."""
+    """Notes on results that may be misleading."""
     busy = max(report.client_cpu for report in reports)
     short = sum(report.short_outputs for report in reports)
     counted = sum(report.counted_requests for report in reports)
     return [
-        *([f"{short} outputs are shorter than asked for"] if short else []),
-        *([f"{counted} requests brought no usage: their tokens are chunks counted here"] if counted else []),
-        *([f"the client took {busy:.0%} of a core and may have been the limit"] if busy >= _BUSY else []),
+        *([f"{short} outputs are shorter than requested"] if short else []),
+        *([f"{counted} responses had no usage: chunks were counted as tokens"] if counted else []),
+        *([f"the client used {busy:.0%} of a core and may have been the bottleneck"] if busy >= _BUSY else []),
     ]
 
 
 def show_reports(console: Console, title: str, reports: Sequence[RunReport], notes: Sequence[str]) -> None:
+    """Print throughput, latencies, errors and notes of runs."""
     counted = ("at once", "completed", "failed", "seconds", "requests/s", "output tokens/s", "all tokens/s")
     rates = new_table(title, counted)
     latencies = new_table("Latency, ms", ("at once", "", "mean", "median", "p90", "p99"))

@@ -1,6 +1,6 @@
-"""`longspan calibrate`: this machine's constants for the planner, and how far its predictions are off here.
+"""`longspan calibrate`: measures the constants of this machine for the planner, and checks its predictions.
 
-It owns the options and what is shown; progress and tables go to stderr, the constants to a file or stdout.
+It owns the options and the tables. Progress and tables go to stderr, the constants to a file or to stdout.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ if TYPE_CHECKING:
     from longspan.planner.hardware import Hardware
     from longspan.planner.simulate.check import Checks
 
-Output = Annotated[str | None, typer.Option("--output", help="YAML file for --hardware; default: print it")]
+Output = Annotated[str | None, typer.Option("--output", help="YAML file to write, for --hardware; default: print it")]
 ModelName = Annotated[
-    str, typer.Option("--model", help="whose shapes are measured: folder, hub id or built-in name; needs no weights")
+    str,
+    typer.Option("--model", help="model whose shapes are measured: folder, hub id or built-in name; no weights needed"),
 ]
-ExecutorName = Annotated[str, typer.Option("--executor", help="whose exchange is measured: threads or processes")]
+ExecutorName = Annotated[
+    str, typer.Option("--executor", help="executor whose exchange between ranks is measured: threads or processes")
+]
 Check = Annotated[
-    str | None, typer.Option("--check", help="a model with weights to compare predictions with: takes some minutes")
+    str | None,
+    typer.Option(
+        "--check", help="model with weights for which predictions are compared with measurements; takes some minutes"
+    ),
 ]
 HardwareFile = Annotated[
-    str | None, typer.Option("--hardware", help="a file from before: check that, and measure no constants")
+    str | None, typer.Option("--hardware", help="check this YAML file instead of measuring constants; needs --check")
 ]
 
 
@@ -43,12 +49,24 @@ def calibrate(
     hardware: HardwareFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine for `plan`, `predict` and `simulate`."""
+    """Measure the constants of this machine for `plan`, `predict` and `simulate`."""
     require_choice("executor", executor, ("threads", "processes"))
-    require(hardware is None or check is not None, "hardware", hardware, "leaves nothing to do", "add --check MODEL")
+    require(
+        hardware is None or check is not None,
+        "hardware",
+        hardware,
+        "replaces the measurement, so there is nothing to do",
+        "add --check MODEL",
+    )
     if output is not None:
-        require(Path(output).suffix in (".yaml", ".yml"), "output", output, "is no YAML file", "end it in .yaml")
-        require(Path(output).parent.is_dir(), "output", output, "its folder does not exist", "make the folder first")
+        require(
+            Path(output).suffix in (".yaml", ".yml"),
+            "output",
+            output,
+            "is not the name of a YAML file",
+            "use the suffix .yaml",
+        )
+        require(Path(output).parent.is_dir(), "output", output, "its folder does not exist", "create the folder first")
     from longspan.planner.hardware import hardware as machine_named
 
     console = Console(stderr=True)
@@ -79,7 +97,7 @@ def _write(output: str | None, machine: Hardware, as_json: bool) -> None:
     try:
         Path(output).write_text(text)
     except OSError as error:
-        raise ConfigError("output", output, f"cannot be written ({error})", "name another file") from error
+        raise ConfigError("output", output, f"cannot be written ({error.strerror})", "give another file") from error
 
 
 def _check(console: Console, model: str, machine: Hardware, executor: str, as_json: bool) -> None:
@@ -98,13 +116,13 @@ def _check(console: Console, model: str, machine: Hardware, executor: str, as_js
 
 
 def _show(console: Console, model: str, checks: Checks) -> None:
-    columns = ("", "size", "ranks", "predicted", "measured", "again", "error")
-    caption = "* two measurements differ by more than 10 %"
+    columns = ("", "size", "ranks", "predicted", "measured", "second round", "error")
+    caption = "* the two measurements differ by more than 10 %"
     table = new_table(f"{model}: predicted and measured, ms", columns, caption=caption)
     for row in checks.rows:
         times = (f"{seconds * 1e3:,.1f}" for seconds in (row.predicted_s, row.measured_s, row.again_s))
-        doubt = "" if row.agrees else " *"
-        table.add_row(row.kind, f"{row.size:,}", str(row.ranks), *times, f"{row.error:+.1%}{doubt}")
+        mark = "" if row.agrees else " *"
+        table.add_row(row.kind, f"{row.size:,}", str(row.ranks), *times, f"{row.error:+.1%}{mark}")
     console.print(table)
     worst = max(abs(row.error) for row in checks.rows)
     console.print(f"median error {checks.median_error:.1%}, worst {worst:.1%}", highlight=False)
@@ -114,7 +132,7 @@ def _show(console: Console, model: str, checks: Checks) -> None:
 def _show_trace(console: Console, checks: Checks) -> None:
     found = checks.trace
     columns = ("", "output tokens/s", "median first token, ms", "median per output token, ms")
-    table = new_table(f"The same {found.real.completed} requests, simulated and real", columns)
+    table = new_table(f"The same {found.real.completed} requests in the simulation and in the engine", columns)
     for name, report in (("simulated", found.simulated), ("real", found.real)):
         spreads = (report.ttft_s, report.tpot_s)
         cells = (f"{spread.median * 1e3:,.1f}" if spread else "-" for spread in spreads)

@@ -1,6 +1,6 @@
-"""`longspan explain`: what every schedule would take for one situation, and which one the engine would choose.
+"""`longspan explain`: the estimated time of every schedule for one step, and which one the engine would choose.
 
-It owns what is shown; the formulas are the engine's own, with constants measured here or of a named accelerator.
+It owns the table. Estimates come from the engine's cost model, with constants measured here or of named hardware.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from longspan.cli.options import Json
 from longspan.cli.show import new_table
 from longspan.config import CostConstants, EngineConfig, require
 
-_BY_REFERENCE = 1e-13  # seconds a byte: threads hand tensors over
+_BY_REFERENCE = 1e-13  # seconds per byte below which nothing is copied: threads pass references to tensors
 _LEGEND = (
-    "* chosen; times in ms. fixed: starting kernels and messages; transfer: bytes between ranks; "
-    "copies: packing and merging; hidden: transfer that goes on while ranks compute, so taken off the sum"
+    "*: the choice. Times in ms: fixed: starts of kernels and messages; transfer: bytes between ranks; "
+    "copies: packing and merging; hidden: transfer that overlaps with compute, and so is subtracted"
 )
 New = Annotated[int, typer.Option("--new", help="new tokens of the request")]
-Cached = Annotated[int, typer.Option("--cached", help="tokens of it that are in the cache")]
+Cached = Annotated[int, typer.Option("--cached", help="tokens of the request that are in the KV cache")]
 HardwareName = Annotated[
-    str | None, typer.Option("--hardware", help="an accelerator's name, as in h100; default: measure this machine")
+    str | None,
+    typer.Option("--hardware", help="name of hardware, as in h100, or a .yaml file; default: measure this machine"),
 ]
 
 
@@ -34,7 +35,7 @@ def explain(
     config: EngineConfig, new: New = 4096, cached: Cached = 100_000, hardware: HardwareName = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """What each schedule would take for a step of one request, and the choice."""
+    """Estimate the time of each schedule for one step of one request, and show the choice."""
     require(new >= 1, "new", new, "must be at least 1", "give the new tokens of a step")
     require(cached >= 0, "cached", cached, "must not be negative", "give 0 for a fresh prompt")
     from longspan.bench.situation import Situation, estimates
@@ -45,7 +46,7 @@ def explain(
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         config = replace(config, cost=accelerator(hardware).cost, dtype=dtype)
     if config.cost is not None:
-        config = replace(config, executor="dry")  # nothing runs, so a layout may have more ranks than there are GPUs
+        config = replace(config, executor="dry")  # nothing is run, so there may be more ranks than GPUs
     setup = resolve(config, needs_weights=False)
     constants = config.cost
     if constants is None:
@@ -75,25 +76,26 @@ def explain(
             console.print(f"{title}: nothing travels", highlight=False)
             continue
         console.print(_table(title, found, found[0].schedule if forced == "auto" else forced))
-    console.print(_LEGEND, highlight=False)
+    if any(tables):
+        console.print(_LEGEND, highlight=False)
 
 
 def constants_line(constants: CostConstants) -> str:
-    """The constants as rates."""
+    """The constants of the cost model as rates, in one line."""
     parallel = f", {constants.parallelism:.1f} ranks compute at once" if constants.parallelism else ""
-    hides = f"{constants.hidden:.0%} of a ring's transfer hides"
+    overlap = f"{constants.hidden:.0%} of a ring's transfer overlaps with compute"
     links = f"{_link(constants.byte_s)}, collective {constants.message_s * 1e6:,.0f} µs"
     if constants.cross_byte_s != constants.byte_s:
         links += f"; between machines {_link(constants.cross_byte_s)}"
     reads, merges = (1e-9 / seconds for seconds in (constants.read_s, constants.copy_s))
     return (
         f"cost model: attention {1e-9 / constants.flop_s:,.1f} GFLOP/s, keys read at {reads:,.1f} GB/s, "
-        f"merged at {merges:,.1f} GB/s; {links}; {hides}{parallel}"
+        f"merged at {merges:,.1f} GB/s; {links}; {overlap}{parallel}"
     )
 
 
 def _link(byte_s: float) -> str:
-    """A link by its rate, if bytes are sent at all."""
+    """The rate of a link, unless ranks share memory."""
     return f"link {1e-9 / byte_s:,.1f} GB/s" if byte_s > _BY_REFERENCE else "ranks share memory"
 
 
@@ -114,4 +116,4 @@ def _table(title: str, found: list[Estimate], chosen: str) -> Table:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{round(seconds * 1e3, 2) + 0.0:,.2f}"  # what rounds to zero has no sign
+    return f"{round(seconds * 1e3, 2) + 0.0:,.2f}"  # + 0.0 turns -0.0 into 0.0

@@ -1,6 +1,6 @@
-"""`longspan generate`: one prompt in, its completion out, as text or as one JSON object.
+"""`longspan generate`: completes one prompt and prints the completion, as text or as one JSON object.
 
-It owns reading the prompt and showing the result; stdout holds the result alone, everything else goes to stderr.
+It owns reading the prompt and printing the result. Only the result goes to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ if TYPE_CHECKING:
     from longspan.engine.setup import EngineSetup
     from longspan.llm import LLM
 
-PromptText = Annotated[str | None, typer.Option("--prompt", help="the prompt")]
-PromptFile = Annotated[str | None, typer.Option("--prompt-file", help="a UTF-8 file that holds it; - is stdin")]
-PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="its token ids, as in 1,2,3")]
+PromptText = Annotated[str | None, typer.Option("--prompt", help="text of the prompt")]
+PromptFile = Annotated[str | None, typer.Option("--prompt-file", help="UTF-8 file with the prompt; - is stdin")]
+PromptIds = Annotated[str | None, typer.Option("--prompt-ids", help="token ids of the prompt, as in 1,2,3")]
 Chat = Annotated[bool, typer.Option("--chat", help="wrap the prompt in the model's chat template")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="tokens to generate at most")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy")]
-TopP = Annotated[float, typer.Option("--top-p", help="smallest set of tokens with this probability")]
-TopK = Annotated[int, typer.Option("--top-k", help="most likely tokens kept; 0 is all")]
-MinP = Annotated[float, typer.Option("--min-p", help="least probability, relative to the most likely token's")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="text to stop at; may be repeated")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="go on after the model's end token")]
-TraceFile = Annotated[str | None, typer.Option("--trace", help="file for a Chrome trace of what every rank did when")]
-Completions = Annotated[int, typer.Option("--n", help="completions of the prompt")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="maximum tokens to generate")]
+Temperature = Annotated[float, typer.Option("--temperature", help="sampling temperature; 0 is greedy")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="sample from the fewest tokens that have this probability together")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="sample from this many most likely tokens; 0 is all")]
+MinP = Annotated[float, typer.Option("--min-p", help="minimum probability, relative to that of the most likely token")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="stop string; may be given several times")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="do not stop at the model's end token")]
+TraceFile = Annotated[str | None, typer.Option("--trace", help="file for a Chrome trace of all ranks")]
+Completions = Annotated[int, typer.Option("--n", help="number of completions")]
 
 
 def generate(
@@ -69,7 +71,7 @@ def generate(
     if trace is not None:
         _require_writable(trace)
         config = replace(config, trace=True)
-    from longspan.llm import LLM  # brings PyTorch: options are checked before
+    from longspan.llm import LLM  # imports PyTorch, so options are checked first
 
     console = Console(stderr=True)
     with console.status(f"loading {config.model}"):
@@ -95,27 +97,27 @@ def generate(
 
 
 def _require_writable(path: str) -> None:
-    """Before the work, rather than after it."""
+    """Raise `ConfigError` if the trace file cannot be written, before the model is loaded."""
     try:
         Path(path).touch()
     except OSError as error:
-        raise ConfigError("trace", path, f"cannot be written ({error.strerror})", "give a file's path") from error
+        raise ConfigError("trace", path, f"cannot be written ({error.strerror})", "give another path") from error
 
 
 def _write_trace(path: str, spans_of_rank: dict[int, list[TraceSpan]]) -> str:
-    """Write the Chrome trace; returns what the ranks' steps take against the sum of their parts."""
+    """Write the Chrome trace; returns a summary: seconds of steps, compute and transfers, and their overlap."""
     Path(path).write_text(json.dumps(chrome_trace(spans_of_rank)))
     spans = [span for spans in spans_of_rank.values() for span in spans]
     parts = {lane: sum(s.stop - s.start for s in spans if s.lane == lane) for lane in (COMPUTE, TRANSFER, STEP)}
     both = sum(overlap(spans) for spans in spans_of_rank.values())
     return (
-        f"trace: {len(spans):,} spans in {path}; over all ranks {parts[STEP]:.2f} s of steps, in rings "
-        f"{parts[COMPUTE]:.2f} s of computing and {parts[TRANSFER]:.2f} s of transfers, {both:.2f} s of them at once"
+        f"trace: {len(spans):,} spans in {path}; sums over all ranks: {parts[STEP]:.2f} s of steps; rings: "
+        f"{parts[COMPUTE]:.2f} s of compute and {parts[TRANSFER]:.2f} s of transfers, of which {both:.2f} s overlap"
     )
 
 
 def kv_cache_line(setup: EngineSetup) -> str:
-    """What the cache holds, and how many requests of the greatest length that is."""
+    """The size of the KV cache, and how many requests of maximum length fit into it, in one line."""
     shards = " + ".join(f"{pages:,}" for pages in setup.pages_per_shard)
     tokens, longest = setup.capacity_tokens, setup.max_model_len
     return (
@@ -127,7 +129,7 @@ def kv_cache_line(setup: EngineSetup) -> str:
 def run_with_progress(
     llm: LLM, tokens: list[int], params: SamplingParams, console: Console, streaming: bool
 ) -> Measured:
-    """Run one request with a bar for its prefill; its text goes to stdout as it comes if `streaming`."""
+    """Run one request with a progress bar for its prefill. With `streaming`, print its text as it is generated."""
     from longspan.bench.measure import run_batch
 
     printer = _Printer(llm.tokenizer is not None)
@@ -151,7 +153,7 @@ def run_with_progress(
 
 
 class _Printer:
-    """Prints what is new of a growing text."""
+    """Prints the new part of a growing text."""
 
     def __init__(self, has_text: bool) -> None:
         self._has_text = has_text
@@ -164,7 +166,7 @@ class _Printer:
 
 
 def _shown(completion: CompletionOutput, has_text: bool) -> str:
-    """The text; the token ids of a model without a tokenizer."""
+    """The text of a completion; without a tokenizer its token ids."""
     return completion.text if has_text else " ".join(str(token) for token in completion.token_ids)
 
 
@@ -173,7 +175,7 @@ def _given_prompt(prompt: str | None, prompt_file: str | None, prompt_ids: str |
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise RequestError(
-            "prompt", f"{len(given)} given", "is to come from one place", f"give one of {', '.join(sources)}"
+            "prompt", f"{len(given)} given", "exactly one is needed", f"give one of {', '.join(sources)}"
         )
     if prompt_ids is not None:
         return list(parse_integers("prompt_ids", prompt_ids))
@@ -195,7 +197,7 @@ def _tokens(llm: LLM, given: str | list[int], chat: bool) -> list[int]:
     if isinstance(given, str):
         return llm.chat_prompt([{"role": "user", "content": given}]) if chat else llm.encode(given)
     if chat:
-        raise RequestError("chat", chat, "needs a text", "use it with --prompt or --prompt-file")
+        raise RequestError("chat", chat, "needs a prompt of text", "use it with --prompt or --prompt-file")
     return given
 
 
@@ -232,6 +234,6 @@ def _summary(measured: Measured, stats: EngineStats) -> str:
     return (
         f"{measured.prompt_tokens:,} prompt tokens, first token after {measured.ttft_s:.2f} s "
         f"({measured.prefill_tokens_per_s:,.0f} tokens/s), {decode}; schedules: {stats.prefill_schedule} (prefill), "
-        f"{stats.decode_schedule} (decode); {sum(stats.traffic.bytes_by_label.values()):,} bytes travelled; "
+        f"{stats.decode_schedule} (decode); {sum(stats.traffic.bytes_by_label.values()):,} bytes sent between ranks; "
         f"finished: {measured.outputs[0].outputs[0].finish_reason}"
     )

@@ -1,6 +1,6 @@
-"""The `longspan` command: its subcommands, and one place where errors become one line and an exit code.
+"""The `longspan` command: the list of its subcommands, and the conversion of errors to one line and an exit code.
 
-It owns nothing else; each command is a module that imports the engine only when it runs.
+Each command is a module of its own, which imports the engine only when the command runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from longspan.errors import LongspanError
 from longspan.version import __version__
 
 _USAGE, _INTERRUPTED = 2, 130
-# typer brings its own copy of click, or uses click's: either way, this
+# typer may use its own copy of click, so the class is taken from typer's
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
@@ -41,7 +41,7 @@ def _show_version(asked: bool) -> None:
 
 
 def build_app() -> typer.Typer:
-    """All commands."""
+    """The application with all commands."""
     app = typer.Typer(
         name="longspan",
         help="Long-context LLM inference in which the sequence is the sharded dimension.",
@@ -52,39 +52,41 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     app.command("generate", help="Complete one prompt.")(takes_records(generate.generate))
-    app.command("explain", help="What each schedule would take, and the choice.")(takes_records(explain.explain))
-    app.command("plan", help="What every layout of a cluster will do.")(takes_records(plan.plan))
-    app.command("predict", help="One measured setup, predicted.")(predict.predict)
-    app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
-    app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
-    app.command("serve", help="Serve a model over OpenAI's API.")(takes_records(serve.serve))
-    app.command("route", help="One front for prefill and decode instances.")(takes_records(route.route))
-    benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+    app.command("explain", help="Estimate each schedule for one step, and show the choice.")(
+        takes_records(explain.explain)
+    )
+    app.command("plan", help="Compare all layouts of a model on given hardware.")(takes_records(plan.plan))
+    app.command("predict", help="Predict a published measurement.")(predict.predict)
+    app.command("simulate", help="Replay a trace on a simulated cluster.")(simulate.simulate)
+    app.command("calibrate", help="Measure this machine's constants for plan and simulate.")(calibrate.calibrate)
+    app.command("serve", help="Serve a model over the OpenAI API.")(takes_records(serve.serve))
+    app.command("route", help="Route requests to prefill and decode instances.")(takes_records(route.route))
+    benches = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_records(bench.latency))
     benches.command("throughput", help="Continuous batching under load.")(takes_records(bench.throughput))
-    benches.command("mixed", help="Short chats beside long contexts.")(takes_records(bench.mixed))
-    benches.command("scheduler", help="The scheduler's own time a step, without a model.")(bench.scheduler)
-    benches.command("schedules", help="Every schedule in the same situations.")(bench_schedules.schedules)
-    benches.command("attention", help="Attention kernels, against what the device can do.")(
+    benches.command("mixed", help="Short chats and long contexts together.")(takes_records(bench.mixed))
+    benches.command("scheduler", help="Time of the scheduler for a step, without a model.")(bench.scheduler)
+    benches.command("schedules", help="All schedules on the same workloads.")(bench_schedules.schedules)
+    benches.command("attention", help="Attention kernels, compared with the device's limits.")(
         bench_kernels.attention_kernel
     )
-    benches.command("merge", help="Merging attention states, likewise.")(bench_kernels.merge)
-    benches.command("kv-write", help="Writing the cache, likewise.")(bench_kernels.kv_write)
-    benches.command("serve", help="Load on any OpenAI-compatible server.")(bench_serve.serve)
+    benches.command("merge", help="Merge of attention states, compared likewise.")(bench_kernels.merge)
+    benches.command("kv-write", help="Writes to the KV cache, compared likewise.")(bench_kernels.kv_write)
+    benches.command("serve", help="Any OpenAI-compatible server under load.")(bench_serve.serve)
     app.add_typer(benches, name="bench")
     return app
 
 
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version and end", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="print the version and exit", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Those of `longspan` itself."""
+    """The options of `longspan` itself."""
 
 
 def main() -> None:
-    """Run the command line. Exit code 2 and one line on stderr for every error a user can mend."""
+    """Run the command line. Errors that a user can correct end with one line on stderr and exit code 2."""
     try:
         code = typer.main.get_command(build_app()).main(standalone_mode=False)
     except _UsageError as error:
@@ -94,14 +96,17 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("longspan: interrupted", file=sys.stderr)
         code = _INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout has gone, as in `longspan ... | head`
+    except BrokenPipeError:  # the reader of stdout has ended, as in `longspan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code or 0)
 
 
 def _usage_message(error: Any) -> str:
-    """Option, value and where to look; `__cause__` holds the value where typer's message leaves it out."""
+    """The message of a usage error, with the given value and the command whose `--help` to read.
+
+    typer leaves the value out of some messages; then `__cause__` has it.
+    """
     message = error.format_message()
     details = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     given = f", {details[0]['input']!r} given" if details else ""

@@ -1,7 +1,6 @@
-"""Config records on the command line: the flags of their options, and the records made of what was given.
+"""Config records on the command line: makes flags from their fields, and records from the values of the flags.
 
-It owns how an option looks as a flag; names and help are the fields' own, ranges and combinations are checked by the
-records themselves.
+It owns the form of a flag. Names and help come from the fields, and the records check values and combinations.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from longspan.attention.schedules import SCHEDULE_NAMES
 from longspan.config import CacheConfig, ParallelConfig, SchedulerConfig, parse_bytes
 from longspan.config.option import Option, build, flags
 
-# tables that stand above the configuration, so that its help cannot name them
+# choices that the help of config fields cannot name, because `config` must not import these packages
 _CHOICES = {"schedule": SCHEDULE_NAMES, "attention_backend": BACKEND_NAMES}
 
 
 def flag(record: type[Any], name: str) -> Any:
-    """The flag of one option, for a command that takes it by itself."""
+    """The flag of one field, for a command that does not take the whole record."""
     (found,) = (one for one in flags(record) if one.name == name)
     return _typer_option(found)
 
 
 def takes_records(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command that takes config records have the flags of their options instead."""
+    """A command with a flag for each option of the config records that `command` takes; it calls `command`."""
     taken = inspect.signature(command, eval_str=True).parameters
     records: dict[str, Any] = {name: one.annotation for name, one in taken.items() if is_dataclass(one.annotation)}
 
@@ -51,7 +50,7 @@ def takes_records(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(one: Option) -> inspect.Parameter:
-    """An option as typer reads it."""
+    """An option as a parameter in the form that typer reads."""
     if one.default is MISSING:
         info = typer.Argument(metavar=one.name.upper(), help=one.help, show_default=False)
         default = inspect.Parameter.empty
@@ -72,7 +71,7 @@ def _typer_option(one: Option) -> Any:
 
 
 def _folder_and_size(disk: str | None) -> dict[str, Any]:
-    """`PATH[:SIZE]` as the two options that it is. Raises `ConfigError`."""
+    """The two options in the text `PATH[:SIZE]`. Raises `ConfigError`."""
     folder, colon, size = (disk or "").rpartition(":")
     if not (colon and re.fullmatch(r"\d.*", size)):
         return {}

@@ -1,6 +1,6 @@
-"""`longspan plan`: every layout of a model on a machine, with what it would hold and how fast it would be.
+"""`longspan plan`: compares all layouts of a model on given hardware by predicted capacity and times.
 
-It owns the options and what is shown; the planner decides.
+It owns the options and the table; the planner computes the forecasts.
 """
 
 from __future__ import annotations
@@ -33,50 +33,55 @@ Model = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
-HardwareName = Annotated[str, typer.Option("--hardware", help="a machine's name, as in h200, or a .yaml file")]
+HardwareName = Annotated[str, typer.Option("--hardware", help="name of the hardware, as in h200, or a .yaml file")]
 
-_SHOWN, _LEAST_WIDTH = 30, 128
+_SHOWN = 30  # rows of the table
+_MIN_WIDTH = 128  # characters of the table
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What is planned, and what of it is shown."""
+    """The options of `plan`. The help of each field says what it means."""
 
-    gpus: int = option(8, "devices in all")
-    nodes: int | None = option(None, "machines they are in; default: 8 devices a machine")
-    context: int = option(131072, "tokens of a request before its first output")
-    new: int | None = option(None, "last tokens of it that are not cached; default: all")
+    gpus: int = option(8, "number of devices")
+    nodes: int | None = option(None, "machines with equally many of the devices; default: 8 devices per machine")
+    context: int = option(131072, "tokens of a request's prompt")
+    new: int | None = option(None, "last tokens of the prompt that are not in the prefix cache; default: all")
     output: int = option(256, "tokens generated for a request")
-    concurrency: int | None = option(None, "requests at once; default: 1, for throughput as many as fit")
-    objective: str = option("e2e", "order: e2e (time of a whole request), ttft, tpot, throughput or capacity")
-    max_ttft: float | None = option(None, "seconds to the first token at most")
-    max_tpot: float | None = option(None, "milliseconds per output token at most")
-    tp: int | None = option(None, "tp of all layouts; default: any", name="tensor_parallel_size", short="-tp")
-    pcp: int | None = option(
-        None, "pcp of all layouts; default: any", name="prefill_context_parallel_size", short="-pcp"
+    concurrency: int | None = option(
+        None, "concurrent requests; default: 1, or as many as fit for the objective throughput"
     )
-    dcp: int | None = option(
-        None, "dcp of all layouts; default: any", name="decode_context_parallel_size", short="-dcp"
+    objective: str = option("e2e", "sort by e2e (time of a whole request), ttft, tpot, throughput or capacity")
+    max_ttft: float | None = option(None, "maximum time to first token, in seconds")
+    max_tpot: float | None = option(None, "maximum time per output token, in milliseconds")
+    tp: int | None = option(None, "only layouts with this tp", name="tensor_parallel_size", short="-tp")
+    pcp: int | None = option(None, "only layouts with this pcp", name="prefill_context_parallel_size", short="-pcp")
+    dcp: int | None = option(None, "only layouts with this dcp", name="decode_context_parallel_size", short="-dcp")
+    pp: int | None = option(None, "only layouts with this pp", name="pipeline_parallel_size", short="-pp")
+    experts: bool = option(
+        False, "split a mixture's experts over tp x pcp ranks, not tp alone", name="enable_expert_parallel"
     )
-    pp: int | None = option(None, "pp of all layouts; default: any", name="pipeline_parallel_size", short="-pp")
-    experts: bool = option(False, "experts are split over tp x pcp ranks", name="enable_expert_parallel")
-    dtype: str = option("bf16", "of activations and embedding: bf16, fp16 or fp32")
-    weight_dtype: str | None = option(None, "bf16, fp8, int4, mxfp4, fp32; default: the model's own")
-    kv_cache_dtype: str = option("auto", "auto (as dtype), fp8 or int8")
+    dtype: str = option("bf16", "data type of activations and embedding: bf16, fp16 or fp32")
+    weight_dtype: str | None = option(
+        None, "data type of weights: bf16, fp8, int4, mxfp4 or fp32; default: the model's own"
+    )
+    kv_cache_dtype: str = option("auto", "data type of the KV cache: auto (that of --dtype), fp8 or int8")
     memory_fraction: float = option(
         0.9, "fraction of each device's memory for weights, workspace and KV cache together"
     )
-    max_num_batched_tokens: int = option(8192, "new tokens a step computes")
-    price: float | None = option(None, "of a device and hour, for a column of costs; default: the machine's own")
-    show_all: bool = option(False, "dominated and impossible layouts too", name="all")
-    plot: str | None = option(None, "SVG file: time per token over time to first token")
+    max_num_batched_tokens: int = option(8192, "new tokens per step over all ranks")
+    price: float | None = option(
+        None, "price of a device per hour, for a column of costs; default: that of the hardware file"
+    )
+    show_all: bool = option(False, "also show layouts that are not in the Pareto set or do not fit", name="all")
+    plot: str | None = option(None, "SVG file for a plot of time per token over time to first token")
 
     def __post_init__(self) -> None:
-        require(self.gpus >= 1, "gpus", self.gpus, "must be at least 1", "give the devices in all")
+        require(self.gpus >= 1, "gpus", self.gpus, "must be at least 1", "give the number of devices")
         batched, fraction, price = self.max_num_batched_tokens, self.memory_fraction, self.price
-        require(batched >= 1, "max_num_batched_tokens", batched, "must be at least 1", "give tokens")
-        require(0 < fraction <= 1, "memory_fraction", fraction, "is not in 0..1", "give 0.9 or so")
-        require(price is None or price >= 0, "price", price, "must not be negative", "give a price an hour")
+        require(batched >= 1, "max_num_batched_tokens", batched, "must be at least 1", "give a number of tokens")
+        require(0 < fraction <= 1, "memory_fraction", fraction, "must be in (0, 1]", "0.9 is the default")
+        require(price is None or price >= 0, "price", price, "must not be negative", "give a price per hour")
         require_choice("dtype", self.dtype, tuple(DTYPES))
         require_choice("kv_cache_dtype", self.kv_cache_dtype, tuple(dict.fromkeys(("auto", self.dtype, "fp8", "int8"))))
         valid = [n for n in range(1, self.gpus + 1) if self.gpus % n == 0]
@@ -85,12 +90,12 @@ class PlanOptions:
 
     @property
     def per_node(self) -> int:
-        """Devices of a machine."""
+        """Number of devices of a machine."""
         return min(self.gpus, 8) if self.nodes is None else self.gpus // self.nodes
 
 
 def plan(model: Model, hardware: HardwareName, options: PlanOptions, as_json: Json = False) -> None:
-    """Every valid layout with capacity and times, the best first."""
+    """Predict capacity and times of every valid layout, and print the command that starts the best one."""
     from longspan.planner.forecast import TrafficLoad
     from longspan.planner.layouts import FixedSizes, fast_enough, pareto_set, plan_layouts
     from longspan.planner.models import find_config
@@ -122,7 +127,7 @@ def plan(model: Model, hardware: HardwareName, options: PlanOptions, as_json: Js
         }))  # fmt: skip
         return
     console = Console(stderr=True)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(found.table(options.show_all))
     best = fast[0]
     lines = [f"no command: {start.problem}"] if start.problem else [commands[layouts.index(best)] or ""]
@@ -159,32 +164,32 @@ def _base(model: str, hardware: str, options: PlanOptions) -> Deployment:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What was found, as it is shown."""
+    """The forecasts and how they are shown."""
 
     base: Deployment
     load: TrafficLoad
     layouts: Sequence[Forecast]  # all, the best first
-    fast: Sequence[Forecast]  # those with room and within the limits
-    best: Sequence[Forecast]  # of these the Pareto set
+    fast: Sequence[Forecast]  # those that fit and are within the limits of time
+    best: Sequence[Forecast]  # the Pareto set of `fast`
     title: str
-    price: float  # of a device and hour; 0: not known
+    price: float  # price of a device per hour; 0: not known
 
     @property
     def points(self) -> list[plots.LayoutPoint]:
-        """For a picture."""
+        """The points of the plot."""
         return [
             plots.LayoutPoint(one.parallel.short_name, one.ttft.seconds, one.tpot.seconds, one in self.best)
             for one in self.fast
         ]
 
     def cost(self, one: Forecast) -> float | None:
-        """Of a million output tokens."""
+        """Price of a million output tokens; None if the price is not known or the layout does not fit."""
         if not (self.price and one.running):
             return None
         return self.price * 1e6 / (one.throughput_per_gpu * 3600)
 
     def as_json(self, one: Forecast, command: str | None) -> dict[str, Any]:
-        """One layout."""
+        """One layout as an object of `--json`."""
         return {
             "name": one.parallel.short_name, **dict(zip(("tp", "pcp", "dcp", "pp"), one.sizes, strict=True)),
             "fits": one.running > 0, "within_limits": one in self.fast, "pareto": one in self.best,
@@ -195,9 +200,9 @@ class _Plan:
         }  # fmt: skip
 
     def table(self, show_all: bool) -> Table:
-        """The Pareto set, or all."""
+        """The table of the Pareto set, or of all layouts."""
         columns = ["layout", "KV tokens", "fit", "TTFT\ns", "TTFT\nbound by", "TTFT\nlink s", "TPOT\nms",
-                   "TPOT\nbound by", "TPOT\nlink ms", "tok/s\na device"]  # fmt: skip
+                   "TPOT\nbound by", "TPOT\nlink ms", "tok/s per\ndevice"]  # fmt: skip
         columns += ["price of\n1M tok"] if self.price else []
         left = ("layout", "TTFT\nbound by", "TPOT\nbound by")
         table = new_table(self.title, columns, left, no_wrap=True, caption=self._caption(show_all), box=SIMPLE_HEAD)
@@ -215,16 +220,18 @@ class _Plan:
         return table
 
     def _caption(self, show_all: bool) -> str:
-        means = "link: ranks wait for each other's bytes; tok/s: output"
+        means = (
+            "fit: requests that fit at once; link: time in which ranks wait for data of others; tok/s: output tokens"
+        )
         if show_all:
-            return f"{means}\n* no other layout is better in all of time to first token, time per token and order"
+            return f"{means}\n*: Pareto set: no other layout is better in TTFT, TPOT and the objective at once"
         running = sum(one.running > 0 for one in self.layouts)
         hidden = {
-            "slower": len(self.fast) - len(self.best), "beyond the limits": running - len(self.fast),
-            "without room": len(self.layouts) - running,
+            "not in the Pareto set": len(self.fast) - len(self.best), "over the limits": running - len(self.fast),
+            "that do not fit": len(self.layouts) - running,
         }  # fmt: skip
         named = ", ".join(f"{count} {why}" for why, count in hidden.items() if count)
-        return f"{means}\nhidden: {named}; --all shows them" if named else means
+        return f"{means}\nhidden layouts: {named}; --all shows them" if named else means
 
 
 def _span(span: Interval) -> dict[str, Any] | None:

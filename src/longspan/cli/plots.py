@@ -1,6 +1,6 @@
-"""Pictures of results, for `--plot`: which schedule wins where, latencies, layouts, KV pages over time.
+"""Plots for `--plot`: the fastest schedules, latencies, layouts, KV pages over time.
 
-It owns what they look like; Matplotlib draws them and is imported only here, when a picture is asked for.
+It owns the form of the plots. Matplotlib is an extra: it is imported only here, and only when a plot is requested.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 _SPREADS = ("median", "p90", "p99")
 _LATENCIES = {"time to first token, ms": "ttft_s", "time per output token, ms": "tpot_s"}
 _TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
-_MAPS_A_ROW = 3
-_MAP_LEGEND = "Bold: the fastest. Below it, where the engine chooses another: its choice, and how much slower that is."
-_MAP_SHADE = 0.75  # schedules' colours are darkened by this, so that small white text is readable on them
-_BOX = (1.08, 0.5)  # inches of a situation in a map
-_PANEL = (4.8, 3.6)  # inches of a panel with axes
-_SCATTER = (7.5, 5.0)  # of one whose points are named
-_LABEL_ROW = 16  # pixels of such a name's height
-_SHARD_ROW, _LEAST_ROW = 0.3, 0.18  # inches of a shard in a map of memory, and of the least that can be labelled
-_LEAST_MAP, _MOST_MAP = 1.2, 7.0  # inches of such a map
+_MAPS_PER_ROW = 3
+_MAP_LEGEND = "Bold: the fastest schedule. Below it: the engine's choice if it differs, and how much slower it is."
+_MAP_SHADE = 0.75  # colours of schedules are multiplied by this, so that small white text is readable on them
+_BOX = (1.08, 0.5)  # inches of a box in `schedule_map`
+_PANEL = (4.8, 3.6)  # inches of a panel in `latency_lines`
+_SCATTER = (7.5, 5.0)  # inches of the panel in `layout_scatter`
+_LABEL_ROW = 16  # pixels between two labels in `layout_scatter`
+_SHARD_ROW, _MIN_ROW = 0.3, 0.18  # inches of a shard in `memory_map`, and of the smallest row with a label
+_MIN_MAP, _MAX_MAP = 1.2, 7.0  # minimum and maximum height in inches of the panel in `memory_map`
 
 
 @dataclass(frozen=True)
 class LayoutPoint:
-    """One layout of a plan."""
+    """One layout in `layout_scatter`."""
 
-    name: str
-    ttft: float  # seconds to the first token
-    tpot: float  # seconds per output token
-    best: bool  # in the Pareto set
+    name: str  # as in `tp8 dcp2`
+    ttft: float  # time to first token, seconds
+    tpot: float  # time per output token, seconds
+    best: bool  # whether it is in the Pareto set
 
 
 def check_plot(path: str | Path | None) -> None:
-    """Before anything is measured. Raises `ConfigError` if a picture is asked for that cannot be drawn there."""
+    """Raise `ConfigError` if a plot is requested that cannot be drawn or written. To be called before measuring."""
     if path is None:
         return
-    require(Path(path).parent.is_dir(), "plot", path, "its folder does not exist", "make the folder first")
+    require(Path(path).parent.is_dir(), "plot", path, "its folder does not exist", "create the folder first")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -60,27 +60,27 @@ def check_plot(path: str | Path | None) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write the SVG, with text as text. Raises `ConfigError`."""
+    """Write the figure as SVG, with text as text instead of paths. Raises `ConfigError`."""
     from matplotlib import rc_context
 
     try:
         with rc_context({"svg.fonttype": "none"}):
             figure.savefig(path, format="svg")
     except OSError as error:
-        raise ConfigError("plot", path, f"cannot be written ({error.strerror})", "name another file") from error
+        raise ConfigError("plot", path, f"cannot be written ({error.strerror})", "give another file") from error
 
 
 def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
-    """A map for each layout and head shape, new tokens down and cached ones across.
+    """A panel for each layout and head shape: new tokens from top to bottom, cached tokens from left to right.
 
-    Each box has the fastest schedule, and the automatic choice with what it loses where they differ.
+    Each box names the fastest schedule, and the automatic choice with its regret if it is another one.
     """
     maps: dict[str, list[CellResult]] = {}
     for result in results:
         cell = result.cell
         maps.setdefault(f"{cell.heads.name}, tp {cell.tp} pcp {cell.pcp} dcp {cell.dcp}", []).append(result)
     news, cached = (sorted({getattr(result.cell, name) for result in results}) for name in ("new", "cached"))
-    across = min(_MAPS_A_ROW, len(maps))
+    across = min(_MAPS_PER_ROW, len(maps))
     size = (len(cached) * _BOX[0] + 0.6, len(news) * _BOX[1] + 0.7)
     figure, axes = _panels(f"{title}\n{_MAP_LEGEND}", ceil(len(maps) / across), across, size)
     for panel, (name, members) in zip(axes, maps.items(), strict=False):
@@ -99,7 +99,7 @@ def schedule_map(results: Sequence[CellResult], title: str) -> Figure:
 
 
 def _draw_box(panel: Axes, x: int, y: int, result: CellResult) -> None:
-    """The box of a situation in a map, around (x, y)."""
+    """Draw the box of one case, centred at (x, y)."""
     from matplotlib.colors import to_rgb
 
     best = result.best.schedule
@@ -113,7 +113,7 @@ def _draw_box(panel: Axes, x: int, y: int, result: CellResult) -> None:
 
 
 def latency_lines(reports: Sequence[RunReport], title: str) -> Figure:
-    """Time to first token beside time per output token: lines of median, p90 and p99 over the runs."""
+    """Two panels, time to first token and time per output token: median, p90 and p99 over the concurrency."""
     figure, axes = _panels(title, 1, len(_LATENCIES), _PANEL)
     limits = ["all" if report.concurrency is None else str(report.concurrency) for report in reports]
     for panel, (name, field) in zip(axes, _LATENCIES.items(), strict=True):
@@ -128,12 +128,12 @@ def latency_lines(reports: Sequence[RunReport], title: str) -> Figure:
 
 
 def layout_scatter(points: Sequence[LayoutPoint], title: str) -> Figure:
-    """Time per token over time to first token: the Pareto set named and joined, the other layouts behind it."""
+    """Time per output token over time to first token. The Pareto set is labelled and connected by a line."""
     figure, (panel,) = _panels(title, 1, 1, _SCATTER)
     best = sorted((point for point in points if point.best), key=lambda point: (point.ttft, -point.tpot))
     others = [point for point in points if not point.best]
     panel.loglog([p.ttft for p in others], [p.tpot * 1e3 for p in others], "o", color="0.75", label="other layouts")
-    panel.loglog([p.ttft for p in best], [p.tpot * 1e3 for p in best], "o-", label="no other layout is better in both")
+    panel.loglog([p.ttft for p in best], [p.tpot * 1e3 for p in best], "o-", label="Pareto set")
     panel.set(xlabel="time to first token, s", ylabel="time per output token, ms")
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter("{x:,g}")
@@ -148,8 +148,8 @@ def layout_scatter(points: Sequence[LayoutPoint], title: str) -> Figure:
 
 
 def _label_points(panel: Axes, points: Sequence[LayoutPoint]) -> None:
-    """Each point's name to its lower left, clear of the line, which falls; one too near to the last goes lower."""
-    panel.figure.draw_without_rendering()  # type: ignore[union-attr]  # settles where points are
+    """Label each point at its lower left, where the falling line is not. Labels that would overlap are moved down."""
+    panel.figure.draw_without_rendering()  # type: ignore[union-attr]  # computes the positions of points
     last = inf
     for point in points:
         _, height = panel.transData.transform((point.ttft, point.tpot * 1e3))
@@ -163,19 +163,19 @@ def _label_points(panel: Axes, points: Sequence[LayoutPoint]) -> None:
 
 
 def memory_map(memory: Memory, title: str) -> Figure:
-    """KV pages in use over time: a row for each shard of each instance, the darker the fuller."""
+    """KV pages in use over time: a row for each shard of each instance; darker means more pages in use."""
     shards, instances = len(memory.pages_per_shard), len(memory.used)
     rows = [
         [count / pages for count in row or (0,)]
         for instance in memory.used for pages, row in zip(memory.pages_per_shard, instance, strict=True)
     ]  # fmt: skip
-    height = max(_LEAST_MAP, min(_SHARD_ROW * len(rows), _MOST_MAP))
+    height = max(_MIN_MAP, min(_SHARD_ROW * len(rows), _MAX_MAP))
     figure, (panel,) = _panels(title, 1, 1, (10, 1 + height))
     seconds = memory.interval_s * len(rows[0])
     scale, unit = next((scale, unit) for scale, unit in _TIME_UNITS if seconds >= 2 * scale or scale == 1)
     ends = (0, seconds / scale, len(rows), 0)
     picture = panel.imshow(rows, "Blues", aspect="auto", vmin=0, vmax=1, extent=ends, interpolation="nearest")
-    least = ceil(len(rows) * _LEAST_ROW / height)  # shards from one tick to the next, so that they can be read
+    least = ceil(len(rows) * _MIN_ROW / height)  # shards per label, so that labels do not overlap
     every = next((n for n in range(least, shards) if shards % n == 0), shards * ceil(least / shards))
     named = range(0, len(rows), every)
     name = "shard {shard}" if instances == 1 else "instance {instance}, shard {shard}"
@@ -190,11 +190,11 @@ def memory_map(memory: Memory, title: str) -> Figure:
 
 
 def _panels(title: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure and its panels, each of `size` inches."""
+    """A figure and its panels, each of `size` (width, height) in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(hspace=0.08)  # a part of a panel's height between rows
+    layout = ConstrainedLayoutEngine(hspace=0.08)  # space between rows as a fraction of a panel
     figure = Figure(figsize=(columns * size[0], rows * size[1] + 0.5), layout=layout)
     figure.suptitle(title, parse_math=False)
     axes: Any = figure.subplots(rows, columns, squeeze=False)

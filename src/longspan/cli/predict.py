@@ -1,6 +1,6 @@
-"""`longspan predict`: what the planner says of published setups, beside what was measured.
+"""`longspan predict`: predictions for published setups, next to the measured values.
 
-It owns the options, which are named like the columns of the file of rows, and what is shown.
+It owns the options, which are named like the columns of the CSV file, and the table.
 """
 
 from __future__ import annotations
@@ -24,27 +24,43 @@ if TYPE_CHECKING:
     from longspan.planner.predict import Prediction
     from longspan.planner.rows import Row
 
-_LEAST_WIDTH = 110
+_MIN_WIDTH = 110  # characters of the table
 
-Rows = Annotated[str | None, typer.Option("--rows", help="CSV file of rows, in place of the options for one")]
-RowId = Annotated[str, typer.Option("--id", help="the row's name")]
+Rows = Annotated[str | None, typer.Option("--rows", help="CSV file of setups, instead of the options for one setup")]
+RowId = Annotated[str, typer.Option("--id", help="name of the setup")]
 Model = Annotated[str | None, typer.Option("--model", help="built-in name, folder, config.json or hub id")]
-HardwareName = Annotated[str | None, typer.Option("--hardware", help="a machine's name, or a .yaml file")]
-Gpus = Annotated[int | None, typer.Option("--gpus", help="devices in all; default: tp x pcp x pp")]
-Tensor = Annotated[int, typer.Option("--tp", "-tp", help="ranks the heads are split over")]
-Prefill = Annotated[int, typer.Option("--pcp", "-pcp", help="ranks a prompt's tokens are split over")]
-Decode = Annotated[int, typer.Option("--dcp", "-dcp", help="ranks of a TP group that split the context")]
-Pipeline = Annotated[int, typer.Option("--pp", "-pp", help="stages the layers are split over")]
-Schedule = Annotated[str, typer.Option("--schedule", help="what travels; default: keys to fill in, queries to decode")]
+HardwareName = Annotated[
+    str | None, typer.Option("--hardware", help="name of the hardware, as in h200, or a .yaml file")
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="number of devices; default: tp x pcp x pp")]
+Tensor = Annotated[int, typer.Option("--tp", "-tp", help="ranks over which heads and weights are split")]
+Prefill = Annotated[int, typer.Option("--pcp", "-pcp", help="ranks over which the tokens of a prompt are split")]
+Decode = Annotated[int, typer.Option("--dcp", "-dcp", help="ranks of a TP group over which the context is split")]
+Pipeline = Annotated[int, typer.Option("--pp", "-pp", help="stages over which the layers are split")]
+Schedule = Annotated[
+    str,
+    typer.Option("--schedule", help="schedule of attention; default: keys are gathered in prefill, queries in decode"),
+]
 NewTokens = Annotated[int, typer.Option("--new-tokens", "--new_tokens", help="new tokens of a request")]
-CachedTokens = Annotated[int, typer.Option("--cached-tokens", "--cached_tokens", help="tokens of it in the cache")]
-Batch = Annotated[int, typer.Option("--batch", help="requests alike")]
-Quantity = Annotated[str, typer.Option("--quantity", help="ttft, ttit or kv_tokens")]
-Value = Annotated[float | None, typer.Option("--value", help="what was measured")]
-Unit = Annotated[str, typer.Option("--unit", help="ms, s, us or tokens")]
-Dtype = Annotated[str, typer.Option("--dtype", help="of activations and embedding: bf16, fp16 or fp32")]
-WeightDtype = Annotated[str | None, typer.Option("--weight-dtype", help="default: the model's own")]
-CacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp8 or fp32")]
+CachedTokens = Annotated[
+    int, typer.Option("--cached-tokens", "--cached_tokens", help="tokens of a request that are in the KV cache")
+]
+Batch = Annotated[int, typer.Option("--batch", help="number of equal requests")]
+Quantity = Annotated[
+    str,
+    typer.Option("--quantity", help="ttft (time to first token), ttit (time between tokens) or kv_tokens (capacity)"),
+]
+Value = Annotated[float | None, typer.Option("--value", help="measured value")]
+Unit = Annotated[
+    str, typer.Option("--unit", help="unit of the values: ms, s, us or tokens; default: ms, or tokens for kv_tokens")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="data type of activations and embedding: bf16, fp16 or fp32")]
+WeightDtype = Annotated[
+    str | None, typer.Option("--weight-dtype", help="data type of weights; default: the model's own")
+]
+CacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="data type of the KV cache: auto (that of --dtype), bf16, fp8 or fp32")
+]
 MemoryFraction = Annotated[
     float,
     typer.Option(
@@ -55,15 +71,15 @@ BatchedTokens = Annotated[
     int | None,
     typer.Option(
         "--max-num-batched-tokens",
-        help="new tokens computed at once, over all stages; default: 8192, or 2048 below 70 GB a device",
+        help="new tokens in flight over all stages; default: 8192, or 2048 on devices of less than 70 GB",
     ),
 ]
-PerNode = Annotated[int, typer.Option("--gpus-per-node", help="devices in a machine")]
+PerNode = Annotated[int, typer.Option("--gpus-per-node", help="devices per machine")]
 
 
 def predict(
     rows: Rows = None,
-    id: RowId = "",  # the column's name
+    id: RowId = "",  # named like the column
     model: Model = None,
     hardware: HardwareName = None,
     gpus: Gpus = None,
@@ -86,7 +102,7 @@ def predict(
     max_num_batched_tokens: BatchedTokens = None,
     as_json: Json = False,
 ) -> None:
-    """A setup's time or capacity as the planner foretells it, beside what was measured."""
+    """Predict time or capacity of published setups, and compare with the measured values."""
     from longspan.planner.predict import Assumed, predict_all
     from longspan.planner.predict import predict as predict_row
     from longspan.planner.rows import Row, read_rows
@@ -94,7 +110,7 @@ def predict(
 
     stored = element_bytes("kv_cache_dtype", dtype if kv_cache_dtype == "auto" else kv_cache_dtype)
     require((max_num_batched_tokens or 1) >= 1, "max_num_batched_tokens", max_num_batched_tokens, "must be at least 1",
-            "give tokens")  # fmt: skip
+            "give a number of tokens")  # fmt: skip
     assumed = Assumed(dtype, weight_dtype, int(stored), memory_fraction, gpus_per_node, max_num_batched_tokens)
     title = f"rows of {rows}"
     if rows is not None:
@@ -111,13 +127,18 @@ def predict(
         print(json.dumps({"rows": [asdict(prediction) for prediction in found]}))
         return
     console = Console(stderr=True)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console.width = max(console.width, _MIN_WIDTH)
     console.print(title, soft_wrap=True, highlight=False)
     console.print(_table(found))
+    for one in found:
+        if one.chunk_tokens is not None:
+            row_id = f"{one.id}: " if one.id else ""
+            line = f"{row_id}assumed: chunks of {one.chunk_tokens:,} tokens (--max-num-batched-tokens / pp)"
+            console.print(line, soft_wrap=True, highlight=False)
 
 
 def _described(row: Row) -> str:
-    """The setup in words."""
+    """The setup in one line."""
     setup = f"{row.model} on {row.gpus} x {row.hardware}, {row.parallel.name}"
     if row.quantity == "kv_tokens":
         return setup

@@ -1,6 +1,6 @@
-"""`longspan route`: one address for prefill and decode instances.
+"""`longspan route`: a router in front of prefill and decode instances.
 
-It owns the options and what is said at start; forwarding is the router's.
+It owns the options and the messages at start; the router forwards the requests.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from rich.console import Console
 from longspan.cli.transfer import TransferTokenFile, read_token
 from longspan.server.options import RouteOptions
 
-Prefill = Annotated[list[str], typer.Option("--prefill", help="URL of a prefill instance; again for more")]
-Decode = Annotated[list[str], typer.Option("--decode", help="URL of a decode instance; again for more")]
+Prefill = Annotated[list[str], typer.Option("--prefill", help="URL of a prefill instance; may be given several times")]
+Decode = Annotated[list[str], typer.Option("--decode", help="URL of a decode instance; may be given several times")]
 
 
 def route(
     prefill: Prefill, decode: Decode, options: RouteOptions, transfer_token_file: TransferTokenFile = None
 ) -> None:
-    """Serve OpenAI's API through prefill and decode instances until a signal."""
+    """Serve the OpenAI API through prefill and decode instances, until a signal."""
     import uvicorn
     import uvloop
 

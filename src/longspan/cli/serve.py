@@ -1,6 +1,6 @@
 """`longspan serve`: an OpenAI-compatible server.
 
-It owns the options and what is said at start; serving is the server's.
+It owns the options and the messages at start; the `server` package serves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def serve(
     prefill_peers: transfer.PrefillPeers = None,
     transfer_token_file: transfer.TransferTokenFile = None,
 ) -> None:
-    """Serve a model until a signal; the first one drains, the second stops at once."""
+    """Serve a model until a signal. The first signal lets running requests finish, the second stops at once."""
     import uvloop
 
     from longspan.cli.generate import kv_cache_line
@@ -42,13 +42,13 @@ def serve(
     console = Console(stderr=True)
     for warning in (*options.warnings, *transfer.warnings(pairing)):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
-    sockets = open_sockets(options)  # a busy port is noticed before the model is loaded
+    sockets = open_sockets(options)  # before the model is loaded, so that a busy port is reported early
     with console.status("starting"):
         service = make_service(config, options)
 
     def ready(server: Server) -> None:
         gc.collect()
-        gc.freeze()  # collections during a large body need not walk all that has been loaded
+        gc.freeze()  # later collections do not walk the objects that exist now
         setup = service.engine.setup
         for line in (
             kv_cache_line(setup), *setup.notes,

@@ -1,6 +1,6 @@
-"""The command that starts a planned layout, or why there is none.
+"""The `longspan serve` command that starts a planned layout, or the reason why there is none.
 
-It owns what has to be said to `longspan serve`; the plan is the planner's.
+It owns the translation of a forecast into options of `longspan serve`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
     from longspan.planner.deployment import Deployment
     from longspan.planner.forecast import Forecast
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # a plan's names of them, and the engine's
-_DEQUANTISED = ("fp8", "mxfp4")  # weights that can be loaded as numbers of the activations' type
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}  # data types by the planner's names: the engine's names
+_DEQUANTISED = ("fp8", "mxfp4")  # weight formats that can be dequantised at load
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model as `serve` takes it."""
+    """How `serve` is told to load the planned model."""
 
     model: str  # hub id, folder or file
-    quantization: str = ""  # what `--quantization` has to be; '' for its default
-    problem: str | None = None  # why the planned weights cannot be served, with the remedy
+    quantization: str = ""  # value of `--quantization`; '' for the default
+    problem: str | None = None  # why the planned weights cannot be served, with the remedy; None if they can
 
 
 def served(model: str, values: Mapping[str, Any], planned: WeightFormat, dtype: str) -> Served:
-    """From what the user called the model, its config.json, and the weights that were planned."""
+    """How to serve the model named `model`, whose config.json is `values`, with weights of the format `planned`."""
     built_in = None if Path(model).expanduser().exists() else builtin_name(model)
     name = model if built_in is None else hub_id(values)
     if name is None or " with " in model:
-        return Served(model, problem=f"no weights of {model} are known on the hub: give the folder of yours")
+        return Served(model, problem=f"no checkpoint of {model} is known on the hub: give a folder with its weights")
     problem = quantisation_problem(values)
     if problem is not None:
         return Served(name, problem=f"{name}: {problem}")
@@ -47,12 +51,14 @@ def served(model: str, values: Mapping[str, Any], planned: WeightFormat, dtype: 
     if as_stored and method == "mxfp4":
         return Served(name, problem=f"MXFP4 weights are dequantised at load: plan with --weight-dtype {dtype}")
     if not (as_stored or dequantised):
-        return Served(name, problem=f"the weights of {name} have another format: give a folder with the planned ones")
+        return Served(
+            name, problem=f"the weights of {name} have another format: give a folder with weights of the planned format"
+        )
     return Served(name, "none" if dequantised and method == "fp8" else "")
 
 
 def serve_command(model: Served, base: Deployment, one: Forecast, dtype: str, kv_dtype: str, tokens: int) -> str | None:
-    """What starts a layout for requests of so many tokens; None where the planned weights cannot be served."""
+    """The command for a layout and requests of up to `tokens` tokens; None if the planned weights cannot be served."""
     if model.problem is not None:
         return None
     sizes = zip(("-tp", "-pcp", "-dcp", "-pp"), one.sizes, strict=True)
@@ -78,14 +84,14 @@ def serve_command(model: Served, base: Deployment, one: Forecast, dtype: str, kv
 
 
 def command_notes(base: Deployment, one: Forecast, tokens: int) -> list[str]:
-    """What a user has to know before the command is run."""
+    """Notes for the user about the command."""
     positions, ranks = base.model.max_position_embeddings, one.parallel.world_size
     notes = []
     if tokens > positions:
-        notes.append(f"the model was made for {positions:,} positions, and `serve` takes no longer requests")
+        notes.append(f"note: the model has {positions:,} positions, so `serve` refuses requests of {tokens:,} tokens")
     if ranks > base.gpus_per_node:
         notes.append(
-            f"the command is for the head of a Ray cluster of {-(-ranks // base.gpus_per_node)} machines, begun with "
-            "`ray start --head --port 6379`"
+            f"note: run the command on the head of a Ray cluster of {-(-ranks // base.gpus_per_node)} machines, which "
+            "`ray start --head --port 6379` starts"
         )
     return notes

@@ -1,6 +1,6 @@
-"""`longspan simulate`: a trace played to engines that exist on paper, and the latencies they would have.
+"""`longspan simulate`: replays a trace on simulated engines and reports throughput and latencies.
 
-It owns the options, the tables and the files; tables and progress go to stderr, one JSON object to stdout.
+It owns the options, the tables and the files. Tables and progress go to stderr, the object of `--json` to stdout.
 """
 
 from __future__ import annotations
@@ -29,33 +29,45 @@ if TYPE_CHECKING:
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="folder, hub id or built-in name", show_default=False)]
 HardwareName = Annotated[
-    str, typer.Option("--hardware", help="a machine's name, as in h200, or a .yaml file, as calibrate writes")
+    str, typer.Option("--hardware", help="name of the hardware, as in h200, or a .yaml file, as calibrate writes it")
 ]
 Layout = Annotated[
     str | None,
     typer.Option(
-        "--layout", help="ranks of an instance, as in tp=8,dcp=8; also pcp and pp; default: the fewest that have room"
+        "--layout",
+        help="layout of an instance, as in tp=8,dcp=8; also pcp and pp; default: the fewest devices that suffice",
     ),
 ]
-Trace = Annotated[str, typer.Option("--trace", help="file of requests, as bench serve reads with --dataset trace")]
-Instances = Annotated[int, typer.Option("--instances", help="engines that share the requests")]
-BatchedTokens = Annotated[
-    int, typer.Option("--max-num-batched-tokens", help="new tokens a step computes over all ranks")
+Trace = Annotated[str, typer.Option("--trace", help="trace file, as for bench serve --dataset trace")]
+Instances = Annotated[int, typer.Option("--instances", help="number of engines; each request goes to one")]
+BatchedTokens = Annotated[int, typer.Option("--max-num-batched-tokens", help="new tokens per step over all ranks")]
+NumRequests = Annotated[
+    int | None, typer.Option("--num-requests", help="only this many first requests of the trace; default: all")
 ]
-NumRequests = Annotated[int | None, typer.Option("--num-requests", help="the trace's first; default: all")]
-TimeScale = Annotated[float, typer.Option("--time-scale", help="of the gaps between requests: 0.5 is twice the load")]
-MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="longer prompts are cut to this")]
+TimeScale = Annotated[
+    float, typer.Option("--time-scale", help="factor for the gaps between requests: 0.5 doubles the load")
+]
+MaxInputLen = Annotated[int | None, typer.Option("--max-input-len", help="tokens to which longer prompts are cut")]
 ModelLength = Annotated[
-    int | None, typer.Option("--max-model-len", help="tokens of prompt and completion; default: the longest request's")
+    int | None,
+    typer.Option("--max-model-len", help="tokens of prompt and completion; default: those of the longest request"),
 ]
-PageSize = Annotated[int, typer.Option("--page-size", help="tokens in a KV page; smaller ones take longer")]
-Dtype = Annotated[str, typer.Option("--dtype", help="of activations and of weights: bf16, fp32 ...")]
+PageSize = Annotated[int, typer.Option("--page-size", help="tokens per KV page; smaller pages take longer to simulate")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="data type of activations, and of weights that are not quantised: bf16, fp32 ...")
+]
 WeightDtype = Annotated[
-    str | None, typer.Option("--weight-dtype", help="bf16, fp8, int4 ...; default: what the model's configuration says")
+    str | None,
+    typer.Option("--weight-dtype", help="data type of weights: bf16, fp8, int4 ...; default: the model's own"),
 ]
-KVDtype = Annotated[str | None, typer.Option("--kv-cache-dtype", help="default: that of activations")]
+KVDtype = Annotated[
+    str | None, typer.Option("--kv-cache-dtype", help="data type of the KV cache; default: that of --dtype")
+]
 CacheMemory = Annotated[
-    str | None, typer.Option("--kv-cache-memory-bytes", help="KV cache of a rank; default: what the machine has left")
+    str | None,
+    typer.Option(
+        "--kv-cache-memory-bytes", help="KV cache per rank in bytes; default: what is left of --memory-fraction"
+    ),
 ]
 MemoryFraction = Annotated[
     float,
@@ -63,8 +75,8 @@ MemoryFraction = Annotated[
         "--memory-fraction", help="fraction of each device's memory for weights, workspace and KV cache together"
     ),
 ]
-GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", help="ranks that share a machine")]
-Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for the KV pages of every shard over time")]
+GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", help="devices per machine")]
+Plot = Annotated[str | None, typer.Option("--plot", help="SVG file for a plot of KV pages in use over time")]
 
 
 def simulate(
@@ -92,7 +104,7 @@ def simulate(
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """A trace through the real scheduler and cache of engines on any machine, step by step on a clock of its own."""
+    """Replay a trace on simulated engines: the real scheduler and cache, with predicted step times."""
     from longspan.planner.deployment import Deployment
     from longspan.planner.hardware import hardware as machine
     from longspan.planner.models import find_model
@@ -100,7 +112,7 @@ def simulate(
     from longspan.planner.simulate.trace_requests import read_requests
     from longspan.weights.formats import element_bytes
 
-    require(instances >= 1, "instances", instances, "must be at least 1", "give a number of engines")
+    require(instances >= 1, "instances", instances, "must be at least 1", "give the number of engines")
     require(page_size >= 1, "page_size", page_size, "must be at least 1", "512 is the default")
     plots.check_plot(plot)
     scheduler = SchedulerConfig(
@@ -130,7 +142,7 @@ def simulate(
 
 
 def _parallel(layout: str | None, base: Deployment, requests: Sequence[TraceRequest]) -> ParallelConfig:
-    """As asked for, or what the longest request needs."""
+    """The given layout, or the smallest one in which the longest request fits."""
     from longspan.planner.layouts import smallest_layout
 
     if layout is not None:
@@ -146,13 +158,13 @@ def _play(config: InstanceConfig, requests: Sequence[TraceRequest], instances: i
 
 
 def _notes(deployment: Deployment, requests: Sequence[TraceRequest], asked: int | None) -> list[str]:
-    """What a reader of the results must know."""
+    """Notes on results that may be misleading."""
     positions = deployment.model.max_position_embeddings
     found = len(requests)
     beyond = sum(request.prompt_tokens + request.max_tokens > positions for request in requests)
     return [
-        *([f"the trace has {found} requests, {asked} were asked for"] if asked and found < asked else []),
-        *([f"{beyond} requests exceed the {positions:,} positions the model was made for"] if beyond else []),
+        *([f"the trace has only {found} of {asked} requests"] if asked and found < asked else []),
+        *([f"{beyond} requests exceed the model's {positions:,} positions"] if beyond else []),
     ]
 
 
@@ -160,7 +172,7 @@ def _show(title: str, result: Simulation, notes: Sequence[str]) -> None:
     console = Console(stderr=True)
     show_reports(console, title, [result.report], notes)
     columns = ("instance", "requests", "mean", "mean of the fullest shard", "peak of the fullest shard")
-    table = new_table("KV pages in use, % of a shard's", columns)
+    table = new_table("KV pages in use, as a fraction of each shard", columns)
     pages = result.memory.pages_per_shard
     for number, used in enumerate(result.memory.used):
         means = [fmean(row) / size for row, size in zip(used, pages, strict=True)]

@@ -1,4 +1,4 @@
-"""Frozen configuration, by subject: pure data that travels to every process."""
+"""Frozen configuration records by subject: plain data that is sent to every process."""
 
 from longspan.config.checks import parse_bytes, parse_integers, require, require_choice
 from longspan.config.cost import CostConstants, Fixed

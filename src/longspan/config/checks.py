@@ -1,4 +1,4 @@
-"""What users write: how texts are read and values checked. What fails names the field, the value and the remedy."""
+"""Parsing and checks of values that users give. Errors name the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_choice(field_name: str, value: str, choices: tuple[str, ...]) -> Non
 
 
 def parse_bytes(field_name: str, text: str) -> int:
-    """`512M`, `1.5G` or a plain number of bytes. Raises `ConfigError`."""
+    """A number of bytes from `512M`, `1.5G` or a plain number. Raises `ConfigError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
         raise ConfigError(field_name, text, "is not a size", "give bytes, or a number with k, M, G or T")
@@ -29,7 +29,7 @@ def parse_bytes(field_name: str, text: str) -> int:
 
 
 def parse_integers(field_name: str, text: str) -> tuple[int, ...]:
-    """A comma-separated list of integers. Raises `ConfigError`."""
+    """Integers from a comma-separated list. Raises `ConfigError`."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

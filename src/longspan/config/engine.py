@@ -1,7 +1,7 @@
-"""Frozen, resolved configuration: what the user asked for, checked before anything is allocated.
+"""The configuration of an engine, checked before anything is allocated.
 
-It owns the fields, their defaults and the checks that need no model; it must not import torch
-or know how any option is carried out.
+It owns the fields, their defaults and the checks that need no model; it must not import torch or know how an option is
+implemented.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _SIZES = {
     "pcp": "prefill_context_parallel_size",
     "dcp": "decode_context_parallel_size",
     "pp": "pipeline_parallel_size",
-}  # what a layout's text calls them
+}  # short names in the text of a layout
 
 
 def drafted_tokens(field: str, text: str) -> int:
-    """How many tokens `prompt-lookup:K` drafts. Raises `ConfigError`, which names the field."""
+    """The number K in `prompt-lookup:K`. Raises `ConfigError`, which names `field`."""
     name, _, count = text.partition(":")
     remedy = "use prompt-lookup:K with K in 1..64, as in prompt-lookup:4"
     require(name == "prompt-lookup" and count.isdecimal() and int(count) > 0, field, text, "unknown", remedy)
@@ -44,38 +44,38 @@ def drafted_tokens(field: str, text: str) -> int:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the rank grid; world = pp · pcp · tp, and dcp re-uses ranks of the TP group."""
+    """Sizes of the rank grid. The number of ranks is pp · pcp · tp; dcp uses ranks of the TP group."""
 
-    tensor_parallel_size: int = option(1, "ranks the heads are split over", short="-tp")
-    prefill_context_parallel_size: int = option(1, "ranks a prompt's tokens are split over", short="-pcp")
+    tensor_parallel_size: int = option(1, "ranks over which heads and weights are split", short="-tp")
+    prefill_context_parallel_size: int = option(1, "ranks over which the tokens of a prompt are split", short="-pcp")
     decode_context_parallel_size: int = option(
-        1, "ranks of a TP group that split the context; divides tp", short="-dcp"
+        1, "ranks of a TP group over which the context is split; must divide tp", short="-dcp"
     )
-    pipeline_parallel_size: int = option(1, "stages the layers are split over", short="-pp")
+    pipeline_parallel_size: int = option(1, "stages over which the layers are split", short="-pp")
     _: KW_ONLY
     enable_expert_parallel: bool = option(False, "split a mixture's experts over tp x pcp ranks, not tp alone")
-    ranks_per_node: int | None = option(None, "ranks per machine, for tree_q; default: all of them")
-    node_of_rank: tuple[int, ...] = ()  # the machine of every rank, as the executor found it; () follows ranks_per_node
+    ranks_per_node: int | None = option(None, "ranks per machine, for tree_q; default: all ranks")
+    node_of_rank: tuple[int, ...] = ()  # machine of every rank, set by the executor; (): as ranks_per_node says
 
     @staticmethod
     def parse(field: str, text: str) -> ParallelConfig:
-        """`tp=8,dcp=8` as a configuration; a size left out is 1. Raises `ConfigError`, which names the field."""
+        """The layout in a text as `tp=8,dcp=8`; sizes left out are 1. Raises `ConfigError`, which names `field`."""
         sizes: dict[str, int] = {}
         for part in text.split(","):
             short, _, size = part.strip().partition("=")
             known = short in _SIZES and size.isdecimal()
-            require(known, field, text, f"{part.strip()!r} is no size", "write it as tp=8,pcp=1,dcp=8,pp=1")
+            require(known, field, text, f"{part.strip()!r} is not a size", "write it as tp=8,pcp=1,dcp=8,pp=1")
             sizes[_SIZES[short]] = int(size)
         return ParallelConfig(**sizes)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
-        """As `tp=8,pcp=1,dcp=2,pp=1`, which `parse` reads."""
+        """All sizes, in the form that `parse` reads: `tp=8,pcp=1,dcp=2,pp=1`."""
         return ",".join(f"{short}={getattr(self, name)}" for short, name in _SIZES.items())
 
     @property
     def short_name(self) -> str:
-        """As `tp8 dcp2`: for people, without sizes of 1."""
+        """The sizes greater than 1, for people: `tp8 dcp2`."""
         sizes = {short: getattr(self, name) for short, name in _SIZES.items()}
         return " ".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "tp1"
 
@@ -98,63 +98,63 @@ class ParallelConfig:
             tp % dcp == 0,
             "decode_context_parallel_size",
             dcp,
-            f"must divide tensor_parallel_size={tp}, whose ranks it re-uses",
+            f"must divide tensor_parallel_size={tp}, whose ranks it uses",
             f"use one of {', '.join(divisors)}, or change tensor_parallel_size",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadConfig:
-    """Where pages go that the prefix cache has no room for; sizes are for all ranks together."""
+    """Where evicted pages of the prefix cache are kept. Sizes are sums over all ranks."""
 
     memory_bytes: int | None = option(
         None, "host memory over all ranks for pages evicted from the KV cache, as in 8G",
         name="kv_offload_memory", metavar="SIZE", parse=parse_bytes,
     )  # fmt: skip
     disk: str | None = option(
-        None, "folder for pages evicted from host memory, or for the flag folder:size; "
-        "default: half of what is free there",
+        None, "folder for pages evicted from host memory; the flag also takes PATH:SIZE; "
+        "default size: half of the free space",
         name="kv_offload_disk", metavar="PATH[:SIZE]",
     )  # fmt: skip
     disk_bytes: int | None = option(
-        None, "bytes in that folder over all ranks; default: half of what is free there",
+        None, "bytes in kv_offload_disk over all ranks; default: half of the free space",
         name="kv_offload_disk_bytes", flag=None,
     )  # fmt: skip
-    memory_file: str | None = None  # these two are what the driver has opened
-    disk_file: str | None = None
+    memory_file: str | None = None  # file of the memory tier, opened by the driver
+    disk_file: str | None = None  # file of the disk tier, opened by the driver
 
     @property
     def is_on(self) -> bool:
-        """Whether any page is offloaded."""
+        """Whether pages are offloaded."""
         return self.memory_bytes is not None or self.disk is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The KV cache: pages, their number and type, and where they go when it is full."""
+    """The KV cache: number, size and data type of its pages, and offload."""
 
     page_size: int = option(16, "tokens per KV page")
     memory_bytes: int | None = option(
-        None, "KV cache per rank in bytes; k, M, G are 1024-based; default: 1G, or what is left of a GPU",
+        None, "KV cache per rank in bytes; k, M, G are powers of 1024; default: 1G, or on a GPU what is left",
         name="kv_cache_memory_bytes", parse=parse_bytes,
     )  # fmt: skip
     gpu_memory_utilization: float = option(
         0.9, "fraction of each GPU's free memory for weights, workspace and KV cache together"
     )
     pages_per_shard: tuple[int, ...] | None = option(
-        None, "KV pages of each shard, as in 100,80, instead of the memory", parse=parse_integers
+        None, "KV pages of each shard, as in 100,80, instead of kv_cache_memory_bytes", parse=parse_integers
     )
     enable_prefix_caching: bool = option(True, "share KV pages of equal prefixes")
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     dtype: str = option(
         "auto", "auto (the model's), int8 or fp8_e4m3, with a scale per token and head", name="kv_cache_dtype"
     )
-    memory_settled: bool = False  # memory_bytes was found to fit: other processes take it as it is
+    memory_settled: bool = False  # whether memory_bytes has been checked: other processes do not check it again
 
     def __post_init__(self) -> None:
         require(
             self.enable_prefix_caching or not self.offload.is_on, "enable_prefix_caching", False,
-            "offloaded pages are found by the prefix cache", "leave out --no-enable-prefix-caching or --kv-offload-*",
+            "offload needs the prefix cache", "leave out --no-enable-prefix-caching or --kv-offload-*",
         )  # fmt: skip
         require(
             0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization,
@@ -169,19 +169,21 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """How work is batched; `step_tokens` and `running_limit` are the bounds that hold."""
+    """How requests are batched. `step_tokens` and `running_limit` are the effective limits."""
 
     max_num_batched_tokens: int | None = option(
         None, "new tokens per step over all ranks; default: 2048, or max_num_seqs if that is more"
     )
-    max_num_seqs: int | None = option(None, "requests that run at once; default: 256, or as many as a step has tokens")
+    max_num_seqs: int | None = option(
+        None, "maximum requests that run at once; default: 256, or the tokens of a step if fewer"
+    )
     max_model_len: int | None = option(None, "tokens of prompt and completion; default: the model's own limit")
     local_context: int | None = option(
         None, "contexts of up to this many tokens stay on one shard; default: 512, or what a shard holds if less"
     )
-    schedule: str = option("auto", "what ranks exchange in attention")
+    schedule: str = option("auto", "attention schedule, that is, what ranks exchange")
     prompt_lookup: int = option(
-        0, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the text itself",
+        0, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the request's own text",
         name="speculative", parse=drafted_tokens,
     )  # fmt: skip
     async_scheduling: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
@@ -217,20 +219,20 @@ class SchedulerConfig:
 
     @property
     def step_tokens(self) -> int:
-        """New tokens a step computes at most: what was asked for, or 2048, or enough for all requests to decode."""
+        """Maximum new tokens of a step: the given number, or 2048, or max_num_seqs if that is more."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(DEFAULT_STEP_TOKENS, self.max_num_seqs or 0)
 
     @property
     def running_limit(self) -> int:
-        """Requests that run at once at most: what was asked for, or 256, or as many as can decode in one step."""
+        """Maximum requests that run at once: the given number, or 256, or the tokens of a step if fewer."""
         if self.max_num_seqs is not None:
             return self.max_num_seqs
         return min(DEFAULT_RUNNING, self.step_tokens)
 
     def on_shards(self, tokens: int) -> SchedulerConfig:
-        """With `local_context` settled for shards of which the largest holds `tokens`. Raises `ConfigError`."""
+        """A copy with `local_context` set, for shards of which the largest holds `tokens`. Raises `ConfigError`."""
         asked = self.local_context
         if asked is not None:
             require(
@@ -242,10 +244,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Ranks on other machines."""
+    """How ranks on other machines are started and found."""
 
-    ray_address: str | None = option(None, "Ray cluster to join, HOST:PORT; default: start one here")
-    listen: str = option("tcp://127.0.0.1:7850", "where ranks that you start with torchrun report (executor external)")
+    ray_address: str | None = option(None, "Ray cluster to join, HOST:PORT; default: start one on this machine")
+    listen: str = option("tcp://127.0.0.1:7850", "address where ranks started by torchrun connect (executor external)")
     timeout: float = option(120.0, "seconds to wait for machines and ranks of a cluster", name="cluster_timeout")
 
     def __post_init__(self) -> None:
@@ -254,19 +256,19 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LivenessConfig:
-    """When a process that exists but does not go on counts as dead; all in seconds."""
+    """After which silence a process counts as dead. All fields are seconds."""
 
     step_timeout: float | None = option(
         None,
-        "seconds a step may take, but for the first 8 after a start, which compile; "
-        "default: the larger of 60 and 20 times what recent steps let expect",
+        "seconds a step may take, except the first 8 after a start, which compile; "
+        "default: the larger of 60 and 20 times the time expected from recent steps",
     )
-    step_floor: float = 60.0  # a limit that nobody has given is never shorter
-    heartbeat_interval: float = 1.0  # between two signs of life of a core or a rank
-    heartbeat_late: float = 3.0  # silence after which `/health` says 503
+    step_floor: float = 60.0  # minimum of the default limit of a step
+    heartbeat_interval: float = 1.0  # between two heartbeats of a core or a rank
+    heartbeat_late: float = 3.0  # silence after which `/health` answers 503
     heartbeat_timeout: float = 10.0  # silence after which a core or rank that was ready counts as dead
-    start_timeout: float = 300.0  # the same for a core that is not ready yet: C code may hold the interpreter for long
-    # a token, as measured by the engine before this one if a step of it hung; this one then has limits from the start
+    start_timeout: float = 300.0  # the same before a core is ready, when C code may hold the interpreter for long
+    # time of a token, measured by the engine that this one replaces because a step hung; None: measure it
     pace: float | None = None
 
     def __post_init__(self) -> None:
@@ -276,43 +278,44 @@ class LivenessConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything an engine and its workers need to start; plain data, so it travels to processes."""
+    """All that an engine and its workers need to start. Plain data, which is sent to processes."""
 
     model: str = field(metadata={OPTION: Option("Hugging Face folder or hub id, .gguf file, or smollm2")})
     _: KW_ONLY
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    # auto until `setup.resolve` has chosen
+    # `setup.resolve` replaces auto
     executor: str = option(
         "auto", "auto (processes for several ranks on GPUs, else threads), threads, processes, ray, external, "
-        "or dry: no ranks, made-up tokens",
+        "or dry (no ranks; tokens are meaningless)",
     )  # fmt: skip
     cluster: ClusterConfig = field(
-        default_factory=ClusterConfig, metadata={OPTION: Option("ranks on other machines", flag=None)}
+        default_factory=ClusterConfig,
+        metadata={OPTION: Option("a ClusterConfig: how ranks on other machines are started", flag=None)},
     )
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     attention_backend: str = option("auto", "attention kernels")
     quantization: str = option(
-        "auto", "a checkpoint's FP8 weights: auto (kept where the GPU multiplies them), fp8 (kept), "
+        "auto", "a checkpoint's FP8 weights: auto (kept as FP8 if the GPU multiplies FP8), fp8 (kept), "
         "none (dequantised at load)", short="-q",
     )  # fmt: skip
     enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
-    seed: int = option(0, "random seed of requests that bring none")
+    seed: int = option(0, "random seed of requests without one")
     num_threads: int | None = option(None, "CPU threads per rank; default: an even share")
     debug: bool = option(False, "compare the plan between ranks at every step")
     cost: CostConstants | None = option(
-        None, "constants of the cost model, for the flag a JSON file of them; default: measured",
+        None, "constants of the cost model (the flag takes a JSON file); default: measured at start",
         flag="cost_constants", parse=read_constants,
     )  # fmt: skip
-    trace: bool = False  # ranks record when they compute and transfer
-    transfer: TransferConfig | None = None  # this instance is one side of a pair
+    trace: bool = False  # whether ranks record when they compute and transfer
+    transfer: TransferConfig | None = None  # for a prefill or decode instance; None: an instance that does both
 
     @classmethod
     def of(cls, model: str, **options: Unpack[EngineOptions]) -> EngineConfig:
-        """From options by name, those of the records in it too. Raises `ConfigError`."""
+        """A configuration from options by name, those of nested records included. Raises `ConfigError`."""
         given = {"model": model, **options}
         check_keywords(cls, given)
         return build(cls, given)
@@ -341,6 +344,6 @@ class EngineConfig:
             self.scheduler.schedule != "local" or dcp == 1,
             "schedule",
             "local",
-            f"decode_context_parallel_size={dcp} splits a head group's queries from its pages, so they must travel",
+            f"with decode_context_parallel_size={dcp} queries and pages are on different ranks, so one must travel",
             "use --schedule auto, or decode_context_parallel_size=1",
         )

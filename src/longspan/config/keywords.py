@@ -1,6 +1,6 @@
-"""The keywords of `LLM` for type checkers and editors, which cannot read them from the fields of `EngineConfig`.
+"""The keywords of `LLM` for type checkers and editors, which cannot derive them from the fields of `EngineConfig`.
 
-A test compares names, order and types with the fields; nothing else is written here.
+A test compares their names, order and types with the fields.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from longspan.config.engine import ClusterConfig
 
 
 class EngineOptions(TypedDict, total=False):
-    """What each option of an engine may be; a field that is parsed takes its text."""
+    """The types of the options of an engine. An option that is parsed takes its text."""
 
     tensor_parallel_size: int
     prefill_context_parallel_size: int

@@ -1,8 +1,7 @@
-"""Options: the fields of config records that users set, each described where it stands.
+"""Options: fields of config records that users can set, declared once.
 
-A field that `option` declares is all there is to write: the flag, the keyword of `LLM`, their help and docs/cli.md are
-read from it. This module owns the description and the way from options to records; it knows no
-particular record and no command line.
+The flag, the keyword of `LLM`, their help and docs/cli.md are derived from the field. This module owns the declaration
+and the conversion of options to records; it must not know particular records or the command line.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from longspan.errors import ConfigError
 
-OPTION = "option"  # where a field's metadata has its `Option`
+OPTION = "option"  # key of the `Option` in a field's metadata
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,29 +24,29 @@ class Option:
     """How users set a field."""
 
     help: str
-    name: str = ""  # of the keyword; '' for the field's
-    flag: str | None = ""  # name of the flag, with underscores; '' for the keyword's, None for no flag
+    name: str = ""  # name of the keyword; '' for the field's name
+    flag: str | None = ""  # name of the flag, with underscores; '' for the keyword's name, None for no flag
     short: str = ""  # second flag, as in -tp
-    metavar: str | None = None  # what stands for the value in --help
-    parse: Callable[[str, str], Any] | None = None  # makes a value of the flag's name and a text
-    text: str | None = None  # the default as a text, if one is parsed; None for no default to show
-    default: Any = None  # as users see it, MISSING if they must give one; filled in by `described`
-    kind: Any = None  # the field's type; filled in by `described`
+    metavar: str | None = None  # placeholder of the value in --help
+    parse: Callable[[str, str], Any] | None = None  # (name of the flag, text) -> value
+    text: str | None = None  # the default as text, if values are parsed; None to show no default
+    default: Any = None  # the default that users see, MISSING if there is none; set by `described`
+    kind: Any = None  # type of the field; set by `described`
 
     def read(self, value: Any) -> Any:
-        """What the field takes. Raises `ConfigError` for a text that cannot be parsed."""
+        """The value for the field. Raises `ConfigError` for a text that cannot be parsed."""
         if isinstance(value, str):
             return value if self.parse is None else self.parse(self.flag or self.name, value)
         return tuple(value) if isinstance(value, Sequence) else value
 
 
 def option(default: T, help: str, **how: Any) -> T:
-    """A field that users set; `how` are further fields of `Option`."""
+    """Declare a field that users can set; `how` are further fields of `Option`."""
     return field(default=default, metadata={OPTION: Option(help, **how)})
 
 
 def described(record: type[Any]) -> Iterator[tuple[str, Any, Option | None]]:
-    """Every field of a record: its name, its type, and the option that it is, if any."""
+    """(name, type, option) of every field of a record; the option is None for a field that users cannot set."""
     kinds = get_type_hints(record)
     for one in fields(record):
         found, kind = one.metadata.get(OPTION), kinds[one.name]
@@ -59,7 +58,7 @@ def described(record: type[Any]) -> Iterator[tuple[str, Any, Option | None]]:
 
 
 def keywords(record: type[Any]) -> Iterator[Option]:
-    """The options of a record as keywords. Those of a record in it are among them, unless it is a keyword itself."""
+    """The keywords of a record, those of nested records included. A nested record may be a keyword itself instead."""
     for _, kind, found in described(record):
         if found is not None:
             yield found
@@ -68,7 +67,7 @@ def keywords(record: type[Any]) -> Iterator[Option]:
 
 
 def flags(record: type[Any]) -> Iterator[Option]:
-    """The options of a record, and of the records in it, that have a flag."""
+    """The options of a record and of its nested records that have a flag."""
     for _, kind, found in described(record):
         if is_dataclass(kind):
             yield from flags(cast(type[Any], kind))
@@ -77,8 +76,10 @@ def flags(record: type[Any]) -> Iterator[Option]:
 
 
 def build(record: type[T], given: Mapping[str, Any]) -> T:
-    """A record, with the records in it, from values by name of the option; None leaves the default. Raises
-    `ConfigError`."""
+    """Build a record and its nested records from values by name of the option; None keeps the default.
+
+    Raises `ConfigError`.
+    """
     values: dict[str, Any] = {}
     for name, kind, found in described(record):
         value = None if found is None else given.get(found.name)
@@ -90,16 +91,19 @@ def build(record: type[T], given: Mapping[str, Any]) -> T:
 
 
 def check_keywords(record: type[Any], given: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a keyword that is no option of the record."""
+    """Raise `ConfigError` for a keyword that is not an option of the record."""
     known = [one.name for one in keywords(record)]
     for name, value in given.items():
         if name not in known:
             (nearest,) = get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ConfigError(name, value, "is no option", f"the nearest one is {nearest}")
+            raise ConfigError(name, value, "is not an option", f"the most similar one is {nearest}")
 
 
 def lists_options(record: type[Any], typed: type[Any]) -> Callable[[Function], Function]:
-    """Show the options that a function takes as `**options: Unpack[typed]` in its signature and docstring."""
+    """Decorator: list the options that a function takes as `**options` in its signature and docstring.
+
+    `typed` is the TypedDict of these options.
+    """
 
     kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in typed.__annotations__.items()}
 

@@ -1,4 +1,4 @@
-"""What a model would do on hardware one need not have: capacity, time and the layouts to choose from.
+"""Predictions of capacity, time and layouts for a model on given hardware, which need not be present.
 
-It predicts; it must not load weights nor start ranks.
+It owns the prediction; it must not load weights or start ranks.
 """

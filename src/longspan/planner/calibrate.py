@@ -1,6 +1,6 @@
-"""This machine's constants, measured with the engine's own kernels and executors.
+"""Measures the constants of this machine with the engine's own kernels and executors.
 
-It owns what is run and timed and how that becomes a `Hardware`; it must not know how times are predicted from it.
+It owns what is run and timed, and how the times become a `Hardware`; it must not know how times are predicted from it.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from longspan.models.registry import load_config
 from longspan.planner.hardware import Hardware
 from longspan.planner.linear import passed_elements
 from longspan.planner.measured_engine import EngineBench, EngineTimes, plain_folder
-from longspan.planner.measured_layers import KERNELS_A_LAYER, LayerBench
+from longspan.planner.measured_layers import KERNELS_PER_LAYER, LayerBench
 from longspan.planner.models import find_config
 from longspan.planner.timing import Bench, Report
 
-_STREAM_BYTES = 1 << 28  # more than caches hold
-_DEFAULT_LINK_GB_S = 25.0  # of a GPU whose links are not measured
+_STREAM_BYTES = 1 << 28  # more than the processor's caches hold
+_DEFAULT_LINK_GB_S = 25.0  # rate of links between GPUs, which are not measured
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The machine, and which of two timings of the same thing differed too much, with the difference."""
+    """The result of a calibration."""
 
     machine: Hardware
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # which timings were not reproducible, with the difference; for users
 
 
 @torch.inference_mode()
 def calibrate(model: str, executor: str, report: Report) -> Calibrated:
-    """Measure this machine with the shapes of a model (folder, hub id or built-in name); `report` hears what is on.
+    """Measure this machine with the shapes of a model (folder, hub id or built-in name). Takes about two minutes.
 
-    Takes some two minutes. Raises `ModelError`.
+    `report` is called with the name of each measurement when it starts. Raises `ModelError`.
     """
     values = find_config(model)
     shape = load_config(values)
@@ -47,7 +47,7 @@ def calibrate(model: str, executor: str, report: Report) -> Calibrated:
     cores = len(os.sched_getaffinity(0))
     bench = Bench(torch.device("cuda" if gpu else "cpu"), cores, report)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # see `Bench`
+    torch.set_num_threads(1)  # `Bench` needs this
     stream = _stream(bench)
     made = LayerBench(bench, shape)
     layers = made.measure()
@@ -66,7 +66,7 @@ def calibrate(model: str, executor: str, report: Report) -> Calibrated:
         memory=stream / (layers.read_s + engine.row_s / (passed_elements(shape) * bench.dtype.itemsize)),
         intra_link=1.0,
         inter_link=1.0,
-        kernel_s=layers.kernel_s + engine.layer_s / KERNELS_A_LAYER,
+        kernel_s=layers.kernel_s + engine.layer_s / KERNELS_PER_LAYER,
         message_s=cost.message_s,
         cross_message_s=cost.cross_message_s,
         step_s=engine.step_s,
@@ -82,15 +82,19 @@ def calibrate(model: str, executor: str, report: Report) -> Calibrated:
 
 
 def _stream(bench: Bench) -> float:
-    """Seconds a byte that is read once."""
+    """Seconds to read one byte from memory."""
     big = torch.ones(_STREAM_BYTES // bench.dtype.itemsize, dtype=bench.dtype, device=bench.device)
     return bench.seconds("memory", big.sum) / _STREAM_BYTES
 
 
 def _attention(
-    bench: Bench, values: Mapping[str, Any], executor: str, layers: LayerBench, crowding: float
+    bench: Bench, values: Mapping[str, Any], executor: str, layers: LayerBench, slowdown: float
 ) -> tuple[CostConstants, EngineTimes]:
-    """Of one rank that has the machine; of exchange, of two that share it, unless there is but one device."""
+    """Constants of attention and exchange, and the times of the engine's steps.
+
+    Attention is measured on one rank that has the machine to itself, exchange between two ranks that share it. On a GPU
+    the exchange is not measured. `slowdown` is how many times longer a layer takes when both ranks compute.
+    """
     engines = EngineBench(bench, values, executor, layers)
     found = engines.measure()
     with plain_folder(values, 1, None) as folder:
@@ -102,17 +106,19 @@ def _attention(
     return replace(
         own, message_s=two.message_s, byte_s=two.byte_s, cross_message_s=two.cross_message_s,
         cross_byte_s=two.cross_byte_s, hidden=two.hidden, parallelism=1.0,
-        fixed=engines.fixed(two.fixed, found.layer_s, crowding),
+        fixed=engines.fixed(two.fixed, found.layer_s, slowdown),
     ), found  # fmt: skip
 
 
 def _cost(folder: str, executor: str, ranks: int) -> CostConstants:
+    """The constants that an engine with `ranks` PCP ranks measures when it starts."""
     cache = CacheConfig(pages_per_shard=(4,) * ranks)
     config = EngineConfig(folder, executor=executor, parallel=ParallelConfig(1, ranks, 1), cache=cache)
     return measure_constants(resolve(config))
 
 
 def _memory_bytes(device: torch.device) -> int:
+    """Bytes of memory of the device, or of the machine for a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,6 @@
-"""What a layout promises for a load: what fits, time to first token, time per output token, throughput.
+"""The forecast for a load under one layout: capacity, time to first token, time per output token, throughput.
 
-It owns the way from a load to steps; how long a step takes is the step model's.
+It owns which steps a load needs. `StepModel` computes the time of each step.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from longspan.parallel.grid import split_evenly
 from longspan.planner.deployment import Deployment
 from longspan.planner.step import Chunk, StepModel
 
-_MOST_REQUESTS = 256
-_EXCHANGED = ("tp", "exchange")  # parts of a step in which computing waits
+_MAX_REQUESTS = 256  # concurrent requests when the load does not limit them
+_EXCHANGED = ("tp", "exchange")  # parts of a step in which ranks wait for data of other ranks
 
 
 @dataclass(frozen=True)
 class TrafficLoad:
-    """`concurrency` requests (None: as many as fit, up to 256) of `context` tokens, of which the last `new` are not
-    in the cache (None: none is), and `output` tokens generated for each. Raises `ConfigError`."""
+    """Equal requests that run concurrently. Raises `ConfigError`."""
 
-    context: int
-    new: int | None = None
-    output: int = 256
-    concurrency: int | None = 1
+    context: int  # tokens of a request's prompt
+    new: int | None = None  # last tokens of the prompt that are not in the prefix cache; None: all
+    output: int = 256  # tokens generated for a request
+    concurrency: int | None = 1  # number of requests; None: as many as fit, up to 256
 
     def __post_init__(self) -> None:
         for name in ("context", "output"):
@@ -39,44 +38,41 @@ class TrafficLoad:
 
     @property
     def tokens(self) -> int:
-        """Tokens one request stores in the end; the last one's keys are never needed."""
+        """Tokens of a finished request in the KV cache. Keys of its last token are never needed."""
         return self.context + self.output - 1
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Seconds, what bounds most of them, and what they are made of."""
+    """A predicted time and its parts."""
 
     seconds: float
-    bound: str
-    parts: Mapping[str, float]
+    bound: str  # what takes most of the time: compute, memory, link or latency; '' without a prediction
+    parts: Mapping[str, float]  # seconds of each part, by name
 
     @property
     def exposed(self) -> float:
-        """Seconds in which ranks wait for each other's bytes."""
+        """Seconds in which ranks wait for data of other ranks."""
         return sum(self.parts.get(name, 0.0) for name in _EXCHANGED)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One layout under a load. `missing_bytes` of a rank for one request; without room there are no times.
-
-    `throughput_per_gpu` is output tokens a second and device when `running` requests are filled in and generated.
-    """
+    """The forecast for one layout under a load. Times are infinite if one request does not fit."""
 
     parallel: ParallelConfig
-    capacity_tokens: int
-    requests: int
-    cache_bytes: float
-    missing_bytes: float
-    running: int = 0
+    capacity_tokens: int  # tokens that the KV cache of all ranks holds
+    requests: int  # requests of the load that fit at once
+    cache_bytes: float  # KV cache of one rank
+    missing_bytes: float  # what one rank lacks for one request; 0 or less if it fits
+    running: int = 0  # requests that run at once; 0 if none fits
     ttft: Interval = field(default_factory=lambda: Interval(math.inf, "", {}))
     tpot: Interval = field(default_factory=lambda: Interval(math.inf, "", {}))
-    throughput_per_gpu: float = 0.0
+    throughput_per_gpu: float = 0.0  # output tokens per second and device, the time of prefills included
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """tp, pcp, dcp and pp."""
+        """The sizes tp, pcp, dcp and pp."""
         at = self.parallel
         return (
             at.tensor_parallel_size, at.prefill_context_parallel_size, at.decode_context_parallel_size,
@@ -85,12 +81,12 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether one request has room."""
+        """Whether one request fits into the KV cache."""
         return self.missing_bytes <= 0
 
 
 def forecast(deployed: Deployment, load: TrafficLoad) -> Forecast:
-    """What the deployment promises."""
+    """The forecast for a deployment under a load."""
     capacity = deployed.capacity_tokens
     found = Forecast(
         deployed.parallel, capacity, math.floor(capacity / load.tokens), deployed.cache_bytes,
@@ -98,44 +94,46 @@ def forecast(deployed: Deployment, load: TrafficLoad) -> Forecast:
     )  # fmt: skip
     if not found.fits or not found.requests:
         return found
-    running = min(found.requests, load.concurrency or _MOST_REQUESTS)
+    running = min(found.requests, load.concurrency or _MAX_REQUESTS)
     model = StepModel(deployed)
     ttft = time_to_first_token(model, load.context, load.new or load.context)
     tpot = time_per_token(model, load.context + math.ceil(load.output / 2), running)
-    lasting = running * ttft.seconds + load.output * tpot.seconds
-    per_gpu = running * load.output / lasting / deployed.grid.world_size
+    seconds = running * ttft.seconds + load.output * tpot.seconds  # prefills one after the other, then decode
+    per_gpu = running * load.output / seconds / deployed.grid.world_size
     return replace(found, running=running, ttft=ttft, tpot=tpot, throughput_per_gpu=per_gpu)
 
 
 def time_to_first_token(model: StepModel, context: int, new: int) -> Interval:
-    """One request alone, its `new` last tokens of `context` computed chunk by chunk."""
+    """Time to first token of one request, the only one. The `new` last tokens of `context` are computed in chunks."""
     return through_stages(model, [[chunk] for chunk in prompt_chunks(model.deployment, context, new)])
 
 
 def time_per_token(
     model: StepModel, context: int, running: int, schedule: str = "auto", new: int = 1, padded: bool = False
 ) -> Interval:
-    """`running` requests that decode `new` tokens at once; each pipeline stage works on a share of them.
+    """Time of a step in which `running` requests decode `new` tokens each. Every pipeline stage has a share of them.
 
-    With `padded` every pcp index has as many requests, the busiest one's number.
+    With `padded` every pcp index gets as many requests as the one that has most.
     """
     grid = model.deployment.grid
-    seen, places = even_shares(context, grid.num_shards), range(grid.pcp)
+    visible, indices = even_shares(context, grid.num_shards), range(grid.pcp)
     share = math.ceil(running / grid.pp)
-    homes = islice(cycle(places), math.ceil(share / grid.pcp) * grid.pcp if padded else share)
+    pcp_of_request = islice(cycle(indices), math.ceil(share / grid.pcp) * grid.pcp if padded else share)
     chunks = [
-        Chunk(new, context - new, tuple(new * (home == place) for place in places), seen, False) for home in homes
+        Chunk(new, context - new, tuple(new * (pcp == index) for index in indices), visible, False)
+        for pcp in pcp_of_request
     ]
     step = model.time(chunks, schedule, schedule)
     return Interval(step.seconds, step.bound, step.parts)
 
 
 def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule: str = "auto") -> Interval:
-    """Steps that follow each other through the pipeline's stages; `bubble` is while it fills and empties.
+    """Time of steps that pass through the pipeline stages, one behind the other.
 
-    Every stage takes an equal part of a step's time. It begins when it has done the step before, and the stage before
-    it has done this one. So the last stage is done after the sum of all parts, and the longest once more for each
-    other stage, in whatever order long and short ones come.
+    Every stage takes an equal part of a step's time. A stage starts a step when it has finished its previous step and
+    the stage before it has finished this one. So the last stage finishes after the sum of its parts of all steps, plus
+    the longest part once for each other stage, whatever the order of the steps. This second term is the part `bubble`:
+    the time to fill and empty the pipeline.
     """
     stages = model.deployment.grid.pp
     parts: dict[str, float] = {}
@@ -152,7 +150,7 @@ def through_stages(model: StepModel, steps: Iterable[Sequence[Chunk]], schedule:
 
 
 def prompt_chunks(deployed: Deployment, context: int, new: int) -> list[Chunk]:
-    """The `new` last tokens of `context`, cut to a stage's share of what is computed at once; spread evenly."""
+    """The `new` last tokens of `context` as chunks of at most `Deployment.chunk_tokens` tokens."""
     at, found = context - new, []
     while at < context:
         tokens = min(deployed.chunk_tokens, context - at)
@@ -162,11 +160,11 @@ def prompt_chunks(deployed: Deployment, context: int, new: int) -> list[Chunk]:
 
 
 def prompt_chunk(deployed: Deployment, cached: int, new: int) -> Chunk:
-    """Tokens of a prompt behind `cached` others, all spread evenly."""
+    """`new` tokens of a prompt after `cached` ones; rows and pages are spread evenly over the ranks."""
     grid = deployed.grid
     return Chunk(new, cached, even_shares(new, grid.pcp), even_shares(cached + new, grid.num_shards), True)
 
 
-def even_shares(tokens: int, places: int) -> tuple[int, ...]:
-    """Tokens of each place, as even as can be."""
-    return tuple(stop - start for start, stop in (split_evenly(tokens, places, n) for n in range(places)))
+def even_shares(tokens: int, parts: int) -> tuple[int, ...]:
+    """Numbers of tokens of `parts` parts that differ by at most one."""
+    return tuple(stop - start for start, stop in (split_evenly(tokens, parts, n) for n in range(parts)))

@@ -1,6 +1,6 @@
-"""Which layouts a number of devices allows, in order of what a user wants of them.
+"""The valid layouts on a number of devices, ordered by an objective.
 
-It owns the search and the order; whether a layout is valid the engine's own rules say.
+It owns the search and the order. The engine's own checks decide whether a layout is valid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longspan.parallel.grid import layouts
 from longspan.planner.deployment import Deployment
 from longspan.planner.forecast import Forecast, TrafficLoad, forecast
 
-# the less the better
+# sort keys of the objectives: the smallest value is the best
 _ORDERS: Mapping[str, Callable[[Forecast, TrafficLoad], float]] = {
     "e2e": lambda found, load: found.ttft.seconds + (load.output - 1) * found.tpot.seconds,
     "ttft": lambda found, _: found.ttft.seconds,
@@ -24,17 +24,18 @@ _ORDERS: Mapping[str, Callable[[Forecast, TrafficLoad], float]] = {
     "capacity": lambda found, _: -found.capacity_tokens,
 }
 OBJECTIVES = tuple(_ORDERS)
-_MOST_NAMED, _MOST_DOUBLINGS = 6, 6
+_MAX_NAMED = 6  # layouts that an error names
+_MAX_DOUBLINGS = 6  # how often the number of devices is doubled in search of one that is sufficient
 
 
 @dataclass(frozen=True)
 class FixedSizes:
-    """Sizes the user has decided on; None leaves a size open."""
+    """The sizes that the user has fixed; None: any size."""
 
-    tp: int | None = None
-    pcp: int | None = None
-    dcp: int | None = None
-    pp: int | None = None
+    tp: int | None = None  # tensor-parallel ranks
+    pcp: int | None = None  # prefill context-parallel ranks
+    dcp: int | None = None  # decode context-parallel ranks of a TP group
+    pp: int | None = None  # pipeline stages
 
     def allows(self, parallel: ParallelConfig) -> bool:
         """Whether the layout has these sizes."""
@@ -46,9 +47,9 @@ class FixedSizes:
 
 
 def plan_layouts(base: Deployment, gpus: int, fixed: FixedSizes, load: TrafficLoad, objective: str) -> list[Forecast]:
-    """An outlook on every valid layout, the best first, those without room last; `base` has all but the layout.
+    """A forecast for every valid layout of `base`: the best first, and last those in which one request does not fit.
 
-    Raises `ConfigError` if no layout is valid, with the sizes that are, or none has room, with what is missing.
+    Raises `ConfigError` if no layout has the fixed sizes, naming valid ones, or if none fits, naming what is missing.
     """
     require_choice("objective", objective, OBJECTIVES)
     valid, refused = _valid(base, gpus)
@@ -56,8 +57,8 @@ def plan_layouts(base: Deployment, gpus: int, fixed: FixedSizes, load: TrafficLo
     if not chosen:
         if refused is not None and not valid:
             raise refused
-        names = ", ".join(deployed.parallel.name for deployed in valid[:_MOST_NAMED])
-        more = f" and {len(valid) - _MOST_NAMED} more" if len(valid) > _MOST_NAMED else ""
+        names = ", ".join(deployed.parallel.name for deployed in valid[:_MAX_NAMED])
+        more = f" and {len(valid) - _MAX_NAMED} more" if len(valid) > _MAX_NAMED else ""
         raise ConfigError(
             "layout", _wanted(fixed), f"is not possible on {gpus} devices with this model", f"use one of {names}{more}"
         )
@@ -65,12 +66,15 @@ def plan_layouts(base: Deployment, gpus: int, fixed: FixedSizes, load: TrafficLo
     order = _ORDERS[objective]
     fitting = sorted((one for one in found if one.fits and one.running), key=lambda one: order(one, load))
     if not fitting:
-        raise _no_room(base, min(found, key=lambda one: one.missing_bytes), valid, gpus, load)
+        raise _does_not_fit(base, min(found, key=lambda one: one.missing_bytes), valid, gpus, load)
     return fitting + sorted((one for one in found if one not in fitting), key=lambda one: one.missing_bytes)
 
 
 def pareto_set(found: Sequence[Forecast], load: TrafficLoad, objective: str) -> list[Forecast]:
-    """Those that no other layout beats in time to first token, time per token and the objective at once."""
+    """The Pareto set of time to first token, time per output token and the objective.
+
+    Of layouts with equal values the first is kept.
+    """
     order = _ORDERS[objective]
     values = [(one.ttft.seconds, one.tpot.seconds, order(one, load)) for one in found]
     return [
@@ -86,40 +90,43 @@ def pareto_set(found: Sequence[Forecast], load: TrafficLoad, objective: str) -> 
 
 
 def fast_enough(found: Sequence[Forecast], max_ttft: float | None, max_tpot: float | None) -> list[Forecast]:
-    """Those within both limits, in seconds. Raises `ConfigError` with the nearest where there is none."""
+    """The layouts within both limits, in seconds. Raises `ConfigError`, which names the fastest layout, if none is."""
     kept = list(found)
-    for name, limit, value in (
-        ("max_ttft", max_ttft, attrgetter("ttft.seconds")), ("max_tpot", max_tpot, attrgetter("tpot.seconds")),
-    ):  # fmt: skip
+    for name, limit, value, unit, scale in (
+        ("max_ttft", max_ttft, attrgetter("ttft.seconds"), "s", 1.0),
+        ("max_tpot", max_tpot, attrgetter("tpot.seconds"), "ms", 1e3),
+    ):
         if limit is None:
             continue
-        require(limit > 0, name, f"{limit:g} s", "must be positive", "leave it out for no limit")
-        nearest = min(kept, key=value)
+        shown = f"{limit * scale:g} {unit}"  # in the flag's unit
+        require(limit > 0, name, shown, "must be positive", "leave it out for no limit")
+        fastest = min(kept, key=value)
         kept = [one for one in kept if value(one) <= limit]
-        problem = f"no layout is so fast; {nearest.parallel.short_name} takes {value(nearest):,.3g} s"
-        require(bool(kept), name, f"{limit:g} s", problem, "raise it, or take more devices")
+        problem = f"no layout is that fast: {fastest.parallel.short_name} takes {value(fastest) * scale:,.3g} {unit}"
+        require(bool(kept), name, shown, problem, "raise the limit or use more devices")
     return kept
 
 
 def smallest_layout(base: Deployment, tokens: int) -> ParallelConfig:
-    """On the fewest devices that have room for `tokens`: heads split first, then the context, then the layers.
+    """The layout on the fewest devices (a power of two) in which a request of `tokens` tokens fits.
 
-    Raises `ConfigError` if even many have none.
+    It prefers tensor parallelism, then context parallelism, then pipeline stages. Raises `ConfigError` if the request
+    does not fit on 64 devices either.
     """
     size = 1
-    for _ in range(_MOST_DOUBLINGS + 1):
+    for _ in range(_MAX_DOUBLINGS + 1):
         fitting = [one.parallel for one in _valid(base, size)[0] if one.missing_bytes(tokens) <= 0]
         if fitting:
             return min(fitting, key=lambda one: (
                 one.pipeline_parallel_size, one.prefill_context_parallel_size, one.decode_context_parallel_size
             ))  # fmt: skip
         size *= 2
-    problem = f"{tokens:,} tokens have no room on {size >> 1} devices"
-    raise ConfigError("layout", "(the smallest)", problem, "use a smaller format or shorter requests")
+    problem = f"a request of {tokens:,} tokens does not fit on {size >> 1} devices"
+    raise ConfigError("layout", "(the smallest)", problem, "use smaller data types or shorter requests")
 
 
 def _valid(base: Deployment, gpus: int) -> tuple[list[Deployment], ConfigError | None]:
-    """Deployments of all valid layouts, and why the last of the others is not."""
+    """The deployments of all valid layouts, and the error of the last invalid one."""
     found: list[Deployment] = []
     refused: ConfigError | None = None
     for parallel in layouts(gpus, base.parallel.enable_expert_parallel):
@@ -130,18 +137,19 @@ def _valid(base: Deployment, gpus: int) -> tuple[list[Deployment], ConfigError |
     return found, refused
 
 
-def _no_room(
+def _does_not_fit(
     base: Deployment, best: Forecast, valid: Sequence[Deployment], gpus: int, load: TrafficLoad
 ) -> ConfigError:
+    """The error for a load that fits no layout on `gpus` devices; it names layouts on more devices that are enough."""
     fitting = [deployed for deployed in valid if deployed.missing_bytes(load.tokens) <= 0]
     size = gpus
-    for _ in range(_MOST_DOUBLINGS):
+    for _ in range(_MAX_DOUBLINGS):
         if fitting:
             break
         size *= 2
         fitting = [deployed for deployed in _valid(base, size)[0] if deployed.missing_bytes(load.tokens) <= 0]
-    names = ", ".join(deployed.parallel.name for deployed in fitting[:_MOST_NAMED])
-    remedy = f"on {size} devices there is room with {names}" if fitting else "use a smaller format or a shorter context"
+    names = ", ".join(deployed.parallel.name for deployed in fitting[:_MAX_NAMED])
+    remedy = f"use {size} devices, with {names}" if fitting else "use smaller data types or a shorter context"
     return ConfigError(
         "layout", best.parallel.name,
         f"a rank lacks {best.missing_bytes / 1e9:,.1f} GB for one request of {load.tokens:,} tokens", remedy,
@@ -149,5 +157,6 @@ def _no_room(
 
 
 def _wanted(fixed: FixedSizes) -> str:
+    """The fixed sizes as text, as in `tp=8,dcp=2`."""
     sizes = {"tp": fixed.tp, "pcp": fixed.pcp, "dcp": fixed.dcp, "pp": fixed.pp}
     return ",".join(f"{name}={size}" for name, size in sizes.items() if size is not None)

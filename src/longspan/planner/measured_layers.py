@@ -1,6 +1,7 @@
-"""What a model's layers take outside attention on this machine, by rows: timed as the engine runs them.
+"""Measures a model's layers outside attention on this machine, by number of rows, as the engine runs them.
 
-It owns the models that are made up for it and how their time is told apart; it must not know attention or ranks.
+It owns the random weights that are used, and how a measured time is divided into products, passes over rows and kernel
+launches; it must not know attention or ranks.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from longspan.models.shapes import requests_of
 from longspan.planner.linear import passed_elements
 from longspan.planner.timing import Bench
 
-_FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-_MANY_ROWS = (128, 256, 512, 1024, 2048)
-_PASSED_ROWS = 512
-_SHARED_ROWS = (1, 4, 16, 64, 512)
-_MOST_LAYERS_BYTES = 1 << 30
-_FEW_LAYERS = 2  # are enough where arithmetic binds
-KERNELS_A_LAYER = 10  # as the planner counts: six small ones, and four products whose own time is in the table
-_LEAST_SHARE = 0.05  # of what a layer takes, that its products must
+_FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # measured with many layers and the head
+_MANY_ROWS = (128, 256, 512, 1024, 2048)  # measured with few layers
+_PASSED_ROWS = 512  # rows at which the passes over rows are measured
+_SHARED_ROWS = (1, 4, 16, 64, 512)  # rows of passes on all cores at once
+_MAX_LAYER_BYTES = 1 << 30  # weights of the measured layers
+_FEW_LAYERS = 2  # enough for many rows, which are bound by arithmetic
+KERNELS_PER_LAYER = 10  # as the planner counts: six small ones, and four products, whose own time is in the table
+_MIN_SHARE = 0.05  # least part of a layer's time that is taken to be that of its products
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds a byte that norms and activations pass over, seconds a kernel, and a weight element by rows."""
+    """Constants of a layer outside attention, in seconds."""
 
-    read_s: float
-    kernel_s: float
-    product_s: tuple[tuple[int, float], ...]
+    read_s: float  # a byte that norms and activations read or write
+    kernel_s: float  # a kernel launch
+    product_s: tuple[tuple[int, float], ...]  # (rows, seconds for each weight element)
 
 
-class _MadeUp:
-    """A loader of random weights: all of each layer, of all layers but the first and the last."""
+class _RandomWeights:
+    """A loader of random weights for a run of `layers` layers, neither the first nor the last of the model."""
 
     def __init__(self, bench: Bench, layers: int) -> None:
         self.device = bench.device
@@ -53,42 +54,47 @@ class _MadeUp:
         self._bench = bench
 
     def load(self, *params: Param) -> Tensor:
-        """See `Loader.load`."""
+        """A random weight of the parameters, concatenated by rows."""
         shape = (sum(param.shape[0] for param in params), *params[0].shape[1:])
         weight = self._bench.tensor(*shape) / math.sqrt(shape[-1])
         return weight.float() if any(param.exact for param in params) else weight
 
     def linear(self, *params: Param) -> Linear:
-        """See `Loader.linear`."""
+        """A product with such a weight."""
         return DenseLinear(self.load(*params))
 
 
 def _inner(layers: int) -> Extent:
+    """The extent of layers 1 to `layers`, and of the whole of every other axis."""
     return lambda axis, size: (1, 1 + layers) if axis == "layers" else (0, size)
 
 
 def _no_attention(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros [T, Hq, Dv] in place of attention."""
     return q.new_zeros(q.shape[0], q.shape[1], layer.latent.value_dim if layer.latent else v.shape[-1])
 
 
 class LayerBench:
-    """A model's layers and its logits with random weights.
+    """A model's layers and logits with random weights.
 
-    Few rows go through more layers than caches hold, and through the head: a decoding batch does.
+    Few rows are measured with more layers than the processor's caches hold, and with the head, as in a decode step.
     """
 
     def __init__(self, bench: Bench, shape: ModelConfig) -> None:
         self._bench, self._shape = bench, replace(shape, moe=None)
         self.sizes = _product_sizes(self._shape)
         self._each = sum(out * into for out, into in self.sizes)
-        most = _MOST_LAYERS_BYTES // (self._each * bench.dtype.itemsize)
-        self.deep = max(_FEW_LAYERS, min(shape.num_layers, most))  # layers that few rows go through
+        most = _MAX_LAYER_BYTES // (self._each * bench.dtype.itemsize)
+        self.deep = max(_FEW_LAYERS, min(shape.num_layers, most))  # layers that few rows are measured with
         self._models = {count: self._model(count) for count in (self.deep, _FEW_LAYERS)}
         self._head = bench.tensor(shape.vocab_size, shape.hidden_size)
 
     def measure(self) -> LayerTimes:
-        """The products alone are timed too, so that what comes on top, at one row and at many, is told apart: it grows
-        with the hidden size, not with the weights."""
+        """Time layers and logits by number of rows, and divide the times into the constants.
+
+        The products alone are timed at one row and at many: the rest of a layer's time depends on the hidden size, not
+        on the size of the weights.
+        """
         every = (*_FEW_ROWS, *_MANY_ROWS)
         runs = {f"layers of {rows} rows": self.layers(rows) for rows in every}
         runs |= {f"logits of {rows} rows": self._logits(rows) for rows in _FEW_ROWS}
@@ -96,21 +102,21 @@ class LayerBench:
         found = self._bench.rounds(runs)
         taken = {rows: found[f"layers of {rows} rows"] / self._count(rows) for rows in every}
         alone = {rows: found[f"products of {rows} rows"] / self._count(rows) for rows in (1, _PASSED_ROWS)}
-        kernel = max((taken[1] - alone[1]) / KERNELS_A_LAYER, 0.0)
-        above = taken[_PASSED_ROWS] - alone[_PASSED_ROWS] - KERNELS_A_LAYER * kernel
+        kernel = max((taken[1] - alone[1]) / KERNELS_PER_LAYER, 0.0)
+        above = taken[_PASSED_ROWS] - alone[_PASSED_ROWS] - KERNELS_PER_LAYER * kernel
         passed = passed_elements(self._shape) * self._bench.dtype.itemsize
-        read = max(above, _LEAST_SHARE * taken[_PASSED_ROWS]) / (_PASSED_ROWS * passed)
+        read = max(above, _MIN_SHARE * taken[_PASSED_ROWS]) / (_PASSED_ROWS * passed)
         table: list[tuple[int, float]] = []
         for rows, seconds in taken.items():
-            products = seconds - KERNELS_A_LAYER * kernel - rows * passed * read
-            products, elements = max(products, _LEAST_SHARE * seconds) * self.deep, self.deep * self._each
+            products = seconds - KERNELS_PER_LAYER * kernel - rows * passed * read
+            products, elements = max(products, _MIN_SHARE * seconds) * self.deep, self.deep * self._each
             if rows in _FEW_ROWS:
                 products, elements = products + found[f"logits of {rows} rows"], elements + self._head.numel()
             table.append((rows, products / elements))
         return LayerTimes(read, kernel, tuple(table))
 
     def sharing(self) -> tuple[tuple[int, float], ...]:
-        """How many times longer a pass takes when each core computes one of its own than when all compute one."""
+        """(rows, factor): how much longer a pass takes when each core computes its own than when all share one."""
         cores = self._bench.cores
         found: list[tuple[int, float]] = []
         for rows in _SHARED_ROWS:
@@ -122,7 +128,7 @@ class LayerBench:
         return tuple(found)
 
     def layers(self, rows: int) -> Run:
-        """A pass of that many rows."""
+        """A function that runs `rows` rows through the layers."""
         model = self._models[self._count(rows)]
         x, positions = self._bench.tensor(rows, self._shape.hidden_size), torch.arange(rows, device=self._bench.device)
         return lambda: model.layers(x, positions, _no_attention)
@@ -132,22 +138,23 @@ class LayerBench:
         return self._bench.seconds(f"layers of {rows} rows", self.layers(rows)) / self._count(rows)
 
     def logits(self, rows: int) -> float:
-        """Seconds of the logits of that many rows."""
+        """Seconds of the logits of `rows` rows."""
         return self._bench.seconds(f"logits of {rows} rows", self._logits(rows))
 
     def _count(self, rows: int) -> int:
+        """Number of layers that `rows` rows are measured with."""
         return self.deep if rows <= _FEW_ROWS[-1] else _FEW_LAYERS
 
     def _logits(self, rows: int) -> Run:
         return partial(table_product, self._bench.tensor(rows, self._shape.hidden_size), self._head)
 
     def _model(self, layers: int) -> DecoderModel:
-        """Layers between the first and the last, so that there are no ends."""
-        context = LayerContext(_MadeUp(self._bench, layers))
+        """A decoder of inner layers: without the embedding before the first layer and the head after the last."""
+        context = LayerContext(_RandomWeights(self._bench, layers))
         return DecoderModel(replace(self._shape, num_layers=layers + 2), context, self._bench.dtype)
 
     def _products(self, rows: int) -> Run:
-        """Every layer's products in turn."""
+        """A function that computes the products of all layers, and nothing else."""
         layers = range(self._count(rows))
         weights = [[DenseLinear(self._bench.tensor(*size)) for size in self.sizes] for _ in layers]
         inputs = [self._bench.tensor(rows, into) for _, into in self.sizes]
@@ -161,6 +168,7 @@ class LayerBench:
 
 
 def _at_once(pool: Executor, runs: Sequence[Run]) -> None:
+    """Run all functions at once, each in a thread, and wait for them."""
     for done in [pool.submit(torch.inference_mode()(run)) for run in runs]:
         done.result()
 

@@ -1,6 +1,6 @@
-"""From what a user calls a model to its description: a built-in name, a folder, a config.json, or a hub id.
+"""Finds the configuration of a model: by a built-in name, a folder, a config.json, a GGUF file or a hub id.
 
-It owns finding the configuration; unlike the engine it needs no weights beside it.
+Unlike the engine, it needs no weights.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ _KV_HEADS = re.compile(r"(.+) with (\d+) kv heads?")
 
 
 def find_config(name: str) -> Mapping[str, Any]:
-    """The config.json of a model; a built-in name may be cut short.
+    """The config.json of a model. A unique prefix of a built-in name is enough.
 
-    `NAME with N kv heads` is NAME with that one number changed.
-
-    Raises `ModelNotFound` with the names that are near, or `ModelError` for a file that cannot be read.
+    `NAME with N kv heads` is NAME with another number of KV heads. Raises `ModelNotFound`, which names similar names,
+    or `ModelError` for a file that cannot be read.
     """
     changed = _KV_HEADS.fullmatch(name.strip())
     if changed:
@@ -34,7 +33,7 @@ def find_config(name: str) -> Mapping[str, Any]:
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise ModelNotFound(f"model={name}: no config.json in it; give the folder that holds it")
+            raise ModelNotFound(f"model={name}: the folder has no config.json; give a folder with one")
     if path.is_file():
         return _read(path)
     built_in = builtin_name(name)
@@ -50,7 +49,7 @@ def find_config(name: str) -> Mapping[str, Any]:
 
 
 def find_model(name: str, dtype: str = "bf16", weight_dtype: str | None = None) -> tuple[ModelConfig, WeightFormat]:
-    """The model and the format of its weights: `weight_dtype`, or what its configuration says."""
+    """The model and the format of its weights: `weight_dtype`, or the one its configuration names."""
     values = find_config(name)
     weights = WeightFormat.of(values, dtype) if weight_dtype is None else WeightFormat.named(weight_dtype, dtype)
     return load_config(values), weights
@@ -69,12 +68,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); give a config.json") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: line 1, column 1: holds no JSON object; give a model's config.json")
+        raise ModelError(f"{path}: line 1, column 1: is not a JSON object; give a model's config.json")
     return values
 
 
 def _download(name: str) -> Mapping[str, Any]:
-    from huggingface_hub import hf_hub_download  # slow to import, and needed for hub ids alone
+    from huggingface_hub import hf_hub_download  # slow to import, and needed only for hub ids
 
     try:
         return _read(Path(hf_hub_download(name, "config.json")))

@@ -1,6 +1,6 @@
-"""What the planner says of a published setup.
+"""Predictions for published setups.
 
-It owns the way from a row to a deployment and its steps; it must not know how rows are written.
+It owns which deployment and which steps a row describes; it must not know the file format of rows.
 """
 
 from __future__ import annotations
@@ -16,36 +16,38 @@ from longspan.planner.models import find_model
 from longspan.planner.rows import Row
 from longspan.planner.step import StepModel
 
-_UNBOUNDED = 1 << 40  # other engines make a block of all keys of a shard
-_LARGE_GB = 70  # from here on engines take larger steps and more requests by default
+_UNBOUNDED = 1 << 40  # tokens of a block of keys: other engines send all keys of a shard as one block
+_LARGE_GB = 70  # memory of a device from which on engines have larger steps and more requests by default
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What rows do not say."""
+    """What rows do not say about a setup."""
 
-    dtype: str = "bf16"  # of activations and embedding
-    weight_dtype: str | None = None  # None: the model's own
-    kv_element_bytes: int = 2
+    dtype: str = "bf16"  # data type of activations and embedding
+    weight_dtype: str | None = None  # data type of weights; None: the model's own
+    kv_element_bytes: int = 2  # bytes of an element of the KV cache
     memory_fraction: float = 0.9  # fraction of each device's memory for weights, workspace and KV cache together
-    gpus_per_node: int = 8
-    max_num_batched_tokens: int | None = None  # all stages together; None: 8,192, or 2,048 on a small device
+    gpus_per_node: int = 8  # devices of a machine
+    # new tokens of the steps in flight, over all stages; None: 8,192, or 2,048 on devices of less than 70 GB
+    max_num_batched_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a row's setup is foretold, in the row's unit."""
+    """The predicted value of a row, beside the measured one."""
 
-    id: str
-    quantity: str  # of `QUANTITIES`
-    unit: str
+    id: str  # name of the row
+    quantity: str  # a key of `QUANTITIES`
+    unit: str  # of `predicted` and `value`: ms, s, us or tokens
     predicted: float
-    value: float | None  # what was measured, where it is known
-    error: float | None  # relative to `value`
+    value: float | None  # the measured value; None if the row has none
+    error: float | None  # (predicted - value) / value; None without a value
+    chunk_tokens: int | None  # tokens of a prompt's chunk, which rows do not say; None where prompts are not cut
 
 
 def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = None) -> Prediction:
-    """The row's number; `machine` takes the place of the hardware it names. Raises `ConfigError` or `ModelError`."""
+    """The prediction for a row, on `machine` if given. Raises `ConfigError` or `ModelError`."""
     deployed = deployment(row, assumed, machine)
     if row.quantity == "kv_tokens":
         deployed.check_fits(deployed.page_size)
@@ -53,11 +55,12 @@ def predict(row: Row, assumed: Assumed = Assumed(), machine: Hardware | None = N
     else:
         found = row_time(row, deployed).seconds * row.scale
     error = None if not row.value else found / row.value - 1
-    return Prediction(row.id, row.quantity, row.unit_shown, found, row.value, error)
+    chunk = deployed.chunk_tokens if row.quantity == "ttft" and row.pp > 1 else None
+    return Prediction(row.id, row.quantity, row.unit_shown, found, row.value, error, chunk)
 
 
 def predict_all(rows: Sequence[Row], assumed: Assumed) -> list[Prediction]:
-    """Every row's number; an error names the row."""
+    """The predictions for all rows. An error names the row."""
     found = []
     for row in rows:
         try:
@@ -68,7 +71,7 @@ def predict_all(rows: Sequence[Row], assumed: Assumed) -> list[Prediction]:
 
 
 def deployment(row: Row, assumed: Assumed, machine: Hardware | None = None) -> Deployment:
-    """What the row describes."""
+    """The deployment that a row describes."""
     model, weights = find_model(row.model, assumed.dtype, assumed.weight_dtype)
     machine = machine or hardware(row.hardware)
     large = machine.memory_gb >= _LARGE_GB
@@ -82,9 +85,10 @@ def deployment(row: Row, assumed: Assumed, machine: Hardware | None = None) -> D
 
 
 def row_time(row: Row, deployed: Deployment) -> Interval:
-    """Until the last of the row's requests has its token: prompts from their start, others from the token before.
+    """Time until the last request of the row has its token: its first one, or the next one if it decodes.
 
-    Without stages prompts are computed whole and together; through stages they follow each other chunk by chunk.
+    Without pipeline stages all prompts are computed in one step. With stages they are cut into chunks, one behind the
+    other.
     """
     model, context = StepModel(deployed), row.cached_tokens + row.new_tokens
     if row.quantity != "ttft":

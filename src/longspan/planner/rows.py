@@ -1,6 +1,6 @@
-"""Published measurements as rows of a CSV file: one setup, one number.
+"""Published measurements as rows of a CSV file: one setup and one measured value each.
 
-It owns the file's columns and the checks of what stands in them; it must not know how anything is predicted.
+It owns the columns of the file and their checks; it must not know how anything is predicted.
 """
 
 from __future__ import annotations
@@ -28,28 +28,24 @@ Tokens = Annotated[int, msgspec.Meta(ge=0)]
 
 @dataclass(frozen=True)
 class Row:
-    """One setup and, where it is known, what was measured: `value` in `unit`. Raises `ConfigError`.
+    """One setup and its measured value. Its fields are the columns of the file. Raises `ConfigError`."""
 
-    Token counts are of one request; `batch` requests are alike. An empty `schedule` is what engines do that name
-    none: keys are gathered for a prompt, queries for decoding.
-    """
-
-    id: str
-    model: str
-    hardware: str
-    gpus: Count
+    id: str  # name of the row
+    model: str  # built-in name, folder or hub id
+    hardware: str  # name of hardware, or a .yaml file
+    gpus: Count  # devices in all: tp x pcp x pp
     tp: Count
     pcp: Count
     dcp: Count
     pp: Count
-    quantity: str
-    schedule: str = ""
-    new_tokens: Tokens = 0
-    cached_tokens: Tokens = 0
-    batch: Count = 1
-    value: float | None = None
-    unit: str = ""
-    source: str = ""  # where it was published
+    quantity: str  # a key of `QUANTITIES`
+    schedule: str = ""  # '': keys are gathered in prefill, queries in decode
+    new_tokens: Tokens = 0  # new tokens of one request
+    cached_tokens: Tokens = 0  # tokens of one request that are in the KV cache
+    batch: Count = 1  # number of equal requests
+    value: float | None = None  # the measured value, in `unit`
+    unit: str = ""  # ms, s, us or tokens; '': that of the quantity
+    source: str = ""  # where the value was published
 
     def __post_init__(self) -> None:
         world = self.tp * self.pcp * self.pp
@@ -60,13 +56,16 @@ class Row:
             if value not in allowed:
                 raise ConfigError(name, value, "unknown", f"use one of {', '.join(x for x in allowed if x)}")
         if (self.unit == "tokens") != (self.quantity == "kv_tokens") and self.unit:
-            raise ConfigError("unit", self.unit, f"is not one of {self.quantity}", "use tokens for kv_tokens, else ms")
+            remedy = "use tokens for kv_tokens, and ms, s or us for times"
+            raise ConfigError("unit", self.unit, f"is not a unit of {self.quantity}", remedy)
         try:
             ParallelConfig(self.tp, self.pcp, self.dcp, self.pp)
         except ConfigError as error:
             raise ConfigError("dcp", self.dcp, error.problem, error.remedy) from None
         if self.quantity != "kv_tokens" and self.new_tokens < 1:
-            raise ConfigError("new_tokens", self.new_tokens, f"{self.quantity} needs some", "give 1 to decode, or more")
+            raise ConfigError(
+                "new_tokens", self.new_tokens, f"{self.quantity} needs new tokens", "give 1 for decode, or more"
+            )
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -75,12 +74,12 @@ class Row:
 
     @property
     def unit_shown(self) -> str:
-        """The unit, or the quantity's own: tokens or ms."""
+        """The unit; without one that of the quantity: tokens or ms."""
         return self.unit or ("tokens" if self.quantity == "kv_tokens" else "ms")
 
     @property
     def scale(self) -> float:
-        """Units in a second, or in a token."""
+        """Number of units in a second, or in a token."""
         return _UNITS[self.unit_shown]
 
 
@@ -96,12 +95,12 @@ def read_rows(path: str) -> list[Row]:
         raise ConfigError("rows", path, f"cannot be read ({error})", "give a CSV file") from error
     kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not kept:
-        raise ConfigError("rows", path, "line 1: no header", f"begin with the columns {','.join(_COLUMNS)}")
+        raise ConfigError("rows", path, "line 1: no header", f"start the file with the columns {','.join(_COLUMNS)}")
     reader = csv.DictReader((line for _, line in kept), skipinitialspace=True)
     names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for name in _REQUIRED:
         if name not in names:
-            remedy = f"have {','.join(_REQUIRED)}"
+            remedy = f"give the columns {','.join(_REQUIRED)}"
             raise ConfigError("rows", path, f"line {kept[0][0]}: column {name} is missing", remedy)
     for name in names:
         if name not in _COLUMNS:
@@ -111,14 +110,14 @@ def read_rows(path: str) -> list[Row]:
 
 
 def _row(where: str, cells: Mapping[str, str]) -> Row:
-    if None in cells or None in cells.values():  # as `csv` marks cells and columns that have no other
-        raise ConfigError("rows", where, "has more cells than columns, or fewer", "give each column a cell, or none")
+    if None in cells or None in cells.values():  # how `csv` marks surplus and missing cells
+        raise ConfigError("rows", where, "has more cells than columns, or fewer", "give one cell for each column")
     given = {name: cell.strip() for name, cell in cells.items() if cell.strip()}
     try:
         return msgspec.convert(given, Row, strict=False)
     except msgspec.ValidationError as error:
         wrong = error.__cause__
-        if isinstance(wrong, ConfigError):  # of `Row` itself
+        if isinstance(wrong, ConfigError):  # raised by `Row`
             problem, remedy = f"column {wrong.field}={wrong.value}: {wrong.problem}", wrong.remedy
         else:
             named = re.search(r"\$\.(\w+)", str(error))

@@ -1,7 +1,7 @@
-"""How long one step of the engine takes.
+"""The time of one step of the engine.
 
-It owns the counting of a step's attention and the sum of all parts; attention's own cost is the engine's cost model.
-It must not know how steps are scheduled.
+It owns the workload of a step's attention and the sum of all parts of a step. The time of attention comes from the
+engine's own cost model. It must not know how steps are scheduled.
 """
 
 from __future__ import annotations
@@ -16,40 +16,35 @@ from longspan.attention.workload import ComputeLoad, GroupShape, WorkloadTotals
 from longspan.planner.deployment import Deployment
 from longspan.planner.linear import LinearTime, Seconds
 
-_REMEMBERED = 4096  # numbers of rows
+_CACHE_SIZE = 4096  # entries of the cache of times outside attention
 Bounds = tuple[float, float, float, float]  # seconds of compute, memory, link and latency
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One request's new tokens in a step; a decoding request has one.
+    """The new tokens of one request in a step."""
 
-    `cached_tokens` are those before the chunk, in total; `rows_by_pcp` its new tokens on each pcp index;
-    `tokens_by_shard` the tokens it attends to on each shard of the context group, with the step's own.
-    """
-
-    new_tokens: int
-    cached_tokens: int
-    rows_by_pcp: tuple[int, ...]
-    tokens_by_shard: tuple[int, ...]
-    prefill: bool
+    new_tokens: int  # 1 for a decoding request
+    cached_tokens: int  # tokens before the chunk, on all shards
+    rows_by_pcp: tuple[int, ...]  # new tokens on each pcp index
+    tokens_by_shard: tuple[int, ...]  # tokens it attends to on each shard of the context group, its own included
+    prefill: bool  # whether its phase is prefill
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step and of its parts, and what bounds it: compute, memory, link or latency.
+    """The time of a step and its parts.
 
-    With pipeline stages it is the way through all of them: each is busy for its share of it, and as many steps as
-    stages are in flight at once.
+    With pipeline stages it is the time from the first stage to the last. Each stage is busy for an equal part of it.
     """
 
     seconds: float
-    parts: Mapping[str, float]
-    bound: str
+    parts: Mapping[str, float]  # seconds of each part, by name
+    bound: str  # what takes most of the time: compute, memory, link or latency
 
 
 class StepModel:
-    """The time of a step under one deployment."""
+    """Computes the times of steps of one deployment."""
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
@@ -59,53 +54,53 @@ class StepModel:
         self.model = CostModel(deployment.attention_shape, group, SCHEDULES, together, deployment.travelling_tokens)
         self.chooser = ScheduleChooser(self.model)
         self._linear = LinearTime(deployment)
-        self._around: dict[tuple[int, int, int], tuple[Mapping[str, float], Bounds]] = {}
+        self._times_outside: dict[tuple[int, int, int], tuple[Mapping[str, float], Bounds]] = {}
         self._prompt_token_s = deployment.hardware.prompt_token_s
         self._per_segment = deployment.hardware.calls_per_segment
         model = deployment.model
-        self._kinds = [
+        self._layer_groups = [  # (window, number of layers)
             (window, sum(model.window(layer) == window for layer in range(model.num_layers)))
             for window in model.layer_groups
         ]
 
     def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
-        """The step that computes `chunks`, from its start to its tokens; a schedule may be `auto`: the cheapest."""
+        """Time of the step that computes `chunks`, until its tokens are sampled. A schedule `auto` is the cheapest."""
         prefills = [chunk for chunk in chunks if chunk.prefill]
         decodes = chunks if not prefills else [chunk for chunk in chunks if not chunk.prefill]
         rows = _sums("rows_by_pcp", chunks)
         busiest = max(rows)
-        parts, (compute, memory, link, latency) = self._outside(busiest, sum(rows), min(busiest, len(chunks)))
+        parts, (compute, memory, link, latency) = self._outside_attention(busiest, sum(rows), min(busiest, len(chunks)))
         attention = exchange = 0.0
-        for of_class, schedule in ((decodes, decode_schedule), (prefills, prefill_schedule)):
-            for window, layers in self._kinds if of_class else ():
-                taken, own, reading = self._attention(of_class, window, schedule)
+        for phase, schedule in ((decodes, decode_schedule), (prefills, prefill_schedule)):
+            for window, layers in self._layer_groups if phase else ():
+                taken, local, reading = self._attention(phase, window, schedule)
                 computed, copied = layers * taken.compute, layers * taken.copies
                 moved, fixed = layers * (taken.transfer - taken.hidden), layers * taken.fixed
                 compute, memory = (compute, memory + computed) if reading else (compute + computed, memory)
                 memory, link, latency = memory + copied, link + moved, latency + fixed
-                attention += computed + copied + own * fixed
-                exchange += moved + (not own) * fixed
+                attention += computed + copied + local * fixed
+                exchange += moved + (not local) * fixed
         prompt = self._prompt_token_s and self._prompt_token_s * sum(c.cached_tokens + c.new_tokens for c in prefills)
         found = {**parts, "host": parts["host"] + prompt, "attention": attention, "exchange": exchange}
         latency += prompt
         bounds = {"compute": compute, "memory": memory, "link": link, "latency": latency}
         return StepTime(compute + memory + link + latency, found, max(bounds, key=bounds.__getitem__))
 
-    def _outside(self, rows: int, all_rows: int, sampled: int) -> tuple[Mapping[str, float], Bounds]:
-        """Everything but attention; remembered, since decoding asks for the same again and again."""
+    def _outside_attention(self, rows: int, all_rows: int, sampled: int) -> tuple[Mapping[str, float], Bounds]:
+        """Everything outside attention. Results are cached, because decode steps have the same rows again and again."""
         key = (rows, all_rows, sampled)
-        if key not in self._around:
-            if len(self._around) >= _REMEMBERED:
-                self._around.clear()
+        if key not in self._times_outside:
+            if len(self._times_outside) >= _CACHE_SIZE:
+                self._times_outside.clear()
             linear, sums = self._linear.layers(rows, all_rows), self._linear.sums(rows)
             head, host = self._linear.head(sampled, sampled * all_rows // max(rows, 1)), self.deployment.hardware.step_s
             parts = {"linear": linear.total, "tp": sums.total, "head": head.total, "host": host}
             total = linear + sums + head + Seconds(latency=host)
-            self._around[key] = parts, (total.compute, total.memory, total.link, total.latency)
-        return self._around[key]
+            self._times_outside[key] = parts, (total.compute, total.memory, total.link, total.latency)
+        return self._times_outside[key]
 
     def _attention(self, chunks: Sequence[Chunk], window: int | None, schedule: str) -> tuple[LayerTime, bool, bool]:
-        """One layer of a group, whether nothing travels, and whether reading takes most of its computing."""
+        """(time of one layer of a group, whether nothing travels, whether reading keys takes most of its compute)."""
         totals = self._totals(chunks, window)
         step = StepTotals(self.model, totals)
         found: Priced
@@ -119,7 +114,7 @@ class StepModel:
         return taken, found.moves is None, 2 * reading > taken.compute
 
     def _totals(self, chunks: Sequence[Chunk], window: int | None) -> WorkloadTotals:
-        """What the cost model counts. A chunk's causal half is taken off all shards alike."""
+        """The workload of one layer. The causal mask removes the same fraction of the pairs on every shard."""
         members = self.model.group.members
         rows = _sums("rows_by_pcp", chunks)
         busy = len(rows) - rows.count(0)
@@ -138,40 +133,40 @@ class StepModel:
         return WorkloadTotals(rows, needed, tuple(by_shard), tuple(at_pcp))
 
     def _general(
-        self, chunks: Sequence[Chunk], window: int | None, places: int
+        self, chunks: Sequence[Chunk], window: int | None, indices: int
     ) -> tuple[tuple[int, ...], list[ComputeLoad], list[list[int]]]:
-        """Tokens needed of each shard, loads by shard, and (segments, reads, pairs) by pcp index, of any chunks."""
+        """(tokens needed of each shard, loads by shard, [segments, reads, pairs] by pcp index) of any chunks."""
         reads, pairs = [0.0] * self.model.group.members, [0.0] * self.model.group.members
-        by_pcp = [[0, 0, 0] for _ in range(places)]
+        by_pcp = [[0, 0, 0] for _ in range(indices)]
         for chunk in chunks:
             new, total = chunk.new_tokens, chunk.cached_tokens + chunk.new_tokens
-            seen, of_chunk = 1.0, new * (chunk.cached_tokens + (new + 1) / 2)
+            visible, of_chunk = 1.0, new * (chunk.cached_tokens + (new + 1) / 2)  # fraction of the tokens; pairs
             if window is not None:
-                seen, of_chunk = min(1.0, (window + new - 1) / total), min(of_chunk, float(new * window))
+                visible, of_chunk = min(1.0, (window + new - 1) / total), min(of_chunk, float(new * window))
             for shard, tokens in enumerate(chunk.tokens_by_shard):
-                reads[shard] += tokens * seen
+                reads[shard] += tokens * visible
                 pairs[shard] += of_chunk * tokens / total
-            for place, own in zip(by_pcp, chunk.rows_by_pcp, strict=True):
+            for counts, own in zip(by_pcp, chunk.rows_by_pcp, strict=True):
                 if own:
-                    place[0] += 1
-                    place[1] += round(total * seen)
-                    place[2] += round(of_chunk * own / new)
-        calls = len(chunks) if self._per_segment else sum(place[0] != 0 for place in by_pcp)
+                    counts[0] += 1
+                    counts[1] += round(total * visible)
+                    counts[2] += round(of_chunk * own / new)
+        calls = len(chunks) if self._per_segment else sum(counts[0] != 0 for counts in by_pcp)
         loads = [ComputeLoad(calls, round(read), round(pair)) for read, pair in zip(reads, pairs, strict=True)]
         return tuple(map(round, reads)), loads, by_pcp
 
 
 def _sums(field: str, chunks: Sequence[Chunk]) -> tuple[int, ...]:
-    """The chunks' tuples of that name added up."""
+    """The elementwise sum of a field of all chunks."""
     return tuple(map(sum, zip(*map(attrgetter(field), chunks), strict=True)))
 
 
-def _by_pcp(chunks: Sequence[Chunk], places: int) -> list[list[int]]:
-    """(segments, reads, pairs) of chunks of one row by pcp index."""
-    found = [[0, 0, 0] for _ in range(places)]
+def _by_pcp(chunks: Sequence[Chunk], indices: int) -> list[list[int]]:
+    """[segments, reads, pairs] by pcp index, of chunks that have one row each."""
+    found = [[0, 0, 0] for _ in range(indices)]
     for chunk in chunks:
-        place = found[chunk.rows_by_pcp.index(1)]
-        place[0] += 1
-        place[1] += chunk.cached_tokens + 1
-        place[2] += chunk.cached_tokens + 1
+        counts = found[chunk.rows_by_pcp.index(1)]
+        counts[0] += 1
+        counts[1] += chunk.cached_tokens + 1
+        counts[2] += chunk.cached_tokens + 1
     return found

@@ -1,7 +1,7 @@
-"""Measures constants on a machine that may be busy with other work: two rounds, and a note where they disagree.
+"""Measures times on a machine that may be busy with other work: in two rounds, with a note where they differ.
 
-It owns how often and in which order things are timed, and when a result is called unreliable; it must not know what it
-times.
+It owns how often and in which order functions are timed, and when a result counts as unreliable; it must not know what
+they do.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from longspan.clock import Run, repeated, seconds
 
-_REPEATS = 8
-_LONG_S = 1.0  # what takes longer is repeated less
-_FEW = 3
-_AGREE = 0.1
+_REPEATS = 8  # runs in a round
+_LONG_S, _FEW = 1.0, 3  # what takes more seconds is run less often in a round
+_AGREE = 0.1  # relative difference of two rounds from which on users are told
 
 Report = Callable[[str], None]
 
 
 def typical(taken: Sequence[float]) -> float:
-    """The lower quartile: what else runs on a machine makes some timings much longer, and none shorter."""
+    """The lower quartile: other work on the machine makes some timings much longer, and none shorter."""
     return sorted(taken)[len(taken) // 4]
 
 
 class Bench:
-    """Times things twice on one device, in two rounds through all of them; what does not agree is noted.
+    """Times functions on one device, in two rounds; `notes` has those whose rounds differ.
 
-    Each time in a thread of its own: where more threads exist for parallel loops than cores, even idle ones, OpenMP's
-    workers sleep between loops, and a model's step takes half as long again. The caller should leave its own at one.
+    Every measurement runs in a new thread with its own OpenMP workers. If more OpenMP workers exist than cores, even
+    idle ones, they sleep between parallel loops, and a step takes 1.5 times as long. So the caller should set its own
+    thread to one worker, and no engine should exist meanwhile.
     """
 
     def __init__(self, device: torch.device, cores: int, report: Report) -> None:
@@ -42,16 +42,16 @@ class Bench:
         self.report = report
 
     def seconds(self, what: str, run: Run) -> float:
-        """What one thing takes."""
+        """Seconds of one function."""
         return self.rounds({what: run})[what]
 
     def rounds(self, runs: Mapping[str, Run]) -> dict[str, float]:
-        """What each takes by name: the mean of two typical times, between which all others are timed.
+        """Seconds of each function by name: the mean of its typical times in two rounds over all functions.
 
-        A shared machine's speed changes within seconds, so that neighbours in time are alike and say little.
+        The speed of a shared machine changes within seconds, so two timings in a row would agree and prove little.
         """
-        with ThreadPoolExecutor(1) as apart:
-            return apart.submit(self._rounds, runs).result()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._rounds, runs).result()
 
     @torch.inference_mode()
     def _rounds(self, runs: Mapping[str, Run]) -> dict[str, float]:
@@ -67,12 +67,12 @@ class Bench:
         return {what: self.agreed(what, first[what], second[what]) for what in runs}
 
     def agreed(self, what: str, first: float, second: float) -> float:
-        """The mean of two, and a note if they are far apart."""
+        """The mean of two timings; a note is added if they differ by more than 10 %."""
         low, high = min(first, second), max(first, second)
         if high > (1 + _AGREE) * low > 0:
             self.notes.append(f"{what}: two timings differ by {high / low - 1:.0%}; is the machine idle?")
         return (low + high) / 2
 
     def tensor(self, *shape: int) -> Tensor:
-        """Random numbers."""
+        """A tensor of random numbers."""
         return torch.randn(*shape, dtype=self.dtype, device=self.device)

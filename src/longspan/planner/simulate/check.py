@@ -1,6 +1,6 @@
-"""Predicted against measured: the same batches and the same trace through the real engine and through a simulation.
+"""Compares predictions with measurements: the same batches and the same trace in a simulation and in a real engine.
 
-It owns the situations and what is compared; predictions are the simulation's, measurements the engine's.
+It owns the batches, the trace and the comparison.
 """
 
 from __future__ import annotations
@@ -30,55 +30,52 @@ from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.planner.timing import Report, typical
 from longspan.request import SamplingParams
 
-PREFILLS = (512, 1024, 2048, 4096, 8192)
-BATCHES = (1, 2, 4, 8, 16)
+PREFILLS = (512, 1024, 2048, 4096, 8192)  # tokens of prompts
+BATCHES = (1, 2, 4, 8, 16)  # decoding requests
 LAYOUTS = (ParallelConfig(), ParallelConfig(1, 2, 1))
-_CONTEXT, _OUTPUT = 512, 24  # of a decoding request
+_CONTEXT, _OUTPUT = 512, 24  # tokens of a decoding request: its prompt, and those it generates
 _ONCE = 4096  # prompts from this length on are measured once
-_REQUESTS, _RATE, _SEED = 40, 1.0, 0
+_REQUESTS, _RATE, _SEED = 40, 1.0, 0  # trace: number of requests, arrivals per second, random seed
 _VOCABULARY = 100  # token ids of prompts lie below it
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One situation: seconds predicted, and measured twice with all others between (long prompts once).
+    """The predicted and the measured time of one batch."""
 
-    `kind` is prefill (size: tokens) or decode (requests).
-    """
-
-    kind: str
-    size: int
+    kind: str  # prefill or decode
+    size: int  # tokens of the prompt, or number of decoding requests
     ranks: int
     predicted_s: float
-    measured_s: float
-    again_s: float
+    measured_s: float  # seconds in the first round over all batches
+    again_s: float  # seconds in the second round; those of the first for long prompts
 
     @property
     def error(self) -> float:
-        """Relative, against the mean of both."""
+        """Relative error of the prediction, against the mean of both measurements."""
         return self.predicted_s / ((self.measured_s + self.again_s) / 2) - 1
 
     @property
     def agrees(self) -> bool:
-        """Whether the two measurements differ by at most a tenth."""
+        """Whether the two measurements differ by at most 10 %."""
         return max(self.measured_s, self.again_s) <= 1.1 * min(self.measured_s, self.again_s)
 
 
 @dataclass(frozen=True)
 class TraceCheck:
-    """The same requests simulated and real."""
+    """Reports of the same requests in a simulation and in a real engine."""
 
     simulated: RunReport
     real: RunReport
 
     @property
     def throughput_error(self) -> float:
-        """Of output tokens a second."""
+        """Relative error of the simulated output tokens per second."""
         return self.simulated.output_tokens_per_s / self.real.output_tokens_per_s - 1
 
     @property
     def ttft_error(self) -> float:
-        """Of the median time to first token."""
+        """Relative error of the simulated median time to first token."""
         if self.simulated.ttft_s is None or self.real.ttft_s is None:
             return 0.0
         return self.simulated.ttft_s.median / self.real.ttft_s.median - 1
@@ -93,12 +90,12 @@ class Checks:
 
     @property
     def median_error(self) -> float:
-        """Of all rows, without sign."""
+        """Median of the absolute errors of all rows."""
         return median(abs(row.error) for row in self.rows)
 
 
 def run_checks(model: str, machine: Hardware, executor: str, report: Report) -> Checks:
-    """Every situation and the trace, for a model with weights. Takes some minutes."""
+    """Compare all batches and the trace, for a model with weights. Takes some minutes."""
     rows: list[CheckRow] = []
     for layout in _layouts():
         config = _engine_config(model, executor, layout)
@@ -112,12 +109,12 @@ def run_checks(model: str, machine: Hardware, executor: str, report: Report) -> 
 
 
 def _layouts() -> tuple[ParallelConfig, ...]:
-    """Those that this machine can run: ranks share cores, but no GPU."""
+    """The layouts that this machine can run: ranks may share cores, but not a GPU."""
     return LAYOUTS[: torch.cuda.device_count()] if torch.cuda.is_available() else LAYOUTS
 
 
 def small_trace() -> list[TraceRequest]:
-    """Short requests at random times."""
+    """The trace: short requests that arrive at random times."""
     generator = random.Random(_SEED)
     arrivals = accumulate((generator.expovariate(_RATE) for _ in range(_REQUESTS - 1)), initial=0.0)
     return [
@@ -127,7 +124,7 @@ def small_trace() -> list[TraceRequest]:
 
 
 def check_trace(config: EngineConfig, machine: Hardware, requests: Sequence[TraceRequest]) -> TraceCheck:
-    """Play the requests to the engine at their times, and to a simulation of it."""
+    """Send the requests at their arrival times to an engine and to its simulation."""
     simulated = _simulated(config, machine)
     expected = simulate(simulated, requests, 1, limits_of(simulated, None, requests), lambda _: None)
     with Engine(config) as engine:
@@ -140,7 +137,7 @@ def _engine_config(model: str, executor: str, layout: ParallelConfig) -> EngineC
 
 
 def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
-    """The same engine on paper."""
+    """The simulation of an engine with this configuration."""
     shape, weights = find_model(config.model, "bf16" if torch.cuda.is_available() else "fp32")
     scheduler = config.scheduler
     deployment = Deployment(
@@ -151,7 +148,7 @@ def _simulated(config: EngineConfig, machine: Hardware) -> InstanceConfig:
 
 
 def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[CheckRow]:
-    """All situations of one layout, measured in two rounds: a shared machine's speed changes within seconds."""
+    """All batches of one layout, measured in two rounds: the speed of a shared machine changes within seconds."""
     ranks, longest = engine.setup.grid.world_size, engine.setup.max_model_len - 2
     loads = {("prefill", size): (1, min(size, longest), 2) for size in PREFILLS}
     loads |= {("decode", size): (size, _CONTEXT, _OUTPUT) for size in BATCHES}
@@ -172,7 +169,7 @@ def _rows(engine: Engine, simulated: InstanceConfig, report: Report) -> list[Che
 
 
 def _measured(engine: Engine, requests: int, prompt: int, output: int) -> tuple[float, float]:
-    """(seconds to the last first token, seconds a step after it)."""
+    """(seconds until all requests have their first token, seconds of a step after that) in the engine."""
     generator = random.Random(_SEED)
     prompts = [generator.choices(range(_VOCABULARY), k=prompt) for _ in range(requests)]
     found = run_batch(engine, prompts, SamplingParams(temperature=0, max_tokens=output, ignore_eos=True))
@@ -180,7 +177,7 @@ def _measured(engine: Engine, requests: int, prompt: int, output: int) -> tuple[
 
 
 def _predicted(simulated: InstanceConfig, requests: int, prompt: int, output: int) -> tuple[float, float]:
-    """The same of a simulation."""
+    """The same two times in the simulation."""
     instance = SimulatedInstance(simulated)
     completions = [instance.add(number, prompt, output, (), 0.0) for number in range(requests)]
     instance.advance(float("inf"))
@@ -191,7 +188,7 @@ def _predicted(simulated: InstanceConfig, requests: int, prompt: int, output: in
 
 
 def _play(engine: Engine, requests: Sequence[TraceRequest]) -> RunReport:
-    """The real engine, with requests handed over between steps once they are due."""
+    """Run the trace in the engine: requests are added between steps once their arrival time has come."""
     generator = random.Random(_SEED)
     prompts = [generator.choices(range(_VOCABULARY), k=request.prompt_tokens) for request in requests]
     times: dict[str, list[float]] = {str(request.number): [] for request in requests}

@@ -1,6 +1,7 @@
-"""How long a planned step takes: a plan told to the model of cost as chunks.
+"""The time of a planned step in a simulation.
 
-It owns the translation and how long one answer holds for a decoding batch; the formulas are the planner's.
+It owns the conversion of a plan into the chunks of the planner's step model, and decides for how many decode steps one
+result is used.
 """
 
 from __future__ import annotations
@@ -13,47 +14,47 @@ from longspan.parallel.grid import Grid
 from longspan.plan.plan import Segment, StepPlan
 from longspan.planner.step import Chunk, StepTime
 
-_GROWTH = 64  # a decoding batch is timed anew when its contexts have grown by one part in so many
-_MOST_HELD = 128
+_GROWTH = 64  # the time of a decode step is computed again when contexts have grown by 1/64
+_MAX_REUSES = 128  # steps that one result is used for
 
 
 class StepTimer(Protocol):
-    """What a simulation needs of the planner's `StepModel`."""
+    """The part of `StepModel` that a simulation uses."""
 
     def time(self, chunks: Sequence[Chunk], decode_schedule: str, prefill_schedule: str) -> StepTime:
-        """One step of the whole engine."""
+        """The time of one step of all ranks."""
 
 
 class StepClock:
-    """Seconds of steps, one after the other.
+    """The times of consecutive steps.
 
-    A step in which the same requests decode as in the one before takes as long as that, until the contexts have
-    grown by a part in 64.
+    A step in which the same requests decode as in the step before takes as long as that one, until the contexts have
+    grown by 1/64.
     """
 
     def __init__(self, timer: StepTimer, grid: Grid) -> None:
-        self.left = 0
-        self.seconds = 0.0
+        self.reuses_left = 0  # steps of the same batch that take as long as the last one
+        self.seconds = 0.0  # time of the last step
         self._timer, self._grid = timer, grid
         self._batch: tuple[str, ...] = ()
 
     def step(self, plan: StepPlan, table: Callable[[str], PageTable]) -> float:
-        """Seconds of `plan`; `table` gives the page table of a request, the step's pages included."""
+        """Seconds of `plan`; `table` returns the page table of a request, with the pages of this step."""
         segments = plan.segments
         prefills = any(segment.prefill for segment in segments)
         batch = () if prefills else tuple(segment.request_id for segment in segments)
-        if self.left and batch == self._batch:
-            self.left -= 1
+        if self.reuses_left and batch == self._batch:
+            self.reuses_left -= 1
             return self.seconds
         context = sum(segment.stop for segment in segments) // len(segments)
-        self.left, self._batch = 0 if prefills else min(context // _GROWTH, _MOST_HELD), batch
+        self.reuses_left, self._batch = 0 if prefills else min(context // _GROWTH, _MAX_REUSES), batch
         time = self._timer.time(self._chunks(plan, table), plan.decode_schedules[0], plan.prefill_schedules[0])
         self.seconds = time.seconds
         return self.seconds
 
-    def hold(self, steps: int) -> None:
-        """`steps` steps like the last one have gone by, at most `left`."""
-        self.left -= steps
+    def repeat(self, steps: int) -> None:
+        """Count `steps` more steps like the last one, at most `reuses_left`."""
+        self.reuses_left -= steps
 
     def _chunks(self, plan: StepPlan, table: Callable[[str], PageTable]) -> list[Chunk]:
         segments_of: dict[str, list[Segment]] = {}
@@ -62,7 +63,7 @@ class StepClock:
         return [self._chunk(segments, table(request_id)) for request_id, segments in segments_of.items()]
 
     def _chunk(self, segments: Sequence[Segment], table: PageTable) -> Chunk:
-        """One request's, whose segments are in position order."""
+        """The chunk of one request, from its segments in position order."""
         start, stop, prefill = segments[0].start, segments[-1].stop, segments[0].prefill
         rows = [0] * self._grid.pcp
         for segment in segments:

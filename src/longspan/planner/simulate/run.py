@@ -17,35 +17,35 @@ from longspan.planner.simulate.trace_requests import TraceRequest
 from longspan.request import SamplingParams
 from longspan.scheduler.limits import Limits
 
-_MOST_SAMPLES = 400
-_FIRST_INTERVAL_S = 0.01
-_RUNNING_TOKENS = 512  # what a request that decodes counts for when a new one is given away
+_MAX_SAMPLES = 400  # samples of memory use
+_FIRST_INTERVAL_S = 0.01  # seconds between samples at the start
+_RUNNING_TOKENS = 512  # tokens of work that a request on an instance counts for when a new one is assigned
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Pages in use every `interval_s` seconds from 0: `used[instance][shard][sample]`, and the most there ever were."""
+    """KV pages in use over time."""
 
-    interval_s: float
+    interval_s: float  # seconds between samples; the first is at 0
     pages_per_shard: tuple[int, ...]
-    used: tuple[tuple[tuple[int, ...], ...], ...]
-    peak: tuple[tuple[int, ...], ...]
+    used: tuple[tuple[tuple[int, ...], ...], ...]  # pages in use, [instance][shard][sample]
+    peak: tuple[tuple[int, ...], ...]  # the most pages in use at any time, [instance][shard]
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What came of a trace. `cached_tokens` are prompt tokens found in a prefix cache when a request arrived."""
+    """The results of a simulated trace."""
 
-    report: RunReport
+    report: RunReport  # latencies and throughput
     memory: Memory
     requests_by_instance: tuple[int, ...]
-    steps: int
-    preemptions: int
-    cached_tokens: int
+    steps: int  # of all instances
+    preemptions: int  # of all instances
+    cached_tokens: int  # prompt tokens that were in a prefix cache when their request arrived
 
 
 class _Samples:
-    """Pages in use at even times. With too many samples every second one goes and the interval doubles."""
+    """Pages in use at regular intervals. With too many samples every second one is dropped and the interval doubles."""
 
     def __init__(self, instances: Sequence[SimulatedInstance]) -> None:
         self.interval_s = _FIRST_INTERVAL_S
@@ -54,18 +54,18 @@ class _Samples:
 
     @property
     def due_s(self) -> float:
-        """When the next one is to be taken."""
+        """The time of the next sample."""
         return len(self._taken) * self.interval_s
 
     def take(self) -> None:
-        """All instances have advanced to `due_s`."""
+        """Take a sample. All instances must have advanced to `due_s`."""
         self._taken.append([instance.used_pages() for instance in self._instances])
-        if len(self._taken) > _MOST_SAMPLES:
+        if len(self._taken) > _MAX_SAMPLES:
             self._taken = self._taken[::2]
             self.interval_s *= 2
 
     def memory(self, pages_per_shard: tuple[int, ...]) -> Memory:
-        """All of them."""
+        """All samples and peaks."""
         used = tuple(
             tuple(zip(*(sample[number] for sample in self._taken), strict=True))
             for number in range(len(self._instances))
@@ -75,12 +75,12 @@ class _Samples:
 
 
 class _Run:
-    """One simulation in flight."""
+    """A running simulation: its instances, and its results so far."""
 
     def __init__(self, config: InstanceConfig, instances: int, limits: Limits) -> None:
         self.instances = [SimulatedInstance(config) for _ in range(instances)]
         self.samples = _Samples(self.instances)
-        self.given: list[int] = [0] * instances
+        self.assigned: list[int] = [0] * instances
         self.cached_tokens = 0
         self.completions: dict[int, SimulatedCompletion] = {}
         self.refused: dict[int, Failure] = {}
@@ -88,8 +88,8 @@ class _Run:
         self._page_size, self._limits = config.page_size, limits
 
     def arrive(self, request: TraceRequest) -> None:
-        """Let time pass until the request comes, and give it to an instance."""
-        self.pass_time(request.arrival_s)
+        """Advance to the arrival of the request, and assign it to an instance."""
+        self.advance(request.arrival_s)
         try:
             self._limits.check(request.prompt_tokens, SamplingParams(max_tokens=request.max_tokens))
         except RequestError as error:
@@ -98,15 +98,15 @@ class _Run:
         keys = list(request.page_keys(self._page_size))[: (request.prompt_tokens - 1) // self._page_size]
         cached = [instance.cached_tokens(keys) for instance in self.instances]
         chosen = choose(self.instances, cached)
-        self.given[chosen] += 1
+        self.assigned[chosen] += 1
         self.cached_tokens += cached[chosen]
         self.completions[request.number] = self.instances[chosen].add(
             request.number, request.prompt_tokens, request.max_tokens, keys, request.arrival_s
         )
         self.peak = max(self.peak, sum(instance.running for instance in self.instances))
 
-    def pass_time(self, until: float) -> None:
-        """All instances go on until then, or until they have nothing to do; samples are taken on the way."""
+    def advance(self, until: float) -> None:
+        """Advance all instances to `until` (infinity: until all requests have ended), and take samples meanwhile."""
         while self.samples.due_s < until and (until < math.inf or any(i.running for i in self.instances)):
             due = self.samples.due_s
             for instance in self.instances:
@@ -118,14 +118,14 @@ class _Run:
 
 
 def choose(instances: Sequence[SimulatedInstance], cached: Sequence[int]) -> int:
-    """The instance that has least to compute until the request's first token.
+    """The instance with the least work before the request's first token; among equals the first.
 
-    That is the tokens of prompts before it, less what its cache has of the request's own, and a block of tokens for
-    each request that runs there. The first of equals.
+    The work is the uncached prompt tokens of requests there without a token, plus 512 tokens for each request there,
+    less the tokens of the request's prompt that its prefix cache has.
     """
     return min(
         range(len(instances)),
-        key=lambda n: instances[n].prompt_tokens_ahead + _RUNNING_TOKENS * instances[n].running - cached[n],
+        key=lambda n: instances[n].queued_prompt_tokens + _RUNNING_TOKENS * instances[n].running - cached[n],
     )
 
 
@@ -136,18 +136,18 @@ def simulate(
     limits: Limits,
     on_done: Callable[[int], None],
 ) -> Simulation:
-    """Play the requests, in order of arrival, to `instances` engines; `on_done` hears how many have arrived."""
+    """Simulate requests, in order of arrival, on `instances` engines. `on_done` is called with the number assigned."""
     run = _Run(config, instances, limits)
     for number, request in enumerate(requests, 1):
         run.arrive(request)
         on_done(number)
-    run.pass_time(math.inf)
+    run.advance(math.inf)
     outcomes = tuple(_outcome(request, run) for request in requests)
     seconds = max((o.chunk_times[-1] for o in outcomes if o.chunk_times), default=0.0)
     return Simulation(
         report=summarise(Finished(outcomes, max(seconds, _FIRST_INTERVAL_S), run.peak, 0.0), None),
         memory=run.samples.memory(config.pages_per_shard),
-        requests_by_instance=tuple(run.given),
+        requests_by_instance=tuple(run.assigned),
         steps=sum(instance.steps for instance in run.instances),
         preemptions=sum(instance.scheduler.preemptions for instance in run.instances),
         cached_tokens=run.cached_tokens,

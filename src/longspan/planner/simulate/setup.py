@@ -1,6 +1,6 @@
-"""From a deployment to an engine of a simulation, checked before any request is played.
+"""Makes the configuration of a simulated engine from a deployment, and checks it before a simulation starts.
 
-It owns what follows from a deployment: pages, limits and batching; it must not read options nor requests.
+It owns the pages and limits that follow from a deployment; it must not read options or traces.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from longspan.scheduler.limits import Limits
 def instance_config(
     deployment: Deployment, scheduler: SchedulerConfig, cache_bytes: int | None, enable_prefix_caching: bool
 ) -> InstanceConfig:
-    """An engine of the deployment, with the memory it leaves for pages or `cache_bytes` a rank.
+    """The configuration of an engine with `cache_bytes` of KV cache on a rank; None: what the deployment leaves.
 
-    Raises `ConfigError` where not a page fits.
+    Raises `ConfigError` if not even one page fits.
     """
     size, grid = deployment.page_size, deployment.grid
     deployment.check_fits(size * grid.num_shards if cache_bytes is None else 0)
@@ -42,6 +42,6 @@ def instance_config(
 
 
 def limits_of(config: InstanceConfig, max_model_len: int | None, requests: Sequence[TraceRequest]) -> Limits:
-    """What one request may ask for; without a limit of its own the longest request has the model's place."""
+    """The limits of one request. Without `max_model_len` the longest request sets the limit."""
     longest = max(request.prompt_tokens + request.max_tokens for request in requests)
     return Limits.of(max_model_len or longest, config.scheduler.schedule, config.pages_per_shard, config.page_size)

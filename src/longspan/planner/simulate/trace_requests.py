@@ -1,6 +1,6 @@
-"""Requests of a trace as a simulation sees them: lengths, and page keys made of the trace's block ids.
+"""The requests of a trace for a simulation: arrivals, lengths, and page keys made from the trace's block ids.
 
-It owns the reading and the keys; no token is ever made, and it must not know how a request is scheduled.
+It owns the reading and the keys; requests have no tokens, and it must not know how they are scheduled.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ _ROOT = root_key("simulated")
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One request, `arrival_s` seconds after the first one. Equal block ids stand for equal tokens.
+    """One request of a trace."""
 
-    Ids of blocks behind the last one given are not needed: a prompt that begins like no other shares nothing.
-    """
-
-    number: int
-    arrival_s: float
+    number: int  # position in order of arrival
+    arrival_s: float  # seconds after the first request
     prompt_tokens: int
-    max_tokens: int
-    blocks: tuple[int, ...]
+    max_tokens: int  # tokens it generates
+    blocks: tuple[int, ...]  # ids of its prompt's blocks: equal ids are equal tokens; the last ones may be missing
 
     def page_keys(self, page_size: int) -> Iterator[Key]:
-        """Content keys of the whole pages of the prompt, first page first."""
+        """Keys of the full pages of the prompt, in position order."""
         parent = _ROOT
         for start in range(0, self.prompt_tokens - page_size + 1, page_size):
             stop = start + page_size
@@ -43,17 +40,19 @@ class TraceRequest:
 def read_requests(
     path: str, most: int | None, time_scale: float, max_input_len: int | None = None
 ) -> list[TraceRequest]:
-    """The first `most` requests of a trace, in order of arrival; gaps between them are `time_scale` times as long.
+    """The first `most` requests of a trace in order of arrival; the gaps between them are multiplied by `time_scale`.
 
-    Prompts longer than `max_input_len` are cut to it. Raises `ConfigError` naming line, field and what was expected.
+    Prompts longer than `max_input_len` are cut to it. Raises `ConfigError`, which names line, field and remedy.
     """
     for name, value in (("num_requests", most), ("max_input_len", max_input_len)):
         require(value is None or value >= 1, name, value, "must be at least 1", "give 1 or more, or leave it out")
-    require(time_scale > 0, "time_scale", time_scale, "must be more than 0", "1 is the trace's own pace")
+    require(time_scale > 0, "time_scale", time_scale, "must be more than 0", "1 keeps the times of the trace")
     try:
         rows = sorted(read_trace(Path(path), most or 1 << 62), key=lambda row: row.timestamp)
     except OSError as error:
-        raise ConfigError("trace", path, f"cannot be read ({error})", "name a trace file") from error
+        raise ConfigError(
+            "trace", path, f"cannot be read ({error.strerror})", "give the path of a trace file"
+        ) from error
     except ConfigError as error:
         raise ConfigError("trace", error.value, error.problem, error.remedy) from error
     arrivals = trace_arrivals([row.timestamp for row in rows], 1 / time_scale)
