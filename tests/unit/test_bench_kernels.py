@@ -144,7 +144,11 @@ def test_the_clock_stays_within_its_budget_and_repeats_three_times_at_least():
         (bench_kernels.merge, {"seconds": 0.0}, "seconds=0.0: must be positive"),
         (bench_kernels.kv_write, {"formats": "int2"}, "kv_cache_dtype=int2: unknown choice"),
         (bench_kernels.attention_kernel, {"prefill": "12"}, "prefill=12: is not new x cached tokens"),
-        (bench_kernels.attention_kernel, {"shared_context": 3}, "shared_context=3: is less than a token a shard"),
+        (
+            bench_kernels.attention_kernel,
+            {"shared_context": 3},
+            "shared_context=3: is less than one token for each shard",
+        ),
     ],
 )
 def test_options_that_cannot_be(command, options, message):

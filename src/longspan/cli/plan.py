@@ -220,9 +220,7 @@ class _Plan:
         return table
 
     def _caption(self, show_all: bool) -> str:
-        means = (
-            "fit: requests that fit at once; link: time in which ranks wait for data of others; tok/s: output tokens"
-        )
+        means = "fit: requests that fit; link: time of waiting for other ranks; tok/s: output tokens"
         if show_all:
             return f"{means}\n*: Pareto set: no other layout is better in TTFT, TPOT and the objective at once"
         running = sum(one.running > 0 for one in self.layouts)

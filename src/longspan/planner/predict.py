@@ -35,7 +35,7 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted value of a row, beside the measured one."""
+    """The predicted value of a row, and the measured one."""
 
     id: str  # name of the row
     quantity: str  # a key of `QUANTITIES`
