@@ -51,7 +51,7 @@ def main() -> int:
         faults = ordeal.faults
         try:
             asyncio.run(ordeal.run())
-        except (KeyboardInterrupt, TimeoutError) as error:  # what is known by then is told
+        except (KeyboardInterrupt, SystemExit, TimeoutError) as error:  # what is known by then is told
             faults.append(f"ended early: {type(error).__name__} {error}")
         seen = ordeal.seen_processes
         code = server.end()
@@ -124,13 +124,19 @@ class _Ordeal:
                     await asyncio.sleep(self._random.uniform(0.1, 1.5))
                     kind = self._random.choices(list(_HARMS), list(_HARMS.values()))[0]
                     await self._harm(kind)
-                    seconds = time.monotonic() - self._begun
-                    print(f"{seconds:.1f} s: {kind}, {self._finished.total()} answers, {len(self.faults)} faults")
+                    print(self._line(kind))
                     progress.update(bar, advance=1, description=f"{self._finished.total()} answers, "
                                     f"{len(self.faults)} faults")  # fmt: skip
             self._done.set()
             await asyncio.gather(*clients)
             await self._check_rest()
+
+    def _line(self, kind: str) -> str:
+        noticed, back = (found.get(kind, [])[-1:] for found in (self._notice, self._back))
+        return (
+            f"{time.monotonic() - self._begun:.1f} s: {kind}, noticed {noticed}, back {back}, "
+            f"{self._finished.total()} answers, {len(self.faults)} faults"
+        )
 
     def report(self) -> None:
         """Print what was done and how long it took."""

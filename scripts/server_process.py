@@ -34,18 +34,14 @@ def split_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, 
     return parser.parse_args(own[: own.index("--")] if "--" in own else own), rest
 
 
-def model_named(name: str, folder: Path) -> str:
-    """The model to serve. `tiny` is the tests' random Llama of 97 ASCII tokens, written into `folder`."""
+def model_named(name: str) -> str:
+    """The model to serve. `tiny` is the tests' random Llama of 97 ASCII tokens, in a folder of this process."""
     if name != TINY:
         return name
     sys.path.insert(0, str(_SOURCE))
     from tests.server.running import ascii_folder
 
-    kept, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        return ascii_folder()
-    finally:
-        tempfile.tempdir = kept
+    return ascii_folder()
 
 
 class ServerProcess:
@@ -106,7 +102,7 @@ def served(model: str, options: Sequence[str]) -> Iterator[ServerProcess]:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ls-") as name:
         folder = Path(name)
-        server = ServerProcess(model_named(model, folder), folder, options)
+        server = ServerProcess(model_named(model), folder, options)
         try:
             server.wait_until_healthy()
             yield server
