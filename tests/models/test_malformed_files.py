@@ -159,6 +159,8 @@ FILES: list[tuple[str, str, str | bytes, str]] = [
      "truncated or damaged"),
     ("tokenizer that is no JSON", "tokenizer.json", "{", "its tokenizer cannot be loaded"),
     ("tokenizer without a model", "tokenizer.json", '{"version": "1.0"}', "its tokenizer cannot be loaded"),
+    ("tokenizer that is code", "tokenizer_config.json",
+     '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", null]}}', "its tokenizer cannot be loaded"),
     ("nested tokenizer", "tokenizer.json", '{"model":' * 10_000, "its tokenizer cannot be loaded"),
 ]  # fmt: skip
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from longspan.errors import UnsupportedModel, WeightError
 from longspan.weights.checkpoint import missing_tensor
 
-_MAX_ARRAY = 1 << 24  # elements of a metadata field; vocabularies have up to 2^18 tokens
+_MAX_ARRAY = 1 << 21  # elements of a metadata field; vocabularies have up to 2^18 tokens, and twice as many merges
+_MAX_ENTRIES = 1 << 16  # metadata fields, and tensors
 _BLOCK_ELEMENTS = 4 << 20  # fp32 elements held at once while dequantising: 16 MB
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -59,10 +60,18 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
-        stop = int(offset) + np.dtype(dtype).itemsize * int(count)
-        if stop > len(self.data):
-            raise ValueError(f"what begins at byte {int(offset)} ends at byte {stop} of {len(self.data)}")
-        return super()._get(offset, dtype, count, *rest, **more)
+        found = super()._get(offset, dtype, count, *rest, **more)
+        if len(found) < count:
+            raise ValueError(f"the file ends at byte {len(self.data)}, within what begins at byte {int(offset)}")
+        return found
+
+    def _build_fields(self, offs: int, count: int) -> Any:
+        _check_entries(count, "metadata fields")
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> Any:
+        _check_entries(count, "tensors")
+        return super()._build_tensor_info(offs, count)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type == gguf.GGUFValueType.ARRAY:
@@ -77,6 +86,11 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         if elements > 256 * len(self.data):  # no format has less than a bit for an element
             raise ValueError(f"the tensor {field.name} has {elements} elements")
         return field
+
+
+def _check_entries(count: int, kind: str) -> None:
+    if count > _MAX_ENTRIES:
+        raise ValueError(f"it has {count} {kind}")
 
 
 class GGUFCheckpoint:

@@ -44,7 +44,10 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise
     except BaseException as error:  # the files are damaged, or need packages; a panic of tokenizers is no `Exception`
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(f"{source.path}: its tokenizer cannot be loaded ({said:.300}); download it again") from error
+        raise ModelError(
+            f"{source.path}: its tokenizer cannot be loaded ({said:.300}); "
+            "download it again, or use a model whose tokenizer transformers has"
+        ) from error
 
 
 def _load(source: ModelSource) -> Any:
@@ -55,7 +58,8 @@ def _load(source: ModelSource) -> Any:
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
-    return AutoTokenizer.from_pretrained(source.path)
+    # without an answer transformers asks at the terminal whether it may run code that comes with the model
+    return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
 
 
 def _from_gguf(file: GGUFCheckpoint) -> Any:
