@@ -227,9 +227,11 @@ def fetch(url: str) -> str:
 
 def left_behind(server: ServerProcess) -> list[str]:
     """What `/metrics` says should not be there once all requests have ended."""
-    quiet = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "engine_restarts_total")
+    gauges = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc")
     lines = [line for line in fetch(f"{server.url}/metrics").splitlines() if not line.startswith("#")]
-    return [line for line in lines if any(name in line for name in quiet) and float(line.split()[-1])]
+    missing = [f"no {name}" for name in gauges if not any(name in line for line in lines)]
+    watched = (*gauges, "engine_restarts_total")  # a counter is not there before it has counted
+    return missing + [line for line in lines if any(name in line for name in watched) and float(line.split()[-1])]
 
 
 def attack(model: str, options: Sequence[str], arguments: argparse.Namespace) -> Outcome:
@@ -268,9 +270,9 @@ def main() -> int:
         outcome = attack(arguments.model, [*SETS[name], *rest], arguments)
         sizes = [" → ".join(str(size >> 20) for size in sizes) for sizes in zip(*outcome.memory, strict=True)]
         answers = ", ".join(f"{count} × {status}" for status, count in sorted(outcome.statuses.items()))
-        table.add_row(
-            name, str(outcome.statuses.total()), f"{outcome.seconds:.0f}", answers, *sizes, str(len(outcome.faults))
-        )
+        row = (str(outcome.statuses.total()), f"{outcome.seconds:.0f}", answers, *sizes, str(len(outcome.faults)))
+        table.add_row(name, *row)
+        print(name, *row, sep=" | ", file=sys.stderr, flush=True)  # at once: the next set may take long
         faults += outcome.faults
         print(*outcome.faults, sep="\n", flush=True)
     Console(width=160).print(table)
