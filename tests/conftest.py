@@ -9,10 +9,16 @@ import os
 import pytest
 import torch
 
+from tests.folders import remove_shared_folders
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own switch, read when a kernel is defined
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    remove_shared_folders()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import CompletionOutput
+from tests.folders import shared_folder
 
 VOCAB = 97  # divides by no rank count used here
 LOGPROBS = 97
@@ -116,7 +115,7 @@ def tiny_folder(name: str) -> str:
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):  # zero as it is made, and then nobody would miss it
                 buffer.add_(torch.randn_like(buffer) * 0.2)
-    folder = Path(mkdtemp(prefix=f"longspan-test-{name}-"))
+    folder = shared_folder(name)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from threading import Event, Thread
 from typing import Any
 
@@ -31,6 +29,7 @@ from longspan.server.app import Service
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.options import ServeOptions
 from longspan.server.run import Server, make_service, serve
+from tests.folders import shared_folder
 from tests.oracle import VOCAB, greedy, oracle, tiny_folder
 
 TEMPLATE = (
@@ -59,7 +58,7 @@ def ascii_tokenizer() -> Any:
 @cache
 def ascii_folder() -> str:
     """The tiny Llama with that tokenizer."""
-    path = Path(mkdtemp(prefix="longspan-test-ascii-")) / "model"
+    path = shared_folder("ascii") / "model"
     shutil.copytree(tiny_folder("llama"), path)
     ascii_tokenizer().save_pretrained(path)
     return str(path)

@@ -1,59 +1,76 @@
-"""Bodies nobody thought of: every one is answered, none with a 5xx, and nothing is left behind."""
+"""Requests nobody should send: every one is answered, none with a 5xx, and nothing is left behind.
+
+`scripts/fuzz_server.py` sends ten thousand of them; what it finds is put into the corpus.
+"""
 
 from __future__ import annotations
 
-import json
 import random
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-from longspan.server.chat import ChatBody
-from longspan.server.completions import CompletionBody
-from longspan.server.tokens import DetokenizeBody, TokenizeBody
+import httpx
+import pytest
+
+from tests.server.hostile import BODIES, SHAPES, Hostile, Shape, corpus, exchange, fault_of, mutated
 from tests.server.running import Running, expected
 
-BODIES = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-}
-VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 5, 1000, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.0, 0.5, 1.0, -0.5, 1e-300, 1e300,
-    "", "a", "tiny", "\x00", "é😀", "a" * 600, "auto", "required", "none", "json_object", "json_schema", "<eos>",
-    [], [1], [96], [97], [-1], ["a"], ["", "b"], [[1], [2]], [[]], [None], {}, {"a": 1}, {"5": 1.0}, {"type": "text"},
-    {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
-    {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": {"a": {"pattern": "(a+)+$"}}}}},
-    {"include_usage": True}, [{"role": "user", "content": "hi"}], [{"role": "user"}], [{"role": "assistant"}],
-    [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [{"role": "tool", "content": 5}],
-    [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    {"type": "function", "function": {"name": "f"}}, {"tokenize": False}, {"return_dict": True}, {"messages": []},
-]  # fmt: skip
-COUNT = 250
+RANDOM = 150
 
 
-def body_of(source: random.Random, fields: list[str]) -> dict[str, Any]:
-    """Valid at heart, with some fields replaced by whatever there is."""
-    body: dict[str, Any] = {"max_tokens": source.choice([1, 3, 8])}
-    body["prompt"], body["messages"], body["tokens"] = "abc", [{"role": "user", "content": "hi"}], [1, 2]
-    body = {name: value for name, value in body.items() if name in fields}
-    for name in source.sample(fields, min(len(fields), source.randint(0, 4))):
-        body[name] = source.choice(VALUES)
-    return body
-
-
-def test_whatever_is_sent_is_answered_and_nothing_is_left_behind(server: Running):
-    source = random.Random(8)
-    statuses: dict[int, int] = {}
-    for _ in range(COUNT):
-        path = source.choice([*BODIES, "/v1/completions", "/v1/chat/completions"])
-        body = body_of(source, list(BODIES[path].model_fields))
-        answer = server.post(path, body)
-        statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-        assert answer.status_code in (200, 400, 404), f"{path} {json.dumps(body)}: {answer.text}"
-        if answer.status_code != 200:
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert min(statuses[200], statuses[400]) > COUNT // 10
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Running) -> Iterator[None]:
+    """After each test no page is held, the core is the same, and a completion is what it was."""
+    yield
     assert len(server.engine.output_processor) == 0
     assert server.used_pages() == 0
     assert server.engine.restarts == 0
     assert server.complete("abc", 5)["choices"][0]["text"] == expected("abc", 5)
+
+
+def answer_to(server: Running, request: Hostile) -> httpx.Response:
+    headers = {"Content-Type": "application/json", **dict(request.headers)}
+    answer = server.client.request(request.method, request.path, content=request.body, headers=headers)
+    fault = fault_of(answer.status_code, answer.headers.get("content-type", ""), answer.content)
+    assert fault is None, f"{fault}\n{request}"
+    return answer
+
+
+def test_the_corpus_of_hostile_bodies_is_answered(server: Running):
+    statuses = Counter(answer_to(server, request).status_code for _, request in corpus())
+    assert statuses[400] > 100
+    assert statuses[200] > 20
+
+
+def test_whatever_a_field_holds_is_answered(server: Running):
+    source = random.Random(8)
+    statuses = Counter(answer_to(server, mutated(source)).status_code for _ in range(RANDOM))
+    assert min(statuses[200], statuses[400]) > RANDOM // 10
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.answers], ids=lambda shape: shape.what)
+def test_http_of_an_unusual_shape_is_answered(server: Running, shape: Shape):
+    assert exchange(server.server.port, shape) is None
+
+
+def test_what_is_no_whole_request_does_no_harm(server: Running):
+    broken = [shape for shape in SHAPES if not shape.answers]
+    with ThreadPoolExecutor(len(broken)) as pool:
+        faults = pool.map(lambda shape: exchange(server.server.port, shape, patience=0.3), broken)
+        assert [fault for fault in faults if fault] == []
+
+
+def test_the_openapi_document_describes_every_field_and_every_error(server: Running):
+    document = server.client.get("/openapi.json").json()
+    for path, body in BODIES.items():
+        operation = document["paths"][path]["post"]
+        name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+        schema = document["components"]["schemas"][name]
+        assert set(schema["properties"]) == set(body.model_fields)
+        assert schema["additionalProperties"] is False
+        assert "422" not in operation["responses"]
+        for status, answer in operation["responses"].items():
+            if status != "200":
+                error = answer["content"]["application/json"]["schema"]["properties"]["error"]
+                assert set(error["required"]) == {"message", "type", "param", "code"}

@@ -5,7 +5,8 @@ It owns the resolution of model, dtypes, lengths, page counts and backend; it mu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
@@ -170,10 +171,12 @@ def resolve(
     grid = Grid(config.parallel)
     needs_weights = executor != "dry" if needs_weights is None else needs_weights
     source = find_source(config.model, needs_weights)
-    family, model = find_family(source.config, families)
+    with _naming_files_of(source):
+        family, model = find_family(source.config, families)
     if needs_weights:
         source = open_weights(source)
-        check_checkpoint(family, model, source.checkpoint)
+        with _naming_files_of(source):
+            check_checkpoint(family, model, source.checkpoint)
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
@@ -202,6 +205,15 @@ def resolve(
     return EngineSetup(
         config, source, family, model, grid, layout, pages, length, device_type, backend, scaled, schedules
     )
+
+
+@contextmanager
+def _naming_files_of(source: ModelSource) -> Iterator[None]:
+    """A `ModelError` within this context begins with the path of the model's files."""
+    try:
+        yield
+    except ModelError as error:
+        raise type(error)(f"{source.path}: {error}") from error
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:

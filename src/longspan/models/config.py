@@ -1,6 +1,6 @@
 """The configuration of a decoder, read from a config.json in Hugging Face's format.
 
-It owns `ModelConfig` and the checks of the fields that it is read from. Pure Python: it must not import torch, nor know
+It owns `ModelConfig` and how it is read from the fields of the file. Pure Python: it must not import torch, nor know
 how a model is sharded.
 """
 
@@ -12,6 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspan.errors import ModelError, UnsupportedModel
+from longspan.models.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, Fields, shown
+
+_MAX_EXPERTS = 1 << 17  # of all layers together; Kimi-K2 has 23,040
+
+
+_ROPE_OWN = ("rope_theta", "rope_type", "type", "partial_rotary_factor")  # fields of `RopeConfig`, not of the scaling
+_ROPE_ZEROS = ("mscale", "mscale_all_dim")  # these may be 0
+_ROPE_NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "attention_factor", *_ROPE_ZEROS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,52 +197,40 @@ class ModelConfig:
         return float((self.mla.query_dim + self.mla.rope_dim) ** -0.5) * correction * correction
 
 
-class Fields:
-    """A configuration dict whose fields are checked as they are read."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def names(self, name: str) -> bool:
-        """Whether the file has the field, even if it is null."""
-        return name in self._values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field, or `default` if it is missing or null."""
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """The value of a field that must be a positive integer; else raises `ModelError`."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"config.json: {name}={value!r} must be a positive integer; fix the model's config.json")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        """The value of a field that must be a positive number; else raises `ModelError`."""
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ModelError(f"config.json: {name}={value!r} must be a positive number; fix the model's config.json")
-        return float(value)
-
-    def ids(self, name: str) -> tuple[int, ...]:
-        """The value of a field that is one token id, a list of them, or missing."""
-        value = self.get(name, [])
-        return tuple(value) if isinstance(value, list | tuple) else (int(value),)
-
-
 def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
-    """Rope from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which has both in newer files."""
-    parameters = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    theta = parameters.pop("rope_theta", None) or fields.number("rope_theta", 10000.0)
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    partial = parameters.pop("partial_rotary_factor", None) or fields.number("partial_rotary_factor", 1.0)
-    scaling = tuple(
-        sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in parameters.items())
-    )
-    return RopeConfig(float(theta), str(rope_type), scaling, float(partial), max_position_embeddings)
+    """Rope from `rope_theta` and `rope_scaling`, or from `rope_parameters`, which has both in newer files.
+
+    Raises `ModelError`, or `UnsupportedModel` if layers differ in their rope.
+    """
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    scaling = fields.inner(name)
+    values = dict(fields.get(name) or {})
+    nested = next((key for key, value in values.items() if isinstance(value, Mapping)), None)
+    if nested is not None:
+        raise UnsupportedModel(
+            f"config.json: {name}.{nested}={shown(values[nested])} is a rope of some layers only, which is not "
+            "supported; use a model with one rope"
+        )
+    theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0), least=1.0)
+    partial = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0), most=1.0)
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    for key in _ROPE_NUMBERS:
+        if scaling.get(key) is not None:
+            scaling.number(key, least=-1.0 if key in _ROPE_ZEROS else 0.0)
+    _check_factors(scaling)
+    kept = {key: value for key, value in values.items() if key not in _ROPE_OWN}
+    found = tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in kept.items()))
+    return RopeConfig(theta, str(rope_type), found, partial, max_position_embeddings)
+
+
+def _check_factors(scaling: Fields) -> None:
+    factors = scaling.get("factors", [])
+    numbers = isinstance(factors, list) and all(type(each) in (int, float) and 0 < each < 1e30 for each in factors)
+    if not numbers:
+        raise scaling.wrong("factors", factors, "must be a list of positive numbers")
+    low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise scaling.wrong("low_freq_factor", low, f"must be below high_freq_factor={high}")
 
 
 def read_windows(fields: Fields, default: int | None, first: int = 0) -> tuple[int | None, ...]:
@@ -240,20 +239,23 @@ def read_windows(fields: Fields, default: int | None, first: int = 0) -> tuple[i
     The width is `sliding_window`, or `default` if the file does not have this field. `layer_types` says which layers
     have it; without this field all layers from number `first` on do. Raises `ModelError` or `UnsupportedModel`.
     """
-    given = fields.size("sliding_window") if fields.get("sliding_window") else None
+    given = fields.size("sliding_window", most=MAX_POSITIONS) if fields.get("sliding_window") else None
     window = given if fields.names("sliding_window") else default
     if window is None:
         return ()
-    layers = range(fields.size("num_hidden_layers"))
+    layers = range(fields.size("num_hidden_layers", most=MAX_LAYERS))
     types = fields.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in layers]
     known = {"sliding_attention": window, "full_attention": None}
     if not isinstance(types, list) or len(types) != len(layers):
         raise ModelError(
-            f"config.json: layer_types={types!r} must list num_hidden_layers={len(layers)} types; fix the config.json"
+            f"config.json: layer_types={shown(types)} must list num_hidden_layers={len(layers)} types; "
+            "fix the config.json"
         )
     for kind in types:
-        if kind not in known:
-            raise UnsupportedModel(f"config.json: layer_types={kind!r} is not supported; known are {', '.join(known)}")
+        if not isinstance(kind, str) or kind not in known:
+            raise UnsupportedModel(
+                f"config.json: layer_types={shown(kind)} is not supported; known are {', '.join(known)}"
+            )
     return tuple(known[kind] for kind in types)
 
 
@@ -267,11 +269,11 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
             f"config.json: num_attention_heads={q_heads} is not a multiple of num_key_value_heads={kv_heads}; "
             "fix the model's config.json"
         )
-    positions = fields.size("max_position_embeddings", 2048)
+    positions = fields.size("max_position_embeddings", 2048, MAX_POSITIONS)
     rope = read_rope(fields, positions)
     common: dict[str, Any] = {
         "architecture": architecture,
-        "num_layers": fields.size("num_hidden_layers"),
+        "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
         "hidden_size": hidden,
         "num_q_heads": q_heads,
         "num_kv_heads": kv_heads,
@@ -281,7 +283,43 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
         "max_position_embeddings": positions,
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope": rope,
-        "tie_word_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "eos_token_ids": fields.ids("eos_token_id"),
     }
-    return ModelConfig(**{**common, **differences})
+    config = ModelConfig(**{**common, **differences})
+    _check_sizes(config)
+    return config
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raise `ModelError` for sizes that are impossible together."""
+    rotated = int(config.rotary_dim * config.rope.partial_rotary_factor)
+    if rotated < 2 or rotated % 2:
+        raise ModelError(
+            f"config.json: head_dim={config.rotary_dim} with partial_rotary_factor={config.rope.partial_rotary_factor} "
+            f"rotates {rotated} elements of a head, which must be a positive even number; fix the model's config.json"
+        )
+    mla, moe = config.mla, config.moe
+    width = mla.query_dim + mla.rope_dim + mla.value_dim + mla.kv_lora_rank if mla else config.head_dim
+    if config.num_q_heads * width > MAX_SIZE:
+        raise ModelError(
+            f"config.json: num_attention_heads={config.num_q_heads} of {width} elements each are more than {MAX_SIZE} "
+            "elements; fix the model's config.json"
+        )
+    if moe is None:
+        return
+    if len(moe.layers) * moe.num_experts > _MAX_EXPERTS:
+        raise ModelError(
+            f"config.json: num_hidden_layers={config.num_layers} with {moe.num_experts} experts each are more than "
+            f"{_MAX_EXPERTS} experts; fix the model's config.json"
+        )
+    if moe.experts_per_token > moe.num_experts:
+        raise ModelError(
+            f"config.json: num_experts_per_tok={moe.experts_per_token} exceeds the {moe.num_experts} experts; "
+            "fix the model's config.json"
+        )
+    if moe.num_experts % moe.num_groups or moe.groups_per_token > moe.num_groups:
+        raise ModelError(
+            f"config.json: n_group={moe.num_groups} must divide the {moe.num_experts} experts and be at least "
+            f"topk_group={moe.groups_per_token}; fix the model's config.json"
+        )

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config, read_windows
+from longspan.models.config import ModelConfig, MoEConfig, read_config, read_windows
+from longspan.models.fields import MAX_LAYERS, Fields
 
 _WINDOW = 128
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -17,9 +18,9 @@ ARCHITECTURES = ("GptOssForCausalLM",)
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
     """The configuration. Without `layer_types` layers 0, 2, 4 ... have a window."""
     fields = Fields(values)
-    layers = range(fields.size("num_hidden_layers"))
+    layers = range(fields.size("num_hidden_layers", most=MAX_LAYERS))
     types = fields.get("layer_types") or [("sliding_attention", "full_attention")[layer % 2] for layer in layers]
-    bias = bool(fields.get("attention_bias", True))
+    bias = fields.flag("attention_bias", True)
     moe = MoEConfig(
         num_experts=fields.size("num_local_experts"),
         experts_per_token=fields.size("num_experts_per_tok"),

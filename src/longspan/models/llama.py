@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, read_config, read_windows
+from longspan.models.config import ModelConfig, read_config, read_windows
+from longspan.models.fields import Fields
 
 _MISTRAL = "MistralForCausalLM"
 _MISTRAL_WINDOW = 4096
@@ -17,10 +18,11 @@ ARCHITECTURES = ("LlamaForCausalLM", _MISTRAL)
 
 def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
     """The configuration. Llama's `attention_bias` includes the output projection."""
-    windows = read_windows(Fields(values), _MISTRAL_WINDOW) if architecture == _MISTRAL else ()
-    bias = bool(values.get("attention_bias", False))
+    fields = Fields(values)
+    windows = read_windows(fields, _MISTRAL_WINDOW) if architecture == _MISTRAL else ()
+    bias = fields.flag("attention_bias", False)
     return read_config(
         values, architecture,
-        attention_bias=bias, attention_output_bias=bias, mlp_bias=bool(values.get("mlp_bias", False)),
+        attention_bias=bias, attention_output_bias=bias, mlp_bias=fields.flag("mlp_bias", False),
         windows=windows,
     )  # fmt: skip

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, MoEConfig, read_config, read_windows
+from longspan.models.config import ModelConfig, MoEConfig, read_config, read_windows
+from longspan.models.fields import MAX_LAYERS, Fields
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 
@@ -20,7 +21,7 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
         num_experts=fields.size("num_local_experts"),
         experts_per_token=fields.size("num_experts_per_tok"),
         intermediate_size=fields.size("intermediate_size"),
-        layers=frozenset(range(fields.size("num_hidden_layers"))),
+        layers=frozenset(range(fields.size("num_hidden_layers", most=MAX_LAYERS))),
         block="block_sparse_moe",
         names=("w1", "w3", "w2"),
     )

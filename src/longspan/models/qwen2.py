@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longspan.models.config import Fields, ModelConfig, read_config, read_windows
+from longspan.models.config import ModelConfig, read_config, read_windows
+from longspan.models.fields import Fields
 
 _WINDOW, _FULL_LAYERS = 4096, 28
 ARCHITECTURES = ("Qwen2ForCausalLM",)
@@ -22,6 +23,6 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
 def optional_windows(values: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's rule for windows: with `use_sliding_window` layers from number `max_window_layers` on have one."""
     fields = Fields(values)
-    if not fields.get("use_sliding_window", False):
+    if not fields.flag("use_sliding_window", False):
         return ()
-    return read_windows(fields, _WINDOW, int(fields.get("max_window_layers", _FULL_LAYERS)))
+    return read_windows(fields, _WINDOW, fields.count("max_window_layers", _FULL_LAYERS))

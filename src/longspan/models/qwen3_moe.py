@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.models import qwen3
-from longspan.models.config import Fields, ModelConfig, MoEConfig
+from longspan.models.config import ModelConfig, MoEConfig
+from longspan.models.fields import MAX_LAYERS, Fields
 from longspan.models.qwen2 import optional_windows
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
@@ -21,14 +22,14 @@ def parse(values: Mapping[str, Any], architecture: str) -> ModelConfig:
     Unlike in Qwen3, all layers have the window if it is switched on: `max_window_layers` is ignored.
     """
     fields = Fields(values)
-    step, dense = fields.size("decoder_sparse_step", 1), set(fields.get("mlp_only_layers", ()))
-    layers = range(fields.size("num_hidden_layers"))
+    step, dense = fields.size("decoder_sparse_step", 1), set(fields.counts("mlp_only_layers"))
+    layers = range(fields.size("num_hidden_layers", most=MAX_LAYERS))
     moe = MoEConfig(
         num_experts=fields.size("num_experts", fields.get("num_local_experts")),
         experts_per_token=fields.size("num_experts_per_tok"),
         intermediate_size=fields.size("moe_intermediate_size"),
         layers=frozenset(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense),
-        normalise=bool(fields.get("norm_topk_prob", False)),
+        normalise=fields.flag("norm_topk_prob", False),
     )
     windows = optional_windows({**values, "max_window_layers": 0})
     return qwen3.parse(values, architecture, moe=moe, windows=windows)

@@ -17,6 +17,7 @@ from longspan.models import deepseek, gpt_oss, llama, mixtral, qwen2, qwen3, qwe
 from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext, Model
 from longspan.models.decoder import DecoderModel
+from longspan.models.fields import Fields, shown
 from longspan.models.params import Param, Shapes, validate_checkpoint
 from longspan.models.shapes import requests_of
 
@@ -60,15 +61,16 @@ def find_family(values: Mapping[str, Any], families: Sequence[Family] = BUILT_IN
     Where it names no architectures, its `model_type` decides. Raises `UnsupportedModel` if no family has it, and
     `ModelError` if a field is wrong.
     """
-    named = values.get("architectures") or []
-    kind = values.get("model_type")
+    named, kind = values.get("architectures") or [], values.get("model_type")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise Fields(values).wrong("architectures", named, "must be a list of names")
     for name in named or architectures(families):
         for family in families:
             if name in family.architectures and (named or _is_of_type(name, kind)):
                 return family, family.parse(values, name)
-    problem = f"architectures={list(named)} in config.json is not supported"
+    problem = f"architectures={shown(named)} in config.json is not supported"
     if not named:
-        problem = f"config.json names no architectures, and model_type={kind} is not supported"
+        problem = f"config.json names no architectures, and model_type={shown(kind).strip(chr(39))} is not supported"
     raise UnsupportedModel(f"{problem}; supported are {', '.join(architectures(families))}")
 
 

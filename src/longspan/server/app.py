@@ -43,14 +43,27 @@ _ID_BYTES = 8  # digits, comma and space of one token id
 _LEAST_BODY, _LARGEST_BODY = 2 << 20, 64 << 20
 _OTHER_TASKS = ("/v1/embeddings", "/v1/audio", "/v1/images", "/v1/moderations", "/v1/rerank", "/pooling", "/score")
 _LOG = logging.getLogger("longspan.server")
-_ERROR_BODY = {"application/json": {"example": Problem(400, "field=value: what is wrong; remedy").body()}}
-_ANSWERS: dict[int | str, dict[str, Any]] = {
-    status: {"description": description, "content": _ERROR_BODY}
-    for status, description in {
-        400: "the request cannot be served", 401: "wrong key", 404: "no such model", 408: "it took too long",
-        413: "too large a body", 429: "too many requests wait", 503: "the engine is not there",
-    }.items()
+_ERROR = {
+    "type": "object", "required": ["message", "type", "param", "code"],
+    "properties": {
+        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]},
+    },
 }  # fmt: skip
+_ERROR_BODY = {
+    "application/json": {
+        "schema": {"type": "object", "required": ["error"], "properties": {"error": _ERROR}},
+        "example": Problem(400, "field=value: what is wrong; remedy").body(),
+    }
+}
+_DESCRIPTIONS: dict[int | str, str] = {
+    400: "the request cannot be served", 401: "wrong key", 404: "no such model", 408: "it took too long",
+    413: "too large a body", 429: "too many requests wait", 503: "the engine is not there",
+    "default": "any other error",  # without it FastAPI adds a 422 of another shape, which is never sent
+}  # fmt: skip
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": _ERROR_BODY} for status, description in _DESCRIPTIONS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -226,7 +239,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def index() -> Response:
         return HTMLResponse(page)
 
-    @app.get("/health", responses=_ANSWERS, tags=["probes"])
+    @app.get("/health", responses={503: {"description": "not ready, and the reason"}}, tags=["probes"])
     async def health() -> Response:
         """200 while every rank is ready and answers, however long a step takes; else 503 with the reason."""
         trouble = service.engine.trouble

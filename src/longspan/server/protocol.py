@@ -155,7 +155,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """See uvicorn. A client that is answered before the end of its body may go on sending for a limited time."""
+        was_last = not self.pipeline
         super().on_response_complete()
+        if self._refused and was_last:
+            self.transport.close()
         if self._phase is _Phase.BODY:
             self.loop.call_later(self._limits.linger_seconds, self._end_unread, self._since)
 
@@ -200,16 +203,24 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(Problem(408, f"{problem}; send it faster", "timeout_error", code="request_timeout"))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer with an error, unless the application has begun to answer, and close the connection."""
+        """Answer with an error, unless the application has begun to answer, and close the connection.
+
+        Complete requests that came before on the connection are answered first, and then without this error: its client
+        may have counted the bytes of a body wrongly, say.
+        """
         self._refused = True
         self._unset_keepalive_if_required()
         cycle = self.cycle if self._phase is _Phase.BODY else None
         if cycle is not None:
             cycle.disconnected = True  # uvicorn drops whatever the application still sends
             cycle.message_event.set()
-        begun = cycle.response_started if cycle is not None else self._is_answering
-        if begun or self.pipeline:
-            self.transport.close()
+            if self.pipeline:
+                self.pipeline.popleft()  # it waits behind the others
+                return
+            if cycle.response_started:
+                self.transport.close()
+                return
+        elif self._is_answering:
             return
         body = msgspec.json.encode(problem.body())
         phrase = HTTPStatus(problem.status).phrase

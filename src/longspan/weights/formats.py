@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from longspan.config import require_choice
+from longspan.errors import ModelError
 
 _BYTES: Mapping[str, float] = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625, "mxfp4": 0.53125
@@ -56,7 +57,11 @@ class WeightFormat:
         if not isinstance(quantisation, Mapping):
             return found
         each = _BYTES[_format(quantisation)]
-        patterns = quantisation.get("modules_to_not_convert") or quantisation.get("ignore") or ()
+        patterns = quantisation.get("modules_to_not_convert") or quantisation.get("ignore") or []
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ModelError(
+                f"quantization_config: modules_to_not_convert={patterns!r:.80} must be a list of names; fix config.json"
+            )
         converted = [part for part, module in _MODULES.items() if not any(_names(p, module) for p in patterns)]
         return replace(found, **dict.fromkeys(converted, each))
 
@@ -70,7 +75,10 @@ def element_bytes(field: str, name: str) -> float:
 def _names(pattern: str, module: str) -> bool:
     """Whether an entry of `modules_to_not_convert`, a prefix or `re:` and a regular expression, matches a module."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error as error:
+            raise ModelError(f"quantization_config: ignore={pattern:.80} is no expression ({error})") from error
     return fnmatch(module, pattern + "*")
 
 

@@ -5,6 +5,7 @@ It owns the names of tensors in GGUF files and the order of their rotary rows; i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 from longspan.errors import UnsupportedModel, WeightError
 from longspan.weights.checkpoint import missing_tensor
 
+_MAX_ARRAY = 1 << 21  # elements of a metadata field; vocabularies have up to 2^18 tokens, and twice as many merges
+_MAX_ENTRIES = 1 << 16  # metadata fields, and tensors
 _BLOCK_ELEMENTS = 4 << 20  # fp32 elements held at once while dequantising: 16 MB
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -50,6 +53,46 @@ def hub_name(name: str) -> str:
     return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else name
 
 
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """The package's reader, which takes what a file says of its own sizes for true, with a check of each.
+
+    Without it a small file that claims 2^50 elements is read for ever.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+        found = super()._get(offset, dtype, count, *rest, **more)
+        if len(found) < count:
+            raise ValueError(f"the file ends at byte {len(self.data)}, within what begins at byte {int(offset)}")
+        return found
+
+    def _build_fields(self, offs: int, count: int) -> Any:
+        _check_entries(count, "metadata fields")
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> Any:
+        _check_entries(count, "tensors")
+        return super()._build_tensor_info(offs, count)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            length = int(self._get(orig_offs + 4, np.uint64)[0])  # behind the type of the elements
+            if length > min(_MAX_ARRAY, len(self.data) - orig_offs):
+                raise ValueError(f"the array at byte {orig_offs} has {length} elements")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _get_tensor_info_field(self, orig_offs: int) -> Any:
+        field = super()._get_tensor_info_field(orig_offs)
+        elements = math.prod(field.parts[3].tolist())
+        if elements > 256 * len(self.data):  # no format has less than a bit for an element
+            raise ValueError(f"the tensor {field.name} has {elements} elements")
+        return field
+
+
+def _check_entries(count: int, kind: str) -> None:
+    if count > _MAX_ENTRIES:
+        raise ValueError(f"it has {count} {kind}")
+
+
 class GGUFCheckpoint:
     """The tensors and metadata of a GGUF file.
 
@@ -59,18 +102,22 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _Reader(path)
         except Exception as error:  # the reader's exception for a damaged file depends on where the damage is
             raise WeightError(f"{path}: truncated or not a GGUF file ({error}); download it again") from error
+        self.path = path
         self._tensors = {hub_name(tensor.name): tensor for tensor in self._reader.tensors}
-        if self.metadata("split.count", 1) > 1:
+        if self.metadata("split.count", 1) not in (0, 1):
             raise UnsupportedModel(f"{path}: one of several split GGUF files; join them with llama-gguf-split --merge")
         self._check_quantisations()
 
     def metadata(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata field, or `default` if it is missing."""
+        """The value of a metadata field, or `default` if it is missing. Raises `WeightError` if it is no UTF-8."""
         field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except ValueError as error:
+            raise WeightError(f"{self.path}: {key} cannot be read ({error}); download it again") from error
 
     def names(self) -> frozenset[str]:
         """See `Checkpoint.names`."""
@@ -83,7 +130,7 @@ class GGUFCheckpoint:
     def rope_factors(self) -> list[float] | None:
         """One divisor for each rotary frequency (llama3 scaling); None if the file has none."""
         tensor = self._tensors.get(ROPE_FACTORS)
-        return None if tensor is None else [float(value) for value in tensor.data]
+        return None if tensor is None else [float(value) for value in tensor.data.reshape(-1)]
 
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """See `Checkpoint.read`."""
@@ -130,6 +177,11 @@ class GGUFCheckpoint:
             checked.add(tensor.tensor_type)
             try:
                 gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+            except (ValueError, IndexError) as error:
+                raise WeightError(
+                    f"{self.path}: {name}, shape {self.shape(name)}, is no tensor in {tensor.tensor_type.name} "
+                    f"({error}); download it again"
+                ) from error
             except NotImplementedError as error:
                 raise UnsupportedModel(
                     f"{name}: quantisation {tensor.tensor_type.name} cannot be dequantised by the gguf package; "

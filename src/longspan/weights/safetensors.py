@@ -5,7 +5,6 @@ It owns the open files. They are memory-mapped, so only the slices that are aske
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from longspan.errors import ModelNotFound, WeightError
 from longspan.weights.checkpoint import missing_tensor
+from longspan.weights.json_file import read_object
 
 _SCALE = "_scale_inv"
 _INDEX = "model.safetensors.index.json"
@@ -71,6 +71,11 @@ class SafetensorsCheckpoint:
     def _scales(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """The scale of each element of the slice, fp32 [rows, columns]."""
         scales: Tensor = self._slice(name + _SCALE)[:].float()
+        if scales.dim() != len(index):
+            raise WeightError(
+                f"{name + _SCALE}: shape {tuple(scales.shape)} is not one scale for each block of {self.shape(name)}; "
+                "use the unquantised model"
+            )
         for dim, (part, size) in enumerate(zip(index, self.scale_block, strict=True)):
             blocks = torch.arange(part.start, part.stop) // size
             if part.stop > scales.shape[dim] * size:
@@ -90,11 +95,17 @@ class SafetensorsCheckpoint:
 def _files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WeightError(f"{index}: is not a safetensors index ({error}); download it again") from error
-        return [folder / name for name in names]
+        files = read_object(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise WeightError(f"{index}: weight_map={files!r:.80} lists no files of tensors; download it again")
+        for tensor, name in files.items():
+            # a path could lead to any file of the machine
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise WeightError(
+                    f"{index}: weight_map.{tensor:.80}={name!r:.80} is not the name of a .safetensors file "
+                    "beside it; download it again"
+                )
+        return [folder / name for name in sorted(set(files.values()))]
     single = folder / "model.safetensors"
     files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:

@@ -6,7 +6,6 @@ It owns finding and opening the files, the configuration first; it must not inte
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from longspan.weights.builtin import HUB_ID, builtin_config, builtin_name, built
 from longspan.weights.checkpoint import Checkpoint, NoWeights
 from longspan.weights.gguf import GGUFCheckpoint
 from longspan.weights.gguf_config import gguf_config
+from longspan.weights.json_file import read_object
 from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 
@@ -60,7 +60,7 @@ def find_source(model: str, needs_weights: bool = True) -> ModelSource:
         return _folder(model, path)
     if path.is_file():
         alone = path.suffix == ".json" and not needs_weights
-        return ModelSource(model, path, _json(path)) if alone else _gguf(model, path)
+        return ModelSource(model, path, read_object(path)) if alone else _gguf(model, path)
     built_in = builtin_name(model)
     if built_in is not None and (not needs_weights or not HUB_ID.fullmatch(model)):
         if needs_weights:
@@ -96,15 +96,22 @@ def open_weights(source: ModelSource) -> ModelSource:
 def quantisation_problem(config: Mapping[str, Any]) -> str | None:
     """Why weights in a configuration's format cannot be loaded, with the remedy; None if they can."""
     found = config.get("quantization_config") or {}
+    if not isinstance(found, Mapping):
+        return f"quantization_config={found!r:.80} is no object; fix the model's config.json, or download it again"
     given = {name: found[name] for name in ("quant_method", "weight_block_size") if name in found}
     method, block = found.get("quant_method", "fp8"), found.get("weight_block_size", list(_BLOCK))
-    if method == "mxfp4" or (method == "fp8" and isinstance(block, list) and len(block) == 2):
+    if method == "mxfp4" or (method == "fp8" and _is_block(block)):
         return None
-    stated = ", ".join(f"{name}={value}" for name, value in given.items())
+    stated = ", ".join(f"{name}={value!s:.80}" for name, value in given.items())
     return (
         f"quantization_config ({stated}) is not supported; "
         "use the unquantised model, one in block-scaled FP8 or MXFP4, or a GGUF file"
     )
+
+
+def _is_block(value: object) -> bool:
+    """Whether it is a number of rows and one of columns."""
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
 def _only_described(model: str, built_in: str) -> ModelNotFound:
@@ -125,26 +132,20 @@ def _gguf(name: str, path: Path) -> ModelSource:
 def _folder(name: str, path: Path) -> ModelSource:
     if not (path / "config.json").is_file():
         raise ModelNotFound(f"model={name}: no config.json in {path}; give the folder that holds it")
-    config = _json(path / "config.json")
-    if (path / "generation_config.json").is_file():
-        generation = _json(path / "generation_config.json")
-        config["eos_token_id"] = sorted({*_ids(config), *_ids(generation)})
+    file, other = path / "config.json", path / "generation_config.json"
+    config = read_object(file)
+    if other.is_file():
+        config["eos_token_id"] = sorted({*_end_tokens(file, config), *_end_tokens(other, read_object(other))})
     return ModelSource(name, path, config)
 
 
-def _ids(config: dict[str, Any]) -> list[int]:
+def _end_tokens(path: Path, config: Mapping[str, Any]) -> list[int]:
+    """`eos_token_id` of a file as a list. Raises `ModelError`."""
     value = config.get("eos_token_id")
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: is not readable as JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds no JSON object; download it again")
-    return values
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(each) is int for each in found):
+        raise ModelError(f"{path}: eos_token_id={value!r:.80} is no token id, nor a list of them; fix it")
+    return found
 
 
 def _smollm2_file() -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.errors import ModelError, UnsupportedModel
+from longspan.errors import LongspanError, ModelError, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
 from longspan.weights.source import ModelSource
 
@@ -38,6 +38,19 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises `ModelError` for a damaged one, `UnsupportedModel` for a kind that is not known.
     """
+    try:
+        return _load(source)
+    except (LongspanError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the files are damaged, or need packages; a panic of tokenizers is no `Exception`
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{source.path}: its tokenizer cannot be loaded ({said:.300}); "
+            "download it again, or use a model whose tokenizer transformers has"
+        ) from error
+
+
+def _load(source: ModelSource) -> Any:
     if isinstance(source.checkpoint, GGUFCheckpoint):
         return _from_gguf(source.checkpoint)
     if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
@@ -45,10 +58,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
-    try:
-        return AutoTokenizer.from_pretrained(source.path)
-    except Exception as error:  # damaged files, or a tokenizer that needs code or packages that are not installed
-        raise ModelError(f"{source.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+    # without an answer transformers asks at the terminal whether it may run code that comes with the model
+    return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
 
 
 def _from_gguf(file: GGUFCheckpoint) -> Any:
