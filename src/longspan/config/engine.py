@@ -308,6 +308,7 @@ class EngineConfig:
         flag="cost_constants", parse=read_constants,
     )  # fmt: skip
     trace: bool = False  # ranks record when they compute and transfer
+    read_vocabulary_ahead: bool = False  # ranks read it for grammars when they start, not with the first grammar
     transfer: TransferConfig | None = None  # this instance is one side of a pair
 
     @classmethod

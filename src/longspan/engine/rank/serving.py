@@ -13,7 +13,7 @@ import torch
 import zmq
 
 from longspan.config import LivenessConfig
-from longspan.engine.rank.build import build_runner, share_of_cores
+from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
@@ -99,7 +99,7 @@ def _serve(begin: messages.Begin, rank: int, number: int, line: zmq.Socket[bytes
         return open_group(group, rank, traffic, device)
 
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
-    runner, constants = build_runner(setup, rank, store, make_group)
+    runner, constants = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
     traffic.reset()  # what was measured with is not the engine's
     answer(messages.RankReady(rank, constants))
     loop = StepLoop(runner, lambda result: answer(messages.Stepped(result)), lambda: bool(line.poll(0)))
