@@ -38,13 +38,14 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises `ModelError` for a damaged one, `UnsupportedModel` for a kind that is not known.
     """
-    if isinstance(source.checkpoint, GGUFCheckpoint):
-        return _from_gguf(source.checkpoint)
-    if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
+    file = source.checkpoint if isinstance(source.checkpoint, GGUFCheckpoint) else None
+    if file is None and not any((source.path / name).exists() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
+    if file is not None:
+        return _from_gguf(file)
     try:
         return AutoTokenizer.from_pretrained(source.path)
     except Exception as error:  # damaged files, or a tokenizer that needs code or packages that are not installed
