@@ -72,7 +72,7 @@ def _server() -> Iterator[str]:
     from longspan.server.app import Service, build_app
     from longspan.server.options import ServeOptions
 
-    engine = SimpleNamespace(setup=SimpleNamespace(max_model_len=1))
+    engine = SimpleNamespace(setup=SimpleNamespace(max_model_len=1), metrics=SimpleNamespace(failed=None))
     app = build_app(
         Service(cast(Any, engine), cast(Any, SimpleNamespace(max_bytes=0)), ServeOptions(), "model", None, 0.0)
     )
@@ -144,7 +144,7 @@ def _metrics() -> Iterator[str]:
         for name in names
     }
     for family in registry.collect():
-        suffix = "_total" if family.type == "counter" else ""
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
         yield f"metric {family.name}{suffix} {family.type} by {', '.join(labels[family.name])}"
 
 

@@ -234,3 +234,5 @@ class TokenOutput:
     prompt_scores: tuple[PromptScore, ...] = ()
     # the reason, where `finish_reason` is `FinishReason.ERROR`
     error: str | None = None
+    # when a step first took it up, in `time.monotonic()` of the driver's machine; None before
+    scheduled_at: float | None = None

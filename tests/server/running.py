@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ def running(
     assert started.wait(PATIENCE)
     if failed:
         raise failed[0]
-    url = f"http://127.0.0.1:{found['server'].port}"
+    url = f"{options.tls.scheme}://127.0.0.1:{found['server'].port}"
+    trusted = True if options.tls.certfile is None else ssl.create_default_context(cafile=options.tls.certfile)
     key = {"Authorization": f"Bearer {options.keys[0].key}"} if options.keys else {}
-    with httpx.Client(base_url=url, timeout=PATIENCE, headers=key) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE, headers=key, verify=trusted) as client:
         yield Running(url, service, found["server"], found["loop"], client)
     found["server"].should_exit = True
     thread.join(PATIENCE)

@@ -9,6 +9,7 @@ State = dict[str, Any]
 SHARDS = 4
 ADDED = {"name": "pigeon_kv", "moves": "keys", "colour": "#123456", "sentence": "keys fly"}
 PAGES = 1500
+ENDED_ID = "r7.7"
 HOSTILE_ID = "<img src=x onerror=\"document.body.dataset.broken='yes'\">"
 
 
@@ -45,7 +46,7 @@ def second(t: int) -> State:
     return {
         "t": 1000.0 + t, "output_tokens_per_s": 42 + 18 * math.sin(t / 9) + 6 * math.sin(t * 1.7),
         "prompt_tokens_per_s": max(0.0, 700 * math.sin(t / 14)), "running": 3 + t // 30, "waiting": max(0, t // 20 - 4),
-        "ttft_median_s": 0.84,
+        "ttft_median_s": 0.84, "ttft_p95_s": 2.1, "itl_median_s": 0.041, "itl_p95_s": 0.12,
     }  # fmt: skip
 
 
@@ -84,6 +85,18 @@ def lively() -> State:
             "prefix_cached_tokens": 120320, "bytes_by_schedule": {"gather_q": 48_300_000, "ring_kv": 2_130_000_000},
         },
         "history": [second(t) for t in range(120)],
+        "ended": [
+            {
+                "id": ENDED_ID, "reason": "length", "prompt_tokens": 700, "cached_tokens": 128, "output_tokens": 64,
+                "ttft_s": 0.31, "e2e_s": 2.75, "ago_s": 4.2,
+            }
+        ],
+        "errors": [
+            {
+                "status": 400, "method": "POST", "path": "/v1/completions", "ago_s": 12.0,
+                "reason": "max_tokens: must not be negative",
+            }
+        ],
     }  # fmt: skip
 
 
@@ -92,5 +105,6 @@ def empty() -> State:
     state = lively()
     shards = [{**shard, "used": 0} for shard in state["shards"]]
     totals = dict.fromkeys(("prompt_tokens", "output_tokens", "requests", "preemptions", "prefix_cached_tokens"), 0)
-    quiet = {"requests": [], "requests_total": 0, "cached_pages_by_shard": [0] * SHARDS, "steps": [], "history": []}
+    quiet = {"requests": [], "requests_total": 0, "cached_pages_by_shard": [0] * SHARDS, "steps": [], "history": [],
+             "ended": [], "errors": []}  # fmt: skip
     return {**state, **quiet, "shards": shards, "totals": {**totals, "bytes_by_schedule": {}}, "restarts": 0}

@@ -260,6 +260,7 @@ def test_a_request_that_takes_too_long_is_ended_and_its_pages_are_free():
         assert "--request-timeout" in refused(server.post("/v1/completions", body), 408)["message"]
         assert '"request_timeout"' in server.post("/v1/completions", {**body, "stream": True}).text
         assert server.used_pages() == 0
+        assert 'status="408"} 2.0' in server.client.get("/metrics").text
 
 
 @pytest.mark.parametrize(

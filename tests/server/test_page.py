@@ -1,4 +1,7 @@
-"""The live page in a headless browser: each scene is a page and the answers its polls get, in order."""
+"""The live page in a headless browser, or in Node.js with as much of a document as the page uses.
+
+Each scene is a page and the answers its polls get, in order.
+"""
 
 import json
 import re
@@ -11,15 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
 from longspan.attention.schedules import SCHEDULES
-from tests.server.sample_state import ADDED, HOSTILE_ID, SHARDS, State, empty, lively
+from tests.server.sample_state import ADDED, ENDED_ID, HOSTILE_ID, SHARDS, State, empty, lively
 
-BROWSER = shutil.which("chromium")
+BROWSER, NODE = shutil.which("chromium"), shutil.which("node")
+DOCUMENT = Path(__file__).with_name("page_document.js")
 PAGE = files("longspan.server") / "page" / "index.html"
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: no `chromium` on the PATH")
+pytestmark = pytest.mark.skipif(not (BROWSER or NODE), reason="needs `chromium` or `node` on the PATH")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser: no `chromium` on the PATH")
 
 VOID = {"meta", "link", "br", "img", "input"}
 # Notes how far content sticks out of a page of 400 pixels (the browser's own windows are wider), and points at the
@@ -86,6 +92,21 @@ def restarting() -> State:
     return {**lively(), "ready": False, "requests": lively()["requests"][1:], "requests_total": 7}
 
 
+def quiet_cache() -> State:
+    """Four shards of which hardly anything is used."""
+    state = lively()
+    shards = [{**shard, "pages": 400_000} for shard in state["shards"]]
+    return {**state, "shards": shards}
+
+
+def wide() -> State:
+    """64 shards, and a request on all of them."""
+    runs = [[shard, 3] for shard in range(64)]
+    request = {**lively()["requests"][0], "pages_by_shard": [3] * 64, "runs": runs}
+    shards = [{"shard": n, "pcp": n // 8, "pages": 100, "used": 3} for n in range(64)]
+    return {**lively(), "shards": shards, "cached_pages_by_shard": [0] * 64, "requests": [request], "requests_total": 1}
+
+
 SCENES: dict[str, list[State | None]] = {  # what the polls are answered; None is an error; the last one repeats
     "lively": [lively()],
     "crowded": [crowded()],
@@ -94,6 +115,8 @@ SCENES: dict[str, list[State | None]] = {  # what the polls are answered; None i
     "lost": [lively(), None],
     "locked": [lively()],
     "unseen": [lively()],
+    "quiet": [quiet_cache()],
+    "wide": [wide()],
 }
 SCRIPTS = {"lively": POINT, "unseen": HIDE}  # what a scene's page has beside its own script
 
@@ -144,6 +167,19 @@ def server() -> Iterator[Server]:
 
 
 def visit(address: str) -> Element:
+    return browse(address) if BROWSER else run_in_node(address.rstrip("/").rpartition("/")[2])
+
+
+def run_in_node(scene: str) -> Element:
+    given = {"page": PAGE.read_text(), "states": SCENES[scene], "locked": scene == "locked"}
+    done = subprocess.run(
+        [str(NODE), str(DOCUMENT)], input=json.dumps(given), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Dom(done.stdout).open[0]
+
+
+def browse(address: str) -> Element:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
         command = [
@@ -183,7 +219,27 @@ def test_a_ready_server_says_so_and_shows_no_banner(scenes):
 
 def test_the_big_figures_come_from_the_newest_second_and_the_requests(scenes):
     figures = [tile.find("b")[0].text for tile in scenes["lively"]["figures"].find(kind="figure")]
-    assert figures == ["58.6", "559", "840 ms", "6", "2", "56 %"]
+    assert figures == ["58.6", "559", "840 ms", "41 ms", "6", "2", "56 %"]
+
+
+def test_latencies_have_their_95th_percentile_beside_the_median(scenes):
+    units = [tile.find("span")[0].text for tile in scenes["lively"]["figures"].find(kind="figure")]
+    assert units[2:4] == ["median, p95 2.10 s", "median, p95 120 ms"]
+
+
+def test_bars_are_zoomed_in_where_little_is_used(scenes):
+    assert scenes["lively"]["zoom"].text == ""
+    page = scenes["quiet"]
+    assert page["zoom"].text == "zoomed in: bars are 0.35 % of a shard"
+    piece = page["shards"].find(kind="bar")[1].inside[0]
+    assert 10 < float(re.search(r"width: ([\d.]+)%", piece.attributes["style"])[1]) < 90
+
+
+def test_64_shards_have_small_bars_and_a_strip_of_bounded_height(scenes):
+    page = scenes["wide"]
+    assert page["shards"].attributes["class"] == "many"
+    assert len(page["shards"].find(kind="bar")) == 64
+    assert int(rows(page)[0].find(kind="span")[0].attributes["height"]) <= 48
 
 
 def test_every_shard_has_a_bar_with_its_figures(scenes):
@@ -207,7 +263,23 @@ def test_requests_beyond_the_table_are_one_piece_and_are_counted(scenes):
 
 def test_every_request_has_a_row_and_those_that_run_come_first(scenes):
     status = [row.find("td")[1].text.split()[-1] for row in rows(scenes["lively"])]
-    assert status == ["running"] * 6 + ["waiting"] * 2
+    assert status[:8] == ["running"] * 6 + ["waiting"] * 2
+
+
+def test_requests_that_ended_stay_for_a_while_below_the_others(scenes):
+    (row,) = scenes["lively"]["requests"].find("tr", "ended")
+    assert row is rows(scenes["lively"])[-1]
+    assert [cell.text for cell in row.find("td")] == [
+        f"✓{ENDED_ID}", "ended: max_tokens reached", "700", "64", "128 from cached prefix", "310 ms", "2.75 s",
+        "4.20 s ago",
+    ]  # fmt: skip
+
+
+def test_errors_are_shown_with_their_reason(scenes):
+    cells = [cell.text for cell in scenes["lively"]["errors"].find("tr")[0].find("td")]
+    assert cells == ["12.0 s ago", "400", "POST /v1/completions", "max_tokens: must not be negative"]
+    assert "hidden" not in scenes["lively"]["failures"].attributes
+    assert "hidden" in scenes["idle"]["failures"].attributes
 
 
 def test_a_half_read_prompt_shows_how_far_it_is_and_has_no_first_token(scenes):
@@ -246,6 +318,19 @@ def test_every_step_is_a_bar_with_a_half_for_each_class_it_worked_on(scenes):
     assert [half.attributes["data-schedule"] for half in steps[5].inside] == ["gather_q"]
 
 
+def test_prefill_and_decode_of_a_step_are_told_apart_and_its_axes_are_numbered(scenes):
+    page = scenes["lively"]
+    assert [half.attributes["class"].split()[-1] for half in page["steps"].inside[0].inside] == ["decode", "prompt"]
+    assert [mark.text for mark in page["numbers"].inside] == ["step 900", "step 930", "step 959"]
+    top, half, zero = (mark.text for mark in page["ticks"].inside)
+    assert (top, half, zero) == ("200 ms", "100 ms", "0")
+
+
+def test_every_step_tells_its_numbers_where_it_is_pointed_at(scenes):
+    assert scenes["lively"]["steps"].inside[1].attributes["data-tip"].startswith("Step 901: 166 ms\n5 decode rows")
+
+
+@needs_browser
 def test_pointing_at_a_step_shows_its_numbers_and_polls_leave_them_there(scenes):
     tip = scenes["lively"]["tip"]
     assert "hidden" not in tip.attributes
@@ -253,15 +338,20 @@ def test_pointing_at_a_step_shows_its_numbers_and_polls_leave_them_there(scenes)
 
 
 def test_the_legend_explains_every_schedule_of_the_engine_and_those_that_were_added(scenes):
-    lines = scenes["lively"]["schedules"].find("li")
-    assert [line.find("b")[0].text for line in lines] == [*SCHEDULES, ADDED["name"]]
-    assert [line.find("span")[0].text[2:] for line in lines] == [
-        *(schedule.sentence for schedule in SCHEDULES.values()), ADDED["sentence"]
-    ]  # fmt: skip
+    lines = [*scenes["lively"]["schedules"].find("li"), *scenes["lively"]["others"].find("li")]
+    told = {line.find("b")[0].text: line.find("span")[0].text[2:] for line in lines}
+    assert told == {name: one.sentence for name, one in SCHEDULES.items()} | {ADDED["name"]: ADDED["sentence"]}
+
+
+def test_schedules_that_are_not_in_use_are_folded(scenes):
+    page = scenes["lively"]
+    assert [line.find("b")[0].text for line in page["others"].find("li")] == ["gather_kv"]
+    assert page["unusedcount"].text == "1 schedule not in use"
+    assert len(scenes["idle"]["others"].find("li")) == len(SCHEDULES) + 1
 
 
 def test_schedules_have_the_colours_of_their_records_and_differ_in_pattern_by_what_they_move(scenes):
-    swatches = [line.find("i")[0] for line in scenes["lively"]["schedules"].find("li")]
+    swatches = [line.find("i")[0] for line in scenes["idle"]["others"].find("li")]
     colours = [swatch.attributes["style"].removeprefix("--colour: ").rstrip(";") for swatch in swatches]
     assert colours == [*(schedule.colour for schedule in SCHEDULES.values()), ADDED["colour"]]
     assert [swatch.attributes["class"] for swatch in swatches] == [
@@ -292,7 +382,7 @@ def test_restarting_ranks_are_announced(scenes):
 def test_a_lost_connection_is_announced_and_the_last_figures_stay(scenes):
     page = scenes["lost"]
     assert page["banner"].text == "connection lost, retrying"
-    assert len(rows(page)) == 8
+    assert len(rows(page)) == 9
 
 
 def test_a_server_with_a_key_asks_for_it(scenes):
@@ -305,15 +395,28 @@ def test_a_connection_that_comes_back_clears_the_banner(scenes):
     assert scenes["idle"]["banner"].text == ""
 
 
+@needs_browser
 def test_a_page_out_of_sight_asks_no_more(scenes, server):
     assert server.asked.count("/unseen/internal/state") == 1
     assert server.asked.count("/lively/internal/state") > 1
 
 
+@needs_browser
 def test_nothing_sticks_out_of_a_page_of_400_pixels(scenes):
     body = scenes["lively"].find("body")[0].attributes
     assert body["data-overflow"] == "0"
 
 
+def test_the_page_makes_no_html_of_text():
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", PAGE.read_text())
+
+
+def test_a_prompt_can_be_tried_and_docs_and_metrics_are_linked():
+    page = Dom(PAGE.read_text()).open[0]
+    assert [link.attributes["href"] for link in page.find("nav")[0].find("a")] == ["docs", "metrics"]
+    assert page["try"].find("textarea") and page["try"].find("button")
+
+
+@needs_browser
 def test_the_page_asks_for_nothing_but_itself_and_the_state(scenes, server):
     assert {path.split("/", 2)[2] for path in server.asked} == {"", "internal/state"}

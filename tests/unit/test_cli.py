@@ -39,6 +39,9 @@ ENGINE_OPTIONS = {
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
 }  # fmt: skip
+LISTEN_OPTIONS = {
+    "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",
+}  # fmt: skip
 OPTIONS = {
     ("generate",): ENGINE_OPTIONS | {
         "--prompt", "--prompt-file", "--prompt-ids", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k",
@@ -65,7 +68,7 @@ OPTIONS = {
         "--no-enable-prefix-caching", "--num-requests", "--page-size", "--plot", "--schedule", "--time-scale",
         "--trace", "--weight-dtype",
     },
-    ("route",): {
+    ("route",): LISTEN_OPTIONS | {
         "--api-key", "--api-key-file", "--decode", "--help", "--host", "--max-body-bytes", "--port", "--prefill",
         "--transfer-token-file", "--wait",
     },
@@ -90,10 +93,10 @@ OPTIONS = {
         "--max-input-len", "--seed", "--vocab-size", "--text-prompts", "--temperature", "--ignore-eos",
         "--no-ignore-eos", "--timeout", "--plot", "--json", "--help",
     },
-    ("serve",): ENGINE_OPTIONS - {"--json"} | {
+    ("serve",): (ENGINE_OPTIONS - {"--json"}) | LISTEN_OPTIONS | {
         "--host", "--port", "--api-key", "--api-key-file", "--served-model-name", "--max-queued-requests",
         "--max-body-bytes", "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
-        "--prefill-peers", "--transfer-token-file", "--allowed-origins",
+        "--prefill-peers", "--transfer-token-file", "--allowed-origins", "--cache-salt-by-key", "--disable-log-stats",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",

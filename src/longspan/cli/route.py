@@ -5,7 +5,6 @@ It owns the options and the messages at start; the router forwards the requests.
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Annotated
 
@@ -26,12 +25,13 @@ def route(
     import uvicorn
     import uvloop
 
+    from longspan.server.logs import configure
     from longspan.server.router.instances import Instances
     from longspan.server.router.proxy import route as run
 
     options = options.with_secrets(os.environ)
     instances = Instances(prefill, decode, read_token(transfer_token_file))
-    logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
+    configure(options.log)
     console = Console(stderr=True)
     for warning in options.warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
@@ -40,7 +40,7 @@ def route(
         opened = server.servers[0].sockets[0].getsockname()[1]
         for line in (
             f"prefill: {', '.join(prefill)}; decode: {', '.join(decode)}",
-            f"routing at http://{options.host}:{opened} (API: /v1, instances: /internal/instances)",
+            f"routing at {options.tls.scheme}://{options.host}:{opened} (API: /v1, instances: /internal/instances)",
         ):
             console.print(line, highlight=False, soft_wrap=True)
 

@@ -6,7 +6,6 @@ It owns the options and the messages at start; the `server` package serves.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 from dataclasses import replace
 
@@ -31,14 +30,17 @@ def serve(
 
     from longspan.cli.generate import kv_cache_line
     from longspan.server.listening import open_sockets
+    from longspan.server.logs import configure
     from longspan.server.run import Server, make_service
     from longspan.server.run import serve as run
+    from longspan.server.tls import tls_context
 
     pairing = transfer.transfer_config(
         role, transfer_host or options.host, transfer_port, prefill_peers, transfer_token_file
     )
-    config, options = replace(config, transfer=pairing), options.with_secrets(os.environ)
-    logging.basicConfig(level=logging.WARNING, format="longspan: %(message)s")
+    config, options = replace(config, transfer=pairing, read_vocabulary_ahead=True), options.with_secrets(os.environ)
+    configure(options.log)
+    tls_context(options.tls)  # bad files are noticed before the model is loaded
     console = Console(stderr=True)
     for warning in (*options.warnings, *transfer.warnings(pairing)):
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
@@ -52,7 +54,7 @@ def serve(
         setup = service.engine.setup
         for line in (
             kv_cache_line(setup), *setup.notes,
-            f"serving {service.model} at http://{options.host}:{server.port} "
+            f"serving {service.model} at {options.tls.scheme}://{options.host}:{server.port} "
             "(API: /v1, live page: /, metrics: /metrics)",
             *([f"keys: {', '.join(one.name for one in options.keys)}"] if options.keys else ()),
         ):  # fmt: skip

@@ -311,6 +311,8 @@ class EngineConfig:
         flag="cost_constants", parse=read_constants,
     )  # fmt: skip
     trace: bool = False  # whether ranks record when they compute and transfer
+    # whether ranks read the vocabulary for grammars when they start, not with the first grammar
+    read_vocabulary_ahead: bool = False
     transfer: TransferConfig | None = None  # for a prefill or decode instance; None: an instance that does both
 
     @classmethod

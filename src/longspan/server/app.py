@@ -30,9 +30,10 @@ from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
 from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation, shortened
 from longspan.server.fields import Body, GenerationBody
-from longspan.server.generation import CLIENT_GONE, Json, respond
+from longspan.server.generation import CLIENT_GONE, Json, Refusal, respond
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import ServeOptions
+from longspan.server.request_log import RequestLog
 from longspan.server.state import state_of
 from longspan.server.text import Text
 from longspan.server.tokens import DetokenizeBody, TokenizeBody
@@ -169,11 +170,12 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     if service.options.keys:
         app.add_middleware(KeyCheck, keys=service.options.keys)
-    if service.options.allowed_origins:  # outermost: a browser asks first without the key
+    if service.options.allowed_origins:  # outside the check: a browser asks first without the key
         app.add_middleware(
             CORSMiddleware, allow_origins=service.options.allowed_origins, allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )  # fmt: skip
+    app.add_middleware(RequestLog, options=service.options.log, on_failed=service.engine.metrics.failed)
     return app
 
 
@@ -188,14 +190,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue texts."""
         stream = streams(body)
         reply = await body.reply(service.text, service.model)
-        return await respond(service.engine, reply, request, stream)
+        return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
 
     @app.post("/v1/chat/completions", responses=_ANSWERS, tags=["OpenAI"])
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         stream = streams(body)
         reply = await body.reply(service.text, service.model, service.tool_format)
-        return await respond(service.engine, reply, request, stream)
+        return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -284,28 +286,25 @@ def _not_served(app: FastAPI, request: Request) -> str:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    def tell(problem: Problem) -> Response:
-        service.engine.metrics.failed(problem.status)
-        return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
-
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         route = request.scope.get("route")
         fields = getattr(getattr(route, "body_field", None), "field_info", None)
         known = list(getattr(getattr(fields, "annotation", None), "model_fields", {}))
-        return tell(problem_of_validation(error.errors(), error.body, known))
+        return Refusal(problem_of_validation(error.errors(), error.body, known))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).name.lower()
         message = _not_served(app, request) if error.status_code in (404, 405) else str(error.detail)
-        return tell(Problem(error.status_code, message, code=code, headers=error.headers or {}))
+        reason = "" if error.status_code in (404, 405) else message
+        return Refusal(Problem(error.status_code, message, code=code, headers=error.headers or {}, reason=reason))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         problem = problem_of(error)
         if problem.status == 500:
             _LOG.error("a request failed", exc_info=error)
-        return tell(problem)
+        return Refusal(problem)
 
     app.add_exception_handler(LongspanError, failed)  # a handler for `Exception` lets the server log a traceback

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import NoReturn
 
@@ -18,9 +18,11 @@ from longspan.disaggregation.driver import InstanceInfo
 from longspan.engine.frontend.detokenizer import Tokenizer
 from longspan.engine.frontend.output_processor import CoreCalls, OutputProcessor
 from longspan.engine.setup import EngineSetup
-from longspan.errors import EngineError, EngineUnavailable, LongspanError, QueueFull, RequestError, RequestTimeout
+from longspan.errors import EngineError, EngineUnavailable, QueueFull, RequestError, RequestTimeout
 from longspan.request import FinishReason, RequestOutput, SamplingParams, TokenOutput
+from longspan.server.call import Call
 from longspan.server.core_client import CoreProcess
+from longspan.server.logs import ThroughputLog
 from longspan.server.messages import AskState, CoreReady, CoreState, Finish, NewTokens, Start
 from longspan.server.metrics import Metrics
 
@@ -46,26 +48,6 @@ class Job:
     prefill_at: tuple[str, ...] = ()
 
 
-@dataclass(eq=False)
-class _Call:
-    """One call of `generate`. Times are in `time.monotonic()`."""
-
-    # when the call began
-    arrived: float
-    # when it last yielded anything
-    heard: float
-    # ids of its unfinished requests
-    open: set[str] = field(default_factory=set)
-    # outputs that changed since it last yielded, by request id
-    changed: dict[str, RequestOutput] = field(default_factory=dict)
-    # when each request had its first token
-    first: dict[str, float] = field(default_factory=dict)
-    # set when there is something to yield or raise
-    event: asyncio.Event = field(default_factory=asyncio.Event)
-    # the exception that ends the call
-    error: LongspanError | None = None
-
-
 class AsyncEngine:
     """Runs a core in another process and restarts it when it ends or hangs.
 
@@ -80,16 +62,18 @@ class AsyncEngine:
         metrics: Metrics,
         max_queued_requests: int,
         request_timeout: float | None = None,
+        throughput: ThroughputLog | None = None,
     ) -> None:
         self.setup = setup
         self.metrics = metrics
+        self._throughput = throughput
         self.restarts = 0
         self.peer: InstanceInfo | None = None
         self.output_processor = OutputProcessor(setup, tokenizer)  # also read by `state_of` and `Server`
         self._capacity = setup.config.scheduler.running_limit + max_queued_requests
         self._timeout = _FOREVER if request_timeout is None else request_timeout
         self._core: CoreProcess | None = None
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, Call] = {}
         self._last_token: dict[str, float] = {}
         self._strikes: dict[str, int] = {}
         self._last_state: CoreState | None = None
@@ -163,7 +147,7 @@ class AsyncEngine:
         Raises `RequestError` or `EngineUnavailable`.
         """
         self.check_room(sum(job.params.n for job in jobs))
-        call = _Call(time.monotonic(), time.monotonic())
+        call = Call(time.monotonic(), time.monotonic())
         timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, call)
         outputs: list[RequestOutput] = []
         try:
@@ -197,7 +181,7 @@ class AsyncEngine:
         done, _ = await asyncio.wait({answer}, timeout=_STATE_SECONDS)
         return answer.result() if done and not answer.cancelled() else self._last_state
 
-    def _expire(self, call: _Call) -> None:
+    def _expire(self, call: Call) -> None:
         call.error = RequestTimeout(
             "request_timeout", self._timeout, "seconds have passed since the request came",
             "ask for fewer tokens, or raise --request-timeout",
@@ -222,11 +206,12 @@ class AsyncEngine:
                 "try again in a moment, or raise --max-queued-requests",
             )  # fmt: skip
 
-    def _add(self, job: Job, call: _Call) -> RequestOutput:
+    def _add(self, job: Job, call: Call) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
         output = self.output_processor.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
+        self.metrics.arrived(job.params)
         if output.finished:
-            self.metrics.ended(output, 0.0)
+            self.metrics.ended(output, call.times(request_id, time.monotonic()))
         else:
             self._calls[request_id] = call
             call.open.add(request_id)
@@ -241,10 +226,11 @@ class AsyncEngine:
     def _closed(self, output: RequestOutput, core_ids: Sequence[str]) -> None:
         call = self._calls.pop(output.request_id)
         call.open.discard(output.request_id)
-        self.metrics.ended(output, time.monotonic() - call.arrived)
+        last = [self._last_token.pop(core_id) for core_id in core_ids if core_id in self._last_token]
         for core_id in core_ids:
-            self._last_token.pop(core_id, None)
             self._strikes.pop(core_id, None)
+        times = call.times(output.request_id, time.monotonic(), max(last, default=None))
+        self.metrics.ended(output, times, core_ids)
 
     def _flush(self) -> None:
         """Send the output processor's calls to the core.
@@ -308,8 +294,9 @@ class AsyncEngine:
         while True:
             message = await core.receive()
             match message:
-                case NewTokens(outputs, load):
+                case NewTokens(outputs, load, computed):
                     self.metrics.load = load
+                    self.metrics.step(computed)
                     self._deliver(outputs)
                 case CoreState():
                     self._last_state = message
@@ -362,22 +349,26 @@ class AsyncEngine:
 
     def _time(self, tokens: TokenOutput, output: RequestOutput, now: float) -> None:
         self._strikes.pop(tokens.request_id, None)
+        call = self._calls[output.request_id]
+        if tokens.scheduled_at is not None:
+            call.scheduled.setdefault(output.request_id, tokens.scheduled_at)
         if not tokens.tokens:  # only log probabilities of the prompt
             return
         before = self._last_token.get(tokens.request_id)
         self._last_token[tokens.request_id] = now
         if before is None and not any(completion.token_ids for completion in output.outputs):
-            call = self._calls[output.request_id]
             call.first[output.request_id] = now
             output.num_cached_tokens = tokens.num_cached_tokens
             self.metrics.first_token(output, now - call.arrived)
         self.metrics.tokens(len(tokens.tokens), None if before is None else now - before)
 
     async def _tick(self) -> None:
-        """Once a second, extend the live page's history and wake calls that have not yielded for long."""
+        """Once a second, extend the live page's history and the log, and wake calls that have not yielded for long."""
         while True:
             await asyncio.sleep(1.0)
             self.metrics.tick()
+            if self._throughput is not None:
+                self._throughput.tick()
             now = time.monotonic()
             for call in set(self._calls.values()):
                 if now - call.heard >= _KEEP_ALIVE_SECONDS:

@@ -26,6 +26,8 @@ from longspan.engine.transport.lifetime import end_with_parent
 from longspan.errors import StepTimeout
 from longspan.scheduler.sequence import SequenceState
 from longspan.server import messages
+from longspan.server.logs import configure
+from longspan.server.options import LogOptions
 
 _IDLE_MS = 500  # interval of checks on the ranks while there is nothing to compute
 _SEQUENCES_SHOWN = 64
@@ -37,6 +39,7 @@ def main(folder: Path, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent acts on them
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
+    configure(LogOptions(level="warning"))
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     inbox.connect(f"ipc://{folder}/to-core")
@@ -86,12 +89,14 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
         tell(messages.CoreReady(workers, core.role.info if core.role else None))
-        told = _load(core)
+        told, last = _load(core), None
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)
-            if outputs or load != told:
-                tell(messages.NewTokens(outputs, load))
-            told = load
+            newest = core.recent[-1] if core.recent else None
+            computed = 0 if newest is None or newest is last else newest.decode_rows + newest.prefill_tokens
+            if outputs or computed or load != told:
+                tell(messages.NewTokens(outputs, load, computed))
+            told, last = load, newest
     finally:
         core.shutdown()
 

@@ -42,6 +42,11 @@ class Problem:
     code: str | None = None
     # HTTP headers to send with it
     headers: Mapping[str, str] = field(default_factory=dict)
+    # what the server's log says of it: nothing that the client has sent; '' is the code
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", _without_values(self.reason or self.code or self.type))
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's JSON object."""
@@ -53,20 +58,24 @@ def problem_of(error: Exception) -> Problem:
     match error:
         case HttpError():
             kind = "authentication_error" if error.status == 401 else "invalid_request_error"
-            return Problem(error.status, str(error), kind, error.field, error.code)
+            return Problem(error.status, str(error), kind, error.field, error.code, reason=_reason(error))
         case QueueFull():
-            return Problem(429, str(error), "rate_limit_error", None, "queue_full", {"Retry-After": "1"})
+            headers = {"Retry-After": "1"}
+            return Problem(429, str(error), "rate_limit_error", None, "queue_full", headers, _reason(error))
         case RequestTimeout():
-            return Problem(408, str(error), "timeout_error", None, "request_timeout")
+            return Problem(408, str(error), "timeout_error", None, "request_timeout", reason=_reason(error))
         case ContextOverflow():
-            return Problem(400, str(error), param=error.field, code="context_length_exceeded")
+            code = "context_length_exceeded"
+            return Problem(400, str(error), param=error.field, code=code, reason=_reason(error))
         case RequestError():
-            return Problem(400, str(error), param=error.field, code="invalid_value")
+            return Problem(400, str(error), param=error.field, code="invalid_value", reason=_reason(error))
         case EngineError():
-            return Problem(503, str(error), "server_error", None, "engine_unavailable", {"Retry-After": "5"})
+            headers = {"Retry-After": "5"}
+            return Problem(503, str(error), "server_error", None, "engine_unavailable", headers, str(error))
         case LongspanError():
             return Problem(400, str(error))
-    return Problem(500, f"internal error ({type(error).__name__}); see the server's log", "server_error", None, "bug")
+    kind = type(error).__name__
+    return Problem(500, f"internal error ({kind}); see the server's log", "server_error", None, "bug", reason=kind)
 
 
 def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, known: Sequence[str]) -> Problem:
@@ -75,14 +84,31 @@ def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, kno
     path = _path(first, body)
     param = ".".join(path) or "body"
     kind, value = first["type"], shortened(first.get("input"))
+    reason = f"{_named(param)}: {kind}"  # pydantic's text may quote the value
     if kind == "missing":
-        return Problem(400, f"{param}: is missing; give it", param=param, code="missing_parameter")
+        return Problem(400, f"{param}: is missing; give it", param=param, code="missing_parameter", reason=reason)
     if kind == "extra_forbidden":
         near = get_close_matches(path[-1], known, 1)
         remedy = f"did you mean {near[0]}? otherwise leave it out" if near else "leave it out"
-        return Problem(400, f"{param}={value}: unknown parameter; {remedy}", param=param, code="unknown_parameter")
+        message = f"{param}={value}: unknown parameter; {remedy}"
+        return Problem(400, message, param=param, code="unknown_parameter", reason=reason)
     problem = " or ".join(dict.fromkeys(_lowered(error["msg"]) for error in errors if _path(error, body) == path))
-    return Problem(400, f"{param}={value}: {problem}; change it", param=param, code="invalid_type")
+    return Problem(400, f"{param}={value}: {problem}; change it", param=param, code="invalid_type", reason=reason)
+
+
+def _reason(error: RequestError) -> str:
+    return f"{_named(error.field)}: {error.problem}"
+
+
+def _named(field_name: str) -> str:
+    """The outermost field; names below it may be the client's own, and a name that is none is not shown."""
+    outermost = field_name.partition(".")[0]
+    return outermost if len(outermost) <= _SHOWN and outermost.replace("-", "_").isidentifier() else "body"
+
+
+def _without_values(problem: str) -> str:
+    """A problem without what stands in parentheses, where libraries tell details of what they were given."""
+    return cut(problem.partition(" (")[0])
 
 
 def _path(error: Mapping[str, Any], body: object) -> list[str]:

@@ -20,27 +20,39 @@ from starlette.types import Receive, Scope, Send
 
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers
 from longspan.errors import RequestError
-from longspan.request import RequestOutput
+from longspan.request import RequestOutput, SamplingParams
 from longspan.server.async_engine import AsyncEngine
-from longspan.server.errors import HttpError, problem_of
+from longspan.server.errors import HttpError, Problem, problem_of
 from longspan.server.replies import Reply, usage
 
 _KEEP_ALIVE = b": keep-alive\n\n"  # so that proxies do not time out during a long prefill
 CLIENT_GONE = 499  # nginx's status for it; the client does not receive it
+PROBLEM = "longspan.problem"  # where a request's scope has the `Problem` that it was answered with, if any
+KEY_NAME = "longspan.key_name"  # where it has the name of the API key that it came with, if one is needed
 _LOG = logging.getLogger("longspan.server")
 
 T = TypeVar("T")
 Updates = AsyncGenerator[list[RequestOutput], None]
 
 
-async def respond(engine: AsyncEngine, reply: Reply, request: Request, stream: bool) -> Response:
+async def respond(
+    engine: AsyncEngine, reply: Reply, request: Request, stream: bool, salt_by_key: bool = False
+) -> Response:
     """Complete the jobs of a reply. Raises for requests that cannot be served, before anything is sent."""
     peers = await _named_peers(engine, request)
-    updates = engine.generate([replace(job, prefill_at=peers) for job in reply.jobs] if peers else reply.jobs)
+    jobs = [replace(job, prefill_at=peers) for job in reply.jobs] if peers else reply.jobs
+    if salt_by_key:
+        jobs = [replace(job, params=_salted(job.params, request.scope[KEY_NAME])) for job in jobs]
+    updates = engine.generate(jobs)
     outputs = await anext(updates)
     if stream:
-        return EventStream(_events(reply, outputs, updates), updates)
+        return EventStream(_events(reply, outputs, updates, request.scope), updates)
     return await _whole(reply, outputs, updates, request)
+
+
+def _salted(params: SamplingParams, key_name: str) -> SamplingParams:
+    """With the key's name before a salt of the client, who thus cannot give that of another. Names have no colon."""
+    return replace(params, cache_salt=f"{key_name}:{params.cache_salt}")
 
 
 async def _named_peers(engine: AsyncEngine, request: Request) -> tuple[str, ...]:
@@ -65,10 +77,22 @@ class Json(Response):
         return msgspec.json.encode(content)
 
 
-def refusal(error: Exception) -> Json:
+class Refusal(Json):
+    """An answer with an error, which is left in the request's scope for the log."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.body(), status_code=problem.status, headers=dict(problem.headers))
+        self._problem = problem
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        scope[PROBLEM] = self._problem
+        await super().__call__(scope, receive, send)
+
+
+def refusal(error: Exception) -> Refusal:
     """The answer to a request that failed with `error`."""
-    problem = problem_of(error)
-    return Json(problem.body(), status_code=problem.status, headers=dict(problem.headers))
+    return Refusal(problem_of(error))
 
 
 class EventStream(Response):
@@ -130,7 +154,9 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updates) -> AsyncIterator[bytes]:
+async def _events(
+    reply: Reply, outputs: Sequence[RequestOutput], updates: Updates, scope: Scope
+) -> AsyncIterator[bytes]:
     """The events of a stream: chunks, usage if requested, `[DONE]`.
 
     An error is sent as an event, because the status has been sent already.
@@ -148,7 +174,7 @@ async def _events(reply: Reply, outputs: Sequence[RequestOutput], updates: Updat
         if options.include_usage:
             yield _event({**reply.envelope(), "choices": [], "usage": usage(outputs)})
     except Exception as error:
-        problem = problem_of(error)
+        scope[PROBLEM] = problem = problem_of(error)
         if problem.status == 500:
             _LOG.exception("a stream failed")
         yield _event(problem.body())

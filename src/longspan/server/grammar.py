@@ -26,6 +26,6 @@ def grammar_of(schema: dict[str, Any] | bool) -> str:
         problem = str(error)
     if problem:
         raise RequestError(
-            "response_format.json_schema", "{...}", f"cannot be followed: {problem}", "use JSON Schema's common parts"
+            "response_format.json_schema", "{...}", f"cannot be followed ({problem})", "use JSON Schema's common parts"
         )
     return grammar

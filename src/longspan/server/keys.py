@@ -51,12 +51,13 @@ def read_keys(file: str | None, environment: Mapping[str, str]) -> tuple[NamedKe
     return tuple(keys.values())
 
 
-def is_known(given: bytes, keys: Sequence[NamedKey]) -> bool:
-    """Whether it is `Bearer KEY` with one of the keys. The time it takes tells neither which one nor how near it is."""
-    digest, known = sha256(given).digest(), False
+def name_of(given: bytes, keys: Sequence[NamedKey]) -> str | None:
+    """The name of the key in `Bearer KEY`, or None. The time it takes tells neither which one nor how near it is."""
+    digest, name = sha256(given).digest(), None
     for one in keys:
-        known |= hmac.compare_digest(digest, sha256(f"Bearer {one.key}".encode()).digest())
-    return known
+        same = hmac.compare_digest(digest, sha256(f"Bearer {one.key}".encode()).digest())
+        name = one.name if same else name
+    return name
 
 
 def _named(line: str) -> NamedKey:

@@ -98,6 +98,8 @@ class NewTokens(msgspec.Struct, tag=True, frozen=True):
     outputs: list[TokenOutput]
     # counters after the step
     load: CoreLoad
+    # tokens that the step computed; 0 if there was none
+    computed: int = 0
 
 
 class SequenceReport(msgspec.Struct, frozen=True):

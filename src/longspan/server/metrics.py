@@ -1,32 +1,51 @@
-"""Prometheus metrics, with vLLM's names and the prefix `longspan:`, and the history of the live page.
+"""Prometheus metrics: vLLM's names with the prefix `longspan:` in place of `vllm:`.
 
-It owns what is counted and when; it must not know how a figure is shown.
+It owns what is counted and when; what the live page shows of the past is the history's.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict
-from statistics import median
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
-from longspan.request import FinishReason, RequestOutput
+from longspan.request import FinishReason, RequestOutput, SamplingParams
+from longspan.server.history import EndedRequest, FailedRequest, History
 from longspan.server.messages import CoreLoad, CoreState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(step * 10**power for power in range(7) for step in (1, 2, 5))  # 1 to 5 million
-_TTFT_WINDOW = 64
-_HISTORY = 120
+_COMPLETIONS = (1, 2, 5, 10, 20)
+_PROMPTS = 1000  # latest ones, of which the prefix cache's hit rate is taken
+AnyMetric = TypeVar("AnyMetric", bound=MetricWrapperBase)
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """What happened to a request, in `time.monotonic()`; None for what did not happen."""
+
+    # when it came
+    arrived: float
+    # when it ended or was aborted
+    ended: float
+    # when a step of the core first took it up
+    scheduled: float | None = None
+    # when its first token came
+    first: float | None = None
+    # when its last token came
+    last: float | None = None
 
 
 class Metrics:
     """The metrics of one server. `tick` must be called once a second."""
 
-    def __init__(self, model: str, pages_per_shard: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: str, pages_per_shard: tuple[int, ...], cache_config: Mapping[str, object] | None = None
+    ) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         self._pages = pages_per_shard
@@ -46,75 +65,124 @@ class Metrics:
         self._cached = self._counter("prefix_cache_hits", "prompt tokens the prefix cache had")
         self._queried = self._counter("prefix_cache_queries", "prompt tokens looked for in the prefix cache")
         self._output = self._counter("generation_tokens", "tokens generated")
-        self._success = self._counter("request_success", "requests that ended", "finished_reason")
+        self._success = self._counter("request_success", "completions that ended", "finished_reason")
         self._errors = self._counter("request_errors", "requests answered with an error", "status")
         self._ttft = self._histogram("time_to_first_token_seconds", "arrival to first token")
         self._itl = self._histogram("inter_token_latency_seconds", "between tokens of a completion")
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds", "between tokens of a completion, its mean for each request"
+        )
         self._e2e = self._histogram("e2e_request_latency_seconds", "arrival to end")
+        self._queue = self._histogram("request_queue_time_seconds", "arrival to the first step that computes it")
+        self._prefill = self._histogram("request_prefill_time_seconds", "that step to the first token")
+        self._decode = self._histogram("request_decode_time_seconds", "first token to last token")
+        self._inference = self._histogram("request_inference_time_seconds", "the first step to the last token")
         self._prompt_size = self._histogram("request_prompt_tokens", "prompt tokens of a request", _TOKENS)
         self._output_size = self._histogram("request_generation_tokens", "tokens generated of a completion", _TOKENS)
+        self._longest = self._histogram(
+            "request_max_num_generation_tokens", "tokens generated of a request's longest completion", _TOKENS
+        )
+        self._wanted = self._histogram("request_params_n", "completions that a request asks for", _COMPLETIONS)
+        self._most = self._histogram("request_params_max_tokens", "max_tokens of a request that gives it", _TOKENS)
+        self._step_tokens = self._histogram("iteration_tokens_total", "tokens computed in a step", _TOKENS)
+        for reason in FinishReason:
+            self._success.labels(model, reason.value)
+        cache = Info("longspan:cache_config", "the KV cache's options", ["model_name"], registry=self.registry)
+        cache.labels(model).info({name: str(value) for name, value in (cache_config or {}).items()})
         self.totals = {"prompt_tokens": 0, "output_tokens": 0, "requests": 0, "prefix_cached_tokens": 0}
         self.load = CoreLoad(used_pages=(0,) * len(pages_per_shard))
-        self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
-        self._recent_ttft: deque[float] = deque(maxlen=_TTFT_WINDOW)
+        self.history = History()
+        # prompt tokens, and those of them that the prefix cache had, of the latest prompts
+        self._prompts: deque[tuple[int, int]] = deque(maxlen=_PROMPTS)
         # by counter and labels, what the present core had counted when the counter was last brought up to date
         self._counted: dict[tuple[Counter, tuple[str, ...]], float] = {}
-        self._last = (time.monotonic(), 0, 0)
-        self._started = self._last[0]
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of all pages that requests hold."""
+        return sum(self.load.used_pages) / sum(self._pages)
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the latest prompts' tokens that the prefix cache had; 0 without prompts."""
+        return sum(cached for _, cached in self._prompts) / max(1, sum(tokens for tokens, _ in self._prompts))
+
+    def arrived(self, params: SamplingParams) -> None:
+        """Count a request that is served."""
+        self._wanted.observe(params.n)
+        if params.max_tokens is not None:
+            self._most.observe(params.max_tokens)
+
+    def step(self, tokens: int) -> None:
+        """Count a step that computed so many tokens; 0 is none."""
+        if tokens:
+            self._step_tokens.observe(tokens)
 
     def first_token(self, output: RequestOutput, seconds: float) -> None:
         """Count a request's first token, `seconds` after its arrival."""
         prompt, cached = len(output.prompt_token_ids), output.num_cached_tokens
         for counter, tokens in ((self._prompt, prompt), (self._queried, prompt), (self._cached, cached)):
-            counter.labels(self._model).inc(tokens)
-        self._ttft.labels(self._model).observe(seconds)
-        self._recent_ttft.append(seconds)
+            counter.inc(tokens)
+        self._prompts.append((prompt, cached))
+        self._ttft.observe(seconds)
+        self.history.first_token(seconds)
         self.totals["prompt_tokens"] += prompt
         self.totals["prefix_cached_tokens"] += cached
 
     def tokens(self, count: int, since_last: float | None) -> None:
         """Count `count` tokens of one completion, `since_last` seconds after its previous ones (None: the first)."""
-        self._output.labels(self._model).inc(count)
+        self._output.inc(count)
         self.totals["output_tokens"] += count
         if since_last is not None:
             for _ in range(count):
-                self._itl.labels(self._model).observe(since_last / count)
+                self._itl.observe(since_last / count)
+                self.history.next_token(since_last / count)
 
-    def ended(self, output: RequestOutput, seconds: float) -> None:
-        """Count a request that has ended or was aborted, `seconds` after its arrival."""
+    def ended(self, output: RequestOutput, times: RequestTimes, core_ids: Sequence[str] = ()) -> None:
+        """Count a request that has ended or was aborted; `core_ids` are its completions' in the core."""
         self.totals["requests"] += 1
-        self._prompt_size.labels(self._model).observe(len(output.prompt_token_ids))
-        for completion in output.outputs:
-            self._output_size.labels(self._model).observe(len(completion.token_ids))
-            reason = completion.finish_reason or FinishReason.ABORT
-            self._success.labels(self._model, reason.value).inc()
-        self._e2e.labels(self._model).observe(seconds)
+        prompt = len(output.prompt_token_ids)
+        self._prompt_size.observe(prompt)
+        sizes = [len(completion.token_ids) for completion in output.outputs]
+        self._longest.observe(max(sizes))
+        e2e = round(times.ended - times.arrived, 3)
+        ttft = None if times.first is None else round(times.first - times.arrived, 3)
+        for completion, size, core_id in zip(output.outputs, sizes, core_ids or ("",) * len(sizes), strict=True):
+            self._output_size.observe(size)
+            reason = (completion.finish_reason or FinishReason.ABORT).value
+            self._success.labels(self._model, reason).inc()
+            told = EndedRequest(core_id or output.request_id, reason, prompt, output.num_cached_tokens, size, ttft, e2e)
+            self.history.ended(told)
+        self._e2e.observe(times.ended - times.arrived)
+        self._observe_phases(times, max(sizes))
 
-    def failed(self, status: int) -> None:
+    def _observe_phases(self, times: RequestTimes, tokens: int) -> None:
+        scheduled, first, last = times.scheduled, times.first, times.last
+        if scheduled is None:
+            return
+        self._queue.observe(max(0.0, scheduled - times.arrived))
+        if first is None or last is None:
+            return
+        self._prefill.observe(first - scheduled)
+        self._decode.observe(last - first)
+        self._inference.observe(last - scheduled)
+        if tokens > 1:
+            self._tpot.observe((last - first) / (tokens - 1))
+
+    def failed(self, request: FailedRequest) -> None:
         """Count a request that was answered with an error."""
-        self._errors.labels(self._model, str(status)).inc()
+        self._errors.labels(self._model, str(request.status)).inc()
+        self.history.failed(request)
 
     def restarted(self) -> None:
         """Count a restart of the core, and reset its load."""
-        self._restarts.labels(self._model).inc()
+        self._restarts.inc()
         self._counted.clear()
         self.load = CoreLoad(used_pages=(0,) * len(self._pages))
 
     def tick(self) -> None:
         """Add the time since the last call to the history."""
-        now, (before, outputs, prompts) = time.monotonic(), self._last
-        seconds = max(now - before, 1e-9)
-        self.history.append(
-            {
-                "t": round(now - self._started, 1),
-                "output_tokens_per_s": round((self.totals["output_tokens"] - outputs) / seconds, 2),
-                "prompt_tokens_per_s": round((self.totals["prompt_tokens"] - prompts) / seconds, 2),
-                "running": self.load.scheduler.running,
-                "waiting": self.load.scheduler.waiting,
-                "ttft_median_s": round(median(self._recent_ttft), 4) if self._recent_ttft else None,
-            }
-        )
-        self._last = (now, self.totals["output_tokens"], self.totals["prompt_tokens"])
+        self.history.tick(self.totals["output_tokens"], self.totals["prompt_tokens"], self.load.scheduler)
 
     def render(self, state: CoreState | None) -> bytes:
         """The metrics in Prometheus' text format. `state` is None while there is no core."""
@@ -123,8 +191,8 @@ class Metrics:
             for purpose, moved in state.bytes_by_label.items():
                 self._advance(self._moved, moved, purpose)
         counted = self.load.scheduler
-        self._waiting.labels(self._model).set(counted.waiting)
-        self._running.labels(self._model).set(counted.running)
+        self._waiting.set(counted.waiting)
+        self._running.set(counted.running)
         self._advance(self._preemptions, counted.preemptions)
         self._advance(self._drafted, counted.drafted_tokens)
         self._advance(self._accepted, counted.accepted_tokens)
@@ -138,14 +206,25 @@ class Metrics:
     def _advance(self, counter: Counter, count: float, *labels: str) -> None:
         """Bring a counter to what a core has counted since it started, on top of what earlier cores had counted."""
         before = self._counted.get((counter, labels), 0.0)
-        counter.labels(self._model, *labels).inc(max(0.0, count - before))
+        counted = counter.labels(self._model, *labels) if labels else counter
+        counted.inc(max(0.0, count - before))
         self._counted[counter, labels] = count
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
-        return Gauge(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
+        return self._of_model(
+            Gauge(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry), labels
+        )
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
-        return Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry)
+        return self._of_model(
+            Counter(f"longspan:{name}", help_text, ["model_name", *labels], registry=self.registry), labels
+        )
 
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-        return Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry)
+        return self._of_model(
+            Histogram(f"longspan:{name}", help_text, ["model_name"], buckets=buckets, registry=self.registry), ()
+        )
+
+    def _of_model(self, metric: AnyMetric, labels: tuple[str, ...]) -> AnyMetric:
+        """The metric with its model; one with further labels still waits for them."""
+        return metric if labels else metric.labels(self._model)

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longspan.errors import LongspanError, QueueFull
 from longspan.server.errors import HttpError
-from longspan.server.generation import refusal
-from longspan.server.keys import NamedKey, is_known
+from longspan.server.generation import KEY_NAME, refusal
+from longspan.server.keys import NamedKey, name_of
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
 _SMALL_BODY = 64 << 10  # uvicorn may buffer as much for each connection anyway
@@ -35,7 +35,8 @@ class KeyCheck:
         """Pass the request on if its key is right or its path needs none."""
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and scope["method"] != "OPTIONS":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not is_known(given, self._keys):
+            scope[KEY_NAME] = name_of(given, self._keys)
+            if scope[KEY_NAME] is None:
                 value = "..." if given else "''"
                 error = HttpError(
                     401, "invalid_api_key", "Authorization", value, "is missing or wrong",

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
-from longspan.config import parse_bytes, require
+from longspan.config import parse_bytes, require, require_choice
 from longspan.config.addresses import is_loopback
 from longspan.config.option import OPTION, Option, option
 from longspan.server.keys import KEY_VARIABLE, NamedKey, read_keys
+
+LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 def parse_origins(field: str, text: str) -> tuple[str, ...]:
@@ -44,6 +46,37 @@ class HttpLimits:
 
 
 @dataclass(frozen=True)
+class LogOptions:
+    """What a server or router writes to its log."""
+
+    level: str = option("info", f"lines from this level on are logged: {', '.join(LOG_LEVELS)}", name="log_level")
+    disable_access: bool = option(
+        False, "no line for each request; those of status 5xx stay", name="disable_uvicorn_access_log"
+    )
+
+    def __post_init__(self) -> None:
+        require_choice("log_level", self.level, LOG_LEVELS)
+
+
+@dataclass(frozen=True)
+class TlsOptions:
+    """PEM files for HTTPS; plain HTTP without them. They are read by `tls_context`."""
+
+    certfile: str | None = option(
+        None, "certificate, or chain, of an HTTPS server; default: plain HTTP", name="ssl_certfile"
+    )
+    keyfile: str | None = option(None, "its key, unless the certificate's file holds it", name="ssl_keyfile")
+    ca_certs: str | None = option(
+        None, "authorities: a client must have a certificate of one of them", name="ssl_ca_certs"
+    )
+
+    @property
+    def scheme(self) -> str:
+        """Of the server's URL."""
+        return "http" if self.certfile is None else "https"
+
+
+@dataclass(frozen=True)
 class ListenOptions:
     """The address that a server or router listens on, and the key of its clients."""
 
@@ -58,6 +91,8 @@ class ListenOptions:
     )
     # what was read there
     named_keys: tuple[NamedKey, ...] = ()
+    tls: TlsOptions = field(default_factory=TlsOptions)
+    log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "port", self.port, "is no port", "give 0..65535; 0 takes a free one")
@@ -114,7 +149,18 @@ class ServeOptions(ListenOptions):
         (), "web pages of these origins may call the server from a browser, as in https://a.example,https://b.example; "
         "* is all; default: none", parse=parse_origins, text=None,
     )  # fmt: skip
+    cache_salt_by_key: bool = option(
+        False, "clients of different API keys share no cached prefix: the key's name begins the cache_salt"
+    )
+    disable_log_stats: bool = option(False, "no line of throughput every ten seconds in the log")
     http: HttpLimits = field(default_factory=HttpLimits)
+
+    def with_secrets(self, environment: Mapping[str, str]) -> Self:
+        """See `ListenOptions`."""
+        found = super().with_secrets(environment)
+        remedy = "give --api-key-file with a line name:key for each client"
+        require(not self.cache_salt_by_key or bool(found.keys), "cache_salt_by_key", True, "there are no keys", remedy)
+        return found
 
     def __post_init__(self) -> None:
         super().__post_init__()

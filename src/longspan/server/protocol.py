@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import ssl
 from collections.abc import Callable
 from enum import Enum, auto
 from http import HTTPStatus
@@ -43,10 +44,13 @@ def connections_allowed(limits: HttpLimits) -> int:
 class HttpConfig(uvicorn.Config):
     """uvicorn's configuration for the server and the router."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, limits: HttpLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, limits: HttpLimits, tls: ssl.SSLContext | None = None
+    ) -> None:
         super().__init__(
             app, host=host, port=port, log_level="warning", access_log=False, http=BoundedProtocol, ws="none",
             timeout_keep_alive=limits.keep_alive_seconds, backlog=_BACKLOG,
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
         )  # fmt: skip
         self.limits = limits
         self.door = ConnectionLimiter(connections_allowed(limits))
@@ -171,6 +175,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(Problem(400, f"request: is no valid HTTP ({msg.rstrip('.')}); change it", code="invalid_http"))
 
     @property
+    def _client(self) -> str:
+        host, port = self.client or ("-", 0)
+        return f"{host}:{port}"
+
+    @property
     def _is_answering(self) -> bool:
         return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
 
@@ -209,6 +218,7 @@ class BoundedProtocol(HttpToolsProtocol):
         may have counted the bytes of a body wrongly, say.
         """
         self._refused = True
+        _LOG.info("%s: refused with %d: %s", self._client, problem.status, problem.message)
         self._unset_keepalive_if_required()
         cycle = self.cycle if self._phase is _Phase.BODY else None
         if cycle is not None:

@@ -18,14 +18,16 @@ from types import FrameType
 import uvicorn
 
 from longspan.config import EngineConfig, require_choice
-from longspan.engine.setup import resolve
+from longspan.engine.setup import EngineSetup, resolve
 from longspan.server.app import Service, build_app
 from longspan.server.async_engine import AsyncEngine
 from longspan.server.listening import open_sockets
+from longspan.server.logs import ThroughputLog
 from longspan.server.metrics import Metrics
 from longspan.server.options import ServeOptions
 from longspan.server.protocol import HttpConfig, announce
 from longspan.server.text import Text
+from longspan.server.tls import tls_context
 from longspan.server.tools import TOOL_FORMATS, detect_format
 from longspan.weights.tokenizer import load_tokenizer
 
@@ -62,8 +64,9 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
     setup = resolve(config)
     tokenizer = load_tokenizer(setup.source)
     model = options.served_model_name or config.model
-    metrics = Metrics(model, setup.pages_per_shard)
-    engine = AsyncEngine(setup, tokenizer, metrics, options.max_queued_requests, options.request_timeout)
+    metrics = Metrics(model, setup.pages_per_shard, _cache_facts(setup))
+    throughput = None if options.disable_log_stats else ThroughputLog(metrics)
+    engine = AsyncEngine(setup, tokenizer, metrics, options.max_queued_requests, options.request_timeout, throughput)
     text = Text(tokenizer, setup.max_model_len)
     return Service(engine, text, options, model, _tool_format(options, tokenizer), time.monotonic())
 
@@ -75,11 +78,12 @@ async def serve(
 
     `sockets` are those of `open_sockets`; None opens them first.
     """
+    tls = tls_context(service.options.tls)
     sockets = open_sockets(service.options) if sockets is None else sockets
     with _ended_by_sigterm():
         await service.engine.start()
     options = service.options
-    config = HttpConfig(build_app(service), options.host, options.port, options.http)
+    config = HttpConfig(build_app(service), options.host, options.port, options.http, tls)
     server = Server(config, service.engine)
     tasks = [asyncio.create_task(announce(server, on_ready)), asyncio.create_task(_end_drain(server, service.engine))]
     try:
@@ -110,6 +114,15 @@ def _ended_by_sigterm() -> Iterator[None]:
     finally:
         if on_main_thread:
             loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _cache_facts(setup: EngineSetup) -> dict[str, object]:
+    """The cache's options under vLLM's names."""
+    cache = setup.config.cache
+    return {
+        "block_size": cache.page_size, "num_gpu_blocks": sum(setup.pages_per_shard), "cache_dtype": cache.dtype,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+    }  # fmt: skip
 
 
 def _tool_format(options: ServeOptions, tokenizer: object) -> str | None:

@@ -56,7 +56,9 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
             **metrics.totals, "preemptions": metrics.load.scheduler.preemptions,
             "bytes_by_schedule": core.bytes_by_label if core else {},
         },
-        "history": list(metrics.history),
+        "history": list(metrics.history.points),
+        "ended": metrics.history.recently_ended(),
+        "errors": metrics.history.errors(),
     }  # fmt: skip
 
 

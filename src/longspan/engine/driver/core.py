@@ -118,6 +118,8 @@ class EngineCore:
         # steps in flight: plan, time of submission, and whether no other step was in flight then
         self._in_flight: deque[tuple[StepPlan, float, bool]] = deque()
         self._stop_checks: dict[str, _StopCheck] = {}  # of unfinished completions
+        # when each unfinished completion was first scheduled, in `time.monotonic()`
+        self._scheduled_at: dict[str, float] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
         if role:
@@ -143,7 +145,7 @@ class EngineCore:
 
     def finish(self, request_id: str) -> None:
         """End a completion now. The next step can use its pages. Unknown ids are ignored."""
-        self._stop_checks.pop(request_id, None)
+        self._forget(request_id)
         self.scheduler.finish(request_id)
         if self.role:
             self.role.finish(request_id)
@@ -169,6 +171,8 @@ class EngineCore:
                 self.role.poll()
             while len(self._in_flight) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
+                for admission in plan.admitted:
+                    self._scheduled_at.setdefault(admission.request_id, time.monotonic())
                 if self.role:
                     self.role.submitted(plan)
                 self._in_flight.append((plan, time.perf_counter(), not self._in_flight))
@@ -241,14 +245,19 @@ class EngineCore:
         kept, reason = self._stop_checks[request_id].take(tokens)
         if error is not None:
             reason = FinishReason.ERROR
-        output = TokenOutput(request_id, kept, reason, cached, tuple(scores), error)
+        scheduled_at = self._scheduled_at.get(request_id)
+        output = TokenOutput(request_id, kept, reason, cached, tuple(scores), error, scheduled_at)
         if reason is not None and self.role and self.role.holds(output):
-            self._stop_checks.pop(request_id, None)
+            self._forget(request_id)
             self.scheduler.hold(request_id)
             return None
         if reason is not None:
             self.finish(request_id)
         return output
+
+    def _forget(self, request_id: str) -> None:
+        self._stop_checks.pop(request_id, None)
+        self._scheduled_at.pop(request_id, None)
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         """Record a finished step for reports and for the time limit."""

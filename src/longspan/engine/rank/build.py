@@ -62,8 +62,21 @@ class TensorParallelGroup:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def build_vocabulary(setup: EngineSetup) -> Vocabulary:
+    """The vocabulary for grammars, of which ranks in one process need only one."""
+    model = setup.model
+    vocabulary = Vocabulary(lambda: load_tokenizer(setup.source), model.vocab_size, model.eos_token_ids)
+    if setup.config.read_vocabulary_ahead:
+        vocabulary.read_ahead()
+    return vocabulary
+
+
 def build_runner(
-    setup: EngineSetup, rank: int, store: TensorStore, make_group: Callable[[Sequence[int]], Collectives]
+    setup: EngineSetup,
+    rank: int,
+    store: TensorStore,
+    vocabulary: Vocabulary,
+    make_group: Callable[[Sequence[int]], Collectives],
 ) -> tuple[Runner, CostConstants | None]:
     """Build one rank. Returns its runner, and the constants of the cost model if the setup asks to measure them.
 
@@ -93,8 +106,7 @@ def build_runner(
     transfer = config.transfer
     parts = RankParts(
         grid, rank, model, attention, groups, store.device,
-        Vocabulary(lambda: load_tokenizer(setup.source), model_config.vocab_size, model_config.eos_token_ids),
-        config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
+        vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
         store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import zmq
 
 from longspan.config import LivenessConfig
-from longspan.engine.rank.build import build_runner, share_of_cores
+from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
@@ -110,7 +110,7 @@ def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[byt
         return open_group(group, rank, traffic, device)
 
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
-    runner, constants = build_runner(setup, rank, store, make_group)
+    runner, constants = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
     traffic.reset()  # the calibration's traffic does not count
     reply(messages.RankReady(rank, constants))
     loop = StepLoop(runner, lambda result: reply(messages.StepDone(result)), lambda: bool(socket.poll(0)))

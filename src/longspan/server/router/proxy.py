@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
@@ -26,13 +27,15 @@ from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, 
 from longspan.errors import EngineUnavailable, RequestError
 from longspan.server.bodies import INLINE_BYTES, JsonBounds
 from longspan.server.errors import Problem, problem_of
-from longspan.server.generation import CLIENT_GONE, Json, refusal, unless_gone
+from longspan.server.generation import CLIENT_GONE, Json, Refusal, refusal, unless_gone
 from longspan.server.listening import open_sockets
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import RouteOptions
 from longspan.server.protocol import HttpConfig, announce
+from longspan.server.request_log import RequestLog
 from longspan.server.router.balance import Balance, blocks_of
 from longspan.server.router.instances import Instance, Instances
+from longspan.server.tls import tls_context
 
 _BOUNDS = JsonBounds(values=1 << 23)  # larger than any model needs: the instances check against max_model_len
 _GENERATING = ("/v1/completions", "/v1/chat/completions")
@@ -177,7 +180,7 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
             f"{request.method} {request.scope['path']} is nothing that the router forwards; it takes POST of "
             f"{', '.join(_POSTED)} and GET of {', '.join(_READ)}; ask the instance itself for the rest"
         )
-        return Json(Problem(status, message).body(), status)
+        return Refusal(Problem(status, message, code=HTTPStatus(status).name.lower()))
 
     app = Starlette(
         routes=[
@@ -190,6 +193,7 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     if options.keys:
         app.add_middleware(KeyCheck, keys=options.keys)
+    app.add_middleware(RequestLog, options=options.log)
     return app
 
 
@@ -198,7 +202,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
 
     Raises `ConfigError` for instances that do not answer or do not fit together.
     """
-    sockets = open_sockets(options)
+    tls, sockets = tls_context(options.tls), open_sockets(options)
     key = {"Authorization": f"Bearer {options.keys[0].key}"} if options.keys else {}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(
@@ -207,7 +211,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
     ) as session:  # fmt: skip
         await instances.wait(session, options.wait_seconds)
         app = build_router(Router(instances, session), options)
-        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http))
+        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http, tls))
         watching = asyncio.create_task(instances.watch(session))
         announcing = asyncio.create_task(announce(server, on_ready))
         try:

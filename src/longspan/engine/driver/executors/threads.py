@@ -17,7 +17,7 @@ import torch
 from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
-from longspan.engine.rank.build import build_runner, share_of_cores, threads_per_rank
+from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores, threads_per_rank
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
@@ -48,6 +48,7 @@ class ThreadExecutor:
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()  # with the rank
         self._done: list[deque[StepResult]] = [deque() for _ in range(size)]  # results of each rank, not collected yet
         self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
+        self._vocabulary = build_vocabulary(setup)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
         self._threads = [
@@ -127,7 +128,9 @@ class ThreadExecutor:
         """The main function of a rank's thread."""
         torch.set_num_threads(threads_per_rank(self.setup))
         try:
-            runner, constants = build_runner(self.setup, rank, self._store, lambda group: self._open(group, rank))
+            runner, constants = build_runner(
+                self.setup, rank, self._store, self._vocabulary, lambda group: self._open(group, rank)
+            )
             self._traffic[rank].reset()  # the calibration's traffic does not count
             self._runners[rank] = runner
             if constants:

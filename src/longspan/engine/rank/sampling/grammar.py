@@ -6,6 +6,8 @@ It owns the grammar library's matchers; it must not know of ranks or requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -15,24 +17,43 @@ from longspan.errors import RequestError
 
 
 class Vocabulary:
-    """The model's tokens in the form of the grammar library. The tokenizer is loaded for the first grammar."""
+    """The model's tokens in the form of the grammar library. Threads of several ranks may share it.
+
+    Reading them takes seconds. It happens for the first grammar, unless `read_ahead` began it.
+    """
 
     def __init__(self, load_tokenizer: Callable[[], Any], size: int, eos_token_ids: Sequence[int]) -> None:
         self._load = load_tokenizer
         self._size = size
         self._eos = list(eos_token_ids)
         self._tokens: Any = None
+        self._reading = Lock()
+
+    def read_ahead(self) -> Thread:
+        """Read in a thread of its own, so that the first grammar does not keep a rank from its steps."""
+
+        def read() -> None:
+            with suppress(Exception):  # the first grammar tries again and tells why it fails
+                self._read_once()
+
+        thread = Thread(target=read, name="longspan-vocabulary")
+        thread.start()
+        return thread
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher for a new output. If the grammar cannot be read, `Matcher.allowed` raises the reason."""
         from llguidance import LLMatcher
 
         try:
-            if self._tokens is None:
-                self._tokens = self._read()
-            return Matcher(LLMatcher(self._tokens, grammar), self._size)
+            return Matcher(LLMatcher(self._read_once(), grammar), self._size)
         except Exception as error:  # an error of the library must fail this request only, not the rank
             return Matcher(None, self._size, f"{type(error).__name__}: {error}")
+
+    def _read_once(self) -> Any:
+        with self._reading:
+            if self._tokens is None:
+                self._tokens = self._read()
+            return self._tokens
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer
