@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.errors import ModelError, UnsupportedModel
+from longspan.errors import ModelError, ModelNotFound, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
-from longspan.weights.source import ModelSource
+from longspan.weights.source import ModelSource, tokenizer_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -38,17 +38,20 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises `ModelError` for a damaged one, `UnsupportedModel` for a kind that is not known.
     """
-    if isinstance(source.checkpoint, GGUFCheckpoint):
+    if isinstance(source.checkpoint, GGUFCheckpoint) and source.tokenizer is None:
         return _from_gguf(source.checkpoint)
-    if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
+    folder = tokenizer_folder(source)
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if source.tokenizer is not None:
+            raise ModelNotFound(f"tokenizer={source.tokenizer}: {folder} has no tokenizer; give a folder that has one")
         return None
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
     try:
-        return AutoTokenizer.from_pretrained(source.path)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files, or a tokenizer that needs code or packages that are not installed
-        raise ModelError(f"{source.path}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def _from_gguf(file: GGUFCheckpoint) -> Any:
