@@ -26,6 +26,7 @@ from longspan.cli import (
     simulate,
 )
 from longspan.cli.options import takes_records
+from longspan.cli.vllm_flags import ServeCommand
 from longspan.errors import LongspanError
 from longspan.version import __version__
 
@@ -57,7 +58,7 @@ def build_app() -> typer.Typer:
     app.command("predict", help="One measured setup, predicted.")(predict.predict)
     app.command("simulate", help="A trace on a cluster that is not there.")(simulate.simulate)
     app.command("calibrate", help="This machine's constants, for plan and simulate.")(calibrate.calibrate)
-    app.command("serve", help="Serve a model over OpenAI's API.")(takes_records(serve.serve))
+    app.command("serve", cls=ServeCommand, help="Serve a model over OpenAI's API.")(takes_records(serve.serve))
     app.command("route", help="One front for prefill and decode instances.")(takes_records(route.route))
     benches = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_records(bench.latency))
