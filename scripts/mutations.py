@@ -29,6 +29,8 @@ _PAGES = "tests/unit/test_pages.py"
 _SAMPLER = "tests/unit/test_sampler.py"
 _OFFLOAD = "tests/unit/test_offload.py"
 _REQUESTS = "tests/engine/test_requests.py"
+_CONSTRAINTS = "tests/engine/test_constraints.py"
+_CONSTRAINED = f"{_CONSTRAINTS}::test_constrained_tokens_are_those_of_transformers_under_the_same_rules"
 _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
 
 ATTENTION = (
@@ -332,6 +334,29 @@ REQUESTS = (
         "a penalty counts a token once only", "engine/rank/sampling/sampler.py",
         "params.frequency_penalty * counts +", "params.frequency_penalty * (counts > 0) +",
         (f"{_SAMPLER}::test_frequency_penalty_counts_every_occurrence_in_the_output",),
+    ),
+    Fault(
+        "a banned token is sampled", "engine/rank/sampling/sampler.py",
+        "    if row.banned:", "    if row.banned and False:",
+        (f"{_CONSTRAINTS}::test_a_bad_word_of_one_token_needs_no_history_and_runs_ahead",),
+    ),
+    Fault(
+        "a bad word is forbidden after any token", "engine/rank/sampling/constraints.py",
+        "list(output[-len(begin) :]) == begin", "output", (f"{_CONSTRAINED}[{{'pcp': 3}}]",),
+    ),
+    Fault(
+        "an end comes before min_tokens", "engine/rank/sampling/constraints.py",
+        "if position < self._params.min_tokens", "if position < 0", (f"{_CONSTRAINED}[{{'tp': 4, 'dcp': 2}}]",),
+    ),
+    Fault(
+        "bad words of several tokens see no output", "request.py",
+        "return self.penalises or looks_back or", "return self.penalises or",
+        (f"{_CONSTRAINED}[{{'pages_per_shard': (16,)}}]",),
+    ),
+    Fault(
+        "priorities are not looked at", "scheduler/scheduler.py",
+        'return sequence.params.priority if self.config.scheduling_policy == "priority" else 0', "return 0",
+        (f"{_SCHEDULER}::test_requests_of_a_lower_priority_number_start_first_and_equal_ones_in_order",),
     ),
     Fault(
         "top-p is off", "engine/rank/sampling/sampler.py",

@@ -27,6 +27,7 @@ SNAPSHOT = ROOT / "tests" / "snapshot.txt"
 _LAYOUT_ARGUMENTS = ("grid", "layout")  # of tests
 _LISTS_OF_CHOICES = ("attention.schedules.SCHEDULE_NAMES", "config.EXECUTOR_NAMES", "config.DEVICE_NAMES",
     "config.DTYPE_NAMES", "config.QUANTIZATION_NAMES", "config.KV_DTYPE_NAMES",
+    "config.LOAD_FORMAT_NAMES", "config.SCHEDULING_POLICY_NAMES",
     "attention.backends.BACKEND_NAMES",
     "server.tools.TOOL_FORMATS", "planner.layouts.OBJECTIVES", "planner.rows.QUANTITIES")  # fmt: skip
 
@@ -71,10 +72,11 @@ def _server() -> Iterator[str]:
     """The server's endpoints, those hidden from its documentation too."""
     from longspan.server.app import Service, build_app
     from longspan.server.options import ServeOptions
+    from longspan.server.served import ServedModel
 
     engine = SimpleNamespace(setup=SimpleNamespace(max_model_len=1), metrics=SimpleNamespace(failed=None))
     app = build_app(
-        Service(cast(Any, engine), cast(Any, SimpleNamespace(max_bytes=0)), ServeOptions(), "model", None, 0.0)
+        Service(cast(Any, engine), cast(Any, SimpleNamespace(max_bytes=0)), ServeOptions(), ServedModel("model"), 0.0)
     )
     for route in app.routes:
         yield from _endpoints("server", route)
@@ -123,8 +125,8 @@ def _json_type(schema: Any) -> str:
         return "any"
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
-    if "anyOf" in schema:
-        return " | ".join(map(_json_type, schema["anyOf"]))
+    if "anyOf" in schema or "oneOf" in schema:
+        return " | ".join(map(_json_type, schema.get("anyOf", schema.get("oneOf"))))
     if "enum" in schema or "const" in schema:
         return " | ".join(map(json.dumps, schema.get("enum", [schema.get("const")])))
     name = str(schema.get("type", "any"))

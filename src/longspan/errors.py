@@ -59,7 +59,8 @@ class RequestError(LongspanError, ValueError):
 
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        super().__init__(f"{field}={value}: {problem}; {remedy}")
+        named = field if isinstance(value, str) and not value else f"{field}={value}"
+        super().__init__(f"{named}: {problem}; {remedy}")
 
 
 class ContextOverflow(RequestError):

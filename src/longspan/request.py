@@ -54,6 +54,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     # makes this request's tokens reproducible, however it is batched or sharded; None: derived from the engine's seed
     seed: int | None = None
+    # number of tokens before which no stop token or stop string ends the completion: until then the model's end tokens
+    # and `stop_token_ids` are not sampled. A grammar that is complete ends it all the same
+    min_tokens: int = 0
     # strings that end the completion
     stop: str | Sequence[str] = ()
     # tokens that end the completion, beside the model's end tokens
@@ -68,16 +71,29 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     # (token id, value added to its logit)
     logit_bias: tuple[tuple[int, float], ...] = ()
+    # the only tokens that may be sampled; None for all
+    allowed_token_ids: tuple[int, ...] | None = None
+    # words that are not generated: the last token of a word is not sampled after its other tokens. Each counts with and
+    # without a space before it
+    bad_words: tuple[str, ...] = ()
+    # the same as token ids; the engine appends those of `bad_words`
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
     # a grammar in the form of the grammar library, which the output must follow
     grammar: str | None = None
     # whether special tokens are left out of the text
     skip_special_tokens: bool = True
     # cached prefixes are shared among requests with the same salt only, so that timing does not reveal others' prompts
     cache_salt: str = ""
+    # requests with lower numbers are admitted first and preempted last; only with `scheduling_policy="priority"`
+    priority: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop_token_ids", "bad_words"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "bad_word_ids", tuple(map(tuple, self.bad_word_ids)))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check(self.n >= 1, "n", self.n, "must be at least 1")
         _check(
             self.max_tokens is None or self.max_tokens >= 0,
@@ -103,11 +119,26 @@ class SamplingParams:
             value = getattr(self, name)
             _check(value is None or 0 <= value <= 100, name, value, "must be in 0..100")
         _check("" not in self.stop, "stop", list(self.stop), "must not hold an empty string")
+        most = self.max_tokens
+        _check(0 <= self.min_tokens < 1 << 31, "min_tokens", self.min_tokens, "must be in 0..2^31-1")
+        _check(-1 << 31 <= self.priority < 1 << 31, "priority", self.priority, "must be in -2^31..2^31-1")
+        _check(most is None or self.min_tokens <= most, "min_tokens", self.min_tokens, f"exceeds max_tokens={most}")
+        _check(self.allowed_token_ids != (), "allowed_token_ids", [], "allows no token")
+        words = list(self.bad_words)
+        _check(all(map(str.strip, words)), "bad_words", words, "must not hold an empty string")
+        _check(() not in self.bad_word_ids, "bad_word_ids", list(self.bad_word_ids), "must not hold an empty list")
+
+    @property
+    def constrains(self) -> bool:
+        """Whether some tokens may not be sampled."""
+        lists = (self.grammar is not None, self.allowed_token_ids, self.bad_word_ids, self.min_tokens)
+        return any(map(bool, lists))
 
     @property
     def needs_history(self) -> bool:
         """Whether the sampler must see the request's earlier tokens."""
-        return self.penalises or self.grammar is not None or self.prompt_logprobs is not None
+        looks_back = any(len(word) > 1 for word in self.bad_word_ids)
+        return self.penalises or looks_back or self.grammar is not None or self.prompt_logprobs is not None
 
     @property
     def penalises(self) -> bool:

@@ -10,7 +10,8 @@ import pytest
 
 from longspan.request import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 from longspan.server.async_engine import Job
-from longspan.server.chat import ChatBody, ChatReply, Message, conversation
+from longspan.server.chat import ChatBody, ChatReply
+from longspan.server.conversation import Message, conversation
 from longspan.server.text import Text
 from tests.server.running import Running, ascii_tokenizer, expected
 
@@ -89,20 +90,120 @@ def test_an_answer_in_json_follows_its_schema(client, temperature):
         assert {choice.finish_reason for choice in answer.choices} >= {"stop"}
 
 
-def test_a_tool_that_must_be_called_is_with_arguments_of_its_schema(client):
+def tool(name: str, /, **properties: Any) -> dict[str, Any]:
+    """A tool whose arguments are all required."""
+    schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOWN = tool("town", name={"$ref": "#/$defs/names"})
+TOWN["function"]["parameters"]["$defs"] = {"names": {"enum": ["}, {", '["]']}}  # like the marks of a list of calls
+TIME = tool("time", zone={"$ref": "#/$defs/names"})
+TIME["function"]["parameters"]["$defs"] = {"names": {"enum": [0, 1]}}
+
+
+def streamed_calls(client: openai.OpenAI, **fields: Any) -> tuple[list[tuple[str, str]], str]:
+    """(name, arguments) of each call as a stream puts them together, and the finish reason."""
+    names, arguments, reason = [], [], None
+    for chunk in ask(client, **fields, stream=True):
+        for piece in chunk.choices[0].delta.tool_calls or ():
+            if piece.function.name is not None:
+                assert piece.index == len(names)
+                names.append(piece.function.name)
+                arguments.append("")
+            arguments[piece.index] += piece.function.arguments
+        reason = chunk.choices[0].finish_reason or reason
+    return list(zip(names, arguments, strict=True)), reason
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema_and_ends_with_stop(client):
     choice = {"type": "function", "function": {"name": "weather"}}
-    fields = {"tools": [WEATHER], "tool_choice": choice, "temperature": 1, "seed": 1}
+    fields = {"tools": [WEATHER, TOWN], "tool_choice": choice, "temperature": 1, "seed": 1}
     whole = ask(client, **fields).choices[0]
     (call,) = whole.message.tool_calls
-    assert (call.function.name, whole.finish_reason, whole.message.content) == ("weather", "tool_calls", None)
+    assert (call.function.name, whole.finish_reason, whole.message.content) == ("weather", "stop", None)
     assert json.loads(call.function.arguments)["days"] in (1, 2)
-    deltas = [
-        chunk.choices[0].delta.tool_calls[0]
-        for chunk in ask(client, **fields, stream=True)
-        if chunk.choices[0].delta.tool_calls
-    ]
-    assert deltas[0].function.name == "weather"
-    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    assert streamed_calls(client, **fields) == ([("weather", call.function.arguments)], "stop")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_required_call_is_one_or_more_of_any_of_the_tools_each_with_its_own_schema(client, seed):
+    fields = {"tools": [TOWN, TIME], "tool_choice": "required", "temperature": 1, "seed": seed}
+    whole = ask(client, **fields).choices[0]
+    calls = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls]
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    for name, arguments in calls:
+        (value,) = json.loads(arguments).values()
+        assert value in {"town": ["}, {", '["]'], "time": [0, 1]}[name]
+    assert len({call.id for call in whole.message.tool_calls}) == len(calls)
+    assert streamed_calls(client, **fields) == (calls, "tool_calls")
+
+
+def test_required_calls_are_several_unless_parallel_calls_are_refused(client):
+    comma = {"12": 90}  # calls are followed by a comma, so by another call
+    fields = {"tools": [TIME], "tool_choice": "required", "logit_bias": comma, "max_tokens": 200}
+    several = ask(client, **fields).choices[0]
+    assert (len(several.message.tool_calls) > 1, several.finish_reason) == (True, "length")
+    one = ask(client, **fields, parallel_tool_calls=False).choices[0]
+    assert (len(one.message.tool_calls), one.finish_reason) == (1, "tool_calls")
+
+
+def test_allowed_tools_are_the_only_ones_that_are_shown_or_called(client):
+    def fields(mode: str) -> dict[str, Any]:
+        named = [{"type": "function", "function": {"name": "time"}}]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+        return {"tools": [TOWN, TIME], "tool_choice": choice, "max_tokens": 60}
+
+    free, bound = ask(client, **fields("auto")), ask(client, **fields("required"), temperature=1, seed=4)
+    assert free.usage.prompt_tokens == bound.usage.prompt_tokens == len("[time]" + RENDERED)
+    assert free.choices[0].message.content == expected("[time]" + RENDERED, 60)
+    assert {call.function.name for call in bound.choices[0].message.tool_calls} == {"time"}
+
+
+def test_the_last_message_is_continued_on_request(server):
+    talk = [*TALK, {"role": "assistant", "content": "Well"}]
+    body = {"messages": talk, "max_tokens": 6, "temperature": 0, "continue_final_message": True}
+    answer = server.post("/v1/chat/completions", body).json()
+    continued = f"{RENDERED}Well"
+    assert answer["usage"]["prompt_tokens"] == len(continued)
+    assert answer["choices"][0]["message"]["content"] == expected(continued, 6)
+
+
+def test_a_template_may_leave_out_the_beginning_of_an_answer(server):
+    body = {"messages": TALK, "max_tokens": 1, "add_generation_prompt": False}
+    answer = server.post("/v1/chat/completions", body).json()
+    told = server.post("/tokenize", {"messages": TALK, "add_generation_prompt": False}).json()
+    assert answer["usage"]["prompt_tokens"] == told["count"] == len(RENDERED.removesuffix("assistant: "))
+
+
+def test_an_answer_has_the_id_and_the_scores_that_its_request_asks_for(server):
+    body = {"messages": TALK, "max_tokens": 1, "request_id": "mine", "prompt_logprobs": 0}
+    answer = server.post("/v1/chat/completions", body).json()
+    assert answer["id"] == "chatcmpl-mine"
+    first, *rest = answer["prompt_logprobs"]
+    assert (first, len(rest), {len(row) for row in rest}) == (None, len(RENDERED) - 1, {1})
+
+
+def test_the_end_of_a_conversation_is_kept_on_request(server):
+    body = {"messages": TALK, "max_tokens": 6, "temperature": 0, "truncate_prompt_tokens": 11}
+    answer = server.post("/v1/chat/completions", body).json()
+    assert answer["choices"][0]["message"]["content"] == expected("assistant: ", 6)
+
+
+def test_a_server_may_have_another_template_and_defaults_of_sampling(strict):
+    """Greedy without being asked: the default of the generation config."""
+    answer = strict.post("/v1/chat/completions", {"messages": TALK, "max_tokens": 6}).json()
+    assert answer["choices"][0]["message"]["content"] == expected("own: Be brief.>", 6)
+
+
+def test_a_request_may_bring_its_template_where_the_server_trusts_it_and_documents_for_it(strict):
+    fields = {
+        "messages": TALK, "max_tokens": 6, "documents": [{"title": "Tea", "text": "is hot"}],
+        "chat_template": "{{ documents[0].title }}|{{ messages[0].content }}|{{ tone }}|",
+        "chat_template_kwargs": {"tone": "dry"},
+    }  # fmt: skip
+    answer = strict.post("/v1/chat/completions", fields).json()
+    assert answer["choices"][0]["message"]["content"] == expected("Tea|Be brief.|dry|", 6)
 
 
 def reply_to(text: str, **fields: Any) -> tuple[ChatReply, RequestOutput]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longspan import LLM, SamplingParams
+from longspan.server.text import last_tokens
 from tests.oracle import oracle
 from tests.server.running import Running, ascii_folder, ascii_tokenizer, expected
 
@@ -127,6 +128,65 @@ def test_a_biased_token_wins_and_a_banned_one_never_comes(server):
     assert server.complete("abc", 8, logit_bias={"33": 100})["choices"][0]["text"] == "A" * 8
     banned = str(ord(text[0]) - 32)
     assert text[0] not in server.complete("abc", 8, logit_bias={banned: -100})["choices"][0]["text"]
+
+
+def test_only_allowed_tokens_come_and_none_ends_the_text_before_min_tokens(server):
+    fields = {"allowed_token_ids": [33, 34], "stop_token_ids": [34], "logit_bias": {"34": 50}}
+    assert server.complete("abc", 8, **fields)["choices"][0]["text"] == ""
+    choice = server.complete("abc", 8, **fields, min_tokens=5)["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("AAAAA", "stop", 34)
+
+
+def test_a_stop_string_within_min_tokens_does_not_end_the_text(server):
+    text = expected("abc", 30)
+    stop = text[3]
+    found = server.complete("abc", 30, stop=stop, min_tokens=12)["choices"][0]["text"]
+    ends = text.find(stop, 12)
+    assert found == (text if ends < 0 else text[:ends])
+    assert len(found) >= 12
+
+
+def test_bad_words_never_come_and_their_parts_may(server):
+    text = expected("abc", 20)
+    word = text[4:6]
+    found = server.complete("abc", 20, bad_words=[word])["choices"][0]["text"]
+    assert found[:5] == text[:5] and word not in found
+    assert text[0] not in server.complete("abc", 20, bad_words=[text[0]])["choices"][0]["text"]
+
+
+def test_only_the_end_of_a_prompt_is_kept_on_request_however_long_it_is(server):
+    assert server.complete("x" * 80_000 + "abc", 8, truncate_prompt_tokens=3)["choices"][0]["text"] == expected(
+        "abc", 8
+    )
+    answer = server.complete([*[5] * 900, 65, 66, 67], 8, truncate_prompt_tokens=3)
+    assert (answer["usage"]["prompt_tokens"], answer["choices"][0]["text"]) == (3, expected("abc", 8))
+    assert server.complete("x" * 2000, 12, truncate_prompt_tokens=-1)["usage"]["prompt_tokens"] == 500
+    echoed = server.complete("xyzabc", 1, truncate_prompt_tokens=3, echo=True, logprobs=0)["choices"][0]
+    assert echoed["text"][:3] == "".join(echoed["logprobs"]["tokens"][:3]) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keep", "kept"),
+    [([9, 1, 2, 3], 3, [9, 2, 3]), ([9, 1, 2, 3], 1, [3]), ([9, 1], 3, [9, 1]), ([8, 1, 2, 3], 3, [1, 2, 3])],
+)
+def test_what_all_texts_begin_with_is_kept_and_counts(tokens, keep, kept):
+    assert last_tokens(tokens, keep, [9]) == kept
+
+
+def test_an_answer_has_the_id_that_its_request_gives(server):
+    assert server.complete("abc", 1, request_id="mine")["id"] == "cmpl-mine"
+
+
+def test_scores_of_the_prompt_come_by_token_id_with_ranks(server):
+    choice = server.complete("abc", 1, prompt_logprobs=2)["choices"][0]
+    lines = server.complete("abc", 1, echo=True, logprobs=2)["choices"][0]["logprobs"]
+    first, *rest = choice["prompt_logprobs"]
+    assert first is None
+    for token, row, value in zip("bc", rest, lines["token_logprobs"][1:], strict=False):
+        given = row[str(ord(token) - 32)]
+        assert (given["decoded_token"], given["logprob"]) == (token, value)
+        assert sorted(one["rank"] for one in row.values() if one["rank"]) == [1, 2]
+        assert max(row.values(), key=lambda one: one["logprob"])["rank"] == 1
 
 
 def test_token_ids_are_given_on_request(server):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -22,13 +21,17 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 0}, "top_p", "top_p=0.0: must be in (0, 1]"),
     ({"n": 0}, "n", "n=0: must be at least 1"),
     ({"n": 1000}, "n", "n=1000: must be at most 128"),
-    ({"max_tokens": 600}, "prompt + max_tokens", "max_tokens=600 exceed the 512 tokens"),
+    ({"max_tokens": 600}, "max_tokens", "max_tokens=600: 3 prompt tokens and max_tokens=600 exceed the 512 tokens"),
+    ({"max_completion_tokens": 600}, "max_completion_tokens", "max_completion_tokens=600: 3 prompt tokens and"),
+    ({"prompt": "a" * 500}, "prompt", "500 prompt tokens and max_tokens=16 exceed the 512 tokens"),
+    ({"prompt": "a" * 600}, "prompt", "prompt=[600 tokens]: 600 prompt tokens and max_tokens=16 exceed"),
+    ({"prompt": [1] * 600, "max_tokens": 2}, "prompt", "prompt=[600 tokens]: 600 prompt tokens and"),
     ({"max_tokens": -1}, "max_tokens", "max_tokens=-1: must not be negative"),
     ({"max_tokens": 1.5}, "max_tokens", "max_tokens=1.5: "),
     ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": []}, "prompt", "is empty"),
-    ({"prompt": [97]}, "prompt_token_ids", "prompt_token_ids=97: is not in 0..96"),
-    ({"prompt": [10**30]}, "prompt_token_ids", "is not in 0..96"),
+    ({"prompt": [97]}, "prompt", "prompt=97: is not in 0..96"),
+    ({"prompt": [10**30]}, "prompt", "is not in 0..96"),
     ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1}: "),
     ({"prompt": None}, "prompt", "prompt=None: "),
     ({"logprobs": 21}, "logprobs", "must be at most 20"),
@@ -40,6 +43,15 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": [10**25]}, "stop_token_ids", "is not in 0..96"),
     ({"top_k": 10**25}, "top_k", "top_k="),
     ({"seed": -1}, "seed", "seed=-1: must be in 0..2^63-1"),
+    ({"foo": 1, "temperature": "hot"}, "foo", "foo=1: unknown parameter"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "min_tokens=5: exceeds max_tokens=4"),
+    ({"allowed_token_ids": [97]}, "allowed_token_ids", "allowed_token_ids=97: is not in 0..96"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "allows no token"),
+    ({"bad_words": [""]}, "bad_words.0", "bad_words.0='': "),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "truncate_prompt_tokens=0: keeps nothing"),
+    ({"priority": 3}, "priority", "use scheduling_policy=priority (--scheduling-policy priority)"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs=21: must be at most 20"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "is not part of streams"),
     ({"suffix": "end"}, "suffix", "is not supported"),
     ({"best_of": 3}, "best_of", "is supported only if equal to n"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
@@ -56,9 +68,31 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "'king'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "is not text"),
     ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "no such talk"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens", "leaves no room"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "max_completion_tokens=0: leaves no room"),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens=0: leaves no room"),
+    ({"max_tokens": -1}, "max_tokens", "max_tokens=-1: must not be negative"),
+    ({"max_tokens": 600}, "max_tokens", "23 prompt tokens and max_tokens=600 exceed"),
+    ({"max_completion_tokens": 600}, "max_completion_tokens", "max_completion_tokens=600: 23 prompt tokens and"),
+    ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages", "messages=[618 tokens]: "),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
     ({"tool_choice": "required"}, "tool_choice", "there are 0"),
+    ({"tool_choice": "sometimes"}, "tool_choice", "tool_choice='sometimes': "),
+    ({"tool_choice": 5}, "tool_choice", "tool_choice=5: "),
+    (
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "always", "tools": []}}},
+        "tool_choice.allowed_tools.mode", "'always'",
+    ),
+    (
+        {"tool_choice": {"type": "allowed_tools",
+                         "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f"}}]}}},
+        "tool_choice.allowed_tools.tools", "tool_choice.allowed_tools.tools='f': is not among the tools",
+    ),
+    (
+        {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "nonsense"}}}}}],
+         "tool_choice": "required"}, "tools.function.parameters", "cannot be followed",
+    ),
+    ({"chat_template": "x"}, "chat_template", "start the server with --trust-request-chat-template"),
+    ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt", "give one of the two"),
     (
         {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function.name",
         "is not among the tools",
@@ -87,6 +121,17 @@ def test_a_chat_names_what_is_wrong_with_it_before_a_stream_begins(server: Runni
     error = refused(server.post("/v1/chat/completions", {"messages": TALK, "stream": stream, **fields}))
     assert error["param"] == param
     assert message in error["message"]
+
+
+def test_a_field_that_changes_nothing_here_is_taken_with_one_line_in_the_log(server: Running, caplog):
+    caplog.set_level("WARNING", "longspan.server")
+    for _ in range(2):
+        server.complete("abc", 1, spaces_between_special_tokens=False)
+    (line,) = [record.getMessage() for record in caplog.records if "spaces_between" in record.getMessage()]
+    assert (
+        line == "requests give spaces_between_special_tokens, which changes nothing here: the tokenizer decides on them"
+    )
+    refused(server.post("/tokenize", {"prompt": "a", "spaces_between_special_tokens": True}))
 
 
 def test_a_long_prompt_with_one_wrong_id_is_one_error(server: Running):
@@ -170,16 +215,6 @@ def test_nothing_is_left_behind_by_refusals(server: Running):
     refused(server.post("/v1/completions", {"prompt": ["fine", ""]}))
     assert server.used_pages() == 0
     assert len(server.engine.output_processor) == 0
-
-
-@pytest.fixture(scope="module")
-def strict() -> Iterator[Running]:
-    """A server that has a key and takes small bodies."""
-    options = ServeOptions(
-        port=0, api_key="sesame", served_model_name="tiny", max_body_bytes=1000, allowed_origins=("https://a.example",)
-    )
-    with running(options=options) as started:
-        yield started
 
 
 def test_every_key_of_a_file_opens_a_server_and_no_other_does(tmp_path):

@@ -381,6 +381,16 @@ def test_the_largest_body_follows_from_the_model_unless_it_is_given(server: Runn
 
 
 def test_a_body_that_is_not_declared_as_json_is_refused(server: Running):
-    for kind in ("text/plain", ""):
-        answer = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind})
-        assert refused(answer)["param"] == "Content-Type"
+    asked = "send the header Content-Type: application/json"
+    for headers, message in (
+        ({"content-type": "text/plain"}, f"Content-Type='text/plain': is not JSON's; {asked}"),
+        ({}, f"Content-Type: is missing; {asked}"),
+        (
+            {"content-type": "application/x-www-form-urlencoded"},
+            "Content-Type='application/x-www-form-urlencoded': is not JSON's; "
+            f"{asked} (curl -d sends a form's unless it is told -H 'Content-Type: application/json')",
+        ),
+    ):
+        answer = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
+        error = refused(answer, 415)
+        assert (error["param"], error["message"]) == ("Content-Type", message)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from longspan.errors import ConfigError
 from longspan.server.tools import TOOL_FORMATS, ParsedDelta, ToolCall, ToolParser, detect_format
+from longspan.server.tools.forced import CallListReader, call_begin
 
 ADD = ToolCall("add", '{"a": 1, "b": -2.5}')
 SAY = ToolCall("say", '{"text": "<}]) ü", "loud": true, "to": [{"id": null}]}')
@@ -293,6 +294,42 @@ def test_prose_after_an_opening_bracket_is_released_by_its_first_word(format: st
 @pytest.mark.parametrize("format", ["llama3_json", "pythonic"])
 def test_without_marks_only_the_start_of_the_text_is_held(format: str) -> None:
     assert released(format, ["Hi", " {", "[f(", "<|python"]) == ["Hi", " {", "[f(", "<|python", ""]
+
+
+# --- calls that are required ------------------------------------------------------------------------
+
+CALLS = [("say", '{"a": "x\\"}]", "b": [{"c": "{"}]}'), ('odd "name"\\', "{}"), ("say", '{ "n":\n[1, [2]]}')]
+LISTED = "[" + ", ".join(f"{call_begin(name)}{arguments}}}" for name, arguments in CALLS) + "]"
+
+
+def read_list(pieces: Iterable[str]) -> list[tuple[str, str]]:
+    reader = CallListReader()
+    found: list[tuple[str, str]] = []
+    for delta in (delta for piece in pieces for delta in reader.append(piece)):
+        if delta.name is not None:
+            found.append((delta.name, ""))
+        found[-1] = (found[-1][0], found[-1][1] + delta.arguments)
+    return found
+
+
+def test_a_list_of_calls_is_read_wherever_it_is_cut() -> None:
+    assert read_list([LISTED]) == read_list(LISTED) == CALLS
+    for cut in range(1, len(LISTED)):
+        assert read_list([LISTED[:cut], LISTED[cut:]]) == CALLS
+
+
+def test_of_a_list_that_is_cut_off_what_there_is_of_each_call_is_read() -> None:
+    for end in range(len(LISTED)):
+        for (name, arguments), (whole_name, whole) in zip(read_list([LISTED[:end]]), CALLS, strict=False):
+            assert name == whole_name and whole.startswith(arguments)
+
+
+def test_arguments_are_released_as_they_come() -> None:
+    reader = CallListReader()
+    pieces = [f"[{call_begin('f')}", '{"a"', ': "xy', 'z"', "}", "}]"]
+    assert [[delta.arguments for delta in reader.append(piece)] for piece in pieces] == [
+        [""], ['{"a"'], [': "xy'], ['z"'], ["}"], []
+    ]  # fmt: skip
 
 
 # --- which format a model was taught ----------------------------------------------------------------

@@ -38,6 +38,7 @@ ENGINE_OPTIONS = {
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
+    "--scheduling-policy", "--tokenizer", "--revision", "--load-format",
 }  # fmt: skip
 LISTEN_OPTIONS = {
     "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",
@@ -97,6 +98,7 @@ OPTIONS = {
         "--host", "--port", "--api-key", "--api-key-file", "--served-model-name", "--max-queued-requests",
         "--max-body-bytes", "--request-timeout", "--tool-call-parser", "--role", "--transfer-host", "--transfer-port",
         "--prefill-peers", "--transfer-token-file", "--allowed-origins", "--cache-salt-by-key", "--disable-log-stats",
+        "--chat-template", "--trust-request-chat-template", "--generation-config",
     },
     ("bench", "latency"): ENGINE_OPTIONS | {
         "--input-len", "--output-len", "--batch-size", "--iterations", "--warmup", "--compare", "--compare-layout",

@@ -193,6 +193,17 @@ def test_the_beginning_of_a_stop_string_at_the_end_is_released() -> None:
     assert (detokenizer.text, detokenizer.stopped_by) == ("see EN", None)
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "expected"),
+    [
+        (0, ["ab"], ""), (2, ["ab"], "abc"), (1, ["ab"], ""), (3, ["ab"], "abc"), (5, ["ab"], "abcabc"),
+        (2, ["ab", "abcd"], "abc"), (3, ["ca"], "ab"), (4, ["ca"], "abcabc"),
+    ],
+)  # fmt: skip
+def test_a_stop_string_counts_if_it_ends_behind_the_first_min_tokens(min_tokens, stop, expected) -> None:
+    assert text_of("abcabc", SamplingParams(stop=stop, min_tokens=min_tokens)).text == expected
+
+
 def test_of_several_stop_strings_the_earliest_in_the_text_wins() -> None:
     assert text_of("a one b two", SamplingParams(stop=("two", "one"))).stopped_by == "one"
 

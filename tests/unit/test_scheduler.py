@@ -38,8 +38,8 @@ class Rig:
         self.tokens: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
 
-    def add(self, request_id, prompt, max_tokens=4):
-        params = SamplingParams(max_tokens=max_tokens)
+    def add(self, request_id, prompt, max_tokens=4, priority=0):
+        params = SamplingParams(max_tokens=max_tokens, priority=priority)
         max_tokens = self.limits.check(len(prompt), params)
         self.scheduler.add(CoreRequest(request_id, prompt, params, 0, max_tokens))
         self.left[request_id] = max_tokens
@@ -257,3 +257,25 @@ def test_with_schedule_local_every_request_stays_on_one_shard():
     assert not any(segment.num_remote_groups for plan in rig.plans for segment in plan.segments)
     with pytest.raises(ContextOverflow, match="41 tokens"):
         rig.add("9", [1] * 41, max_tokens=1)
+
+
+@pytest.mark.parametrize(("policy", "order"), [("priority", ["c", "a", "d", "b"]), ("fcfs", ["a", "b", "c", "d"])])
+def test_requests_of_a_lower_priority_number_start_first_and_equal_ones_in_order(policy, order):
+    rig = Rig(scheduling_policy=policy, max_num_seqs=1)
+    for request_id, priority in (("a", 1), ("b", 2), ("c", -1), ("d", 1)):
+        rig.add(request_id, [1] * 4, max_tokens=2, priority=priority)
+    rig.run()
+    assert [admission.request_id for plan in rig.plans for admission in plan.admitted] == order
+
+
+@pytest.mark.parametrize(("policy", "first"), [("priority", "a"), ("fcfs", "b")])
+def test_without_pages_the_request_of_the_highest_number_is_preempted_and_comes_back(policy, first):
+    rig = Rig(pages=(8,), page_size=4, scheduling_policy=policy, prefix_caching=False)
+    rig.add("a", [1] * 12, max_tokens=12, priority=5)
+    rig.step()  # it runs before the other comes
+    rig.add("b", [2] * 12, max_tokens=12, priority=1)
+    rig.run()
+    again = [admission.request_id for plan in rig.plans for admission in plan.admitted][2:]
+    assert again[0] == first
+    assert rig.scheduler.preemptions > 0
+    assert not any(rig.left.values())

@@ -26,6 +26,7 @@ from longspan.cli import (
     simulate,
 )
 from longspan.cli.options import takes_records
+from longspan.cli.vllm_flags import ServeCommand
 from longspan.errors import LongspanError
 from longspan.version import __version__
 
@@ -59,7 +60,7 @@ def build_app() -> typer.Typer:
     app.command("predict", help="Predict a published measurement.")(predict.predict)
     app.command("simulate", help="Replay a trace on a simulated cluster.")(simulate.simulate)
     app.command("calibrate", help="Measure this machine's constants for plan and simulate.")(calibrate.calibrate)
-    app.command("serve", help="Serve a model over the OpenAI API.")(takes_records(serve.serve))
+    app.command("serve", cls=ServeCommand, help="Serve a model over the OpenAI API.")(takes_records(serve.serve))
     app.command("route", help="Route requests to prefill and decode instances.")(takes_records(route.route))
     benches = typer.Typer(help="Benchmarks.", no_args_is_help=True, rich_markup_mode=None)
     benches.command("latency", help="Prefill and decode rates of one batch.")(takes_records(bench.latency))

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from longspan.cli.main import build_app
+from longspan.cli.vllm_flags import DONE, VLLM_FLAGS, ServeCommand
 
 _HEAD = """# Command line
 
@@ -37,6 +38,26 @@ def _commands(command: Any, path: str) -> Iterator[str]:
         shown = parameter.name.upper() if parameter in arguments else names
         default = "" if parameter.default is None or parameter.required else f"`{parameter.default}`"
         yield f"| {shown} | {default} | {parameter.help or ''} |"
+    yield ""
+    if isinstance(command, ServeCommand):
+        yield from _vllm_flags()
+
+
+def _vllm_flags() -> Iterator[str]:
+    yield "It takes the command line of `vllm serve` too: `--model`, `--config FILE` (YAML, with the name of a flag and"
+    yield "its value in each line), underscores in names, and these flags that it does not have itself:\n"
+    yield "| flag of vLLM | here |\n|---|---|"
+    for flag in VLLM_FLAGS.values():
+        if flag.is_refused:
+            text = f"refused: {flag.note}; {flag.remedy}"
+        elif flag.only:
+            text = f"{' or '.join(flag.values)} only: {flag.note}; otherwise {flag.remedy}"
+        elif flag.becomes:
+            values = ", ".join(f"{theirs} is {ours}" for theirs, ours in flag.values.items())
+            text = f"{flag.note}{f': {values}' if values else ''}"
+        else:
+            text = flag.note if flag.note == DONE else f"changes nothing, with a warning: {flag.note}"
+        yield f"| `{flag.name}` | {text} |"
     yield ""
 
 

@@ -21,6 +21,8 @@ DEFAULT_LOCAL_CONTEXT = 512
 DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
 EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
+LOAD_FORMAT_NAMES = ("auto", "dummy")
+SCHEDULING_POLICY_NAMES = ("fcfs", "priority")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 QUANTIZATION_NAMES = ("auto", "fp8", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
@@ -187,8 +189,12 @@ class SchedulerConfig:
         name="speculative", parse=drafted_tokens,
     )  # fmt: skip
     async_scheduling: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
+    scheduling_policy: str = option(
+        "fcfs", "fcfs (first come, first served) or priority (requests with a lower `priority` first)"
+    )
 
     def __post_init__(self) -> None:
+        require_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICY_NAMES)
         require(
             0 <= self.prompt_lookup <= 64, "prompt_lookup", self.prompt_lookup, "must be in 0..64", "0 drafts nothing"
         )
@@ -295,6 +301,11 @@ class EngineConfig:
         metadata={OPTION: Option("a ClusterConfig: how ranks on other machines are started", flag=None)},
     )
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    tokenizer: str | None = option(None, "folder or hub id of another tokenizer; default: the model's own")
+    revision: str | None = option(None, "branch, tag or commit of a hub model; default: main")
+    load_format: str = option(
+        "auto", "auto, or dummy: random weights for config.json's sizes, to measure speed without a download"
+    )
     dtype: str = option("auto", "auto, float32, bfloat16 or float16")
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     attention_backend: str = option("auto", "attention kernels")
@@ -324,6 +335,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPE_NAMES)
+        require_choice("load_format", self.load_format, LOAD_FORMAT_NAMES)
         require_choice("device", self.device, DEVICE_NAMES)
         require_choice("quantization", self.quantization, QUANTIZATION_NAMES)
         require(

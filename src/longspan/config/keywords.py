@@ -37,9 +37,13 @@ class EngineOptions(TypedDict, total=False):
     schedule: str
     speculative: str | None
     async_scheduling: bool | None
+    scheduling_policy: str
     executor: str
     cluster: ClusterConfig | None
     step_timeout: float | None
+    tokenizer: str | None
+    revision: str | None
+    load_format: str
     dtype: str
     device: str
     attention_backend: str

@@ -27,6 +27,7 @@ from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
+from longspan.weights.checkpoint import RandomWeights
 from longspan.weights.source import ModelSource, find_source, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,18 +171,22 @@ def resolve(
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     needs_weights = executor != "dry" if needs_weights is None else needs_weights
-    source = find_source(config.model, needs_weights)
+    is_dummy = config.load_format == "dummy"
+    opens_weights = needs_weights and not is_dummy
+    source = replace(find_source(config.model, opens_weights, config.revision), tokenizer=config.tokenizer)
     with _naming_files_of(source):
         family, model = find_family(source.config, families)
-    if needs_weights:
+    if opens_weights:
         source = open_weights(source)
         with _naming_files_of(source):
             check_checkpoint(family, model, source.checkpoint)
+    elif is_dummy:
+        source = replace(source, checkpoint=RandomWeights())
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
     device = torch.device(device_type)
-    scaled = choose_scaled(config.quantization, source.block_scaled, device) if needs_weights else ScaledChoice()
+    scaled = choose_scaled(config.quantization, source.block_scaled, device) if opens_weights else ScaledChoice()
     config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type, _backend_shape(config, model, device_type),

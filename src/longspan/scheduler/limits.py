@@ -40,8 +40,9 @@ class Limits:
         limit_name = "max_model_len" if limit == self.max_model_len else "the KV cache"
         max_tokens = params.max_tokens if params.max_tokens is not None else max(limit - num_prompt, 1)
         if num_prompt + max_tokens > limit:
+            field, value = ("prompt", f"[{num_prompt} tokens]") if num_prompt >= limit else ("max_tokens", max_tokens)
             raise ContextOverflow(
-                "prompt + max_tokens", num_prompt + max_tokens,
+                field, value,
                 f"{num_prompt} prompt tokens and max_tokens={max_tokens} exceed the {limit} tokens that"
                 f" {limit_name} allows one request (max_model_len={self.max_model_len}, KV cache"
                 f" {self.cache_tokens} tokens)",

@@ -6,6 +6,7 @@ step. Pure Python: it must not import torch, nor know how a plan is carried out.
 
 from __future__ import annotations
 
+from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Scheduler:
     A step first takes one token of every decoding request, so a long prefill does not delay decodes. The rest of the
     budget goes to prefills: first to those in progress, oldest first, each leaving up to half of what remains for
     others, then to waiting prompts. Behind a prefill in progress only prompts that fit whole start, so a short prompt
-    passes a long one.
+    passes a long one. With the policy `priority`, requests of a lower number come before all others instead.
 
     With pipeline stages as many steps are in flight as there are stages, and each takes its share of the budget and of
     the decoding requests. With `async_scheduling` a step is planned while the one before it runs. In both cases steps
@@ -97,8 +98,8 @@ class Scheduler:
         self.queue(SequenceState(request, self.cache.new_table(), source))
 
     def queue(self, sequence: SequenceState) -> None:
-        """Append a request to the waiting queue."""
-        self.waiting.append(sequence)
+        """Put a request into the waiting queue, behind those of its priority."""
+        insort_right(self.waiting, sequence, key=self._rank)
         self._sequences[sequence.request_id] = sequence
 
     def finish(self, request_id: str) -> None:
@@ -125,7 +126,7 @@ class Scheduler:
         sequence = self._fetching.pop(request_id)
         sequence.source = None
         sequence.computed = len(sequence.tokens) - 1
-        self.running.append(sequence)
+        self._run(sequence)
         self._publish(sequence, sequence.computed)
 
     def schedule(self) -> StepPlan | None:
@@ -265,7 +266,7 @@ class Scheduler:
                     step.add_fetch(sequence, self._fetches, sequence.source)
                     reserved += sequence.pages_missing
                     continue
-                self.running.append(sequence)
+                self._run(sequence)
                 step.add_chunk(sequence, min(sequence.remaining, step.budget))
                 reserved += sequence.pages_missing
                 prefilling = prefilling or not whole
@@ -335,12 +336,20 @@ class Scheduler:
             sequence.published = whole
 
     def _preempt(self, sequence: SequenceState) -> None:
-        """Release a running request's pages, and put it at the front of the queue to be computed again."""
+        """Release a running request's pages, and put it before the waiting requests of its priority."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.restart(self.cache.new_table)
-        self.waiting.appendleft(sequence)
+        insort_left(self.waiting, sequence, key=self._rank)
         self.preemptions += 1
+
+    def _run(self, sequence: SequenceState) -> None:
+        """Let a request run, behind those of its priority: the last one is preempted first."""
+        insort_right(self.running, sequence, key=self._rank)
+
+    def _rank(self, sequence: SequenceState) -> int:
+        """Requests with a lower rank come first; all have the same one under `fcfs`."""
+        return sequence.params.priority if self.config.scheduling_policy == "priority" else 0
 
     def _release(self, sequence: SequenceState) -> None:
         """Release a request's pages. The next plan reports the request as finished."""

@@ -28,12 +28,13 @@ from longspan.server.async_engine import AsyncEngine
 from longspan.server.bodies import BodyReader, JsonBounds
 from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
-from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation, shortened
+from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation, renamed, shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.generation import CLIENT_GONE, Json, Refusal, respond
 from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import ServeOptions
 from longspan.server.request_log import RequestLog
+from longspan.server.served import ServedModel
 from longspan.server.state import state_of
 from longspan.server.text import Text
 from longspan.server.tokens import DetokenizeBody, TokenizeBody
@@ -59,7 +60,8 @@ _ERROR_BODY = {
 }
 _DESCRIPTIONS: dict[int | str, str] = {
     400: "the request cannot be served", 401: "wrong key", 404: "no such model", 408: "it took too long",
-    413: "too large a body", 429: "too many requests wait", 503: "the engine is not there",
+    413: "too large a body", 415: "no JSON by its content type", 429: "too many requests wait",
+    503: "the engine is not there",
     "default": "any other error",  # without it FastAPI adds a 422 of another shape, which is never sent
 }  # fmt: skip
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -77,12 +79,15 @@ class Service:
     text: Text
     # key and limits
     options: ServeOptions
-    # name of the served model
-    model: str
-    # one of `TOOL_FORMATS`; None: tool calls in the text are not parsed
-    tool_format: str | None
+    # the served model
+    served: ServedModel
     # when the server was started, in `time.monotonic()`
     started: float
+
+    @property
+    def model(self) -> str:
+        """Name of the served model."""
+        return self.served.name
 
     def check_model(self, asked: str | None) -> None:
         """Raise `HttpError` (404) unless `asked` is the served model or None."""
@@ -147,14 +152,19 @@ def _route_class(reader: BodyReader) -> type[APIRoute]:
 def _require_json(request: Request) -> None:
     """Raise `HttpError` unless the content type is JSON.
 
-    Browsers send the content types of forms to other sites without a CORS preflight, so any web page could send them.
+    Browsers send bodies without a content type, or with that of a form or of plain text, to other sites without a CORS
+    preflight, so any web page could send them.
     """
     given = request.headers.get("content-type", "")
     media = given.partition(";")[0].strip().lower()
-    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
-        raise HttpError(
-            400, "invalid_content_type", "Content-Type", shortened(given), "is not JSON's", "send application/json"
-        )
+    if media == "application/json" or (media.startswith("application/") and media.endswith("+json")):
+        return
+    curl = " (curl -d sends a form's unless it is told -H 'Content-Type: application/json')"
+    raise HttpError(
+        415, "invalid_content_type", "Content-Type", shortened(given) if given else "",
+        "is not JSON's" if given else "is missing",
+        f"send the header Content-Type: application/json{curl if 'form' in media else ''}",
+    )  # fmt: skip
 
 
 def build_app(service: Service) -> FastAPI:
@@ -189,15 +199,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue texts."""
         stream = streams(body)
-        reply = await body.reply(service.text, service.model)
-        return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
+        with renamed(body.names):
+            reply = await body.reply(service.text, service.served)
+            return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
 
     @app.post("/v1/chat/completions", responses=_ANSWERS, tags=["OpenAI"])
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         stream = streams(body)
-        reply = await body.reply(service.text, service.model, service.tool_format)
-        return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
+        with renamed(body.names):
+            reply = await body.reply(service.text, service.served)
+            return await respond(service.engine, reply, request, stream, service.options.cache_salt_by_key)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -206,7 +218,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         """Token ids of a text or a conversation."""
         service.check_model(body.model)
         service.check_room()
-        return Json(await body.answer(service.text, service.engine.setup.max_model_len))
+        return Json(await body.answer(service.text, service.served))
 
     @app.post("/detokenize", responses=_ANSWERS, tags=["tokens"])
     async def detokenize(body: DetokenizeBody) -> Response:

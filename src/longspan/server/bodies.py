@@ -9,6 +9,7 @@ counted first: a body within the bounds is decoded and validated in a fraction o
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from starlette.exceptions import HTTPException
 from longspan.errors import RequestError
 from longspan.server.fields import Body
 
+_LOG = logging.getLogger("longspan.server")
 INLINE_BYTES = 32 << 10  # parsing fewer bytes takes less time than switching to a thread
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEP_OF = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -81,6 +83,7 @@ class BodyReader:
 
     def __init__(self, bounds: JsonBounds) -> None:
         self._bounds = bounds
+        self._warned: set[str] = set()  # fields that change nothing, once they were sent
         self._thread = ThreadPoolExecutor(1, "longspan-bodies")
 
     async def parse(self, raw: bytes, kind: type[AnyBody]) -> AnyBody:
@@ -95,8 +98,18 @@ class BodyReader:
             values: Any = msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise HTTPException(400, f"body: is no valid JSON ({error}); send one JSON object in UTF-8") from error
+        if isinstance(values, dict):
+            self._drop_unused(values, kind)
         try:
             return kind.of(values, len(raw))
         except ValidationError as error:
             errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
             raise RequestValidationError(errors, body=values) from None
+
+    def _drop_unused(self, values: dict[str, Any], kind: type[Body]) -> None:
+        """Remove fields that are taken and change nothing. The log says so once for each name."""
+        for name in kind.unused.keys() & values.keys():
+            del values[name]
+            if name not in self._warned:
+                self._warned.add(name)
+                _LOG.warning("requests give %s, which changes nothing here: %s", name, kind.unused[name])

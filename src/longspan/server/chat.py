@@ -5,135 +5,30 @@ It owns the formats of request and answer; `text.py` applies the chat template, 
 
 from __future__ import annotations
 
-import json
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from longspan.errors import RequestError
 from longspan.request import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 from longspan.server.async_engine import Job
-from longspan.server.bodies import JsonBounds
-from longspan.server.errors import shortened
-from longspan.server.fields import Body, GenerationBody
-from longspan.server.grammar import grammar_of
-from longspan.server.replies import Cursor, TextDelta, identity, usage
-from longspan.server.text import Conversation, Text
+from longspan.server.conversation import MAX_FIELDS, Messages, TemplateFields, conversation
+from longspan.server.fields import GenerationBody
+from longspan.server.replies import Cursor, TextDelta, identity, prompt_scores, usage
+from longspan.server.served import ServedModel
+from longspan.server.text import Text
+from longspan.server.tool_choice import ForcedCalls, ToolChoice, Tools, chosen_tools
 from longspan.server.tools import ToolCall, ToolParser
+from longspan.server.tools.forced import CallListReader
 
 _MAX_TOP_LOGPROBS = 20
-_MAX_MESSAGES = 1 << 16  # a template takes about 10 us for each, and makes at least three tokens of it
-_MAX_PARTS = 1 << 12  # parts of one message's content; clients send one for each file or quotation
-_MAX_TOOLS = 1 << 10  # OpenAI's limit is 128
-_MAX_FIELDS = 64  # fields of a message, of a template's options, of metadata; OpenAI's messages have six
+_Metadata = Annotated[dict[str, str], Field(max_length=MAX_FIELDS)]
 
 
-class Message(BaseModel):
-    """One turn; fields beyond these reach the template as they are."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=_MAX_PARTS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
-            raise PydanticCustomError("too_long", f"holds more than {_MAX_FIELDS} fields")
-        return value
-
-    def rendered(self, place: str) -> dict[str, Any]:
-        """The message as templates expect it: `content` is one string.
-
-        `place` is the message's place in the body, for errors. Raises `RequestError` for parts that are not text.
-        """
-        fields = self.model_dump(exclude_none=True)
-        if self.role == "developer":
-            fields["role"] = "system"
-        if isinstance(self.content, list):
-            for part in self.content:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise RequestError(f"{place}.content", shortened(part), "is not text", "send text parts only")
-            fields["content"] = "".join(part["text"] for part in self.content)
-        return {"content": "", **fields}
-
-
-def _parse_arguments(place: str, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the arguments of tool calls, which clients send as JSON text, by objects, which templates expect.
-
-    Arguments that are not valid JSON stay text.
-    """
-    functions = [
-        function
-        for message in messages
-        for call in _listed(message.get("tool_calls"))
-        if isinstance(call, dict) and isinstance(function := call.get("function"), dict)
-        if isinstance(function.get("arguments"), str)
-    ]
-    # the body's strings were not counted when it was parsed, so the JSON in them has bounds of its own
-    JsonBounds().check([function["arguments"].encode(errors="replace") for function in functions], place)
-    for function in functions:
-        with suppress(ValueError, RecursionError):
-            function["arguments"] = json.loads(function["arguments"])
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def conversation(messages: Sequence[Message], tools: Sequence[Tool] | None) -> Conversation:
-    """Messages and tools as templates expect them. Raises `RequestError`."""
-    rendered = [message.rendered(f"messages.{number}") for number, message in enumerate(messages)]
-    _parse_arguments("messages.tool_calls", rendered)
-    return rendered, [tool.model_dump(exclude_none=True) for tool in tools or ()]
-
-
-class Function(Body):
-    """A function a tool names."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool the model may call."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    type: Literal["function"] = "function"
-    function: Function
-
-
-Messages = Annotated[list[Message], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=_MAX_TOOLS)]
-_Metadata = Annotated[dict[str, str], Field(max_length=_MAX_FIELDS)]
-TemplateOptions = Annotated[dict[str, Any], Field(max_length=_MAX_FIELDS)]
-
-
-class NamedFunction(Body):
-    """The function that must be called."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The tool that must be called."""
-
-    type: Literal["function"] = "function"
-    function: NamedFunction
-
-
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, TemplateFields):
     """The body of a chat completion."""
 
     messages: Messages = Field(min_length=1)
@@ -142,74 +37,69 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = Field(default=None, description="taken, not used")
-    chat_template_kwargs: TemplateOptions | None = Field(default=None, description="not OpenAI's: for the template")
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="whether required calls may be several")
+    add_special_tokens: bool | None = Field(
+        default=None, description="not OpenAI's: begin with BOS even if the template writes none; default false"
+    )
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
     metadata: _Metadata | None = Field(default=None, description="taken, not used")
     store: bool | None = Field(default=None, description="taken, not used")
     reasoning_effort: str | None = Field(default=None, description="taken, not used")
     verbosity: str | None = Field(default=None, description="taken, not used")
-    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=_MAX_FIELDS)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=MAX_FIELDS)] | None = None
 
-    async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
+    async def reply(self, text: Text, served: ServedModel) -> ChatReply:
         """Tokenise the conversation and make the reply, which has no output yet. Raises `RequestError`."""
-        forced = self._forced()
-        if forced or self.response_format:  # making a grammar may take long
-            params = await text.run(self.num_bytes, lambda: self._params(forced))
-        else:
-            params = self._params(None)
-        tools = None if self.tool_choice == "none" or not self.tools else self.tools
+        tools, forced = chosen_tools(self.tool_choice, self.tools or (), self.parallel_tool_calls is not False)
+        options = self.template_options(served.trusts_templates)
+        params = partial(self._params, served, forced)
+        # making a grammar may take long
+        found = await text.run(self.num_bytes, params) if forced or self.response_format else params()
+        keep = self.tokens_kept(text.max_model_len, found.max_tokens)
         talk = partial(conversation, self.messages, tools)
-        tokens = await text.chat(talk, self.chat_template_kwargs or {}, self.num_bytes)
-        parse = tool_format if tools and forced is None else None
-        return ChatReply(self, Job(tokens, params), text, model, parse, forced)
+        tokens = await text.chat(talk, options, self.num_bytes, bool(self.add_special_tokens), keep)
+        parse = served.tool_format if tools and forced is None else None
+        return ChatReply(self, Job(tokens, found), text, served.name, parse, forced)
 
-    def _params(self, forced: Function | None) -> SamplingParams:
+    @property
+    def prompt_field(self) -> str:
+        """See `GenerationBody.prompt_field`."""
+        return "messages"
+
+    @property
+    def limit_field(self) -> str | None:
+        """See `GenerationBody.limit_field`."""
+        given = (name for name in ("max_completion_tokens", "max_tokens") if getattr(self, name) is not None)
+        return next(given, None)
+
+    def _params(self, served: ServedModel, forced: ForcedCalls | None) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit == 0:
-            raise RequestError("max_completion_tokens", 0, "leaves no room for an answer", "give at least 1")
+            raise RequestError("max_tokens", 0, "leaves no room for an answer", "give at least 1")
         top = self.top_logprobs
         if top is not None and not (self.logprobs and 0 <= top <= _MAX_TOP_LOGPROBS):
             raise RequestError(
                 "top_logprobs", top, f"must be in 0..{_MAX_TOP_LOGPROBS}, and needs logprobs", "set logprobs to true"
             )
-        grammar = None if forced is None else grammar_of(forced.parameters or {"type": "object"})
-        return self.sampling(limit, (top or 0) if self.logprobs else None, grammar)
-
-    def _forced(self) -> Function | None:
-        """The function that `tool_choice` requires a call of; None if a call is optional. Raises `RequestError`."""
-        choice, known = self.tool_choice, {tool.function.name: tool.function for tool in self.tools or ()}
-        if choice is None or choice in ("none", "auto"):
-            return None
-        if isinstance(choice, NamedTool):
-            if choice.function.name not in known:
-                raise RequestError(
-                    "tool_choice.function.name", shortened(choice.function.name), "is not among the tools",
-                    f"use one of {shortened(list(known))}" if known else "give tools",
-                )  # fmt: skip
-            return known[choice.function.name]
-        if len(known) == 1:
-            return next(iter(known.values()))
-        raise RequestError(
-            "tool_choice", choice, f"is supported with one tool, and there are {len(known)}", "name the tool to call"
-        )
+        logprobs = (top or 0) if self.logprobs else None
+        return self.sampling(served, limit, logprobs, None if forced is None else forced.grammar())
 
 
 class ChatReply:
     """See `Reply`. Tool calls are parsed from the text by `tool_format`.
 
-    If a function is `forced`, the whole text is the arguments of one call of it.
+    If calls are `forced`, the whole text is made of them.
     """
 
     def __init__(
-        self, body: ChatBody, job: Job, text: Text, model: str, tool_format: str | None, forced: Function | None
+        self, body: ChatBody, job: Job, text: Text, model: str, tool_format: str | None, forced: ForcedCalls | None
     ) -> None:
         self.jobs = [job]
         self.stream_options = body.usage_in_stream
         self._body = body
         self._text = text
-        self._identity = identity("chatcmpl", "chat.completion", model)
+        self._identity = identity("chatcmpl", "chat.completion", model, body.request_id)
         self._tool_format = tool_format
         self._forced = forced
         self._cursors: list[Cursor] = []
@@ -246,7 +136,9 @@ class ChatReply:
         """See `Reply.whole`."""
         (output,) = outputs
         choices = [self._choice(completion) for completion in output.outputs]
-        return {**self._identity, "choices": choices, "usage": usage(outputs)}
+        scores = prompt_scores(output, self._text) if self._body.prompt_logprobs is not None else None
+        asked = {} if scores is None else {"prompt_logprobs": scores}
+        return {**self._identity, "choices": choices, "usage": usage(outputs), **asked}
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         delta = Cursor(completion, False).delta()
@@ -292,15 +184,17 @@ class ChatReply:
 class _Calls:
     """The tool calls in one completion's text."""
 
-    def __init__(self, tool_format: str | None, forced: Function | None) -> None:
+    def __init__(self, tool_format: str | None, forced: ForcedCalls | None) -> None:
         self._parser = ToolParser(tool_format) if tool_format else None
         self._forced = forced
+        self._reader = CallListReader()
         self._made = 0
 
     def change(self, delta: TextDelta) -> dict[str, Any]:
         """The fields that a delta adds to the message: `content`, `tool_calls`, or neither."""
         if self._forced is not None:
-            return {"tool_calls": [self._forced_call(self._forced.name, delta.text)]} if delta.text else {}
+            made = self._forced_calls(self._forced, delta.text)
+            return {"tool_calls": made} if made else {}
         if self._parser is None:
             return {"content": delta.text} if delta.text else {}
         parsed = self._parser.append(delta.text)
@@ -314,8 +208,9 @@ class _Calls:
         return change
 
     def reason(self, reason: str | None) -> str | None:
-        """The finish reason: `tool_calls` in place of `stop` if the completion has made calls."""
-        return "tool_calls" if reason == "stop" and self._made else reason
+        """The finish reason: `tool_calls` in place of `stop` if the completion has made calls that no name required."""
+        called = "tool_calls" if self._forced is None else self._forced.finish_reason
+        return called if reason == "stop" and self._made else reason
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
         self._made += 1
@@ -324,8 +219,13 @@ class _Calls:
             "function": {"name": call.name, "arguments": call.arguments},
         }  # fmt: skip
 
-    def _forced_call(self, name: str, text: str) -> dict[str, Any]:
-        """The chunk of a forced call: its name with the first piece of the arguments, afterwards arguments alone."""
-        if self._made:
-            return {"index": 0, "function": {"arguments": text}}
-        return self._call(ToolCall(name, text))
+    def _forced_calls(self, forced: ForcedCalls, text: str) -> list[dict[str, Any]]:
+        """The pieces of calls in more text: a name with the first of its arguments, afterwards arguments alone."""
+        if not forced.named:
+            return [self._piece(piece.name, piece.arguments) for piece in self._reader.append(text)]
+        return [self._piece(None if self._made else forced.functions[0].name, text)] if text else []
+
+    def _piece(self, name: str | None, arguments: str) -> dict[str, Any]:
+        if name is not None:
+            return self._call(ToolCall(name, arguments))
+        return {"index": self._made - 1, "function": {"arguments": arguments}}

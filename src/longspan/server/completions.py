@@ -15,8 +15,9 @@ from longspan.errors import RequestError
 from longspan.request import RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import GenerationBody, Ids
-from longspan.server.replies import Cursor, TextDelta, identity, usage
-from longspan.server.text import Text
+from longspan.server.replies import Cursor, TextDelta, identity, prompt_scores, usage
+from longspan.server.served import ServedModel
+from longspan.server.text import Text, last_tokens
 
 _DEFAULT_MAX_TOKENS = 16
 _MAX_PROMPTS = 1024
@@ -37,7 +38,13 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = Field(default=None, description="not OpenAI's: begin with BOS if the model does")
     return_token_ids: bool | None = Field(default=None, description="not OpenAI's: add token_ids to each choice")
 
-    async def reply(self, text: Text, model: str) -> CompletionReply:
+    @property
+    def limit_field(self) -> str | None:
+        """See `GenerationBody.limit_field`."""
+        given = (name for name in ("max_tokens", "max_completion_tokens") if getattr(self, name) is not None)
+        return next(given, None)
+
+    async def reply(self, text: Text, served: ServedModel) -> CompletionReply:
         """Tokenise the prompts and make the reply, which has no output yet. Raises `RequestError`."""
         if self.suffix:
             raise RequestError("suffix", repr(self.suffix[:20]), "is not supported", "leave it out")
@@ -46,18 +53,22 @@ class CompletionBody(GenerationBody):
         given = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
         prompt_logprobs = self.logprobs if self.echo else None
-        sampling = partial(self.sampling, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
+        sampling = partial(self.sampling, served, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
         # making a grammar may take long
         params = await text.run(self.num_bytes, sampling) if self.response_format else sampling()
         special = self.add_special_tokens is not False
+        keep = self.tokens_kept(text.max_model_len, max_tokens)
         jobs: list[Job] = []
         for prompt in self._prompts():
-            tokens = await text.encode(prompt, special) if isinstance(prompt, str) else prompt
-            echoed = prompt if isinstance(prompt, str) else None
+            if isinstance(prompt, str):
+                tokens = await text.encode(prompt, special, keep=keep)
+            else:
+                tokens = last_tokens(prompt, keep)
+            echoed = prompt if isinstance(prompt, str) and keep is None else None
             if self.echo and echoed is None and text.tokenizer is not None:
                 echoed = await text.decode(tokens)
             jobs.append(Job(tokens, params, echoed))
-        return CompletionReply(self, jobs, text, model)
+        return CompletionReply(self, jobs, text, served.name)
 
     def _prompts(self) -> list[str] | list[list[int]]:
         prompt = self.prompt
@@ -78,7 +89,7 @@ class CompletionReply:
         self.stream_options = body.usage_in_stream
         self._body = body
         self._text = text
-        self._identity = identity("cmpl", "text_completion", model)
+        self._identity = identity("cmpl", "text_completion", model, body.request_id)
         self._first: dict[str, int] = {}  # index of each request's first choice
         self._cursors: dict[int, Cursor] = {}
         self._offsets: dict[int, int] = {}
@@ -128,6 +139,8 @@ class CompletionReply:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_scores(output, self._text)
         if self._body.return_token_ids:
             choice["token_ids"] = [*(output.prompt_token_ids if echo else ()), *delta.tokens]
         return choice

@@ -5,7 +5,8 @@ It owns the mapping from exceptions; it must not know which endpoint failed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from reprlib import Repr
@@ -24,6 +25,22 @@ class HttpError(RequestError):
     def __init__(self, status: int, code: str, param: str, value: object, problem: str, remedy: str) -> None:
         super().__init__(param, value, problem, remedy)
         self.status, self.code = status, code
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of a block name the fields that the client has sent; `names` has them by the engine's names."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.field, error.field)
+        if name == error.field or isinstance(error, HttpError):
+            raise
+        limit_not_given = error.field == "max_tokens" and name == names.get(
+            "prompt"
+        )  # its default is no value of `name`
+        value = "" if limit_not_given else error.value
+        raise type(error)(name, value, error.problem, error.remedy) from error
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,16 @@ class ServeOptions(ListenOptions):
     )
     request_timeout: float | None = option(None, "seconds a request may take; default: no limit")
     tool_call_parser: str | None = option(None, "form of tool calls; default: what the chat template tells")
+    chat_template: str | None = option(
+        None, "file of a chat template in place of the model's, or the template in one line"
+    )
+    trust_request_chat_template: bool = option(
+        False, "let requests bring a chat template: it runs in a sandbox, and may still take long"
+    )
+    generation_config: str = option(
+        "vllm", "where temperature, top_p, top_k, min_p and repetition_penalty of requests that give none come from: "
+        "auto (the model's generation_config.json), a folder with one, or vllm (nowhere)",
+    )  # fmt: skip
     allowed_origins: tuple[str, ...] = option(
         (), "web pages of these origins may call the server from a browser, as in https://a.example,https://b.example; "
         "* is all; default: none", parse=parse_origins, text=None,

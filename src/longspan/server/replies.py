@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from longspan.request import CompletionOutput, RequestOutput, TokenLogprobs
 from longspan.server.async_engine import Job
 from longspan.server.fields import StreamOptions
+from longspan.server.text import Text
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,31 @@ class Reply(Protocol):
         """The fields that every chunk has: id, object, time and model."""
 
 
-def identity(prefix: str, kind: str, model: str) -> dict[str, Any]:
-    """Id, object, time and model of a new answer."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def identity(prefix: str, kind: str, model: str, request_id: str | None = None) -> dict[str, Any]:
+    """Id, object, time and model of a new answer. Without a `request_id` of the client a new one is made."""
+    name = request_id or uuid.uuid4().hex
+    return {"id": f"{prefix}-{name}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def prompt_scores(output: RequestOutput, text: Text) -> list[dict[int, dict[str, Any]] | None]:
+    """vLLM's `prompt_logprobs`: for each token of the prompt an object by token id, None for the first token.
+
+    `rank` counts from 1. It is None for a token of the prompt that is not among the alternatives.
+    """
+    found: list[dict[int, dict[str, Any]] | None] = []
+    for token, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
+        if row is None:
+            found.append(None)
+            continue
+        values = dict.fromkeys((token, *row.top_ids), row.sampled) | dict(zip(row.top_ids, row.top_values, strict=True))
+        ranks = {other: place for place, other in enumerate(row.top_ids, 1)}
+        found.append(
+            {
+                other: {"logprob": value, "rank": ranks.get(other), "decoded_token": text.token(other)}
+                for other, value in values.items()
+            }
+        )
+    return found
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from longspan.server.logs import ThroughputLog
 from longspan.server.metrics import Metrics
 from longspan.server.options import ServeOptions
 from longspan.server.protocol import HttpConfig, announce
+from longspan.server.served import ServedModel, generation_defaults, read_template
 from longspan.server.text import Text
 from longspan.server.tls import tls_context
 from longspan.server.tools import TOOL_FORMATS, detect_format
@@ -63,12 +64,18 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
     """Build everything except the core, which `serve` starts. Raises `ConfigError` or `ModelError`."""
     setup = resolve(config)
     tokenizer = load_tokenizer(setup.source)
+    if options.chat_template is not None and tokenizer is not None:
+        tokenizer.chat_template = read_template(options.chat_template)
     model = options.served_model_name or config.model
     metrics = Metrics(model, setup.pages_per_shard, _cache_facts(setup))
     throughput = None if options.disable_log_stats else ThroughputLog(metrics)
     engine = AsyncEngine(setup, tokenizer, metrics, options.max_queued_requests, options.request_timeout, throughput)
     text = Text(tokenizer, setup.max_model_len)
-    return Service(engine, text, options, model, _tool_format(options, tokenizer), time.monotonic())
+    served = ServedModel(
+        model, _tool_format(options, tokenizer), generation_defaults(options.generation_config, setup.source.path),
+        options.trust_request_chat_template,
+    )  # fmt: skip
+    return Service(engine, text, options, served, time.monotonic())
 
 
 async def serve(

@@ -23,7 +23,7 @@ _LEAST_MAX_BYTES = 64 << 10  # texts up to this are always encoded, so that an e
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 Result = TypeVar("Result")
 _SHOWN = 400  # characters of a template's error message
-_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+RESERVED_OPTIONS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "add_generation_prompt", "continue_final_message", "documents", "kwargs",
 }  # fmt: skip
 
@@ -39,6 +39,14 @@ def max_text_bytes(tokenizer: Any, max_model_len: int) -> int:
     return max(max_model_len * longest, _LEAST_MAX_BYTES)
 
 
+def last_tokens(tokens: Sequence[int], keep: int | None, begin: Sequence[int] = ()) -> list[int]:
+    """The last `keep` tokens, or all of them if None. What all texts `begin` with (BOS) stays, and counts."""
+    if keep is None or len(tokens) <= keep:
+        return list(tokens)
+    stays = len(begin) if len(begin) < keep and list(tokens[: len(begin)]) == list(begin) else 0
+    return [*tokens[:stays], *tokens[len(tokens) - keep + stays :]]
+
+
 class Text:
     """The model's tokenizer. Without one, prompts must be token ids and outputs have no text.
 
@@ -49,7 +57,7 @@ class Text:
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self.tokenizer = tokenizer
         self.max_bytes = max_text_bytes(tokenizer, max_model_len)
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._short = ThreadPoolExecutor(2, "longspan-tokenizer")
         self._long = ThreadPoolExecutor(1, "longspan-tokenizer-long")
         self.num_pending = self._num_long = 0  # calls in the threads or waiting for them: all, and those of long texts
@@ -71,45 +79,44 @@ class Text:
             self.num_pending -= 1
             self._num_long -= is_long
 
-    async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
-        """Token ids of a text. Raises `RequestError`, which names `field`."""
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, field: str = "prompt", keep: int | None = None
+    ) -> list[int]:
+        """Token ids of a text: all, or those that `last_tokens` keeps. Raises `RequestError`, which names `field`."""
         self._require(field, text)
-        self._check_length(text, field)
-        return await self.run(len(text), lambda: self._encode(text, add_special_tokens))
+        text = self._bounded(text, field, keep)
+        return await self.run(len(text), lambda: self._encode(text, add_special_tokens, keep))
 
-    async def chat(self, conversation: Callable[[], Conversation], options: Mapping[str, Any], size: int) -> list[int]:
+    async def chat(
+        self, conversation: Callable[[], Conversation], options: Mapping[str, Any], size: int,
+        add_special_tokens: bool = False, keep: int | None = None,
+    ) -> list[int]:  # fmt: skip
         """Token ids of a conversation under the model's chat template. Raises `RequestError`.
 
         `conversation` returns messages and tools as the template expects them; it is called in the thread. `size` is
-        approximately their size in bytes. `options` are passed to the template.
+        approximately their size in bytes. `options` are passed to the template. `keep` is as in `encode`.
         """
         tokenizer = self._require("messages", "[...]")
-        for name in options:
-            if name in _RESERVED:
-                raise RequestError(f"chat_template_kwargs.{name}", "...", "is not the template's own", "leave it out")
-        if not tokenizer.chat_template:
+        if not (tokenizer.chat_template or options.get("chat_template")):
             raise RequestError("messages", "[...]", "the model has no chat template", "use /v1/completions")
 
         def run() -> list[int]:
             messages, tools = conversation()
             try:
-                rendered = tokenizer.apply_chat_template(
-                    messages, **{"tools": tools or None, "add_generation_prompt": True, **options}, tokenize=False
-                )
+                rendered = tokenizer.apply_chat_template(messages, tools=tools or None, **options, tokenize=False)
             except Exception as error:  # templates raise many types for conversations that they do not support
                 problem = f"the model's chat template refuses them ({type(error).__name__}: {cut(str(error), _SHOWN)})"
                 raise RequestError("messages", shortened(messages), problem, "change the conversation") from error
-            self._check_length(rendered, "messages")
-            return self._encode(rendered, False)
+            return self._encode(self._bounded(rendered, "messages", keep), add_special_tokens, keep)
 
         return await self.run(size, run)
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, including special tokens. Raises `RequestError`."""
         tokenizer = self._require("tokens", tokens)
-        if len(tokens) > self._max_model_len:
+        if len(tokens) > self.max_model_len:
             raise ContextOverflow(
-                "tokens", f"[{len(tokens)} ids]", f"exceed max_model_len={self._max_model_len}", "send fewer at once"
+                "tokens", f"[{len(tokens)} ids]", f"exceed max_model_len={self.max_model_len}", "send fewer at once"
             )
         top = len(tokenizer)
         for token in tokens and (min(tokens), max(tokens)):
@@ -117,8 +124,18 @@ class Text:
                 raise RequestError("tokens", token, f"is not in 0..{top - 1}", "check the tokenizer")
         return await self.run(len(tokens), lambda: str(tokenizer.decode(list(tokens))))
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    def _encode(self, text: str, add_special_tokens: bool, keep: int | None) -> list[int]:
+        def tokens(of: str) -> list[int]:
+            return list(self.tokenizer.encode(of, add_special_tokens=add_special_tokens))
+
+        return last_tokens(tokens(text), keep, tokens("") if keep is not None and add_special_tokens else ())
+
+    def _bounded(self, text: str, field: str, keep: int | None) -> str:
+        """The text, or the end of it that all tokens to keep are in. Raises `ContextOverflow` if it cannot fit."""
+        if keep is not None:
+            return text[-self.max_bytes :]
+        self._check_length(text, field)
+        return text
 
     def _check_length(self, text: str, field: str) -> None:
         """Raise `ContextOverflow` for a text that cannot fit the context, before it is encoded."""
@@ -128,7 +145,7 @@ class Text:
         if size > self.max_bytes:
             raise ContextOverflow(
                 field, f"[{size} bytes]",
-                f"cannot fit max_model_len={self._max_model_len} tokens, which this model's vocabulary makes of at"
+                f"cannot fit max_model_len={self.max_model_len} tokens, which this model's vocabulary makes of at"
                 f" most {self.max_bytes} bytes",
                 "shorten it or raise --max-model-len",
             )  # fmt: skip

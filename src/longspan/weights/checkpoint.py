@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from typing import Protocol
+from zlib import crc32
 
+import torch
 from torch import Tensor
 
 from longspan.errors import WeightError
+
+_SMALL = 1e-3
 
 
 class Checkpoint(Protocol):
@@ -50,3 +54,12 @@ class NoWeights:
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """Raises `WeightError`."""
         self.shape(name)
+
+
+class RandomWeights(NoWeights):
+    """See `Checkpoint`: small random numbers in place of weights, the same for the same slice of a tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
+        """Fill `out` with uniform numbers, as small as vLLM's."""
+        seed = crc32(f"{name} {[(part.start, part.stop) for part in index]}".encode())
+        out.copy_(torch.empty(out.shape).uniform_(-_SMALL, _SMALL, generator=torch.Generator().manual_seed(seed)))

@@ -40,6 +40,10 @@ class ModelSource:
     checkpoint: Checkpoint = field(default_factory=NoWeights)
     # the same files, if their weights are in block-scaled FP8
     block_scaled: SafetensorsCheckpoint | None = None
+    # branch, tag or commit of a hub model; None for main
+    revision: str | None = None
+    # folder or hub id of another tokenizer; None for the model's own
+    tokenizer: str | None = None
 
 
 def resolve_model(model: str) -> ModelSource:
@@ -47,7 +51,7 @@ def resolve_model(model: str) -> ModelSource:
     return open_weights(find_source(model))
 
 
-def find_source(model: str, needs_weights: bool = True) -> ModelSource:
+def find_source(model: str, needs_weights: bool = True, revision: str | None = None) -> ModelSource:
     """A model's configuration; its weights are opened later (those of a GGUF file are in the same file).
 
     Without `needs_weights` a config.json alone is a model, and so is one that is built in. Raises `ModelNotFound`,
@@ -67,7 +71,7 @@ def find_source(model: str, needs_weights: bool = True) -> ModelSource:
             raise _only_described(model, built_in)
         return ModelSource(model, Path(f"{built_in}.json"), builtin_config(built_in))
     if path.suffix != ".gguf" and HUB_ID.fullmatch(model):
-        return _folder(model, _download(model, _SMALL_FILES))
+        return replace(_folder(model, _download(model, _SMALL_FILES, revision)), revision=revision)
     described = near_names(model) or builtin_names()
     raise ModelNotFound(
         f"model={model}: no such folder or file; give a folder with config.json, a .gguf file, "
@@ -85,12 +89,24 @@ def open_weights(source: ModelSource) -> ModelSource:
         raise UnsupportedModel(f"model={source.name}: {problem}")
     path = source.path
     if not Path(source.name).expanduser().is_dir():
-        path = _download(source.name, (*_SMALL_FILES, *_WEIGHT_FILES))
+        path = _download(source.name, (*_SMALL_FILES, *_WEIGHT_FILES), source.revision)
     quantisation = source.config.get("quantization_config") or {}
     if quantisation.get("quant_method") == "mxfp4":
         return replace(source, path=path, checkpoint=Mxfp4Checkpoint(SafetensorsCheckpoint(path)))
     files = SafetensorsCheckpoint(path, tuple(quantisation.get("weight_block_size") or _BLOCK))
     return replace(source, path=path, checkpoint=files, block_scaled=files if quantisation else None)
+
+
+def tokenizer_folder(source: ModelSource) -> Path:
+    """The folder of the source's tokenizer, fetched if it is another's on the hub. Raises `ModelNotFound`."""
+    if source.tokenizer is None:
+        return source.path
+    folder = Path(source.tokenizer).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(source.tokenizer):
+        raise ModelNotFound(f"tokenizer={source.tokenizer}: no such folder; give a folder or a hub id (org/name)")
+    return _download(source.tokenizer, _SMALL_FILES)
 
 
 def quantisation_problem(config: Mapping[str, Any]) -> str | None:
@@ -159,11 +175,11 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _download(model: str, patterns: Sequence[str]) -> Path:
+def _download(model: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only needed for hub ids
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub raises many types for errors of network, name and permission
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFound(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from longspan.errors import LongspanError, ModelError, UnsupportedModel
+from longspan.errors import LongspanError, ModelError, ModelNotFound, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
-from longspan.weights.source import ModelSource
+from longspan.weights.source import ModelSource, tokenizer_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -45,21 +45,24 @@ def load_tokenizer(source: ModelSource) -> Any:
     except BaseException as error:  # the files are damaged, or need packages; a panic of tokenizers is no `Exception`
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(
-            f"{source.path}: its tokenizer cannot be loaded ({said:.300}); "
+            f"{tokenizer_folder(source)}: its tokenizer cannot be loaded ({said:.300}); "
             "download it again, or use a model whose tokenizer transformers has"
         ) from error
 
 
 def _load(source: ModelSource) -> Any:
-    if isinstance(source.checkpoint, GGUFCheckpoint):
+    if isinstance(source.checkpoint, GGUFCheckpoint) and source.tokenizer is None:
         return _from_gguf(source.checkpoint)
-    if not any((source.path / name).exists() for name in _TOKENIZER_FILES):
+    folder = tokenizer_folder(source)
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if source.tokenizer is not None:
+            raise ModelNotFound(f"tokenizer={source.tokenizer}: {folder} has no tokenizer; give a folder that has one")
         return None
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long
     # without an answer transformers asks at the terminal whether it may run code that comes with the model
-    return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _from_gguf(file: GGUFCheckpoint) -> Any:

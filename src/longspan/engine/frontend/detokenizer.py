@@ -36,7 +36,8 @@ class Detokenizer:
     decoders drop the space before the first token that they are given.
 
     The completion ends at the character that completes a stop string, however the text is divided into tokens. If
-    several stop strings end at the same character, the longest counts.
+    several stop strings end at the same character, the longest counts. A stop string that ends within the first
+    `params.min_tokens` tokens does not count.
 
     Raises:
         RequestError: `params.stop` is not empty and there is no tokenizer to find stop strings with.
@@ -52,6 +53,7 @@ class Detokenizer:
         self._window = None if tokenizer is None else _Window(tokenizer, params.skip_special_tokens, context)
         self._stops = tuple(params.stop)
         self._include_stop = params.include_stop_str_in_output
+        self._early = params.min_tokens  # tokens to come whose text ends no stop string
         self._held = ""  # text that may be the beginning of a stop string
         self._pieces: list[str] = []  # text returned so far
 
@@ -68,6 +70,7 @@ class Detokenizer:
         """
         if self._window is None or self.stopped_by is not None:
             return ""
+        self._early -= 1
         return self._release(self._window.append(token_id), last=False)
 
     def finish(self) -> str:
@@ -80,7 +83,7 @@ class Detokenizer:
         """Add decoded text; returns what is final. With `last` no more text will come."""
         # `_held` is the longest end of the text that a stop string begins with, so earlier text need not be searched.
         text = self._held + new
-        found = self._first_stop(text)
+        found = None if self._early >= 0 else self._first_stop(text, len(self._held))
         if found is None:
             keep = 0 if last else self._possible_stop(text)
             end, self._held = len(text) - keep, text[len(text) - keep :]
@@ -90,9 +93,9 @@ class Detokenizer:
         self._pieces.append(text[:end])
         return text[:end]
 
-    def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """The end of the first complete stop string in `text`, and the stop string; None if there is none."""
-        starts = ((text.find(stop), stop) for stop in self._stops)
+    def _first_stop(self, text: str, after: int) -> tuple[int, str] | None:
+        """The end of the first stop string in `text` that ends after `after` characters, and the string; else None."""
+        starts = ((text.find(stop, max(0, after - len(stop) + 1)), stop) for stop in self._stops)
         ends = [(start + len(stop), stop) for start, stop in starts if start >= 0]
         return min(ends, key=lambda end: (end[0], -len(end[1])), default=None)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import SupportsIndex
 
+from longspan.engine.frontend.bad_words import bad_word_ids
 from longspan.engine.frontend.completion import Completion
 from longspan.engine.frontend.detokenizer import Detokenizer, Tokenizer
 from longspan.engine.setup import EngineSetup
@@ -83,7 +84,7 @@ class OutputProcessor:
         self._check_known("prompt_token_ids", tokens)
         self._check_known("logit_bias", (token for token, _ in params.logit_bias))
         self._check_known("stop_token_ids", params.stop_token_ids)
-        params = self._with_grammar_stop(params)
+        params = self._constrained(self._with_grammar_stop(params))
         max_tokens = self._setup.limits.check(len(tokens), params)
         completions = [self._completion(request_id, index, tokens, params) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
@@ -156,6 +157,19 @@ class OutputProcessor:
         if end is None or self._setup.model.eos_token_ids:
             return params
         return replace(params, stop_token_ids=(*params.stop_token_ids, int(end)))
+
+    def _constrained(self, params: SamplingParams) -> SamplingParams:
+        """Check what orders and constrains a request, and turn its bad words into tokens."""
+        policy = self._setup.config.scheduler.scheduling_policy
+        if params.priority and policy != "priority":
+            remedy = "use scheduling_policy=priority (--scheduling-policy priority)"
+            raise RequestError(
+                "priority", params.priority, f"counts for nothing under scheduling_policy={policy}", remedy
+            )
+        self._check_known("allowed_token_ids", params.allowed_token_ids or ())
+        words = (*params.bad_word_ids, *bad_word_ids(self._tokenizer, params.bad_words))
+        self._check_known("bad_word_ids", (token for word in words for token in word))
+        return replace(params, bad_words=(), bad_word_ids=words) if params.bad_words else params
 
     def _check_known(self, field_name: str, tokens: Iterable[int]) -> None:
         last = self._setup.model.vocab_size - 1

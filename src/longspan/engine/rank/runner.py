@@ -15,7 +15,8 @@ from longspan.attention.attend import Attention
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
 from longspan.engine.rank.page_store import PageStore
-from longspan.engine.rank.sampling.grammar import Matcher, Vocabulary
+from longspan.engine.rank.sampling.constraints import Constraint
+from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, start_sampling
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
@@ -62,7 +63,7 @@ class RankParts:
     groups: Groups
     # where the rank's tensors are
     device: torch.device
-    # tokens as the grammar library sees them
+    # tokens of the model, and as the grammar library sees them
     vocabulary: Vocabulary
     # tokens of a page
     page_size: int
@@ -95,7 +96,7 @@ class Runner:
         self._async_scheduling = parts.async_scheduling
         self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
         self._mirror = Mirror(parts.page_size, grid.num_shards)
-        self._matchers: dict[str, Matcher] = {}  # by id of requests with a grammar
+        self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
@@ -249,8 +250,9 @@ class Runner:
         return errors, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
-        known, matcher = self._mirror.requests[wanted.request_id], self._matchers.get(wanted.request_id)
+        known, constraint = self._mirror.requests[wanted.request_id], self._constraints.get(wanted.request_id)
         output = known.output(wanted.position)
+        allowed, banned = constraint.masks(wanted.position, output) if constraint else (None, ())
         return SampleRow(
             request_id=wanted.request_id,
             params=known.params,
@@ -258,16 +260,17 @@ class Runner:
             position=wanted.position,
             prompt_token_ids=known.history[: known.num_prompt],
             output_token_ids=output,
-            allowed=matcher.allowed(output) if matcher else None,
+            allowed=allowed,
+            banned=banned,
         )
 
     def _apply(self, plan: StepPlan) -> None:
         self._mirror.apply(plan)
         for request_id in plan.finished:
-            self._matchers.pop(request_id, None)
+            self._constraints.pop(request_id, None)
         for admission in plan.admitted:
-            if admission.params.grammar is not None:
-                self._matchers[admission.request_id] = self._vocabulary.matcher(admission.params.grammar)
+            if admission.params.constrains:
+                self._constraints[admission.request_id] = Constraint(admission.params, self._vocabulary)
         if self.transfer is not None:
             self.transfer.apply(plan, self._mirror.table)
 

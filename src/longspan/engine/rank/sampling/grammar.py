@@ -24,8 +24,10 @@ class Vocabulary:
 
     def __init__(self, load_tokenizer: Callable[[], Any], size: int, eos_token_ids: Sequence[int]) -> None:
         self._load = load_tokenizer
-        self._size = size
-        self._eos = list(eos_token_ids)
+        # logits of a row
+        self.size = size
+        # tokens that end a completion, by the model's configuration
+        self.eos_token_ids = tuple(eos_token_ids)
         self._tokens: Any = None
         self._reading = Lock()
 
@@ -45,9 +47,9 @@ class Vocabulary:
         from llguidance import LLMatcher
 
         try:
-            return Matcher(LLMatcher(self._read_once(), grammar), self._size)
+            return Matcher(LLMatcher(self._read_once(), grammar), self.size)
         except Exception as error:  # an error of the library must fail this request only, not the rank
-            return Matcher(None, self._size, f"{type(error).__name__}: {error}")
+            return Matcher(None, self.size, f"{type(error).__name__}: {error}")
 
     def _read_once(self) -> Any:
         with self._reading:
@@ -61,7 +63,9 @@ class Vocabulary:
         tokenizer = self._load()
         if tokenizer is None:
             raise RequestError("grammar", "...", "needs the model's tokenizer, and it has none", "leave it out")
-        return from_tokenizer(tokenizer, n_vocab=max(self._size, len(tokenizer)), eos_token=self._eos or None)
+        return from_tokenizer(
+            tokenizer, n_vocab=max(self.size, len(tokenizer)), eos_token=list(self.eos_token_ids) or None
+        )
 
 
 class Matcher:

@@ -40,8 +40,10 @@ class SampleRow:
     prompt_token_ids: Sequence[int] = ()
     # the output before the wanted token; only read if `params.needs_history`
     output_token_ids: Sequence[int] = ()
-    # bool [vocab]: tokens that the grammar allows; None for all
+    # bool [vocab]: tokens that may be sampled; None for all
     allowed: Tensor | None = None
+    # further tokens that may not be sampled
+    banned: Sequence[int] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -141,7 +143,7 @@ def score(logits: Tensor, request_id: str, position: int, tokens: Sequence[int],
 
 
 def penalise(logits: Tensor, row: SampleRow) -> Tensor:
-    """A copy of `logits` fp32 [vocab] with the row's biases and penalties; tokens that its grammar forbids have -inf.
+    """A copy of `logits` fp32 [vocab] with the row's biases and penalties; tokens that must not be sampled have -inf.
 
     Penalties are vLLM's, which follow OpenAI and CTRL. The repetition penalty divides the positive and multiplies the
     negative logits of each distinct token in prompt and output. The frequency penalty is subtracted for each occurrence
@@ -164,6 +166,8 @@ def penalise(logits: Tensor, row: SampleRow) -> Tensor:
     result.clamp_(-_LARGEST, _LARGEST)  # a tiny repetition penalty gives infinities, whose differences are NaN
     if row.allowed is not None:
         result.masked_fill_(~row.allowed.to(logits.device), float("-inf"))
+    if row.banned:
+        result.index_fill_(0, _ids(row.banned, logits), float("-inf"))
     return result
 
 
@@ -278,7 +282,8 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def _changes_logits(row: SampleRow) -> bool:
-    return row.params.penalises or bool(row.params.logit_bias) or row.allowed is not None
+    params = row.params
+    return params.penalises or bool(params.logit_bias) or row.allowed is not None or bool(row.banned)
 
 
 def _ids(tokens: Sequence[int], like: Tensor) -> Tensor:
