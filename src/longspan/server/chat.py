@@ -155,8 +155,8 @@ class ChatBody(GenerationBody):
     async def reply(self, text: Text, model: str, tool_format: str | None) -> ChatReply:
         """Tokenise the conversation and make the reply, which has no output yet. Raises `RequestError`."""
         forced = self._forced()
-        if forced or self.response_format:  # making a grammar may take long
-            params = await text.run(self.num_bytes, lambda: self._params(forced))
+        if forced or self.response_format:
+            params = await text.run_grammar(lambda: self._params(forced))
         else:
             params = self._params(None)
         tools = None if self.tool_choice == "none" or not self.tools else self.tools

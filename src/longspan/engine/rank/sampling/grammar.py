@@ -5,6 +5,7 @@ It owns the grammar library's matchers; it must not know of ranks or requests.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import RequestError
+
+_MAX_KEPT = 16  # grammars whose matchers are copied, not made again
 
 
 class Vocabulary:
@@ -22,17 +25,27 @@ class Vocabulary:
         self._size = size
         self._eos = list(eos_token_ids)
         self._tokens: Any = None
+        self._made: OrderedDict[str, Any] = OrderedDict()  # a matcher at its start, by grammar
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher for a new output. If the grammar cannot be read, `Matcher.allowed` raises the reason."""
-        from llguidance import LLMatcher
-
         try:
-            if self._tokens is None:
-                self._tokens = self._read()
-            return Matcher(LLMatcher(self._tokens, grammar), self._size)
+            return Matcher(self._start(grammar).deep_copy(), self._size)
         except Exception as error:  # an error of the library must fail this request only, not the rank
             return Matcher(None, self._size, f"{type(error).__name__}: {error}")
+
+    def _start(self, grammar: str) -> Any:
+        """A matcher at its start. Making one may take half a second, and `n` completions share a grammar."""
+        from llguidance import LLMatcher
+
+        if grammar not in self._made:
+            if self._tokens is None:
+                self._tokens = self._read()
+            self._made[grammar] = LLMatcher(self._tokens, grammar)
+        self._made.move_to_end(grammar)
+        while len(self._made) > _MAX_KEPT:
+            self._made.popitem(last=False)
+        return self._made[grammar]
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer

@@ -1,0 +1,38 @@
+"""A program of its own that makes the grammar of a JSON schema and tries it, within a limit on its CPU time.
+
+The schema comes on standard input; standard output gets JSON: the grammar, and the problem ('' for none). It imports
+nothing of this package, so that it starts within a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+
+def main(cpu_seconds: float) -> None:
+    """Make and try the grammar. Ends by SIGPROF when its CPU time is over."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    schema = sys.stdin.read()
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    grammar = ""
+    try:
+        # bounded, because a model may generate spaces without end
+        grammar = LLMatcher.grammar_from_json_schema(
+            schema, defaults={"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,24}"}
+        )
+        problem = LLMatcher.validate_grammar(grammar)
+        if not problem:
+            # what a rank will do; the tokens of the model make little difference to the time it takes
+            matcher = LLMatcher(LLTokenizer("byte"), grammar)
+            matcher.compute_bitmask()
+            problem = matcher.get_error()
+    except ValueError as error:
+        problem = str(error)
+    json.dump([grammar, problem], sys.stdout)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
