@@ -24,6 +24,7 @@ _SAMPLING = (
 )  # fmt: skip
 
 
+_Stop = Annotated[str, Field(max_length=1024)]  # every new text is searched for each of them
 Ids = Annotated[list[int], Field(fail_fast=True)]  # stop at the first wrong id: a body may hold millions
 
 
@@ -109,7 +110,7 @@ class GenerationBody(Body):
         default=None, description="token id: added to its logit"
     )
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=64)] | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=256)] | None = Field(default=None, description="not OpenAI's")
     ignore_eos: bool | None = Field(default=None, description="not OpenAI's")
     include_stop_str_in_output: bool | None = Field(default=None, description="not OpenAI's")
