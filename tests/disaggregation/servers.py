@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from queue import Empty, Queue
 from threading import Thread
 
-PATIENCE = 90.0
+PATIENCE = 240.0  # of a machine with much else to do
 SERVE = "from longspan.cli.main import main; main()"
 ROUTE = "import sys; sys.argv.insert(1, 'route'); from longspan.cli.main import main; main()"
 READY = re.compile(r"(?:serving \S+|routing) at (http://\S+)")

@@ -1,7 +1,14 @@
 """`longspan serve --role` and `longspan route`, started as a user does."""
 
 import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
@@ -9,7 +16,7 @@ import pytest
 
 from longspan.cli.main import main
 from longspan.cli.transfer import transfer_config, warnings
-from tests.disaggregation.servers import ROUTE, SERVE, ended, serve_arguments, start
+from tests.disaggregation.servers import ROUTE, SERVE, Started, ended, serve_arguments, start
 from tests.server.running import ascii_folder, expected
 
 PROMPT = "the quick brown fox jumps over the lazy dog, " * 3
@@ -22,39 +29,90 @@ def completed(url: str, prompt: str, tokens: int = 12) -> str:
     return answer.json()["choices"][0]["text"]
 
 
-@pytest.fixture
-def token(tmp_path):
-    """The options with the transfer token."""
-    file = tmp_path / "transfer-token"
+@pytest.fixture(scope="module")
+def token(tmp_path_factory):
+    """The options that give a process the secret which all share."""
+    file = tmp_path_factory.mktemp("secret") / "transfer-token"
     file.write_text("a secret of some length\n")
     return "--transfer-token-file", str(file)
 
 
-def test_a_router_answers_like_one_instance_also_after_the_prefill_instance_has_died(token):
+@dataclass(frozen=True)
+class Front:
+    prefill: Started
+    decode: Started
+    url: str
+
+
+@pytest.fixture(scope="module")
+def front(token):
+    """A prefill instance of two ranks, a decode instance of two others, and a router."""
     prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2", *token))
     decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2", *token))
     with ended(prefill, decode):
         router = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *token])
         with ended(router):
-            url = router.url()
-            assert completed(url, PROMPT) == expected(PROMPT, 12)
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-            assert [model.id for model in client.models.list()] == ["tiny"]
-            stream = client.completions.create(
-                model="tiny", prompt="x" + PROMPT, max_tokens=12, temperature=0, stream=True
-            )
-            assert "".join(chunk.choices[0].text for chunk in stream) == expected("x" + PROMPT, 12)
-            with pytest.raises(openai.BadRequestError, match="max_tokens"):
-                client.completions.create(model="tiny", prompt=PROMPT, max_tokens=-1)
-            moved = httpx.get(f"{decode.url()}/internal/peer").json()["transfer"]
-            assert moved["fetched"] == 2
-            metrics = httpx.get(f"{decode.url()}/metrics").text
-            assert f'longspan:kv_transfer_total{{model_name="tiny",what="bytes"}} {float(moved["bytes"])}' in metrics
-            prefill.process.kill()
-            assert completed(url, "y" + PROMPT) == expected("y" + PROMPT, 12)
-            states = httpx.get(f"{url}/internal/instances").json()
-            assert {state["role"] for state in states.values()} == {"prefill", "decode"}
+            yield Front(prefill, decode, router.url())
     assert "Traceback" not in prefill.text + decode.text + router.text
+
+
+@contextmanager
+def stopped(server: Started) -> Iterator[None]:
+    """Its processes exist and do nothing: the server, which would replace its core, and the core."""
+    http = server.process.pid
+    processes = [http, *map(int, Path(f"/proc/{http}/task/{http}/children").read_text().split())]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+def moved(instance: Started) -> dict[str, int]:
+    return httpx.get(f"{instance.url()}/internal/peer").json()["transfer"]
+
+
+def test_a_front_of_two_instances_answers_like_one(front):
+    assert completed(front.url, PROMPT) == expected(PROMPT, 12)
+    client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none")
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    stream = client.completions.create(model="tiny", prompt="x" + PROMPT, max_tokens=12, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == expected("x" + PROMPT, 12)
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="tiny", prompt=PROMPT, max_tokens=-1)
+    counted = moved(front.decode)
+    assert counted["fetched"] == 2
+    metrics = httpx.get(f"{front.decode.url()}/metrics").text
+    assert f'longspan:kv_transfer_total{{model_name="tiny",what="bytes"}} {float(counted["bytes"])}' in metrics
+    states = httpx.get(f"{front.url}/internal/instances").json()
+    assert {state["role"] for state in states.values()} == {"prefill", "decode"}
+
+
+def test_a_prefill_instance_that_is_stopped_under_load_is_noticed_and_no_answer_is_lost(front):
+    prompts = [f"{number} {PROMPT}" for number in range(6)]
+    completed(front.url, "warm " + PROMPT)
+    before = moved(front.decode)["retried"]
+    with ThreadPoolExecutor(len(prompts)) as pool, ExitStack() as stop:
+        texts = [pool.submit(completed, front.url, prompt) for prompt in prompts[:3]]
+        stop.enter_context(stopped(front.prefill))
+        texts += [pool.submit(completed, front.decode.url(), prompt) for prompt in prompts[3:]]
+        texts.append(pool.submit(completed, front.url, "last " + PROMPT))
+        while not all(text.done() for text in texts):
+            for url in (front.decode.url(), front.url):  # both can go on without it, and say so
+                assert httpx.get(f"{url}/health").status_code == 200
+            time.sleep(0.2)
+        assert [text.result() for text in texts] == [expected(prompt, 12) for prompt in (*prompts, "last " + PROMPT)]
+        while httpx.get(f"{front.url}/internal/instances").json()[front.prefill.url()]["alive"]:
+            time.sleep(0.2)
+    assert moved(front.decode)["retried"] > before
+    assert "its prompt is computed elsewhere" in front.decode.text
+
+
+def test_a_front_outlives_its_prefill_instance(front):
+    front.prefill.process.kill()
+    assert completed(front.url, "y" + PROMPT) == expected("y" + PROMPT, 12)
 
 
 def refused(monkeypatch, capsys, *arguments: str) -> str:

@@ -54,8 +54,7 @@ class ChatBody(GenerationBody, TemplateFields):
         tools, forced = chosen_tools(self.tool_choice, self.tools or (), self.parallel_tool_calls is not False)
         options = self.template_options(served.trusts_templates)
         params = partial(self._params, served, forced)
-        # making a grammar may take long
-        found = await text.run(self.num_bytes, params) if forced or self.response_format else params()
+        found = await text.run_grammar(params) if forced or self.response_format else params()
         keep = self.tokens_kept(text.max_model_len, found.max_tokens)
         talk = partial(conversation, self.messages, tools)
         tokens = await text.chat(talk, options, self.num_bytes, bool(self.add_special_tokens), keep)

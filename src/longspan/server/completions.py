@@ -54,8 +54,7 @@ class CompletionBody(GenerationBody):
         max_tokens = _DEFAULT_MAX_TOKENS if given is None else given
         prompt_logprobs = self.logprobs if self.echo else None
         sampling = partial(self.sampling, served, max_tokens, self.logprobs, prompt_logprobs=prompt_logprobs)
-        # making a grammar may take long
-        params = await text.run(self.num_bytes, sampling) if self.response_format else sampling()
+        params = await text.run_grammar(sampling) if self.response_format else sampling()
         special = self.add_special_tokens is not False
         keep = self.tokens_kept(text.max_model_len, max_tokens)
         jobs: list[Job] = []

@@ -45,6 +45,7 @@ UNUSED_FIELDS: Mapping[str, str] = MappingProxyType(
 
 
 _Word = Annotated[str, Field(min_length=1, max_length=64)]
+_Stop = Annotated[str, Field(max_length=1024)]  # every new text is searched for each of them
 Ids = Annotated[list[int], Field(fail_fast=True)]  # stop at the first wrong id: a body may hold millions
 
 
@@ -150,7 +151,7 @@ class GenerationBody(Body):
         default=None, description="token id: added to its logit"
     )
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=64)] | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=256)] | None = Field(default=None, description="not OpenAI's")
     min_tokens: int | None = Field(
         default=None,

@@ -13,35 +13,45 @@ import msgspec
 from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import InstanceInfo, TransferCounters
 from longspan.engine.driver.core import StepRecord
-from longspan.request import CoreRequest, TokenOutput
+from longspan.request import CoreRequest, SamplingParams, TokenOutput
 from longspan.scheduler.scheduler import SchedulerCounters
+
+_NO_PARAMS = SamplingParams()
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """Start completions, or continue them in a new core. A prompt that several completions share is sent once."""
+    """Start completions, or continue them in a new core. What several completions share is sent once."""
 
     # the distinct prompts
     prompts: list[list[int]]
-    # (index in `prompts`, request without its prompt)
-    completions: list[tuple[int, CoreRequest]]
+    # the distinct sampling parameters, which may hold a grammar and stop strings
+    params: list[SamplingParams]
+    # (index in `prompts`, index in `params`, request without both)
+    completions: list[tuple[int, int, CoreRequest]]
 
     @staticmethod
     def of(requests: Sequence[CoreRequest]) -> Start:
-        """The message for these requests. Requests whose prompts are the same list object share it."""
-        places: dict[int, int] = {}
-        prompts: list[list[int]] = []
-        completions: list[tuple[int, CoreRequest]] = []
-        for request in requests:
-            place = places.setdefault(id(request.prompt_token_ids), len(prompts))
-            if place == len(prompts):
-                prompts.append(list(request.prompt_token_ids))
-            completions.append((place, replace(request, prompt_token_ids=())))
-        return Start(prompts, completions)
+        """The message for these requests. Requests whose prompts or parameters are the same object share them."""
+        prompts = {id(request.prompt_token_ids): request.prompt_token_ids for request in requests}
+        params = {id(request.params): request.params for request in requests}
+        prompt_places = {key: place for place, key in enumerate(prompts)}
+        params_places = {key: place for place, key in enumerate(params)}
+        completions = [
+            (
+                prompt_places[id(request.prompt_token_ids)], params_places[id(request.params)],
+                replace(request, prompt_token_ids=(), params=_NO_PARAMS),
+            )
+            for request in requests
+        ]  # fmt: skip
+        return Start([list(prompt) for prompt in prompts.values()], list(params.values()), completions)
 
     @property
     def requests(self) -> list[CoreRequest]:
-        """The requests with their prompts."""
-        return [replace(request, prompt_token_ids=self.prompts[place]) for place, request in self.completions]
+        """The requests with their prompts and parameters."""
+        return [
+            replace(request, prompt_token_ids=self.prompts[prompt], params=self.params[params])
+            for prompt, params, request in self.completions
+        ]
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):

@@ -1,4 +1,4 @@
-"""Limits on HTTP connections: bytes of headers, seconds for headers and body, number of connections.
+"""Limits on HTTP connections: headers, seconds for headers and body, answers that are not read, number of connections.
 
 It owns what happens before a request reaches the application; the middleware limits the size of bodies.
 """
@@ -14,10 +14,11 @@ from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import httptools
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from longspan.server.errors import Problem
@@ -27,6 +28,9 @@ _BACKLOG = 256  # connections that one turn of the event loop may accept before 
 _RESERVE = 128  # open files that are not connections: sockets of the core, logs, libraries, templates
 _MOST_CONNECTIONS = 8192  # half a gigabyte if each has 64 KiB of headers
 _LOG_SECONDS = 10.0
+_MAX_PIPELINED = 16  # requests behind one that is being answered; a client that waits for answers has none
+_MAX_HEADERS = 512  # lines; each takes some 200 bytes beside its own
+_MAX_UNREAD = 256 << 20  # bytes of answers that may wait for their clients, all connections together
 _LOG = logging.getLogger("longspan.server")
 AnyServer = TypeVar("AnyServer", bound=uvicorn.Server)
 
@@ -87,17 +91,30 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refused = False
         self._progress = False  # whether the parser has completed a head, or found a part of a body, in this data
         self._quiet = 0  # bytes of headers or trailers since the parser last made progress
+        self._answered: RequestResponseCycle | None = None  # the request being answered; `cycle` is the latest received
+        self._unread: tuple[float, int] | None = None  # since when how many bytes of an answer wait for the client
         self._enter(_Phase.HEAD)
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether the server can do nothing for this connection until its client sends more."""
+        """Whether the server can do nothing for this connection until its client sends or reads more."""
+        if self.flow.write_paused:
+            return True
         return not self.pipeline if self._phase is _Phase.BODY else not self._is_answering
 
     @property
     def waited(self) -> tuple[bool, float]:
-        """A sort key: connections that have waited longest come first, those within a body last."""
-        return self._phase is _Phase.BODY, self._since
+        """A sort key: connections between two requests come first, then those that have waited longest.
+
+        A new connection comes last: else it would be closed before its request comes, if all others are within bodies.
+        """
+        since = self._since if self._unread is None else self._unread[0]
+        return self._phase is not _Phase.IDLE or self.flow.write_paused, since
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of an answer that wait for the client, where they are so many that the answer is halted."""
+        return self.transport.get_write_buffer_size() if self.flow.write_paused else 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -110,7 +127,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._timer.cancel()
+        if self._answered is not None:
+            self._answered.disconnected = True  # uvicorn says so to the latest only
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().pause_writing()
+        self._unread = self.loop.time(), self.transport.get_write_buffer_size()
+        self._door.halt(self.connections)  # type: ignore[arg-type]
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        self._unread = None
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -137,9 +167,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """See uvicorn."""
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            self._refuse(Problem(400, f"request: {_MAX_PIPELINED} others are not answered yet; wait for answers"))
+            raise httptools.HttpParserError  # of what has been received, nothing more is looked at
         super().on_message_begin()
         if self._phase is not _Phase.HEAD:  # pipelined behind another request
             self._enter(_Phase.HEAD)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See uvicorn."""
+        super().on_header(name, value)
+        if len(self.headers) > _MAX_HEADERS:
+            message = f"headers: are more than the {_MAX_HEADERS} lines this server takes; send fewer"
+            self._refuse(Problem(431, message, code="headers_too_large"))
+            raise httptools.HttpParserError
 
     def on_headers_complete(self) -> None:
         """See uvicorn."""
@@ -157,6 +198,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._enter(_Phase.IDLE)
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
         """See uvicorn. A client that is answered before the end of its body may go on sending for a limited time."""
         was_last = not self.pipeline
@@ -172,6 +217,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """See uvicorn."""
+        if self._refused:
+            return
         self._refuse(Problem(400, f"request: is no valid HTTP ({msg.rstrip('.')}); change it", code="invalid_http"))
 
     @property
@@ -190,9 +237,27 @@ class BoundedProtocol(HttpToolsProtocol):
         self._progress = True
 
     def _watch(self) -> None:
-        """Refuse a request that arrives too slowly. Called at an interval."""
-        if self._refused or self.transport.is_closing():
+        """Refuse a request that arrives too slowly; end an answer that is read too slowly. Called at an interval."""
+        if not self._client_reads():
+            self.transport.abort()
             return
+        if not (self._refused or self.transport.is_closing()):
+            self._check_pace()
+        self._timer = self.loop.call_later(self._interval, self._watch)
+
+    def _client_reads(self) -> bool:
+        """Whether the client takes what has been written for it, over a window of `stall_seconds`."""
+        now, limits, waiting = self.loop.time(), self._limits, self.transport.get_write_buffer_size()
+        if not waiting or not (self.flow.write_paused or self.transport.is_closing()):
+            self._unread = None
+        elif self._unread is None:
+            self._unread = now, waiting
+        elif now - self._unread[0] >= limits.stall_seconds:
+            taken, self._unread = self._unread[1] - waiting, (now, waiting)
+            return taken >= limits.min_body_rate * limits.stall_seconds
+        return True
+
+    def _check_pace(self) -> None:
         now, limits = self.loop.time(), self._limits
         if self._phase is _Phase.HEAD and not self._is_answering and now - self._since >= limits.header_seconds:
             self._refuse_late(f"headers: are not complete after {limits.header_seconds:g} seconds")
@@ -203,7 +268,6 @@ class BoundedProtocol(HttpToolsProtocol):
             if few and not self.flow.read_paused:  # while reading is paused, it is the server that is slow
                 self._refuse_late(f"body: comes with less than {limits.min_body_rate} bytes a second")
             self._window, self._window_bytes = now, 0
-        self._timer = self.loop.call_later(self._interval, self._watch)
 
     def _refuse_late(self, problem: str) -> None:
         if self._phase is _Phase.HEAD and not self._quiet:
@@ -245,10 +309,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class ConnectionLimiter:
-    """Limits the number of open connections. Beyond the limit, the one that has waited longest is closed."""
+    """Limits the number of open connections, and the bytes of answers that their clients do not read.
 
-    def __init__(self, most: int) -> None:
+    Beyond a limit, the one that has waited longest is closed.
+    """
+
+    def __init__(self, most: int, most_unread: int = _MAX_UNREAD) -> None:
         self._most = most
+        self._most_unread = most_unread
         self._turned_away = 0
         self._logged = float("-inf")
 
@@ -268,3 +336,12 @@ class ConnectionLimiter:
                 "%d connections are open, the most this process holds: those that wait longest for their client are"
                 " closed (%d so far); raise `ulimit -n` if they are wanted", self._most, self._turned_away,
             )  # fmt: skip
+
+    def halt(self, connections: set[BoundedProtocol]) -> None:
+        """Close connections whose clients do not read, until what waits for all of them is within the limit."""
+        unread = sum(each.unread_bytes for each in connections)
+        for each in sorted((each for each in connections if each.unread_bytes), key=lambda each: each.waited)[:-1]:
+            if unread <= self._most_unread:
+                return
+            unread -= each.unread_bytes
+            each.transport.abort()

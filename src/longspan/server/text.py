@@ -18,7 +18,7 @@ from longspan.errors import ContextOverflow, QueueFull, RequestError
 from longspan.server.errors import cut, shortened
 
 _SHORT = 16 << 10  # bytes: about 20 ms of encoding
-_MAX_LONG = 64  # longer texts that may wait for their thread; more are refused
+_MAX_LONG = 64  # longer texts that may wait for their thread, and grammars for theirs; more are refused
 _LEAST_MAX_BYTES = 64 << 10  # texts up to this are always encoded, so that an error can give the number of tokens
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 Result = TypeVar("Result")
@@ -60,7 +60,9 @@ class Text:
         self.max_model_len = max_model_len
         self._short = ThreadPoolExecutor(2, "longspan-tokenizer")
         self._long = ThreadPoolExecutor(1, "longspan-tokenizer-long")
-        self.num_pending = self._num_long = 0  # calls in the threads or waiting for them: all, and those of long texts
+        self._grammars = ThreadPoolExecutor(1, "longspan-grammars")
+        # calls in the threads or waiting for them: all, and those of long texts and of grammars
+        self.num_pending = self._num_long = self._num_grammars = 0
         self.token = lru_cache(1 << 16)(self._token)
 
     async def run(self, size: int, call: Callable[[], Result]) -> Result:
@@ -78,6 +80,18 @@ class Text:
         finally:
             self.num_pending -= 1
             self._num_long -= is_long
+
+    async def run_grammar(self, call: Callable[[], Result]) -> Result:
+        """Run `call`, which makes a grammar, in a thread for those. Raises `QueueFull` if too many wait."""
+        if self._num_grammars >= _MAX_LONG:
+            raise QueueFull("grammars", self._num_grammars, "are being made already", "try again in a moment")
+        self.num_pending += 1
+        self._num_grammars += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._grammars, call)
+        finally:
+            self.num_pending -= 1
+            self._num_grammars -= 1
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, field: str = "prompt", keep: int | None = None

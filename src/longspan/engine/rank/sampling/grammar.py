@@ -5,6 +5,7 @@ It owns the grammar library's matchers; it must not know of ranks or requests.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Lock, Thread
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import RequestError
+
+_MAX_KEPT = 16  # grammars whose matchers are copied, not made again
 
 
 class Vocabulary:
@@ -29,6 +32,7 @@ class Vocabulary:
         # tokens that end a completion, by the model's configuration
         self.eos_token_ids = tuple(eos_token_ids)
         self._tokens: Any = None
+        self._made: OrderedDict[str, Any] = OrderedDict()  # a matcher at its start, by grammar
         self._reading = Lock()
 
     def read_ahead(self) -> Thread:
@@ -44,10 +48,8 @@ class Vocabulary:
 
     def matcher(self, grammar: str) -> Matcher:
         """A matcher for a new output. If the grammar cannot be read, `Matcher.allowed` raises the reason."""
-        from llguidance import LLMatcher
-
         try:
-            return Matcher(LLMatcher(self._read_once(), grammar), self.size)
+            return Matcher(self._start(grammar).deep_copy(), self.size)
         except Exception as error:  # an error of the library must fail this request only, not the rank
             return Matcher(None, self.size, f"{type(error).__name__}: {error}")
 
@@ -56,6 +58,17 @@ class Vocabulary:
             if self._tokens is None:
                 self._tokens = self._read()
             return self._tokens
+
+    def _start(self, grammar: str) -> Any:
+        """A matcher at its start. Making one may take half a second, and `n` completions share a grammar."""
+        from llguidance import LLMatcher
+
+        if grammar not in self._made:
+            self._made[grammar] = LLMatcher(self._read_once(), grammar)
+        self._made.move_to_end(grammar)
+        while len(self._made) > _MAX_KEPT:
+            self._made.popitem(last=False)
+        return self._made[grammar]
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer
