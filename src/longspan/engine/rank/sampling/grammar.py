@@ -33,7 +33,7 @@ class Vocabulary:
         self.eos_token_ids = tuple(eos_token_ids)
         self._tokens: Any = None
         self._made: OrderedDict[str, Any] = OrderedDict()  # a matcher at its start, by grammar
-        self._reading = Lock()
+        self._reading, self._making = Lock(), Lock()
 
     def read_ahead(self) -> Thread:
         """Read in a thread of its own, so that the first grammar does not keep a rank from its steps."""
@@ -63,12 +63,13 @@ class Vocabulary:
         """A matcher at its start. Making one may take half a second, and `n` completions share a grammar."""
         from llguidance import LLMatcher
 
-        if grammar not in self._made:
-            self._made[grammar] = LLMatcher(self._read_once(), grammar)
-        self._made.move_to_end(grammar)
-        while len(self._made) > _MAX_KEPT:
-            self._made.popitem(last=False)
-        return self._made[grammar]
+        with self._making:
+            if grammar not in self._made:
+                self._made[grammar] = LLMatcher(self._read_once(), grammar)
+            self._made.move_to_end(grammar)
+            while len(self._made) > _MAX_KEPT:
+                self._made.popitem(last=False)
+            return self._made[grammar]
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer
