@@ -157,11 +157,14 @@ class GroupedQueryVariant(_VariantBase):
 
 
 class MultiHeadLatentVariant(_VariantBase):
-    """Multi-head latent attention: latents are cached.
+    """Multi-head latent attention (MLA): the cache holds latents.
 
-    Where few queries see a row, queries are absorbed into latent space; where many do, the row is expanded to keys and
-    values. Results in latent space are mapped to values before they are merged, which is exact, because this map is
-    linear. Queries that are sent to other ranks are absorbed, because the maps of their heads are only on this rank.
+    If few queries see a cached row, the queries are absorbed, that is, mapped into latent space. If many do, the row is
+    expanded to keys and values instead. Queries that are sent to other ranks are always absorbed, because only this
+    rank holds the weights that expand rows for its heads.
+
+    Results in latent space are mapped to values before they are merged with results that are values already. This is
+    exact, because the map is linear.
     """
 
     def __init__(self, ops: AttentionOps, latent: Latent) -> None:

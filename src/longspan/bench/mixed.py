@@ -1,6 +1,9 @@
-"""Compare three placements under a mixed load: short contexts local and long ones spread, all spread, all local.
+"""Compare three placements of KV caches under a mixed load of short and long contexts.
 
-It owns the load and the measurements; each placement has an engine of its own, and they run in turn.
+A context is local if one shard holds its KV cache, and spread if the cache is divided among all shards. The placements
+are: short contexts local and long ones spread; all spread; all local.
+
+This module owns the load and the measurements. Each placement has its own engine, and the engines run in turn.
 """
 
 from __future__ import annotations

@@ -33,7 +33,10 @@ _NAMES = {
 
 
 def format_of(setup: InstanceSetup) -> Format:
-    """The format of an instance's pages. Reads some elements of some weights, to distinguish revisions."""
+    """The format of an instance's pages.
+
+    It includes a digest of a few weights, which are read here, so that two revisions of a model have different formats.
+    """
     model = blake2b(repr(setup.model).encode(), digest_size=8).hexdigest()
     return Format(
         PROTOCOL, model, _weights_digest(setup.source.checkpoint), str(setup.dtype),

@@ -104,7 +104,10 @@ class EngineBench:
         )
 
     def _prompt_rates(self, layer: _Steps, layers: LayerBench) -> tuple[float, float]:
-        """(seconds of a pair of query and key, seconds of a row besides its pairs), from prompts of two lengths."""
+        """Fit the time of prompts of two lengths: a constant for each query-key pair, and one for each query row.
+
+        Returns (seconds per pair, seconds per row).
+        """
         tokens = _CHUNKS * self._chunk
         whole = layer.whole - _CHUNKS * layers.each_layer(self._chunk)
         brief = layer.brief - layers.each_layer(self._brief)

@@ -114,7 +114,10 @@ class StepModel:
         return taken, found.moves is None, 2 * reading > taken.compute
 
     def _totals(self, chunks: Sequence[Chunk], window: int | None) -> WorkloadTotals:
-        """The workload of one layer. The causal mask removes the same fraction of the pairs on every shard."""
+        """The workload of `chunks` in one layer.
+
+        It is assumed that the causal mask removes the same fraction of the query-key pairs on every shard.
+        """
         members = self.model.group.members
         rows = _sums("rows_by_pcp", chunks)
         busy = len(rows) - rows.count(0)

@@ -109,7 +109,10 @@ class TemplateFields(Body):
     chat_template_kwargs: TemplateOptions | None = Field(default=None, description="further values for the template")
 
     def template_options(self, trusted: bool) -> dict[str, Any]:
-        """What the template is called with. `trusted` allows a template of the request. Raises `RequestError`."""
+        """The arguments for rendering the chat template.
+
+        Raises `RequestError` if they are invalid, or if the request has its own template and `trusted` is False.
+        """
         if self.chat_template is not None and not trusted:
             remedy = "leave it out, or start the server with --trust-request-chat-template"
             raise RequestError("chat_template", shortened(self.chat_template), "is not taken from requests", remedy)

@@ -2,8 +2,9 @@
 
 It owns making and checking them before a request is queued; ranks compute the token masks.
 
-A schema of a few kilobytes can take the library hours, and nothing ends a call in a thread. Each new grammar is
-therefore made and tried in a process with a limit on its CPU time, which does not depend on how busy the machine is.
+A schema of a few kilobytes can take the library hours, and a call in a thread cannot be stopped. Each new grammar is
+therefore made and tried in a process of its own. The process has a limit on CPU time, not on wall-clock time, so that
+the result does not depend on how busy the machine is.
 """
 
 from __future__ import annotations

@@ -90,9 +90,10 @@ def identity(prefix: str, kind: str, model: str, request_id: str | None = None) 
 
 
 def prompt_scores(output: RequestOutput, text: Text) -> list[dict[int, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: for each token of the prompt an object by token id, None for the first token.
+    """`prompt_logprobs` as vLLM returns it: a list with one entry for each token of the prompt.
 
-    `rank` counts from 1. It is None for a token of the prompt that is not among the alternatives.
+    An entry has the prompt's token and the most likely tokens, by token id. The first token's entry is None. `rank`
+    counts from 1; it is None for a prompt token that is not among the most likely ones.
     """
     found: list[dict[int, dict[str, Any]] | None] = []
     for token, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):

@@ -1,7 +1,7 @@
 """Choose the instance for a request, by load and by the prompts that each instance has seen.
 
-It owns the estimated load and the prefixes of each instance, in bytes of prompts; it must not know how requests are
-sent.
+It owns two things for each instance: its estimated load, in bytes of prompts, and the prompt prefixes that it has seen.
+It must not know how requests are sent.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ _LOG = logging.getLogger("longspan.disaggregation")
 class Router:
     """Forwards requests to decode instances, trying the next one if one does not answer.
 
-    A header names the prefill instances that are alive, best first.
+    `PREFILL_HEADER` of a forwarded request tells the decode instance which prefill instances are alive, best first.
     """
 
     def __init__(self, instances: Instances, session: aiohttp.ClientSession) -> None:

@@ -88,8 +88,9 @@ class Cluster:
 class Placement:
     """The resources for the ranks: a placement group with one bundle for each run of ranks that must share a machine.
 
-    A run is a TP group, and runs are packed onto few machines. With `ranks_per_node` a run has that many ranks, and
-    runs are spread over machines. Raises `ConfigError` if the resources are not free within `cluster_timeout` seconds.
+    By default a run is a TP group, and runs are packed onto few machines. If `ranks_per_node` is set, a run has that
+    many ranks instead, and runs are spread over machines. Raises `ConfigError` if the resources are not free within
+    `cluster_timeout` seconds.
     """
 
     def __init__(self, setup: EngineSetup) -> None:
