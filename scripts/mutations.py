@@ -68,7 +68,7 @@ ATTENTION = (
     Fault(
         "a kernel's lse is in base 2", "attention/backends/cpu.py",
         "lse.reshape(1, heads))", "lse.reshape(1, heads) * 1.4426950408889634)",
-        (f"{_RANKS}::test_partials_of_bf16_rows_are_fp32_with_a_natural_lse",),
+        (f"{_RANKS}::test_states_of_bf16_rows_are_fp32_with_a_natural_lse",),
     ),
     Fault(
         "garbage of weight zero is multiplied", "attention/state.py",
@@ -169,7 +169,7 @@ RANKS = (
     Fault(
         "a tree merges nothing on the way home", "attention/schedules/tree_q.py",
         "return pack(join.variant.merge([unpack(part) for part in parts]))", "return parts[0]",
-        (f"{_DENSE}[12over3-tree_q-(1, 2, 1)]", f"{_RANKS}::test_partials_merge_inside_machines_of_any_size"),
+        (f"{_DENSE}[12over3-tree_q-(1, 2, 1)]", f"{_RANKS}::test_states_are_merged_inside_machines_of_any_size"),
     ),
     Fault(
         "a round of gathered keys is read from its beginning", "attention/prepared.py",

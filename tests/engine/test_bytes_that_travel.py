@@ -42,7 +42,7 @@ def formula_bytes(llm, schedule: str) -> int:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("schedule", "grid"), schedules_on_grids(QUERY_SCHEDULES), ids=str)
-def test_queries_out_and_partials_back(tiny, grid, model, schedule):
+def test_queries_are_sent_and_states_come_back(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule, ranks_per_node=2)
     assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
@@ -56,7 +56,7 @@ def test_keys_to_all_others(tiny, grid, model, schedule):
     assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
 
 
-def test_between_machines_a_tree_sends_one_partial_a_machine(tiny):
+def test_between_machines_a_tree_sends_one_state_for_each_machine(tiny):
     crossing = {}
     for schedule in ("gather_q", "tree_q"):
         llm = tiny(pcp=4, schedule=schedule, ranks_per_node=2)

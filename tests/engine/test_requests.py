@@ -193,7 +193,7 @@ def test_local_requests_share_a_prefix_that_lies_on_two_shards(tiny):
             assert tokens(output) == greedy(oracle("llama"), prompt, 6)[0]
 
 
-def test_a_local_request_lives_where_it_can_grow(tiny):
+def test_a_local_request_is_placed_where_it_can_grow(tiny):
     llm = tiny(pcp=2, schedule="local", pages_per_shard=(4, 40))
     llm.generate(prompt_of(9), SamplingParams(temperature=0, max_tokens=1))
     (output,) = llm.generate(prompt_of(9) + prompt_of(51), SamplingParams(temperature=0, max_tokens=6))

@@ -47,7 +47,7 @@ def test_more_rows_than_one_program_takes():
     assert_same(merge_parts(parts), merge(parts))
 
 
-def test_packed_partials_and_slices_of_them_beside_whole_ones():
+def test_packed_states_and_slices_of_them_beside_whole_ones():
     whole, *others = partials(4, tokens=6, heads=4)
     travelled = [pack(part) for part in others]
     parts = [whole, unpack(travelled[0]), *(unpack(packed) for packed in travelled[1:])]
@@ -56,7 +56,7 @@ def test_packed_partials_and_slices_of_them_beside_whole_ones():
     assert_same(merge_parts(parts), merge(parts))
 
 
-def test_partials_with_heads_before_tokens():
+def test_states_with_heads_before_tokens():
     parts = [AttentionState(part.out.transpose(0, 1), part.lse.transpose(0, 1)) for part in partials(2)]
     assert_same(merge_parts(parts), merge(parts))
 

@@ -99,7 +99,7 @@ def test_the_diagonal_sees_the_tokens_up_to_its_own(tokens, window):
     )
 
 
-def test_partials_of_a_split_block_are_neighbours_and_nobody_elses():
+def test_partial_results_of_a_split_block_are_adjacent_and_used_once():
     work = plan_work(*visible_in_runs([QueryRun(0, 9, (Span(0, 5000),))]), 9, TILING)
     items = [*work.adjacent, *work.gathered]
     assert sorted(item.partial for item in items if item.partial >= 0) == list(range(work.partials))

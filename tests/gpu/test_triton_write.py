@@ -64,7 +64,7 @@ def assert_same(found, expected):
 
 
 def written(writer_rows, target, k, v, writes=WRITES):
-    """What the twin stores, computed on the CPU."""
+    """What the plain form stores, computed on the CPU."""
     expected = CacheRows(
         target.values.cpu().clone(), None if target.scales is None else target.scales.cpu().clone(), target.groups
     )
@@ -83,7 +83,7 @@ def test_rows_land_in_their_slots_and_no_other_slot_changes(dtype, kv_factor, gr
 
 
 @pytest.mark.parametrize("kv_factor, groups", [(2, (24,)), (1, (16, 8))])
-def test_fp8_scales_are_the_twin_s_and_so_are_values_that_need_no_rounding(kv_factor, groups):
+def test_fp8_scales_are_those_of_the_plain_form_and_so_are_values_that_need_no_rounding(kv_factor, groups):
     """Triton's interpreter rounds to 8 bits in its own way: what is rounded is compared on a GPU, below."""
     target = cache(torch.float8_e4m3fn, kv_factor, groups, sum(groups))
     exact = torch.randint(-15, 16, (2, ROWS, HEADS, sum(groups)), generator=torch.Generator().manual_seed(3)).float()
@@ -97,7 +97,7 @@ def test_fp8_scales_are_the_twin_s_and_so_are_values_that_need_no_rounding(kv_fa
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kv_factor, groups", [(2, (128,)), (1, (512, 64)), (2, (80,))])
-def test_quantised_values_are_the_twin_s_bit_for_bit(dtype, kv_factor, groups):
+def test_quantised_values_are_those_of_the_plain_form_bit_for_bit(dtype, kv_factor, groups):
     target = CacheRows(
         torch.zeros(kv_factor, HEADS, 5000, sum(groups), device="cuda").to(dtype),
         torch.zeros(kv_factor, HEADS, 5000, len(groups), device="cuda"),

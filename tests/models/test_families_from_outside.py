@@ -66,7 +66,7 @@ def test_its_tokens_are_those_of_a_plain_forward(folder, layout):
         assert output.outputs[0].token_ids == plain_tokens(folder, prompt)
 
 
-def test_it_is_known_only_where_it_is_passed_in(folder):
+def test_a_family_from_outside_is_known_only_where_it_is_passed_in(folder):
     with pytest.raises(UnsupportedModel, match=r"SideBySideForCausalLM.*not supported; supported are LlamaForCausalLM"):
         resolve(EngineConfig(str(folder)))
     assert resolve(EngineConfig(str(folder)), Extensions(families=(FAMILY,))).family is FAMILY
@@ -83,7 +83,7 @@ def test_a_record_does_as_well_as_a_module_and_comes_before_what_is_built_in():
     )
 
 
-def test_its_checkpoint_is_checked_before_anything_is_loaded(tmp_path):
+def test_its_checkpoint_is_validated_before_anything_is_loaded(tmp_path):
     write(tmp_path, **{"blocks.1.gate": torch.zeros(2)})
     with pytest.raises(WeightError, match=r"blocks\.1\.gate: not a tensor of this architecture"):
         resolve(EngineConfig(str(tmp_path)), Extensions(families=(FAMILY,)))

@@ -86,7 +86,7 @@ def test_any_page_size_and_chunk_size(page_size, budget, schedule):
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 3])
 @pytest.mark.parametrize("grid", [(1, 7, 1), (2, 3, 2)], ids=str)
-def test_partials_merge_inside_machines_of_any_size(grid, ranks_per_node):
+def test_states_are_merged_inside_machines_of_any_size(grid, ranks_per_node):
     tp, pcp, dcp = grid
     world = World(Layout(tp, pcp, dcp, 12, 3, schedule="tree_q", budget=40, ranks_per_node=ranks_per_node))
     world.add("0", [1] * 61, 4)
@@ -287,7 +287,7 @@ def test_the_cpu_backend_takes_rows_of_any_strides(method):
 
 
 @pytest.mark.parametrize("method", ["causal", "unmasked"])
-def test_partials_of_bf16_rows_are_fp32_with_a_natural_lse(method):
+def test_states_of_bf16_rows_are_fp32_with_a_natural_lse(method):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 16).bfloat16() for heads in (2, 1, 1))
     pool = torch.stack([k, v]).transpose(1, 2).contiguous()

@@ -103,7 +103,7 @@ def _kill_once(ids: list[int]) -> None:
         os.kill(ids.pop(), signal.SIGKILL)
 
 
-def test_a_request_whose_engine_dies_again_and_again_is_told_so(mortal, monkeypatch):
+def test_a_request_whose_engine_dies_again_and_again_ends_with_an_error(mortal, monkeypatch):
     monkeypatch.setattr(mortal.engine, "_deliver", lambda outputs: _fail())
     answer = mortal.post("/v1/completions", {"prompt": "abc", "max_tokens": 5})
     assert answer.status_code == 503
@@ -154,7 +154,7 @@ def test_a_client_that_goes_away_frees_its_pages(server, stream):
     assert len(server.engine.output_processor) == 0
 
 
-def test_requests_beyond_the_queue_are_told_to_come_back():
+def test_requests_beyond_the_queue_are_refused_with_retry_after():
     with running(options=ServeOptions(port=0, max_queued_requests=0)) as server, ThreadPoolExecutor(16) as pool:
         body = {"prompt": "abc", "max_tokens": 300, "temperature": 0}
         in_flight = [pool.submit(stream_text, server, body) for _ in range(16)]

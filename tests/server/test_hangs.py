@@ -90,7 +90,7 @@ def test_a_step_is_healthy_until_its_time_is_over_and_then_replaced_with_its_eng
     assert "its limit is 3.0 s (step_timeout)" in caplog.text
 
 
-def test_a_request_whose_steps_hang_again_and_again_is_told_so(patient, monkeypatch):
+def test_a_request_whose_steps_hang_again_and_again_ends_with_an_error(patient, monkeypatch):
     patient.complete("abc", 20)  # after the warm-up, whose steps have no limit
 
     def stop_rank(outputs: object) -> None:

@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 
 @cache
-def twin() -> Any:
+def transformers_model() -> Any:
     return transformers_reference(source(), torch.float32)
 
 
@@ -56,7 +56,7 @@ def long_prompt() -> list[int]:
 @cache
 def reference(prompt: tuple[int, ...], tokens: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and log-probabilities of transformers."""
-    return greedy(twin(), prompt, tokens)
+    return greedy(transformers_model(), prompt, tokens)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -48,7 +48,7 @@ def test_attention_measures_decode_prefill_and_shards_in_every_backend(capsys):
     assert shared["shards"] == measured and len(measured) == 3
 
 
-def test_shards_and_merge_are_told_as_parts_of_the_whole():
+def test_shards_and_merge_are_reported_as_parts_of_the_whole():
     seconds = iter([10.0, 2.0, 4.0, 3.0, 1.0])  # the whole, three shards, the merge
 
     class Clock:
@@ -71,7 +71,7 @@ def test_attention_reads_quantised_caches_and_latents(capsys):
     assert [(row["format"], row["heads"]) for row in report(capsys)["rows"]] == [("fp8", "mla"), ("int8", "mla")]
 
 
-def test_merge_measures_partials_as_they_arrive_and_as_they_are_made(capsys):
+def test_merge_measures_states_as_they_arrive_and_as_they_are_made(capsys):
     bench_kernels.merge(tokens="2", parts=3, backends="cpu,torch", **SMALL)
     rows = report(capsys)["rows"]
     assert [(row["layout"], row["backend"]) for row in rows] == [

@@ -494,8 +494,8 @@ def test_an_empty_text_is_not_printed_as_token_ids(capsys):
 
 @pytest.mark.parametrize("model", ["qwen3-moe", "deepseek-v2-lite", "deepseek-v3"])
 def test_transformers_gives_the_same_tokens_on_the_same_weights(model):
-    twin = transformers_reference(resolve_model(tiny_folder(model)), torch.float32)
-    assert greedy(twin, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
+    model_of_transformers = transformers_reference(resolve_model(tiny_folder(model)), torch.float32)
+    assert greedy(model_of_transformers, prompt_of(9), 3)[0] == greedy(oracle(model), prompt_of(9), 3)[0]
 
 
 def test_the_scheduler_benchmark_refuses_a_page_size_of_0(run):

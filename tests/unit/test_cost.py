@@ -67,7 +67,7 @@ def test_decode_moves_queries_and_a_fresh_long_prompt_keys_where_links_are_slow(
     assert chooser.choose(workload_of(8192, 1, grid)) in KEY_SCHEDULES
 
 
-def test_between_machines_that_are_far_apart_partials_merge_first():
+def test_over_slow_links_states_are_merged_inside_a_machine_first():
     grid = Grid(ParallelConfig(1, 8, 1, ranks_per_node=4))
     far = CostConstants(message_s=1e-6, cross_message_s=2e-5, byte_s=1e-11, cross_byte_s=1e-8, copy_s=1e-12)
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, far))

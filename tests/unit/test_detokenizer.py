@@ -128,7 +128,7 @@ def test_special_tokens_are_skipped_unless_wanted(skip: bool, text: str) -> None
     assert detokenizer.text == text
 
 
-def test_transformers_is_told_not_to_clean_up_spaces() -> None:
+def test_decoding_does_not_clean_up_spaces() -> None:
     class Recording:
         clean_up_tokenization_spaces = True
 

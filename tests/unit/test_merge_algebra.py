@@ -54,7 +54,7 @@ def test_order_and_grouping_do_not_matter(case, random):
 
 @given(shards())
 @settings(max_examples=50, deadline=None)
-def test_the_empty_partial_is_the_identity(case):
+def test_the_empty_state_is_the_identity(case):
     _, whole = case
     empty = AttentionState.empty(3, 2, 4, whole.out)
     assert close(merge([whole, empty]), whole)

@@ -1,4 +1,4 @@
-"""The sampler: filters against a literal twin, frequencies, batch invariance, penalties, logprobs."""
+"""The sampler: filters against a literal plain form, frequencies, batch invariance, penalties, logprobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
-EDGE = 1e-5  # a twin in fp64 may differ from fp32 when a probability falls this near to a limit
+EDGE = 1e-5  # a plain form in fp64 may differ from fp32 when a probability falls this near to a limit
 
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
