@@ -25,6 +25,7 @@ TAKEN = {
     "a dtype by vLLM's name": ("m --dtype half", "m --dtype float16"),
     "a dtype by its own": ("m --dtype bfloat16", "m --dtype bfloat16"),
     "lengths": ("m --max-model-len 32k --max-model-len 1.5K", "m --max-model-len 32000 --max-model-len 1536"),
+    "a level of the log": ("m --uvicorn-log-level trace", "m --log-level debug"),
     "an executor": ("m --distributed-executor-backend mp", "m --executor processes"),
     "Ray, as it was": ("m --worker-use-ray", "m --executor=ray"),
     "origins as JSON": ('m --allowed-origins ["*"]', "m --allowed-origins *"),
@@ -66,10 +67,10 @@ def test_a_flag_that_means_nothing_here_is_refused_by_name_with_a_remedy(given):
 
 
 def test_a_flag_that_changes_nothing_is_dropped_with_a_warning(capsys):
-    assert translated(["m", "--swap-space", "4", "--disable-log-stats"]) == ["m"]
+    assert translated(["m", "--swap-space", "4", "--max-log-len", "9"]) == ["m"]
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: --swap-space=4 changes nothing here: ") and "--kv-offload-memory" in first
-    assert second == "warning: --disable-log-stats changes nothing here: numbers are in /metrics"
+    assert second == "warning: --max-log-len=9 changes nothing here: prompts are not logged"
 
 
 def test_every_row_of_the_table_is_taken_or_refused_in_one_way():

@@ -112,7 +112,6 @@ _ONE_INSTANCE = "start several instances with `longspan serve`, and `longspan ro
 _NO_LORA = "adapters are not supported"
 _MERGE = "merge the adapter into the weights"
 _TEXT_ONLY = "models read text only"
-_PROXY = "put a proxy that ends TLS before the server"
 _EDIT = "change config.json in a copy of the model's folder"
 
 _FLAGS = (
@@ -122,6 +121,7 @@ _FLAGS = (
     _same("--load-format", "--load-format", values=dict.fromkeys(("safetensors", "gguf"), "auto")),
     _same("--distributed-executor-backend", "--executor", values=_EXECUTORS),
     VllmFlag("--worker-use-ray", "`--executor ray`", False, "--executor=ray"),
+    _same("--uvicorn-log-level", "--log-level", values={"trace": "debug"}),
     _same("--allowed-origins", "--allowed-origins", read=_origins),
     _same("--speculative-config", "--speculative", read=_drafts),
     _done("--enable-chunked-prefill"),
@@ -144,10 +144,8 @@ _FLAGS = (
     _unused("--max-seq-len-to-capture", "CUDA graphs serve contexts of any length"),
     _unused("--cuda-graph-sizes", "CUDA graphs are recorded for the sizes that occur"),
     _unused("--compilation-config", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
-    _unused("--uvicorn-log-level", "the HTTP server's own messages are warnings and errors"),
     _unused("--max-log-len", "prompts are not logged"),
     _unused("--enable-log-requests", "prompts are not logged", False),
-    _unused("--disable-log-stats", "numbers are in /metrics", False),
     _unused("--disable-custom-all-reduce", "all-reduces are NCCL's or gloo's", False),
     _unused("--max-parallel-loading-workers", "one tensor is loaded at a time"),
     _unused("--guided-decoding-backend", "there is one library for grammars"),
@@ -179,8 +177,6 @@ _FLAGS = (
     _refused("--lora-modules", _NO_LORA, _MERGE),
     _refused("--limit-mm-per-prompt", _TEXT_ONLY, "leave it out"),
     _refused("--mm-processor-kwargs", _TEXT_ONLY, "leave it out"),
-    _refused("--ssl-keyfile", "the server speaks HTTP only", _PROXY),
-    _refused("--ssl-certfile", "the server speaks HTTP only", _PROXY),
     _refused("--root-path", "paths begin at /", "let the proxy remove the prefix"),
     _refused("--enable-sleep-mode", "an engine keeps its memory", "end the server, and start it again", False),
     _refused("--calculate-kv-scales", "scales of a quantised cache are those of each token", "leave it out", False),
