@@ -43,7 +43,7 @@ VALUES: list[Any] = [
     {"type": "json_schema", "json_schema": {"schema": False}}, [{"type": "function"}], [{"role": "system", "a": [{}]}],
 ]  # fmt: skip
 _SPLICES = (b"NaN", b"-Infinity", b"1e999", b"{", b"]", b'"', b"\\", b"\x00", b"\xff", b"\xed\xa0\x80", b"0" * 400)
-_STATUSES = (200, 400, 404, 405, 408, 413, 429, 431, 499)  # of complete requests; 499: their client has left
+_STATUSES = (200, 400, 404, 405, 408, 413, 415, 429, 431, 499)  # of complete requests; 499: their client has left
 _ERROR = {"message", "type", "param", "code"}
 
 
@@ -208,7 +208,7 @@ SHAPES = (
     Shape("Expect: 100-continue", _post(f"{_SIZED}Expect: 100-continue\r\n", _BODY)),
     Shape("Expect: what nobody knows", _post(f"{_SIZED}Expect: 200-ok\r\n", _BODY)),
     Shape("two completions at once", _post(_SIZED, _BODY) * 2, 2),
-    Shape("twenty probes at once", (_HEALTH + b"\r\n") * 20, 20),
+    Shape("sixteen probes at once", (_HEALTH + b"\r\n") * 16, 16),
     Shape("a completion, then what is no HTTP", _post(_SIZED, _BODY) + b"\x00\x01\x02\r\n\r\n"),
     Shape("a completion, then one whose chunks are none", _post(_SIZED, _BODY) + _post(_CHUNKED, b"zz\r\n")),
     Shape("a completion, then half a head", _post(_SIZED, _BODY) + b"GET /hea"),
