@@ -16,10 +16,10 @@ GRIDS = [
 ] + [(3, 4, 3), (8, 2, 4), (6, 2, 3)]
 
 FEWER = {
-    "deepseek-v3": GRIDS[::2],
-    "llama-multi-head": GRIDS[1::3],
-    "llama-multi-query": GRIDS[2::3],
-    "gpt-oss": GRIDS[::3],
+    "deepseek-v3": GRIDS[::3],
+    "llama-multi-head": GRIDS[1::5],
+    "llama-multi-query": GRIDS[2::5],
+    "gpt-oss": GRIDS[1::4],
 }
 MODELS_ON_GRIDS = [("llama", grid) for grid in GRIDS] + [(model, grid) for model in FEWER for grid in FEWER[model]]
 

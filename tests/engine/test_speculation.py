@@ -38,15 +38,17 @@ def test_bytes_that_match_across_tokens_are_no_match():
     assert PromptLookup().draft([*wide, *shifted], 2) == []
 
 
-@pytest.mark.parametrize(("page_size", "drafts"), [(1, 3), (4, 8), (16, 1)])
 @pytest.mark.parametrize(
-    ("model", "layout"),
+    ("model", "layout", "page_size", "drafts"),
     [
-        ("llama", {}),
-        ("llama", {"pcp": 3}),
-        ("llama", {"tp": 4, "dcp": 2}),
-        ("deepseek-v3", {"tp": 2, "pcp": 2, "dcp": 2}),
-        ("gpt-oss", {"tp": 2, "pcp": 2, "dcp": 2}),
+        ("llama", {}, 1, 3),
+        ("llama", {}, 16, 1),
+        ("llama", {"pcp": 3}, 4, 8),
+        ("llama", {"pcp": 3}, 1, 3),
+        ("llama", {"tp": 4, "dcp": 2}, 4, 8),
+        ("deepseek-v3", {"tp": 2, "pcp": 2, "dcp": 2}, 1, 3),
+        ("deepseek-v3", {"tp": 2, "pcp": 2, "dcp": 2}, 16, 1),
+        ("gpt-oss", {"tp": 2, "pcp": 2, "dcp": 2}, 4, 8),
     ],
 )
 def test_greedy_tokens_are_the_same_over_pages_and_shards(tiny, model, layout, page_size, drafts):

@@ -15,8 +15,7 @@ TOKENS = 20  # of a few layouts; all layouts are asked for more
 SHORT = [  # tp, pcp, dcp, page size, chunk, schedule
     (1, 1, 1, 16, 2048, "auto"),
     (1, 3, 1, 1, 64, "gather_kv"),
-    (3, 1, 3, 64, 2048, "gather_q"),
-    (3, 2, 3, 5, 33, "auto"),
+    (3, 2, 3, 5, 33, "gather_q"),
 ]
 LONG = (1, 2, 1, 16, 1024, "auto")
 SIZES = (1, 2, 3, 4, 8)
