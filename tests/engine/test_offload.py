@@ -24,7 +24,13 @@ LAYOUTS = [
     {"pcp": 2, "async_scheduling": True},
     {"pcp": 2, "local_context": 80},
 ]
-MODELS_ON_LAYOUTS = [(model, layout) for model in ("llama", "deepseek-v3", "gpt-oss") for layout in LAYOUTS]
+MODELS = ("llama", "deepseek-v3", "gpt-oss")
+MODELS_ON_LAYOUTS = [  # every second pair
+    (model, layout)
+    for row, model in enumerate(MODELS)
+    for column, layout in enumerate(LAYOUTS)
+    if (row + column) % 2 == 0
+]
 PROCESSES = [("llama", {"pcp": 2, "tp": 2, "dcp": 2, "executor": "processes"})]
 
 
