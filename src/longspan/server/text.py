@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -47,6 +48,25 @@ def last_tokens(tokens: Sequence[int], keep: int | None, begin: Sequence[int] = 
     return [*tokens[:stays], *tokens[len(tokens) - keep + stays :]]
 
 
+class _Lane:
+    """A thread of its own for calls that may take long, and a limit on how many wait for it."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self._waiting = 0
+
+    @contextmanager
+    def place(self, what: str, problem: str) -> Iterator[ThreadPoolExecutor]:
+        """The thread, for one call. Raises `QueueFull`, which says what there are too many of and their problem."""
+        if self._waiting >= _MAX_LONG:
+            raise QueueFull(what, self._waiting, problem, "try again in a moment")
+        self._waiting += 1
+        try:
+            yield self._thread
+        finally:
+            self._waiting -= 1
+
+
 class Text:
     """The model's tokenizer. Without one, prompts must be token ids and outputs have no text.
 
@@ -59,39 +79,29 @@ class Text:
         self.max_bytes = max_text_bytes(tokenizer, max_model_len)
         self.max_model_len = max_model_len
         self._short = ThreadPoolExecutor(2, "longspan-tokenizer")
-        self._long = ThreadPoolExecutor(1, "longspan-tokenizer-long")
-        self._grammars = ThreadPoolExecutor(1, "longspan-grammars")
-        # calls in the threads or waiting for them: all, and those of long texts and of grammars
-        self.num_pending = self._num_long = self._num_grammars = 0
+        self._long = _Lane("longspan-tokenizer-long")
+        self._grammars = _Lane("longspan-grammars")
+        self.num_pending = 0  # calls in the threads or waiting for them
         self.token = lru_cache(1 << 16)(self._token)
 
     async def run(self, size: int, call: Callable[[], Result]) -> Result:
         """Run `call` in the thread for texts of `size` bytes. Raises `QueueFull` if too many long texts wait."""
-        is_long = size > _SHORT
-        if is_long and self._num_long >= _MAX_LONG:
-            raise QueueFull(
-                "prompts", self._num_long, f"of more than {_SHORT} bytes wait for the tokenizer already",
-                "try again in a moment",
-            )  # fmt: skip
-        self.num_pending += 1
-        self._num_long += is_long
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._long if is_long else self._short, call)
-        finally:
-            self.num_pending -= 1
-            self._num_long -= is_long
+        if size <= _SHORT:
+            return await self._counted(self._short, call)
+        with self._long.place("prompts", f"of more than {_SHORT} bytes wait for the tokenizer already") as thread:
+            return await self._counted(thread, call)
 
     async def run_grammar(self, call: Callable[[], Result]) -> Result:
         """Run `call`, which makes a grammar, in a thread for those. Raises `QueueFull` if too many wait."""
-        if self._num_grammars >= _MAX_LONG:
-            raise QueueFull("grammars", self._num_grammars, "are being made already", "try again in a moment")
+        with self._grammars.place("grammars", "are being made already") as thread:
+            return await self._counted(thread, call)
+
+    async def _counted(self, thread: ThreadPoolExecutor, call: Callable[[], Result]) -> Result:
         self.num_pending += 1
-        self._num_grammars += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._grammars, call)
+            return await asyncio.get_running_loop().run_in_executor(thread, call)
         finally:
             self.num_pending -= 1
-            self._num_grammars -= 1
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, field: str = "prompt", keep: int | None = None
