@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
+from server_process import split_options
 
 _MAIN = "from longspan.cli.main import main; main()"
 _ROUTE = (  # the command wants a prefill instance, and nothing here depends on one
@@ -364,9 +365,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full sizes")
     parser.add_argument("--open-files", type=int, default=1024, help="of the servers that are started")
     parser.add_argument("--port", type=int, default=8791)
-    own = sys.argv[1:]
-    rest = own[own.index("--") + 1 :] if "--" in own else []
-    options = parser.parse_args(own[: own.index("--")] if "--" in own else own)
+    options, rest = split_options(parser)
     table = Table("attack", "/health, s", "completion, s", "failed", "growth, MB", "attacker got")
     table.title = f"median / largest latency alone → under attack; {os.cpu_count()} processors, scale {options.scale:g}"
     failures: list[str] = []
