@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# All that needs a CUDA device, in under nine minutes: the GPU tests, then every kernel benchmark.
+# All that needs a CUDA device, in under five minutes, the most telling first: GPU tests, whole steps, kernels.
 #   scripts/measure_gpu.sh FOLDER [PYTHON]
 # FOLDER gets one log and one JSON report for each part, and kernels.md with all tables and targets. A part that fails
 # or runs past its limit does not stop the others. The package runs from its source, and needs no network; what it
-# depends on must be importable (PYTHONPATH is kept).
+# depends on must be importable (PYTHONPATH is kept). With BASE=a folder of an older version's package, whole steps are
+# measured with that one too.
 set -uo pipefail
 folder=${1:?give a folder for the results}
 python=${2:-python3}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "$0")/.."
-export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+paths=${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH="src$paths" PYTHONUNBUFFERED=1
 
 # part NAME SECONDS COMMAND...: stdout to NAME.json, stderr to NAME.log
 part() {
@@ -28,26 +30,34 @@ bench() {
     part "$name" "$limit" "$python" -c 'from longspan.cli.main import main; main()' bench "$@" --device cuda --json
 }
 
+# Whole steps of a folder's model, and of the older version in turn.
+steps() {
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" scripts/measure_steps.py "$@"
+    [ -z "${BASE:-}" ] || PYTHONPATH="$BASE$paths" part "$name-base" "$limit" "$python" scripts/measure_steps.py "$@"
+    grep -hE '^(start|batch|prefill)' "$folder/$name.log" "$folder/$name-base.log" 2>/dev/null
+}
+
 : >"$folder/parts.txt"
-timeout 150 "$python" -m pytest tests/gpu -n 4 --timeout 120 -p no:cacheprovider >"$folder/tests.log" 2>&1
-echo "tests: exit $?, $(tail -n 1 "$folder/tests.log")" | tee -a "$folder/parts.txt"
+models=$(mktemp -d)
+trap 'rm -rf "$models"' EXIT
+"$python" scripts/random_llama.py "$models/llama" 2>"$folder/models.log" &
+"$python" scripts/random_llama.py "$models/deepseek" --family deepseek 2>>"$folder/models.log" &
+started=$SECONDS
+timeout 90 "$python" -m pytest tests/gpu -n 8 --timeout 60 -q -p no:cacheprovider >"$folder/tests.log" 2>&1
+echo "tests: exit $? after $((SECONDS - started)) s, $(tail -n 1 "$folder/tests.log")" | tee -a "$folder/parts.txt"
+grep -hE '^(FAILED|ERROR)' "$folder/tests.log" | cut -c1-200
+wait
 
-bench merge 30 merge --heads gqa,mla
-bench kv-write 40 kv-write
-bench shards 40 attention --backends triton --batch "" --prefill ""
-bench decode 60 attention --backends triton --prefill "" --shared-context 0
-bench decode-compared 40 attention --batch 1,64 --cached 8192,131072 --prefill "" --shared-context 0
-bench decode-quantised 50 attention --backends triton --kv-cache-dtype fp8,int8 --batch 1,64 --cached 131072 \
-    --prefill "" --shared-context 0
-bench prefill 50 attention --heads gqa --batch "" --shared-context 0
-
-# What torch.compile and FP8 products would win in a layer of 8 billion parameters.
-part layers 80 "$python" scripts/measure_layers.py
-
-# A Llama of random weights: a decode step with and without CUDA graphs, against its floor and against transformers.
-timeout 60 "$python" scripts/random_llama.py "$folder/llama" 2>"$folder/llama.log"
-part model-decode 120 "$python" scripts/measure_decode.py "$folder/llama" --batch 1,32 --context 8192
-rm -rf "$folder/llama"
+steps dense 60 "$models/llama" max_num_batched_tokens=8192
+steps mixture 60 "$models/deepseek" --cases 1x1024,16x1024 --prefill 8192 max_num_batched_tokens=8192
+bench decode 35 attention --backends triton --prefill "" --shared-context 0 --batch 1,64 --cached 8192,131072
+bench prefill 35 attention --heads gqa --backends triton --batch "" --shared-context 0
+bench moe 30 moe
+bench merge 15 merge --heads gqa,mla
+bench kv-write 20 kv-write
+bench shards 25 attention --backends triton --batch "" --prefill ""
 # With MODEL=a folder of SmolLM2: tokens that fit and agree with a quantised cache.
 [ -z "${MODEL:-}" ] || part kv-dtypes 60 "$python" scripts/measure_kv_dtypes.py "$MODEL" docs/architecture.md
 
