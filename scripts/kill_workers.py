@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -102,6 +103,8 @@ class _Ordeal:
         self._options = options
         self._server = server
         self._url = server.url
+        self._victim = ""  # command line of the process harmed last
+        self._slowest = 0.0  # seconds, of the polls of `/health` in one `_until`
         self._random = random.Random(options.seed)
         self._done = asyncio.Event()
         self._finished: Counter[str] = Counter()
@@ -190,6 +193,7 @@ class _Ordeal:
             self.faults.append("the server says 200 and there is no core")
             return
         victim = self._random.choice(living)
+        self._victim = _command(victim)
         self._harms[kind] += 1
         if kind == "terminate":  # signals of the whole process group are the HTTP process's to act on
             os.kill(victim, signal.SIGTERM)
@@ -232,7 +236,9 @@ class _Ordeal:
     async def _recover(self, kind: str, limit: float) -> None:
         begun = time.monotonic()
         if not await self._until(False, limit):
-            self.faults.append(f"after {kind}, /health said 200 for {limit} s")
+            self.faults.append(
+                f"after {kind}, /health said 200 for {limit} s; the slowest of its answers took {self._slowest:.2f} s"
+            )
         self._notice.setdefault(kind, []).append(time.monotonic() - begun)
         if kind == "kill twice":  # the second time while it starts
             await asyncio.sleep(self._random.uniform(0.0, 3.0))
@@ -258,8 +264,10 @@ class _Ordeal:
     async def _until(self, wanted: bool, seconds: float) -> bool:
         """Whether `/health` says so within some seconds."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        self._slowest = 0.0
+        while (begun := time.monotonic()) < deadline:
             async with self._http.get(f"{self._url}/health") as answer:
+                self._slowest = max(self._slowest, time.monotonic() - begun)
                 if (answer.status == 200) == wanted:
                     return True
             await asyncio.sleep(0.02)
@@ -298,6 +306,13 @@ def _exists(pid: int) -> bool:
         os.kill(pid, 0)
         return True
     return False
+
+
+def _command(pid: int) -> str:
+    """The command line of a process; empty if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[-200:]
+    return ""
 
 
 def _spread(seconds: list[float]) -> str:

@@ -114,9 +114,8 @@ def main() -> None:
         steps = Steps(llm, config["vocab_size"])
         first = [steps.seconds(steps.prompts(1, _SHORT), 1) * 1e3 for _ in range(_REPEATS)]
         report["short_ttft_ms"] = {"first": first[0], "median_of_next": median(first[1:])}
-        _say(
-            f"start {report['start_s']:.1f} s; first token of {_SHORT} tokens: {', '.join(f'{x:.1f}' for x in first)} ms"
-        )
+        firsts = ", ".join(f"{each:.1f}" for each in first)
+        _say(f"start {report['start_s']:.1f} s; first token of {_SHORT} tokens: {firsts} ms")
         for batch, context in (map(int, case.split("x")) for case in options.cases.split(",")):
             row = _case(steps, batch, context, weights, _bytes_per_token(config), options.read_tb_s)
             report["cases"].append(row)
