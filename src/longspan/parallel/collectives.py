@@ -36,7 +36,7 @@ class Traffic:
         """Set all counts to zero, and clear the trace."""
         self.bytes_by_label.clear()
         self.calls_by_label.clear()
-        self.trace.spans.clear()
+        self.trace.clear()
 
     def add(self, other: Traffic) -> None:
         """Add another rank's counts to these. A collective counts once for each rank that joined it."""

@@ -104,7 +104,7 @@ def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[byt
     device = setup.device(number)
     torch.set_num_threads(setup.config.num_threads or share_of_cores(begin.ranks_on_host))
     join_world(rank, setup.grid.world_size, begin.rendezvous, device)
-    traffic = Traffic(trace=Trace(setup.config.trace))
+    traffic = Traffic(trace=Trace(setup.config.trace, device))
 
     def make_group(group: Sequence[int]) -> Collectives:
         return open_group(group, rank, traffic, device)

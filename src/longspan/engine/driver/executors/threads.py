@@ -43,7 +43,7 @@ class ThreadExecutor:
         self._closed = False
         self._hangs = False  # whether a thread may never end
         self._fabric = ThreadFabric(size)
-        self._traffic = [Traffic(trace=Trace(setup.config.trace)) for _ in range(size)]
+        self._traffic = [Traffic(trace=Trace(setup.config.trace, setup.device())) for _ in range(size)]
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]  # None ends a rank
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()  # with the rank
         self._done: list[deque[StepResult]] = [deque() for _ in range(size)]  # results of each rank, not collected yet
