@@ -13,7 +13,7 @@ from longspan.engine.driver.core import EngineCore
 from longspan.engine.rank import build
 from longspan.engine.setup import resolve
 from longspan.request import CoreRequest, SamplingParams
-from longspan.weights.tokenizer import load_tokenizer
+from longspan.weights.tokenizer import load_serialised
 from tests.server.running import ascii_folder, ascii_tokenizer
 
 
@@ -34,9 +34,9 @@ def test_ranks_of_a_process_read_it_once_and_ahead_of_the_first_grammar_if_asked
 
     def load(source):
         loads.append(source)
-        return load_tokenizer(source)
+        return load_serialised(source)
 
-    monkeypatch.setattr(build, "load_tokenizer", load)
+    monkeypatch.setattr(build, "load_serialised", load)
     config = EngineConfig(
         ascii_folder(), executor="threads", num_threads=1, parallel=ParallelConfig(prefill_context_parallel_size=2),
         cost=CostConstants(), read_vocabulary_ahead=ahead,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from longspan import LLM, SamplingParams
+from longspan.engine.frontend.detokenizer import Detokenizer
 from tests.smollm2.conftest import tokenizer
 
 pytestmark = pytest.mark.smollm2
@@ -20,6 +21,14 @@ def test_digits_are_single_tokens_and_control_tokens_are_one():
 @pytest.mark.parametrize("text", ["Hello, world!", "naïve café — 東京 🗼", "  two  spaces\n\ttab", "x = {1: 'a'}", ""])
 def test_text_survives_a_round_trip(text):
     assert tokenizer().decode(tokenizer().encode(text)) == text
+
+
+def test_text_is_released_piece_by_piece_in_whole_characters():
+    text = "Grüße, 你好 👩‍👩‍👧! It 's 3 , 141 .\n\n  def f(x):\n\treturn x"
+    detokenizer = Detokenizer(tokenizer(), SamplingParams())
+    pieces = [detokenizer.append(token) for token in tokenizer().encode(text)] + [detokenizer.finish()]
+    assert "".join(pieces) == detokenizer.text == text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_every_token_of_the_file_has_its_id():

@@ -227,15 +227,6 @@ def test_a_host_that_is_not_of_this_machine_is_refused(run, host, message):
     assert message in err
 
 
-def test_the_latency_benchmark_shows_its_progress(run):
-    code, _, err = run("bench", "latency", tiny_folder("llama"), "--input-len", "8", "--output-len", "2",
-                       "--iterations", "2", "--warmup", "0")  # fmt: skip
-    assert code == 0
-    assert [line for line in err.splitlines() if "longspan" in line][:3] == [
-        "loading longspan", "longspan: run 1 of 2", "longspan: run 2 of 2",
-    ]  # fmt: skip
-
-
 def test_explain_for_named_hardware_accepts_more_ranks_than_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -439,25 +430,20 @@ def test_the_throughput_benchmark_counts_every_token(run):
 
 
 @pytest.mark.slow
-def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn(run):
-    code, out, _ = run(
-        "bench", "latency", tiny_folder("llama"), "--input-len", "40", "--output-len", "4", "--iterations", "2",
-        "--compare", "transformers", "--compare-layout", "pcp=2", "--json",
-    )  # fmt: skip
-    report = json.loads(out)
-    assert code == 0
-    assert set(report["ratio"]) == {"pcp=2", "transformers"}
-    assert all(ratio["prefill"] > 0 and ratio["decode"] > 0 for ratio in report["ratio"].values())
-
-
-@pytest.mark.slow
-def test_warnings_of_libraries_are_not_shown():
+def test_the_latency_benchmark_compares_layouts_and_transformers_in_turn_and_shows_its_progress_without_warnings():
     command = [
         sys.executable, "-c", "from longspan.cli.main import main; main()", "bench", "latency", tiny_folder("llama"),
-        "--input-len", "16", "--output-len", "3", "--iterations", "1", "--compare", "transformers",
+        "--input-len", "40", "--output-len", "4", "--iterations", "2", "--warmup", "0",
+        "--compare", "transformers", "--compare-layout", "pcp=2", "--json",
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "Warning" not in ended.stderr
+    ratios = json.loads(ended.stdout)["ratio"]
+    assert set(ratios) == {"pcp=2", "transformers"}
+    assert all(ratio["prefill"] > 0 and ratio["decode"] > 0 for ratio in ratios.values())
+    assert [line for line in ended.stderr.splitlines() if "longspan" in line][:3] == [
+        "loading longspan", "longspan: run 1 of 2", "longspan: run 2 of 2",
+    ]  # fmt: skip
+    assert "Warning" not in ended.stderr  # of libraries
 
 
 def children(process: int) -> list[int]:

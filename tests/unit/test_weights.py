@@ -25,7 +25,7 @@ from longspan.weights.gguf_config import gguf_config
 from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 from longspan.weights.source import ModelSource, find_source, resolve_model
-from longspan.weights.tokenizer import load_tokenizer
+from longspan.weights.tokenizer import load_serialised, load_tokenizer
 
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 4, 2, 8, 32, 1
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -380,7 +380,7 @@ def test_a_prompt_longer_than_the_tokenizer_says_is_encoded_without_a_warning(tm
     PreTrainedTokenizerFast(tokenizer_object=built, model_max_length=4).save_pretrained(tmp_path)
     code = (
         "import sys; from pathlib import Path; from longspan.weights.source import ModelSource; "
-        "from longspan.weights.tokenizer import load_tokenizer; "
+        "from longspan.weights.tokenizer import load_serialised, load_tokenizer; "
         "load_tokenizer(ModelSource('t', Path(sys.argv[1]), {})).encode('a b ' * 9)"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -425,6 +425,24 @@ def test_llama_3_begins_with_its_own_token_unless_the_file_says_no(tmp_path, pre
     write_tokenizer(tmp_path / "t.gguf", pre, add_bos)
     source = ModelSource("t", tmp_path / "t.gguf", {}, GGUFCheckpoint(tmp_path / "t.gguf"))
     assert load_tokenizer(source).encode("ab") == expected
+
+
+def test_the_serialised_tokenizer_of_a_gguf_file_has_the_tokens_of_the_whole_one(tmp_path):
+    write_tokenizer(tmp_path / "t.gguf", "llama-bpe", None)
+    source = ModelSource("t", tmp_path / "t.gguf", {}, GGUFCheckpoint(tmp_path / "t.gguf"))
+    serialised = Tokenizer.from_str(load_serialised(source) or "")
+    assert serialised.get_vocab() == load_tokenizer(source).get_vocab()
+    assert serialised.encode("abcd").ids == [0, 1, 2, 5]
+
+
+def test_the_serialised_tokenizer_has_tokens_that_only_the_configuration_adds(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    added = {"1": {"content": "<extra>", "special": True}}
+    save_file(tensors(), tmp_path / "model.safetensors")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_tokens_decoder": added}))
+    found = load_serialised(ModelSource("t", tmp_path, {}, SafetensorsCheckpoint(tmp_path)))
+    assert Tokenizer.from_str(found or "").token_to_id("<extra>") == 1
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path):

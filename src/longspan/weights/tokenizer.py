@@ -5,10 +5,14 @@ It owns finding and rebuilding it; the tokenizers library encodes and decodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from longspan.errors import LongspanError, ModelError, ModelNotFound, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
+from longspan.weights.json_file import read_object
 from longspan.weights.source import ModelSource, tokenizer_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -38,8 +42,24 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises `ModelError` for a damaged one, `UnsupportedModel` for a kind that is not known.
     """
-    try:
+    with _naming_files_of(source):
         return _load(source)
+
+
+def load_serialised(source: ModelSource) -> str | None:
+    """The tokenizer as JSON of the tokenizers library, or None if the model has none. Raises as `load_tokenizer`.
+
+    transformers, whose import takes seconds, is only imported if the model's files need it.
+    """
+    with _naming_files_of(source):
+        return _serialised(source)
+
+
+@contextmanager
+def _naming_files_of(source: ModelSource) -> Iterator[None]:
+    """An error of a library within this context becomes a `ModelError` that names the tokenizer's files."""
+    try:
+        yield
     except (LongspanError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the files are damaged, or need packages; a panic of tokenizers is no `Exception`
@@ -48,6 +68,35 @@ def load_tokenizer(source: ModelSource) -> Any:
             f"{tokenizer_folder(source)}: its tokenizer cannot be loaded ({said:.300}); "
             "download it again, or use a model whose tokenizer transformers has"
         ) from error
+
+
+def _serialised(source: ModelSource) -> str | None:
+    from tokenizers import Tokenizer
+
+    if isinstance(source.checkpoint, GGUFCheckpoint) and source.tokenizer is None:
+        built = _built_from_gguf(source.checkpoint)
+    else:
+        folder = tokenizer_folder(source)
+        if _is_complete(folder):
+            built = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            loaded = _load(source)
+            built = None if loaded is None else loaded.backend_tokenizer
+    if built is None:
+        return None
+    built.no_padding()
+    built.no_truncation()
+    return str(built.to_str())
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether tokenizer.json has every token of the model: tokens can be added in tokenizer_config.json alone."""
+    if not (folder / "tokenizer.json").exists():
+        return False
+    path = folder / "tokenizer_config.json"
+    config = read_object(path) if path.exists() else {}
+    listed = {token["id"] for token in read_object(folder / "tokenizer.json").get("added_tokens", [])}
+    return {int(number) for number in config.get("added_tokens_decoder", {})} <= listed
 
 
 def _load(source: ModelSource) -> Any:
@@ -65,9 +114,8 @@ def _load(source: ModelSource) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _from_gguf(file: GGUFCheckpoint) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
+def _built_from_gguf(file: GGUFCheckpoint) -> Any:
+    """A tokenizer of the tokenizers library, or None if the file has none."""
     kind = file.metadata("tokenizer.ggml.model")
     if kind is None:
         return None
@@ -77,6 +125,16 @@ def _from_gguf(file: GGUFCheckpoint) -> Any:
     built = _byte_level(file, tokens) if kind == "gpt2" else _sentence_piece(file, tokens)
     kinds = file.metadata("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     _add_control_tokens(built, tokens, kinds)
+    return built
+
+
+def _from_gguf(file: GGUFCheckpoint) -> Any:
+    built = _built_from_gguf(file)
+    if built is None:
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = file.metadata("tokenizer.ggml.tokens")
 
     def token(name: str) -> str | None:
         number = file.metadata(f"tokenizer.ggml.{name}_token_id")

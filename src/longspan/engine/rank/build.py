@@ -32,7 +32,7 @@ from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
-from longspan.weights.tokenizer import load_tokenizer
+from longspan.weights.tokenizer import load_serialised
 
 
 def threads_per_rank(setup: EngineSetup) -> int:
@@ -65,7 +65,7 @@ class TensorParallelGroup:
 def build_vocabulary(setup: EngineSetup) -> Vocabulary:
     """The vocabulary for grammars, of which ranks in one process need only one."""
     model = setup.model
-    vocabulary = Vocabulary(lambda: load_tokenizer(setup.source), model.vocab_size, model.eos_token_ids)
+    vocabulary = Vocabulary(lambda: load_serialised(setup.source), model.vocab_size, model.eos_token_ids)
     if setup.config.read_vocabulary_ahead:
         vocabulary.read_ahead()
     return vocabulary

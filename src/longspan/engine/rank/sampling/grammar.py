@@ -25,8 +25,8 @@ class Vocabulary:
     Reading them takes seconds. It happens for the first grammar, unless `read_ahead` began it.
     """
 
-    def __init__(self, load_tokenizer: Callable[[], Any], size: int, eos_token_ids: Sequence[int]) -> None:
-        self._load = load_tokenizer
+    def __init__(self, load_serialised: Callable[[], str | None], size: int, eos_token_ids: Sequence[int]) -> None:
+        self._load = load_serialised
         # logits of a row
         self.size = size
         # tokens that end a completion, by the model's configuration
@@ -72,14 +72,14 @@ class Vocabulary:
             return self._made[grammar]
 
     def _read(self) -> Any:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
+        from tokenizers import Tokenizer
 
-        tokenizer = self._load()
-        if tokenizer is None:
+        serialised = self._load()
+        if serialised is None:
             raise RequestError("grammar", "...", "needs the model's tokenizer, and it has none", "leave it out")
-        return from_tokenizer(
-            tokenizer, n_vocab=max(self.size, len(tokenizer)), eos_token=list(self.eos_token_ids) or None
-        )
+        size = max(self.size, Tokenizer.from_str(serialised).get_vocab_size())
+        return LLTokenizer(serialised, n_vocab=size, eos_token=list(self.eos_token_ids) or None)
 
 
 class Matcher:
