@@ -7,12 +7,18 @@ Triton's interpreter does not round to bfloat16: without a GPU float16 stands fo
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
+from longspan.models.context import LayerContext
+from longspan.models.decoder import DecoderModel
+from longspan.models.layers import DenseLinear
 from longspan.models.ops import PlainOps, choose_ops
+from longspan.models.params import Param
 
 pytest.importorskip("triton")
 
@@ -174,6 +180,53 @@ def test_steps_without_rows(ops):
     assert table.cos.shape == table.sin.shape == (0, 1, 8)
     ops.rope((random(0, 4, 8), random(0, 2, 8)), table)
     assert ops.embed(ids, random(40, 16), 0).shape == (0, 16)
+
+
+class RandomLoader:
+    """A loader of random weights, the same at each request of one name."""
+
+    device = DEVICE
+
+    def extent(self, axis: str, size: int) -> tuple[int, int]:
+        return 0, size
+
+    def load(self, *params: Param) -> torch.Tensor:
+        parts = [
+            random(*param.shape, dtype=torch.float32, scale=0.3, seed=sum(param.name.encode())) for param in params
+        ]
+        return torch.cat(parts)
+
+    def linear(self, *params: Param) -> DenseLinear:
+        return DenseLinear(self.load(*params))
+
+
+TINY = ModelConfig(
+    "LlamaForCausalLM", num_layers=2, hidden_size=48, num_q_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=40,
+    vocab_size=61, max_position_embeddings=512, rms_norm_eps=1e-5, rope=RopeConfig(partial_rotary_factor=0.5),
+)  # fmt: skip
+LATENT = MLAConfig(q_lora_rank=24, kv_lora_rank=16, query_dim=12, rope_dim=8, value_dim=8)
+MODELS = {
+    "llama": TINY,
+    "qwen3": replace(TINY, qk_norm=True),
+    "latent": replace(TINY, rope=RopeConfig(), num_kv_heads=1, head_dim=24, mla=LATENT),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_logits_do_not_depend_on_the_form(name):
+    """With something simple in place of attention that depends on every element of queries, keys and values."""
+    token_ids, positions = (torch.tensor(values, device=DEVICE) for values in ([3, 60, 0], [0, 7, 300]))
+
+    def attend(layer, q, k, v):
+        mixed = q.cumsum(-1) * k.square().mean((1, 2), keepdim=True) + v.mean((1, 2), keepdim=True)
+        return mixed[..., : layer.latent.value_dim if layer.latent else None]
+
+    with torch.inference_mode():
+        contexts = [LayerContext(RandomLoader(), ops=ops) for ops in (PLAIN, TRITON)]
+        models = [DecoderModel(MODELS[name], context, torch.float32) for context in contexts]
+        expected, found = (model.head(model.layers(model.embedding(token_ids), positions, attend)) for model in models)
+    assert expected.std() > 0.1
+    assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
