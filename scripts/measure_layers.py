@@ -1,4 +1,6 @@
-"""What torch.compile and FP8 products would win in a layer: each piece as it is, and in its other form, in turn.
+"""What other forms of a layer's pieces win: each piece in PyTorch's operations and in the other form, in turn.
+
+The other forms are the kernels that the engine chooses on this device, torch.compile, and FP8 products.
 
     python scripts/measure_layers.py [--device auto] [--rows 1,32,2048] [--hidden 4096] [--wide 14336] [--seconds 0.3]
 
@@ -11,24 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from longspan.clock import make_clock
 from longspan.engine.setup import resolve_device
-from longspan.models.experts import swiglu
-from longspan.models.layers import DenseLinear, RMSNorm
-from longspan.models.rope import apply_rope
+from longspan.models.layers import DenseLinear
+from longspan.models.ops import PlainOps, RopeTable, choose_ops
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, dequantised, problem_of_kernel
 
 HEAD_DIM = 128
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 
 
-def compiled(function: Callable[..., Tensor], *given: Tensor) -> Callable[[], Tensor]:
+def compiled(function: Callable[..., object], *given: object) -> Callable[[], object]:
     """The function after torch.compile, for any number of rows, made before it is timed."""
-    made: Callable[..., Tensor] = torch.compile(function, dynamic=True)
+    made: Callable[..., object] = torch.compile(function, dynamic=True)
     made(*given)
     return lambda: made(*given)
 
@@ -36,13 +37,18 @@ def compiled(function: Callable[..., Tensor], *given: Tensor) -> Callable[[], Te
 def pointwise(rows: int, hidden: int, wide: int, device: torch.device, dtype: torch.dtype) -> Iterator[Pair]:
     """What lies between a layer's products."""
     x, weight = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, hidden), (hidden,)))
-    norm = RMSNorm(weight, 1e-5)
-    yield "norm", lambda: norm(x), compiled(norm.__call__, x)
     heads = torch.randn(rows, hidden // HEAD_DIM, HEAD_DIM, device=device, dtype=dtype)
-    cos, sin = (torch.randn(rows, 1, HEAD_DIM, device=device, dtype=dtype) for _ in range(2))
-    yield "rope", lambda: apply_rope(heads, cos, sin), compiled(apply_rope, heads, cos, sin)
+    table = RopeTable(*(torch.randn(rows, 1, HEAD_DIM, device=device, dtype=dtype) for _ in range(2)))
     both = torch.randn(rows, 2 * wide, device=device, dtype=dtype)
-    yield "swiglu", lambda: swiglu(both), compiled(swiglu, both)
+    plain, chosen = PlainOps(), choose_ops(device)
+    given: dict[str, tuple[object, ...]] = {
+        "norm": (x, weight, 1e-5), "add_norm": (x, x, weight, 1e-5), "rope": ((heads,), table), "swiglu": (both,),
+    }  # fmt: skip
+    for name, values in given.items():
+        before = partial(getattr(plain, name), *values)
+        if type(chosen) is not PlainOps:
+            yield name, before, partial(getattr(chosen, name), *values)
+        yield f"{name}, compiled", before, compiled(getattr(plain, name), *values)
 
 
 def products(rows: int, hidden: int, wide: int, device: torch.device, dtype: torch.dtype) -> Iterator[Pair]:
@@ -77,7 +83,7 @@ def main() -> None:
                 before, after = clock.time(plain).median, clock.time(other).median
                 found.append({"piece": name, "rows": rows, "plain_us": before * 1e6, "other_us": after * 1e6,
                               "ratio": before / after})  # fmt: skip
-                print(f"{name:12} {rows:6} rows: {before * 1e6:9.1f} and {after * 1e6:9.1f} us, {before / after:.2f}x")
+                print(f"{name:18} {rows:6} rows: {before * 1e6:9.1f} and {after * 1e6:9.1f} us, {before / after:.2f}x")
     print(json.dumps({"device": str(device), "hidden": options.hidden, "wide": options.wide, "pieces": found}))
 
 

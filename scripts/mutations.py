@@ -378,7 +378,7 @@ REQUESTS = (
         (f"{_FAMILIES}[deepseek-v3-one rank]",),
     ),
     Fault(
-        "rope turns the wrong way", "models/rope.py",
+        "rope turns the wrong way", "models/ops/plain.py",
         "signed = torch.cat((-sin, sin), dim=-1)", "signed = torch.cat((sin, -sin), dim=-1)",
         (f"{_FAMILIES}[llama-one rank]",),
     ),

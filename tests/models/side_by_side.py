@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig, read_config
 from longspan.models.context import Attend, LayerContext
-from longspan.models.layers import embed
 from longspan.models.params import Param
 
 ARCHITECTURES = ("SideBySideForCausalLM",)
@@ -59,7 +58,7 @@ class SideBySide:
     def __init__(self, config: ModelConfig, context: LayerContext, dtype: torch.dtype) -> None:
         load, sizes = context.loader.load, (config.vocab_size, config.hidden_size)
         first, stop = context.loader.extent("layers", config.num_layers)
-        self.hidden_size, self.dtype, self._tp = config.hidden_size, dtype, context.tp
+        self.hidden_size, self.dtype, self._tp, self._ops = config.hidden_size, dtype, context.tp, context.ops
         self._first_token, _ = context.loader.extent("vocab", config.vocab_size)
         self.embedding = self.head = self._positions = None
         if first == 0:
@@ -69,7 +68,7 @@ class SideBySide:
         self._blocks = [Block(config, layer, context) for layer in range(first, stop)]
         if stop == config.num_layers:
             self._logits = context.loader.linear(Param("logits", sizes, ("vocab", None)))
-            self.head = lambda hidden: self._tp.all_gather_last(self._logits(hidden).float())
+            self.head = lambda hidden: self._tp.all_gather_last(self._logits(hidden)).float()
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self._positions is not None:
@@ -79,7 +78,7 @@ class SideBySide:
         return x
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        return self._tp.all_reduce(embed(token_ids, self._tokens, self._first_token))
+        return self._tp.all_reduce(self._ops.embed(token_ids, self._tokens, self._first_token))
 
 
 build = SideBySide

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
+from longspan.models.ops.base import LayerOps
+from longspan.models.ops.plain import PlainOps
 from longspan.models.params import Param
 
 
@@ -104,6 +106,8 @@ class LayerContext:
     tp: TensorParallel = field(default_factory=Alone)
     # the group over which experts are split
     experts: ExpertParallel = field(default_factory=Alone)
+    # the operations between matrix products
+    ops: LayerOps = field(default_factory=PlainOps)
 
 
 class Model(Protocol):
@@ -123,7 +127,7 @@ class Model(Protocol):
 
     @property
     def head(self) -> Callable[[Tensor], Tensor] | None:
-        """Hidden states [T, hidden] → fp32 logits [T, vocab]; None on a stage without the last layer."""
+        """What `layers` returned, or rows of it, [T, hidden] → fp32 logits [T, vocab]; None before the last stage."""
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Apply the layers of this stage: x [T, hidden], of tokens at int64 `positions` [T] → [T, hidden]."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, LayerContext
 from longspan.models.gqa import GroupedQueryAttention
-from longspan.models.layers import RMSNorm, embed, table_product
+from longspan.models.layers import RMSNorm, table_product
 from longspan.models.mla import MultiHeadLatentAttention
 from longspan.models.mlp import GatedMLP
 from longspan.models.moe import MixtureOfExperts
+from longspan.models.ops.base import RopeTable
 from longspan.models.params import Param
 from longspan.models.rope import Rotary
 
@@ -31,7 +33,10 @@ def build_attention(
 
 
 class _Layer:
-    """Attention and an MLP or a mixture, each behind a norm and with a residual."""
+    """Attention and an MLP or a mixture, each behind a norm and with a residual.
+
+    What a part computes is added to the residual by the next norm, so that both are one operation.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, context: LayerContext) -> None:
         prefix, moe = f"model.layers.{layer}", config.moe
@@ -44,10 +49,11 @@ class _Layer:
         self._before = _norm(config, f"{prefix}.input_layernorm.weight", context)
         self._between = _norm(config, f"{prefix}.post_attention_layernorm.weight", context)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden]; cos and sin are `Rotary.table`'s."""
-        x = x + self._attention(self._before(x), cos, sin, attend)
-        return x + self._mlp(self._between(x))
+    def __call__(self, x: Tensor, residual: Tensor | None, table: RopeTable, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Hidden states, as x [T, hidden] to be added to `residual` [T, hidden] → the same; None: x is all."""
+        residual, x = (x, self._before(x)) if residual is None else self._before.after_add(x, residual)
+        residual, x = self._between.after_add(self._attention(x, table, attend), residual)
+        return self._mlp(x), residual
 
 
 class Embedding:
@@ -55,25 +61,28 @@ class Embedding:
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         self._tp = context.tp
-        self._first_token, _ = context.loader.extent("vocab", config.vocab_size)
+        self._ops = context.ops
+        self._first_token, stop = context.loader.extent("vocab", config.vocab_size)
+        self._holds_all = stop - self._first_token == config.vocab_size
         self._table = _table(config, _EMBEDDING, context)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 token_ids [T] → [T, hidden]."""
-        return self._tp.all_reduce(embed(token_ids, self._table, self._first_token))
+        if self._holds_all:
+            return self._tp.all_reduce(F.embedding(token_ids, self._table))
+        return self._tp.all_reduce(self._ops.embed(token_ids, self._table, self._first_token))
 
 
 class Head:
-    """The final norm and the output head, after the last layer."""
+    """The output head, after the final norm."""
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         self._tp = context.tp
-        self._norm = _norm(config, "model.norm.weight", context)
         self._table = _table(config, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight", context)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [T, hidden] → fp32 logits [T, vocab], of the whole vocabulary."""
-        return self._tp.all_gather_last(table_product(self._norm(hidden), self._table).float())
+        return self._tp.all_gather_last(table_product(hidden, self._table)).float()
 
 
 class DecoderModel:
@@ -85,15 +94,22 @@ class DecoderModel:
         self.dtype = dtype
         self.embedding = Embedding(config, context) if first == 0 else None
         self._layers = [_Layer(config, layer, context) for layer in range(first, stop)]
-        self.head = Head(config, context) if stop == config.num_layers else None
-        self._rotary = Rotary(config.rope, config.rotary_dim, dtype, context.loader.device)
+        self._norm: RMSNorm | None = None
+        self.head: Head | None = None
+        if stop == config.num_layers:
+            self._norm = _norm(config, "model.norm.weight", context)
+            self.head = Head(config, context)
+        self._rotary = Rotary(config.rope, config.rotary_dim, dtype, context)
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """See `Model.layers`."""
-        cos, sin = self._rotary.table(positions)
+        """See `Model.layers`. After the last layer of the model comes the final norm."""
+        table = self._rotary.table(positions)
+        residual: Tensor | None = None
         for layer in self._layers:
-            x = layer(x, cos, sin, attend)
-        return x
+            x, residual = layer(x, residual, table, attend)
+        if self._norm is None:
+            return x if residual is None else residual + x
+        return self._norm(x) if residual is None else self._norm.after_add(x, residual)[1]
 
 
 def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
@@ -103,4 +119,5 @@ def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
 
 def _norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:
     """A norm over the hidden states."""
-    return RMSNorm(context.loader.load(Param(name, (config.hidden_size,), (None,))), config.rms_norm_eps)
+    weight = context.loader.load(Param(name, (config.hidden_size,), (None,)))
+    return RMSNorm(context.ops, weight, config.rms_norm_eps)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longspan.models.config import MoEConfig
 from longspan.models.context import Linear, Loader
-from longspan.models.mlp import swiglu
+from longspan.models.ops.base import LayerOps
+from longspan.models.ops.plain import PlainOps
 from longspan.models.params import Param
 
-_SWISH_SLOPE = 1.702  # in the gate of gpt-oss
+_PLAIN: LayerOps = PlainOps()
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Expert:
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
         gate_up = self.gate_up(x, self.gate_up_bias)
-        inner = swiglu(gate_up) if self.limit is None else clamped_swiglu(gate_up, self.limit)
+        inner = _PLAIN.swiglu(gate_up) if self.limit is None else _PLAIN.clamped_swiglu(gate_up, self.limit)
         return self.down(inner, self.down_bias)
 
 
@@ -76,12 +76,3 @@ def _stacked(moe: MoEConfig, hidden: int, name: str, expert: int, loader: Loader
         loader.load(entry("down_proj_bias", hidden)),
         moe.swiglu_limit,
     )
-
-
-def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """gate_up [T, 2 · width], gate and up interleaved → gate · sigmoid(1.702 · gate) · (up + 1) [T, width] (gpt-oss).
-
-    Before that gate is clamped to at most `limit`, and up to [-limit, limit].
-    """
-    gate, up = gate_up[..., ::2].clamp(max=limit), gate_up[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(_SWISH_SLOPE * gate) * (up + 1)

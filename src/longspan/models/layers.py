@@ -1,13 +1,17 @@
-"""The parts that layers are made of: norm, matrix products, embedding.
+"""The parts that layers are made of: matrix products, and a norm with its weight.
 
 It owns how they are computed on each device; it must not know which slice of a weight it holds.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from longspan.models.ops.base import LayerOps
 
 
 class DenseLinear:
@@ -60,30 +64,21 @@ def table_product(x: Tensor, table: Tensor) -> Tensor:
     return torch.mm(table, x.t()).t().contiguous()
 
 
+@dataclass(frozen=True)
 class RMSNorm:
-    """x / rms(x) · weight over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
+    """A norm over rows, with its weight: see `LayerOps.norm`."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
-        self._eps = eps
+    # what computes it
+    ops: LayerOps
+    # [width]
+    weight: Tensor
+    # added to the mean square
+    eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., width] → the same shape and dtype; width is the size of the weight."""
-        if not x.shape[0]:
-            return x
-        if x.dtype == torch.float32:
-            scale = x.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
-            return (x * scale).mul_(self._weight)
-        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self._eps)
-        return self._weight * normed.to(x.dtype)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, width] → `out`, which may be x, or a new tensor."""
+        return self.ops.norm(x, self.weight, self.eps, out)
 
-
-def embed(token_ids: Tensor, weight: Tensor, first: int) -> Tensor:
-    """int64 token_ids [T] → [T, hidden]: rows of `weight`, the part [first, first + rows) of the vocabulary.
-
-    Token ids outside this part give zeros, so that the sum over the TP group is the embedding.
-    """
-    local = token_ids - first
-    outside = (local < 0) | (local >= weight.shape[0])
-    rows = F.embedding(local.masked_fill(outside, 0), weight)
-    return rows.masked_fill_(outside[:, None], 0)
+    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual + x, the norm of this sum), all [T, width]."""
+        return self.ops.add_norm(x, residual, self.weight, self.eps)

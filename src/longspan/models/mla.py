@@ -13,8 +13,8 @@ from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
 from longspan.models.context import Attend, LayerContext, Linear
 from longspan.models.layers import RMSNorm
+from longspan.models.ops.base import RopeTable
 from longspan.models.params import Param
-from longspan.models.rope import apply_rope
 
 _LATENT_NORM_EPS = 1e-6  # of the two norms inside MLA; `rms_norm_eps` is that of the other norms
 
@@ -30,6 +30,7 @@ class MultiHeadLatentAttention:
         load, linear = context.loader.load, context.loader.linear
         self._mla = mla
         self._tp = context.tp
+        self._ops = context.ops
         start, stop = context.loader.extent("q_heads", heads)
         self._heads = stop - start
         self._q_a: Linear | None = None
@@ -39,11 +40,11 @@ class MultiHeadLatentAttention:
         else:
             self._q_a = linear(Param(f"{prefix}.q_a_proj.weight", (rank, hidden), (None, None)))
             norm = load(Param(f"{prefix}.q_a_layernorm.weight", (rank,), (None,)))
-            self._q_norm = RMSNorm(norm, _LATENT_NORM_EPS)
+            self._q_norm = RMSNorm(context.ops, norm, _LATENT_NORM_EPS)
             self._q = linear(Param(f"{prefix}.q_b_proj.weight", (heads * query, rank), ("q_heads", None), query))
         self._kv_a = linear(Param(f"{prefix}.kv_a_proj_with_mqa.weight", (latent + mla.rope_dim, hidden), (None, None)))
         norm = load(Param(f"{prefix}.kv_a_layernorm.weight", (latent,), (None,)))
-        self._kv_norm = RMSNorm(norm, _LATENT_NORM_EPS)
+        self._kv_norm = RMSNorm(context.ops, norm, _LATENT_NORM_EPS)
         kv_b = load(Param(f"{prefix}.kv_b_proj.weight", (heads * expanded, latent), ("q_heads", None), expanded))
         expand = kv_b.view(self._heads, expanded, latent)
         self._layer = AttentionLayer(
@@ -52,35 +53,22 @@ class MultiHeadLatentAttention:
         width = heads * mla.value_dim
         self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, width), (None, "q_heads"), mla.value_dim))
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group; cos and sin [T, 1, rope_dim]."""
-        row = self._cache_row(x, cos, sin)
-        values = attend(self._layer, self._queries(x, cos, sin), row, row)
+    def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> Tensor:
+        """x [T, hidden] → [T, hidden], summed over the TP group."""
+        row, queries = self._kv_a(x)[:, None], self._queries(x)
+        latent, key = row.tensor_split([self._mla.kv_lora_rank], dim=-1)
+        self._kv_norm(latent[:, 0], out=latent[:, 0])
+        # interleaved pairs are reordered in queries and keys alike, so their products do not change
+        self._ops.rope((queries[..., self._mla.query_dim :], key), table, interleaved=self._mla.interleaved)
+        values = attend(self._layer, queries, row, row)
         out = values.reshape(x.shape[0], self._heads * self._mla.value_dim)
         return self._tp.all_reduce(self._o(out))
 
-    def _cache_row(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, hidden] → cache rows [T, 1, kv_lora_rank + rope_dim]: latent, then rotary key."""
-        latent, key = self._kv_a(x).tensor_split([self._mla.kv_lora_rank], dim=-1)
-        return torch.cat((self._kv_norm(latent)[:, None], self._rotated(key[:, None], cos, sin)), dim=-1)
-
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, hidden] → queries [T, Hq, query_dim + rope_dim]: the part without position, then the rotated part."""
+    def _queries(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → queries [T, Hq, query_dim + rope_dim] before rope, of which the first part stays as it is."""
         if self._q_a and self._q_norm:
             x = self._q_norm(self._q_a(x))
-        queries = self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
-        plain, rotary = queries.tensor_split([self._mla.query_dim], dim=-1)
-        return torch.cat((plain, self._rotated(rotary, cos, sin)), dim=-1)
-
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rope on x [T, H, rope_dim].
-
-        Interleaved pairs are first reordered for the rotate-half convention. Queries and keys are reordered alike, so
-        their products do not change.
-        """
-        if self._mla.interleaved:
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)  # type: ignore[no-untyped-call]
-        return apply_rope(x, cos, sin)
+        return self._q(x).view(x.shape[0], self._heads, self._mla.query_dim + self._mla.rope_dim)
 
 
 class LatentSpace:

@@ -6,7 +6,6 @@ It owns the layer's three projections; it must not know which slice of the width
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext
@@ -21,6 +20,7 @@ class GatedMLP:
         hidden, wide = config.hidden_size, config.intermediate_size
         inner = [f"{prefix}.{name}_proj" for name in ("gate", "up")]
         self._tp = context.tp
+        self._ops = context.ops
         self._gate_up = linear(*(Param(f"{name}.weight", (wide, hidden), ("ffn", None)) for name in inner))
         self._down = linear(Param(f"{prefix}.down_proj.weight", (hidden, wide), (None, "ffn")))
         self._gate_up_bias: Tensor | None = None
@@ -31,11 +31,5 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        summed = self._tp.all_reduce(self._down(swiglu(self._gate_up(x, self._gate_up_bias))))
+        summed = self._tp.all_reduce(self._down(self._ops.swiglu(self._gate_up(x, self._gate_up_bias))))
         return summed if self._down_bias is None else summed + self._down_bias
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [T, 2 · width], gate before up → silu(gate) · up [T, width] (Shazeer 2020)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

@@ -1,6 +1,6 @@
 """Rotary position embedding and its scalings.
 
-It owns the frequencies and the rotation; it must not know which tokens or heads it rotates.
+It owns the frequencies; `ops` rotate. It must not know which tokens or heads are rotated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longspan.errors import ModelError, UnsupportedModel
 from longspan.models.config import RopeConfig
+from longspan.models.context import LayerContext
+from longspan.models.ops.base import RopeTable
 
 Frequencies = tuple[Tensor, float]
 """(inverse frequencies [rotary dim / 2] fp32, factor on cos and sin)."""
@@ -113,32 +115,14 @@ _SCALINGS: Mapping[str, Callable[[RopeConfig, Tensor, int], Frequencies]] = Mapp
 
 
 class Rotary:
-    """cos and sin of a step's positions, computed once and used in every layer."""
+    """The frequencies of a model's rope, and the table of a step that follows from them."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, context: LayerContext) -> None:
         inverse, self._factor = rope_frequencies(rope, head_dim)
-        self._inverse = inverse.to(device)
+        self._inverse = inverse.to(context.loader.device)
         self._dtype = dtype
+        self._ops = context.ops
 
-    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, rotary dim] of int64 positions [T], in the model's dtype.
-
-        The first half of sin is negated, as `apply_rope` expects.
-        """
-        angles = positions[:, None].float() * self._inverse
-        cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
-        signed = torch.cat((-sin, sin), dim=-1)
-        return torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype), signed[:, None].to(self._dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first elements of each head of x [T, H, D], as many as `Rotary.table`'s cos and sin have.
-
-    Elements half of these apart form a pair (the rotate-half convention).
-    """
-    if not x.shape[0]:
-        return x
-    dim = cos.shape[-1]
-    part = x[..., :dim]
-    rotated = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin)
-    return rotated if dim == x.shape[-1] else torch.cat((rotated, x[..., dim:]), dim=-1)
+    def table(self, positions: Tensor) -> RopeTable:
+        """The table of int64 positions [T]."""
+        return self._ops.rope_table(positions, self._inverse, self._factor, self._dtype)

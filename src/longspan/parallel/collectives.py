@@ -110,6 +110,8 @@ class Collectives(ABC):
 
     def all_gather(self, x: Tensor, rows: Sequence[int], label: str, dim: int = 0) -> list[Tensor]:
         """Every member's tensor, in member order. Member i's has size `rows[i]` in `dim`; the other sizes are equal."""
+        if len(rows) == 1:
+            return [x]
         shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in rows]
         return self.all_to_all([x] * self.size, shapes, label)
 

@@ -21,6 +21,7 @@ from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext, Linear
 from longspan.models.decoder import DecoderModel
 from longspan.models.layers import DenseLinear, table_product
+from longspan.models.ops import choose_ops
 from longspan.models.params import Extent, Param
 from longspan.models.shapes import requests_of
 from longspan.planner.linear import passed_elements
@@ -150,7 +151,7 @@ class LayerBench:
 
     def _model(self, layers: int) -> DecoderModel:
         """A decoder of inner layers: without the embedding before the first layer and the head after the last."""
-        context = LayerContext(_RandomWeights(self._bench, layers))
+        context = LayerContext(_RandomWeights(self._bench, layers), ops=choose_ops(self._bench.device))
         return DecoderModel(replace(self._shape, num_layers=layers + 2), context, self._bench.dtype)
 
     def _products(self, rows: int) -> Run:

@@ -27,6 +27,7 @@ from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
 from longspan.models.context import Alone, ExpertParallel, LayerContext
+from longspan.models.ops import choose_ops
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
@@ -98,7 +99,8 @@ def build_runner(
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
-    model = setup.family.build(model_config, LayerContext(RankLoader(store, sharding), tp, experts), setup.dtype)
+    context = LayerContext(RankLoader(store, sharding), tp, experts, choose_ops(store.device))
+    model = setup.family.build(model_config, context, setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
     backend, cuda_graphs = attention.ops.backend, None
     if setup.records_decode and isinstance(backend, RecordableBackend):

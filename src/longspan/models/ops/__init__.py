@@ -1,0 +1,25 @@
+"""The operations between a layer's matrix products, and their choice by device.
+
+It owns the choice. An implementation for another kind of device is a file here and a line in `choose_ops`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from longspan.models.ops.base import LayerOps, RopeTable
+from longspan.models.ops.plain import PlainOps
+
+
+def choose_ops(device: torch.device) -> LayerOps:
+    """Triton's kernels on a GPU, if Triton is installed; otherwise PyTorch's operations."""
+    if device.type == "cuda" and find_spec("triton"):
+        from longspan.models.ops.triton import TritonOps
+
+        return TritonOps()
+    return PlainOps()
+
+
+__all__ = ["LayerOps", "PlainOps", "RopeTable", "choose_ops"]

@@ -1,0 +1,100 @@
+"""How many kernels a decode step launches on a GPU, counted without one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
+from longspan.models.context import LayerContext
+from longspan.models.decoder import DecoderModel
+from longspan.models.ops.triton import TritonOps
+from tests.gpu.launches import META, PRODUCTS, MetaLoader, counted, decode_attention
+
+ROWS = 4
+LLAMA = ModelConfig(
+    "LlamaForCausalLM", num_layers=2, hidden_size=4096, num_q_heads=32, num_kv_heads=8, head_dim=128,
+    intermediate_size=14336, vocab_size=128_256, max_position_embeddings=131_072, rms_norm_eps=1e-5, rope=RopeConfig(),
+)  # fmt: skip
+QWEN3 = replace(LLAMA, qk_norm=True)
+QWEN2 = replace(LLAMA, attention_bias=True, tie_word_embeddings=True)
+DEEPSEEK = replace(
+    LLAMA, num_kv_heads=1, head_dim=576,
+    mla=MLAConfig(q_lora_rank=1536, kv_lora_rank=512, query_dim=128, rope_dim=64, value_dim=128),
+)  # fmt: skip
+ATTENTION = ["write", "attend", "reduce"]
+MOST_WITH_ATTENTION = 14  # one of them converts queries where there is no GPU
+
+
+def step_of(config, attention=None):
+    """What a decode step of a model launches; without `attention` three launches stand for that of a layer."""
+    model = DecoderModel(config, LayerContext(MetaLoader(), ops=TritonOps()), torch.bfloat16)
+    token_ids = positions = torch.zeros(ROWS, dtype=torch.int64, device=META)
+    with torch.inference_mode(), counted() as launches:
+
+        def attend(layer, q, k, v):
+            launches.names.extend(ATTENTION)
+            return q.new_empty(*q.shape[:2], layer.latent.value_dim if layer.latent else v.shape[-1])
+
+        logits = model.head(model.layers(model.embedding(token_ids), positions, attention or attend))
+    assert (logits.shape, logits.dtype) == ((ROWS, config.vocab_size), torch.float32)
+    return launches
+
+
+def layer_of(config, attention=lambda config: None):
+    """What one more layer launches."""
+    depths = [replace(config, num_layers=layers) for layers in (2, 3)]
+    shallow, deep = (step_of(model, attention(model)).names for model in depths)
+    for name in shallow:
+        deep.remove(name)
+    return deep
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, QWEN2], ids=["llama", "qwen3", "qwen2"])
+def test_a_dense_layer_is_eleven_launches_four_of_them_products(config):
+    layer = layer_of(config)
+    assert len(layer) <= 11, layer
+    assert sum(name in PRODUCTS for name in layer) == 4, layer
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_so_it_is_with_the_engines_own_attention(config):
+    layer = layer_of(config, lambda model: decode_attention(model, ROWS))
+    assert len(layer) <= MOST_WITH_ATTENTION, layer
+    assert "rope_kernel" in layer and "attend_kernel" in layer
+
+
+def test_a_layer_of_latent_attention_launches_a_norm_and_a_product_more_for_its_queries_and_another_for_its_rows():
+    layer = layer_of(DEEPSEEK)
+    assert sum(name in PRODUCTS for name in layer) == 6, layer
+    assert sorted(name for name in layer if name not in (*PRODUCTS, *ATTENTION)) == [
+        *["norm_kernel"] * 4, "rope_kernel", "swiglu_kernel",
+    ], layer  # fmt: skip
+
+
+def test_a_step_launches_five_more_for_all_layers_together():
+    """The embedding, the rope table, the last norm, the head and its conversion to fp32."""
+    step = step_of(LLAMA)
+    around = list(step.names)
+    for name in layer_of(LLAMA) * LLAMA.num_layers:
+        around.remove(name)
+    assert sorted(around) == sorted(["embedding", "rope_table_kernel", "norm_kernel", "mm", "_to_copy"])
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, DEEPSEEK], ids=["llama", "qwen3", "latent"])
+def test_a_step_copies_nothing_to_the_device_and_reads_nothing_back(config):
+    """Reading back would raise: tensors on the meta device have no contents."""
+    assert step_of(config).copies == []
+
+
+def test_what_is_read_back_or_copied_is_noticed():
+    with counted() as launches:
+        x = torch.ones(4, device=META)
+        x + torch.arange(4).to(META)
+        with pytest.raises(RuntimeError):
+            x.sum().item()
+        with pytest.raises(NotImplementedError):
+            x.cpu()
+    assert launches.copies == ["_to_copy"]
