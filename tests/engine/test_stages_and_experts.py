@@ -130,9 +130,8 @@ def test_experts_over_ranks_and_stages(tiny):
 def test_each_expert_is_held_once(tiny):
     for parallel, copies in ((True, 1), (False, 3)):
         llm = tiny("mixtral", tp=2, pcp=3, enable_expert_parallel=parallel)
-        held = [
-            expert for runner in llm.engine.executor.runners for expert in runner._model._layers[0]._mlp._experts
-        ]  # fmt: skip
+        parts = [runner._model._layers[0]._mlp.experts for runner in llm.engine.executor.runners]
+        held = [expert for part in parts for expert in range(part.first, part.first + len(part))]
         assert sorted(held) == sorted(list(range(5)) * copies)
 
 

@@ -21,7 +21,7 @@ from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
 from longspan.models.context import LayerContext, Loader
 from longspan.models.decoder import DecoderModel, Embedding, build_attention
-from longspan.models.experts import routed_expert, shared_expert
+from longspan.models.experts import routed_experts, shared_expert
 from longspan.models.mlp import GatedMLP
 from longspan.models.moe import ExpertRouter
 from longspan.models.params import Extent, Param
@@ -132,7 +132,7 @@ class RankMemory:
     @cached_property
     def expert(self) -> WeightPart:
         """One routed expert, not divided."""
-        return self._of_mixture(partial(routed_expert, expert=0), self.weights.experts)
+        return self._of_mixture(partial(routed_experts, experts=range(1)), self.weights.experts)
 
     @cached_property
     def experts_held(self) -> int:

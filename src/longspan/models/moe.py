@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
 from longspan.models.context import LayerContext, Loader
-from longspan.models.experts import routed_expert, shared_expert
+from longspan.models.experts import routed_experts, shared_expert
+from longspan.models.grouped import choose_sum
 from longspan.models.params import Param
 
 
@@ -43,7 +44,8 @@ class MixtureOfExperts:
         self._group = context.experts
         self._router = ExpertRouter(moe, hidden, prefix, loader)
         start, stop = loader.extent("experts", moe.num_experts)
-        self._experts = {expert: routed_expert(moe, hidden, prefix, loader, expert) for expert in range(start, stop)}
+        self.experts = routed_experts(moe, hidden, prefix, loader, range(start, stop))
+        self._sum_of = choose_sum(self.experts)
         self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -56,12 +58,7 @@ class MixtureOfExperts:
 
         `experts` [T, k] int64 and `weights` [T, k] are the routing of these rows.
         """
-        out = torch.zeros_like(x)
-        for expert, compute in self._experts.items():
-            rows, choices = torch.where(experts == expert)
-            if rows.numel():
-                out.index_add_(0, rows, compute(x[rows]) * weights[rows, choices, None].to(x.dtype))
-        return out
+        return self._sum_of(self.experts, x, experts, weights)
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
