@@ -34,6 +34,7 @@ echo "tests: exit $?, $(tail -n 1 "$folder/tests.log")" | tee -a "$folder/parts.
 
 bench merge 30 merge --heads gqa,mla
 bench kv-write 40 kv-write
+bench moe 40 moe
 bench shards 40 attention --backends triton --batch "" --prefill ""
 bench decode 60 attention --backends triton --prefill "" --shared-context 0
 bench decode-compared 40 attention --batch 1,64 --cached 8192,131072 --prefill "" --shared-context 0
@@ -45,7 +46,7 @@ bench prefill 50 attention --heads gqa --batch "" --shared-context 0
 part layers 80 "$python" scripts/measure_layers.py
 
 # A Llama of random weights: a decode step with and without CUDA graphs, against its floor and against transformers.
-timeout 60 "$python" scripts/random_llama.py "$folder/llama" 2>"$folder/llama.log"
+timeout 60 "$python" scripts/random_model.py "$folder/llama" 2>"$folder/llama.log"
 part model-decode 120 "$python" scripts/measure_decode.py "$folder/llama" --batch 1,32 --context 8192
 rm -rf "$folder/llama"
 # With MODEL=a folder of SmolLM2: tokens that fit and agree with a quantised cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from longspan.planner.models import find_model
 HIDDEN, WIDTH, TOTAL, CHOSEN = 16, 8, 6, 3
 
 
-def stack(*shape):
-    weight = torch.randn(*shape) / shape[-1] ** 0.5
+def stack(*shape, weight=None):
+    weight = torch.randn(*shape) / shape[-1] ** 0.5 if weight is None else weight
     return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
 
 
@@ -67,7 +68,7 @@ def test_the_sum_is_that_of_each_row_and_choice(form, rows, clamped):
 
 @pytest.mark.parametrize("form", [sum_one_by_one, sum_grouped])
 def test_all_rows_may_choose_the_same_experts(form):
-    x, experts, weights = routing(9)
+    x, _, weights = routing(9)
     given = x, torch.tensor([[5, 0, 2]]).expand(9, 3).contiguous(), weights
     torch.testing.assert_close(form(layer(), *given).double(), expected(layer(), *given), atol=1e-5, rtol=1e-5)
 
@@ -77,7 +78,7 @@ def test_all_rows_may_choose_the_same_experts(form):
 @pytest.mark.parametrize("form", [sum_one_by_one, sum_grouped])
 def test_the_parts_of_several_ranks_add_up(form, cuts, clamped):
     whole, given = layer(clamped=clamped), routing(17, seed=3)
-    parts = [part(whole, first, stop) for first, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [part(whole, first, stop) for first, stop in pairwise(cuts)]
     total = sum((form if len(each) else sum_of_none)(each, *given) for each in parts)
     torch.testing.assert_close(total.double(), expected(whole, *given), atol=1e-5, rtol=1e-5)
 
@@ -135,7 +136,9 @@ def mixtral():
     """Mixtral 8x7B's mixture, with the sizes of a model at hand."""
     config, _ = find_model("deepseek-v2-lite")
     names = {"names": ("w1", "w3", "w2"), "shared_intermediate_size": 0}
-    return replace(config, moe=replace(config.moe, num_experts=8, experts_per_token=2, intermediate_size=14336, **names))
+    return replace(
+        config, moe=replace(config.moe, num_experts=8, experts_per_token=2, intermediate_size=14336, **names)
+    )
 
 
 ROWS = (4, 0, 7)
@@ -154,7 +157,7 @@ def _on_a_rank(rank, make_group, traffic):
     gathered = GatheredExperts(group)
     gathered.expect(ROWS)
     found = [sum_one_by_one(whole, *given)]
-    for exchange in (gathered, SharedExperts(group, list(zip(cuts, cuts[1:], strict=False)))):
+    for exchange in (gathered, SharedExperts(group, list(pairwise(cuts)))):
         traffic.reset()
         found += [exchange.apply(*given, compute), traffic.bytes_by_label["experts"]]
     gathered.expect(None)

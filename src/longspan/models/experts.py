@@ -64,8 +64,13 @@ class RoutedExperts:
     def expert(self, number: int) -> Expert:
         """The expert of this number, which must be held."""
         place = number - self.first
-        biases = [None if bias is None else bias[place] for bias in (self.gate_up_bias, self.down_bias)]
-        return Expert(self.gate_up.linears[place], self.down.linears[place], *biases, self.limit)
+        return Expert(
+            self.gate_up.linears[place],
+            self.down.linears[place],
+            None if self.gate_up_bias is None else self.gate_up_bias[place],
+            None if self.down_bias is None else self.down_bias[place],
+            self.limit,
+        )
 
 
 def routed_experts(moe: MoEConfig, hidden: int, prefix: str, loader: Loader, experts: range) -> RoutedExperts:

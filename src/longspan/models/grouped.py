@@ -1,4 +1,4 @@
-"""The weighted sum of a mixture's experts, in two forms: expert by expert, or all in two grouped products.
+"""The weighted sum of a mixture's experts: one after the other, or all in two grouped products.
 
 It owns these forms and the choice between them; it must not know how rows are routed, nor who holds other experts.
 """
@@ -26,7 +26,7 @@ def sum_of_none(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor
 def sum_one_by_one(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """See `ExpertSum`. The reference. Which experts are chosen is read back, so a GPU must be waited for."""
     out = torch.zeros_like(x)
-    for number in experts.unique().tolist():
+    for number in torch.unique(experts).tolist():
         if held.first <= number < held.first + len(held):
             rows, choices = torch.where(experts == number)
             out.index_add_(0, rows, held.expert(number)(x[rows]) * weights[rows, choices, None].to(x.dtype))
@@ -55,7 +55,7 @@ def sum_grouped(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor
 
 
 class _Products:
-    """Grouped products of rows that are sorted by expert: `local` int64 [P] places, `stops` int32 [E] ends of groups."""
+    """Grouped products of P rows that are sorted by expert: `local` int64 [P]; the groups end at `stops` int32 [E]."""
 
     def __init__(self, held: RoutedExperts, local: Tensor, stops: Tensor) -> None:
         self._last = len(held) - 1
@@ -86,11 +86,25 @@ def problem_of_grouped(device: torch.device, dtype: torch.dtype, hidden: int, wi
 
 
 def choose_sum(held: RoutedExperts) -> ExpertSum:
-    """The form for experts as they are stored: grouped if their weights are in one tensor that such products take."""
+    """The form for experts as they are stored: products if their weights are in one tensor that such products take."""
     if not len(held):
         return sum_of_none
     if held.gate_up.weight is None or held.down.weight is None:
         return sum_one_by_one
     _, hidden, width = held.down.weight.shape
     problem = problem_of_grouped(held.down.weight.device, held.down.weight.dtype, hidden, width)
-    return sum_one_by_one if problem else sum_grouped
+    return sum_one_by_one if problem else _choose_by_rows()
+
+
+def _choose_by_rows() -> ExpertSum:
+    """The fused kernels for few rows, whose cost are launches and bytes; grouped products for many."""
+    try:
+        from longspan.models.fused_experts import few_enough, sum_fused
+    except ImportError:  # no Triton
+        return sum_grouped
+
+    def by_rows(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        form = sum_fused if few_enough(held, experts.numel()) else sum_grouped
+        return form(held, x, experts, weights)
+
+    return by_rows

@@ -120,7 +120,7 @@ class Collectives(ABC):
     def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
         """The sum over members of a part of x, which has one shape on all: member i gets part i, of `rows[i]` rows."""
         shape = (rows[self.rank], *x.shape[1:])
-        return _sum(self.all_to_all(list(x.split(list(rows))), [shape] * self.size, label))
+        return _sum(self.all_to_all(torch.split(x, list(rows)), [shape] * self.size, label))
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

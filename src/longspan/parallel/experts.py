@@ -44,8 +44,8 @@ class GatheredExperts:
 class SharedExperts:
     """Experts that are split over a group: member m holds experts [extents[m][0], extents[m][1]).
 
-    Only rows that some expert of a member wants are sent to it: fewer bytes than `GatheredExperts` sends. The numbers of rows are exchanged first, since they depend on the routing. A row is sent to a member once, however
-    many of that member's experts it is routed to.
+    A member is sent only the rows that one of its experts wants, each once, however many of its experts want it: fewer
+    bytes than `GatheredExperts` sends. The numbers of rows are exchanged first, since they depend on the routing.
     """
 
     def __init__(self, group: Collectives, extents: Sequence[tuple[int, int]]) -> None:

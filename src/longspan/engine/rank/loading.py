@@ -93,7 +93,7 @@ class TensorStore:
     def linear_stack(self, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
         """The linear layers of several weights of one shape, each as in `linear`.
 
-        Weights in the model's dtype are read one by one into one tensor [weights, out, in], unless the layers pack them.
+        They are read one by one into one tensor [weights, out, in], unless the layers pack them or keep them in FP8.
         """
         pieces = [piece for entry in entries for piece in entry]
         with self._lock:
