@@ -81,5 +81,6 @@ def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
     experts = merit.topk(moe.experts_per_token, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
     if moe.normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
-    return experts, weights * moe.scaling
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total + 1e-20 if moe.scoring == "sigmoid" else total)
+    return experts, weights if moe.scaling == 1 else weights * moe.scaling

@@ -40,13 +40,14 @@ class MixtureShape:
 
     def build(self, harness: Harness) -> RoutedExperts:
         """Random experts. As a loader does, products on a CPU pack their weights; the plain ones are kept too."""
-        stacks: list[LinearStack] = []
-        for out, into in ((2 * self.width, self.hidden), (self.hidden, self.width)):
-            weight = torch.empty(self.experts, out, into, device=harness.device, dtype=harness.dtype)
-            weight.normal_(std=into**-0.5)
-            packs = harness.device.type == "cpu"
-            stacks.append(LinearStack(tuple(DenseLinear(each, pack=packs) for each in weight), weight))
-        return RoutedExperts(0, self.experts, *stacks)
+        inner, outer = (2 * self.width, self.hidden), (self.hidden, self.width)
+        return RoutedExperts(0, self.experts, self._stack(harness, *inner), self._stack(harness, *outer))
+
+    def _stack(self, harness: Harness, out: int, into: int) -> LinearStack:
+        weight = torch.empty(self.experts, out, into, device=harness.device, dtype=harness.dtype)
+        weight.normal_(std=into**-0.5)
+        packs = harness.device.type == "cpu"
+        return LinearStack(tuple(DenseLinear(each, pack=packs) for each in weight), weight)
 
     def route(self, harness: Harness, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """x [rows, hidden], experts [rows, chosen] int64 chosen at random, and their weights [rows, chosen] fp32."""
