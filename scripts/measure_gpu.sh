@@ -42,8 +42,8 @@ steps() {
 : >"$folder/parts.txt"
 models=$(mktemp -d)
 trap 'rm -rf "$models"' EXIT
-"$python" scripts/random_llama.py "$models/llama" 2>"$folder/models.log" &
-"$python" scripts/random_llama.py "$models/deepseek" --family deepseek 2>>"$folder/models.log" &
+"$python" scripts/random_model.py "$models/llama" 2>"$folder/models.log" &
+"$python" scripts/random_model.py "$models/deepseek" --family deepseek-v2 2>>"$folder/models.log" &
 started=$SECONDS
 timeout 90 "$python" -m pytest tests/gpu -n 8 --timeout 60 -q -p no:cacheprovider >"$folder/tests.log" 2>&1
 echo "tests: exit $? after $((SECONDS - started)) s, $(tail -n 1 "$folder/tests.log")" | tee -a "$folder/parts.txt"

@@ -196,6 +196,27 @@ RANKS = (
         ("tests/engine/test_stages_and_experts.py::test_experts_over_all_ranks_of_a_stage_give_the_same_tokens",),
     ),
     Fault(
+        "ranks that get all rows return the sums of the first", "parallel/collectives.py",
+        "shape = (rows[self.rank], *x.shape[1:])\n        return _sum(self.all_to_all(torch.split(x, list(rows)),",
+        "shape = (rows[self.rank], *x.shape[1:])\n        return _sum(self.all_to_all([x[: count] for count in rows],",
+        ("tests/unit/test_experts.py::test_both_exchanges_give_a_rows_sum_wherever_its_experts_are",),
+    ),
+    Fault(
+        "rows of experts that are not held are summed as they are", "models/grouped.py",
+        "if len(held) < held.total:", "if len(held) > held.total:",
+        ("tests/unit/test_experts.py::test_rows_in_no_group_are_not_read_whatever_they_hold",),
+    ),
+    Fault(
+        "experts take all ranks to have equally many rows", "engine/rank/runner.py",
+        "self._experts.expect(self._rows_of_pcp(plan))", "self._experts.expect(None)",
+        ("tests/engine/test_stages_and_experts.py::test_experts_that_get_the_rows_of_all_ranks_give_the_same_tokens",),
+    ),
+    Fault(
+        "tiles of an expert begin with its first rows", "models/fused_experts.py",
+        "rank = tl.cumsum(chosen.to(tl.int32), 0) - 1 - skipped", "rank = tl.cumsum(chosen.to(tl.int32), 0) - 1",
+        ("tests/gpu/test_experts.py::test_an_expert_may_be_chosen_by_all_rows_and_need_several_tiles",),
+    ),
+    Fault(
         "ranks do not compare their plans", "engine/rank/runner.py",
         "if not torch.equal(digest, mine):", "if torch.equal(digest, mine) and False:",
         ("tests/engine/test_ranks_agree.py",),

@@ -14,6 +14,7 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
 from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, padded_rows
+from longspan.engine.setup import EngineSetup
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
 
@@ -109,6 +110,15 @@ def test_tokens_are_those_of_the_oracle(tiny, model, layout):
     assert tokens_of(llm) == expected_of(model)
     assert recorder.replayed >= 8
     assert schedules_that_moved(llm) == ({"gather_q"} if layout else set())
+
+
+def test_a_mixture_is_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch):
+    """The graph's ranks have equally many rows, the steps before it do not."""
+    monkeypatch.setattr(EngineSetup, "gathers_rows", True)
+    llm = tiny("deepseek-v3", pcp=2, tp=2, schedule="gather_q", enable_expert_parallel=True)
+    recorder = record(llm)
+    assert tokens_of(llm) == expected_of("deepseek-v3")
+    assert recorder.replayed >= 8
 
 
 def test_other_schedules_are_not_recorded(tiny):

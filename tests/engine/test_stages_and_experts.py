@@ -3,7 +3,9 @@
 import pytest
 
 from longspan import SamplingParams
+from longspan.engine.setup import EngineSetup
 from longspan.errors import ConfigError
+from longspan.parallel.experts import GatheredExperts
 from tests.engine.test_every_layout_gives_the_same_tokens import GRIDS, TOKENS, expected, prompts, tokens_of
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
@@ -122,6 +124,29 @@ def test_experts_over_all_ranks_of_a_stage_give_the_same_tokens(tiny, grid, mode
     assert tokens_of(llm, prompts()) == expected(model)
 
 
+GATHERED = [(grid, MODELS[row % 4]) for row, grid in enumerate(MIXED)]
+
+
+@pytest.fixture
+def gathers_rows(monkeypatch):
+    """As on GPUs of one machine: every rank gets the rows of all."""
+    monkeypatch.setattr(EngineSetup, "gathers_rows", True)
+
+
+@pytest.mark.parametrize(("grid", "model"), GATHERED, ids=str)
+def test_experts_that_get_the_rows_of_all_ranks_give_the_same_tokens(tiny, gathers_rows, grid, model):
+    """Prompts of several lengths: the ranks of a step have unequal numbers of rows, some of them none."""
+    tp, pcp, dcp = grid
+    llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, enable_expert_parallel=True)
+    assert tokens_of(llm, prompts()) == expected(model)
+    assert all(isinstance(runner._experts, GatheredExperts) for runner in llm.engine.executor.runners)
+
+
+def test_experts_that_get_the_rows_of_all_ranks_over_stages(tiny, gathers_rows):
+    llm = tiny("deepseek-v3-deep", pp=2, tp=2, pcp=2, dcp=2, enable_expert_parallel=True)
+    assert tokens_of(llm, prompts(), TOKENS) == expected("deepseek-v3-deep")
+
+
 def test_experts_over_ranks_and_stages(tiny):
     llm = tiny("deepseek-v3-deep", pp=2, tp=2, pcp=2, dcp=2, enable_expert_parallel=True)
     assert tokens_of(llm, prompts(), TOKENS) == expected("deepseek-v3-deep")
@@ -130,9 +155,8 @@ def test_experts_over_ranks_and_stages(tiny):
 def test_each_expert_is_held_once(tiny):
     for parallel, copies in ((True, 1), (False, 3)):
         llm = tiny("mixtral", tp=2, pcp=3, enable_expert_parallel=parallel)
-        held = [
-            expert for runner in llm.engine.executor.runners for expert in runner._model._layers[0]._mlp._experts
-        ]  # fmt: skip
+        parts = [runner._model._layers[0]._mlp.experts for runner in llm.engine.executor.runners]
+        held = [expert for part in parts for expert in range(part.first, part.first + len(part))]
         assert sorted(held) == sorted(list(range(5)) * copies)
 
 

@@ -38,6 +38,15 @@ def _reduce(group: Collectives) -> list[torch.Tensor]:
     return [group.all_reduce(_tensor(group.rank, 5).double(), "x")]
 
 
+def _reduce_scatter(group: Collectives) -> list[torch.Tensor]:
+    return [group.reduce_scatter(_tensor(group.rank, 2 * group.size, 3).double(), [2] * group.size, "x")]
+
+
+def _reduce_scatter_uneven(group: Collectives) -> list[torch.Tensor]:
+    rows = list(range(group.size))
+    return [group.reduce_scatter(_tensor(group.rank, sum(rows), 3).double(), rows, "x")]
+
+
 def _ring(group: Collectives) -> list[torch.Tensor]:
     shapes = [(owner, 2) for owner in range(group.size)]  # the first member sends no rows
     return [x.clone() for _, x in circulate(group, _tensor(group.rank, group.rank, 2), shapes, "x")]
@@ -60,6 +69,8 @@ OPERATIONS: dict[str, Callable[[Collectives], list[torch.Tensor]]] = {
     "uneven gather": _gather_uneven,
     "all to all": _all_to_all,
     "reduce": _reduce,
+    "reduce and scatter": _reduce_scatter,
+    "uneven reduce and scatter": _reduce_scatter_uneven,
     "ring": _ring,
     "pipeline": _pass_on,
 }

@@ -1,4 +1,4 @@
-"""`longspan bench attention|merge|kv-write`: backends on small cases, what is counted, what cannot be measured."""
+"""`longspan bench attention|merge|kv-write|moe`: backends on small cases, what is counted, what cannot be measured."""
 
 import json
 from dataclasses import replace
@@ -89,6 +89,19 @@ def test_kv_write_measures_every_format(capsys):
     assert rows[1]["bytes"] == elements * (4 + 1) + 20 * 2 * 16 * 4
 
 
+def test_moe_counts_the_chosen_experts_once_and_tells_the_error(capsys):
+    bench_kernels.moe(shape="4x4x32x16", rows="1,3", seconds=0.001, as_json=True)
+    found = report(capsys)
+    assert [(row["kernel"], row["rows"], row["backend"]) for row in found["rows"]] == [
+        ("mixture", 1, "loop"), ("mixture", 3, "loop"),
+    ]  # fmt: skip
+    each = 3 * 32 * 16
+    assert [row["bytes"] for row in found["rows"]] == [4 * (4 * each + 2 * rows * 32) for rows in (1, 3)]
+    assert [row["flops"] for row in found["rows"]] == [2 * rows * 4 * each for rows in (1, 3)]
+    assert found["errors"].keys() == {"1 rows loop", "3 rows loop"}
+    assert all(0 < error < 1e-5 for error in found["errors"].values())
+
+
 @pytest.mark.parametrize("format, row_bytes", [("auto", 2 * 8 * 128 * 2), ("fp8", 2 * 8 * (128 + 4))])
 def test_decode_counts_the_cache_the_queries_and_the_results(format, row_bytes):
     moved, operations = AttentionCase(HEADS["gqa"], format, 3, 1, 100).size(harness())
@@ -142,6 +155,8 @@ def test_the_clock_stays_within_its_budget_and_repeats_three_times_at_least():
         (bench_kernels.merge, {"tokens": "0"}, "tokens=0: must be at least 1"),
         (bench_kernels.merge, {"heads": "many"}, "heads=many: unknown choice"),
         (bench_kernels.merge, {"seconds": 0.0}, "seconds=0.0: must be positive"),
+        (bench_kernels.moe, {"shape": "8x2x64"}, "shape=8x2x64: is not experts x choices x hidden x width"),
+        (bench_kernels.moe, {"shape": "2x4x64x64"}, "shape=2x4x64x64: lets a row choose 4 of 2 experts"),
         (bench_kernels.kv_write, {"formats": "int2"}, "kv_cache_dtype=int2: unknown choice"),
         (bench_kernels.attention_kernel, {"prefill": "12"}, "prefill=12: is not new x cached tokens"),
         (

@@ -1,6 +1,7 @@
-"""What a configuration becomes on a machine: here, which executor has its ranks."""
+"""What a configuration becomes on a machine: which executor has its ranks, and which steps are recorded."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -114,3 +115,25 @@ def test_a_rank_takes_its_gpu_before_anything_can_open_a_context_on_another(gpus
     with pytest.raises(KeyboardInterrupt):
         rank_serving._serve(Begin(config(device="cuda"), "", 8), 5, 5, SimpleNamespace(), print)
     assert seen == [[5]]
+
+
+def records(gpu=True, dtype="auto", **parallel):
+    """Whether DeepSeek-V2-Lite's decode steps are recorded on GPUs."""
+    found = resolve(EngineConfig("deepseek-v2-lite", executor="dry", dtype=dtype, parallel=ParallelConfig(**parallel)))
+    return replace(found, device_type="cuda" if gpu else "cpu").records_decode
+
+
+def test_a_mixtures_decode_steps_are_recorded_where_all_its_experts_are_in_one_product(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert records()
+    assert not records(dtype="float16")
+    assert not records(gpu=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not records()
+
+
+def test_they_are_recorded_over_ranks_of_one_machine_that_all_get_the_same_rows(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
+    assert records(**two)
+    assert not records(**two, ranks_per_node=1)

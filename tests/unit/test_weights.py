@@ -246,14 +246,47 @@ def test_an_entry_of_a_stacked_tensor_is_loaded_transposed(tmp_path):
     assert torch.equal(store.tensor([WeightPiece("b", ((2, 3), (0, 5)), stacked=True)]), stack[2, 0])
 
 
+def entries(stacked=False):
+    """Two experts: each with a tensor of its own, or in one tensor [experts, in, out]."""
+    if stacked:
+        return [[WeightPiece("s", ((number, number + 1), (0, 4), (0, 5)), stacked=True)] for number in (2, 0)]
+    return [[WeightPiece(name, ((0, 3), (0, 4)), stacked=False)] * 2 for name in ("a", "c")]
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "in a stack"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_of_weights_multiplies_as_each_of_them(tmp_path, dtype, stacked):
+    save_file(
+        {"a": torch.randn(6, 4), "c": torch.randn(6, 4), "s": torch.randn(3, 4, 5)}, tmp_path / "model.safetensors"
+    )
+    store = TensorStore(SafetensorsCheckpoint(tmp_path), dtype)
+    found, x = store.linear_stack(entries(stacked)), torch.randn(3, 4).to(dtype)
+    for number, entry in enumerate(entries(stacked)):
+        torch.testing.assert_close(found.linears[number](x), store.linear(entry)(x))
+        if found.weight is not None:
+            assert torch.equal(found.weight[number], store.tensor(entry))
+    assert (found.weight is None) == (dtype == torch.float32)  # packed, which only serves products one by one
+    assert store.linear_stack(entries(stacked)) is found
+
+
+def test_a_stack_is_filled_one_weight_after_the_other(tmp_path):
+    """So at most one of them is in memory twice."""
+    save_file({"a": torch.randn(6, 4), "c": torch.randn(6, 4)}, tmp_path / "model.safetensors")
+    counting = Counting(SafetensorsCheckpoint(tmp_path))
+    weight = TensorStore(counting, torch.bfloat16).linear_stack(entries()).weight
+    assert weight.shape == (2, 6, 4)
+    assert counting.largest == 6 * 4 and counting.elements == 2 * 6 * 4
+
+
 class Counting:
-    """Counts the bytes read of a checkpoint."""
+    """Counts the elements read of a checkpoint, and those of the largest tensor that they were read into."""
 
     def __init__(self, inner: SafetensorsCheckpoint) -> None:
-        self.inner, self.elements = inner, 0
+        self.inner, self.elements, self.largest = inner, 0, 0
 
     def read(self, name: str, index: tuple[slice, ...], out: torch.Tensor) -> None:
         self.elements += out.numel()
+        self.largest = max(self.largest, out.untyped_storage().nbytes() // out.element_size())
         self.inner.read(name, index, out)
 
 

@@ -1,4 +1,4 @@
-"""`longspan bench attention|merge|kv-write`: single kernels, compared with the limits of the device.
+"""`longspan bench attention|merge|kv-write|moe`: single kernels, compared with the limits of the device.
 
 It owns the options and the tables. Tables and progress go to stderr; with `--json` one object goes to stdout.
 """
@@ -26,11 +26,11 @@ _WIDTH = 150  # characters of the table
 _SIZES = {  # default sizes by device
     "cpu": {
         "batch": "1,4", "cached": "1024,8192", "prefill": "256x2048", "whole": 8192,
-        "tokens": "1,256", "rows": "1,1024",
+        "tokens": "1,256", "rows": "1,1024", "mixture": "16x4x256x128", "routed": "1,64",
     },
     "cuda": {
         "batch": "1,8,64", "cached": "8192,131072,1048576", "prefill": "16384x131072", "whole": 1 << 20,
-        "tokens": "1,64,1024,4096", "rows": "1,64,2048,16384",
+        "tokens": "1,64,1024,4096", "rows": "1,64,2048,16384", "mixture": "64x6x2048x1408", "routed": "1,16,256,8192",
     },
 }  # fmt: skip
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
@@ -57,6 +57,10 @@ Tokens = Annotated[
     ),
 ]
 Rows = Annotated[str | None, typer.Option("--rows", help="rows to write, a case for each number, as in 1,1024")]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="experts x choices of a row x hidden size x width, as in 64x6x2048x1408")
+]
+Routed = Annotated[str | None, typer.Option("--rows", help="rows to route, a case for each number, as in 1,8192")]
 Seconds = Annotated[float, typer.Option("--seconds", help="seconds for the repetitions of one case")]
 
 
@@ -152,6 +156,25 @@ def kv_write(
     _run(device, backends, seconds, as_json, "Writing the cache", measure)
 
 
+def moe(
+    device: Device = "cpu",
+    shape: Shape = None,
+    rows: Routed = None,
+    seconds: Seconds = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Measure the weighted sum of a mixture's experts, in every form that the device has, and its error."""
+    sizes = _sizes(device)
+    counts, mixture = _integers("rows", rows, sizes["routed"]), _mixture(shape or sizes["mixture"])
+    from longspan.bench.kernels.mixture import MixtureShape, run_mixtures
+
+    def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
+        found, errors = run_mixtures(harness, MixtureShape(*mixture), counts)
+        return found, {"shape": mixture, "errors": errors}
+
+    _run(device, "all", seconds, as_json, "Mixture of {} experts, {} a row, {} x {}".format(*mixture), measure)
+
+
 def _run(
     device: str, backends: str, seconds: float, as_json: bool, title: str,
     measure: Callable[[Harness], tuple[list[KernelRow], dict[str, Any]]],
@@ -173,6 +196,8 @@ def _run(
             f"{name}: slowest of {more['shards']} shards {share['slowest_share']:.3f} of the whole, "
             f"merge {share['merge_share']:.3f}"
         )
+    for name, error in more.get("errors", {}).items():
+        console.print(f"{name}: largest error against fp64 {error:.1e} of the largest element")
     if as_json:
         print(json.dumps({"device": _name(device), "ceilings": asdict(harness.ceilings), "rows": found, **more}))
 
@@ -232,6 +257,15 @@ def _integers(field: str, given: str | None, default: str) -> tuple[int, ...]:
     found = parse_integers(field, text) if text else ()
     require(all(number >= 1 for number in found), field, text, "must be at least 1", "give positive numbers")
     return found
+
+
+def _mixture(text: str) -> tuple[int, int, int, int]:
+    numbers = [int(part) for part in text.split("x") if part.isdigit() and int(part)]
+    if len(numbers) != 4 or text.count("x") != 3:
+        raise ConfigError("shape", text, "is not experts x choices x hidden x width", "write it as 64x6x2048x1408")
+    experts, chosen, hidden, width = numbers
+    require(chosen <= experts, "shape", text, f"lets a row choose {chosen} of {experts} experts", "choose fewer")
+    return experts, chosen, hidden, width
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:

@@ -19,9 +19,9 @@ from longspan.cache.layout import KVLayout
 from longspan.config import ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
-from longspan.models.context import LayerContext, Loader
+from longspan.models.context import LayerContext
 from longspan.models.decoder import DecoderModel, Embedding, build_attention
-from longspan.models.experts import routed_expert, shared_expert
+from longspan.models.experts import routed_experts, shared_expert
 from longspan.models.mlp import GatedMLP
 from longspan.models.moe import ExpertRouter
 from longspan.models.params import Extent, Param
@@ -132,7 +132,7 @@ class RankMemory:
     @cached_property
     def expert(self) -> WeightPart:
         """One routed expert, not divided."""
-        return self._of_mixture(partial(routed_expert, expert=0), self.weights.experts)
+        return self._of_mixture(partial(routed_experts, experts=range(1)), self.weights.experts)
 
     @cached_property
     def experts_held(self) -> int:
@@ -222,12 +222,12 @@ class RankMemory:
         asked = requests_of(build)
         return WeightPart(self._held(asked.params), element_bytes, len(asked.matrices))
 
-    def _of_mixture(self, build: Callable[[MoEConfig, int, str, Loader], object], element_bytes: float) -> WeightPart:
+    def _of_mixture(self, build: Callable[[MoEConfig, int, str, LayerContext], object], element_bytes: float) -> WeightPart:
         """A part of an MoE layer; empty if the model has no such layers."""
         moe, hidden = self.model.moe, self.model.hidden_size
         if moe is None:
             return WeightPart()
-        return self._part(lambda context: build(moe, hidden, "", context.loader), element_bytes)
+        return self._part(lambda context: build(moe, hidden, "", context), element_bytes)
 
     def _held(self, params: Iterable[Param]) -> int:
         """Number of elements of the parameters on the rank that holds the most of them."""

@@ -23,6 +23,7 @@ from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
+from longspan.models.grouped import problem_of_grouped
 from longspan.models.registry import Family, check_checkpoint, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
@@ -132,12 +133,30 @@ class EngineSetup:
     def records_decode(self) -> bool:
         """Whether decode steps are recorded as CUDA graphs.
 
-        They are not with experts, whose number of rows depends on the tokens, nor with pipeline stages, nor with
-        several ranks that are threads of one process.
+        They are not with a mixture whose shapes depend on the routing, nor with pipeline stages, nor with several ranks
+        that are threads of one process.
         """
-        plain = self.model.moe is None and self.grid.pp == 1 and not self.config.enforce_eager
+        plain = self._has_fixed_shapes and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
         return plain and alone and self.device_type == "cuda"
+
+    @property
+    def _has_fixed_shapes(self) -> bool:
+        """Whether the shapes of a step follow from its numbers of rows, also where there is a mixture of experts."""
+        moe, exchanges = self.model.moe, self.config.parallel.enable_expert_parallel
+        if moe is None:
+            return True
+        sizes = self.model.hidden_size, moe.intermediate_size
+        grouped = problem_of_grouped(torch.device(self.device_type), self.dtype, *sizes) is None
+        return grouped and self.scaled.weights is None and (self.gathers_rows or not exchanges)
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether every rank gets all rows for its experts, and not only those that chose them.
+
+        On GPUs of one machine more bytes cost less than waiting for the numbers of rows.
+        """
+        return self.device_type == "cuda" and len(self.grid.nodes(self.grid.expert_group(0))) == 1
 
     @property
     def measures_cost(self) -> bool:

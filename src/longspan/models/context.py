@@ -5,7 +5,7 @@ It owns these interfaces. They hide all ranks: a model knows attention, two grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,6 +57,16 @@ class Linear(Protocol):
         """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
 
 
+@dataclass(frozen=True)
+class LinearStack:
+    """One product for each of several weights of the same shape, as those of a mixture's experts."""
+
+    # the products, in the order of the weights
+    linears: tuple[Linear, ...]
+    # all weights [weights, out, in] in one tensor; None if their format only serves products one by one
+    weight: Tensor | None = None
+
+
 class Loader(Protocol):
     """Gives a model its parameters: of each the part that this rank holds."""
 
@@ -73,6 +83,9 @@ class Loader(Protocol):
 
         It may keep the weight in a format that only serves products.
         """
+
+    def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
+        """The products with several weights, each of which is as in `linear`."""
 
     def extent(self, axis: str, size: int) -> tuple[int, int]:
         """(start, stop) of the part of a logical axis of `size` items that this rank holds."""

@@ -5,22 +5,27 @@ It owns routing. The loader decides which experts a rank holds, and `experts.py`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.models.config import MoEConfig
-from longspan.models.context import LayerContext, Loader
-from longspan.models.experts import routed_expert, shared_expert
+from longspan.models.context import LayerContext
+from longspan.models.experts import routed_experts, shared_expert
+from longspan.models.grouped import choose_sum
 from longspan.models.params import Param
 
 
 class ExpertRouter:
     """Which experts each row is routed to. Computed in fp32, and not sharded."""
 
-    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, loader: Loader) -> None:
+    def __init__(self, moe: MoEConfig, hidden: int, prefix: str, context: LayerContext) -> None:
+        loader = context.loader
         name, count = f"{prefix}.{moe.router}", moe.num_experts
         self._moe = moe
+        self._route = choose_route(loader.device)
         self._weight = loader.load(Param(f"{name}.weight", (count, hidden), (None, None))).float()
         self._bias: Tensor | None = None
         self._correction: Tensor | None = None
@@ -31,7 +36,7 @@ class ExpertRouter:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, hidden] → (experts [T, k] int64, weights [T, k] fp32), with k experts for each token."""
-        return route(F.linear(x.float(), self._weight, self._bias), self._correction, self._moe)
+        return self._route(F.linear(x.float(), self._weight, self._bias), self._correction, self._moe)
 
 
 class MixtureOfExperts:
@@ -41,10 +46,11 @@ class MixtureOfExperts:
         loader = context.loader
         self._tp = context.tp
         self._group = context.experts
-        self._router = ExpertRouter(moe, hidden, prefix, loader)
+        self._router = ExpertRouter(moe, hidden, prefix, context)
         start, stop = loader.extent("experts", moe.num_experts)
-        self._experts = {expert: routed_expert(moe, hidden, prefix, loader, expert) for expert in range(start, stop)}
-        self._shared = shared_expert(moe, hidden, prefix, loader) if moe.shared_intermediate_size else None
+        self.experts = routed_experts(moe, hidden, prefix, context, range(start, stop))
+        self._sum_of = choose_sum(self.experts)
+        self._shared = shared_expert(moe, hidden, prefix, context) if moe.shared_intermediate_size else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
@@ -56,12 +62,7 @@ class MixtureOfExperts:
 
         `experts` [T, k] int64 and `weights` [T, k] are the routing of these rows.
         """
-        out = torch.zeros_like(x)
-        for expert, compute in self._experts.items():
-            rows, choices = torch.where(experts == expert)
-            if rows.numel():
-                out.index_add_(0, rows, compute(x[rows]) * weights[rows, choices, None].to(x.dtype))
-        return out
+        return self._sum_of(self.experts, x, experts, weights)
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -84,5 +85,17 @@ def route(logits: Tensor, bias: Tensor | None, moe: MoEConfig) -> tuple[Tensor, 
     experts = merit.topk(moe.experts_per_token, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
     if moe.normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
-    return experts, weights * moe.scaling
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total + 1e-20 if moe.scoring == "sigmoid" else total)
+    return experts, weights if moe.scaling == 1 else weights * moe.scaling
+
+
+def choose_route(device: torch.device) -> Callable[[Tensor, Tensor | None, MoEConfig], tuple[Tensor, Tensor]]:
+    """`route`, or on a GPU its kernel, which replaces ten to twenty small ones."""
+    if device.type != "cuda":
+        return route
+    try:
+        from longspan.models.fused_router import route_fused
+    except ImportError:  # no Triton
+        return route
+    return route_fused

@@ -5,12 +5,12 @@ It owns this loader; it must not know what the parameters are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from longspan.models.context import LayerContext, Linear
+from longspan.models.context import LayerContext, Linear, LinearStack
 from longspan.models.params import Extent, Param, loaded_shape
 
 
@@ -48,6 +48,10 @@ class ShapeLoader:
         """See `Loader.linear`."""
         self.requests.append(params)
         return _no_product
+
+    def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
+        """See `Loader.linear_stack`. Each weight is a request."""
+        return LinearStack(tuple(self.linear(*entry) for entry in entries))
 
 
 def requests_of(build: Callable[[LayerContext], object], extent: Extent = _whole) -> ShapeLoader:

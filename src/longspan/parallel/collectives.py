@@ -117,10 +117,19 @@ class Collectives(ABC):
 
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
-        parts = self.all_gather(x, [x.shape[0]] * self.size, label)
-        if len(parts) == 1:
-            return parts[0]
-        total = torch.add(parts[0], parts[1])
-        for part in parts[2:]:
-            total.add_(part)
-        return total
+        return _sum(self.all_gather(x, [x.shape[0]] * self.size, label))
+
+    def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
+        """The sum over members of a part of x, which has one shape on all: member i gets part i, of `rows[i]` rows."""
+        shape = (rows[self.rank], *x.shape[1:])
+        return _sum(self.all_to_all(torch.split(x, list(rows)), [shape] * self.size, label))
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape, in their order. The tensors are not changed."""
+    if len(parts) == 1:
+        return parts[0]
+    total = torch.add(parts[0], parts[1])
+    for part in parts[2:]:
+        total.add_(part)
+    return total

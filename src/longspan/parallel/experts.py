@@ -1,6 +1,6 @@
-"""Expert parallelism: rows are sent to the ranks that hold their experts, and the weighted sums are sent back.
+"""Expert parallelism: rows go to the ranks that hold their experts, and the weighted sums come back.
 
-It owns this exchange; it must not know what an expert computes.
+It owns the two forms of this exchange; it must not know what an expert computes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,35 @@ Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [T, hidden], experts [T, k] int64, weights [T, k]) → [T, hidden]: the weighted sum over the experts held here."""
 
 
+class GatheredExperts:
+    """Experts that are split over a group. Every member gets the rows of all, and computes what its own experts add.
+
+    Nothing depends on the routing but numbers, so the host waits for nothing, and a step can be recorded.
+    """
+
+    def __init__(self, group: Collectives) -> None:
+        self._group = group
+        self._rows: tuple[int, ...] | None = None
+
+    def expect(self, rows: Sequence[int] | None) -> None:
+        """Say how many rows each member has from now on; None: as many as this one."""
+        self._rows = None if rows is None else tuple(rows)
+
+    def apply(self, x: Tensor, experts: Tensor, weights: Tensor, compute: Compute) -> Tensor:
+        """See `ExpertParallel.apply`: x [T, hidden], experts and weights [T, k] → [T, hidden]."""
+        rows = self._rows or (len(x),) * self._group.size
+        # one tensor for both: fp32 holds every integer up to 2^24
+        routing = torch.cat((weights, experts.to(weights.dtype)), dim=1)
+        everyone = torch.cat(self._group.all_gather(x, rows, _LABEL))
+        shares, chosen = torch.cat(self._group.all_gather(routing, rows, _LABEL)).chunk(2, dim=1)
+        return self._group.reduce_scatter(compute(everyone, chosen.long(), shares), rows, _LABEL)
+
+
 class SharedExperts:
     """Experts that are split over a group: member m holds experts [extents[m][0], extents[m][1]).
 
-    The numbers of rows are exchanged first, since they depend on the routing. A row is sent to a member once, however
-    many of that member's experts it is routed to.
+    A member is sent only the rows that one of its experts wants, each once, however many of its experts want it: fewer
+    bytes than `GatheredExperts` sends. The numbers of rows are exchanged first, since they depend on the routing.
     """
 
     def __init__(self, group: Collectives, extents: Sequence[tuple[int, int]]) -> None:

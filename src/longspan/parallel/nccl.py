@@ -17,6 +17,8 @@ from longspan.parallel.distributed import DistributedCollectives, Transfer
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
 
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class NcclCollectives(DistributedCollectives):
     """A group of processes. All members must create their groups in the same order."""
@@ -59,6 +61,16 @@ class NcclCollectives(DistributedCollectives):
         with self._lost_peers():
             dist.all_reduce(x, group=self._members)
         return x
+
+    def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
+        """See `Collectives.reduce_scatter`. One NCCL operation if all parts have the same shape."""
+        if self._members is None or len(set(rows)) > 1 or not x.numel():
+            return super().reduce_scatter(x, rows, label)
+        part = x.new_empty((rows[self.rank], *x.shape[1:]))
+        self.traffic.count(label, (self.size - 1) * part.numel() * part.element_size())
+        with self._lost_peers():
+            _REDUCE_SCATTER(part, x.contiguous(), group=self._members)
+        return part
 
     def _start(self, transfers: Sequence[Transfer]) -> list[dist.Work]:
         operations = [

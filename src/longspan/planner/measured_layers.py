@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.attention.layer import AttentionLayer
 from longspan.clock import Run
 from longspan.models.config import ModelConfig
-from longspan.models.context import LayerContext, Linear
+from longspan.models.context import LayerContext, Linear, LinearStack
 from longspan.models.decoder import DecoderModel
 from longspan.models.layers import DenseLinear, table_product
 from longspan.models.ops import choose_ops
@@ -63,6 +63,10 @@ class _RandomWeights:
     def linear(self, *params: Param) -> Linear:
         """A product with such a weight."""
         return DenseLinear(self.load(*params))
+
+    def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
+        """Products with such weights."""
+        return LinearStack(tuple(self.linear(*entry) for entry in entries))
 
 
 def _inner(layers: int) -> Extent:

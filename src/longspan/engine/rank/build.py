@@ -26,10 +26,10 @@ from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, ExpertParallel, LayerContext
+from longspan.models.context import Alone, LayerContext
 from longspan.models.ops import choose_ops
 from longspan.parallel.collectives import Collectives
-from longspan.parallel.experts import SharedExperts
+from longspan.parallel.experts import GatheredExperts, SharedExperts
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
@@ -94,11 +94,12 @@ def build_runner(
     )
     vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
-    experts: ExpertParallel = Alone()
+    experts: GatheredExperts | SharedExperts | Alone = Alone()
     if config.parallel.enable_expert_parallel and model_config.moe:
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
-        experts = SharedExperts(make_group(peers), extents)
+        group = make_group(peers)
+        experts = GatheredExperts(group) if setup.gathers_rows else SharedExperts(group, extents)
     context = LayerContext(RankLoader(store, sharding), tp, experts, choose_ops(store.device))
     model = setup.family.build(model_config, context, setup.dtype)
     attention = _attention(setup, sharding, groups.context, store.device)
@@ -111,6 +112,7 @@ def build_runner(
         vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
         store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
+        experts=experts if isinstance(experts, GatheredExperts) else None,
     )  # fmt: skip
     constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
     return Runner(parts), constants

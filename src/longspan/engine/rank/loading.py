@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from longspan.engine.rank.scaled_weights import ScaledWeights
-from longspan.models.context import Linear
-from longspan.models.layers import DenseLinear
+from longspan.models.context import Linear, LinearStack
+from longspan.models.layers import DenseLinear, can_pack
 from longspan.models.params import Bounds, Param, loaded_shape
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
@@ -73,6 +73,7 @@ class TensorStore:
         self._scaled = scaled
         self._tensors: dict[_Key, Tensor] = {}
         self._linears: dict[_Key, Linear] = {}
+        self._stacks: dict[_Key, LinearStack] = {}
         self._lock = Lock()
 
     def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
@@ -89,18 +90,46 @@ class TensorStore:
         with self._lock:
             return _once(self._linears, pieces, self._linear)
 
+    def linear_stack(self, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
+        """The linear layers of several weights of one shape, each as in `linear`.
+
+        They are read one by one into one tensor [weights, out, in], unless the layers pack them or keep them in FP8.
+        """
+        pieces = [piece for entry in entries for piece in entry]
+        with self._lock:
+            return _once(self._stacks, pieces, lambda _: self._stack(entries))
+
+    def _stack(self, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
+        one = torch.empty(0, dtype=self._dtype, device=self.device)
+        if not entries or can_pack(one) or any(self._keeps_scaled(entry) for entry in entries):
+            return LinearStack(tuple(self._linear(entry) for entry in entries))
+        rows = sum(piece.shape[0] for piece in entries[0])
+        weight = one.new_empty(len(entries), rows, *entries[0][0].shape[1:])
+        for entry, out in zip(entries, weight, strict=True):
+            out.copy_(self._read_on_host(entry, self._dtype))
+        return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
+
     def _linear(self, pieces: Sequence[WeightPiece]) -> Linear:
-        kept = self._scaled
-        if kept and all(piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces):
-            return BlockScaledLinear(self._read_scaled(kept, pieces), kept.fused)
+        if self._scaled and self._keeps_scaled(pieces):
+            return BlockScaledLinear(self._read_scaled(self._scaled, pieces), self._scaled.fused)
         return DenseLinear(self._read(pieces, self._dtype))
 
+    def _keeps_scaled(self, pieces: Sequence[WeightPiece]) -> bool:
+        """Whether the weight stays in FP8."""
+        kept = self._scaled
+        return kept is not None and all(
+            piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces
+        )
+
     def _read(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
+        return self._read_on_host(pieces, dtype).to(self.device)
+
+    def _read_on_host(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
         rows = [piece.shape[0] for piece in pieces]
         whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
         for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
             piece.read(self._checkpoint, out)
-        return whole.to(self.device)
+        return whole
 
     def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[WeightPiece]) -> BlockScaled:
         rows, columns = [piece.shape[0] for piece in pieces], pieces[0].shape[1]
@@ -143,6 +172,10 @@ class RankLoader:
     def linear(self, *params: Param) -> Linear:
         """A linear layer whose weight is this rank's slice of each parameter, concatenated along dimension 0."""
         return self._store.linear([self._piece(param) for param in params])
+
+    def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
+        """The linear layers whose weights are this rank's slices of each entry's parameters."""
+        return self._store.linear_stack([[self._piece(param) for param in entry] for entry in entries])
 
     def _piece(self, param: Param) -> WeightPiece:
         return WeightPiece(param.name, param.bounds(self.extent), param.stacked is not None)

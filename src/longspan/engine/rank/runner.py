@@ -21,6 +21,7 @@ from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, st
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
 from longspan.parallel.collectives import Collectives
+from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
@@ -77,6 +78,8 @@ class RankParts:
     store: PageStore | None = None
     # moves pages from or to other instances; None without a role
     transfer: TransferThread | None = None
+    # experts that every rank computes for the rows of all; None if there are none
+    experts: GatheredExperts | None = None
 
 
 class Runner:
@@ -100,6 +103,7 @@ class Runner:
         self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
+        self._experts = parts.experts
 
     @property
     def model(self) -> Model:
@@ -155,6 +159,8 @@ class Runner:
             return self._replay(uniform(plan, schedules), self.cuda_graphs)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
+        if self._experts is not None:
+            self._experts.expect(self._rows_of_pcp(plan))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
@@ -169,9 +175,14 @@ class Runner:
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """Run a decode step as a CUDA graph. Every row is sampled."""
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
-        rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
+        rows = self._rows_of_pcp(plan)
+        if self._experts is not None:
+            self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
+
+    def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
+        return [sum(s.length for s in plan.segments if s.pcp == pcp) for pcp in range(self._grid.pcp)]
 
     def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
         """Start sampling from `logits` fp32 [samples, vocab].
