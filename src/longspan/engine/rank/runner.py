@@ -153,7 +153,10 @@ class Runner:
         schedules = self._attention.schedules
         if self.cuda_graphs is not None and recordable(plan, schedules):
             return self._replay(uniform(plan, schedules), self.cuda_graphs)
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
+        attention = self._attention
+        view = rank_view(
+            plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
+        )
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
         if self._model.head is None:  # not the last stage

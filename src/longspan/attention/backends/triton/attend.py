@@ -12,21 +12,26 @@ LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adjacent"])
 def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
-    items, bounds, index, q, kv, out, lse, part_out, part_lse,
+    items, gathered, adjacent, bounds, index, q, kv, out, lse, part_out, part_lse,
     q_strides, head_strides, out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
     GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Program (item, KV head): one item of work by online softmax (Milakov & Gimelshein 2018; FlashAttention).
 
-    `items`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in order. `kv` is
-    (keys, values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and
-    `VALUE` are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are.
-    `FLIP` is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
+    `items`, `gathered`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in
+    order. The first `adjacent` programs take `items`; with `GATHERED` the others take `gathered`. `kv` is (keys,
+    values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and `VALUE`
+    are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are. `FLIP`
+    is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
     """
-    item = items + tl.program_id(0) * FIELDS
+    program = tl.program_id(0)
+    item = items + program * FIELDS
+    if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
+        if program >= adjacent:
+            item = gathered + (program - adjacent) * FIELDS
     count = tl.load(item + 2)
     if count == 0:
         return
@@ -55,19 +60,21 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     if VALUE[2]:
         mixed_rest = _zeros(VALUE[3], BLOCK_M, FLIP)
 
-    # whole tiles need no mask; the tiles before and after them do
-    for column in tl.range(full_start, full_stop, BLOCK_N):
-        top, total, mixed, mixed_rest = _step(
-            top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
-            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, False,
-        )  # fmt: skip
-    before = tl.cdiv(full_start - start, BLOCK_N)
-    after = tl.cdiv(stop - full_stop, BLOCK_N)
-    for number in tl.range(0, before + after):
-        column = tl.where(number < before, start + number * BLOCK_N, full_stop + (number - before) * BLOCK_N)
-        top, total, mixed, mixed_rest = _step(
-            top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
-            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, True,
+    in_place = start, full_start, full_stop, stop
+    by_index = in_place
+    if GATHERED:  # loops that follow each other share memory for their tiles; the branches of an `if` may not
+        if program < adjacent:
+            by_index = start, start, start, start
+        else:
+            in_place = start, start, start, start
+    top, total, mixed, mixed_rest = _columns(
+        top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
+        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, BLOCK_N,
+    )  # fmt: skip
+    if GATHERED:
+        top, total, mixed, mixed_rest = _columns(
+            top, total, mixed, mixed_rest, queries, queries_rest, low, high, by_index, index, place, kv, scale,
+            KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, BLOCK_N,
         )  # fmt: skip
     _finish(
         tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
@@ -85,6 +92,34 @@ def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ig
     if FLIP:
         main, rest = tl.trans(main), tl.trans(rest)
     return main, rest
+
+
+@triton.jit
+def _columns(  # type: ignore[no-untyped-def]
+    top, total, mixed, mixed_rest, queries, queries_rest, low, high, columns, index, place, kv, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Update the online softmax, as in `_step`, by all columns of an item.
+
+    `columns` are its `start`, `full_start`, `full_stop` and `stop`. Whole tiles need no mask; the tiles before and
+    after them do.
+    """
+    start, full_start, full_stop, stop = columns
+    for column in tl.range(full_start, full_stop, BLOCK_N):
+        top, total, mixed, mixed_rest = _step(
+            top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
+            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, False,
+        )  # fmt: skip
+    before = tl.cdiv(full_start - start, BLOCK_N)
+    after = tl.cdiv(stop - full_stop, BLOCK_N)
+    for number in tl.range(0, before + after):
+        column = tl.where(number < before, start + number * BLOCK_N, full_stop + (number - before) * BLOCK_N)
+        top, total, mixed, mixed_rest = _step(
+            top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
+            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, True,
+        )  # fmt: skip
+    return top, total, mixed, mixed_rest
 
 
 @triton.jit
