@@ -76,7 +76,7 @@ class _Wrappers:
     def lend(self, owner: object, *, latent: bool) -> Any:
         """A wrapper for paged keys and values, or for latents, until `owner` is deleted."""
         back = self._back[latent]
-        if back and (back[0][1] is None or back[0][1].query()):
+        if back and (back[0][1] is None or back[0][1].query()):  # type: ignore[no-untyped-call]
             wrapper, _ = back.popleft()
         elif latent:
             wrapper = self._library.mla.BatchMLAPagedAttentionWrapper(self._workspace)
@@ -86,7 +86,7 @@ class _Wrappers:
         return wrapper
 
     def _take_back(self, wrapper: Any, latent: bool) -> None:
-        event = torch.cuda.Event() if self._workspace.is_cuda else None
+        event = torch.cuda.Event() if self._workspace.is_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record(torch.cuda.current_stream(self._workspace.device))
         self._back[latent].append((wrapper, event))

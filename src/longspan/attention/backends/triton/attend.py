@@ -45,33 +45,23 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     low = tl.load(bounds + token * 2, mask=valid, other=0)
     high = tl.load(bounds + token * 2 + 1, mask=valid, other=0)
     place = tl.load(item + 3)
-    start, full_start = tl.load(item + 4), tl.load(item + 5)
-    full_stop, stop = tl.load(item + 6), tl.load(item + 7)
+    columns = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
 
     kv_head = (first_heads[1] + head).to(tl.int64)
     kv = (
         kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
         kv[2] + kv_head * head_strides[2], kv[3] + kv_head * head_strides[2],
     )  # fmt: skip
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    mixed = _zeros(VALUE[1], BLOCK_M, FLIP)
-    mixed_rest = mixed
-    if VALUE[2]:
-        mixed_rest = _zeros(VALUE[3], BLOCK_M, FLIP)
-
-    in_place = start, full_start, full_stop, stop
-    by_index = in_place
+    top, total, mixed, mixed_rest = _nothing(VALUE, FLIP, BLOCK_M)
+    in_place = columns
     if GATHERED:  # loops that follow each other share memory for their tiles; the branches of an `if` may not
-        if program < adjacent:
-            by_index = start, start, start, start
-        else:
-            in_place = start, start, start, start
+        in_place = _if_wanted(program < adjacent, columns)
     top, total, mixed, mixed_rest = _columns(
         top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
         KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, BLOCK_N,
     )  # fmt: skip
     if GATHERED:
+        by_index = _if_wanted(program >= adjacent, columns)
         top, total, mixed, mixed_rest = _columns(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, by_index, index, place, kv, scale,
             KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, BLOCK_N,
@@ -80,6 +70,25 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
         tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
         out_strides, head, heads, VALUE, FLIP, BLOCK_M,
     )  # fmt: skip
+
+
+@triton.jit
+def _nothing(VALUE: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The state of an online softmax over no columns, as in `_step`."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    mixed = _zeros(VALUE[1], BLOCK_M, FLIP)
+    mixed_rest = mixed
+    if VALUE[2]:
+        mixed_rest = _zeros(VALUE[3], BLOCK_M, FLIP)
+    return top, total, mixed, mixed_rest
+
+
+@triton.jit
+def _if_wanted(wanted, columns):  # type: ignore[no-untyped-def]
+    """The `columns` of an item as they are, or none."""
+    start, full_start, full_stop, stop = columns
+    return start, tl.where(wanted, full_start, start), tl.where(wanted, full_stop, start), tl.where(wanted, stop, start)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -242,7 +243,8 @@ def _chip(device: torch.device) -> Chip:
     """The kind of device that tiles are chosen for."""
     if device.type != "cuda":
         return Chip.LARGE
-    return Chip.with_shared(int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin))
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return Chip.with_shared(properties.shared_memory_per_block_optin)
 
 
 def _stored(dtype: torch.dtype | None) -> torch.dtype:

@@ -116,8 +116,8 @@ def _middle(width: int, chip: Chip) -> Config:
     if chip is Chip.LARGE:
         return Config(64, 64 if width <= 192 else 32, 4, 3 if width <= 128 else 2, 2, False)
     if chip is Chip.MEDIUM:
-        return Config(64, 64 if width <= 128 else 32, 4, 3, 2 if width <= 128 else 1, False)
-    return Config(64, 32, 4, 3 if width <= 128 else 2, 2 if width <= 128 else 1, False)
+        return Config(64, 32, 4, 3, 2 if width <= 128 else 1, False)
+    return Config(64, 32, 4, 2, 2 if width <= 128 else 1, False)
 
 
 def _prefill(shape: Shape, width: int, chip: Chip) -> Config:
