@@ -36,8 +36,8 @@ _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and
 ATTENTION = (
     Fault(
         "another request's page table is read", "plan/reach.py",
-        "        table = requests[segment.request_id].table\n        for visible in",
-        "        table = next(iter(requests.values())).table\n        for visible in",
+        "        table = requests[segment.request_id].table\n        causal",
+        "        table = next(iter(requests.values())).table\n        causal",
         (
             f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",
             f"{_RANKS}::test_more_requests_than_memory_are_preempted_and_stay_exact",
@@ -45,14 +45,14 @@ ATTENTION = (
     ),
     Fault(
         "a part that came back is not merged", "attention/schedules/base.py",
-        "self.variant.merge([unpack(part) for part in packed])",
-        "self.variant.merge([unpack(part) for part in packed[:-1] or packed])",
+        "self.variant.merge([unpack(part) for part in packed], self.dtype)",
+        "self.variant.merge([unpack(part) for part in packed[:-1] or packed], self.dtype)",
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
         "the diagonal is not merged", "attention/attend.py",
-        "[part for part in (diagonal, off) if part is not None]",
-        "[part for part in (diagonal, off) if part is not None][-1:]",
+        "[part for part in (diagonal, joined) if part is not None]",
+        "[part for part in (diagonal, joined) if part is not None][-1:]",
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
@@ -101,13 +101,24 @@ ATTENTION = (
         ("tests/engine/test_recorded_decode.py::test_tokens_are_those_of_the_oracle[{}-llama]",),
     ),
     Fault(
-        "a segment's diagonal is that of another length", "attention/prepared.py",
-        "(row, length, of_length[length])", "(row, length, of_length[max(of_length)])",
-        ("tests/gpu/test_recorded_decode.py::test_refilled_plans_give_the_tokens_of_the_oracle[llama]",),
+        "a segment's diagonal begins where another's does", "attention/prepared.py",
+        "(row - start, length) for row, length in some", "(0, length) for row, length in some",
+        (f"{_RANKS}::test_several_requests_travel_in_one_step[(1, 2, 1)-gather_q]",),
+    ),
+    Fault(
+        "a row sees the tokens of its segment that follow it", "plan/reach.py",
+        "range(tokens - self.length + 1, tokens + 1) if self.causal", "(tokens,) * self.length if self.causal",
+        (f"{_RANKS}::test_a_quantised_cache_is_read_as_it_was_written_whatever_travels[torch.int8-gather_q]",),
+    ),
+    Fault(
+        "a segment with tokens on another shard reads itself", "plan/reach.py",
+        "if segment.length == 1 or segment.num_remote_groups:", "if segment.length == 1:",
+        (f"{_RANKS}::test_requests_that_travel_in_some_layers_and_not_in_others[2-gather_q]",),
     ),
     Fault(
         "the diagonal forgets its window", "attention/prepared.py",
-        "self.backend.prepare_diagonal(length, window)", "self.backend.prepare_diagonal(length, None)",
+        "self.backend.prepare_diagonal(counted, stop - start, window)",
+        "self.backend.prepare_diagonal(counted, stop - start, None)",
         (f"{_WINDOWED}[(1, 2, 1)-(3,)-gather_q]",),
     ),
     Fault(

@@ -28,8 +28,8 @@ class OneByOne(PlainBackend):
         self.prepared.append(Runs(runs))
         return self.prepared[-1]
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> "Diagonal":
-        return Diagonal(window)
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> "Diagonal":
+        return Diagonal(segments, window)
 
 
 @dataclass
@@ -37,7 +37,14 @@ class Runs:
     runs: Sequence[QueryRun]
     used: int = 0
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         self.used += 1
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         for run in self.runs:
@@ -50,15 +57,22 @@ class Runs:
 
 @dataclass(frozen=True)
 class Diagonal:
+    segments: Sequence[tuple[int, int]]
     window: int | None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
     ) -> AttentionState:
         values = k if v is None else v
         whole = AttentionState.empty(q.shape[0], q.shape[1], values.shape[-1], q)
-        for row in range(len(q)):
-            seen = slice(max(0, row + 1 - (self.window or len(q))), row + 1)
+        for row, first in ((at, start) for start, length in self.segments for at in range(start, start + length)):
+            seen = slice(max(first, row + 1 - (self.window or len(q))), row + 1)
             one_row(whole, q, row, k[seen].transpose(0, 1), values[seen].transpose(0, 1), blocks, scale)
         return whole
 

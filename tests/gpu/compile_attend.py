@@ -1,6 +1,7 @@
-"""Compiles the attention kernel for an H100 or H200 without one, and says what it takes, one JSON object a variant.
+"""Compiles the attention kernel for a GPU without one, and says what it takes, one JSON object a variant.
 
-`python -m tests.gpu.compile_attend [variant]...`, without the variable that asks for Triton's interpreter.
+`python -m tests.gpu.compile_attend [variant[@architecture]]...`, without the variable that asks for Triton's
+interpreter; the architecture is that of an H100 if none is named.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from triton.compiler import ASTSource
 from longspan.attention.backends.triton import backend
 from longspan.attention.backends.triton.attend import attend_kernel
 from longspan.attention.backends.triton.backend import TritonBackend
-from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.plan import ITEM_FIELDS
+from longspan.attention.prepared import DiagonalRows
 from longspan.attention.variants import AttentionOps, Heads, MultiHeadLatentVariant
 from longspan.attention.workload import ExpansionCost
 from longspan.parallel.heads import HeadBlock
 
 LATENT = (512, 64)
+H100 = 90
+CHIPS = {80: Chip.MEDIUM, 89: Chip.SMALL, H100: Chip.LARGE, 100: Chip.LARGE, 120: Chip.SMALL}
 
 
 class Latents:
@@ -50,12 +54,13 @@ def diagonal_of_latents(heads: int) -> tuple[Shape, int, str, bool]:
     ops = AttentionOps(TritonBackend(cpu, LATENT[0]), Heads(blocks, blocks, ()), 0.1, LATENT[0], ExpansionCost())
     q, row = (torch.zeros(2, count, width, dtype=torch.bfloat16) for count, width in ((heads, 192), (1, sum(LATENT))))
     with patch.object(backend, "_launch") as launch:
-        MultiHeadLatentVariant(ops, Latents()).diagonal(q, row, row, ops.backend.prepare_diagonal(2, None))
+        diagonal = DiagonalRows(0, 2, False, ops.backend.prepare_diagonal(((0, 2),), 2, None))
+        MultiHeadLatentVariant(ops, Latents()).diagonal(q, row, row, diagonal)
     _, keys, *_, rows = launch.call_args.args
     return keys.shape, rows, "bf16", False
 
 
-VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a run, what is cached, gathered slots
+VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a run, what is cached, gathered slots too
     "decode 64": (shape_of(64, 64, (), False, False), 8, "bf16", False),
     "decode 128": (shape_of(128, 128, (), False, False), 8, "bf16", False),
     "decode 128 gathered": (shape_of(128, 128, (), False, False), 8, "bf16", True),
@@ -64,6 +69,8 @@ VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a ru
     "decode 256": (shape_of(256, 256, (), False, False), 8, "bf16", False),
     "decode latent, 16 heads": (shape_of(576, 512, (), True, False), 16, "bf16", False),
     "decode latent, 128 heads": (shape_of(576, 512, (), True, False), 128, "bf16", False),
+    "decode latent, 128 heads, gathered": (shape_of(576, 512, (), True, False), 128, "bf16", True),
+    "verify latent, 16 heads": (shape_of(576, 512, (), True, False), 48, "bf16", False),
     "decode latent fp8, 16 heads": (shape_of(576, 512, LATENT, True, False), 16, "fp8e4nv", False),
     "decode latent fp8, 128 heads": (shape_of(576, 512, LATENT, True, False), 128, "fp8e4nv", False),
     "diagonal of latents, 8 heads": diagonal_of_latents(8),
@@ -82,8 +89,8 @@ VARIANTS: dict[str, tuple[Shape, int, str, bool]] = {  # the shape, rows of a ru
 }
 
 
-def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool):
-    """The kernel for sm_90, told what a launch would tell of it: pointers and strides are multiples of 16."""
+def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool, arch: int = H100):
+    """The kernel for an architecture, told what a launch would tell of it: pointers and strides are multiples of 16."""
     scales = "*fp32" if shape.groups else f"*{cached}"
     key, value = shape.key[0] + shape.key[2], shape.value[0] + shape.value[2]
     constants = {
@@ -92,16 +99,18 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool):
         "FLIP": config.flip, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "FIELDS": ITEM_FIELDS,
     }  # fmt: skip
     types: dict[str, object] = {
-        **dict.fromkeys(("items", "bounds", "index"), "*i32"),
+        **dict.fromkeys(("items", "gathered", "bounds", "index"), "*i32"),
+        "adjacent": "i32",
         "q": "*fp32" if shape.wide else "*bf16",
         "kv": (f"*{cached}", f"*{cached}", scales, scales),
-        **dict.fromkeys(("out", "lse", "part_out", "part_lse"), "*fp32"),
+        "out": "*fp32" if shape.wide else "*bf16",
+        **dict.fromkeys(("lse", "part_out", "part_lse"), "*fp32"),
         "q_strides": ("i32",) * 2, "head_strides": ("i32",) * 3, "out_strides": ("i32",) * 3,
         "first_heads": ("i32",) * 2, "group": "i32", "heads": "i32", "scale": "fp32",
         **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     names = attend_kernel.arg_names
-    plain = ["items", "bounds", "index", "q", "out", "lse", "part_out", "part_lse"]
+    plain = ["items", "gathered", "bounds", "index", "q", "out", "lse", "part_out", "part_lse"]
     aligned = [(names.index(name),) for name in plain]
     tuples = {"kv": 4, "q_strides": 2, "head_strides": 2 if shape.groups else 3, "out_strides": 2}
     aligned += [(names.index(name), at) for name, count in tuples.items() for at in range(count)]
@@ -111,8 +120,8 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool):
         {(names.index(name),): constant for name, constant in constants.items()},
         {at: [["tt.divisibility", 16]] for at in aligned},
     )
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": FUSED}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def resources(kernel) -> dict[str, int]:
@@ -133,8 +142,13 @@ def resources(kernel) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or VARIANTS:
+    for wanted in sys.argv[1:] or VARIANTS:
+        name, _, named = wanted.partition("@")
+        arch = int(named or H100)
         shape, rows, cached, gathered = VARIANTS[name]
-        config = config_for(shape, rows)
-        found = resources(compile_variant(shape, config, cached, gathered))
-        print(json.dumps({"variant": name, **vars(config), **found}), flush=True)
+        if cached == "fp8e4nv" and arch < 89:
+            cached = "i8"  # the processor has no 8-bit floats
+        config = config_for(shape, rows, CHIPS[arch])
+        found = resources(compile_variant(shape, config, cached, gathered, arch))
+        limit = CHIPS[arch].value
+        print(json.dumps({"variant": name, "arch": arch, "limit": limit, **vars(config), **found}), flush=True)

@@ -196,6 +196,36 @@ def test_flashinfer_plans_once_a_step_for_all_layers():
     assert FakePaged.plans == before + 1
 
 
+def test_flashinfer_plans_the_wrappers_of_earlier_steps_again():
+    q, kv = inputs()
+    made = []
+
+    class Counted(FakePaged):
+        def __init__(self, *args):
+            made.append(self)
+            super().__init__(*args)
+
+    backend = FlashInferBackend(CPU, SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Counted))
+    for runs in (RUNS, RUNS[:2], RUNS[1:]):
+        decode, prefill = (backend.prepare(some, len(q)) for some in (runs, RUNS))  # two at a time, in each step
+        assert_close(decode.attend(q, kv, GQA, SCALE), q, kv, GQA, runs)
+        assert_close(prefill.attend(q, kv, GQA, SCALE), q, kv, GQA)
+    assert len(made) == 2
+
+
+@FAKES
+def test_the_diagonals_of_several_segments(make):
+    q, kv = inputs()
+    k, v = (plane[:, :9].transpose(0, 1) for plane in kv.values)
+    segments = ((1, 3), (4, 4))
+    part = make().prepare_diagonal(segments, len(q), 2).attend(q, k, v, GQA, SCALE)
+    expected = (
+        ReferenceBackend().prepare_diagonal(segments, len(q), 2).attend(*(x.double() for x in (q, k, v)), GQA, SCALE)
+    )
+    assert (part.out - expected.out).abs().max() < 0.03
+    assert torch.allclose(part.lse.double(), expected.lse, atol=2e-2)
+
+
 def test_flashinfer_reads_the_pool_in_place():
     pool = torch.zeros(2, 2, 40, 64, dtype=torch.bfloat16)
     seen = []

@@ -16,6 +16,7 @@ from longspan.attention.state import AttentionState  # noqa: E402
 from longspan.cache.pages import Span  # noqa: E402
 from longspan.parallel.heads import HeadBlock, head_blocks  # noqa: E402
 from longspan.plan.reach import QueryRun  # noqa: E402
+from tests.ranks.attention_world import Layout, World  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROCESSORS = 4  # few, so that a test knows when rows are split
@@ -35,8 +36,14 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def run(row: int, length: int, *spans: tuple[int, int], window_starts: tuple[int, ...] | None = None) -> QueryRun:
-    return QueryRun(row, length, tuple(Span(*span) for span in spans), window_starts)
+def run(
+    row: int,
+    length: int,
+    *spans: tuple[int, int],
+    window_starts: tuple[int, ...] | None = None,
+    causal: bool = False,
+) -> QueryRun:
+    return QueryRun(row, length, tuple(Span(*span) for span in spans), window_starts, causal)
 
 
 def on_device(rows: CacheRows) -> CacheRows:
@@ -107,6 +114,52 @@ def test_a_window_hides_the_first_tokens_of_a_run():
     attends_as_reference((run(0, 40, (9, 130), window_starts=window_starts), run(40, 2, (200, 9))), rows=42)
 
 
+CAUSAL = (
+    run(0, 20, (100, 150), causal=True),
+    run(20, 37, (5, 37), causal=True),  # a first chunk
+    run(57, 1, (300, 70)),
+    run(58, 7, (400, 3), (600, 11), (700, 4), causal=True),  # gathered
+    run(66, 9, (800, 90), window_starts=tuple(range(60, 78, 2)), causal=True),
+)
+
+
+def test_causal_runs_see_their_own_tokens_up_to_each_row():
+    attends_as_reference(CAUSAL, rows=76)
+
+
+def test_a_causal_run_is_cut_into_items_that_are_merged():
+    spans = (7, 700), (1500, 40), (1600, 30)
+    attends_as_reference((run(0, 9, *spans, causal=True),), rows=9, query=2, kv=1, dim=16, processors=16)
+
+
+@pytest.mark.parametrize("rows", [2, 19])
+def test_causal_runs_of_latents(rows):
+    runs = (run(0, rows, (5, 90), causal=True),)
+    attends_as_reference(runs, rows=rows, query=24, kv=1, dim=576, slots=100, kv_factor=1, value_dim=512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if DEVICE.type == "cpu" else [torch.bfloat16, torch.float16])
+def test_out_may_be_written_in_the_dtype_of_the_model(dtype):
+    """By an item alone, and by the reduction. The interpreter does not round to bf16."""
+    q, kv = rand(4, 4, 16).to(DEVICE), on_device(CacheRows(rand(2, 1, 900, 16, seed=1)))
+    prepared = backend(16, 16).prepare((run(0, 3, (5, 20), causal=True), run(3, 1, (30, 800))), 4)
+    wide, narrow = (prepared.attend(q, kv, heads(4, 1), 0.25, wanted) for wanted in (None, dtype))
+    assert (wide.out.dtype, narrow.out.dtype) == (torch.float32, dtype)
+    assert torch.equal(narrow.out, wide.out.to(dtype))
+    assert torch.equal(narrow.lse, wide.lse)
+
+
+def test_the_diagonals_of_several_segments_are_causal_each():
+    segments, rows = ((1, 5), (6, 17), (25, 40)), 70
+    q, k, v = rand(rows, 4, 64), rand(rows, 2, 64, seed=1), rand(rows, 2, 64, seed=2)
+    for window in (None, 7):
+        reference, part = (
+            some.prepare_diagonal(segments, rows, window).attend(*(to(x) for x in (q, k, v)), heads(4, 2), 0.125)
+            for some, to in ((ReferenceBackend(), torch.Tensor.double), (backend(), lambda x: x.to(DEVICE)))
+        )
+        check(part, reference)
+
+
 def test_rows_whose_window_ends_before_the_run_see_nothing():
     part = attends_as_reference((run(0, 3, (9, 50), window_starts=(10, 50, 70)),), rows=3)
     assert torch.isneginf(part.lse[1:]).all() and not part.out[1:].any()
@@ -158,7 +211,7 @@ def test_slots_whose_offset_needs_more_than_32_bits():
 def test_quantised_rows_are_attended_as_they_read(dtype, dim, kv_factor, groups, value_dim):
     q = rand(4, 8, dim)
     kv = CacheRows(*quantise(rand(kv_factor, 1, 400, dim, seed=1), dtype, groups), groups)
-    runs = (run(0, 3, (3, 90)), run(3, 1, (100, 30), (140, 70)))
+    runs = (run(0, 3, (3, 90), causal=True), run(3, 1, (100, 30), (140, 70)))
     reference = ReferenceBackend().attend(q.double(), runs, CacheRows(kv.read(torch.float64)), heads(8, 1), 0.2)
     check(backend(value_dim).attend(q.to(DEVICE), runs, on_device(kv), heads(8, 1), 0.2), reference)
 
@@ -206,6 +259,22 @@ def test_the_diagonal_of_latents_under_a_window(window):
     q, k = rand(20, 4, 96), rand(20, 1, 96, seed=1)
     reference = ReferenceBackend().causal(q.double(), k.double(), None, heads(4, 1), 0.1, window)
     check(backend(64).causal(q.to(DEVICE), k.to(DEVICE), None, heads(4, 1), 0.1, window), reference)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)  # the interpreter rounds no 8-bit floats
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="its ranks are on the CPU")
+def test_chunks_of_requests_equal_dense_attention(cache_dtype):
+    world = World(
+        Layout(q_heads=2, kv_heads=1, head_dim=16, budget=19, page_size=4, windows=(None, 7), cache_dtype=cache_dtype),
+        backend(16),
+        torch.float32,
+    )
+    world.add("0", [1] * 30, 1)
+    world.add("1", [2] * 7, 2)
+    world.run()
+    world.add("2", [1] * 22, 1)  # begins with cached pages
+    world.run()
+    assert world.worst_error < 1e-5
 
 
 DECODES = (

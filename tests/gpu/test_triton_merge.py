@@ -85,6 +85,13 @@ def test_scores_of_any_size_do_not_overflow():
     assert_same(merge_parts(parts), merge(parts))
 
 
+def test_the_result_may_be_written_in_the_dtype_of_the_model():
+    parts = partials(20, dim=40)
+    merged = merge_parts(parts, torch.float16)
+    assert torch.equal(merged.out, merge_parts(parts).out.half())
+    assert merged.lse.dtype == torch.float32
+
+
 def test_parts_without_rows():
     merged = merge_parts(partials(2, tokens=0))
     assert merged.out.shape == (0, 3, 8)

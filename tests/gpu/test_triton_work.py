@@ -90,7 +90,7 @@ def test_every_row_meets_every_slot_it_sees_once_and_is_written_once(seed):
 
 @pytest.mark.parametrize("tokens, window", [(1, None), (70, None), (70, 1), (70, 20), (70, 100)])
 def test_the_diagonal_sees_the_tokens_up_to_its_own(tokens, window):
-    work = plan_work(visible_on_diagonal(tokens, window), Slots(), tokens, TILING)
+    work = plan_work(visible_on_diagonal([(0, tokens)], window), Slots(), tokens, TILING)
     assert pairs(work, TILING) == Counter(
         (row * TILING.group + head, column)
         for row in range(tokens)

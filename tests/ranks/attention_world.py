@@ -194,7 +194,7 @@ class World:
         mirror.apply(plan)
         where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
         attention = self.attentions[rank]
-        view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves)
+        view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves, attention.causal_runs)
         attention.begin(attention.preparer.step(view))
         rows = self._rows(plan, place.pcp)
         assert view.positions == tuple(position for _, position in rows)

@@ -6,13 +6,14 @@ or expanded by the attention variant, and how a kernel computes by the backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
-from longspan.attention.prepared import PreparedReach, PreparedStep, Preparer
+from longspan.attention.prepared import DiagonalRows, PreparedReach, PreparedStep, Preparer
 from longspan.attention.rows import CacheRows, through
 from longspan.attention.schedules import SCHEDULES, ContextGroup, Join, Schedule
 from longspan.attention.state import AttentionState, concatenate, with_sink
@@ -47,6 +48,11 @@ class Attention:
         """Prepares the steps that are passed to `begin`."""
         return Preparer(self.ops.backend, self.ops.expansion, self.windows)
 
+    @property
+    def causal_runs(self) -> bool:
+        """Whether segments read their own tokens from the cache, where they are local: see `rank_view`."""
+        return self.ops.backend.causal_runs
+
     def begin(self, step: PreparedStep) -> None:
         """Use this step in all following calls."""
         self._step = step
@@ -57,57 +63,63 @@ class Attention:
         k and v are also written to the pool.
         """
         kv = self.pool.layers[layer.index]
-        # writing comes first: a segment of one token finds its own key in the cache
+        # writing comes first: local segments find their own tokens in the cache
         self._step.writer.write(kv, k, v)
         variant, group = self.ops.variant(layer), self._group_of[layer.window]
+        dtype = q.dtype if layer.sink is None else None  # a sink is merged
         parts: list[AttentionState] = []
         for each in self._step.phases:
-            rows, prepared = slice(each.start, each.stop), each.groups[group]
-            off = self._off_diagonal(prepared, variant, kv, q[rows])
-            diagonal = _diagonal(prepared, variant, kv, q[rows], k[rows], v[rows])
-            parts.append(self.ops.backend.merge([part for part in (diagonal, off) if part is not None]))
+            rows = slice(each.start, each.stop)
+            parts += self._phase(each.groups[group], variant, kv, (q[rows], k[rows], v[rows]), dtype)
         if not parts:
             return q.new_zeros(*q.shape[:-1], variant.value_dim)
         whole = concatenate(parts)
         return (whole if layer.sink is None else with_sink(whole, layer.sink)).out.to(q.dtype)
 
-    def _off_diagonal(
-        self, prepared: PreparedReach, variant: AttentionVariant, kv: CacheRows, q: Tensor
-    ) -> AttentionState | None:
-        """Attention of q [T, Hq, Dq], the rows of one phase, to all earlier tokens.
+    def _phase(
+        self,
+        prepared: PreparedReach,
+        variant: AttentionVariant,
+        kv: CacheRows,
+        rows: tuple[Tensor, Tensor, Tensor],
+        dtype: torch.dtype | None,
+    ) -> Iterator[AttentionState]:
+        """Attention of the rows of one phase, q [T, Hq, Dq], k and v [T, Hkv, D]: of local rows, of travelling rows.
 
-        Local rows attend to this rank's pages, travelling rows through the schedule. None if no row is local and none
-        travels, on any rank.
+        Local rows attend to this rank's pages, travelling rows through the schedule: all ranks take part in it if any
+        row travels. Nothing is computed that sees nothing.
         """
-        reach = prepared.reach
-        local = q[: reach.travel]
-        parts: list[AttentionState] = []
+        reach, backend = prepared.reach, self.ops.backend
+        travel = reach.travel
+        if travel:
+            q, k, v = (x[:travel] for x in rows)
+            alone = None if prepared.own and prepared.local_diagonal else dtype
+            found = [_diagonal(prepared.local_diagonal, variant, kv, (q, k, v), alone)]
+            found.append(variant.own(q, prepared.own, kv, alone) if prepared.own else None)
+            parts = [part for part in found if part is not None]
+            yield backend.merge(parts or [AttentionState.empty(travel, q.shape[1], variant.value_dim, q)], dtype)
         if sum(reach.block_rows):
-            schedule = self.schedules[reach.schedule]
-            parts.append(schedule.run(Join(q[reach.travel :], kv, prepared, variant, self._group)))
-        if len(local) or not (parts or prepared.diagonal):  # a phase without rows here still needs an empty state
-            parts.insert(0, variant.own(local, prepared.own, kv))
-        return concatenate(parts) if parts else None
+            q, k, v = (x[travel:] for x in rows)
+            alone = None if prepared.travelling_diagonal else dtype
+            run = self.schedules[reach.schedule].run
+            joined = run(Join(q, kv, prepared, variant, self._group, alone))
+            diagonal = _diagonal(prepared.travelling_diagonal, variant, kv, (q, k, v))
+            yield backend.merge([part for part in (diagonal, joined) if part is not None], dtype)
 
 
 def _diagonal(
-    prepared: PreparedReach, variant: AttentionVariant, kv: CacheRows, q: Tensor, k: Tensor, v: Tensor
+    pieces: Sequence[DiagonalRows],
+    variant: AttentionVariant,
+    kv: CacheRows,
+    rows: tuple[Tensor, Tensor, Tensor],
+    dtype: torch.dtype | None = None,
 ) -> AttentionState | None:
-    """Causal attention of each segment longer than one token to itself, in one phase's rows; None without any.
+    """Causal attention of segments to themselves, in rows q [T, Hq, Dq], k and v [T, Hkv, D]; None without any.
 
-    q [T, Hq, Dq], k and v [T, Hkv, D], which are attended as they read from the cache `kv`. The rows of lone tokens get
-    the identity.
+    Keys and values are attended as they read from the cache `kv`. The rows of lone tokens get the identity.
     """
-    if not prepared.diagonal:
+    if not pieces:
         return None
-    k, v = through(k, kv), through(v, kv)  # only now: a step that decodes has no use for it
-    parts: list[AttentionState] = []
-    at = 0
-    for row, length, diagonal in prepared.diagonal:
-        if row > at:
-            parts.append(AttentionState.empty(row - at, q.shape[1], variant.value_dim, q))
-        at = row + length
-        parts.append(variant.diagonal(q[row:at], k[row:at], v[row:at], diagonal))
-    if at < len(q):
-        parts.append(AttentionState.empty(len(q) - at, q.shape[1], variant.value_dim, q))
-    return concatenate(parts)
+    q, k, v = rows[0], through(rows[1], kv), through(rows[2], kv)  # only now: a step that decodes has no use for it
+    within = ((slice(piece.start, piece.stop), piece) for piece in pieces)
+    return concatenate([variant.diagonal(q[at], k[at], v[at], piece, dtype) for at, piece in within])

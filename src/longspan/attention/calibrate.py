@@ -122,7 +122,7 @@ class Calibration:
             key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
         )
         kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
-        prepared = Preparer(self.ops.backend, ExpansionCost(), (None,)).reach(reach)
+        prepared = Preparer(self.ops.backend, ExpansionCost(), (None,)).reach(reach, len(q))
         join = Join(q, kv, prepared, GroupedQueryVariant(self.ops), self.context)
         return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)
 

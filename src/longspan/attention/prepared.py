@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from longspan.attention.backends.base import Backend, PreparedDiagonal, PreparedRuns, Writer
 from longspan.attention.workload import ExpansionCost
@@ -38,19 +39,35 @@ class OwnRuns:
 
 
 @dataclass(frozen=True)
+class DiagonalRows:
+    """Adjacent rows whose segments attend to themselves in one call."""
+
+    # first row
+    start: int
+    # row after the last
+    stop: int
+    # whether the rows attend to expanded latents
+    expanded: bool
+    # the segments, prepared; rows count from `start`
+    prepared: PreparedDiagonal
+
+
+@dataclass(frozen=True)
 class PreparedReach:
     """What the rows of one phase attend to in the layers of one group, prepared."""
 
     # the same in plain integers
     reach: Reach
-    # local rows against this rank's pages
-    own: OwnRuns
+    # local rows against this rank's pages; None if they see none, off the diagonal
+    own: OwnRuns | None
     # for each pcp index, its travelling rows against this rank's pages; without runs where keys travel
     received: tuple[PreparedRuns, ...]
-    # (first row, length, diagonal) of each segment longer than one token
-    diagonal: tuple[tuple[int, int, PreparedDiagonal], ...]
     # prepares the rounds
     preparer: Preparer
+    # diagonals of the local rows: they cover these rows, or there are none
+    local_diagonal: tuple[DiagonalRows, ...] = ()
+    # the same of this rank's travelling rows; rows count from the first of them
+    travelling_diagonal: tuple[DiagonalRows, ...] = ()
     # results of `in_round`, which every layer asks for
     _rounds: dict[tuple[int, int, int, int], OwnRuns | None] = field(default_factory=dict)
 
@@ -59,7 +76,7 @@ class PreparedReach:
         key = shard, start, stop, rows
         if key not in self._rounds:
             runs = runs_in_round(self.reach.key_runs, shard, start, stop)
-            self._rounds[key] = self.preparer.own(runs, rows) if runs else None
+            self._rounds[key] = self.preparer.own(runs, rows)
         return self._rounds[key]
 
 
@@ -104,39 +121,83 @@ class Preparer:
 
     def rows(self, view: PhaseView) -> PreparedPhase:
         """Prepare the rows of one phase."""
+        rows = view.stop - view.start
         groups = tuple(
-            self.reach(reach, self._diagonals(view, window))
+            self.reach(reach, rows - reach.travel, view.diagonal, window)
             for reach, window in zip(view.groups, self.windows, strict=True)
         )
         return PreparedPhase(view.start, view.stop, groups)
 
-    def reach(self, reach: Reach, diagonal: tuple[tuple[int, int, PreparedDiagonal], ...] = ()) -> PreparedReach:
-        """Prepare what the rows of one phase attend to in the layers of one group."""
-        received = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
-        return PreparedReach(reach, self.own(reach.own, reach.travel), received, diagonal, self)
+    def reach(
+        self,
+        reach: Reach,
+        travelling: int,
+        segments: Sequence[tuple[int, int]] = (),
+        window: int | None = None,
+    ) -> PreparedReach:
+        """Prepare what the rows of one phase attend to in the layers of one group.
 
-    def own(self, runs: Sequence[QueryRun], rows: int) -> OwnRuns:
-        """Prepare runs of this rank's own queries, which have `rows` rows.
+        Args:
+            reach: what they attend to.
+            travelling: number of this rank's travelling rows.
+            segments: (first row, length) of those that have a diagonal.
+            window: positions that a row sees, its own included; None for all.
+        """
+        received = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
+        runs, travel = reach.own, reach.travel
+        local = [segment for segment in segments if segment[0] < travel]
+        if any(run.causal and self._expands(run) for run in runs):
+            local = sorted([*local, *((run.row, run.length) for run in runs if _divisible(run))])
+            runs = [_off_diagonal(run) if _divisible(run) else run for run in runs]
+        moving = [(row - travel, length) for row, length in segments if row >= travel]
+        return PreparedReach(
+            reach,
+            self.own(runs, travel),
+            received,
+            self,
+            self._diagonals(local, travel, window),
+            self._diagonals(moving, travelling, window),
+        )
+
+    def own(self, runs: Sequence[QueryRun], rows: int) -> OwnRuns | None:
+        """Prepare runs of this rank's own queries, which have `rows` rows. None if no row sees anything.
 
         Runs without window starts attend to expanded latents where this needs fewer products.
         """
+        runs = [run for run in runs if run.spans]
+        if not runs:
+            return None
         if not self.expansion.saved_per_pair:
             return OwnRuns(self.backend.prepare(runs, rows))
         direct: list[QueryRun] = []
         expanded: list[tuple[ExpandedBlock, ...]] = []
         for sharers in _sharers(runs):
             pairs = sum(run.length * run.tokens for run in sharers)
-            if not any(run.window_starts for run in sharers) and self.expansion.pays(pairs, sharers[0].tokens):
+            plain = not any(run.window_starts or run.causal for run in sharers)
+            if plain and self.expansion.pays(pairs, sharers[0].tokens):
                 expanded.append(tuple(self._blocks(sharers, rows)))
             else:
                 direct += sharers
         return OwnRuns(self.backend.prepare(direct, rows) if direct or not expanded else None, tuple(expanded))
 
-    def _diagonals(self, view: PhaseView, window: int | None) -> tuple[tuple[int, int, PreparedDiagonal], ...]:
-        """(first row, length, diagonal) of each segment; those of equal length share what is prepared."""
-        lengths = {length for _, length in view.diagonal}
-        of_length = {length: self.backend.prepare_diagonal(length, window) for length in lengths}
-        return tuple((row, length, of_length[length]) for row, length in view.diagonal)
+    def _expands(self, run: QueryRun) -> bool:
+        """Whether the rows of a causal run need fewer products with expanded latents."""
+        return _divisible(run) and self.expansion.pays(sum(run.ends), run.tokens)
+
+    def _diagonals(
+        self, segments: Sequence[tuple[int, int]], rows: int, window: int | None
+    ) -> tuple[DiagonalRows, ...]:
+        """Cover `rows` rows with the diagonals of segments (first row, length): one call for neighbours of one form."""
+        forms = groupby(segments, lambda segment: self.expansion.pays(segment[1] ** 2 / 2, segment[1]))
+        alike = [(expanded, list(some)) for expanded, some in forms]
+        found: list[DiagonalRows] = []
+        for number, (expanded, some) in enumerate(alike, 1):
+            start = found[-1].stop if found else 0
+            stop = rows if number == len(alike) else sum(some[-1])
+            counted = [(row - start, length) for row, length in some]
+            prepared = self.backend.prepare_diagonal(counted, stop - start, window)
+            found.append(DiagonalRows(start, stop, expanded, prepared))
+        return tuple(found)
 
     def _blocks(self, sharers: Sequence[QueryRun], rows: int) -> Iterator[ExpandedBlock]:
         """Cut the rows of the first, longest run into blocks, each with the runs that see it.
@@ -167,6 +228,16 @@ def runs_in_round(key_runs: Sequence[KeyRun], shard: int, start: int, stop: int)
             )
             runs.append(QueryRun(run.row, run.length, (Span(low - start, high - low),), window_starts))
     return runs
+
+
+def _divisible(run: QueryRun) -> bool:
+    """Whether a run is causal and can be divided into the diagonal and a run that every row sees."""
+    return run.causal and run.window_starts is None
+
+
+def _off_diagonal(run: QueryRun) -> QueryRun:
+    """What a divisible run sees off the diagonal."""
+    return QueryRun(run.row, run.length, tuple(clip_spans(run.spans, 0, run.tokens - run.length)))
 
 
 def _sharers(runs: Sequence[QueryRun]) -> Iterable[list[QueryRun]]:

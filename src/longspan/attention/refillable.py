@@ -39,11 +39,10 @@ class RefillableStep:
         self._runs = [[backend.refillable(size.rows) for _ in range(blocks)] for _ in preparer.windows]
         self._writer = backend.writer((), size.rows)
         reach = self._reach([()] * blocks)
-        nothing = OwnRuns(backend.prepare((), 0))
         groups = tuple(
-            PreparedReach(reach, OwnRuns(runs[0]), (), (), preparer)
+            PreparedReach(reach, OwnRuns(runs[0]), (), preparer)
             if size.schedule is None
-            else PreparedReach(reach, nothing, tuple(runs), (), preparer)
+            else PreparedReach(reach, None, tuple(runs), preparer)
             for runs in self._runs
         )
         self.prepared = PreparedStep((PreparedPhase(0, size.rows, groups),), self._writer)

@@ -17,7 +17,8 @@ from torch import Tensor
 class AttentionState:
     """The result of attention over some of the keys.
 
-    Both tensors are fp32 (or fp64), whatever the model's dtype. A row that sees no key has out 0 and lse -inf, which is
+    Both tensors are fp32 (or fp64), whatever the model's dtype, but for `out` of a state that will not be merged: it
+    may have the dtype of the model. A row that sees no key has out 0 and lse -inf, which is
     the identity of `merge`. Backends never return NaN or +inf for such a row: see `normalised`.
     """
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend, PreparedDiagonal, PreparedRuns
+from longspan.attention.backends.base import Backend, PreparedRuns
 from longspan.attention.layer import AttentionLayer, Latent
-from longspan.attention.prepared import ExpandedBlock, OwnRuns
+from longspan.attention.prepared import DiagonalRows, ExpandedBlock, OwnRuns
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.attention.workload import ExpansionCost
@@ -72,17 +73,19 @@ class AttentionVariant(Protocol):
     # elements of a result while it is sent
     sent_dim: int
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
-        """Causal attention of one segment to itself: q [T, Hq, Dq], k and v [T, Hkv, D] as they are cached.
+    def diagonal(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: DiagonalRows, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """Causal attention of segments to themselves: q [T, Hq, Dq], k and v [T, Hkv, D] as they are cached.
 
-        Returns out [T, Hq, value_dim].
+        Returns out [T, Hq, value_dim]. `dtype` is that of `PreparedRuns.attend`.
         """
         ...
 
-    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows, dtype: torch.dtype | None = None) -> AttentionState:
         """Attention of this rank's queries [T, Hq, Dq] to cached rows, of its own pool or received from other ranks.
 
-        Returns out [T, Hq, value_dim].
+        Returns out [T, Hq, value_dim]. `dtype` is that of `PreparedRuns.attend`.
         """
         ...
 
@@ -103,7 +106,7 @@ class AttentionVariant(Protocol):
         """A received state, out [T, Hq, sent_dim], in the form of values: out [T, Hq, value_dim]."""
         ...
 
-    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
+    def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""
         ...
 
@@ -121,13 +124,20 @@ class _VariantBase:
         heads = self._ops.heads
         return self._attend(q, runs, kv, heads.shard if member is None else heads.by_member[member])
 
-    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
+    def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `AttentionVariant.merge`."""
-        return self._ops.backend.merge(parts)
+        return self._ops.backend.merge(parts, dtype)
 
-    def _attend(self, q: Tensor, runs: PreparedRuns, kv: CacheRows, blocks: Sequence[HeadBlock]) -> AttentionState:
+    def _attend(
+        self,
+        q: Tensor,
+        runs: PreparedRuns,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """q [T, Hq, D] against cached rows: out [T, Hq, `AttentionOps.value_dim`]."""
-        return runs.attend(q, kv, blocks, self._ops.scale).columns(self._ops.value_dim)
+        return runs.attend(q, kv, blocks, self._ops.scale, dtype).columns(self._ops.value_dim)
 
 
 class GroupedQueryVariant(_VariantBase):
@@ -137,15 +147,17 @@ class GroupedQueryVariant(_VariantBase):
         super().__init__(ops)
         self.value_dim = self.sent_dim = ops.value_dim
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
+    def diagonal(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: DiagonalRows, dtype: torch.dtype | None = None
+    ) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
-        return diagonal.attend(q, k, v, self._ops.heads.own, self._ops.scale)
+        return rows.prepared.attend(q, k, v, self._ops.heads.own, self._ops.scale, dtype)
 
-    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows, dtype: torch.dtype | None = None) -> AttentionState:
         """See `AttentionVariant.own`."""
         if runs.direct is None:
             raise TypeError("keys and values are never expanded")
-        return self._attend(q, runs.direct, kv, self._ops.heads.own)
+        return self._attend(q, runs.direct, kv, self._ops.heads.own, dtype)
 
     def sent_queries(self, q: Tensor) -> Tensor:
         """See `AttentionVariant.sent_queries`."""
@@ -172,22 +184,25 @@ class MultiHeadLatentVariant(_VariantBase):
         self._latent = latent
         self.value_dim, self.sent_dim = latent.value_dim, ops.value_dim
 
-    def diagonal(self, q: Tensor, k: Tensor, v: Tensor, diagonal: PreparedDiagonal) -> AttentionState:
+    def diagonal(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: DiagonalRows, dtype: torch.dtype | None = None
+    ) -> AttentionState:
         """See `AttentionVariant.diagonal`."""
-        ops, length = self._ops, q.shape[0]
-        if ops.expansion.pays(pairs=length * length / 2, tokens=length):
+        ops = self._ops
+        if rows.expanded:
             keys, values = self._latent.expand(k[:, 0]).transpose(1, 2)
-            return diagonal.attend(q, keys, values[..., : self.value_dim], _each_head(q), ops.scale)
-        part = diagonal.attend(self._latent.absorb(q), k, None, ops.heads.own, ops.scale)
+            return rows.prepared.attend(q, keys, values[..., : self.value_dim], _each_head(q), ops.scale, dtype)
+        part = rows.prepared.attend(self._latent.absorb(q), k, None, ops.heads.own, ops.scale, dtype)
         return self.received_state(part.columns(ops.value_dim))
 
-    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows) -> AttentionState:
+    def own(self, q: Tensor, runs: OwnRuns, kv: CacheRows, dtype: torch.dtype | None = None) -> AttentionState:
         """See `AttentionVariant.own`."""
         parts = [self._expanded(q, blocks, kv) for blocks in runs.expanded]
         if runs.direct is not None:
-            absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._ops.heads.own)
+            alone = None if parts else dtype
+            absorbed = self._attend(self._latent.absorb(q), runs.direct, kv, self._ops.heads.own, alone)
             parts.append(self.received_state(absorbed))
-        return self.merge(parts)
+        return self.merge(parts, dtype)
 
     def sent_queries(self, q: Tensor) -> Tensor:
         """See `AttentionVariant.sent_queries`."""

@@ -30,13 +30,21 @@ class QueryRun:
     length: int
     # the slots, in position order
     spans: tuple[Span, ...]
-    # for each row, how many of the first slots its window leaves out; None if every row sees all slots
+    # for each row, how many of the first slots its window leaves out; None if it leaves out none
     window_starts: tuple[int, ...] | None = None
+    # whether the last `length` slots are those of the rows' own tokens, of which a row sees those up to its own
+    causal: bool = False
 
     @property
     def tokens(self) -> int:
         """Number of slots in `spans`."""
         return sum(span.length for span in self.spans)
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """For each row, the number of slots up to the last one that it sees."""
+        tokens = self.tokens
+        return range(tokens - self.length + 1, tokens + 1) if self.causal else (tokens,) * self.length
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Reach:
     """What the rows of one phase attend to off the diagonal, in the layers of one group.
 
     The first rows are local: all pages they see are on this rank. The others are called travelling rows, because
-    either their queries or the keys they see are sent between ranks.
+    either their queries or the keys they see are sent between ranks. Runs that are causal have the diagonal in them.
     """
 
     # name of the schedule
@@ -138,6 +146,7 @@ def reach(
     requests: Mapping[str, KnownRequest],
     place: Place,
     moves: Moves | None,
+    causal_runs: bool = False,
 ) -> Reach:
     """What this rank's segments of one phase see off the diagonal, in the layers of one group.
 
@@ -150,6 +159,7 @@ def reach(
         requests: the page tables.
         place: the position of this rank.
         moves: what travels under `schedule`.
+        causal_runs: whether segments read their own tokens from the cache where all of these are on this shard.
     """
     local = [segment for segment in mine if segment.num_remote_groups <= group]
     moving = sorted(
@@ -161,7 +171,7 @@ def reach(
     return Reach(
         schedule=schedule,
         travel=sum(segment.length for segment in local),
-        own=_runs(local, window, requests, place.shard),
+        own=_runs(local, window, requests, place.shard, causal_runs),
         blocks=tuple(
             QueryBlock(sum(s.length for s in block), () if keys_travel else _runs(block, window, requests, place.shard))
             for block in by_pcp
@@ -171,12 +181,21 @@ def reach(
     )
 
 
-def _visible_tokens(segment: Segment, table: PageTable, shard: int, window: int | None) -> Iterator[_VisibleTokens]:
-    """What a segment's rows see of a shard's tokens.
+def reads_itself(segment: Segment, table: PageTable, shard: int) -> bool:
+    """Whether a segment of several tokens is local in all layer groups and has all its own tokens on this shard."""
+    if segment.length == 1 or segment.num_remote_groups:
+        return False
+    return table.visible(shard, segment.stop) - table.visible(shard, segment.start) == segment.length
+
+
+def _visible_tokens(
+    segment: Segment, table: PageTable, shard: int, window: int | None, causal: bool = False
+) -> Iterator[_VisibleTokens]:
+    """What a segment's rows see of a shard's tokens; if `causal` their own tokens are among these.
 
     The tokens before a row's window are a prefix of the shard's tokens, so one number a row describes the window.
     """
-    until = table.visible(shard, segment.unmasked_until)
+    until = table.visible(shard, segment.stop if causal else segment.unmasked_until)
     if window is None:
         if until:
             yield _VisibleTokens(0, segment.length, 0, until, None)
@@ -185,6 +204,8 @@ def _visible_tokens(segment: Segment, table: PageTable, shard: int, window: int 
         positions = range(segment.start + row, min(segment.start + row + _WINDOW_ROWS, segment.stop))
         window_starts = [table.visible(shard, window_start(position, window)) for position in positions]
         first = window_starts[0]
+        if causal:
+            until = table.visible(shard, positions[-1] + 1)
         seeing = tuple(low - first for low in window_starts if low < until)
         if not seeing:
             return
@@ -192,17 +213,22 @@ def _visible_tokens(segment: Segment, table: PageTable, shard: int, window: int 
 
 
 def _runs(
-    segments: Sequence[Segment], window: int | None, requests: Mapping[str, KnownRequest], shard: int
+    segments: Sequence[Segment],
+    window: int | None,
+    requests: Mapping[str, KnownRequest],
+    shard: int,
+    causal_runs: bool = False,
 ) -> tuple[QueryRun, ...]:
     runs: list[QueryRun] = []
     row = 0
     for segment in segments:
         table = requests[segment.request_id].table
-        for visible in _visible_tokens(segment, table, shard, window):
-            spans = table.spans(shard, segment.unmasked_until)
-            if visible.first:
+        causal = causal_runs and reads_itself(segment, table, shard)
+        for visible in _visible_tokens(segment, table, shard, window, causal):
+            spans = table.spans(shard, segment.stop if causal else segment.unmasked_until)
+            if window is not None:
                 spans = tuple(clip_spans(spans, visible.first, visible.first + visible.tokens))
-            runs.append(QueryRun(row + visible.row, visible.length, spans, visible.window_starts))
+            runs.append(QueryRun(row + visible.row, visible.length, spans, visible.window_starts, causal))
         row += segment.length
     return tuple(runs)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan
-from longspan.plan.reach import Moves, Place, Reach, reach
+from longspan.plan.reach import Moves, Place, Reach, reach, reads_itself
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PhaseView:
     start: int
     # row after the last
     stop: int
-    # (first row, length) of each segment longer than one token; rows count from `start`
+    # (first row, length) of each segment longer than one token that is not a causal run; rows count from `start`
     diagonal: tuple[tuple[int, int], ...]
     # what the rows see off the diagonal in each layer group, widest window first
     groups: tuple[Reach, ...]
@@ -97,6 +97,7 @@ def rank_view(
     place: Place,
     windows: Sequence[int | None],
     moves: Mapping[str, Moves | None],
+    causal_runs: bool = False,
 ) -> RankView:
     """One rank's share of a step.
 
@@ -106,6 +107,7 @@ def rank_view(
         place: the position of the rank.
         windows: the width of window of each layer group, widest first.
         moves: what travels under each schedule, by its name.
+        causal_runs: whether segments read their own tokens from the cache where all of these are on this shard.
     """
     ordered: list[Segment] = []
     phases: list[PhaseView] = []
@@ -116,11 +118,12 @@ def rank_view(
             continue
         mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.num_remote_groups)
         groups = [
-            reach(schedule, group, window, members, mine, requests, place, moves[schedule])
+            reach(schedule, group, window, members, mine, requests, place, moves[schedule], causal_runs)
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        phases.append(PhaseView(row, stop, _diagonal(mine), tuple(groups)))
+        read = [causal_runs and reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
+        phases.append(PhaseView(row, stop, _diagonal(mine, read), tuple(groups)))
         ordered += mine
         row = stop
     token_ids: list[int] = []
@@ -149,12 +152,12 @@ def rank_view(
     )
 
 
-def _diagonal(mine: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
-    """(first row, length) of each segment longer than one token: a lone token has no diagonal."""
+def _diagonal(mine: Sequence[Segment], read: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """(first row, length) of each segment with a diagonal: not a lone token, nor one that is `read` from the cache."""
     found: list[tuple[int, int]] = []
     row = 0
-    for segment in mine:
-        if segment.length > 1:
+    for segment, whole in zip(mine, read, strict=True):
+        if segment.length > 1 and not whole:
             found.append((row, segment.length))
         row += segment.length
     return tuple(found)

@@ -74,7 +74,14 @@ class Writer(Protocol):
 class PreparedRuns(Protocol):
     """Runs of query rows against cached rows, prepared for all layers of a step."""
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """Attention of each run's rows of q [T, Hq, D] to its spans of `kv`.
 
         Returns out [T, Hq, Dv], where Dv may also be D for latents: only the first `value_dim` elements are used. Rows
@@ -85,26 +92,38 @@ class PreparedRuns(Protocol):
             kv: cached rows.
             blocks: which query heads of q read which KV heads of `kv`.
             scale: factor on scores.
+            dtype: if nothing will be merged with the result, the dtype in which out is wanted. A backend may still
+                return fp32.
         """
         ...
 
 
 class PreparedDiagonal(Protocol):
-    """Attention of a segment to itself, prepared for all layers of a step."""
+    """Attention of segments to themselves, prepared for all layers of a step."""
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """Causal attention of q [T, Hq, D] to k [T, Hkv, D] and v [T, Hkv, Dv] of the same tokens: out [T, Hq, Dv].
 
-        Dv is at most D. Without v the rows of k are keys and values, as in a cache with `kv_factor` 1, and the result
-        is as wide as that of `PreparedRuns.attend` on such a cache. `blocks` and `scale` are as there.
+        Rows of no segment get the identity. Dv is at most D. Without v the rows of k are keys and values, as in a cache
+        with `kv_factor` 1, and the result is as wide as that of `PreparedRuns.attend` on such a cache. `blocks`,
+        `scale` and `dtype` are as there.
         """
         ...
 
 
 class Backend(ABC):
     """Attention on the tensors of one rank."""
+
+    # whether runs may be causal: segments then attend to their own tokens in the cache, together with earlier ones
+    causal_runs: bool = False
 
     @abstractmethod
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> PreparedRuns:
@@ -114,16 +133,22 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare_diagonal(self, tokens: int, window: int | None) -> PreparedDiagonal:
-        """Prepare the diagonal of a segment of `tokens` tokens. A row sees `window` tokens, its own included."""
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> PreparedDiagonal:
+        """Prepare the diagonals of segments (first row, length), in order, among `rows` rows.
+
+        A row sees `window` tokens, its own included; None for all.
+        """
 
     @abstractmethod
     def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
         """Prepare the writes of a step with `rows` rows. Rows of no run are not written."""
 
     @abstractmethod
-    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
-        """The merge of `attention.state.merge`, equal up to rounding. All parts have one shape."""
+    def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
+        """The merge of `attention.state.merge`, equal up to rounding. All parts have one shape.
+
+        `dtype` is that of `PreparedRuns.attend`.
+        """
 
     def attend(
         self, q: Tensor, runs: Sequence[QueryRun], kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
@@ -140,8 +165,8 @@ class Backend(ABC):
         scale: float,
         window: int | None = None,
     ) -> AttentionState:
-        """`PreparedDiagonal.attend`, for a segment that is used once."""
-        return self.prepare_diagonal(len(q), window).attend(q, k, v, blocks, scale)
+        """`PreparedDiagonal.attend`, for one segment that is used once."""
+        return self.prepare_diagonal(((0, len(q)),), len(q), window).attend(q, k, v, blocks, scale)
 
 
 class RefillableRuns(PreparedRuns, Protocol):

@@ -7,7 +7,6 @@ schedules, nor of pages more than the spans of a run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from longspan.attention.backends.base import AttentionBackend
 from longspan.attention.backends.batch import Batch, batches
-from longspan.attention.backends.plain import PlainBackend
+from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState, concatenate, merge
 from longspan.cache.pages import clip_spans
@@ -37,9 +36,9 @@ class CpuBackend(PlainBackend):
         """See `Backend.prepare`."""
         return _Runs(runs)
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> _Diagonal:
         """See `Backend.prepare_diagonal`."""
-        return _Diagonal(window)
+        return _Diagonal(segments, window)
 
 
 class _Runs:
@@ -53,7 +52,14 @@ class _Runs:
         """(batches, runs in none of them), computed in the first layer."""
         return batches(self._runs)
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         runs = self._runs
         # the result of a run over all rows needs no copy into a whole
@@ -73,18 +79,16 @@ class _Runs:
         return whole
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(SegmentedDiagonal):
     """See `PreparedDiagonal`."""
 
-    # tokens that a row sees, its own included; None for all
-    window: int | None
+    def __init__(self, segments: Sequence[tuple[int, int]], window: int | None) -> None:
+        super().__init__(segments)
+        self.window = window  # tokens that a row sees, its own included; None for all
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
-    ) -> AttentionState:
-        """See `PreparedDiagonal.attend`."""
-        v, window = k if v is None else v, self.window
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """See `SegmentedDiagonal.segment`."""
+        window = self.window
         if window is None or q.shape[0] <= window:
             return _join_heads([_causal_block(q, k, v, block, scale) for block in blocks])
         parts: list[AttentionState] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.base import AttentionBackend
-from longspan.attention.backends.plain import PlainBackend
+from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState, merge
 from longspan.cache.pages import clip_spans
@@ -27,6 +27,8 @@ _ROWS = 256  # most query tokens of a block
 class TorchBackend(PlainBackend):
     """softmax(q kᵀ · scale) v, block by block, in fp32 or wider for inputs of any dtype."""
 
+    causal_runs = True
+
     def __init__(self, device: torch.device, max_scores: int = _SCORES) -> None:
         super().__init__(device)
         self._max_scores = max_scores
@@ -35,9 +37,9 @@ class TorchBackend(PlainBackend):
         """See `Backend.prepare`."""
         return _Runs(tuple(runs), self._max_scores)
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> _Diagonal:
         """See `Backend.prepare_diagonal`."""
-        return _Diagonal(window, self._max_scores)
+        return _Diagonal(segments, window, self._max_scores)
 
 
 @dataclass(frozen=True)
@@ -49,38 +51,39 @@ class _Runs:
     # most scores that are held at once
     max_scores: int
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         for run in self.runs:
-            window_starts = None if run.window_starts is None else torch.tensor(run.window_starts, device=q.device)
             for rows in _cut(run.row, run.row + run.length, _ROWS):
                 parts = [AttentionState(whole.out[rows], whole.lse[rows])]
-                for at in _cut(0, run.tokens, _keys_at_once(q[rows], self.max_scores)):
+                ends = run.ends[rows.start - run.row : rows.stop - run.row]
+                for at in _cut(0, max(ends), _keys_at_once(q[rows], self.max_scores)):
                     within = kv.take(clip_spans(run.spans, at.start, at.stop)).read(q.dtype)
-                    seen = None
-                    if window_starts is not None:
-                        numbers = torch.arange(at.start, at.stop, device=q.device)
-                        seen = numbers >= window_starts[rows.start - run.row : rows.stop - run.row, None]
+                    seen = _seen(run, rows, at, q.device)
                     parts = [merge([*parts, _attend(q[rows], within[0], within[-1], blocks, scale, seen)])]
                 whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
         return whole
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(SegmentedDiagonal):
     """See `PreparedDiagonal`."""
 
-    # tokens that a row sees, its own included; None for all
-    window: int | None
-    # most scores that are held at once
-    max_scores: int
+    def __init__(self, segments: Sequence[tuple[int, int]], window: int | None, max_scores: int) -> None:
+        super().__init__(segments)
+        self.window = window  # tokens that a row sees, its own included; None for all
+        self.max_scores = max_scores  # most scores that are held at once
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
-    ) -> AttentionState:
-        """See `PreparedDiagonal.attend`."""
-        v, window = k if v is None else v, self.window
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """See `SegmentedDiagonal.segment`."""
+        window = self.window
         whole = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
         keys, values = k.transpose(0, 1), v.transpose(0, 1)
         numbers = torch.arange(q.shape[0], device=q.device)
@@ -94,6 +97,19 @@ class _Diagonal:
                 parts = [merge([*parts, part])]
             whole.out[rows], whole.lse[rows] = parts[0].out, parts[0].lse
         return whole
+
+
+def _seen(run: QueryRun, rows: slice, at: slice, device: torch.device) -> Tensor | None:
+    """bool [T, L]: which of a run's slots `at` each of `rows` sees; None if every row sees all of them."""
+    within = slice(rows.start - run.row, rows.stop - run.row)
+    numbers = torch.arange(at.start, at.stop, device=device)
+    seen = None
+    if run.window_starts is not None:
+        seen = numbers >= torch.tensor(run.window_starts[within], device=device)[:, None]
+    if run.causal and run.ends[within][0] < at.stop:
+        before = numbers < torch.tensor(run.ends[within], device=device)[:, None]
+        seen = before if seen is None else seen & before
+    return seen
 
 
 def _keys_at_once(q: Tensor, max_scores: int) -> int:

@@ -23,7 +23,7 @@ from longspan.attention.backends.base import (
     half_precision_problem,
 )
 from longspan.attention.backends.dense import TorchBackend
-from longspan.attention.backends.plain import PlainBackend
+from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
@@ -49,9 +49,9 @@ class FlashAttnBackend(PlainBackend):
         masked = [run for run in runs if run.window_starts is not None]
         return _Runs(self._library, runs, self._plain.prepare(runs, rows), self._plain.prepare(masked, rows))
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> _Diagonal:
         """See `Backend.prepare_diagonal`."""
-        return _Diagonal(self._library, window, self._plain.prepare_diagonal(tokens, window))
+        return _Diagonal(self._library, segments, window, self._plain.prepare_diagonal(segments, rows, window))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,14 @@ class _Runs:
     # the runs with window starts
     masked: PreparedRuns
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         if not _fits(q) or kv.scales is not None:
             return self.plain.attend(q, kv, blocks, scale)
@@ -82,26 +89,36 @@ class _Runs:
         return whole
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(SegmentedDiagonal):
     """See `PreparedDiagonal`."""
 
-    # the imported package
-    library: Any
-    # tokens that a row sees, its own included; None for all
-    window: int | None
-    # for shapes that the library cannot compute
-    plain: PreparedDiagonal
+    def __init__(
+        self, library: Any, segments: Sequence[tuple[int, int]], window: int | None, plain: PreparedDiagonal
+    ) -> None:
+        super().__init__(segments)
+        self.library = library  # the imported package
+        self.window = window  # tokens that a row sees, its own included; None for all
+        self.plain = plain  # for shapes that the library cannot compute
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
-        v = k if v is None else v
         if not _fits(q):
-            return self.plain.attend(q, k, v, blocks, scale)
+            return self.plain.attend(q, k, v, blocks, scale, dtype)
+        return super().attend(q, k, v, blocks, scale, dtype)
+
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """See `SegmentedDiagonal.segment`."""
         sees = _EVERYTHING if self.window is None else (self.window - 1, 0)
-        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        lacking = q.shape[-1] - v.shape[-1]
+        wide = F.pad(v, (0, lacking)) if lacking else v  # padding by nothing would copy
         part = _call(self.library, q, k, wide, blocks, softmax_scale=scale, causal=True, window_size=sees)
         return part.columns(v.shape[-1])
 

@@ -7,11 +7,13 @@ the library. With these the pool of any page size is a layout that the library a
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from longspan.attention.backends.base import (
     half_precision_problem,
 )
 from longspan.attention.backends.dense import TorchBackend
-from longspan.attention.backends.plain import PlainBackend
+from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.cache.pages import Span, clip_spans
@@ -47,33 +49,75 @@ class FlashInferBackend(PlainBackend):
         self._library = library or import_module("flashinfer")
         self._plain = TorchBackend(device)
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrappers = _Wrappers(self._library, self._workspace)
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
-        return _Runs(self._library, self._workspace, runs, self._plain.prepare(runs, rows))
+        return _Runs(self._wrappers, self._workspace.device, runs, self._plain.prepare(runs, rows))
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> _Diagonal:
         """See `Backend.prepare_diagonal`."""
-        return _Diagonal(self._library, window, self._plain.prepare_diagonal(tokens, window))
+        return _Diagonal(self._library, segments, window, self._plain.prepare_diagonal(segments, rows, window))
+
+
+class _Wrappers:
+    """The library's wrappers, which are planned again in later steps: each holds 8 MB on the device and on the host.
+
+    A plan is copied from the wrapper's pinned memory while the host goes on, so a wrapper is not planned again before
+    the device has done all that was in its stream when the wrapper came back.
+    """
+
+    def __init__(self, library: Any, workspace: Tensor) -> None:
+        self._library = library
+        self._workspace = workspace  # uint8, shared by all calls of the library
+        # (wrapper, event after its last use; None without a CUDA device), by whether it is for latents; oldest first
+        self._back: dict[bool, deque[tuple[Any, torch.cuda.Event | None]]] = {False: deque(), True: deque()}
+
+    def lend(self, owner: object, *, latent: bool) -> Any:
+        """A wrapper for paged keys and values, or for latents, until `owner` is deleted."""
+        back = self._back[latent]
+        if back and (back[0][1] is None or back[0][1].query()):  # type: ignore[no-untyped-call]
+            wrapper, _ = back.popleft()
+        elif latent:
+            wrapper = self._library.mla.BatchMLAPagedAttentionWrapper(self._workspace)
+        else:
+            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        finalize(owner, self._take_back, wrapper, latent).atexit = False
+        return wrapper
+
+    def _take_back(self, wrapper: Any, latent: bool) -> None:
+        event = torch.cuda.Event() if self._workspace.is_cuda else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record(torch.cuda.current_stream(self._workspace.device))
+        self._back[latent].append((wrapper, event))
 
 
 class _Runs:
     """See `PreparedRuns`."""
 
-    def __init__(self, library: Any, workspace: Tensor, runs: Sequence[QueryRun], plain: PreparedRuns) -> None:
-        self._library = library
-        self._workspace = workspace  # uint8, shared by all calls of the library
+    def __init__(
+        self, wrappers: _Wrappers, device: torch.device, runs: Sequence[QueryRun], plain: PreparedRuns
+    ) -> None:
+        self._wrappers = wrappers
+        self._device = device
         self._runs = runs
         self._plain = plain  # for shapes that the library cannot compute
-        # planned wrappers, by the sizes that a plan depends on
-        self._wrappers: dict[tuple[object, ...], Any] = {}
+        # wrappers with a plan, by the sizes that a plan depends on
+        self._planned: dict[tuple[object, ...], Any] = {}
 
     @cached_property
     def _table(self) -> _Table:
         """The page table of all runs, made in the first layer."""
-        return _table(self._runs, self._workspace.device)
+        return _table(self._runs, self._device)
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         latent = len(kv.values) == 1 and kv.width == _LATENT + _ROPE
         if kv.scales is not None or q.element_size() != 2 or not (latent or _is_plain(kv)):
@@ -92,55 +136,65 @@ class _Runs:
     def _paged(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
         """(out [R, H, D], base-2 lse [R, H]) of q [R, H, D], the table's rows and one block's heads."""
         key = (q.shape[1], block.kv_heads, kv.width, scale, q.dtype, kv.values.dtype)
-        if key not in self._wrappers:
-            wrapper = self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        if key not in self._planned:
+            wrapper = self._wrappers.lend(self, latent=False)
             wrapper.plan(
                 table.row_starts, table.slot_starts, table.slots, torch.ones_like(table.counts),
                 q.shape[1], block.kv_heads, kv.width, 1,
                 causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
             )  # fmt: skip
-            self._wrappers[key] = wrapper
+            self._planned[key] = wrapper
         held = kv.values[:, block.kv_start : block.kv_stop].transpose(1, 2)[:, :, None]  # [kv_factor, S, 1, Hkv, D]
-        found: tuple[Tensor, Tensor] = self._wrappers[key].run(q, (held[0], held[1]), return_lse=True)
+        found: tuple[Tensor, Tensor] = self._planned[key].run(q, (held[0], held[1]), return_lse=True)
         return found
 
     def _latent(self, q: Tensor, table: _Table, kv: CacheRows, block: HeadBlock, scale: float) -> tuple[Tensor, Tensor]:
         """The same for latents: out is [R, H, latent]."""
         key = (q.shape[1], scale, q.dtype, kv.values.dtype)
-        if key not in self._wrappers:
-            wrapper = self._library.mla.BatchMLAPagedAttentionWrapper(self._workspace)
+        if key not in self._planned:
+            wrapper = self._wrappers.lend(self, latent=True)
             wrapper.plan(
                 qo_indptr=table.row_starts, kv_indptr=table.slot_starts, kv_indices=table.slots,
                 kv_len_arr=table.counts, num_heads=q.shape[1], head_dim_ckv=_LATENT, head_dim_kpe=_ROPE,
                 page_size=1, causal=False, sm_scale=scale, q_data_type=q.dtype, kv_data_type=kv.values.dtype,
             )  # fmt: skip
-            self._wrappers[key] = wrapper
+            self._planned[key] = wrapper
         held = kv.values[0, block.kv_start][:, None]  # [S, 1, D]
-        found: tuple[Tensor, Tensor] = self._wrappers[key].run(
+        found: tuple[Tensor, Tensor] = self._planned[key].run(
             q_nope=q[..., :_LATENT].contiguous(), q_pe=q[..., _LATENT:].contiguous(),
             ckv_cache=held[..., :_LATENT], kpe_cache=held[..., _LATENT:], return_lse=True,
         )  # fmt: skip
         return found
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(SegmentedDiagonal):
     """See `PreparedDiagonal`."""
 
-    # the imported package
-    library: Any
-    # tokens that a row sees, its own included; None for all
-    window: int | None
-    # for shapes that the library cannot compute
-    plain: PreparedDiagonal
+    def __init__(
+        self, library: Any, segments: Sequence[tuple[int, int]], window: int | None, plain: PreparedDiagonal
+    ) -> None:
+        super().__init__(segments)
+        self.library = library  # the imported package
+        self.window = window  # tokens that a row sees, its own included; None for all
+        self.plain = plain  # for shapes that the library cannot compute
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
-        v = k if v is None else v
-        if q.element_size() != 2 or q.shape[-1] not in _DIMS or v.shape[-1] != q.shape[-1]:
-            return self.plain.attend(q, k, v, blocks, scale)
+        value_dim = (k if v is None else v).shape[-1]
+        if q.element_size() != 2 or q.shape[-1] not in _DIMS or value_dim != q.shape[-1]:
+            return self.plain.attend(q, k, v, blocks, scale, dtype)
+        return super().attend(q, k, v, blocks, scale, dtype)
+
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """See `SegmentedDiagonal.segment`."""
         whole = AttentionState.empty(q.shape[0], q.shape[1], v.shape[-1], q)
         left = -1 if self.window is None else self.window - 1
         for block in blocks:

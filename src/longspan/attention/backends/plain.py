@@ -1,17 +1,20 @@
-"""What all backends of plain tensor operations share: writing to slots and merging states.
+"""What all backends of plain tensor operations share: writing to slots, merging states, and diagonals one by one.
 
-It owns these two operations; attention itself is implemented by each backend.
+It owns these operations; attention itself is implemented by each backend.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from longspan.attention.backends.base import Backend
 from longspan.attention.pool import SlotWriter
-from longspan.attention.state import AttentionState, merge
+from longspan.attention.state import AttentionState, concatenate, merge
+from longspan.parallel.heads import HeadBlock
 from longspan.plan.view import WriteRun
 
 
@@ -25,6 +28,38 @@ class PlainBackend(Backend):
         """See `Backend.writer`."""
         return SlotWriter(writes, rows, self._device)
 
-    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
+    def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""
         return merge(parts)
+
+
+class SegmentedDiagonal(ABC):
+    """A `PreparedDiagonal` that is computed segment by segment."""
+
+    def __init__(self, segments: Sequence[tuple[int, int]]) -> None:
+        self._segments = segments  # (first row, length), in order
+
+    @abstractmethod
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """Causal attention of one segment to itself: as `PreparedDiagonal.attend`, of the segment's rows."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """See `PreparedDiagonal.attend`."""
+        v = k if v is None else v
+        parts: list[AttentionState] = []
+        at = 0
+        for row, length in [*self._segments, (len(q), 0)]:
+            if row > at:
+                parts.append(AttentionState.empty(row - at, q.shape[1], v.shape[-1], q))
+            at = row + length
+            if length:
+                parts.append(self.segment(q[row:at], k[row:at], v[row:at], blocks, scale))
+        return concatenate(parts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.plain import PlainBackend
+from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
@@ -21,13 +21,15 @@ from longspan.plan.reach import QueryRun
 class ReferenceBackend(PlainBackend):
     """softmax(q kᵀ · scale) v, head by head."""
 
+    causal_runs = True
+
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
         """See `Backend.prepare`."""
         return _Runs(tuple(runs))
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> _Diagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> _Diagonal:
         """See `Backend.prepare_diagonal`."""
-        return _Diagonal(window)
+        return _Diagonal(segments, window)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,14 @@ class _Runs:
     # the runs as they are: nothing is prepared
     runs: tuple[QueryRun, ...]
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
         values = kv.read(q.dtype)
@@ -45,24 +54,22 @@ class _Runs:
             slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
             rows = slice(run.row, run.row + run.length)
             window_starts = torch.tensor(run.window_starts or (0,) * run.length)
-            mask = torch.arange(len(slots)) >= window_starts[:, None]
+            number = torch.arange(len(slots))
+            mask = (number >= window_starts[:, None]) & (number < torch.tensor(run.ends)[:, None])
             part = _attend(q[rows], values[0][:, slots], values[-1][:, slots], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(SegmentedDiagonal):
     """See `PreparedDiagonal`."""
 
-    # tokens that a row sees, its own included; None for all
-    window: int | None
+    def __init__(self, segments: Sequence[tuple[int, int]], window: int | None) -> None:
+        super().__init__(segments)
+        self.window = window  # tokens that a row sees, its own included; None for all
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
-    ) -> AttentionState:
-        """See `PreparedDiagonal.attend`."""
-        v = k if v is None else v
+    def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+        """See `SegmentedDiagonal.segment`."""
         mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril()
         if self.window is not None:
             mask = mask.triu(1 - self.window)

@@ -49,6 +49,8 @@ class Join:
     variant: AttentionVariant
     # the ranks that take part
     group: ContextGroup
+    # if nothing will be merged with the result, the dtype in which out is wanted: see `PreparedRuns.attend`
+    dtype: torch.dtype | None = None
 
     @property
     def reach(self) -> Reach:
@@ -95,7 +97,7 @@ class Join:
         """The state of this rank's rows, out [T, Hq, value_dim], from packed states that together cover all keys."""
         if not len(self.q):
             return AttentionState.empty(0, self.q.shape[1], self.variant.value_dim, self.q)
-        return self.variant.received_state(self.variant.merge([unpack(part) for part in packed]))
+        return self.variant.received_state(self.variant.merge([unpack(part) for part in packed], self.dtype))
 
 
 def pack(part: AttentionState) -> Tensor:

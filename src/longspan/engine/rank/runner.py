@@ -157,7 +157,10 @@ class Runner:
         schedules = self._attention.schedules
         if self.cuda_graphs is not None and recordable(plan, schedules):
             return self._replay(uniform(plan, schedules), self.cuda_graphs)
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
+        attention = self._attention
+        view = rank_view(
+            plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
+        )
         self._attention.begin(self._attention.preparer.step(view))
         if self._experts is not None:
             self._experts.expect(self._rows_of_pcp(plan))

@@ -12,21 +12,26 @@ LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adjacent"])
 def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
-    items, bounds, index, q, kv, out, lse, part_out, part_lse,
+    items, gathered, adjacent, bounds, index, q, kv, out, lse, part_out, part_lse,
     q_strides, head_strides, out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
     GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Program (item, KV head): one item of work by online softmax (Milakov & Gimelshein 2018; FlashAttention).
 
-    `items`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in order. `kv` is
-    (keys, values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and
-    `VALUE` are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are.
-    `FLIP` is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
+    `items`, `gathered`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in
+    order. The first `adjacent` programs take `items`; with `GATHERED` the others take `gathered`. `kv` is (keys,
+    values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and `VALUE`
+    are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are. `FLIP`
+    is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
     """
-    item = items + tl.program_id(0) * FIELDS
+    program = tl.program_id(0)
+    item = items + program * FIELDS
+    if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
+        if program >= adjacent:
+            item = gathered + (program - adjacent) * FIELDS
     count = tl.load(item + 2)
     if count == 0:
         return
@@ -40,22 +45,76 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     low = tl.load(bounds + token * 2, mask=valid, other=0)
     high = tl.load(bounds + token * 2 + 1, mask=valid, other=0)
     place = tl.load(item + 3)
-    start, full_start = tl.load(item + 4), tl.load(item + 5)
-    full_stop, stop = tl.load(item + 6), tl.load(item + 7)
+    columns = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
 
     kv_head = (first_heads[1] + head).to(tl.int64)
     kv = (
         kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
         kv[2] + kv_head * head_strides[2], kv[3] + kv_head * head_strides[2],
     )  # fmt: skip
+    top, total, mixed, mixed_rest = _nothing(VALUE, FLIP, BLOCK_M)
+    in_place = columns
+    if GATHERED:  # loops that follow each other share memory for their tiles; the branches of an `if` may not
+        in_place = _if_wanted(program < adjacent, columns)
+    top, total, mixed, mixed_rest = _columns(
+        top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
+        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, BLOCK_N,
+    )  # fmt: skip
+    if GATHERED:
+        by_index = _if_wanted(program >= adjacent, columns)
+        top, total, mixed, mixed_rest = _columns(
+            top, total, mixed, mixed_rest, queries, queries_rest, low, high, by_index, index, place, kv, scale,
+            KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, BLOCK_N,
+        )  # fmt: skip
+    _finish(
+        tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
+        out_strides, head, heads, VALUE, FLIP, BLOCK_M,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nothing(VALUE: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The state of an online softmax over no columns, as in `_step`."""
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mixed = _zeros(VALUE[1], BLOCK_M, FLIP)
     mixed_rest = mixed
     if VALUE[2]:
         mixed_rest = _zeros(VALUE[3], BLOCK_M, FLIP)
+    return top, total, mixed, mixed_rest
 
-    # whole tiles need no mask; the tiles before and after them do
+
+@triton.jit
+def _if_wanted(wanted, columns):  # type: ignore[no-untyped-def]
+    """The `columns` of an item as they are, or none."""
+    start, full_start, full_stop, stop = columns
+    return start, tl.where(wanted, full_start, start), tl.where(wanted, full_stop, start), tl.where(wanted, stop, start)
+
+
+@triton.jit
+def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(main part, rest) of the queries, each [rows, width], or [width, rows] with `FLIP`."""
+    main = _tile(q, rows, 1, valid, 0, KEY[0], KEY[1], True)
+    rest = main
+    if KEY[2]:
+        rest = _tile(q, rows, 1, valid, KEY[0], KEY[2], KEY[3], True)
+    if FLIP:
+        main, rest = tl.trans(main), tl.trans(rest)
+    return main, rest
+
+
+@triton.jit
+def _columns(  # type: ignore[no-untyped-def]
+    top, total, mixed, mixed_rest, queries, queries_rest, low, high, columns, index, place, kv, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Update the online softmax, as in `_step`, by all columns of an item.
+
+    `columns` are its `start`, `full_start`, `full_stop` and `stop`. Whole tiles need no mask; the tiles before and
+    after them do.
+    """
+    start, full_start, full_stop, stop = columns
     for column in tl.range(full_start, full_stop, BLOCK_N):
         top, total, mixed, mixed_rest = _step(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
@@ -69,22 +128,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
             scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, True,
         )  # fmt: skip
-    _finish(
-        tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
-        out_strides, head, heads, VALUE, FLIP, BLOCK_M,
-    )  # fmt: skip
-
-
-@triton.jit
-def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(main part, rest) of the queries, each [rows, width], or [width, rows] with `FLIP`."""
-    main = _tile(q, rows, 1, valid, 0, KEY[0], KEY[1], True)
-    rest = main
-    if KEY[2]:
-        rest = _tile(q, rows, 1, valid, KEY[0], KEY[2], KEY[3], True)
-    if FLIP:
-        main, rest = tl.trans(main), tl.trans(rest)
-    return main, rest
+    return top, total, mixed, mixed_rest
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
-from longspan.attention.backends.triton.config import Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.work import Tiling
@@ -55,15 +56,17 @@ class TritonBackend(RecordableBackend):
 
     def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
         self._device = device
-        self._launcher = _Launcher(value_dim, processors or _processors(device))
+        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device))
+
+    causal_runs = True
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> TritonRuns:
         """See `Backend.prepare`."""
         return TritonRuns(self._launcher, Plans.of_runs(runs, rows, self._device))
 
-    def prepare_diagonal(self, tokens: int, window: int | None) -> TritonDiagonal:
+    def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> TritonDiagonal:
         """See `Backend.prepare_diagonal`."""
-        return TritonDiagonal(self._launcher, Plans.of_diagonal(tokens, window, self._device))
+        return TritonDiagonal(self._launcher, Plans.of_diagonal(segments, rows, window, self._device))
 
     def refillable(self, rows: int, longest: int = 1, index: int | None = None) -> RefillableTritonRuns:
         """See `RecordableBackend.refillable`. `longest` and `index` are those of `RefillablePlans`."""
@@ -74,9 +77,9 @@ class TritonBackend(RecordableBackend):
         """See `Backend.writer`."""
         return TritonWriter(writes, rows, self._device)
 
-    def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
+    def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""
-        return merge_parts(parts)
+        return merge_parts(parts, _stored(dtype))
 
 
 class TritonRuns:
@@ -86,9 +89,16 @@ class TritonRuns:
         self._launcher = launcher
         self.plans = plans
 
-    def attend(self, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
+    def attend(
+        self,
+        q: Tensor,
+        kv: CacheRows,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
         """See `PreparedRuns.attend`."""
-        return self._launcher.attend(q, self._launcher.cached(kv, _wide(q)), blocks, scale, self.plans)
+        return self._launcher.attend(q, self._launcher.cached(kv, _wide(q)), blocks, scale, self.plans, dtype)
 
 
 class RefillableTritonRuns(TritonRuns):
@@ -112,10 +122,16 @@ class TritonDiagonal:
         self._plans = plans
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """See `PreparedDiagonal.attend`."""
-        return self._launcher.attend(q, self._launcher.fresh(k, v, _wide(q)), blocks, scale, self._plans)
+        return self._launcher.attend(q, self._launcher.fresh(k, v, _wide(q)), blocks, scale, self._plans, dtype)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,8 @@ class _Launcher:
     value_dim: int
     # streaming multiprocessors of the device
     processors: int
+    # decides the tiles
+    chip: Chip
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
         """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
@@ -143,8 +161,16 @@ class _Launcher:
         shape = shape_of(kv.width, self.value_dim if shared else kv.width, groups, shared, wide)
         return _Keys(values[0], values[-1], scales[0], scales[-1], shape)
 
-    def attend(self, q: Tensor, keys: _Keys, blocks: Sequence[HeadBlock], scale: float, plans: Plans) -> AttentionState:
-        """Attention of q [T, Hq, D] to the keys that the work in `plans` names: fp32 out [T, Hq, width of a value].
+    def attend(
+        self,
+        q: Tensor,
+        keys: _Keys,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        plans: Plans,
+        dtype: torch.dtype | None,
+    ) -> AttentionState:
+        """Attention of q [T, Hq, D] to the keys that the work in `plans` names: out [T, Hq, width of a value].
 
         Raises `ValueError` if q has another number of rows than the plans.
         """
@@ -156,12 +182,12 @@ class _Launcher:
         tokens, heads, _ = q.shape
         width = keys.shape.value[0] + keys.shape.value[2]
         whole = AttentionState(
-            torch.empty((tokens, heads, width), dtype=torch.float32, device=q.device),
+            torch.empty((tokens, heads, width), dtype=_stored(dtype), device=q.device),
             torch.empty((tokens, heads), dtype=torch.float32, device=q.device),
         )
         for block in blocks if tokens else ():
             rows = plans.longest * block.group
-            config = config_for(keys.shape, rows)
+            config = config_for(keys.shape, rows, self.chip)
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
             _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
@@ -180,32 +206,29 @@ def _launch(
 ) -> None:
     """Compute the heads of one block of `whole`.
 
-    The launches are: items over adjacent slots, items over gathered slots, and the reduction of rows that several items
-    share. `rows` is the most packed rows of a run.
+    The launches are: the items, and the reduction of rows that several items share. `rows` is the most packed rows of a
+    run.
     """
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
     shape, out_strides = keys.shape, (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0))
-    for items, count, gathered in (
-        (plan.adjacent, room.adjacent, False), (plan.gathered, room.gathered, True),
-    ):  # fmt: skip
-        if count:
-            attend_kernel[(count, heads)](
-                items, plan.bounds, plan.index, q, (keys.keys, keys.values, keys.key_scales, keys.value_scales),
-                whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
-                tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
-                (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
-                KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
-                STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=gathered,
-                FLIP=config.flip, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
-                num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
+    attend_kernel[(room.adjacent + room.gathered, heads)](
+        plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q,
+        (keys.keys, keys.values, keys.key_scales, keys.value_scales),
+        whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
+        tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
+        (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
+        KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
+        STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
+        FLIP=config.flip, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
+        num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
+    )  # fmt: skip
     if room.splits:
         reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
             plan.splits, whole.out, whole.lse, part_out, part_lse, out_strides, block.q_start, block.group, heads,
             WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
-            FIELDS=SPLIT_FIELDS, num_warps=4,
+            FIELDS=SPLIT_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
         )  # fmt: skip
 
 
@@ -214,6 +237,19 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _chip(device: torch.device) -> Chip:
+    """The kind of device that tiles are chosen for."""
+    if device.type != "cuda":
+        return Chip.LARGE
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
+    return Chip.with_shared(properties.shared_memory_per_block_optin)
+
+
+def _stored(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a kernel stores a result that is wanted in `dtype`; it computes in fp32."""
+    return dtype if dtype is not None and dtype.itemsize == 2 else torch.float32
 
 
 def _wide(q: Tensor) -> bool:

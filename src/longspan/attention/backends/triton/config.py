@@ -1,4 +1,4 @@
-"""The launch configuration of the attention kernel: tiles, warps and stages, by widths and number of rows.
+"""The launch configuration of the attention kernel: tiles, warps and stages, by chip, widths and number of rows.
 
 It owns this table, which replaces autotuning at run time. A test compiles every entry and checks its registers and
 shared memory.
@@ -7,7 +7,10 @@ shared memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
+# whether a product and a sum are rounded once, as one instruction. Said at each launch: Triton 3.10 has another default
+FUSED = True
 # elements of a row's main part, width of its tile (a power of two), elements of the rest, width of its tile
 Parts = tuple[int, int, int, int]
 
@@ -29,6 +32,22 @@ class Shape:
     shared: bool
     # whether queries are fp32, and so products are
     wide: bool
+
+
+class Chip(Enum):
+    """A kind of device, by the bytes of shared memory that one program can have."""
+
+    # Hopper and B200, whose matrix instructions are those of a warp group
+    LARGE = 227 * 1024
+    # A100
+    MEDIUM = 163 * 1024
+    # L40S, RTX 30, 40 and 50
+    SMALL = 99 * 1024
+
+    @staticmethod
+    def with_shared(size: int) -> Chip:
+        """The largest kind that a device with `size` bytes is."""
+        return next((chip for chip in Chip if size >= chip.value), Chip.SMALL)
 
 
 @dataclass(frozen=True)
@@ -66,32 +85,64 @@ def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool
     return Shape(key, value, len(groups), shared, wide)
 
 
-def config_for(shape: Shape, rows: int) -> Config:
+def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE) -> Config:
     """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head."""
     width = max(shape.key[0] + shape.key[2], shape.value[0] + shape.value[2])
     if shape.wide:
-        return Config(16, 32 if width <= 64 else 16, 4, 2, 1, False)
+        stages = 1 if chip is Chip.SMALL and width > 256 else 2
+        return Config(16, 32 if width <= 64 else 16, 4, stages, 1, False)
     if width > 256:
-        return _latent(shape, rows)
+        return _latent(shape, rows, chip)
     if rows <= 32 and not shape.groups:
-        columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 2, 1)
-        return Config(16 if rows <= 16 else 32, columns, 4, stages, resident, True)
+        return _decode(width, 16 if rows <= 16 else 32, chip)
     if rows <= 16:
         return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False)
-    columns = 64 if width <= 192 else 32
-    if rows <= 64:
-        return Config(64, columns, 4, 3 if width <= 128 else 2, 2, False)
-    return Config(128, columns, 8, 3 if width <= 128 else 2, 1, False)
+    return _middle(width, chip) if rows <= 64 else _prefill(shape, width, chip)
 
 
-def _latent(shape: Shape, rows: int) -> Config:
+def _decode(width: int, block_m: int, chip: Chip) -> Config:
+    """The configuration for a few rows that are not quantised: the more columns are on their way, the better."""
+    if chip is Chip.LARGE:
+        columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 2, 1)
+    elif chip is Chip.MEDIUM:
+        columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 3, 1)
+    else:
+        columns, stages, resident = (64, 3, 2) if width <= 64 else (32, 3, 2) if width <= 128 else (32, 3, 1)
+    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE)
+
+
+def _middle(width: int, chip: Chip) -> Config:
+    """The configuration for up to 64 rows: drafts, or one token of many heads."""
+    if chip is Chip.LARGE:
+        return Config(64, 64 if width <= 192 else 32, 4, 3 if width <= 128 else 2, 2, False)
+    if chip is Chip.MEDIUM:
+        return Config(64, 32, 4, 3, 2 if width <= 128 else 1, False)
+    return Config(64, 32, 4, 2, 2 if width <= 128 else 1, False)
+
+
+def _prefill(shape: Shape, width: int, chip: Chip) -> Config:
+    """The configuration for many rows."""
+    if chip is Chip.SMALL and width > 128:
+        return Config(128, 32, 8, 2, 1, False) if width <= 192 else Config(64, 32, 4, 2, 1, False)
+    if chip is Chip.LARGE and 64 < width <= 128 and not shape.groups:
+        return Config(128, 128, 8, 3, 1, False)
+    return Config(128, 64 if width <= 192 else 32, 8, 3 if width <= 128 else 2, 1, False)
+
+
+def _latent(shape: Shape, rows: int, chip: Chip) -> Config:
     """The configuration for latents: 32 query rows of 512 values take half of all registers, so tiles are small.
 
-    A tile of 64 columns takes a third of shared memory.
+    A tile of 64 columns takes a third of the largest shared memory.
     """
     if shape.groups:
-        return Config(16, 32, 4, 3, 2, False) if rows <= 16 else Config(64, 32, 8, 2, 1, False)
-    return Config(16 if rows <= 16 else 32, 64, 4, 2, 1, True)
+        if rows <= 16:
+            return Config(16, 32, 4, 3, 2 if chip is Chip.LARGE else 1, False)
+        return Config(32, 32, 4, 2, 1, False) if chip is Chip.SMALL else Config(64, 32, 8, 2, 1, False)
+    if chip is Chip.LARGE:
+        return Config(64, 64, 8, 2, 1, False) if rows >= 64 else Config(16 if rows <= 16 else 32, 64, 4, 2, 1, True)
+    if chip is Chip.MEDIUM:
+        return Config(64, 32, 8, 3, 1, False) if rows >= 64 else Config(16 if rows <= 16 else 32, 32, 4, 3, 1, False)
+    return Config(16, 32, 4, 3, 1, False) if rows <= 16 else Config(32, 32, 4, 2, 1, False)
 
 
 def _parts(dim: int, cut: int | None) -> Parts:

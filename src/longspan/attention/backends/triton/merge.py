@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.rows import unit_stride
 from longspan.attention.state import AttentionState
 
@@ -19,8 +20,8 @@ _ELEMENTS = 1024  # elements of the result that one program computes: 8 for each
 _WARPS = 4
 
 
-def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
-    """`attention.state.merge` in fp32, of any number of states out [T, Hq, Dv], lse [T, Hq].
+def merge_parts(parts: Sequence[AttentionState], dtype: torch.dtype = torch.float32) -> AttentionState:
+    """`attention.state.merge` in fp32, of any number of states out [T, Hq, Dv], lse [T, Hq]; `dtype` is that of out.
 
     States are read in place if their rows have one stride over T · Hq; otherwise they are copied first.
     """
@@ -30,7 +31,7 @@ def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
     if len(parts) == 1:
         return parts[0]
     tokens, heads, width = parts[0].out.shape
-    out = torch.empty((tokens, heads, width), dtype=torch.float32, device=parts[0].out.device)
+    out = torch.empty((tokens, heads, width), dtype=dtype, device=parts[0].out.device)
     lse = torch.empty((tokens, heads), dtype=torch.float32, device=out.device)
     if not out.numel():
         return AttentionState(out, lse)
@@ -41,8 +42,9 @@ def merge_parts(parts: Sequence[AttentionState]) -> AttentionState:
     rows = max(1, _ELEMENTS // columns)
     grid = (triton.cdiv(tokens * heads, rows),)
     _merge_kernel[grid](
-        outs, lses, strides, out, lse, tokens * heads, WIDTH=width, COLUMNS=columns, ROWS=rows, num_warps=_WARPS
-    )
+        outs, lses, strides, out, lse, tokens * heads, WIDTH=width, COLUMNS=columns, ROWS=rows, num_warps=_WARPS,
+        enable_fp_fusion=FUSED,
+    )  # fmt: skip
     return AttentionState(out, lse)
 
 

@@ -109,10 +109,11 @@ class Plans:
         return Plans(rows, longest, device, _work_of_runs(runs, rows))
 
     @staticmethod
-    def of_diagonal(tokens: int, window: int | None, device: torch.device) -> Plans:
-        """Plans for the diagonal of a segment."""
-        visible = visible_on_diagonal(tokens, window)
-        return Plans(tokens, tokens, device, lambda tiling: plan_work(visible, Slots(), tokens, tiling))
+    def of_diagonal(segments: Sequence[tuple[int, int]], rows: int, window: int | None, device: torch.device) -> Plans:
+        """Plans for the diagonals of segments (first row, length)."""
+        visible = visible_on_diagonal(segments, window)
+        longest = max((length for _, length in segments), default=1)
+        return Plans(rows, longest, device, lambda tiling: plan_work(visible, Slots(), rows, tiling))
 
     def plan(self, tiling: Tiling) -> WorkPlan:
         """The plan for one tiling."""

@@ -170,7 +170,7 @@ class _Draft:
 
 
 def visible_in_runs(runs: Sequence[QueryRun]) -> tuple[list[VisibleColumns], Slots]:
-    """(what runs see off the diagonal, the index of slots of their short spans)."""
+    """(what runs see, the index of slots of their short spans)."""
     index = Slots()
     seen: dict[tuple[Span, ...], tuple[Stretch, ...]] = {}  # segments of one request may see the same
     visible: list[VisibleColumns] = []
@@ -178,14 +178,17 @@ def visible_in_runs(runs: Sequence[QueryRun]) -> tuple[list[VisibleColumns], Slo
         if run.spans not in seen:
             seen[run.spans] = tuple(_stretches(run.spans, index))
         lows = (0,) * run.length if run.window_starts is None else run.window_starts
-        visible.append(VisibleColumns(run.row, seen[run.spans], lows, (run.tokens,) * run.length))
+        visible.append(VisibleColumns(run.row, seen[run.spans], lows, run.ends))
     return visible, index
 
 
-def visible_on_diagonal(tokens: int, window: int | None) -> list[VisibleColumns]:
-    """What a segment of `tokens` tokens sees on the diagonal: the tokens up to the own one, or `window` of them."""
-    lows = (0,) * tokens if window is None else [max(0, row + 1 - window) for row in range(tokens)]
-    return [VisibleColumns(0, (Stretch(0, tokens, 0, False),), lows, range(1, tokens + 1))]
+def visible_on_diagonal(segments: Sequence[tuple[int, int]], window: int | None) -> list[VisibleColumns]:
+    """What segments (first row, length) see on the diagonal: the tokens up to the own one, or `window` of them."""
+    visible: list[VisibleColumns] = []
+    for first, tokens in segments:
+        lows = (0,) * tokens if window is None else [max(0, row + 1 - window) for row in range(tokens)]
+        visible.append(VisibleColumns(first, (Stretch(0, tokens, first, False),), lows, range(1, tokens + 1)))
+    return visible
 
 
 def plan_work(visible: Sequence[VisibleColumns], index: Slots, rows: int, tiling: Tiling) -> Work:

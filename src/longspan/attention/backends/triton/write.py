@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.rows import LARGEST, CacheRows, unit_stride
 from longspan.plan.view import WriteRun
 
@@ -51,7 +52,7 @@ class TritonWriter:
             self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
             cache.values.stride()[:3], scales.stride()[:3], self._rows * heads, heads,
             WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,
-            ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS,
+            ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS, enable_fp_fusion=FUSED,
         )  # fmt: skip
 
 
