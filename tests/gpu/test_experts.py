@@ -37,8 +37,7 @@ def moved(held, device=DEVICE, dtype=torch.float32):
     return replace(held, gate_up=gate_up, down=down, **biases)
 
 
-@pytest.mark.parametrize("clamped", [False, True], ids=["swiglu", "clamped with biases"])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(("rows", "clamped"), [(1, False), (18, False), (7, True)])
 def test_the_fused_sum_is_that_of_each_row_and_choice(rows, clamped):
     whole, given = layer(clamped=clamped), routing(rows)
     found = sum_fused(moved(whole), *(x.to(DEVICE) for x in given)).cpu()
@@ -81,10 +80,9 @@ def test_the_routing_kernel_chooses_and_weighs_as_the_reference(name):
     torch.manual_seed(4)
     logits = torch.randn(4, moe.num_experts, device=DEVICE)
     bias = torch.randn(moe.num_experts, device=DEVICE) / 4 if moe.correction_bias else None
-    for found, wanted in zip(
-        by_expert(route_fused(logits, bias, moe)), by_expert(route(logits, bias, moe)), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    (experts, weights), wanted = (by_expert(form(logits, bias, moe)) for form in (route_fused, route))
+    assert torch.equal(experts, wanted[0])
+    torch.testing.assert_close(weights, wanted[1], atol=1e-6, rtol=1e-5)
 
 
 def by_expert(routed):
@@ -115,16 +113,12 @@ def assert_fits(kernel):
     assert kernel["mma"] > 0 or kernel["kernel"] in ("_tiles_kernel", "_sum_kernel", "_route_kernel"), kernel
 
 
-def test_the_kernels_fit_a_processor_of_an_h100():
-    found = compiled("deepseek-v2-lite")
-    assert len(found) == 5
-    for kernel in found:
-        assert_fits(kernel)
-
-
 @pytest.mark.slow
-def test_the_kernels_of_wide_and_clamped_experts_fit_too():
-    for kernel in compiled("deepseek-v3", "gpt-oss-120b"):
+def test_the_kernels_fit_a_processor_of_an_h100():
+    """Of wide experts and of clamped ones with biases."""
+    found = compiled("deepseek-v3", "gpt-oss-120b")
+    assert len(found) == 10
+    for kernel in found:
         assert_fits(kernel)
 
 
