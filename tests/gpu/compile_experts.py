@@ -15,10 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longspan.models import fused_experts
+from longspan.models import fused_experts, fused_router
 from longspan.models.context import LinearStack
 from longspan.models.experts import RoutedExperts
 from longspan.models.fused_experts import sum_fused
+from longspan.models.fused_router import route_fused
+from longspan.planner.models import find_model
 from tests.gpu.compile_attend import resources
 
 SHAPES = {  # experts held, hidden, width, choices of a row, gpt-oss's activation with biases
@@ -77,7 +79,18 @@ def compiled(shape: tuple[int, int, int, int, bool], rows: int = 8) -> dict[str,
     return {name: resources(kernel.compiled) for name, kernel in kernels.items()}
 
 
+def compiled_router(model: str) -> dict[str, int]:
+    """What the router's kernel takes."""
+    moe = find_model(model)[0].moe
+    kernel = Launches(fused_router._route_kernel)
+    with patch.object(fused_router, "_route_kernel", kernel):
+        bias = torch.zeros(moe.num_experts) if moe.correction_bias else None
+        route_fused(torch.zeros(8, moe.num_experts), bias, moe)
+    return resources(kernel.compiled)
+
+
 if __name__ == "__main__":
     for model in sys.argv[1:] or SHAPES:
         for name, found in compiled(SHAPES[model]).items():
             print(json.dumps({"model": model, "kernel": name, **found}), flush=True)
+        print(json.dumps({"model": model, "kernel": "_route_kernel", **compiled_router(model)}), flush=True)

@@ -13,8 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from longspan.models.config import MoEConfig
 from longspan.models.fused_experts import MAX_PAIRS, few_enough, sum_fused
+from longspan.models.fused_router import route_fused
 from longspan.models.grouped import choose_sum, sum_grouped, sum_one_by_one
+from longspan.models.moe import route
 from tests.unit.test_experts import TOTAL, expected, layer, part, routing, stack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +37,7 @@ def moved(held, device=DEVICE, dtype=torch.float32):
     return replace(held, gate_up=gate_up, down=down, **biases)
 
 
-@pytest.mark.parametrize("clamped", [False, True], ids=["swiglu", "clamped with biases"])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(("rows", "clamped"), [(1, False), (18, False), (7, True)])
 def test_the_fused_sum_is_that_of_each_row_and_choice(rows, clamped):
     whole, given = layer(clamped=clamped), routing(rows)
     found = sum_fused(moved(whole), *(x.to(DEVICE) for x in given)).cpu()
@@ -62,6 +64,39 @@ def test_pairs_that_the_sorting_program_cannot_take_are_not_given_to_it():
     assert not few_enough(layer(), 0)
 
 
+GROUPS = {"num_groups": 4, "groups_per_token": 2, "group_top": 2, "correction_bias": True, "scoring": "sigmoid"}
+ROUTERS = {
+    "softmax": MoEConfig(20, 3, 8, frozenset(), normalise=False, scaling=2.5),
+    "softmax, normalised": MoEConfig(64, 8, 8, frozenset()),
+    "softmax of the chosen": MoEConfig(33, 4, 8, frozenset(), scoring="softmax_of_chosen"),
+    "groups of 5": MoEConfig(20, 3, 8, frozenset(), scaling=1.7, **GROUPS),
+    "groups of 8 by their best": MoEConfig(32, 6, 8, frozenset(), **{**GROUPS, "group_top": 1, "scoring": "softmax"}),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_routing_kernel_chooses_and_weighs_as_the_reference(name):
+    moe = ROUTERS[name]
+    torch.manual_seed(4)
+    logits = torch.randn(4, moe.num_experts, device=DEVICE)
+    bias = torch.randn(moe.num_experts, device=DEVICE) / 4 if moe.correction_bias else None
+    (experts, weights), wanted = (by_expert(form(logits, bias, moe)) for form in (route_fused, route))
+    assert torch.equal(experts, wanted[0])
+    torch.testing.assert_close(weights, wanted[1], atol=1e-6, rtol=1e-5)
+
+
+def by_expert(routed):
+    experts, weights = routed
+    order = experts.argsort(1)
+    return experts.gather(1, order), weights.gather(1, order)
+
+
+def test_logits_that_are_no_numbers_choose_experts_all_the_same():
+    """Another's memory must not be read as an expert."""
+    experts, _ = route_fused(torch.full((2, 20), float("nan"), device=DEVICE), None, ROUTERS["softmax"])
+    assert ((experts >= 0) & (experts < 20)).all()
+
+
 def compiled(*models):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu.compile_experts", *models]
@@ -75,19 +110,15 @@ def assert_fits(kernel):
     assert kernel["stack"] == 0, kernel
     assert 2 * kernel["shared"] <= SHARED, kernel
     assert 2 * kernel["registers"] * 128 <= 65536, kernel
-    assert kernel["mma"] > 0 or kernel["kernel"] in ("_tiles_kernel", "_sum_kernel"), kernel
-
-
-def test_the_kernels_fit_a_processor_of_an_h100():
-    found = compiled("deepseek-v2-lite")
-    assert len(found) == 4
-    for kernel in found:
-        assert_fits(kernel)
+    assert kernel["mma"] > 0 or kernel["kernel"] in ("_tiles_kernel", "_sum_kernel", "_route_kernel"), kernel
 
 
 @pytest.mark.slow
-def test_the_kernels_of_wide_and_clamped_experts_fit_too():
-    for kernel in compiled("deepseek-v3", "gpt-oss-120b"):
+def test_the_kernels_fit_a_processor_of_an_h100():
+    """Of wide experts and of clamped ones with biases."""
+    found = compiled("deepseek-v3", "gpt-oss-120b")
+    assert len(found) == 10
+    for kernel in found:
         assert_fits(kernel)
 
 
