@@ -151,8 +151,9 @@ class Runner:
         if not plan.segments:
             return StepResult
         schedules = self._attention.schedules
-        if self.cuda_graphs is not None and recordable(plan, schedules):
-            return self._replay(uniform(plan, schedules), self.cuda_graphs)
+        graphs = self.cuda_graphs
+        if graphs is not None and recordable(plan, schedules) and graphs.has_room(plan):
+            return self._replay(uniform(plan, schedules), graphs)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
