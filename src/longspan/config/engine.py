@@ -314,6 +314,10 @@ class EngineConfig:
         "none (dequantised at load)", short="-q",
     )  # fmt: skip
     enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
+    cudagraph_capture_sizes: tuple[int, ...] | None = option(
+        None, "numbers of requests of decode steps that are recorded as CUDA graphs, as in 1,2,4,8; a step takes the "
+        "next larger one; default: up to max_num_seqs", parse=parse_integers,
+    )  # fmt: skip
     seed: int = option(0, "random seed of requests without one")
     num_threads: int | None = option(None, "CPU threads per rank; default: an even share")
     debug: bool = option(False, "compare the plan between ranks at every step")
@@ -344,6 +348,11 @@ class EngineConfig:
             "use processes, or leave out --kv-offload-memory and --kv-offload-disk",
         )  # fmt: skip
         require_choice("executor", self.executor, EXECUTOR_NAMES)
+        sizes = self.cudagraph_capture_sizes
+        require(
+            sizes is None or (len(sizes) > 0 and min(sizes) >= 1), "cudagraph_capture_sizes", sizes,
+            "must be numbers of at least 1", "use --enforce-eager to record nothing",
+        )  # fmt: skip
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
         if self.num_threads is not None:
             require(

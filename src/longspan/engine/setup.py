@@ -140,6 +140,17 @@ class EngineSetup:
         return plain and alone and self.device_type == "cuda"
 
     @property
+    def possible_schedules(self) -> tuple[str, ...]:
+        """The schedules that a phase may have: `local`, and those under which something travels.
+
+        With DCP there is no `local`: a page is on one rank of its TP group, and the others see it through that rank.
+        """
+        chosen, grid = self.config.scheduler.schedule, self.grid
+        moving = [one.name for one in self.schedules.values() if one.moves and chosen in ("auto", one.name)]
+        local = [one.name for one in self.schedules.values() if not one.moves and grid.num_shards == grid.pcp]
+        return (*local, *(moving if grid.num_shards > 1 else ()))
+
+    @property
     def measures_cost(self) -> bool:
         """Whether the cost model's constants are measured at start: only where there is a schedule to choose."""
         chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1

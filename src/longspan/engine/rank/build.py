@@ -20,11 +20,12 @@ from longspan.attention.variants import AttentionOps, Heads
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
-from longspan.engine.rank.graphs import CudaRecorder, GraphRunner
+from longspan.engine.rank.graphs import CudaRecorder, GraphRunner, graph_sizes, recorded_schedules
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
 from longspan.models.context import Alone, ExpertParallel, LayerContext
 from longspan.parallel.collectives import Collectives
@@ -102,7 +103,8 @@ def build_runner(
     attention = _attention(setup, sharding, groups.context, store.device)
     backend, cuda_graphs = attention.ops.backend, None
     if setup.records_decode and isinstance(backend, RecordableBackend):
-        cuda_graphs = GraphRunner(model, attention, backend, CudaRecorder(store.device), grid.pcp)
+        sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
+        cuda_graphs = GraphRunner(model, attention, backend, CudaRecorder(store.device), grid.pcp, sizes)
     transfer = config.transfer
     parts = RankParts(
         grid, rank, model, attention, groups, store.device,
@@ -111,7 +113,20 @@ def build_runner(
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
     )  # fmt: skip
     constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
-    return Runner(parts), constants
+    runner = Runner(parts)
+    if store.device.type == "cuda":
+        make_ready(runner, setup, shown=rank == 0)
+    return runner, constants
+
+
+def make_ready(runner: Runner, setup: EngineSetup, shown: bool) -> None:
+    """Record the decode steps and run every other kernel once. All ranks must do so at the same time.
+
+    With `shown` there are progress bars.
+    """
+    if runner.cuda_graphs is not None:
+        runner.cuda_graphs.record(recorded_schedules(setup.possible_schedules, setup.schedules), shown)
+    warm_up(runner, setup, shown)
 
 
 def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:

@@ -101,15 +101,11 @@ def padded_rows(rows: int, sizes: Sequence[int] = ALL_SIZES) -> int | None:
     return sizes[place] if place < len(sizes) else None
 
 
-def recorded_schedules(schedules: Mapping[str, Schedule], forced: str, dcp: int, shards: int) -> list[str | None]:
-    """What steps are recorded with: None where all rows are local, and each schedule under which they may travel.
-
-    `forced` is the schedule that the user chose, or `auto`. With `dcp` above 1 every row travels, because its pages are
-    on one rank of its TP group at most; with one shard none does.
-    """
-    moving = [one.name for one in schedules.values() if one.moves is not None and one.recordable]
-    allowed = [name for name in moving if forced in ("auto", name)] if shards > 1 else []
-    return [*([None] if dcp == 1 else []), *allowed]
+def recorded_schedules(possible: Sequence[str], schedules: Mapping[str, Schedule]) -> list[str | None]:
+    """What steps are recorded with, of the schedules that are possible: None where all rows are local, and each
+    schedule under which they may travel."""
+    fixed = [schedules[name] for name in possible if schedules[name].recordable]
+    return [one.name if one.moves else None for one in fixed]
 
 
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
