@@ -11,7 +11,7 @@ import pytest
 
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.rank.build import make_ready
-from longspan.engine.rank.graphs import graph_sizes, padded_rows, recorded_schedules
+from longspan.engine.rank.graphs import graph_sizes, padded_rows
 from longspan.engine.rank.warmup import largest_plans, warmup_plans
 from longspan.engine.setup import resolve
 from tests.engine.test_recorded_decode import expected_of, record, tokens_of
@@ -119,7 +119,7 @@ def test_steps_are_recorded_with_the_schedules_that_can_occur(layout, schedule, 
     parallel = ParallelConfig(layout.get("tp", 1), layout.get("pcp", 1), layout.get("dcp", 1))
     options = {"parallel": parallel, "scheduler": SchedulerConfig(schedule=schedule), "executor": "dry"}
     setup = resolve(EngineConfig(tiny_folder("llama"), **options))
-    assert recorded_schedules(setup.possible_schedules, setup.schedules) == expected
+    assert list(setup.recorded_schedules) == expected
 
 
 def test_the_logits_of_all_sizes_are_rows_of_one_buffer(tiny):

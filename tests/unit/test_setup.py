@@ -8,6 +8,7 @@ import torch
 
 from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig
+from longspan.engine import nvml
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
 from longspan.engine.setup import choose_executor, resolve
@@ -24,7 +25,7 @@ def gpus(monkeypatch):
     def have(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+        monkeypatch.setattr(nvml, "free_bytes", lambda: 80 << 30)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
         return current
 

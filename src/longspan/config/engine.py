@@ -152,6 +152,7 @@ class CacheConfig:
         "auto", "auto (the model's), int8 or fp8_e4m3, with a scale per token and head", name="kv_cache_dtype"
     )
     memory_settled: bool = False  # whether memory_bytes has been checked: other processes do not check it again
+    memory_measured: bool = False  # whether memory_bytes is an estimate, which ranks replace by what they measure
 
     def __post_init__(self) -> None:
         require(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -101,13 +101,6 @@ def padded_rows(rows: int, sizes: Sequence[int] = ALL_SIZES) -> int | None:
     return sizes[place] if place < len(sizes) else None
 
 
-def recorded_schedules(possible: Sequence[str], schedules: Mapping[str, Schedule]) -> list[str | None]:
-    """What steps are recorded with, of the schedules that are possible: None where all rows are local, and each
-    schedule under which they may travel."""
-    fixed = [schedules[name] for name in possible if schedules[name].recordable]
-    return [one.name if one.moves else None for one in fixed]
-
-
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
     """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed."""
     plain = all(not s.prefill and s.length == 1 and s.sample == 1 for s in plan.segments)
@@ -162,8 +155,8 @@ class GraphRunner:
         self._backend = backend
         self._recorder = recorder
         self._pcp = pcp
-        self._sizes = tuple(sizes)
-        self._logits = _LogitsBuffer(self._sizes[-1])
+        self.sizes = tuple(sizes)
+        self._logits = _LogitsBuffer(self.sizes[-1])
         self._made: dict[StepSize, _Graph] = {}
 
     @property
@@ -177,14 +170,21 @@ class GraphRunner:
         The largest size comes first, so that the others find its memory in the pool that all graphs share. All ranks
         must call this at the same time. With `shown` there is a progress bar.
         """
-        wanted = [StepSize(rows, name, self._pcp) for rows in reversed(self._sizes) for name in schedules]
-        with torch.inference_mode():
-            for size in with_progress("recording decode steps", wanted, shown):
-                self._graph(size)
+        count = len(self.sizes) * len(schedules)
+        for _ in with_progress("recording decode steps", self.record_one_by_one(schedules), count, shown):
+            pass
+
+    def record_one_by_one(self, schedules: Sequence[str | None]) -> Iterator[StepSize]:
+        """Record as `record` does, and yield after each graph."""
+        for rows in reversed(self.sizes):
+            for name in schedules:
+                with torch.inference_mode():
+                    self._graph(size := StepSize(rows, name, self._pcp))
+                yield size
 
     def has_room(self, plan: StepPlan) -> bool:
         """Whether some size has room for the rows of every pcp index of a decode step."""
-        return padded_rows(max(Counter(segment.pcp for segment in plan.segments).values()), self._sizes) is not None
+        return padded_rows(max(Counter(segment.pcp for segment in plan.segments).values()), self.sizes) is not None
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform` and has room.
@@ -193,9 +193,9 @@ class GraphRunner:
         decides the size on all ranks. The next step overwrites the result.
         """
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
-        rows = padded_rows(max(rows_of_pcp), self._sizes)
+        rows = padded_rows(max(rows_of_pcp), self.sizes)
         if rows is None:
-            raise ValueError(f"{max(rows_of_pcp)} rows, and the largest graph has {self._sizes[-1]}")
+            raise ValueError(f"{max(rows_of_pcp)} rows, and the largest graph has {self.sizes[-1]}")
         graph = self._graph(StepSize(rows, next(iter(moving), None), self._pcp))
         return graph.run(view, token_ids, positions)[: len(token_ids)]
 

@@ -60,7 +60,8 @@ class _Pages:
 
 def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
     """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar."""
-    for plan in with_progress("compiling kernels", list(warmup_plans(setup)), shown):
+    plans = list(warmup_plans(setup))
+    for plan in with_progress("compiling kernels", plans, len(plans), shown):
         runner.step(plan)
 
 
@@ -79,9 +80,16 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
 def largest_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     """The steps that need the most memory: a prefill of all tokens of a step, and sampling for as many requests as may
     run at once."""
-    schedule = setup.possible_schedules[-1]
-    yield from _prefill(setup, _longest(setup), schedule)
+    for schedule in setup.possible_schedules:
+        yield from _prefill(setup, _longest(setup), schedule)
     yield from _decode(setup, most_rows(setup), schedule, prefill=False)
+
+
+def pages_for_largest(setup: EngineSetup) -> int:
+    """Pages of each shard with which `largest_plans` has all tokens and all requests of a step."""
+    page, shards, scheduler = setup.config.cache.page_size, len(setup.grid.shards_of_pcp[0]), setup.config.scheduler
+    share = -(-scheduler.step_tokens // setup.grid.pcp)
+    return max(-(-2 * (share + page) // (shards * page)) + 1, -(-2 // page) * (scheduler.running_limit + 2))
 
 
 def most_rows(setup: EngineSetup) -> int:
