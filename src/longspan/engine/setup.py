@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -25,7 +26,7 @@ from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.registry import Family, check_checkpoint, find_family
-from longspan.parallel.grid import Grid
+from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.checkpoint import RandomWeights
@@ -34,6 +35,7 @@ from longspan.weights.source import ModelSource, find_source, open_weights
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
 _FP8_CAPABILITY = (8, 9)
+_LAYOUTS_NAMED = 6
 _ALONE_ON_GPU = ("processes", "ray", "external")  # executors under which each rank has a GPU of its own
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
@@ -199,6 +201,8 @@ def resolve(
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
+    if device_type == "cuda":
+        config = replace(config, scheduler=config.scheduler.on_gpus(config.parallel.prefill_context_parallel_size))
     families = extensions.all_families(executor)
     schedules = extensions.all_schedules(executor)
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
@@ -310,10 +314,12 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str
     chosen = wanted
     if wanted == "auto":
         chosen = "processes" if device_type == "cuda" and ranks > 1 else "threads"
+    fitting = ", ".join(layout.flags for layout in islice(layouts(gpus), _LAYOUTS_NAMED)) if gpus else ""
     require(
         chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,
         f"gives each of the {ranks} ranks a GPU of its own, and this machine has {gpus}",
-        "use --executor threads (virtual ranks that share one GPU), fewer ranks, or ray or external with more machines",
+        f"use fewer ranks ({fitting}), --executor threads (virtual ranks that share one GPU), or ray or external with "
+        "more machines",
     )  # fmt: skip
     return chosen
 
