@@ -26,11 +26,13 @@ from longspan.engine.rank.graphs import CudaRecorder, GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
+from longspan.engine.rank.progress import progress_bar
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, ExpertParallel, LayerContext
+from longspan.models.context import Alone, ExpertParallel, LayerContext, Model
+from longspan.models.shapes import requests_of
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import SharedExperts
 from longspan.parallel.pipeline import Pipeline
@@ -113,7 +115,7 @@ def build_runner(
         peers = grid.expert_group(rank)
         extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
         experts = SharedExperts(make_group(peers), extents)
-    model = setup.family.build(model_config, LayerContext(RankLoader(store, sharding), tp, experts), setup.dtype)
+    model = _load(setup, store, LayerContext(RankLoader(store, sharding), tp, experts), sharding, shown=rank == 0)
 
     def parts_with(setup: EngineSetup) -> RankParts:
         attention = _attention(setup, sharding, groups.context, store.device)
@@ -145,6 +147,13 @@ def build_runner(
     if store.device.type == "cuda":
         make_ready(runner, setup, shown=rank == 0)
     return BuiltRank(runner, constants, memory)
+
+
+def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, sharding: Sharding, shown: bool) -> Model:
+    """Build the model with its weights. With `shown` there is a progress bar."""
+    asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
+    with progress_bar("loading weights", len(asked.params), shown and store.device.type == "cuda") as store.on_read:
+        return setup.family.build(setup.model, context, setup.dtype)
 
 
 def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
