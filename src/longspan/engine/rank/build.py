@@ -151,8 +151,10 @@ def build_runner(
 
 def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, sharding: Sharding, shown: bool) -> Model:
     """Build the model with its weights. With `shown` there is a progress bar."""
+    if not shown or store.device.type != "cuda":
+        return setup.family.build(setup.model, context, setup.dtype)
     asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
-    with progress_bar("loading weights", len(asked.params), shown and store.device.type == "cuda") as store.on_read:
+    with progress_bar("loading weights", len(asked.params), shown) as store.on_read:
         return setup.family.build(setup.model, context, setup.dtype)
 
 
