@@ -81,6 +81,7 @@ COMMUNICATE = {
 DIVIDE = {
     "config/engine.py": "tp must be a multiple of dcp",
     "engine/driver/executors/ray_cluster.py": "how many replicas fit into a cluster",
+    "engine/rank/warmup.py": "how made-up rows are spread over pcp indices",
     "parallel/grid.py": "tp is head shards times dcp",
     "scheduler/scheduler.py": "a stage's share of the budget",
     "parallel/sharding.py": "query heads must divide evenly",

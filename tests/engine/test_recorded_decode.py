@@ -13,13 +13,14 @@ from longspan import SamplingParams
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
-from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, padded_rows
+from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, graph_sizes, padded_rows
 from longspan.engine.setup import EngineSetup
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
 
 PROMPTS = [prompt_of(21), prompt_of(5, 3), prompt_of(13, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=9)
+SMALL_SIZES = graph_sizes(8)
 
 
 class Runs:
@@ -70,9 +71,10 @@ class Counting(EagerRecorder):
 
     def __init__(self):
         self.recorded = self.replayed = 0
+        self.results = []  # of all runs
 
     def record(self, work):
-        replay = super().record(work)
+        replay = super().record(lambda: self.results.append(work()) or self.results[-1])
         self.recorded += 1
 
         def counted():
@@ -82,14 +84,16 @@ class Counting(EagerRecorder):
         return counted
 
 
-def record(llm, has_room=True):
-    """Let every rank decode by recordings; what counts them."""
+def record(llm, has_room=True, sizes=SMALL_SIZES):
+    """Let every rank decode by recordings of the given sizes, by default those up to 8 rows; what counts them."""
     recorder = Counting()
     for runner in llm.engine.executor.runners:
         backend = RefillableCpu()
         backend.has_room = has_room
         runner.attention.ops = replace(runner.attention.ops, backend=backend)
-        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp)
+        runner.cuda_graphs = GraphRunner(
+            runner.model, runner.attention, backend, recorder, llm.engine.setup.grid.pcp, sizes
+        )
     return recorder
 
 

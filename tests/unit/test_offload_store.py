@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from longspan.attention.pool import KVPool
 from longspan.cache.offload import PageLoad, PageSave, Spill, Tier
 from longspan.cache.pages import PageRef
 from longspan.config import CacheConfig, EngineConfig, OffloadConfig, ParallelConfig
+from longspan.engine.rank.page_staging import PageStaging
 from longspan.engine.rank.page_store import OffloadFiles, PageStore, parts_of_a_slot
 from longspan.engine.setup import resolve
 from longspan.parallel.sharding import Sharding
@@ -212,3 +215,72 @@ def test_without_a_size_the_disk_tier_takes_half_of_what_is_free(tmp_path):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     assert files.disk_slots * slot == pytest.approx(free / 2, rel=0.2)
     files.close()
+
+
+class Noted:
+    """Streams that only note what waits for what; on a CPU everything is done at once."""
+
+    def __init__(self):
+        self.notes = []
+        self.marks = 0
+
+    def copying(self):
+        self.notes.append("copy")
+        return nullcontext()
+
+    def copies_wait(self):
+        self.notes.append("copies wait")
+
+    def mark(self):
+        self.marks += 1
+        return SimpleNamespace(number=self.marks, synchronize=lambda: self.notes.append("host waits"))
+
+    def steps_wait(self, mark):
+        self.notes.append(f"steps wait for {mark.number}")
+
+    def host(self, rows, size):
+        return torch.empty(rows, size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("tier", Tier)
+@pytest.mark.parametrize(("model", "dtype"), [("llama", "auto"), ("llama", "int8"), ("deepseek-v3", "fp8_e4m3")])
+def test_pages_that_are_staged_come_back_as_they_were_and_touch_no_other(bench, model, dtype, tier):
+    here = bench(model, dtype)
+    store = PageStore(here.setup, 0, here.pools[0], Noted())
+    before = [[part.clone() for part in here.page(0, index)] for index in range(8)]
+    saves = [PageSave(PageRef(0, page), tier, slot, KEY) for page, slot in ((2, 1), (0, 0), (7, 2))]
+    finish = store.start(saves, [])
+    for rows in here.pools[0].layers.values():  # the step overwrites what is saved, before the copy is waited for
+        rows.values.view(torch.uint8)[:, :, 2 * PAGE : 3 * PAGE] = 5
+    assert finish() == ([], [])
+    assert store.start([], [PageLoad(PageRef(0, 4 + n), tier, n, KEY) for n in range(3)])() == ([], [])
+    assert equal(here.page(0, 4), before[0]) and equal(here.page(0, 5), before[2]) and equal(here.page(0, 6), before[7])
+    for other in (0, 1, 3, 7):
+        assert equal(here.page(0, other), before[other])
+
+
+def test_staged_copies_report_what_was_not_written_and_what_is_damaged(bench, monkeypatch):
+    here = bench()
+    store = PageStore(here.setup, 0, here.pools[0], Noted())
+    saved = here.page(0, 1)
+    first, second = (PageSave(PageRef(0, page), Tier.DISK, page, KEY) for page in (1, 2))
+    assert store.start([first], [])() == ([], [])
+    monkeypatch.setattr(os, "pwritev", no_space)
+    loads = [PageLoad(PageRef(0, 5), Tier.DISK, 2, KEY), PageLoad(PageRef(0, 6), Tier.DISK, 1, KEY)]
+    assert store.start([second], loads)() == ([0], [0])
+    assert equal(here.page(0, 6), saved)
+
+
+def test_steps_wait_for_the_copy_of_a_block_only_when_the_block_is_used_again(bench):
+    """Blocks of one page, two of them: the third page waits until the first has been copied."""
+    noted, pages = Noted(), [torch.arange(2 * 3 * 8 * 4, dtype=torch.uint8).view(2, 3, 8, 4) for _ in range(2)]
+    staging = PageStaging(pages, noted, block_bytes=1)
+    host, wait = staging.save([3, 1, 6])
+    assert noted.notes == [*["copies wait", "copy"] * 2, "steps wait for 1", "copies wait", "copy"]
+    wait()
+    assert noted.notes[-1] == "host waits"
+    assert torch.equal(host[1, :24].view(2, 3, 4), pages[0][:, :, 1])
+    noted.notes.clear()
+    staging.load([0], host[:1])()
+    assert noted.notes == ["copies wait", "copy", "host waits"]
+    assert torch.equal(pages[1][:, :, 0], pages[1][:, :, 3])

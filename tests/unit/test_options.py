@@ -112,7 +112,8 @@ def test_every_keyword_of_an_llm_is_a_field_and_is_listed_with_its_default_and_h
 
 def test_what_type_checkers_read_is_what_the_fields_say():
     accepts_more = {
-        "pages_per_shard": Sequence[int] | None, "speculative": str | None, "cluster": ClusterConfig | None,
+        "pages_per_shard": Sequence[int] | None, "cudagraph_capture_sizes": Sequence[int] | None,
+        "speculative": str | None, "cluster": ClusterConfig | None,
     }  # fmt: skip
     fields = {one.name: accepts_more.get(one.name, one.kind) for one in keywords(EngineConfig) if one.name != "model"}
     assert list(get_type_hints(EngineOptions).items()) == list(fields.items())

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longspan import LLM
-from longspan.config import EngineConfig, ParallelConfig
+from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.engine import nvml
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
 from longspan.engine.setup import choose_executor, resolve
@@ -25,7 +26,7 @@ def gpus(monkeypatch):
     def have(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+        monkeypatch.setattr(nvml, "free_bytes", lambda: 80 << 30)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
         return current
 
@@ -57,7 +58,8 @@ def test_more_ranks_than_gpus_are_refused_with_both_numbers_and_the_remedies(wan
     with pytest.raises(ConfigError) as error:
         choose_executor(wanted, "cuda", 8, 4)
     message = str(error.value)
-    for part in (f"executor={wanted}:", "8 ranks", "has 4", "--executor threads", "fewer ranks", "ray or external"):
+    for part in (f"executor={wanted}:", "8 ranks", "has 4", "--executor threads", "fewer ranks (-tp 4, -tp 4 -dcp 2,",
+                 "-tp 2 -pcp 2", "-pcp 4", "ray or external"):  # fmt: skip
         assert part in message
 
 
@@ -88,6 +90,18 @@ def test_two_ranks_on_one_gpu_are_refused_unless_they_are_to_share_it(gpus):
         resolve(config())
     setup = resolve(config(executor="threads"))
     assert any("all 2 ranks share one GPU; without --executor threads" in note for note in setup.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "pcp", "tokens"),
+    [({}, 1, 8192), ({}, 2, 16384), ({"max_num_batched_tokens": 500}, 2, 500), ({"max_num_seqs": 9000}, 1, 9000)],
+)
+def test_a_step_on_gpus_has_8192_tokens_for_each_pcp_rank_unless_a_number_is_given(gpus, given, pcp, tokens):
+    gpus(2)
+    parallel = ParallelConfig(prefill_context_parallel_size=pcp)
+    settings = EngineConfig(tiny_folder("llama"), parallel=parallel, scheduler=SchedulerConfig(**given))
+    assert resolve(settings).config.scheduler.step_tokens == tokens
+    assert resolve(replace(settings, device="cpu")).config.scheduler.step_tokens == (tokens if given else 2048)
 
 
 def test_the_python_interface_chooses_the_executor_too():

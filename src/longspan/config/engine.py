@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LOCAL_CONTEXT = 512
 DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
+GPU_STEP_TOKENS = 8192  # of each PCP rank: fewer leave a GPU waiting for its host
 EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
 LOAD_FORMAT_NAMES = ("auto", "dummy")
@@ -80,6 +81,12 @@ class ParallelConfig:
         """The sizes greater than 1, for people: `tp8 dcp2`."""
         sizes = {short: getattr(self, name) for short, name in _SIZES.items()}
         return " ".join(f"{short}{size}" for short, size in sizes.items() if size > 1) or "tp1"
+
+    @property
+    def flags(self) -> str:
+        """The flags of the sizes greater than 1: `-tp 8 -dcp 2`."""
+        sizes = {short: getattr(self, name) for short, name in _SIZES.items()}
+        return " ".join(f"-{short} {size}" for short, size in sizes.items() if size > 1) or "-tp 1"
 
     @property
     def world_size(self) -> int:
@@ -152,6 +159,7 @@ class CacheConfig:
         "auto", "auto (the model's), int8 or fp8_e4m3, with a scale per token and head", name="kv_cache_dtype"
     )
     memory_settled: bool = False  # whether memory_bytes has been checked: other processes do not check it again
+    memory_measured: bool = False  # whether memory_bytes is an estimate, which ranks replace by what they measure
 
     def __post_init__(self) -> None:
         require(
@@ -174,7 +182,9 @@ class SchedulerConfig:
     """How requests are batched. `step_tokens` and `running_limit` are the effective limits."""
 
     max_num_batched_tokens: int | None = option(
-        None, "new tokens per step over all ranks; default: 2048, or max_num_seqs if that is more"
+        None,
+        "new tokens per step over all ranks; default: 2048 on a CPU, 8192 for each PCP rank on GPUs, or "
+        "max_num_seqs if that is more",
     )
     max_num_seqs: int | None = option(
         None, "maximum requests that run at once; default: 256, or the tokens of a step if fewer"
@@ -225,7 +235,10 @@ class SchedulerConfig:
 
     @property
     def step_tokens(self) -> int:
-        """Maximum new tokens of a step: the given number, or 2048, or max_num_seqs if that is more."""
+        """Maximum new tokens of a step: the given number, or 2048, or max_num_seqs if that is more.
+
+        On GPUs `on_gpus` gives a number.
+        """
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(DEFAULT_STEP_TOKENS, self.max_num_seqs or 0)
@@ -236,6 +249,12 @@ class SchedulerConfig:
         if self.max_num_seqs is not None:
             return self.max_num_seqs
         return min(DEFAULT_RUNNING, self.step_tokens)
+
+    def on_gpus(self, pcp: int) -> SchedulerConfig:
+        """A copy with `max_num_batched_tokens` set, for `pcp` ranks that share the tokens of a step on GPUs."""
+        if self.max_num_batched_tokens is not None:
+            return self
+        return replace(self, max_num_batched_tokens=max(GPU_STEP_TOKENS * pcp, self.max_num_seqs or 0))
 
     def on_shards(self, tokens: int) -> SchedulerConfig:
         """A copy with `local_context` set, for shards of which the largest holds `tokens`. Raises `ConfigError`."""
@@ -314,6 +333,10 @@ class EngineConfig:
         "none (dequantised at load)", short="-q",
     )  # fmt: skip
     enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
+    cudagraph_capture_sizes: tuple[int, ...] | None = option(
+        None, "numbers of requests of decode steps that are recorded as CUDA graphs, as in 1,2,4,8; a step takes the "
+        "next larger one; default: up to max_num_seqs", parse=parse_integers,
+    )  # fmt: skip
     seed: int = option(0, "random seed of requests without one")
     num_threads: int | None = option(None, "CPU threads per rank; default: an even share")
     debug: bool = option(False, "compare the plan between ranks at every step")
@@ -344,6 +367,11 @@ class EngineConfig:
             "use processes, or leave out --kv-offload-memory and --kv-offload-disk",
         )  # fmt: skip
         require_choice("executor", self.executor, EXECUTOR_NAMES)
+        sizes = self.cudagraph_capture_sizes
+        require(
+            sizes is None or (len(sizes) > 0 and min(sizes) >= 1), "cudagraph_capture_sizes", sizes,
+            "must be numbers of at least 1", "use --enforce-eager to record nothing",
+        )  # fmt: skip
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must be in 0..2^63-1", "0 is the default")
         if self.num_threads is not None:
             require(

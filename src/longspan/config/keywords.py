@@ -49,6 +49,7 @@ class EngineOptions(TypedDict, total=False):
     attention_backend: str
     quantization: str
     enforce_eager: bool
+    cudagraph_capture_sizes: Sequence[int] | None
     seed: int
     num_threads: int | None
     debug: bool

@@ -15,7 +15,6 @@ from longspan.parallel.grid import Grid
 
 if TYPE_CHECKING:
     from longspan.models.config import ModelConfig
-    from longspan.scheduler.limits import Limits
     from longspan.weights.source import ModelSource
 
 
@@ -41,10 +40,6 @@ class InstanceSetup(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
-
-    @property
-    def limits(self) -> Limits:
-        """The largest request that can be served."""
 
     def device(self, number: int = 0) -> torch.device:
         """The device with this number on its host."""

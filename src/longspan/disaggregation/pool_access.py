@@ -49,7 +49,7 @@ class PoolAccess:
         """The block of some slots: a new uint8 tensor [bytes] on the CPU."""
         shape = self._shape(heads, spans)
         with self._on_stream():
-            whole = torch.empty(layers[1] - layers[0], *shape, dtype=torch.uint8)
+            whole = torch.empty(layers[1] - layers[0], *shape, dtype=torch.uint8, device=self._device)
             index = self._index(spans)
             for layer, out in zip(range(*layers), whole, strict=True):
                 at = 0
@@ -57,6 +57,9 @@ class PoolAccess:
                     rows = part[:, :, _slice(spans[0])] if len(spans) == 1 else part.index_select(2, index)
                     out[..., at : at + part.shape[-1]].copy_(rows)
                     at += part.shape[-1]
+            if self._stream is not None:  # one copy for all layers
+                whole = torch.empty(whole.shape, dtype=torch.uint8, pin_memory=True).copy_(whole, non_blocking=True)
+                self._stream.synchronize()
         return whole.view(-1)
 
     def write(self, layers: Extent, heads: Extent, spans: Sequence[Span], block: Tensor) -> None:
@@ -64,13 +67,15 @@ class PoolAccess:
         shape = self._shape(heads, spans)
         with self._on_stream():
             index = self._index(spans) if len(spans) > _FEW_SPANS else None
+            if self._stream is not None:
+                block = block.pin_memory().to(self._device, non_blocking=True)
             for layer, rows in zip(range(*layers), block.view(-1, *shape), strict=True):
                 at = 0
                 for part in self._heads(layer, heads):
                     own = rows[..., at : at + part.shape[-1]]
                     at += part.shape[-1]
                     if index is not None:
-                        part.index_copy_(2, index, own.to(part.device))
+                        part.index_copy_(2, index, own)
                     else:
                         _write_spans(part, spans, own)
         if self._stream is not None:
@@ -96,7 +101,8 @@ class PoolAccess:
     def _index(self, spans: Sequence[Span]) -> Tensor:
         """The slots of some spans, int64 [T] on the device."""
         slots = [slot for span in spans for slot in range(span.slot, span.slot + span.length)]
-        return torch.tensor(slots, device=self._device)
+        index = torch.tensor(slots)
+        return index if self._stream is None else index.pin_memory().to(self._device, non_blocking=True)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         """Run copies on the stream of their own, after the last `mark`."""

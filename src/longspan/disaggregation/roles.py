@@ -5,6 +5,9 @@ It owns what a role gets from the engine; it must not know what a role does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from longspan.cache.manager import CacheManager
 from longspan.cache.prefix import Key, page_key
 from longspan.config import require
@@ -16,11 +19,17 @@ from longspan.disaggregation.prefill import PREFILL_ONLY, PrefillRole
 from longspan.errors import RequestError
 from longspan.request import CoreRequest
 
+if TYPE_CHECKING:
+    from longspan.scheduler.limits import Limits
 
-def open_role(setup: InstanceSetup, cache: CacheManager, root: Key) -> Role | None:
+
+def open_role(
+    setup: InstanceSetup, cache: Callable[[], CacheManager], root: Key, limits: Callable[[], Limits]
+) -> Role | None:
     """The configured role; None without one. `root` is the parent key of every request's first page.
 
-    Raises `ConfigError`.
+    `cache` and `limits` are not asked before the role is started, because ranks that are told of the role decide the
+    number of pages. Raises `ConfigError`.
     """
     config = setup.config.transfer
     if config is None:
@@ -31,14 +40,16 @@ def open_role(setup: InstanceSetup, cache: CacheManager, root: Key) -> Role | No
     )  # fmt: skip
     page_format, parts = format_of(setup), parts_of(setup)
     if config.role == "prefill":
-        return PrefillRole(config, page_format, parts, lambda tokens: _problem(setup, tokens))
-    return DecodeRole(config, page_format, parts, lambda request: _cached(cache, root, request), cache.page_size)
+        return PrefillRole(config, page_format, parts, lambda tokens: _problem(setup, limits(), tokens))
+    return DecodeRole(
+        config, page_format, parts, lambda request: _cached(cache(), root, request), setup.config.cache.page_size
+    )
 
 
-def _problem(setup: InstanceSetup, tokens: list[int]) -> str | None:
+def _problem(setup: InstanceSetup, limits: Limits, tokens: list[int]) -> str | None:
     """Why this instance cannot compute a prompt; None if it can."""
     try:
-        setup.limits.check(len(tokens), PREFILL_ONLY)
+        limits.check(len(tokens), PREFILL_ONLY)
     except RequestError as error:
         return str(error)
     if not all(0 <= token < setup.model.vocab_size for token in tokens):

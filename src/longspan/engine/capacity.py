@@ -222,7 +222,9 @@ class RankMemory:
         asked = requests_of(build)
         return WeightPart(self._held(asked.params), element_bytes, len(asked.matrices))
 
-    def _of_mixture(self, build: Callable[[MoEConfig, int, str, LayerContext], object], element_bytes: float) -> WeightPart:
+    def _of_mixture(
+        self, build: Callable[[MoEConfig, int, str, LayerContext], object], element_bytes: float
+    ) -> WeightPart:
         """A part of an MoE layer; empty if the model has no such layers."""
         moe, hidden = self.model.moe, self.model.hidden_size
         if moe is None:

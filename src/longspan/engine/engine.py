@@ -29,6 +29,7 @@ class Engine:
         self.setup = setup or resolve(config)
         self.config = self.setup.config
         self.core = build_core(self.setup)
+        self.setup = self.core.setup  # now with what the ranks have measured
         self.scheduler, self.executor = self.core.scheduler, self.core.executor
         self._output_processor = OutputProcessor(self.setup, tokenizer)
         self._ended: list[RequestOutput] = []

@@ -63,7 +63,8 @@ def cache_bytes(
     needed = here.weight_bytes + here.workspace_bytes + least
     raise ConfigError(
         "gpu_memory_utilization", utilisation,
-        f"a rank needs {needed / _GIB:.1f} GiB (weights {here.weight_bytes / _GIB:.1f}, cache {least / _GIB:.1f}); "
+        f"a rank needs {needed / _GIB:.1f} GiB (weights {here.weight_bytes / _GIB:.1f}, workspace and CUDA graphs "
+        f"{here.workspace_bytes / _GIB:.1f}, cache {least / _GIB:.1f}); "
         f"{free / _GIB:.1f} GiB are free, {free * utilisation / _GIB:.1f} of them to be used",
         _remedy(here, least),
     )  # fmt: skip
@@ -79,7 +80,10 @@ def _remedy(here: RankMemory, least: int) -> str:
                 for one in fitting[:_MOST_NAMED]
             )
             return f"on {ranks} such GPUs these fit: {named}"
-    return "give the cache less, use a smaller dtype, or a GPU with more memory"
+    return (
+        "lower --max-num-batched-tokens or --max-num-seqs, give the cache less, use a smaller dtype, or a GPU with "
+        "more memory"
+    )
 
 
 def _fits(here: RankMemory, layout: ParallelConfig, least: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -20,12 +21,13 @@ from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
 from longspan.engine.extensions import NONE_ADDED, Extensions
+from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
 from longspan.models.registry import Family, check_checkpoint, find_family
-from longspan.parallel.grid import Grid
+from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.checkpoint import RandomWeights
@@ -34,6 +36,8 @@ from longspan.weights.source import ModelSource, find_source, open_weights
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
 _FP8_CAPABILITY = (8, 9)
+_LAYOUTS_NAMED = 6
+_ALONE_ON_GPU = ("processes", "ray", "external")  # executors under which each rank has a GPU of its own
 _QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
@@ -65,6 +69,19 @@ class EngineSetup:
     scaled: ScaledChoice
     # built-in schedules and those the caller has added, by name
     schedules: Mapping[str, Schedule]
+    # what ranks have measured of a GPU's memory; None before they have, and where they do not
+    memory: MemoryUse | None = None
+
+    def with_pages(self, pages: int) -> EngineSetup:
+        """A copy with this number of pages on every shard."""
+        most = pages * self.config.cache.page_size
+        scheduler = replace(self.config.scheduler, local_context=min(most, self.config.scheduler.local_context or 0))
+        config = replace(self.config, scheduler=scheduler)
+        return replace(self, config=config, pages_per_shard=(pages,) * self.grid.num_shards)
+
+    def with_memory(self, memory: MemoryUse | None) -> EngineSetup:
+        """A copy with the number of pages that ranks have measured; without a measurement, the same setup."""
+        return self if memory is None else replace(self.with_pages(memory.pages), memory=memory)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +115,8 @@ class EngineSetup:
     def notes(self) -> list[str]:
         """Notes printed at start: the backend, kept FP8 weights, and drawbacks of the layout with their remedies."""
         chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
-        return [*chosen, *self.scaled.notes, *self._virtual_notes, *self._layout_notes]
+        measured = [self.memory.note] if self.memory else []
+        return [*chosen, *self.scaled.notes, *measured, *self._virtual_notes, *self._layout_notes]
 
     @property
     def _virtual_notes(self) -> list[str]:
@@ -159,6 +177,24 @@ class EngineSetup:
         return self.device_type == "cuda" and len(self.grid.nodes(self.grid.expert_group(0))) == 1
 
     @property
+    def possible_schedules(self) -> tuple[str, ...]:
+        """The schedules that a phase may have: `local`, and those under which something travels.
+
+        With DCP there is no `local`: a page is on one rank of its TP group, and the others see it through that rank.
+        """
+        chosen, grid = self.config.scheduler.schedule, self.grid
+        moving = [one.name for one in self.schedules.values() if one.moves and chosen in ("auto", one.name)]
+        local = [one.name for one in self.schedules.values() if not one.moves and grid.num_shards == grid.pcp]
+        return (*local, *(moving if grid.num_shards > 1 else ()))
+
+    @property
+    def recorded_schedules(self) -> tuple[str | None, ...]:
+        """What decode steps are recorded with: None where all rows are local, and each schedule under which they may
+        travel."""
+        fixed = [self.schedules[name] for name in self.possible_schedules if self.schedules[name].recordable]
+        return tuple(one.name if one.moves else None for one in fixed)
+
+    @property
     def measures_cost(self) -> bool:
         """Whether the cost model's constants are measured at start: only where there is a schedule to choose."""
         chooses = self.config.scheduler.schedule == "auto" and self.grid.num_shards != 1
@@ -184,6 +220,8 @@ def resolve(
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
+    if device_type == "cuda":
+        config = replace(config, scheduler=config.scheduler.on_gpus(config.parallel.prefill_context_parallel_size))
     families = extensions.all_families(executor)
     schedules = extensions.all_schedules(executor)
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
@@ -264,20 +302,26 @@ def _with_cache_bytes(
     """The configuration with the cache's memory decided.
 
     The first process decides and ranks in other processes get its number, so that all have the same number of pages.
+    Where each rank has a GPU of its own and the user has said nothing, this is an estimate: ranks measure, and replace
+    it.
     """
     if config.cache.memory_settled:
         return config
     found = config.cache.memory_bytes or _CPU_CACHE_BYTES
     if device_type == "cuda":
         from longspan.engine.memory import cache_bytes, weight_format
+        from longspan.engine.nvml import free_bytes
 
         sharing = config.parallel.world_size if config.executor == "threads" else 1
-        free, _ = torch.cuda.mem_get_info()
         found = cache_bytes(
             config, model, weight_format(source.config, _model_dtype(config, device_type), scaled),
-            _cache_dtype(config, device_type).itemsize, free // sharing, family.build,
+            _cache_dtype(config, device_type).itemsize, free_bytes() // sharing, family.build,
         )  # fmt: skip
-    return replace(config, cache=replace(config.cache, memory_bytes=found, memory_settled=True))
+    alone = config.executor in _ALONE_ON_GPU or config.parallel.world_size == 1
+    given = config.cache.memory_bytes is not None or config.cache.pages_per_shard is not None
+    measured = device_type == "cuda" and alone and not given and config.executor != "dry"
+    cache = replace(config.cache, memory_bytes=found, memory_settled=True, memory_measured=measured)
+    return replace(config, cache=cache)
 
 
 def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str:
@@ -289,10 +333,12 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str
     chosen = wanted
     if wanted == "auto":
         chosen = "processes" if device_type == "cuda" and ranks > 1 else "threads"
+    fitting = ", ".join(layout.flags for layout in islice(layouts(gpus), _LAYOUTS_NAMED)) if gpus else ""
     require(
         chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,
         f"gives each of the {ranks} ranks a GPU of its own, and this machine has {gpus}",
-        "use --executor threads (virtual ranks that share one GPU), fewer ranks, or ray or external with more machines",
+        f"use fewer ranks ({fitting}), --executor threads (virtual ranks that share one GPU), or ray or external with "
+        "more machines",
     )  # fmt: skip
     return chosen
 
@@ -301,9 +347,11 @@ def _check_cache_dtype(config: EngineConfig, device_type: str) -> None:
     """Raise `ConfigError` if the GPU does not support the cache's dtype."""
     if device_type != "cuda":
         return
+    from longspan.engine.nvml import capability
+
     require(
         _QUANTISED.get(config.cache.dtype) != torch.float8_e4m3fn
-        or torch.cuda.get_device_capability() >= _FP8_CAPABILITY,
+        or capability() >= _FP8_CAPABILITY,
         "kv_cache_dtype", config.cache.dtype, "needs a GPU of compute capability 8.9 or more", "use int8",
     )  # fmt: skip
 

@@ -252,6 +252,8 @@ class AsyncEngine:
             raise EngineError(f"the core began with {type(message).__name__} instead of Ready")
         core.worker_ids = message.worker_ids
         self.peer = message.peer
+        self.setup = self.output_processor.setup = self.setup.with_memory(message.memory)
+        self.metrics.resize(self.setup.pages_per_shard)
         self._core = core
         self.output_processor.core_calls = CoreCalls()
         requests = self.output_processor.resume()

@@ -88,7 +88,7 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _
     core = vitals.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
-        tell(messages.CoreReady(workers, core.role.info if core.role else None))
+        tell(messages.CoreReady(workers, core.role.info if core.role else None, core.setup.memory))
         told, last = _load(core), None
         while _obey(core, inbox, tell):
             outputs, load = core.step(), _load(core)

@@ -13,6 +13,7 @@ import msgspec
 from longspan.cache.offload import OffloadCounters
 from longspan.disaggregation.driver import InstanceInfo, TransferCounters
 from longspan.engine.driver.core import StepRecord
+from longspan.engine.memory_use import MemoryUse
 from longspan.request import CoreRequest, SamplingParams, TokenOutput
 from longspan.scheduler.scheduler import SchedulerCounters
 
@@ -79,6 +80,8 @@ class CoreReady(msgspec.Struct, tag=True, frozen=True):
     worker_ids: list[int]
     # what other instances must know of this one; None without a role
     peer: InstanceInfo | None = None
+    # what the ranks have measured of a GPU's memory; None if they have not
+    memory: MemoryUse | None = None
 
 
 class Beat(msgspec.Struct, tag=True, frozen=True):

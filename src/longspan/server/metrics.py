@@ -97,6 +97,10 @@ class Metrics:
         # by counter and labels, what the present core had counted when the counter was last brought up to date
         self._counted: dict[tuple[Counter, tuple[str, ...]], float] = {}
 
+    def resize(self, pages_per_shard: tuple[int, ...]) -> None:
+        """Take the number of pages from a core that is ready."""
+        self._pages = pages_per_shard
+
     @property
     def kv_usage(self) -> float:
         """Share of all pages that requests hold."""

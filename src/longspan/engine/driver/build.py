@@ -38,15 +38,16 @@ def build_core(setup: EngineSetup) -> EngineCore:
             undo.callback(offload.close)
             index = OffloadIndex(offload.memory_slots, offload.disk_slots)
             setup = offload.setup
-        cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         root = root_key(setup.source.name, f"{setup.dtype}/{setup.cache_dtype}", cached.page_size)
-        role = open_role(setup, cache, root)
+        role = open_role(setup, lambda: cache, root, lambda: setup.limits)
         if role is not None:
             undo.callback(role.close)
             setup = replace(setup, config=replace(setup.config, transfer=role.config))
         executor = create_executor(setup)
         undo.callback(executor.shutdown)
-        setup = executor.setup  # now with the machine of every rank
+        setup = executor.setup  # now with the machine of every rank and the number of pages they have measured
+        config = setup.config
+        cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         constants = config.cost or executor.constants or CostConstants()
         chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule)
         scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups)

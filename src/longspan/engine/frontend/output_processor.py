@@ -55,7 +55,7 @@ class OutputProcessor:
     """All unfinished requests. Its methods append to `core_calls`, which the caller carries out and empties."""
 
     def __init__(self, setup: EngineSetup, tokenizer: Tokenizer | None) -> None:
-        self._setup = setup
+        self.setup = setup
         self._tokenizer = tokenizer
         self._numbers = count()  # one for each completion
         self._groups: dict[str, _Group] = {}  # by request id
@@ -85,7 +85,7 @@ class OutputProcessor:
         self._check_known("logit_bias", (token for token, _ in params.logit_bias))
         self._check_known("stop_token_ids", params.stop_token_ids)
         params = self._constrained(self._with_grammar_stop(params))
-        max_tokens = self._setup.limits.check(len(tokens), params)
+        max_tokens = self.setup.limits.check(len(tokens), params)
         completions = [self._completion(request_id, index, tokens, params) for index in range(params.n)]
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
         if params.prompt_logprobs is not None:
@@ -98,7 +98,7 @@ class OutputProcessor:
             return output
         self._groups[request_id] = group
         self._start(group, completions[0])
-        if not self._setup.config.cache.enable_prefix_caching:  # completions cannot share the prompt's pages
+        if not self.setup.config.cache.enable_prefix_caching:  # completions cannot share the prompt's pages
             self._start_rest(group)
         return output
 
@@ -154,13 +154,13 @@ class OutputProcessor:
         if self._tokenizer is None:
             raise RequestError("grammar", "...", "needs a tokenizer and this model has none", "leave it out")
         end = getattr(self._tokenizer, "eos_token_id", None)
-        if end is None or self._setup.model.eos_token_ids:
+        if end is None or self.setup.model.eos_token_ids:
             return params
         return replace(params, stop_token_ids=(*params.stop_token_ids, int(end)))
 
     def _constrained(self, params: SamplingParams) -> SamplingParams:
         """Check what orders and constrains a request, and turn its bad words into tokens."""
-        policy = self._setup.config.scheduler.scheduling_policy
+        policy = self.setup.config.scheduler.scheduling_policy
         if params.priority and policy != "priority":
             remedy = "use scheduling_policy=priority (--scheduling-policy priority)"
             raise RequestError(
@@ -172,7 +172,7 @@ class OutputProcessor:
         return replace(params, bad_words=(), bad_word_ids=words) if params.bad_words else params
 
     def _check_known(self, field_name: str, tokens: Iterable[int]) -> None:
-        last = self._setup.model.vocab_size - 1
+        last = self.setup.model.vocab_size - 1
         for token in tokens:
             if not 0 <= token <= last:
                 raise RequestError(field_name, token, f"is not in 0..{last}", "check the tokenizer")
@@ -180,7 +180,7 @@ class OutputProcessor:
     def _completion(self, request_id: str, index: int, tokens: Sequence[int], params: SamplingParams) -> Completion:
         """A new completion. Its id in the core is never used again, because steps in flight may name an ended one."""
         number = next(self._numbers)
-        seed = self._setup.config.seed if params.seed is None else params.seed
+        seed = self.setup.config.seed if params.seed is None else params.seed
         # with the user's seed, tokens must not depend on the number of earlier requests
         own = number if params.seed is None else index
         detokenizer = Detokenizer(self._tokenizer, params, tokens[-_CONTEXT_TOKENS:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,14 +21,19 @@ from longspan.attention.variants import AttentionOps, Heads
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
-from longspan.engine.rank.graphs import CudaRecorder, GraphRunner
+from longspan.engine.memory_use import MemoryUse
+from longspan.engine.rank.graphs import CudaRecorder, GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
+from longspan.engine.rank.profile import CudaMemory, measure, require_room
+from longspan.engine.rank.progress import progress_bar
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, LayerContext
+from longspan.models.context import Alone, LayerContext, Model
 from longspan.models.ops import choose_ops
+from longspan.models.shapes import requests_of
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import GatheredExperts, SharedExperts
 from longspan.parallel.pipeline import Pipeline
@@ -72,26 +78,37 @@ def build_vocabulary(setup: EngineSetup) -> Vocabulary:
     return vocabulary
 
 
+@dataclass(frozen=True)
+class BuiltRank:
+    """A rank that is ready."""
+
+    # runs plans
+    runner: Runner
+    # the cost model's constants; None unless the setup asks to measure them
+    constants: CostConstants | None
+    # what the rank has measured of its GPU's memory; None where ranks do not measure it
+    memory: MemoryUse | None
+
+
 def build_runner(
     setup: EngineSetup,
     rank: int,
     store: TensorStore,
     vocabulary: Vocabulary,
     make_group: Callable[[Sequence[int]], Collectives],
-) -> tuple[Runner, CostConstants | None]:
-    """Build one rank. Returns its runner, and the constants of the cost model if the setup asks to measure them.
+) -> BuiltRank:
+    """Build one rank.
 
     `make_group` opens a group of ranks for this rank. All ranks must call `build_runner` at the same time, because
     opening groups and measuring are collective.
     """
     grid, model_config, config = setup.grid, setup.model, setup.config
+    device_memory = CudaMemory(store.device) if config.cache.memory_measured else None
+    at_start = device_memory.free() if device_memory else 0
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
     sharding = shardings[rank]
-    groups = Groups(
-        make_group(grid.tp_group(rank)),
-        make_group(grid.context_group(rank)),
-        Pipeline(make_group(grid.pipeline_group(rank))),
-    )
+    stages = make_group(grid.pipeline_group(rank))
+    groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)), Pipeline(stages))
     vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
     experts: GatheredExperts | SharedExperts | Alone = Alone()
@@ -101,21 +118,75 @@ def build_runner(
         group = make_group(peers)
         experts = GatheredExperts(group) if setup.gathers_rows else SharedExperts(group, extents)
     context = LayerContext(RankLoader(store, sharding), tp, experts, choose_ops(store.device))
-    model = setup.family.build(model_config, context, setup.dtype)
-    attention = _attention(setup, sharding, groups.context, store.device)
-    backend, cuda_graphs = attention.ops.backend, None
-    if setup.records_decode and isinstance(backend, RecordableBackend):
-        cuda_graphs = GraphRunner(model, attention, backend, CudaRecorder(store.device), grid.pcp)
-    transfer = config.transfer
-    parts = RankParts(
-        grid, rank, model, attention, groups, store.device,
-        vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling), cuda_graphs,
-        store=PageStore(setup, rank, attention.pool) if config.cache.offload.is_on else None,
-        transfer=None if transfer is None else open_transfer(transfer, setup, rank, attention.pool),
-        experts=experts if isinstance(experts, GatheredExperts) else None,
-    )  # fmt: skip
+    model = _load(setup, store, context, sharding, shown=rank == 0)
+
+    def parts_with(setup: EngineSetup) -> RankParts:
+        attention = _attention(setup, sharding, groups.context, store.device)
+        return RankParts(
+            grid, rank, model, attention, groups, store.device,
+            vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling),
+            experts=experts if isinstance(experts, GatheredExperts) else None,
+        )  # fmt: skip
+
+    def pilot(setup: EngineSetup) -> tuple[Runner, GraphRunner | None]:
+        parts = parts_with(setup)
+        return Runner(parts), _graphs(setup, parts)
+
+    memory = None
+    if device_memory is not None:
+        use = measure(setup, device_memory, at_start, pilot)
+        memory = replace(use, pages=_smallest(use.room, (groups.tp, groups.context, stages), store.device))
+        require_room(memory, config.cache.gpu_memory_utilization)
+        setup = setup.with_memory(memory)
+    parts = parts_with(setup)
+    pool, transfer = parts.attention.pool, config.transfer
     constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
-    return Runner(parts), constants
+    parts = replace(
+        parts,
+        cuda_graphs=_graphs(setup, parts),
+        store=PageStore(setup, rank, pool) if config.cache.offload.is_on else None,
+        transfer=None if transfer is None else open_transfer(transfer, setup, rank, pool),
+    )
+    runner = Runner(parts)
+    if store.device.type == "cuda":
+        make_ready(runner, setup, shown=rank == 0)
+    return BuiltRank(runner, constants, memory)
+
+
+def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, sharding: Sharding, shown: bool) -> Model:
+    """Build the model with its weights. With `shown` there is a progress bar."""
+    if not shown or store.device.type != "cuda":
+        return setup.family.build(setup.model, context, setup.dtype)
+    asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
+    with progress_bar("loading weights", len(asked.params), shown) as store.on_read:
+        return setup.family.build(setup.model, context, setup.dtype)
+
+
+def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
+    """The graphs of a rank, none of them recorded yet; None if decode steps are not recorded."""
+    backend, config = parts.attention.ops.backend, setup.config
+    if not setup.records_decode or not isinstance(backend, RecordableBackend):
+        return None
+    sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
+    return GraphRunner(parts.model, parts.attention, backend, CudaRecorder(parts.device), setup.grid.pcp, sizes)
+
+
+def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:
+    """The smallest number of all ranks, given groups that connect them all when joined one after the other."""
+    for group in groups:
+        mine = torch.tensor([number], device=device)
+        number = min(int(each) for each in group.all_gather(mine, [1] * group.size, "start"))
+    return number
+
+
+def make_ready(runner: Runner, setup: EngineSetup, shown: bool) -> None:
+    """Record the decode steps and run every other kernel once. All ranks must do so at the same time.
+
+    With `shown` there are progress bars.
+    """
+    if runner.cuda_graphs is not None:
+        runner.cuda_graphs.record(setup.recorded_schedules, shown)
+    warm_up(runner, setup, shown)
 
 
 def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:

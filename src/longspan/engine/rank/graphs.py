@@ -1,12 +1,15 @@
-"""CUDA graphs of decode steps: one for each size of step, recorded once and replayed.
+"""CUDA graphs of decode steps: one for each size of step, recorded before the engine is ready and replayed.
 
-It owns the sizes, and the tensors of token ids and positions that a graph reads; it must not know how a plan was made.
-Every decision here follows from the plan alone, so all ranks record and replay the same graphs in the same steps.
+It owns the sizes, and the tensors that graphs read and write: token ids, positions and logits. It must not know how a
+plan was made. Every decision here follows from the setup and the plan alone, so all ranks record and replay the same
+graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,12 +21,17 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
 from longspan.attention.refillable import RefillableStep, StepSize
 from longspan.attention.schedules import Schedule
+from longspan.config import DEFAULT_RUNNING
+from longspan.engine.rank.progress import with_progress
 from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView
 
-_STEP = 8  # larger sizes are multiples of this
 _SMALL = (1, 2, 4)
+# (last size, distance to the next): up to 32 rows padding shows in the time of a step, above it recording shows in the
+# time of a start
+_STEPS = ((32, 8), (128, 16), (256, 32), (1024, 64))
+_LARGE_STEP = 128
 
 
 class Recorder(Protocol):
@@ -68,9 +76,29 @@ class CudaRecorder:
         return replay
 
 
-def padded_rows(rows: int) -> int:
-    """The smallest size of a graph that has room for `rows` rows."""
-    return next((size for size in _SMALL if size >= rows), -(-rows // _STEP) * _STEP)
+def graph_sizes(most: int, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The sizes that are recorded, ascending; the last is the first with room for `most` rows.
+
+    They are those of `chosen`, if the user has chosen some: then larger steps may remain, which are not recorded.
+    """
+    if chosen is not None:
+        sizes = sorted(set(chosen))
+        return tuple(size for number, size in enumerate(sizes) if not number or sizes[number - 1] < most)
+    found = [*_SMALL]
+    while found[-1] < most:
+        step = next((step for last, step in _STEPS if found[-1] < last), _LARGE_STEP)
+        found.append((found[-1] // step + 1) * step)
+    return tuple(size for number, size in enumerate(found) if not number or found[number - 1] < most)
+
+
+ALL_SIZES = graph_sizes(DEFAULT_RUNNING)
+"""The sizes of an engine with the default number of running requests."""
+
+
+def padded_rows(rows: int, sizes: Sequence[int] = ALL_SIZES) -> int | None:
+    """The smallest of `sizes` (ascending) that has room for `rows` rows; None if none has."""
+    place = bisect_left(sizes, rows)
+    return sizes[place] if place < len(sizes) else None
 
 
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
@@ -98,41 +126,99 @@ def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
     return {name for name in plan.decode_schedules if schedules[name].moves is not None}
 
 
+class _LogitsBuffer:
+    """One tensor for the logits of all graphs, because no two of them run at the same time."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._whole: Tensor | None = None
+
+    def store(self, logits: Tensor) -> Tensor:
+        """Copy logits fp32 [T, vocab] to the first rows of the buffer, which the first call makes, and return these."""
+        if self._whole is None:
+            self._whole = logits.new_empty(self._rows, logits.shape[1])
+        return self._whole[: len(logits)].copy_(logits)
+
+
 class GraphRunner:
-    """All graphs of one rank. A graph is recorded in the first step of its size."""
+    """All graphs of one rank, of `sizes` rows (ascending).
+
+    A graph that `record` has not made is recorded in the first step of its size.
+    """
 
     def __init__(
-        self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int
-    ) -> None:
+        self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int,
+        sizes: Sequence[int] = ALL_SIZES,
+    ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
         self._backend = backend
         self._recorder = recorder
         self._pcp = pcp
+        self.sizes = tuple(sizes)
+        self._logits = _LogitsBuffer(self.sizes[-1])
         self._made: dict[StepSize, _Graph] = {}
 
+    @property
+    def recorded(self) -> tuple[StepSize, ...]:
+        """What has been recorded, in this order."""
+        return tuple(self._made)
+
+    def record(self, schedules: Sequence[str | None], shown: bool = False) -> None:
+        """Record every size with each of the `schedules`; None stands for steps whose rows are all local.
+
+        The largest size comes first, so that the others find its memory in the pool that all graphs share. All ranks
+        must call this at the same time. With `shown` there is a progress bar.
+        """
+        count = len(self.sizes) * len(schedules)
+        for _ in with_progress("recording decode steps", self.record_one_by_one(schedules), count, shown):
+            pass
+
+    def record_one_by_one(self, schedules: Sequence[str | None]) -> Iterator[StepSize]:
+        """Record as `record` does, and yield after each graph."""
+        for rows in reversed(self.sizes):
+            for name in schedules:
+                with torch.inference_mode():
+                    self._graph(size := StepSize(rows, name, self._pcp))
+                yield size
+
+    def has_room(self, plan: StepPlan) -> bool:
+        """Whether some size has room for the rows of every pcp index of a decode step."""
+        return padded_rows(max(Counter(segment.pcp for segment in plan.segments).values()), self.sizes) is not None
+
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
+        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform` and has room.
 
         `token_ids` and `positions` are int64 [T]. `rows_of_pcp` has the rows of every pcp index: the largest of them
         decides the size on all ranks. The next step overwrites the result.
         """
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
-        size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
+        rows = padded_rows(max(rows_of_pcp), self.sizes)
+        if rows is None:
+            raise ValueError(f"{max(rows_of_pcp)} rows, and the largest graph has {self.sizes[-1]}")
+        graph = self._graph(StepSize(rows, next(iter(moving), None), self._pcp))
+        return graph.run(view, token_ids, positions)[: len(token_ids)]
+
+    def _graph(self, size: StepSize) -> _Graph:
+        """The graph of a size, recorded now if it has not been."""
         if size not in self._made:
             step = RefillableStep(self._attention.preparer, self._backend, size)
-            self._made[size] = _Graph(self._model, self._attention, step, size.rows)
-            self._made[size].record(self._recorder)
-        return self._made[size].run(view, token_ids, positions)[: len(token_ids)]
+            graph = _Graph(self._model, self._attention, step, size.rows, self._logits)
+            graph.record(self._recorder)
+            self._made[size] = graph
+        return self._made[size]
 
 
 class _Graph:
     """The graph of one size of step."""
 
-    def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int) -> None:
+    def __init__(
+        self, model: Model, attention: Attention, step: RefillableStep, rows: int, logits: _LogitsBuffer
+    ) -> None:
         self._model = model
         self._attention = attention
         self._step = step
+        self._logits = logits
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._positions = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._replay: Callable[[], Tensor] = self._compute
@@ -160,4 +246,5 @@ class _Graph:
         if model.embedding is None or model.head is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
         self._attention.begin(prepared)
-        return model.head(model.layers(model.embedding(self._token_ids), self._positions, self._attention))
+        hidden = model.layers(model.embedding(self._token_ids), self._positions, self._attention)
+        return self._logits.store(model.head(hidden))

@@ -7,6 +7,7 @@ know file formats or architectures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Lock
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.rank.scaled_weights import ScaledWeights
+from longspan.engine.rank.upload import CudaCopying, Upload
 from longspan.models.context import Linear, LinearStack
 from longspan.models.layers import DenseLinear, can_pack
 from longspan.models.params import Bounds, Param, loaded_shape
@@ -50,6 +52,13 @@ class WeightPiece(NamedTuple):
         """Whether the slice begins and ends at boundaries of FP8 scale blocks."""
         return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
 
+    def rows(self, start: int, stop: int) -> WeightPiece:
+        """The part of the slice that is loaded as its rows [start, stop)."""
+        dim = len(self.bounds) - 1 if self.stacked else 0
+        first = self.bounds[dim][0]
+        narrowed = (*self.bounds[:dim], (first + start, first + stop), *self.bounds[dim + 1 :])
+        return self._replace(bounds=narrowed)
+
     def read(self, checkpoint: Checkpoint, out: Tensor) -> None:
         """Read the slice into `out`, of shape `shape` and any dtype. Raises `WeightError`."""
         target = out.permute(*reversed(range(out.dim())))[None] if self.stacked else out
@@ -71,6 +80,8 @@ class TensorStore:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._scaled = scaled
+        self._upload = Upload(CudaCopying()) if device.type == "cuda" else None
+        self.on_read: Callable[[], None] = _nothing  # called after each slice, for a progress bar
         self._tensors: dict[_Key, Tensor] = {}
         self._linears: dict[_Key, Linear] = {}
         self._stacks: dict[_Key, LinearStack] = {}
@@ -106,7 +117,7 @@ class TensorStore:
         rows = sum(piece.shape[0] for piece in entries[0])
         weight = one.new_empty(len(entries), rows, *entries[0][0].shape[1:])
         for entry, out in zip(entries, weight, strict=True):
-            out.copy_(self._read_on_host(entry, self._dtype))
+            self._fill(out, entry)
         return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
 
     def _linear(self, pieces: Sequence[WeightPiece]) -> Linear:
@@ -122,23 +133,39 @@ class TensorStore:
         )
 
     def _read(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
-        return self._read_on_host(pieces, dtype).to(self.device)
-
-    def _read_on_host(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
-        rows = [piece.shape[0] for piece in pieces]
-        whole = torch.empty(sum(rows), *pieces[0].shape[1:], dtype=dtype)
-        for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
-            piece.read(self._checkpoint, out)
+        rows = sum(piece.shape[0] for piece in pieces)
+        whole = torch.empty(rows, *pieces[0].shape[1:], dtype=dtype, device=self.device)
+        self._fill(whole, pieces)
         return whole
+
+    def _fill(self, whole: Tensor, pieces: Sequence[WeightPiece]) -> None:
+        """Read slices into `whole`, one after the other along dimension 0."""
+        rows = [piece.shape[0] for piece in pieces]
+        for piece, out in zip(pieces, torch.split(whole, rows), strict=True):
+            if self._upload is None:
+                piece.read(self._checkpoint, out)
+            else:
+                self._upload.fill(out, partial(self._read_rows, piece))
+            self.on_read()
+
+    def _read_rows(self, piece: WeightPiece, start: int, stop: int, out: Tensor) -> None:
+        piece.rows(start, stop).read(self._checkpoint, out)
 
     def _read_scaled(self, kept: ScaledWeights, pieces: Sequence[WeightPiece]) -> BlockScaled:
         rows, columns = [piece.shape[0] for piece in pieces], pieces[0].shape[1]
-        values = torch.empty(sum(rows), columns, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(sum(rows) // BLOCK, columns // BLOCK)
+        pinned = self.device.type == "cuda"
+        values = torch.empty(sum(rows), columns, dtype=torch.float8_e4m3fn, pin_memory=pinned)
+        scales = torch.empty(sum(rows) // BLOCK, columns // BLOCK, pin_memory=pinned)
         blocks = torch.split(scales, [count // BLOCK for count in rows])
         for piece, part, part_scales in zip(pieces, torch.split(values, rows), blocks, strict=True):
             kept.checkpoint.read_scaled(piece.name, piece.slices, part, part_scales)
-        return BlockScaled(values.to(self.device), scales.to(self.device))
+            self.on_read()
+        # the allocator keeps page-locked memory until the copy is done
+        return BlockScaled(values.to(self.device, non_blocking=pinned), scales.to(self.device, non_blocking=pinned))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _once(made: dict[_Key, T], pieces: Sequence[WeightPiece], make: Callable[[Sequence[WeightPiece]], T]) -> T:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -23,6 +23,7 @@ from longspan.attention.pool import KVPool
 from longspan.cache.offload import PageLoad, PageSave, Tier
 from longspan.cache.prefix import Key
 from longspan.config import require
+from longspan.engine.rank.page_staging import CudaStreams, PageStaging, Streams
 from longspan.engine.setup import EngineSetup
 from longspan.errors import ConfigError, EngineError
 from longspan.parallel.sharding import Sharding
@@ -136,10 +137,11 @@ def _free_memory() -> int:
 class PageStore:
     """Copies pages between a rank's pool and its part of the slots.
 
-    A record is a header (the page's key, and on disk a checksum) and the rank's layers and heads of the page.
+    A record is a header (the page's key, and on disk a checksum) and the rank's layers and heads of the page. With
+    `streams`, and on a GPU, copies go through `PageStaging`.
     """
 
-    def __init__(self, setup: EngineSetup, rank: int, pool: KVPool) -> None:
+    def __init__(self, setup: EngineSetup, rank: int, pool: KVPool, streams: Streams | None = None) -> None:
         offload, page_size = setup.config.cache.offload, setup.config.cache.page_size
         self._part = parts_of_a_slot(setup)[rank]
         self._shard = setup.grid.ranks[rank].shard
@@ -149,27 +151,40 @@ class PageStore:
         self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in (values, scales) if kind]
         self._sizes = [sum(page[:, :, 0].numel() for page in pages) for pages in self._pages]
         self._scratch = torch.empty(self._part.record_bytes, dtype=torch.uint8)
+        # another one for loads: one step may still save when the next one loads
+        self._arrived = torch.empty(self._part.record_bytes, dtype=torch.uint8)
+        self._streams = streams or (CudaStreams(pool.device) if pool.device.type == "cuda" else None)
+        every = [page for pages in self._pages for page in pages]
+        self._staging = None if self._streams is None else PageStaging(every, self._streams)
         self._memory = self._scratch if offload.memory_file is None else _mapped(offload.memory_file)
         self._disk = None if offload.disk_file is None else _unbuffered(offload.disk_file)
+
+    def start(self, saves: Sequence[PageSave], loads: Sequence[PageLoad]) -> Callable[[], tuple[list[int], list[int]]]:
+        """Start the copies of a step, before its kernels are launched.
+
+        The returned function must be called before the step is committed. It waits for the copies, and returns the
+        indices in `saves` of which a write to disk failed, and those in `loads` of pages that are damaged.
+        """
+        if self._staging is None or self._streams is None:
+            found = self.save(saves), self.load(loads)
+            return lambda: found
+        own = [(number, save) for number, save in enumerate(saves) if save.page.shard == self._shard]
+        rows, saved = self._staging.save([save.page.index for _, save in own]) if own else (None, _nothing)
+        lost, loaded = self._start_loads(loads, self._staging, self._streams)
+
+        def finish() -> tuple[list[int], list[int]]:
+            saved()
+            failed = [n for row, (n, save) in enumerate(own) if rows is not None and not self._save(save, rows[row])]
+            loaded()
+            return failed, lost
+
+        return finish
 
     def save(self, saves: Sequence[PageSave]) -> list[int]:
         """Save the pages that are on this rank's shard. Returns the indices in `saves` of which a write to disk
         failed."""
-        failed: list[int] = []
-        for number, save in enumerate(saves):
-            if save.page.shard != self._shard:
-                continue
-            record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
-            # the slot's page moves to disk before it is overwritten
-            written = not save.spill or self._write(save.spill.slot, save.spill.key, record)
-            self._gather(save.page.index, record[_HEADER_BYTES:])
-            if save.tier is Tier.MEMORY:
-                _buffer(record)[:_KEY_BYTES] = save.key
-            else:
-                written = self._write(save.slot, save.key, record)
-            if not written:
-                failed.append(number)
-        return failed
+        own = [(number, save) for number, save in enumerate(saves) if save.page.shard == self._shard]
+        return [number for number, save in own if not self._save(save)]
 
     def load(self, loads: Sequence[PageLoad]) -> list[int]:
         """Load the pages that are for this rank's shard. Returns the indices in `loads` of pages that are damaged."""
@@ -177,17 +192,55 @@ class PageStore:
         for number, load in enumerate(loads):
             if load.page.shard != self._shard:
                 continue
-            if load.tier is Tier.MEMORY:
-                record = self._in_memory(load.slot)
-                intact = _buffer(record)[:_KEY_BYTES] == load.key
-            else:
-                record = self._scratch
-                intact = self._read(load.slot, load.key, record)
-            if intact:
-                self._scatter(load.page.index, record[_HEADER_BYTES:])
-            else:
+            data = self._load(load)
+            if data is None:
                 lost.append(number)
+            else:
+                self._scatter(load.page.index, data)
         return lost
+
+    def _start_loads(
+        self, loads: Sequence[PageLoad], staging: PageStaging, streams: Streams
+    ) -> tuple[list[int], Callable[[], None]]:
+        """The indices of pages that are damaged, and a function that waits until the others are in the pool."""
+        own = [(number, load) for number, load in enumerate(loads) if load.page.shard == self._shard]
+        if not own:
+            return [], _nothing
+        rows = streams.host(len(own), self._part.record_bytes - _HEADER_BYTES)
+        lost: list[int] = []
+        intact: list[int] = []
+        for number, load in own:
+            data = self._load(load)
+            if data is None:
+                lost.append(number)
+            else:
+                rows[len(intact)].copy_(data)
+                intact.append(load.page.index)
+        return lost, staging.load(intact, rows[: len(intact)]) if intact else _nothing
+
+    def _save(self, save: PageSave, row: Tensor | None = None) -> bool:
+        """Save a page, from the pool or from its bytes `row`. False if a write to disk failed."""
+        record = self._in_memory(save.slot) if save.tier is Tier.MEMORY else self._scratch
+        # the slot's page moves to disk before it is overwritten
+        written = not save.spill or self._write(save.spill.slot, save.spill.key, record)
+        if row is None:
+            self._gather(save.page.index, record[_HEADER_BYTES:])
+        else:
+            record[_HEADER_BYTES:].copy_(row)
+        if save.tier is Tier.MEMORY:
+            _buffer(record)[:_KEY_BYTES] = save.key
+            return written
+        return self._write(save.slot, save.key, record)
+
+    def _load(self, load: PageLoad) -> Tensor | None:
+        """The bytes of a page; None if it is damaged. The next load overwrites those that come from disk."""
+        if load.tier is Tier.MEMORY:
+            record = self._in_memory(load.slot)
+            intact = _buffer(record)[:_KEY_BYTES] == load.key
+        else:
+            record = self._arrived
+            intact = self._read(load.slot, load.key, record)
+        return record[_HEADER_BYTES:] if intact else None
 
     def _in_memory(self, slot: int) -> Tensor:
         at = self._offset(slot)
@@ -231,6 +284,10 @@ class PageStore:
             layers = part.to(pages[0].device).view(len(pages), *pages[0][:, :, index].shape)
             for page, layer in zip(pages, layers, strict=True):
                 page[:, :, index] = layer
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""
 
 
 def _by_page(rows: Tensor, page_size: int) -> Tensor:

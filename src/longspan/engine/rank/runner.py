@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,6 +83,12 @@ class RankParts:
     experts: GatheredExperts | None = None
 
 
+def _with_failures(finish: Finish, copied: Callable[[], tuple[list[int], list[int]]]) -> StepResult:
+    """A step's result, with the pages that were not saved and those that were not loaded."""
+    result, (saves, loads) = finish(), copied()
+    return replace(result, failed_saves=tuple(saves), failed_loads=tuple(loads)) if saves or loads else result
+
+
 class Runner:
     """Runs plans on one rank, in order."""
 
@@ -128,25 +135,16 @@ class Runner:
         """Start one step. The returned function waits for its result, which a GPU may still be computing."""
         with torch.inference_mode(), self._groups.context.traffic.trace.span(f"step {plan.step}", STEP):
             # first: the step may overwrite pages that are saved
-            failed_saves, failed_loads = self._copy_pages(plan)
+            copied = None if self._store is None else self._store.start(plan.saves, plan.loads)
             finish = self._start(plan)
         if self.transfer is not None:
             self.transfer.computed(plan)
-        if not failed_saves and not failed_loads:
-            return finish
-        return lambda: replace(finish(), failed_loads=failed_loads, failed_saves=failed_saves)
+        return finish if copied is None else partial(_with_failures, finish, copied)
 
     def close(self) -> None:
         """End the transfer thread, if there is one."""
         if self.transfer is not None:
             self.transfer.close()
-
-    def _copy_pages(self, plan: StepPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Save and load pages as the plan says; returns the indices of saves that the disk did not take, and of loads
-        that found no intact page."""
-        if self._store is None:
-            return (), ()
-        return tuple(self._store.save(plan.saves)), tuple(self._store.load(plan.loads))
 
     def _start(self, plan: StepPlan) -> Finish:
         if self._debug:
@@ -155,9 +153,9 @@ class Runner:
         if not plan.segments:
             return StepResult
         schedules = self._attention.schedules
-        if self.cuda_graphs is not None and recordable(plan, schedules):
-            return self._replay(uniform(plan, schedules), self.cuda_graphs)
-        attention = self._attention
+        graphs, attention = self.cuda_graphs, self._attention
+        if graphs is not None and recordable(plan, schedules) and graphs.has_room(plan):
+            return self._replay(uniform(plan, schedules), graphs)
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
         )

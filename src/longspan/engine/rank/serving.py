@@ -110,9 +110,10 @@ def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[byt
         return open_group(group, rank, traffic, device)
 
     store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
-    runner, constants = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
+    built = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
+    runner = built.runner
     traffic.reset()  # the calibration's traffic does not count
-    reply(messages.RankReady(rank, constants))
+    reply(messages.RankReady(rank, built.constants, built.memory))
     loop = StepLoop(runner, lambda result: reply(messages.StepDone(result)), lambda: bool(socket.poll(0)))
     while (message := socket.recv()) != messages.STOP:
         if message not in _NO_PLANS:

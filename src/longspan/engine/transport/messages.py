@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from longspan.config import CostConstants, EngineConfig
+from longspan.engine.memory_use import MemoryUse
 from longspan.errors import LongspanError, WorkerDied, error_named
 from longspan.parallel.trace import TraceSpan
 from longspan.plan.result import StepResult
@@ -62,6 +63,8 @@ class RankReady(msgspec.Struct, tag=True, frozen=True):
     rank: int
     # the cost model's constants; None if the rank has not measured them
     constants: CostConstants | None
+    # what the rank has measured of its GPU's memory; None if it has not
+    memory: MemoryUse | None = None
 
 
 class RankAlive(msgspec.Struct, tag=True, frozen=True):

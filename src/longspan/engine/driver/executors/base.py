@@ -26,7 +26,7 @@ def require_open(closed: bool) -> None:
 class Executor(Protocol):
     """All ranks of an engine. They run steps in the order of `submit`, and `collect` returns results in that order."""
 
-    # the setup it was made with, and the host of every rank
+    # the setup it was made with, the host of every rank, and what ranks have measured of their memory
     setup: EngineSetup
 
     @property

@@ -71,7 +71,9 @@ class RemoteExecutor(ABC):
             self._bind(listen)
             self._launch(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
             self._begin(self._wait_for_ranks(timeout))
-            measured = [ready.constants for ready in self._collect(messages.RankReady) if ready.constants]
+            ready = self._collect(messages.RankReady)
+            measured = [rank.constants for rank in ready if rank.constants]
+            self.setup = self.setup.with_memory(ready[0].memory)
             self.constants = combine(measured) if measured else None
         except BaseException:
             self._kill()

@@ -17,6 +17,7 @@ import torch
 from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
 from longspan.engine.driver.executors.base import require_open
+from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores, threads_per_rank
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
@@ -51,6 +52,7 @@ class ThreadExecutor:
         self._vocabulary = build_vocabulary(setup)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
+        self._memory: MemoryUse | None = None  # the same number of pages on all ranks
         self._threads = [
             Thread(target=self._serve, args=(rank,), name=f"longspan-rank-{rank}", daemon=True) for rank in range(size)
         ]
@@ -58,6 +60,7 @@ class ThreadExecutor:
             thread.start()
         self.collect(lambda: None)  # every rank reports an empty result once it is ready
         self.constants = combine(self._measured) if self._measured else None
+        self.setup = setup.with_memory(self._memory)
 
     @property
     def runners(self) -> list[Runner]:
@@ -128,13 +131,12 @@ class ThreadExecutor:
         """The main function of a rank's thread."""
         torch.set_num_threads(threads_per_rank(self.setup))
         try:
-            runner, constants = build_runner(
-                self.setup, rank, self._store, self._vocabulary, lambda group: self._open(group, rank)
-            )
+            built = build_runner(self.setup, rank, self._store, self._vocabulary, lambda group: self._open(group, rank))
             self._traffic[rank].reset()  # the calibration's traffic does not count
-            self._runners[rank] = runner
-            if constants:
-                self._measured.append(constants)
+            runner = self._runners[rank] = built.runner
+            if built.constants:
+                self._measured.append(built.constants)
+            self._memory = built.memory
             self._outcomes.put((rank, StepResult()))
         except BaseException as error:
             self._outcomes.put((rank, error))

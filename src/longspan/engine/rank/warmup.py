@@ -1,0 +1,203 @@
+"""The steps that a rank runs before it is ready, so that no request waits for a kernel to compile or to be loaded.
+
+It owns which steps these are, made from the setup alone, so that all ranks run the same ones; it must not know kernels.
+Pages that they write are free: nothing has been cached yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+
+from longspan.cache.pages import PageRef
+from longspan.engine.rank.progress import with_progress
+from longspan.engine.rank.runner import Runner
+from longspan.engine.setup import EngineSetup
+from longspan.plan.plan import Admission, Segment, StepPlan
+from longspan.request import SamplingParams
+
+_LOCAL = "local"
+_DENSE_UNTIL = 512  # lengths below this are tried closely: kernels and their variants change most there
+_FEW, _SEVERAL = 3, 17  # numbers of decode rows in a step
+_TOKEN = 0
+_SAMPLING = (
+    SamplingParams(temperature=0),
+    SamplingParams(),
+    SamplingParams(temperature=0.8, top_p=0.9),
+    SamplingParams(top_k=20),
+    SamplingParams(min_p=0.1),
+    SamplingParams(repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
+    SamplingParams(logprobs=1),
+)
+"""Parameters that take different ways through the sampler."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request of one warm-up."""
+
+    # its id
+    name: str
+    # the pcp index of each page, in position order
+    pcp_of_page: Sequence[int]
+    # how it is sampled
+    params: SamplingParams
+
+
+class _Pages:
+    """Hands out pages of every shard, first to last, and the next warm-up's from the first again."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
+        self._free = [iter(range(pages)) for pages in setup.pages_per_shard]
+
+    def take(self, pcp: int) -> PageRef:
+        """A page on a rank of a pcp index. Raises `StopIteration` if its shard has no more."""
+        shard = next(self._shards[pcp])
+        return PageRef(shard, next(self._free[shard]))
+
+
+def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
+    """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar."""
+    plans = list(warmup_plans(setup))
+    for plan in with_progress("compiling kernels", plans, len(plans), shown):
+        runner.step(plan)
+
+
+def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
+    """The warm-up steps, in groups that leave no request behind."""
+    for schedule in setup.possible_schedules:
+        for length in _lengths(setup, every=schedule == _LOCAL):
+            yield from _prefill(setup, length, schedule)
+        for rows in sorted({1, min(_FEW, most_rows(setup)), min(_SEVERAL, most_rows(setup)), most_rows(setup)}):
+            yield from _decode(setup, rows, schedule, prefill=True)
+            yield from _decode(setup, rows, schedule, prefill=False)
+            for params in _SAMPLING if schedule == setup.possible_schedules[0] else ():
+                yield from _decode(setup, rows, schedule, prefill=False, kinds=(params,))
+
+
+def largest_plans(setup: EngineSetup) -> Iterator[StepPlan]:
+    """The steps that need the most memory: a prefill of all tokens of a step, and sampling for as many requests as may
+    run at once."""
+    for schedule in setup.possible_schedules:
+        yield from _prefill(setup, _longest(setup), schedule)
+    yield from _decode(setup, most_rows(setup), schedule, prefill=False)
+
+
+def pages_for_largest(setup: EngineSetup) -> int:
+    """Pages of each shard with which `largest_plans` has all tokens and all requests of a step."""
+    page, shards, scheduler = setup.config.cache.page_size, len(setup.grid.shards_of_pcp[0]), setup.config.scheduler
+    share = -(-scheduler.step_tokens // setup.grid.pcp)
+    return max(-(-2 * (share + page) // (shards * page)) + 1, -(-2 // page) * (scheduler.running_limit + 2))
+
+
+def most_rows(setup: EngineSetup) -> int:
+    """The most decode rows of a step for which there are pages."""
+    scheduler, each = setup.config.scheduler, -(-2 // setup.config.cache.page_size)
+    return max(1, min(scheduler.running_limit, scheduler.step_tokens, min(setup.pages_per_shard) // each - 2))
+
+
+def _longest(setup: EngineSetup) -> int:
+    """The most tokens of one pcp index in a step: its share of a step's tokens, if there are pages for two of them."""
+    room = min(setup.pages_per_shard) * len(setup.grid.shards_of_pcp[0]) * setup.config.cache.page_size
+    share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
+    return max(1, min(share, room // 2 - setup.config.cache.page_size))
+
+
+def _lengths(setup: EngineSetup, every: bool) -> list[int]:
+    """Lengths of prefills: powers of two with their neighbours, and the largest. Few of them unless `every`."""
+    longest = _longest(setup)
+    powers = [1 << n for n in range(longest.bit_length())]
+    if not every:
+        return sorted({*powers[::3], longest})
+    near = {length for p in powers if p <= _DENSE_UNTIL for length in (p - 1, p, p + 1, p + p // 2)}
+    far = {length for p in powers if p > _DENSE_UNTIL for length in (p, p + 1)}
+    return sorted(length for length in {*near, *far, longest} if 0 < length <= longest)
+
+
+def _prefill(setup: EngineSetup, length: int, schedule: str) -> Iterator[StepPlan]:
+    """Two chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
+
+    Under `local` every pcp index has a request of its own, else one request is spread over all of them.
+    """
+    page, pcps, requests = setup.config.cache.page_size, range(setup.grid.pcp), []
+    pieces: list[list[tuple[str, int, int, int]]] = [[], []]  # of both chunks: request, pcp index, start, stop
+    local = schedule == _LOCAL
+    for number, part in enumerate(
+        _parts(length, setup.model.max_position_embeddings // (2 if local else 2 * len(pcps)))
+    ):
+        if local:
+            for pcp in pcps:
+                name = f"{number} of {pcp}"
+                requests.append(_Request(name, [pcp] * -(-2 * part // page), _SAMPLING[pcp % len(_SAMPLING)]))
+                for chunk in range(2):
+                    pieces[chunk].append((name, pcp, chunk * part, (chunk + 1) * part))
+            continue
+        pages = -(-part // page)  # whole pages, because a page has one writer
+        requests.append(
+            _Request(f"{number}", [pcp for _ in range(2) for pcp in pcps for _ in range(pages)], _SAMPLING[0])
+        )
+        for place in range(2 * len(pcps)):
+            chunk, pcp = divmod(place, len(pcps))
+            pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
+    steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
+    yield from _plans(setup, requests, steps, schedule)
+
+
+def _parts(length: int, most: int) -> list[int]:
+    """A length as a sum of nearly equal parts of `most` at most, but of at least one."""
+    count = -(-length // max(1, most))
+    return [length // count + (number < length % count) for number in range(count)]
+
+
+def _decode(
+    setup: EngineSetup, rows: int, schedule: str, prefill: bool, kinds: Sequence[SamplingParams] = _SAMPLING
+) -> Iterator[StepPlan]:
+    """Two decode steps of `rows` requests, the second with tokens that are pending under async scheduling.
+
+    With `prefill` there is a short prompt in each step, so that it is not recorded.
+    """
+    page, pcp = setup.config.cache.page_size, setup.grid.pcp
+    pages = -(-2 // page)
+    requests = [_Request(f"{row}", [row % pcp] * pages, kinds[row % len(kinds)]) for row in range(rows)]
+    steps = []
+    for position in range(2):
+        pending = bool(position and setup.config.scheduler.async_scheduling)
+        steps.append([
+            _segment(setup, f"{row}", row % pcp, position, position + 1, schedule, prefill=False, pending=pending)
+            for row in range(rows)
+        ])  # fmt: skip
+    if prefill:
+        requests.append(_Request("prompt", [0] * (2 * pages), kinds[0]))
+        for step, start in zip(steps, (0, 2), strict=True):
+            step.append(_segment(setup, "prompt", 0, start, start + 2, schedule, prefill=True))
+    yield from _plans(setup, requests, steps, schedule)
+
+
+def _segment(
+    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: bool = False
+) -> Segment:
+    """A segment whose last row is sampled, and which needs pages of other ranks unless the schedule is `local`."""
+    remote = 0 if schedule == _LOCAL else len(setup.model.layer_groups)
+    tokens = (_TOKEN,) * (stop - start - pending)
+    return Segment(name, start, tokens, pcp, prefill, remote, sample=1, pending=pending)
+
+
+def _plans(
+    setup: EngineSetup, requests: Sequence[_Request], steps: Sequence[Sequence[Segment]], schedule: str
+) -> Iterator[StepPlan]:
+    """A plan for each step's segments, and one that ends the requests."""
+    pages = _Pages(setup)
+    admitted = tuple(
+        Admission(
+            each.name, 1, 0, each.params, tuple(pages.take(pcp) for pcp in each.pcp_of_page),
+            (_TOKEN,) if each.params.needs_history else (),
+        )
+        for each in requests
+    )  # fmt: skip
+    schedules = (schedule,) * len(setup.model.layer_groups)
+    empty = StepPlan(0, (), (), (), (), (), (), schedules, schedules)
+    for number, segments in enumerate(steps):
+        yield replace(empty, admitted=() if number else admitted, segments=tuple(segments))
+    yield replace(empty, finished=tuple(each.name for each in requests))

@@ -1,0 +1,130 @@
+"""What a rank does before it is ready: decode steps are recorded and every kind of step is run once.
+
+On a CPU the engine does neither; here both are done by hand, with a recorder that only notes.
+"""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+
+from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.engine.rank.build import make_ready
+from longspan.engine.rank.graphs import graph_sizes, padded_rows
+from longspan.engine.rank.warmup import largest_plans, warmup_plans
+from longspan.engine.setup import resolve
+from tests.engine.test_recorded_decode import expected_of, record, tokens_of
+from tests.oracle import tiny_folder
+from tests.traffic import schedules_that_moved
+
+LAYOUTS = [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}]
+"""No shard but one, shards on other pcp indices, shards in one TP group, and both."""
+
+
+def make_all_ready(llm):
+    """On all ranks at once, because they send to each other."""
+    failures = []
+
+    def ready(runner):
+        try:
+            make_ready(runner, llm.engine.setup, shown=False)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [Thread(target=ready, args=(runner,)) for runner in llm.engine.executor.runners]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def recorded(llm):
+    """What each rank has recorded, as (rows, schedule)."""
+    return [[(size.rows, size.schedule) for size in r.cuda_graphs.recorded] for r in llm.engine.executor.runners]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_all_ranks_record_all_that_requests_meet_the_largest_size_first(tiny, layout):
+    """In the same order on all ranks, because they send to each other; the tokens are those of the oracle."""
+    llm = tiny(schedule="gather_q" if layout else "auto", async_scheduling=True, **layout)
+    recorder = record(llm)
+    make_all_ready(llm)
+    names = ["gather_q"] if "dcp" in layout else [None, "gather_q"] if "pcp" in layout else [None]
+    expected = [(rows, name) for rows in (8, 4, 2, 1) for name in names]
+    assert recorded(llm) == [expected] * len(llm.engine.executor.runners)
+    replayed = recorder.replayed
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorded(llm) == [expected] * len(llm.engine.executor.runners)
+    assert recorder.replayed > replayed
+    assert schedules_that_moved(llm) == ({"gather_q"} if layout else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [("llama", {"page_size": 1}), ("llama-deep", {"pp": 2}), ("gpt-oss", {"pcp": 2})]
+)
+def test_warm_up_runs_on_pages_of_one_token_on_stages_and_with_windows_and_leaves_no_request(tiny, model, options):
+    llm = tiny(model, schedule="auto" if "pp" in options else "ring_q", **options)
+    for plan in warmup_plans(llm.engine.setup):
+        llm.engine.executor.submit(plan)
+        llm.engine.executor.collect(lambda: None)
+    assert all(not runner._mirror.requests for runner in llm.engine.executor.runners)
+
+
+def test_the_largest_steps_have_all_tokens_of_a_step_and_all_requests(tiny):
+    setup = tiny(pcp=2).engine.setup
+    lengths = [[segment.length for segment in plan.segments] for plan in largest_plans(setup)]
+    assert max(map(sum, lengths)) == setup.config.scheduler.step_tokens
+    assert [1] * setup.config.scheduler.running_limit in lengths
+
+
+def test_warm_up_samples_in_every_way_alone_and_together(tiny):
+    setup = tiny().engine.setup
+    kinds = {
+        frozenset(admission.params for admission in plan.admitted) for plan in warmup_plans(setup)
+        if plan.admitted and all(not segment.prefill for segment in plan.segments)
+    }  # fmt: skip
+    assert {1, 7} <= {len(kind) for kind in kinds}
+    assert len([kind for kind in kinds if len(kind) == 1]) == 7
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 33, 250, 256, 1000, 3000])
+def test_the_sizes_have_room_for_every_step_that_the_scheduler_can_make(most):
+    sizes = graph_sizes(most)
+    assert all((padded_rows(rows, sizes) or 0) >= rows for rows in range(1, most + 1))
+    assert len(sizes) < 2 or sizes[-2] < most
+
+
+def test_sizes_that_the_user_chooses_may_leave_larger_steps_without_a_graph(tiny):
+    assert graph_sizes(250, (8, 1, 512, 4, 1024)) == (1, 4, 8, 512)
+    llm = tiny(cudagraph_capture_sizes=[1])
+    recorder = record(llm, sizes=graph_sizes(8, (1,)))
+    make_all_ready(llm)
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorder.recorded == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule", "expected"),
+    [
+        ({}, "auto", [None]),
+        ({"pcp": 2}, "auto", [None, "gather_q"]),
+        ({"tp": 2, "dcp": 2}, "auto", ["gather_q"]),
+        ({"pcp": 2}, "local", [None]),
+        ({"pcp": 2}, "ring_q", [None]),
+    ],
+)
+def test_steps_are_recorded_with_the_schedules_that_can_occur(layout, schedule, expected):
+    parallel = ParallelConfig(layout.get("tp", 1), layout.get("pcp", 1), layout.get("dcp", 1))
+    options = {"parallel": parallel, "scheduler": SchedulerConfig(schedule=schedule), "executor": "dry"}
+    setup = resolve(EngineConfig(tiny_folder("llama"), **options))
+    assert list(setup.recorded_schedules) == expected
+
+
+def test_the_logits_of_all_sizes_are_rows_of_one_buffer(tiny):
+    llm = tiny()
+    recorder = record(llm)
+    make_all_ready(llm)
+    assert recorder.recorded == 4
+    assert len({result.data_ptr() for result in recorder.results}) == 1
