@@ -5,6 +5,7 @@ It owns the projections between hidden states and heads; attention itself is pas
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
@@ -51,7 +52,7 @@ class GroupedQueryAttention:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
         # [T, Hq + 2 · Hkv, D]: queries, keys, values. Without a norm q and k are rotated as one tensor
         heads = self._qkv(x, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
-        q, k, v = heads.split((self._q_heads, self._kv_heads, self._kv_heads), dim=1)
+        q, k, v = torch.split(heads, [self._q_heads, self._kv_heads, self._kv_heads], dim=1)
         rotated = (q, k) if self._norms else (heads[:, : -self._kv_heads],)
         self._ops.rope(rotated, table, self._norms, self._eps)
         out = attend(self._layer, q, k, v).reshape(x.shape[0], self._q_heads * self._dim)
