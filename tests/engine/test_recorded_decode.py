@@ -33,9 +33,9 @@ class Runs:
             self.prepared = self.backend.prepare(runs, self.rows)
         return self.has_room
 
-    def attend(self, q, kv, blocks, scale):
+    def attend(self, q, kv, blocks, scale, dtype=None):
         assert len(q) == self.rows
-        return self.prepared.attend(q, kv, blocks, scale)
+        return self.prepared.attend(q, kv, blocks, scale, dtype)
 
 
 class Writer:
