@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
+import msgspec
 import pytest
 
 from longspan import LLM, SamplingParams
@@ -19,7 +20,9 @@ from longspan.engine.rank.graphs import EagerRecorder, GraphRunner, graph_sizes
 from longspan.engine.rank.profile import measure, require_room
 from longspan.engine.rank.runner import Runner
 from longspan.engine.setup import resolve
+from longspan.engine.transport.messages import RankReady
 from longspan.errors import ConfigError
+from longspan.server.messages import CoreReady
 from tests.engine.conftest import DEFAULTS
 from tests.engine.test_recorded_decode import RefillableCpu
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
@@ -125,3 +128,14 @@ def test_an_engine_with_measured_memory_gives_the_tokens_of_the_oracle(measured,
     while engine.has_unfinished:
         outputs = engine.step() or outputs
     assert outputs[-1].outputs[0].token_ids == greedy(oracle("llama"), prompt_of(21), 5)[0]
+
+
+def test_the_driver_and_the_server_take_the_number_of_pages_from_the_ranks():
+    use = MemoryUse(free=9, usable=8, loaded=1, workspace=2, recordings=3, page=1, pages=7)
+    for message in (RankReady(0, None, use), CoreReady([], None, use)):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)).memory == use
+    setup = resolve(EngineConfig.of(tiny_folder("llama"), **DEFAULTS))
+    settings = setup.with_memory(use)
+    assert settings.pages_per_shard == (7,)
+    assert settings.limits.cache_tokens == 7 * DEFAULTS["page_size"]
+    assert setup.with_memory(None) is setup
