@@ -38,13 +38,12 @@ class Recorded:
 
     def launch(self, *args, num_warps, **constants):
         given = dict(zip(self.kernel.arg_names, args, strict=False))
-        absent = {name: None for name, value in given.items() if value is None}
-        types = {
-            name: TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            for name, value in given.items()
-            if value is not None
-        }
-        constants |= absent
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        fixed = {name: None for name, value in given.items() if value is None}
+        # as a launch does, but for the number of rows
+        fixed |= {name: 1 for name in given.keys() - tensors.keys() - fixed.keys() - {"rows"} if given[name] == 1}
+        types = {name: TYPES[tensors[name].dtype] if name in tensors else "i32" for name in given.keys() - fixed}
+        constants |= fixed
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         names = self.kernel.arg_names
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}

@@ -57,7 +57,7 @@ class Copies(TorchDispatchMode):
 
 
 class Literals(TorchFunctionMode):
-    """Lists tensors that are made from Python numbers on a device, which the dispatcher does not show as copies."""
+    """Lists Python numbers that become tensors on a device, or indices of one: the dispatcher does not show them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,9 @@ class Literals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor) and result.device.type != "cpu":
+        made = func in (torch.tensor, torch.as_tensor) and result.device.type != "cpu"
+        indexed = func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type != "cpu"
+        if made or (indexed and isinstance(args[1], list)):
             self.seen.append(func.__name__)
         return result
 
@@ -127,6 +129,7 @@ def test_a_step_of_the_same_rows_copies_once(name: str, copied: int, copies: Cop
 
 
 def test_a_prompt_is_scored_without_reading_its_scores(copies: Copies) -> None:
-    with torch.inference_mode(), copies:
+    literals = Literals()
+    with torch.inference_mode(), copies, literals:
         start_scoring(torch.empty(3, VOCABULARY, device="meta"), "7", 1, [4, 5, 6], 2)
-    assert not copies.waiting and copies.sent == 1
+    assert not copies.waiting and not literals.seen and copies.sent == 1

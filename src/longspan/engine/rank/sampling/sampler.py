@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -117,7 +118,7 @@ class Sampler:
             )
         if not rows:
             return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
-        draw = self._draw or _draw_on(logits.device)
+        draw = self._draw or _draw_on(logits.device.type)
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
         batch, upload = self._batch, Upload()
@@ -167,11 +168,12 @@ def _finish(
     return finish
 
 
-def _draw_on(device: torch.device) -> Draw | None:
+@cache
+def _draw_on(device_type: str) -> Draw | None:
     """How batches are drawn on a device; None: row by row."""
-    if device.type == "cpu":
+    if device_type == "cpu":
         return None
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if device_type == "cuda" and find_spec("triton") is not None:
         from longspan.engine.rank.sampling.kernels import draw
 
         return draw
