@@ -65,7 +65,11 @@ def test_every_filter_over_a_vocabulary_that_is_no_multiple_of_a_block():
 def test_many_tied_logits_in_a_list_and_in_a_row_that_does_not_fit_it():
     logits = torch.randint(-6, 6, (1, 700), generator=torch.Generator().manual_seed(1)).float() / 4
     for listed in (16, 512):
-        assert_same(logits, [FILTERS[2], FILTERS[3], FILTERS[5]], listed)
+        assert_same(logits, [FILTERS[2], FILTERS[3], {"top_k": 60, "top_p": 0.9}], listed)
+
+
+def test_tokens_of_a_bin_that_does_not_fit_the_list():
+    assert_same(normal(1, 700), [{"top_k": 300, "top_p": 0.95}], 4)
 
 
 def test_equal_logits():

@@ -379,6 +379,15 @@ def test_drafts_count_for_the_rows_behind_them_only() -> None:
     assert tokens(logits[:1], [after]) == [1]
 
 
+def test_drafts_count_for_a_batch_as_for_one_row() -> None:
+    counts, one = PenaltyCounts(), row(SamplingParams(presence_penalty=1.0), prompt=[3], output=[])
+    counts.lacks(one, torch.zeros(1, 4))
+    number, drafts = counts.number(one), torch.tensor([1, 1, 3])
+    together = counts.of(torch.tensor([0, number]), (torch.ones_like(drafts), drafts))
+    assert torch.equal(together[1], counts.of_one(number, drafts)) and together[1, 1] == 2
+    assert not together[0].any()
+
+
 def test_a_request_that_takes_over_an_id_begins_without_counts() -> None:
     params, logits = SamplingParams(temperature=0.0, presence_penalty=2.0), torch.tensor([[3.0, 2.5, 1.9]])
     sampler = Sampler()

@@ -17,6 +17,7 @@ from longspan.engine.rank.sampling.transfer import Upload, to_device
 from longspan.errors import EngineError
 
 _LARGEST = 1e38
+_ROWS_AT_ONCE = 64  # bounds the memory of what is computed on the way
 _IN_PROMPT = 1 << 30  # set in the count of a token that is in the prompt; the rest counts it in the output
 
 
@@ -249,7 +250,11 @@ class _Penalties:
                 seen = found.nonzero()[:, 0]
                 logits[at, seen] = _penalised(logits[at, seen], found[seen], *(rate[at] for rate in rates))
             return logits
-        return _penalised(logits, counts.of(sent[self.numbers], drafts), *rates)
+        found = counts.of(sent[self.numbers], drafts)
+        for first in range(0, len(logits), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            logits[part] = _penalised(logits[part], found[part], *(rate[part] for rate in rates))
+        return logits
 
     def sampled(self, token_ids: Tensor, counts: PenaltyCounts, sent: Sequence[Tensor]) -> None:
         if self.then is not None:
