@@ -358,18 +358,28 @@ REQUESTS = (
         (f"{_SAMPLER}::test_sampled_frequencies_are_the_probabilities[position-plain]",),
     ),
     Fault(
-        "a penalty forgets the output", "plan/mirror.py",
+        "bad words of several tokens forget the output", "plan/mirror.py",
         "return self.history[self.num_prompt : self.num_prompt + count]", "return []",
-        (f"{_REQUESTS}::test_penalties_see_prompt_and_output_on_every_layout",),
+        (f"{_CONSTRAINED}[{{}}]",),
     ),
     Fault(
-        "a penalty counts a token once only", "engine/rank/sampling/sampler.py",
-        "params.frequency_penalty * counts +", "params.frequency_penalty * (counts > 0) +",
+        "a penalty forgets what was sampled", "engine/rank/sampling/logit_changes.py",
+        "counts.add(numbers, token_ids.index_select(0, indices))", "counts.add(numbers[:0], token_ids[:0])",
+        (f"{_SAMPLER}::test_sampled_tokens_count_without_being_told",),
+    ),
+    Fault(
+        "a penalty counts wrong drafts for good", "plan/mirror.py",
+        "elif is_first:", "else:",
+        ("tests/unit/test_mirror.py::test_drafts_are_not_settled_in_whichever_segment_of_the_step_they_are",),
+    ),
+    Fault(
+        "a penalty counts a token once only", "engine/rank/sampling/logit_changes.py",
+        "frequency * output +", "frequency * (output > 0) +",
         (f"{_SAMPLER}::test_frequency_penalty_counts_every_occurrence_in_the_output",),
     ),
     Fault(
-        "a banned token is sampled", "engine/rank/sampling/sampler.py",
-        "    if row.banned:", "    if row.banned and False:",
+        "a banned token is sampled", "engine/rank/sampling/logit_changes.py",
+        "if self.banned is not None:", "if self.banned is not None and False:",
         (f"{_CONSTRAINTS}::test_a_bad_word_of_one_token_needs_no_history_and_runs_ahead",),
     ),
     Fault(
@@ -382,7 +392,7 @@ REQUESTS = (
     ),
     Fault(
         "bad words of several tokens see no output", "request.py",
-        "return self.penalises or looks_back or", "return self.penalises or",
+        "return self.penalises or self.needs_output or", "return self.penalises or",
         (f"{_CONSTRAINED}[{{'pages_per_shard': (16,)}}]",),
     ),
     Fault(
@@ -396,8 +406,8 @@ REQUESTS = (
         (f"{_SAMPLER}::test_filters_leave_the_tokens_and_probabilities_of_their_definitions",),
     ),
     Fault(
-        "log-probabilities are not normalised", "engine/rank/sampling/sampler.py",
-        "normaliser = raw.logsumexp(dim=0)", "normaliser = raw.max()",
+        "log-probabilities are not normalised", "engine/rank/sampling/logprobs.py",
+        "logits.logsumexp(-1, keepdim=True)", "logits.amax(-1, keepdim=True)",
         (f"{_SAMPLER}::test_logprobs_of_the_whole_vocabulary_are_sorted_and_sum_to_one",),
     ),
     Fault(

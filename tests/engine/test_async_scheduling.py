@@ -38,12 +38,29 @@ def test_sampled_tokens_are_those_without(tiny):
     assert tokens_of(tiny(async_scheduling=True, tp=2, dcp=2), params) == tokens_of(tiny(), params)
 
 
-def test_penalties_wait_for_the_tokens_they_look_back_at(tiny):
-    params = SamplingParams(temperature=0, repetition_penalty=1.5, max_tokens=24)
-    ahead = tiny(async_scheduling=True)
-    plans = watch_plans(ahead)
-    assert tokens_of(ahead, params) == tokens_of(tiny(), params)
-    assert not any(segment.pending for plan in plans for segment in plan.segments)
+@pytest.mark.parametrize(
+    ("layout", "ahead"),
+    [({}, True), ({"tp": 2}, True), ({"pages_per_shard": (24,)}, True), ({"pcp": 2}, False)],
+    ids=str,
+)
+def test_penalties_run_ahead_where_one_rank_samples_all_tokens_of_a_request(tiny, layout, ahead):
+    """Ranks count the tokens that they sample; on several pcp indices each would count its own only."""
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.3, max_tokens=30)
+    llm = tiny(async_scheduling=True, **layout)
+    plans = watch_plans(llm)
+    assert tokens_of(llm, params) == tokens_of(tiny(), params)
+    assert any(segment.pending for plan in plans for segment in plan.segments) == ahead
+    assert "pages_per_shard" not in layout or llm.engine.stats().scheduler.preemptions > 0
+
+
+def test_scores_of_prompts_do_not_keep_their_requests_from_running_ahead(tiny):
+    llm = tiny(async_scheduling=True)
+    plans = watch_plans(llm)
+    scored, plain = (
+        some.generate(PROMPTS, SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=8)) for some in (llm, tiny())
+    )
+    assert [one.prompt_logprobs for one in scored] == [one.prompt_logprobs for one in plain]
+    assert any(segment.pending for plan in plans for segment in plan.segments)
 
 
 def test_what_was_computed_behind_an_end_is_dropped(tiny):

@@ -69,6 +69,25 @@ def test_drafts_that_proved_wrong_are_replaced():
     assert mirror.requests["0"].output(9) == [10, 13]
 
 
+def test_drafts_are_not_settled_in_whichever_segment_of_the_step_they_are():
+    mirror = mirror_of(
+        plan(
+            admitted=(admission("0", history=(7, 8, 9)),),
+            segments=(segment("0", 0, 7, 8, prefill=True), segment("0", 2, 9, prefill=True)),
+        ),
+    )
+    assert mirror.requests["0"].settled == 3
+    mirror.apply(plan(segments=(segment("0", 3, 10, 11), segment("0", 5, 12, 13))))
+    assert mirror.requests["0"].settled == 4
+    mirror.apply(plan(segments=(segment("0", 7, 14),)))
+    assert mirror.requests["0"].settled == 8
+
+
+def test_tokens_behind_one_that_nobody_read_are_not_taken_for_their_predecessors():
+    mirror = mirror_of(plan(admitted=(admission("0", history=(7, 8, 9)),)), plan(segments=(segment("0", 4, 11),)))
+    assert mirror.requests["0"].history == [7, 8, 9]
+
+
 def test_without_a_history_nothing_is_remembered():
     mirror = mirror_of(plan(admitted=(admission("0"),), segments=(segment("0", 0, 7, 8, 9, prefill=True),)))
     assert mirror.requests["0"].history == []

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longspan.engine.rank.sampling.gumbel import sample_together
-from longspan.engine.rank.sampling.random_numbers import mix, uniform
-from longspan.engine.rank.sampling.sampler import SampleRow, best, filter_tokens, penalise, start_sampling
+from longspan.engine.rank.sampling.gumbel import draw_plainly
+from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
+from longspan.engine.rank.sampling.logprobs import best
+from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
+from longspan.engine.rank.sampling.rows import SampleRow, token_bits
+from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
+from longspan.engine.rank.sampling.transfer import Upload
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
@@ -28,13 +32,14 @@ EDGE = 1e-5  # a plain form in fp64 may differ from fp32 when a probability fall
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
     """The tokens, of rows that can all be sampled."""
-    sampled = start_sampling(logits, rows).finish()
+    sampled = Sampler().start(logits, rows).finish()
     assert not sampled.errors
     return sampled.tokens
 
 
-def row(params: SamplingParams, seed: int = 0, position: int = 0, **history: list[int]) -> SampleRow:
-    return SampleRow("7", params, seed, position, history.get("prompt", []), history.get("output", []))
+def row(params: SamplingParams, seed: int = 0, position: int | None = None, **history: list[int]) -> SampleRow:
+    prompt, output = history.get("prompt", []), history.get("output", [])
+    return SampleRow("7", params, seed, len(output) if position is None else position, prompt + output, len(prompt))
 
 
 def rows_over(varied: str, count: int, params: SamplingParams) -> list[SampleRow]:
@@ -180,7 +185,7 @@ def assorted_rows(vocabulary: int) -> tuple[Tensor, list[SampleRow]]:
         SamplingParams(temperature=2.0, min_p=0.05),
     ]
     rows = [
-        SampleRow(str(100 + i), p, seed=i * 11, position=i, prompt_token_ids=[1, 2, i], output_token_ids=[4, 4, i])
+        SampleRow(str(100 + i), p, seed=i * 11, position=3, history=[1, 2, i, 4, 4, i], num_prompt=3)
         for i, p in enumerate(params)
     ]
     return torch.randn(len(rows), vocabulary, generator=generator) * 3, rows
@@ -263,6 +268,17 @@ def test_top_k_never_sorts_the_vocabulary(params: SamplingParams) -> None:
 # --- penalties --------------------------------------------------------------------------------------
 
 
+def changed(logits: Tensor, rows: list[SampleRow]) -> Tensor:
+    """The logits of rows after bias, penalties and masks."""
+    counts, upload = PenaltyCounts(), Upload()
+    changes = LogitChanges.of(rows, range(len(rows)), counts, logits, upload)
+    return changes.apply(logits, counts, upload.send(logits.device))
+
+
+def penalise(logits: Tensor, one: SampleRow) -> Tensor:
+    return changed(logits[None], [one])[0]
+
+
 def test_repetition_penalty_shrinks_tokens_of_prompt_and_output_once() -> None:
     params = SamplingParams(repetition_penalty=2.0)
     logits = torch.tensor([4.0, -4.0, 6.0, 1.0, -1.0])
@@ -280,6 +296,110 @@ def test_frequency_penalty_counts_every_occurrence_in_the_output() -> None:
     params = SamplingParams(frequency_penalty=0.25)
     result = penalise(torch.zeros(4), row(params, prompt=[0, 1], output=[1, 1, 3]))
     assert result.tolist() == [0.0, -0.5, 0.0, -0.25]
+
+
+def literal_penalise(logits: Tensor, one: SampleRow) -> Tensor:
+    """Bias, penalties and bans of one row as their definitions say, from its tokens."""
+    params, result = one.params, logits.clone()
+    prompt, output = list(one.prompt), list(one.output(0, one.position))
+    for token, bias in params.logit_bias:
+        result[token] += bias
+    for token in {*prompt, *output}:
+        rate = params.repetition_penalty
+        result[token] = result[token] / rate if result[token] > 0 else result[token] * rate
+    for token, count in Counter(output).items():
+        result[token] -= params.frequency_penalty * count + params.presence_penalty
+    if one.allowed is not None:
+        for token in range(len(logits)):
+            if not one.allowed[token >> 3] >> (token & 7) & 1:
+                result[token] = -math.inf
+    result[list(one.banned)] = -math.inf
+    return result
+
+
+def penalised_rows(vocabulary: int) -> list[SampleRow]:
+    """Rows with every kind of change and mixtures of them, some with drafts, some without any change."""
+    params = [
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(frequency_penalty=0.4),
+        SamplingParams(temperature=0.0, presence_penalty=-0.7, repetition_penalty=0.8),
+        SamplingParams(logit_bias=((3, 2.5), (vocabulary - 1, -100.0))),
+        SamplingParams(logit_bias=((0, 1.0),), frequency_penalty=-0.3, top_k=5),
+        SamplingParams(),
+    ]
+    draw = random.Random(1)
+    rows = []
+    for number in range(24):
+        history = [draw.randrange(vocabulary) // 3 for _ in range(draw.randrange(4, 40))]
+        prompt = draw.randrange(1, len(history))
+        position = len(history) - prompt
+        allowed = token_bits(draw.sample(range(vocabulary), vocabulary // 2), vocabulary) if number % 5 == 0 else None
+        rows.append(
+            SampleRow(
+                f"r{number}",
+                params[number % 6],
+                7,
+                position,
+                history,
+                prompt,
+                min(position, number % 3),
+                allowed,
+                [number] if number % 4 == 0 else (),
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("vocabulary", [64, 101])
+def test_changes_of_a_batch_are_those_of_each_row(vocabulary: int) -> None:
+    rows = penalised_rows(vocabulary)
+    logits = torch.randn(len(rows), vocabulary, generator=torch.Generator().manual_seed(2)) * 3
+    expected = torch.stack([literal_penalise(*pair) for pair in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(changed(logits, rows), expected)
+
+
+def test_sampled_tokens_count_without_being_told() -> None:
+    """Under async scheduling the host does not know a token before the next one is sampled."""
+    params, logits = SamplingParams(temperature=0.0, frequency_penalty=1.0), torch.tensor([[3.0, 2.5, 1.9]])
+    sampler = Sampler()
+    found = [sampler.start(logits, [row(params, position=i)._replace(history=[2], num_prompt=1)]) for i in range(6)]
+    told = []
+    for _ in found:
+        told += tokens(logits, [row(params, output=told)])
+    assert [int(one.token_ids) for one in found] == told == [0, 1, 0, 2, 1, 0]
+
+
+def test_drafts_count_for_the_rows_behind_them_only() -> None:
+    params, sampler = SamplingParams(temperature=0.0, presence_penalty=2.0), Sampler()
+    logits = torch.tensor([[3.0, 2.5, 1.9]]).expand(3, -1)
+    drafted = [row(params, output=[0, 0])._replace(position=i, drafts=i) for i in range(3)]
+    assert sampler.start(logits, drafted).token_ids.tolist() == [0, 1, 1]
+    after = row(params, output=[0, 2])  # the second draft was wrong
+    assert sampler.start(logits[:1], [after]).token_ids.tolist() == [1]
+    assert tokens(logits[:1], [after]) == [1]
+
+
+def test_drafts_count_for_a_batch_as_for_one_row() -> None:
+    counts, one = PenaltyCounts(), row(SamplingParams(presence_penalty=1.0), prompt=[3], output=[])
+    counts.lacks(one, torch.zeros(1, 4))
+    number, drafts = counts.number(one), torch.tensor([1, 1, 3])
+    together = counts.of(torch.tensor([0, number]), (torch.ones_like(drafts), drafts))
+    assert torch.equal(together[1], counts.of_one(number, drafts)) and together[1, 1] == 2
+    assert not together[0].any()
+
+
+def test_a_request_that_takes_over_an_id_begins_without_counts() -> None:
+    params, logits = SamplingParams(temperature=0.0, presence_penalty=2.0), torch.tensor([[3.0, 2.5, 1.9]])
+    sampler = Sampler()
+    for _ in range(3):
+        assert int(sampler.start(logits, [row(params)]).token_ids) == 0
+        assert int(sampler.start(logits, [row(params, position=1)]).token_ids) == 1
+        sampler.forget("7")
+
+
+def test_tokens_that_nobody_counted_or_knows_are_an_error() -> None:
+    with pytest.raises(EngineError, match=r"output tokens 0\.\.2 are neither counted nor known"):
+        Sampler().start(torch.zeros(1, 3), [row(SamplingParams(presence_penalty=1.0), position=2)])
 
 
 def test_penalties_come_before_the_greedy_choice() -> None:
@@ -358,15 +478,15 @@ def test_best_is_the_head_of_a_stable_sort_and_all_tied_with_its_last(values: li
 def test_nan_logits_end_their_request_and_no_other(params: SamplingParams) -> None:
     logits = torch.zeros(3, 40)
     logits[1, 17] = math.nan
-    rows = [dataclasses.replace(row(params, position=4), request_id=i) for i in ("50", "51", "52")]
-    sampled = start_sampling(logits, rows).finish()
+    rows = [row(params, output=[1] * 4)._replace(request_id=i) for i in ("50", "51", "52")]
+    sampled = Sampler().start(logits, rows).finish()
     assert list(sampled.errors) == ["51"] and "at output position 4 have maximum nan" in sampled.errors["51"]
     assert [token.request_id for token in sampled.tokens] == ["50", "52"]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_a_row_without_a_finite_maximum_cannot_be_sampled(value: float) -> None:
-    (error,) = start_sampling(torch.full((1, 4), value), [row(GREEDY)]).finish().errors.values()
+    (error,) = Sampler().start(torch.full((1, 4), value), [row(GREEDY)]).finish().errors.values()
     assert f"maximum {value}" in error
 
 
@@ -398,7 +518,7 @@ def test_rows_sampled_together_are_those_sampled_one_by_one(fields):
     params = SamplingParams(**fields)
     rows = [SampleRow(str(i), params, seed=i // 3, position=i % 3) for i in range(40)]
     expected = [token.token_id for token in sample(logits, rows)]
-    found = sample_together(logits, [params] * 40, [(row.seed, row.position) for row in rows])
+    found = Sampler(draw_plainly).start(logits, rows).token_ids
     assert found.tolist() == expected
     assert len(set(expected)) > 1 or "top_p" in fields
 
@@ -410,12 +530,12 @@ def test_a_batch_may_mix_filters():
         for t, f in ((0.5, {}), (1.0, {"top_k": 3}), (1.5, {"top_p": 0.5}), (2.0, {"min_p": 0.2}))
     ]
     rows = [SampleRow(str(i), one, seed=9, position=i) for i, one in enumerate(params)]
-    found = sample_together(logits, params, [(9, i) for i in range(4)])
+    found = Sampler(draw_plainly).start(logits, rows).token_ids
     assert found.tolist() == [token.token_id for token in sample(logits, rows)]
 
 
 def test_noise_is_even_and_of_no_relation_to_its_neighbours():
-    noise = uniform([mix(seed, 0) for seed in range(64)], torch.arange(4096))
+    noise = uniform(seeds([mix(seed, 0) for seed in range(64)]), torch.arange(4096))
     assert 0 < float(noise.min()) < float(noise.max()) < 1
     counts = torch.histc(noise.float(), 16, 0, 1)
     assert ((counts - 16384).abs() < 6 * 16384**0.5).all()
@@ -424,5 +544,12 @@ def test_noise_is_even_and_of_no_relation_to_its_neighbours():
 
 
 def test_noise_of_a_token_does_not_depend_on_which_others_are_asked_for():
-    seeds = [mix(5, 7)]
-    assert torch.equal(uniform(seeds, torch.arange(1000))[0, [3, 999, 3]], uniform(seeds, torch.tensor([3, 999, 3]))[0])
+    starts = seeds([mix(5, 7)])
+    few = torch.tensor([3, 999, 3])
+    assert torch.equal(uniform(starts, torch.arange(1000))[0, few], uniform(starts, few)[0])
+
+
+def test_positions_mixed_on_the_device_are_those_mixed_on_the_host():
+    pairs = [(0, 0), (5, 7), ((1 << 63) - 1, 1 << 40), (123456789, 3)]
+    hashes, positions = (torch.tensor(values) for values in zip(*((hashed(s), p) for s, p in pairs), strict=True))
+    assert torch.equal(mixed(hashes, positions), seeds([mix(*pair) for pair in pairs]))

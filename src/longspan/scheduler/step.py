@@ -80,10 +80,13 @@ class StepBuilder:
     def can_follow(self, sequence: SequenceState) -> bool:
         """Whether a pending token is sampled by the ranks that will compute it, so that nobody has to send it.
 
-        False if the token needs a new page, which may be placed on any shard.
+        False if the token needs a new page, which may be placed on any shard, and with penalties, which need every
+        token of the output where the next one is sampled.
         """
         if not sequence.pending or self._grid.pcp == 1:
             return True
+        if sequence.params.penalises:
+            return False
         table = sequence.table
         has_page = sequence.computed < len(table.pages) * table.page_size
         return has_page and self._grid.pcp_of_shard[table.shard_of(sequence.computed)] == sequence.sampled_on

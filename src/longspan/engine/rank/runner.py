@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
-from longspan.engine.rank.sampling.sampler import SampleRow, Sampling, score, start_sampling
+from longspan.engine.rank.sampling.logprobs import start_scoring
+from longspan.engine.rank.sampling.rows import SampleRow
+from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
 from longspan.parallel.collectives import Collectives
@@ -31,10 +34,12 @@ from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.result import StepResult
 from longspan.plan.view import RankView, SampleRequest, ScoredRows, rank_view
-from longspan.request import PromptScore
+from longspan.request import PromptScore, SamplingParams
 
 _SCORED_ROWS = 128
 Finish = Callable[[], StepResult]
+Scores = Callable[[], list[PromptScore]]
+_GREEDY = SamplingParams(temperature=0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Runner:
         self._vocabulary = parts.vocabulary
         self._async_scheduling = parts.async_scheduling
         self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
+        self._sampler = Sampler()
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self.cuda_graphs = parts.cuda_graphs
@@ -167,7 +173,7 @@ class Runner:
             self._groups.pipeline.send(hidden)
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
-        scores = [score for rows in view.scored for score in self._score(hidden, rows, self._model.head, returns)]
+        scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
         if not view.samples:
             return self._finish(view, hidden, scores)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
@@ -185,7 +191,7 @@ class Runner:
     def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
         return [sum(s.length for s in plan.segments if s.pcp == pcp) for pcp in range(self._grid.pcp)]
 
-    def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
+    def _finish(self, view: RankView, logits: Tensor, scores: Sequence[Scores]) -> Finish:
         """Start sampling from `logits` fp32 [samples, vocab].
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
@@ -193,21 +199,23 @@ class Runner:
         self._sampled.clear()
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or (not returns and not self._async_scheduling):
-            return lambda: StepResult(prompt_scores=tuple(scores))
+            return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
         errors, sampling = self._sample(logits, view.samples)
 
         def finish() -> StepResult:
             if not returns:
                 return StepResult()
             sampled = sampling.finish()
-            return StepResult(tuple(sampled.tokens), tuple(scores), {**errors, **sampled.errors})
+            tokens = tuple(token for token in sampled.tokens if token.request_id not in errors)
+            found = tuple(chain.from_iterable(read() for read in scores))
+            return StepResult(tokens, found, {**errors, **sampled.errors})
 
         return finish
 
     def _score(
         self, hidden: Tensor, rows: ScoredRows, head: Callable[[Tensor], Tensor], returns: bool
-    ) -> Iterator[PromptScore]:
-        """Log probabilities of prompt tokens, from `hidden` [T, hidden].
+    ) -> Iterator[Scores]:
+        """Start scoring tokens of a prompt, from `hidden` [T, hidden]. What is returned waits for the device.
 
         Rows are scored in blocks, because the logits of a long chunk may be larger than the model. Every rank of the TP
         group takes part, because `head` gathers the vocabulary.
@@ -219,7 +227,7 @@ class Runner:
             logits = head(hidden[rows.row + first : rows.row + first + count])
             if returns:
                 tokens = known.history[position : position + count]
-                yield from score(logits, rows.request_id, position, tokens, known.params.prompt_logprobs or 0)
+                yield start_scoring(logits, rows.request_id, position, tokens, known.params.prompt_logprobs or 0)
 
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers: embedded, or received from the stage before."""
@@ -245,41 +253,40 @@ class Runner:
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
         """Start sampling from `logits` fp32 [samples, vocab].
 
-        Returns the errors of requests that cannot go on, by request id, and the sampling of the others.
+        Returns the errors of requests that cannot go on, by request id, and the sampling: these rows are in it too, as
+        greedy ones, because to take rows out of the logits costs more.
         """
         rows: list[SampleRow] = []
-        kept: list[int] = []
         errors: dict[str, str] = {}
-        for number, wanted in enumerate(samples):
+        for wanted in samples:
             try:
                 rows.append(self._row(wanted))
-                kept.append(number)
             except RequestError as error:
                 errors[wanted.request_id] = str(error)
-        sampling = start_sampling(logits[kept] if errors else logits, rows)
+                rows.append(SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
+        sampling = self._sampler.start(logits, rows)
         if self._async_scheduling:
-            self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
+            self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids.unbind(), strict=True))
         return errors, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
-        known, constraint = self._mirror.requests[wanted.request_id], self._constraints.get(wanted.request_id)
-        output = known.output(wanted.position)
-        allowed, banned = constraint.masks(wanted.position, output) if constraint else (None, ())
-        return SampleRow(
-            request_id=wanted.request_id,
-            params=known.params,
-            seed=known.seed,
-            position=wanted.position,
-            prompt_token_ids=known.history[: known.num_prompt],
-            output_token_ids=output,
-            allowed=allowed,
-            banned=banned,
-        )
+        request_id, position = wanted.request_id, wanted.position
+        known, constraint = self._mirror.requests[request_id], self._constraints.get(request_id)
+        params, seed = known.params, known.seed
+        allowed: bytes | None = None
+        banned: Sequence[int] = ()
+        if constraint is not None:
+            allowed, banned = constraint.masks(position, known.output(position))
+        if not known.history:
+            return SampleRow(request_id, params, seed, position, allowed=allowed, banned=banned)
+        drafts = position - (known.settled - known.num_prompt)
+        return SampleRow(request_id, params, seed, position, known.history, known.num_prompt, drafts, allowed, banned)
 
     def _apply(self, plan: StepPlan) -> None:
         self._mirror.apply(plan)
         for request_id in plan.finished:
             self._constraints.pop(request_id, None)
+            self._sampler.forget(request_id)
         for admission in plan.admitted:
             if admission.params.constrains:
                 self._constraints[admission.request_id] = Constraint(admission.params, self._vocabulary)

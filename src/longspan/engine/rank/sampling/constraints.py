@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.sampling.rows import both, every_token, token_bits, without
 from longspan.errors import RequestError
 from longspan.request import SamplingParams
 
@@ -23,28 +21,27 @@ class Constraint:
         self._matcher = None if params.grammar is None else vocabulary.matcher(params.grammar)
         self._size = vocabulary.size
         self._ends = {token for token in (*params.stop_token_ids, *vocabulary.eos_token_ids) if token < self._size}
-        self._listed: Tensor | None = None  # bool [vocab]
-        if params.allowed_token_ids is not None:
-            self._listed = torch.zeros(self._size, dtype=torch.bool)
-            self._listed[list(params.allowed_token_ids)] = True
+        listed = params.allowed_token_ids
+        self._listed = None if listed is None else token_bits(listed, self._size)
 
-    def masks(self, position: int, output_token_ids: Sequence[int]) -> tuple[Tensor | None, Sequence[int]]:
+    def masks(self, position: int, output_token_ids: Sequence[int]) -> tuple[bytes | None, Sequence[int]]:
         """Which tokens may be at index `position` of the output, after `output_token_ids`, which are all before it.
 
-        Returns (allowed, banned): bool [vocab] or None for all, and ids that are not sampled either. The output is read
-        only where the parameters need history. Raises `RequestError` if no token is left.
+        Returns (allowed, banned): `rows.token_bits` or None for all, and ids that are not sampled either. The output is
+        read only where `params.needs_output`. Raises `RequestError` if no token is left.
         """
         early = self._ends if position < self._params.min_tokens else set()
         banned = self._ends_of_words(output_token_ids)
         allowed = None if self._matcher is None else self._matcher.allowed(output_token_ids)
         if self._listed is not None:
-            allowed = self._listed if allowed is None else allowed & self._listed
+            allowed = self._listed if allowed is None else both(allowed, self._listed)
         if allowed is None and len(banned | early) < self._size:
             return None, sorted(banned | early)
-        left = _without(allowed, banned | early, self._size)
-        if self._matcher is not None and not left.any():  # the grammar is complete: an end is all that it allows
-            left = _without(allowed, banned, self._size)
-        if not left.any():
+        allowed = every_token(self._size) if allowed is None else allowed
+        left = without(allowed, banned | early)
+        if self._matcher is not None and not _any(left):  # the grammar is complete: an end is all that it allows
+            left = without(allowed, banned)
+        if not _any(left):
             raise RequestError(
                 "allowed_token_ids", "[...]", f"leave no token for output position {position}",
                 "allow more tokens, or give fewer bad_words and min_tokens",
@@ -56,8 +53,5 @@ class Constraint:
         return {end for *begin, end in self._params.bad_word_ids if not begin or list(output[-len(begin) :]) == begin}
 
 
-def _without(allowed: Tensor | None, banned: set[int], size: int) -> Tensor:
-    """A copy of `allowed` bool [vocab], which is all if None, without the tokens `banned`."""
-    left = torch.ones(size, dtype=torch.bool) if allowed is None else allowed.clone()
-    left[sorted(banned)] = False
-    return left
+def _any(bits: bytes) -> bool:
+    return bits.count(0) < len(bits)

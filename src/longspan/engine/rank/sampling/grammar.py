@@ -11,9 +11,7 @@ from contextlib import suppress
 from threading import Lock, Thread
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from longspan.engine.rank.sampling.rows import both, every_token
 from longspan.errors import RequestError
 
 _MAX_KEPT = 16  # grammars whose matchers are copied, not made again
@@ -91,8 +89,8 @@ class Matcher:
         self._size = size
         self._seen = 0
 
-    def allowed(self, output_token_ids: Sequence[int]) -> Tensor:
-        """Bool [vocab]: which tokens may follow the output. The output must begin with that of the previous call.
+    def allowed(self, output_token_ids: Sequence[int]) -> bytes:
+        """Tokens that may follow the output, as `rows.token_bits`. The output must begin with that of the last call.
 
         Raises `RequestError` if the grammar cannot be followed any further.
         """
@@ -101,11 +99,10 @@ class Matcher:
         if fresh and not self._matcher.is_stopped():
             self._matcher.consume_tokens(fresh)
         self._seen = len(output_token_ids)
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        bits = bytes(self._matcher.compute_bitmask())
         self._require(not self._matcher.is_error(), self._matcher.get_error)
-        bits = words[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
-        allowed = bits.reshape(-1)[: self._size].bool()
-        self._require(bool(allowed.any()), lambda: "no token may follow")
+        allowed = both(every_token(self._size), bits[: -(-self._size // 8)])
+        self._require(allowed.count(0) < len(allowed), lambda: "no token may follow")
         return allowed
 
     def _require(self, ok: bool, problem: Callable[[], str]) -> None:

@@ -1,49 +1,113 @@
 """Sample many rows at once, without reading anything back from the device.
 
-It owns the batched form of temperature, top-k, top-p, min-p and Gumbel sampling. Its reference is the sampler's code
-for one row, which on a CPU is faster.
+It owns the batched form of temperature, top-k, top-p, min-p and Gumbel sampling in plain PyTorch, for devices without
+the kernels of `kernels.py`. Its reference is the sampler's code for one row, which on a CPU is faster.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longspan.engine.rank.sampling.random_numbers import mix, uniform
+from longspan.engine.rank.sampling.random_numbers import hashed, mixed, uniform
+from longspan.engine.rank.sampling.rows import GREEDY_BELOW
+from longspan.engine.rank.sampling.transfer import Upload, float_bits
 from longspan.request import SamplingParams
 
-_COLDEST = 1e-5  # lower temperatures are greedy
+_EVERYTHING = 1 << 31  # a top-k that keeps every token
 
 
-def sample_together(logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[tuple[int, int]]) -> Tensor:
-    """Sample one token for each of R rows: int64 [R] from `logits` fp32 [R, vocab].
+@dataclass(frozen=True)
+class DrawParameters:
+    """How R rows are drawn, on the device: they change only when the rows do."""
 
-    `seeds` are (the request's seed, position). The tokens of greedy rows are undefined.
+    # int64 [5, R], whose rows are the properties below; floats as their bits
+    table: Tensor
+    # whether any row has top-k, top-p or min-p
+    filters: bool
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> DrawParameters:
+        """The parameters of rows with these sampling parameters and seeds, in one copy to the device."""
+        upload = Upload()
+        whole = [hashed(seed) for seed in seeds]
+        whole += (one.top_k if one.top_k > 0 else _EVERYTHING for one in params)
+        temperatures = [0.0 if one.temperature < GREEDY_BELOW else one.temperature for one in params]
+        # 2.0 is no filter: the mass may exceed 1 by rounding
+        shares = [one.top_p if one.top_p < 1.0 else 2.0 for one in params]
+        floors = [math.log(one.min_p) if one.min_p > 0.0 else -math.inf for one in params]
+        upload.integers((*whole, *float_bits((*temperatures, *shares, *floors))))
+        drawn = [one for one in params if one.temperature >= GREEDY_BELOW]
+        filters = any(one.top_k > 0 or one.top_p < 1.0 or one.min_p > 0.0 for one in drawn)
+        return DrawParameters(upload.send(device)[0].view(5, -1), filters)
+
+    @property
+    def hashes(self) -> Tensor:
+        """Int64 [R]: the hashed seeds."""
+        return self.table[0]
+
+    @property
+    def top_k(self) -> Tensor:
+        """Int64 [R]; 2^31 for all tokens."""
+        return self.table[1]
+
+    @property
+    def temperature(self) -> Tensor:
+        """Fp32 [R]; 0 is greedy."""
+        return self.table[2].view(torch.float64).float()
+
+    @property
+    def top_p(self) -> Tensor:
+        """Fp64 [R]; 2 for all tokens."""
+        return self.table[3].view(torch.float64)
+
+    @property
+    def floor(self) -> Tensor:
+        """Fp32 [R]: the logarithm of min-p."""
+        return self.table[4].view(torch.float64).float()
+
+
+def outcome(token_ids: Tensor, peaks: Tensor) -> Tensor:
+    """What is read of R rows: int64 [2, R], `token_ids` int64 [R] and the bits of `peaks` fp32 [R].
+
+    Peaks are the largest logits, NaN if the row holds one.
     """
-    device = logits.device
-    temperature = torch.tensor([max(one.temperature, _COLDEST) for one in params], device=device)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
-    noise = uniform([mix(*seed) for seed in seeds], torch.arange(logits.shape[1], device=device))
+    return torch.stack((token_ids, peaks.view(torch.int32).long()))
+
+
+def draw_plainly(logits: Tensor, parameters: DrawParameters | None, positions: Tensor | None) -> Tensor:
+    """Draw a token for each of R rows of `logits` fp32 [R, vocab]; see `outcome`. Without parameters all are greedy."""
+    if parameters is None or positions is None:
+        return outcome(logits.argmax(-1), logits.amax(-1))
+    return outcome(sample_together(logits, parameters, positions), logits.amax(-1))
+
+
+def sample_together(logits: Tensor, parameters: DrawParameters, positions: Tensor) -> Tensor:
+    """Sample one token for each of R rows: int64 [R] from `logits` fp32 [R, vocab], at `positions` int64 [R].
+
+    Rows whose temperature is 0 get the lowest of their most likely tokens.
+    """
+    greedy = logits.argmax(-1)
+    temperature = parameters.temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    noise = uniform(mixed(parameters.hashes, positions), torch.arange(logits.shape[1], device=logits.device))
     exponential = noise.log_().neg_().log_()
-    if not any(one.top_k > 0 or one.top_p < 1.0 or one.min_p > 0.0 for one in params):
-        return (scaled - exponential).argmax(-1)
+    if not parameters.filters:
+        return torch.where(temperature > 0, (scaled - exponential).argmax(-1), greedy)
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    scores = (values - exponential.gather(1, order)).masked_fill_(~_kept(values, params), float("-inf"))
-    return order.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+    scores = (values - exponential.gather(1, order)).masked_fill_(~_kept(values, parameters), float("-inf"))
+    return torch.where(temperature > 0, order.gather(1, scores.argmax(-1, keepdim=True))[:, 0], greedy)
 
 
-def _kept(values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _kept(values: Tensor, parameters: DrawParameters) -> Tensor:
     """Bool [R, vocab]: which of the `values`, sorted best first, the filters keep. Ties with the k-th best are kept."""
-    vocabulary, device = values.shape[1], values.device
-    top_k = torch.tensor([one.top_k if 0 < one.top_k < vocabulary else vocabulary for one in params], device=device)
-    kept = values >= values.gather(1, top_k[:, None] - 1)
+    last = parameters.top_k.clamp(max=values.shape[1])[:, None] - 1
+    kept = values >= values.gather(1, last)
     weights = values.exp().masked_fill_(~kept, 0.0).double()
     mass = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
-    # 2.0 is no filter: the mass may exceed 1 by rounding. The best token always stays, as there is no mass before it.
-    top_p = torch.tensor([one.top_p if one.top_p < 1.0 else 2.0 for one in params], dtype=torch.float64, device=device)
-    kept[:, 1:] &= mass[:, :-1] < top_p[:, None]
-    floors = [math.log(one.min_p) if one.min_p > 0.0 else float("-inf") for one in params]
-    return kept & (values >= torch.tensor(floors, device=device)[:, None])
+    kept[:, 1:] &= mass[:, :-1] < parameters.top_p[:, None]  # the best token always stays: no mass is before it
+    return kept & (values >= parameters.floor[:, None])
