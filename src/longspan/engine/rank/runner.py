@@ -112,6 +112,11 @@ class Runner:
         return self._attention
 
     @property
+    def device(self) -> torch.device:
+        """Where the rank's tensors are."""
+        return self._device
+
+    @property
     def is_asynchronous(self) -> bool:
         """Whether `start` returns before its step is computed."""
         return self._device.type == "cuda"
