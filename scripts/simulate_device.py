@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -56,7 +57,7 @@ class SimulatedDevice:
     def idle(self) -> float:
         """The share of the time between two steps in which the device had none."""
         spans = self.spans[SETTLING:-SETTLING]
-        gaps = sum(after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False))
+        gaps = sum(after[0] - before[1] for before, after in pairwise(spans))
         return gaps / (spans[-1][1] - spans[0][0])
 
     def _compute(self) -> None:
@@ -114,7 +115,7 @@ def measure(folder: str, host: float, device: float, requests: int, steps: int) 
         core.step()
     core.shutdown()
     ends = [stop for _, stop in simulated.spans[SETTLING:-SETTLING]]
-    each = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    each = [after - before for before, after in pairwise(ends)]
     return {
         "host_ms": host * 1e3, "device_ms": device * 1e3, "step_ms": round(median(each) * 1e3, 3),
         "idle": round(simulated.idle(), 4),

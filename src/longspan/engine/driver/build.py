@@ -48,7 +48,7 @@ def build_core(setup: EngineSetup) -> EngineCore:
         undo.callback(executor.shutdown)
         setup = executor.setup  # now with the machine of every rank
         constants = config.cost or executor.constants or CostConstants()
-        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule)
+        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, setup.records_decode)
         scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups)
         core = EngineCore(setup, executor, cache, scheduler, constants, role, offload)
         undo.pop_all()
