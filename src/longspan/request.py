@@ -136,9 +136,13 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether the sampler must see the request's earlier tokens."""
-        looks_back = any(len(word) > 1 for word in self.bad_word_ids)
-        return self.penalises or looks_back or self.grammar is not None or self.prompt_logprobs is not None
+        """Whether ranks must be told the tokens that the request has when it is admitted."""
+        return self.penalises or self.needs_output or self.prompt_logprobs is not None
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether the host must know every earlier token of the output before it can say what may be sampled."""
+        return self.penalises or self.grammar is not None or any(len(word) > 1 for word in self.bad_word_ids)
 
     @property
     def penalises(self) -> bool:

@@ -32,8 +32,13 @@ class KnownRequest:
         return self.history[self.num_prompt : self.num_prompt + count]
 
     def remember(self, segment: Segment) -> None:
-        """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped."""
-        if self.history and (segment.stop > len(self.history) or not segment.prefill):
+        """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped.
+
+        Behind a token that was pending `history` is not continued.
+        """
+        if not self.history or segment.start > len(self.history):
+            return
+        if segment.stop > len(self.history) or not segment.prefill:
             self.history[segment.start :] = segment.token_ids
 
 

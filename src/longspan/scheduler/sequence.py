@@ -80,7 +80,7 @@ class SequenceState:
 
         Not if penalties or a grammar need the id, nor if the length ends the request with this token.
         """
-        return not self.params.needs_history and self.params.grammar is None and self.length < self.max_stored
+        return not self.params.needs_output and self.length < self.max_stored
 
     def restart(self, new_table: Callable[[], PageTable]) -> None:
         """Start again with an empty page table; the caller has released the pages. Tokens are kept."""
