@@ -4,7 +4,8 @@
 
 The model computes nothing and nothing is recorded, so that the runner's own work remains; no GPU is needed. With
 `--scattered` the pages of all requests alternate in the pool, as they do where requests grow side by side. With
-PYTHONPATH it measures another checkout. Times are those of the thread, so that other processes do not count. Prints one JSON object for each number of rows.
+PYTHONPATH it measures another checkout. Times are those of the thread, so that other processes do not count. Prints
+one JSON object for each number of rows.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ def measure(folder: str, rows: int, options: argparse.Namespace) -> dict[str, An
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     others = [all_of_it - part for all_of_it, part in zip(taken, sampling, strict=True)]
     return {
-        "rows": rows, "start_ms": round(median(taken[3:]) * 1e3, 3), "sampling_ms": round(median(sampling[3:]) * 1e3, 3),
+        "rows": rows, "start_ms": round(median(taken[3:]) * 1e3, 3),
+        "sampling_ms": round(median(sampling[3:]) * 1e3, 3),
         "without_sampling_ms": round(median(others[3:]) * 1e3, 3),
         "worst_ms": round(max(others[3:]) * 1e3, 3),
     }  # fmt: skip

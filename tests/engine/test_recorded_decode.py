@@ -58,7 +58,7 @@ class RefillableCpu(CpuBackend, RecordableBackend):
 
     has_room = True
 
-    def refillable(self, rows):
+    def refillable(self, rows, slots):
         return Runs(self, rows, self.has_room)
 
     def writer(self, writes, rows):

@@ -29,14 +29,14 @@ class StepSize:
 class RefillableStep:
     """A prepared decode step whose runs and slots can be replaced in place.
 
-    Rows that pad a step write nothing and see nothing.
+    Rows that pad a step write nothing and see nothing. `slots` is the number of slots of the pool.
     """
 
-    def __init__(self, preparer: Preparer, backend: RecordableBackend, size: StepSize) -> None:
+    def __init__(self, preparer: Preparer, backend: RecordableBackend, size: StepSize, slots: int) -> None:
         self._preparer = preparer
         self._size = size
         blocks = 1 if size.schedule is None else size.pcp
-        self._runs = [[backend.refillable(size.rows) for _ in range(blocks)] for _ in preparer.windows]
+        self._runs = [[backend.refillable(size.rows, slots) for _ in range(blocks)] for _ in preparer.windows]
         self._writer = backend.writer((), size.rows)
         reach = self._reach([()] * blocks)
         nothing = OwnRuns(backend.prepare((), 0))

@@ -164,8 +164,8 @@ class RecordableBackend(Backend):
     """A backend whose calls can be captured in a CUDA graph, because what it prepares can be refilled in place."""
 
     @abstractmethod
-    def refillable(self, rows: int) -> RefillableRuns:
-        """Runs over `rows` query rows, which see nothing until they are filled."""
+    def refillable(self, rows: int, slots: int) -> RefillableRuns:
+        """Runs over `rows` query rows in a pool of `slots` slots, which see nothing until they are filled."""
 
     @abstractmethod
     def writer(self, writes: Sequence[WriteRun], rows: int) -> RefillableWriter:

@@ -85,12 +85,19 @@ def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
 
     Otherwise the shapes of a graph would depend on the number of rows that stay on their own rank.
     """
-    groups = len(plan.decode_schedules)
-    if not any(segment.num_remote_groups for segment in plan.segments):
+    groups, schedule = len(plan.decode_schedules), travelling(plan, schedules)
+    if schedule is None:
         return plan
     segments = tuple(replace(segment, num_remote_groups=groups) for segment in plan.segments)
-    (schedule,) = _moving(plan, schedules)
     return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
+
+
+def travelling(plan: StepPlan, schedules: Mapping[str, Schedule]) -> str | None:
+    """The schedule under which all rows of the uniform step travel; None if none does."""
+    if not any(segment.num_remote_groups for segment in plan.segments):
+        return None
+    (schedule,) = _moving(plan, schedules)
+    return schedule
 
 
 def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
@@ -120,7 +127,7 @@ class GraphRunner:
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
         size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
-            step = RefillableStep(self._attention.preparer, self._backend, size)
+            step = RefillableStep(self._attention.preparer, self._backend, size, self._attention.pool.slots)
             self._made[size] = _Graph(self._model, self._attention, step, size.rows)
             self._made[size].record(self._recorder)
         return self._made[size].run(view, token_ids, positions)[: len(token_ids)]

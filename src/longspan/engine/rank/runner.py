@@ -5,6 +5,7 @@ It owns a rank's state between steps; it must not decide anything that a plan de
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.disaggregation.worker import TransferThread
-from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
+from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
@@ -24,6 +25,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
+from longspan.plan.decode import decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -157,7 +159,7 @@ class Runner:
             return StepResult
         schedules = self._attention.schedules
         if self.cuda_graphs is not None and recordable(plan, schedules):
-            return self._replay(uniform(plan, schedules), self.cuda_graphs)
+            return self._replay(plan, self.cuda_graphs)
         view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
         self._attention.begin(self._attention.preparer.step(view))
         hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
@@ -173,10 +175,19 @@ class Runner:
 
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """Run a decode step as a CUDA graph. Every row is sampled."""
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
-        rows = [sum(segment.pcp == pcp for segment in plan.segments) for pcp in range(self._grid.pcp)]
+        view = self._uniform_view(plan)
+        found = Counter(segment.pcp for segment in plan.segments)
+        rows = [found[pcp] for pcp in range(self._grid.pcp)]
         logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
+
+    def _uniform_view(self, plan: StepPlan) -> RankView:
+        """This rank's share of the `uniform` step."""
+        requests, windows, moves = self._mirror.requests, self._attention.windows, self._attention.moves
+        schedule = travelling(plan, self._attention.schedules)
+        if schedule is None or moves[schedule] == "queries":
+            return decode_view(plan, requests, self._place, windows, schedule)
+        return rank_view(uniform(plan, self._attention.schedules), requests, self._place, windows, moves)
 
     def _finish(self, view: RankView, logits: Tensor, scores: Sequence[PromptScore]) -> Finish:
         """Start sampling from `logits` fp32 [samples, vocab].
