@@ -99,12 +99,12 @@ def _runs(
     segments: Sequence[Segment], window: int | None, requests: Mapping[str, KnownRequest], shard: int
 ) -> DecodeRuns:
     """What the rows of segments see of this shard. A row that sees nothing has no run."""
-    found = DecodeRuns([], [], [], [], next(iter(requests.values())).table.page_size if requests else 1)
-    size = found.page_size
+    size = requests[segments[0].request_id].table.page_size if segments else 1
+    found = DecodeRuns([], [], [], [], size)
     for row, segment in enumerate(segments):
-        pages = requests[segment.request_id].table.on(shard)
-        stop = pages.visible(segment.start + 1, size)
-        first = 0 if window is None else pages.visible(window_start(segment.start, window), size)
+        pages, start = requests[segment.request_id].table.on(shard), segment.start
+        stop = pages.visible(start + 1, size)
+        first = 0 if window is None else pages.visible(window_start(start, window), size)
         if first < stop:
             found.rows.append(row)
             found.pages.append(pages)

@@ -75,9 +75,11 @@ def padded_rows(rows: int) -> int:
 
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
     """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed."""
-    plain = all(not s.prefill and s.length == 1 and s.sample == 1 for s in plan.segments)
+    for segment in plan.segments:  # a plain loop, because there are hundreds
+        if segment.prefill or segment.sample != 1 or len(segment.token_ids) + segment.pending != 1:
+            return False
     fixed = all(schedules[name].recordable for name in plan.decode_schedules)
-    return bool(plan.segments) and plain and fixed and len(_moving(plan, schedules)) <= 1
+    return bool(plan.segments) and fixed and len(_moving(plan, schedules)) <= 1
 
 
 def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:

@@ -96,7 +96,9 @@ class Runner:
         self._device = parts.device
         self._vocabulary = parts.vocabulary
         self._async_scheduling = parts.async_scheduling
-        self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
+        # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
+        self._sampled = torch.empty(0, dtype=torch.int64)
+        self._sampled_rows: dict[str, int] = {}
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self.cuda_graphs = parts.cuda_graphs
@@ -176,7 +178,7 @@ class Runner:
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """Run a decode step as a CUDA graph. Every row is sampled."""
         view = self._uniform_view(plan)
-        found = Counter(segment.pcp for segment in plan.segments)
+        found = Counter([segment.pcp for segment in plan.segments])
         rows = [found[pcp] for pcp in range(self._grid.pcp)]
         logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
         return self._finish(view, logits, [])
@@ -194,7 +196,7 @@ class Runner:
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
         """
-        self._sampled.clear()
+        self._sampled_rows = {}
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(scores))
@@ -233,11 +235,14 @@ class Runner:
         return self._groups.pipeline.receive(shape, self._model.dtype)
 
     def _token_ids(self, view: RankView) -> Tensor:
-        """Token ids int64 [T]. Those of pending segments are taken from the tensors in which this rank sampled them."""
+        """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
+        sources = [self._sampled_rows[request] for _, request in view.pending]
+        if len(sources) == len(view.token_ids) == len(self._sampled) and sources == list(range(len(sources))):
+            return self._sampled  # the same requests as in the step before
         known = self._integers(view.token_ids)
-        if view.pending:
-            rows, requests = zip(*view.pending, strict=True)
-            known[self._integers(rows)] = torch.stack([self._sampled[request] for request in requests])
+        if sources:
+            rows = self._integers([row for row, _ in view.pending])
+            known.index_copy_(0, rows, self._sampled.index_select(0, self._integers(sources)))
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
@@ -262,7 +267,8 @@ class Runner:
                 errors[wanted.request_id] = str(error)
         sampling = start_sampling(logits[kept] if errors else logits, rows)
         if self._async_scheduling:
-            self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids, strict=True))
+            self._sampled = sampling.token_ids
+            self._sampled_rows = {row.request_id: number for number, row in enumerate(rows)}
         return errors, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
