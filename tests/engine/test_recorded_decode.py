@@ -58,10 +58,10 @@ class RefillableCpu(CpuBackend, RecordableBackend):
 
     has_room = True
 
-    def refillable(self, rows, slots):
+    def refillable(self, rows, slots, buffer):
         return Runs(self, rows, self.has_room)
 
-    def writer(self, writes, rows):
+    def writer(self, writes, rows, buffer=None):
         return Writer(writes, rows)
 
 

@@ -1,6 +1,6 @@
 """CUDA graphs of decode steps: one for each size of step, recorded once and replayed.
 
-It owns the sizes, and the tensors of token ids and positions that a graph reads; it must not know how a plan was made.
+It owns the sizes, and the token ids and positions that a graph reads; it must not know how a plan was made.
 Every decision here follows from the plan alone, so all ranks record and replay the same graphs in the same steps.
 """
 
@@ -18,6 +18,7 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
 from longspan.attention.refillable import RefillableStep, StepSize
 from longspan.attention.schedules import Schedule
+from longspan.attention.step_buffer import StepBuffer
 from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView
@@ -120,45 +121,48 @@ class GraphRunner:
         self._pcp = pcp
         self._made: dict[StepSize, _Graph] = {}
 
-    def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
+    def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor) -> Tensor:
         """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
 
-        `token_ids` and `positions` are int64 [T]. `rows_of_pcp` has the rows of every pcp index: the largest of them
+        `token_ids` are int64 [T], on the device. `rows_of_pcp` has the rows of every pcp index: the largest of them
         decides the size on all ranks. The next step overwrites the result.
         """
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
         size = StepSize(padded_rows(max(rows_of_pcp)), next(iter(moving), None), self._pcp)
         if size not in self._made:
-            step = RefillableStep(self._attention.preparer, self._backend, size, self._attention.pool.slots)
-            self._made[size] = _Graph(self._model, self._attention, step, size.rows)
+            pool, buffer = self._attention.pool, StepBuffer(self._attention.pool.device)
+            step = RefillableStep(self._attention.preparer, self._backend, size, pool.slots, buffer)
+            self._made[size] = _Graph(self._model, self._attention, step, size.rows, buffer)
             self._made[size].record(self._recorder)
-        return self._made[size].run(view, token_ids, positions)[: len(token_ids)]
+        return self._made[size].run(view, token_ids)[: len(token_ids)]
 
 
 class _Graph:
     """The graph of one size of step."""
 
-    def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int) -> None:
+    def __init__(self, model: Model, attention: Attention, step: RefillableStep, rows: int, buffer: StepBuffer) -> None:
         self._model = model
         self._attention = attention
         self._step = step
+        self._buffer = buffer
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
-        self._positions = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._positions = buffer.reserve(rows, torch.int64)
         self._replay: Callable[[], Tensor] = self._compute
 
     def record(self, recorder: Recorder) -> None:
         """Record the graph. All members of a group must do so in the same step."""
         self._replay = recorder.record(self._compute)
 
-    def run(self, view: RankView, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits fp32 [rows, vocab] for int64 [T] ids and positions, T <= rows. The next run overwrites them.
+    def run(self, view: RankView, token_ids: Tensor) -> Tensor:
+        """Logits fp32 [rows, vocab] for int64 [T] ids, T <= rows. The next run overwrites them.
 
         A step whose contexts do not fit the graph's buffers is computed without the graph, in the same shapes.
         """
         count = len(token_ids)
         self._token_ids[:count] = token_ids
-        self._positions[:count] = positions
+        self._positions.host[:count] = view.positions
         prepared = self._step.fill(view)
+        self._buffer.send()
         return self._replay() if prepared is self._step.prepared else self._compute_with(prepared)
 
     def _compute(self) -> Tensor:
@@ -169,4 +173,4 @@ class _Graph:
         if model.embedding is None or model.head is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
         self._attention.begin(prepared)
-        return model.head(model.layers(model.embedding(self._token_ids), self._positions, self._attention))
+        return model.head(model.layers(model.embedding(self._token_ids), self._positions.device, self._attention))

@@ -180,7 +180,7 @@ class Runner:
         view = self._uniform_view(plan)
         found = Counter([segment.pcp for segment in plan.segments])
         rows = [found[pcp] for pcp in range(self._grid.pcp)]
-        logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
+        logits = cuda_graphs.logits(view, rows, self._token_ids(view))
         return self._finish(view, logits, [])
 
     def _uniform_view(self, plan: StepPlan) -> RankView:

@@ -22,6 +22,7 @@ from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonWriter
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
+from longspan.attention.step_buffer import StepBuffer
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -67,22 +68,22 @@ class TritonBackend(RecordableBackend):
         """See `Backend.prepare_diagonal`."""
         return TritonDiagonal(self._launcher, Plans.of_diagonal(tokens, window, self._device))
 
-    def refillable(self, rows: int, slots: int) -> RefillableTritonRuns:
+    def refillable(self, rows: int, slots: int, buffer: StepBuffer) -> RefillableTritonRuns:
         """See `RecordableBackend.refillable`. The index of slots is shared: only one graph runs at a time.
 
         It has room for every slot of the pool, and for requests that grow or share pages.
         """
         if self._table is None:
             self._table = ColumnTable(slots + slots // 4 + _INDEX_SLOTS, self._device)
-        return RefillableTritonRuns(self._launcher, RefillablePlans(rows, 1, 0, self._device, self._table))
+        return RefillableTritonRuns(self._launcher, RefillablePlans(rows, 1, 0, self._device, self._table, buffer))
 
     def indexed(self, rows: int, longest: int = 1, index: int = 0) -> RefillableTritonRuns:
         """Refillable runs of any length with an index of their own; arguments are those of `RefillablePlans`."""
         return RefillableTritonRuns(self._launcher, RefillablePlans(rows, longest, index, self._device))
 
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> TritonWriter:
-        """See `Backend.writer`."""
-        return TritonWriter(writes, rows, self._device)
+    def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> TritonWriter:
+        """See `RecordableBackend.writer`."""
+        return TritonWriter(writes, rows, self._device, buffer)
 
     def merge(self, parts: Sequence[AttentionState]) -> AttentionState:
         """See `Backend.merge`."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from longspan.attention.backends.triton.work import (
     visible_in_runs,
     visible_on_diagonal,
 )
+from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.decode import DecodeRuns
 from longspan.plan.reach import QueryRun
 
@@ -68,17 +68,23 @@ class WorkPlan:
     """The work of one launch as int32 on the device: adjacent and gathered items, splits, bounds, index.
 
     A launch has one program for each item that fits into the buffers; programs without work end at once. Raises
-    ValueError if the work does not fit into `capacity`. An `index` that is passed belongs to the caller.
+    ValueError if the work does not fit into `capacity`. An `index` and a `buffer` that are passed belong to the caller,
+    who sends the buffer.
     """
 
     def __init__(
-        self, work: Work, device: torch.device, capacity: Capacity | None = None, index: Tensor | None = None
+        self,
+        work: Work,
+        device: torch.device,
+        capacity: Capacity | None = None,
+        index: Tensor | None = None,
+        buffer: StepBuffer | None = None,
     ) -> None:
         self.capacity = room = capacity or Capacity.of(work)
         counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2
         self._sizes = [-(-count // _ALIGNED) * _ALIGNED for count in counts]
-        self._table = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
-        self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table, self._sizes)
+        self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
+        self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table.device, self._sizes)
         self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device) if index is None else index
         if not self.fill(work):
             raise ValueError(f"work of size {Capacity.of(work)} in a plan of {room}")
@@ -93,18 +99,18 @@ class WorkPlan:
             part = array("i", chain.from_iterable(some))
             table.extend(part)
             table.extend(array("i", bytes(4 * (size - len(part)))))  # an item of size 0 is no work
-        _copy(self._table, torch.frombuffer(table, dtype=torch.int32) if table else None)
+        self._table.host[:] = table
+        self._table.send()
         _copy(self.index, _expanded(work.index))
         return True
 
     def fill_decode(self, work: DecodeWork) -> None:
-        """Replace the work, which must fit, in the order of the current stream. The index is not touched."""
-        table = np.zeros(sum(self._sizes), dtype=np.int32)  # an item of size 0 is no work
+        """Replace the work, which must fit, once the buffer is sent. The index is not touched."""
         at = 0
         for size, records in zip(self._sizes, (work.adjacent, work.gathered, work.splits, work.bounds), strict=True):
-            table[at : at + records.size] = records.reshape(-1)
+            self._table.host[at : at + records.size] = records.reshape(-1)
+            self._table.host[at + records.size : at + size] = 0  # an item of size 0 is no work
             at += size
-        _copy(self._table, torch.from_numpy(table))
 
 
 class Plans:
@@ -148,11 +154,18 @@ class RefillablePlans(Plans):
     """
 
     def __init__(
-        self, rows: int, longest: int, index: int, device: torch.device, table: ColumnTable | None = None
+        self,
+        rows: int,
+        longest: int,
+        index: int,
+        device: torch.device,
+        table: ColumnTable | None = None,
+        buffer: StepBuffer | None = None,
     ) -> None:
         super().__init__(rows, longest, device, _work_of_runs((), rows))
         self._index = index
         self._table = table
+        self._buffer = buffer
 
     @property
     def plans(self) -> tuple[WorkPlan, ...]:
@@ -189,7 +202,7 @@ class RefillablePlans(Plans):
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
         index = self._table.index if self._table else None
-        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling), index)
+        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling), index, self._buffer)
 
     def _capacity(self, tiling: Tiling) -> Capacity:
         """The size of the buffers for decode rows with one range of slots each."""
