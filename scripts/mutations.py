@@ -101,6 +101,21 @@ ATTENTION = (
         ("tests/engine/test_recorded_decode.py::test_tokens_are_those_of_the_oracle[{}-llama]",),
     ),
     Fault(
+        "a decode row does not see its own token", "plan/decode.py",
+        "pages.visible(start + 1, size)", "pages.visible(start, size)",
+        ("tests/unit/test_decode_view.py::test_the_quick_view_of_a_decode_step_is_the_view_of_any_step",),
+    ),
+    Fault(
+        "a new page is not put into the index of slots", "attention/backends/triton/columns.py",
+        "if made.filled < columns:", "if not made.filled:",
+        ("tests/gpu/test_triton_decode.py::test_every_row_sees_the_slots_of_its_context_at_every_step",),
+    ),
+    Fault(
+        "decode work is cut into pieces of another length", "attention/backends/triton/decode.py",
+        "number * size[piece]", "0",
+        ("tests/gpu/test_triton_decode.py::test_the_work_is_that_of_the_planner",),
+    ),
+    Fault(
         "a segment's diagonal is that of another length", "attention/prepared.py",
         "(row, length, of_length[length])", "(row, length, of_length[max(of_length)])",
         ("tests/gpu/test_recorded_decode.py::test_refilled_plans_give_the_tokens_of_the_oracle[llama]",),
@@ -350,7 +365,7 @@ REQUESTS = (
     ),
     Fault(
         "bad words of several tokens see no output", "request.py",
-        "return self.penalises or looks_back or", "return self.penalises or",
+        " or any(len(word) > 1 for word in self.bad_word_ids)", "",
         (f"{_CONSTRAINED}[{{'pages_per_shard': (16,)}}]",),
     ),
     Fault(

@@ -158,7 +158,7 @@ def _found(pages: ShardPages, stop: int, page_size: int) -> _Request:
     last = max(first for first in firsts if first < stop)
     until = min([first for first in firsts if first > last] + [len(pages.ordinals) * page_size])
     above, until = _same_ranges(stop, last, until)
-    places, gathered = [each.place for each in ranges], [each.gathered for each in ranges]
+    places, gathered = [each.place for each in ranges], [int(each.gathered) for each in ranges]
     return _Request(len(pages.ordinals), len(firsts), above, until, [each.start for each in ranges], places, gathered)
 
 
@@ -173,7 +173,7 @@ def _grown(known: _Request, pages: ShardPages, stop: int, page_size: int) -> _Re
     else:
         before = pages.run_first[-2] * page_size
         joins = runs == known.runs + 1 and known.above >= before and last - before < SHORT_SPAN
-        same = joins and short and known.gathered[-1]
+        same = joins and short and known.gathered[-1] != 0
     if stop <= last or not same:
         return None
     above, until = _same_ranges(stop, last, len(pages.ordinals) * page_size)
@@ -195,4 +195,5 @@ def _pool_pages(pages: ShardPages, first: int) -> Integers:
     firsts, indices = np.array(pages.run_first[run:]), np.array(pages.run_index[run:])
     numbers = np.arange(first, len(pages.ordinals))
     runs = np.searchsorted(firsts, numbers, side="right") - 1
-    return indices[runs] + numbers - firsts[runs]
+    found: Integers = indices[runs] + numbers - firsts[runs]
+    return found
