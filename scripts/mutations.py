@@ -116,6 +116,21 @@ ATTENTION = (
         (f"{_RANKS}::test_requests_that_travel_in_some_layers_and_not_in_others[2-gather_q]",),
     ),
     Fault(
+        "a decode row does not see its own token", "plan/decode.py",
+        "pages.visible(start + 1, size)", "pages.visible(start, size)",
+        ("tests/unit/test_decode_view.py::test_the_quick_view_of_a_decode_step_is_the_view_of_any_step",),
+    ),
+    Fault(
+        "a new page is not put into the index of slots", "attention/backends/triton/columns.py",
+        "if made.filled < columns:", "if not made.filled:",
+        ("tests/gpu/test_triton_decode.py::test_every_row_sees_the_slots_of_its_context_at_every_step",),
+    ),
+    Fault(
+        "decode work is cut into pieces of another length", "attention/backends/triton/decode.py",
+        "number * size[piece]", "0",
+        ("tests/gpu/test_triton_decode.py::test_the_work_is_that_of_the_planner",),
+    ),
+    Fault(
         "the diagonal forgets its window", "attention/prepared.py",
         "self.backend.prepare_diagonal(counted, stop - start, window)",
         "self.backend.prepare_diagonal(counted, stop - start, None)",

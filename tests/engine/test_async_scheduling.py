@@ -63,6 +63,16 @@ def test_scores_of_prompts_do_not_keep_their_requests_from_running_ahead(tiny):
     assert any(segment.pending for plan in plans for segment in plan.segments)
 
 
+def test_prompt_log_probabilities_look_back_at_the_prompt_alone_and_run_ahead(tiny):
+    params = SamplingParams(temperature=0, prompt_logprobs=2, logprobs=1, max_tokens=12)
+    ahead = tiny(async_scheduling=True, pcp=2)
+    plans = watch_plans(ahead)
+    for found, expected in zip(ahead.generate(PROMPTS, params), tiny(pcp=2).generate(PROMPTS, params), strict=True):
+        assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+        assert found.prompt_logprobs == expected.prompt_logprobs
+    assert any(segment.pending for plan in plans for segment in plan.segments)
+
+
 def test_what_was_computed_behind_an_end_is_dropped(tiny):
     """The stop token is known a step late: nothing of that step is delivered, and its pages are free."""
     llm = tiny(async_scheduling=True, pcp=2)

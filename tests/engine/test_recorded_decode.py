@@ -13,6 +13,7 @@ from longspan import SamplingParams
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
+from longspan.config import CostConstants, Fixed
 from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, graph_sizes, padded_rows
 from longspan.engine.setup import EngineSetup
 from tests.oracle import greedy, oracle, prompt_of
@@ -59,10 +60,10 @@ class RefillableCpu(CpuBackend, RecordableBackend):
 
     has_room = True
 
-    def refillable(self, rows):
+    def refillable(self, rows, slots, buffer):
         return Runs(self, rows, self.has_room)
 
-    def writer(self, writes, rows):
+    def writer(self, writes, rows, buffer=None):
         return Writer(writes, rows)
 
 
@@ -131,6 +132,20 @@ def test_other_schedules_are_not_recorded(tiny):
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed == 0
     assert schedules_that_moved(llm) == {"ring_q"}
+
+
+def test_where_steps_are_recorded_decode_takes_a_schedule_that_can_be(tiny):
+    """With constants by which another one is cheaper: it would be computed without a graph."""
+    slow_gathering = CostConstants(fixed={"gather_q": Fixed(1.0, 1.0)})
+    llm = tiny(pcp=2, local_context=0, cost=slow_gathering)
+    tokens_of(llm)
+    assert "gather_q" not in schedules_that_moved(llm)
+    scheduler = llm.engine.scheduler
+    scheduler.chooser = replace(scheduler.chooser, records_decode=True)
+    recorder = record(llm)
+    assert tokens_of(llm) == expected_of("llama")
+    assert recorder.replayed >= 8
+    assert "gather_q" in schedules_that_moved(llm)
 
 
 def test_a_recording_serves_all_steps_of_its_size(tiny):

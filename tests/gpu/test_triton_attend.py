@@ -292,7 +292,7 @@ def decode_rows() -> tuple[torch.Tensor, CacheRows]:
 def test_refilled_runs_give_what_fresh_runs_give():
     q, kv = decode_rows()
     engine = backend()
-    refillable = engine.refillable(rows=4, index=100)
+    refillable = engine.indexed(rows=4, index=100)
     refillable.attend(q, kv, heads(2, 1), 0.25)  # makes the buffers
     addresses = {plan.adjacent.data_ptr() for plan in refillable.plans.plans}
     for runs in DECODES:
@@ -304,7 +304,7 @@ def test_refilled_runs_give_what_fresh_runs_give():
 
 def test_refillable_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are():
     q, kv = decode_rows()
-    refillable = backend().refillable(rows=4, index=0)
+    refillable = backend().indexed(rows=4, index=0)
     refillable.attend(q, kv, heads(2, 1), 0.25)
     assert refillable.fill(DECODES[0])
     before = refillable.attend(q, kv, heads(2, 1), 0.25)
@@ -315,7 +315,7 @@ def test_refillable_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are(
 def test_prepared_runs_are_for_one_number_of_rows():
     q, kv = decode_rows()
     with pytest.raises(ValueError, match="4 rows for work of 3"):
-        backend().refillable(rows=3).attend(q, kv, heads(2, 1), 0.25)
+        backend().indexed(rows=3).attend(q, kv, heads(2, 1), 0.25)
 
 
 def test_a_step_plans_once_for_all_its_layers(monkeypatch):
@@ -333,7 +333,7 @@ def test_a_step_plans_once_for_all_its_layers(monkeypatch):
 def test_a_captured_graph_replays_other_runs():
     q, kv = decode_rows()
     engine = TritonBackend(DEVICE, 16)
-    refillable = engine.refillable(rows=4, index=100)
+    refillable = engine.indexed(rows=4, index=100)
     refillable.attend(q, kv, heads(2, 1), 0.25)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -351,7 +351,7 @@ def test_a_captured_graph_replays_other_runs():
 def test_a_capture_needs_buffers_made_before_it():
     q, kv = decode_rows()
     engine = TritonBackend(DEVICE, 16)
-    refillable = engine.refillable(rows=4)
+    refillable = engine.indexed(rows=4)
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         refillable.attend(q, kv, heads(2, 1), 0.25)
 

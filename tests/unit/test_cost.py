@@ -74,6 +74,16 @@ def test_over_slow_links_states_are_merged_inside_a_machine_first():
     assert chooser.choose(workload_of(64, 100_000, grid)) == "tree_q"
 
 
+def test_recorded_decode_takes_the_cheapest_schedule_that_can_be_recorded_and_prefill_the_cheapest_of_all():
+    grid = Grid(ParallelConfig(1, 8, 1, ranks_per_node=4))
+    far = CostConstants(message_s=1e-6, cross_message_s=2e-5, byte_s=1e-11, cross_byte_s=1e-8, copy_s=1e-12)
+    model, workload = model_of(grid, LLAMA_405B_RANK, far), workload_of(64, 100_000, grid)
+    recorded, eager = ScheduleChooser(model, records_decode=True), ScheduleChooser(model)
+    assert eager.choose(workload, decode=True) == "tree_q"
+    assert SCHEDULES[recorded.choose(workload, decode=True)].recordable
+    assert recorded.choose(workload) == "tree_q"
+
+
 def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
     grid = Grid(ParallelConfig(1, 2, 1))
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, CostConstants()), "ring_kv")

@@ -73,6 +73,11 @@ class Priced(Protocol):
         """What travels; None if nothing does."""
         ...
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph can contain it."""
+        ...
+
     def bytes(self, step: StepTotals, /) -> int:
         """Bytes that all members of the group send for one layer."""
         ...
@@ -146,9 +151,9 @@ class StepTotals:
     def __init__(self, model: CostModel, totals: WorkloadTotals) -> None:
         self.model, self.totals = model, totals
 
-    def cheapest(self) -> Priced:
-        """The schedule that takes the fewest seconds, of those under which something travels."""
-        return min(self.model.moving, key=lambda schedule: schedule.seconds(self).seconds)
+    def cheapest(self, among: Sequence[Priced] = ()) -> Priced:
+        """The schedule that takes the fewest seconds; without `among` of all under which something travels."""
+        return min(among or self.model.moving, key=lambda schedule: schedule.seconds(self).seconds)
 
     @cached_property
     def queries(self) -> tuple[float, float, float]:
@@ -237,14 +242,26 @@ class ScheduleChooser:
     model: CostModel
     # name of the schedule that the user chose, or `auto`
     forced: str = "auto"
+    # whether decode steps are recorded as CUDA graphs
+    records_decode: bool = False
 
     def __post_init__(self) -> None:
         require_choice("schedule", self.forced, ("auto", *self.model.schedules))
 
-    def choose(self, workload: PhaseWorkload) -> str:
+    @cached_property
+    def _recordable(self) -> tuple[Priced, ...]:
+        """The schedules among which one is chosen for decode, where that is recorded.
+
+        A step under another schedule is not recorded, and its launches cost several times what any schedule can save.
+        The constants cannot show this, because they are measured without recording.
+        """
+        return tuple(schedule for schedule in self.model.moving if schedule.recordable)
+
+    def choose(self, workload: PhaseWorkload, decode: bool = False) -> str:
         """`local` if no row travels; else the schedule that the user chose, or the cheapest."""
         if not sum(workload.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        return StepTotals(self.model, workload.totals(self.model.group.members)).cheapest().name
+        among = self._recordable if decode and self.records_decode else ()
+        return StepTotals(self.model, workload.totals(self.model.group.members)).cheapest(among).name

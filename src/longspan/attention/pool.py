@@ -71,4 +71,5 @@ class KVPool:
             return CacheRows(torch.empty(shape, dtype=dtype, device=device), scales, groups)
 
         self.device = device
+        self.slots = num_pages * page_size
         self.layers = {layer: rows() for layer in layers}

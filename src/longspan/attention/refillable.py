@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
+from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.reach import QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
 
@@ -29,15 +30,17 @@ class StepSize:
 class RefillableStep:
     """A prepared decode step whose runs and slots can be replaced in place.
 
-    Rows that pad a step write nothing and see nothing.
+    Rows that pad a step write nothing and see nothing. `slots` is the number of slots of the pool.
     """
 
-    def __init__(self, preparer: Preparer, backend: RecordableBackend, size: StepSize) -> None:
+    def __init__(
+        self, preparer: Preparer, backend: RecordableBackend, size: StepSize, slots: int, buffer: StepBuffer
+    ) -> None:
         self._preparer = preparer
         self._size = size
         blocks = 1 if size.schedule is None else size.pcp
-        self._runs = [[backend.refillable(size.rows) for _ in range(blocks)] for _ in preparer.windows]
-        self._writer = backend.writer((), size.rows)
+        self._runs = [[backend.refillable(size.rows, slots, buffer) for _ in range(blocks)] for _ in preparer.windows]
+        self._writer = backend.writer((), size.rows, buffer)
         reach = self._reach([()] * blocks)
         groups = tuple(
             PreparedReach(reach, OwnRuns(runs[0]), (), preparer)
@@ -48,7 +51,7 @@ class RefillableStep:
         self.prepared = PreparedStep((PreparedPhase(0, size.rows, groups),), self._writer)
 
     def fill(self, view: RankView) -> PreparedStep:
-        """Refill `prepared` for this step, and return it.
+        """Refill `prepared` for this step, and return it. The caller sends the buffer.
 
         If the runs have too many spans for the buffers, returns a step of the same shapes that is prepared anew, which
         must be run without the CUDA graph. Ranks may differ in this.

@@ -48,9 +48,9 @@ class _Recorder(ScheduleChooser):
     # in the order of the calls
     asked: list[PhaseWorkload] = field(default_factory=list)
 
-    def choose(self, workloads: PhaseWorkload) -> str:
-        self.asked.append(workloads)
-        return super().choose(workloads)
+    def choose(self, workload: PhaseWorkload, decode: bool = False) -> str:
+        self.asked.append(workload)
+        return super().choose(workload, decode)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class PagePool:
             self._start_of[stop] = start
 
 
-class _ShardPages:
+class ShardPages:
     """One request's pages on one shard, in position order. Pages that are adjacent in the pool form runs."""
 
     __slots__ = ("last", "ordinals", "run_first", "run_index")
@@ -112,6 +112,18 @@ class _ShardPages:
             self.run_index.append(index)
         self.ordinals.append(ordinal)
         self.last = index
+
+    def visible(self, until: int, page_size: int) -> int:
+        """See `PageTable.visible`."""
+        ordinals = self.ordinals
+        if not ordinals:
+            return 0
+        page, rest = divmod(until, page_size)
+        if page > ordinals[-1]:  # a decode row sees all of them: skip the search
+            return len(ordinals) * page_size
+        whole = len(ordinals) - 1 if page == ordinals[-1] else bisect_left(ordinals, page)
+        partly = rest if ordinals[whole] == page else 0
+        return whole * page_size + partly
 
     def spans(self, tokens: int, page_size: int) -> tuple[Span, ...]:
         """The slots of the first `tokens` tokens on the shard."""
@@ -137,7 +149,7 @@ class PageTable:
     def __init__(self, page_size: int, num_shards: int) -> None:
         self.page_size = page_size
         self.pages: list[PageRef] = []
-        self._shards = [_ShardPages() for _ in range(num_shards)]
+        self._shards = [ShardPages() for _ in range(num_shards)]
 
     def append(self, page: PageRef) -> None:
         """Append the page of the next `page_size` positions."""
@@ -148,6 +160,10 @@ class PageTable:
         """Append several pages, in position order."""
         for page in pages:
             self.append(page)
+
+    def on(self, shard: int) -> ShardPages:
+        """The request's pages on `shard`."""
+        return self._shards[shard]
 
     def count(self, shard: int) -> int:
         """Number of this request's pages on `shard`."""
@@ -167,15 +183,7 @@ class PageTable:
 
         A shard's pages are kept in position order, so these tokens are a prefix of the shard's tokens.
         """
-        ordinals = self._shards[shard].ordinals
-        if not ordinals:
-            return 0
-        page, rest = divmod(until, self.page_size)
-        if page > ordinals[-1]:  # a decode row sees all of them: skip the search
-            return len(ordinals) * self.page_size
-        whole = bisect_left(ordinals, page)
-        partly = rest if whole < len(ordinals) and ordinals[whole] == page else 0
-        return whole * self.page_size + partly
+        return self._shards[shard].visible(until, self.page_size)
 
     def spans(self, shard: int, until: int) -> tuple[Span, ...]:
         """The slots of the positions below `until` on `shard`, in position order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan
@@ -28,8 +29,7 @@ class PhaseView:
     groups: tuple[Reach, ...]
 
 
-@dataclass(frozen=True)
-class WriteRun:
+class WriteRun(NamedTuple):
     """KV of rows [row, row + length) of this rank is written to slots [slot, slot + length)."""
 
     # first row
@@ -40,8 +40,7 @@ class WriteRun:
     length: int
 
 
-@dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(NamedTuple):
     """A row whose logits are sampled."""
 
     # the row

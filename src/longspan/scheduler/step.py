@@ -117,7 +117,7 @@ class StepBuilder:
             admitted=tuple(self._admitted),
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
-            decode_schedules=tuple(map(chooser.choose, self._workloads[False])),
+            decode_schedules=tuple(chooser.choose(workload, decode=True) for workload in self._workloads[False]),
             prefill_schedules=tuple(map(chooser.choose, self._workloads[True])),
             fetches=tuple(self.fetches),
         )

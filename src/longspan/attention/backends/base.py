@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
+from longspan.attention.step_buffer import StepBuffer
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -189,9 +190,12 @@ class RecordableBackend(Backend):
     """A backend whose calls can be captured in a CUDA graph, because what it prepares can be refilled in place."""
 
     @abstractmethod
-    def refillable(self, rows: int) -> RefillableRuns:
-        """Runs over `rows` query rows, which see nothing until they are filled."""
+    def refillable(self, rows: int, slots: int, buffer: StepBuffer) -> RefillableRuns:
+        """Runs over `rows` query rows in a pool of `slots` slots, which see nothing until they are filled.
+
+        What `fill` sends may be put into `buffer`, which the caller sends when everything is filled.
+        """
 
     @abstractmethod
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> RefillableWriter:
-        """See `Backend.writer`."""
+    def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> RefillableWriter:
+        """See `Backend.writer`. With a `buffer`, `refill` may leave the sending to the caller."""

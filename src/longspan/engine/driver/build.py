@@ -49,7 +49,7 @@ def build_core(setup: EngineSetup) -> EngineCore:
         config = setup.config
         cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         constants = config.cost or executor.constants or CostConstants()
-        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule)
+        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, setup.records_decode)
         scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups)
         core = EngineCore(setup, executor, cache, scheduler, constants, role, offload)
         undo.pop_all()

@@ -21,6 +21,7 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
 from longspan.attention.refillable import RefillableStep, StepSize
 from longspan.attention.schedules import Schedule
+from longspan.attention.step_buffer import StepBuffer
 from longspan.config import DEFAULT_RUNNING
 from longspan.engine.rank.progress import with_progress
 from longspan.models.context import Model
@@ -103,9 +104,11 @@ def padded_rows(rows: int, sizes: Sequence[int] = ALL_SIZES) -> int | None:
 
 def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
     """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed."""
-    plain = all(not s.prefill and s.length == 1 and s.sample == 1 for s in plan.segments)
+    for segment in plan.segments:  # a plain loop, because there are hundreds
+        if segment.prefill or segment.sample != 1 or len(segment.token_ids) + segment.pending != 1:
+            return False
     fixed = all(schedules[name].recordable for name in plan.decode_schedules)
-    return bool(plan.segments) and plain and fixed and len(_moving(plan, schedules)) <= 1
+    return bool(plan.segments) and fixed and len(_moving(plan, schedules)) <= 1
 
 
 def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
@@ -113,12 +116,19 @@ def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
 
     Otherwise the shapes of a graph would depend on the number of rows that stay on their own rank.
     """
-    groups = len(plan.decode_schedules)
-    if not any(segment.num_remote_groups for segment in plan.segments):
+    groups, schedule = len(plan.decode_schedules), travelling(plan, schedules)
+    if schedule is None:
         return plan
     segments = tuple(replace(segment, num_remote_groups=groups) for segment in plan.segments)
-    (schedule,) = _moving(plan, schedules)
     return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
+
+
+def travelling(plan: StepPlan, schedules: Mapping[str, Schedule]) -> str | None:
+    """The schedule under which all rows of the uniform step travel; None if none does."""
+    if not any(segment.num_remote_groups for segment in plan.segments):
+        return None
+    (schedule,) = _moving(plan, schedules)
+    return schedule
 
 
 def _moving(plan: StepPlan, schedules: Mapping[str, Schedule]) -> set[str]:
@@ -186,10 +196,10 @@ class GraphRunner:
         """Whether some size has room for the rows of every pcp index of a decode step."""
         return padded_rows(max(Counter(segment.pcp for segment in plan.segments).values()), self.sizes) is not None
 
-    def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform` and has room.
+    def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor) -> Tensor:
+        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
 
-        `token_ids` and `positions` are int64 [T]. `rows_of_pcp` has the rows of every pcp index: the largest of them
+        `token_ids` are int64 [T], on the device. `rows_of_pcp` has the rows of every pcp index: the largest of them
         decides the size on all ranks. The next step overwrites the result.
         """
         moving = {reach.schedule for reach in view.phases[0].groups if sum(reach.block_rows)}
@@ -197,13 +207,14 @@ class GraphRunner:
         if rows is None:
             raise ValueError(f"{max(rows_of_pcp)} rows, and the largest graph has {self.sizes[-1]}")
         graph = self._graph(StepSize(rows, next(iter(moving), None), self._pcp))
-        return graph.run(view, token_ids, positions)[: len(token_ids)]
+        return graph.run(view, token_ids)[: len(token_ids)]
 
     def _graph(self, size: StepSize) -> _Graph:
         """The graph of a size, recorded now if it has not been."""
         if size not in self._made:
-            step = RefillableStep(self._attention.preparer, self._backend, size)
-            graph = _Graph(self._model, self._attention, step, size.rows, self._logits)
+            pool, buffer = self._attention.pool, StepBuffer(self._attention.pool.device)
+            step = RefillableStep(self._attention.preparer, self._backend, size, pool.slots, buffer)
+            graph = _Graph(self._model, self._attention, step, size.rows, buffer, self._logits)
             graph.record(self._recorder)
             self._made[size] = graph
         return self._made[size]
@@ -213,29 +224,37 @@ class _Graph:
     """The graph of one size of step."""
 
     def __init__(
-        self, model: Model, attention: Attention, step: RefillableStep, rows: int, logits: _LogitsBuffer
+        self,
+        model: Model,
+        attention: Attention,
+        step: RefillableStep,
+        rows: int,
+        buffer: StepBuffer,
+        logits: _LogitsBuffer,
     ) -> None:
         self._model = model
         self._attention = attention
         self._step = step
+        self._buffer = buffer
         self._logits = logits
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
-        self._positions = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._positions = buffer.reserve(rows, torch.int64)
         self._replay: Callable[[], Tensor] = self._compute
 
     def record(self, recorder: Recorder) -> None:
         """Record the graph. All members of a group must do so in the same step."""
         self._replay = recorder.record(self._compute)
 
-    def run(self, view: RankView, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits fp32 [rows, vocab] for int64 [T] ids and positions, T <= rows. The next run overwrites them.
+    def run(self, view: RankView, token_ids: Tensor) -> Tensor:
+        """Logits fp32 [rows, vocab] for int64 [T] ids, T <= rows. The next run overwrites them.
 
         A step whose contexts do not fit the graph's buffers is computed without the graph, in the same shapes.
         """
         count = len(token_ids)
         self._token_ids[:count] = token_ids
-        self._positions[:count] = positions
+        self._positions.host[:count] = view.positions
         prepared = self._step.fill(view)
+        self._buffer.send()
         return self._replay() if prepared is self._step.prepared else self._compute_with(prepared)
 
     def _compute(self) -> Tensor:
@@ -246,5 +265,5 @@ class _Graph:
         if model.embedding is None or model.head is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
         self._attention.begin(prepared)
-        hidden = model.layers(model.embedding(self._token_ids), self._positions, self._attention)
+        hidden = model.layers(model.embedding(self._token_ids), self._positions.device, self._attention)
         return self._logits.store(model.head(hidden))

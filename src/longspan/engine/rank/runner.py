@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.disaggregation.worker import TransferThread
-from longspan.engine.rank.graphs import GraphRunner, recordable, uniform
+from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
@@ -29,6 +29,7 @@ from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
+from longspan.plan.decode import decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -109,7 +110,9 @@ class Runner:
         self._device = parts.device
         self._vocabulary = parts.vocabulary
         self._async_scheduling = parts.async_scheduling
-        self._sampled: dict[str, Tensor] = {}  # async scheduling: the last step's tokens, on the device
+        # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
+        self._sampled = torch.empty(0, dtype=torch.int64)
+        self._sampled_rows: dict[str, int] = {}
         self._sampler = Sampler()
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
@@ -127,6 +130,11 @@ class Runner:
     def attention(self) -> Attention:
         """Attention with this rank's KV pool."""
         return self._attention
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rank's tensors are."""
+        return self._device
 
     @property
     def is_asynchronous(self) -> bool:
@@ -161,7 +169,7 @@ class Runner:
         schedules = self._attention.schedules
         graphs, attention = self.cuda_graphs, self._attention
         if graphs is not None and recordable(plan, schedules) and graphs.has_room(plan):
-            return self._replay(uniform(plan, schedules), graphs)
+            return self._replay(plan, graphs)
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
         )
@@ -181,22 +189,33 @@ class Runner:
 
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """Run a decode step as a CUDA graph. Every row is sampled."""
-        view = rank_view(plan, self._mirror.requests, self._place, self._attention.windows, self._attention.moves)
+        view = self._uniform_view(plan)
         rows = self._rows_of_pcp(plan)
         if self._experts is not None:
             self._experts.expect(None)  # padded: equally many everywhere
-        logits = cuda_graphs.logits(view, rows, self._token_ids(view), self._integers(view.positions))
+        logits = cuda_graphs.logits(view, rows, self._token_ids(view))
         return self._finish(view, logits, [])
 
     def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
-        return [sum(s.length for s in plan.segments if s.pcp == pcp) for pcp in range(self._grid.pcp)]
+        rows = [0] * self._grid.pcp
+        for segment in plan.segments:
+            rows[segment.pcp] += segment.length
+        return rows
+
+    def _uniform_view(self, plan: StepPlan) -> RankView:
+        """This rank's share of the `uniform` step."""
+        requests, windows, moves = self._mirror.requests, self._attention.windows, self._attention.moves
+        schedule = travelling(plan, self._attention.schedules)
+        if schedule is None or moves[schedule] == "queries":
+            return decode_view(plan, requests, self._place, windows, schedule)
+        return rank_view(uniform(plan, self._attention.schedules), requests, self._place, windows, moves)
 
     def _finish(self, view: RankView, logits: Tensor, scores: Sequence[Scores]) -> Finish:
         """Start sampling from `logits` fp32 [samples, vocab].
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
         """
-        self._sampled.clear()
+        self._sampled_rows = {}
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
@@ -237,11 +256,14 @@ class Runner:
         return self._groups.pipeline.receive(shape, self._model.dtype)
 
     def _token_ids(self, view: RankView) -> Tensor:
-        """Token ids int64 [T]. Those of pending segments are taken from the tensors in which this rank sampled them."""
+        """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
+        sources = [self._sampled_rows[request] for _, request in view.pending]
+        if len(sources) == len(view.token_ids) == len(self._sampled) and sources == list(range(len(sources))):
+            return self._sampled  # the same requests as in the step before
         known = self._integers(view.token_ids)
-        if view.pending:
-            rows, requests = zip(*view.pending, strict=True)
-            known[self._integers(rows)] = torch.stack([self._sampled[request] for request in requests])
+        if sources:
+            rows = self._integers([row for row, _ in view.pending])
+            known.index_copy_(0, rows, self._sampled.index_select(0, self._integers(sources)))
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
@@ -266,7 +288,8 @@ class Runner:
                 rows.append(SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
         sampling = self._sampler.start(logits, rows)
         if self._async_scheduling:
-            self._sampled.update(zip((row.request_id for row in rows), sampling.token_ids.unbind(), strict=True))
+            self._sampled = sampling.token_ids
+            self._sampled_rows = {row.request_id: number for number, row in enumerate(rows)}
         return errors, sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:

@@ -15,6 +15,7 @@ import zmq
 from longspan.config import LivenessConfig
 from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores
 from longspan.engine.rank.loading import TensorStore
+from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import resolve, resolve_device
 from longspan.engine.transport import messages
@@ -34,7 +35,44 @@ from longspan.plan.plan import StepPlan
 from longspan.version import __version__
 
 Reply = Callable[[messages.FromWorker], None]
-_NO_PLANS = (messages.PROBE, messages.TRAFFIC, messages.TRACE)
+
+
+class Answers:
+    """Messages from the thread that waits for results to the one that owns the driver's socket.
+
+    A ZeroMQ socket belongs to one thread, so they pass through a pair of sockets within the process, which can be
+    polled together with the driver's.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.arriving = context.socket(zmq.PAIR)
+        self._sending = context.socket(zmq.PAIR)
+        for end in (self.arriving, self._sending):
+            end.set_hwm(0)
+        self.arriving.bind("inproc://answers")
+        self._sending.connect("inproc://answers")
+        self._errors: list[BaseException] = []
+
+    def put(self, message: messages.FromWorker) -> None:
+        """Send a message."""
+        self._sending.send(msgspec.msgpack.encode(message))
+
+    def fail(self, error: BaseException) -> None:
+        """Let `forward` raise an error."""
+        self._errors.append(error)
+        self._sending.send(b"")
+
+    def forward(self, socket: zmq.Socket[bytes]) -> None:
+        """Send what has arrived to the driver. Raises the first error of the other thread."""
+        while self.arriving.poll(0):
+            if not (message := self.arriving.recv()):
+                raise self._errors[0]
+            socket.send(message)
+
+    def close(self) -> None:
+        """Close both sockets. Call it when the other thread has ended, or when the process is about to."""
+        self.arriving.close(linger=0)
+        self._sending.close(linger=0)
 
 
 def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> bool:
@@ -68,7 +106,7 @@ def serve_driver(address: str, rank: int, world_size: int, device: int = 0) -> b
         cleanup.callback(heartbeat.stop)
         try:
             use_interface(host)
-            _serve(begin, rank, device, socket, reply)
+            _serve(begin, rank, device, socket, Answers(context), reply)
         except BaseException as error:
             reply(messages.failure(rank, error))
             return False
@@ -95,7 +133,9 @@ def _open_heartbeat(context: zmq.Context[zmq.Socket[bytes]], address: str, rank:
     return Heartbeat(socket, message, seconds)
 
 
-def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[bytes], reply: Reply) -> None:
+def _serve(
+    begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[bytes], answers: Answers, reply: Reply
+) -> None:
     """Join the other ranks, load the weights, and carry out plans until `STOP`. `number` is the GPU's on this host."""
     if resolve_device(begin.config.device) == "cuda":
         # first of all: the first allocation, which `resolve` may make, would otherwise open a CUDA context on GPU 0
@@ -114,14 +154,37 @@ def _serve(begin: messages.Begin, rank: int, number: int, socket: zmq.Socket[byt
     runner = built.runner
     traffic.reset()  # the calibration's traffic does not count
     reply(messages.RankReady(rank, built.constants, built.memory))
-    loop = StepLoop(runner, lambda result: reply(messages.StepDone(result)), lambda: bool(socket.poll(0)))
-    while (message := socket.recv()) != messages.STOP:
-        if message not in _NO_PLANS:
-            loop.take(StepPlan.decode(message))
+    carry_out_plans(runner, rank, traffic, socket, answers)
+    runner.close()
+
+
+def carry_out_plans(runner: Runner, rank: int, traffic: Traffic, socket: zmq.Socket[bytes], answers: Answers) -> None:
+    """Carry out plans from the driver's socket until `STOP`. Raises the first error of a step.
+
+    Traffic and traces are reported at once, and may overtake the results of steps in flight: they hold what has been
+    launched, and the driver tells messages apart by their kind.
+    """
+
+    def reply(message: messages.FromWorker) -> None:
+        socket.send(msgspec.msgpack.encode(message))
+
+    send = answers.put if runner.is_asynchronous else reply
+    loop = StepLoop(runner, lambda result: send(messages.StepDone(result)), answers.fail)
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(answers.arriving, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll())
+        answers.forward(socket)
+        if socket not in ready:
             continue
-        loop.flush()  # a step may still be in flight, because `more` took this message for the next plan
+        message = socket.recv()
+        if message == messages.STOP:
+            break
         if message == messages.TRAFFIC:
             reply(messages.TrafficReport(traffic.bytes_by_label, traffic.calls_by_label))
         elif message == messages.TRACE:
             reply(messages.TraceReport(rank, traffic.trace.spans))
-    runner.close()
+        elif message != messages.PROBE:
+            loop.take(StepPlan.decode(message))
+    loop.close()

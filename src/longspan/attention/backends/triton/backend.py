@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
+from longspan.attention.backends.triton.columns import ColumnTable
 from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
@@ -22,11 +23,12 @@ from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonWriter
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
+from longspan.attention.step_buffer import StepBuffer
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
 
-_GATHERED_SLOTS = 2048  # slots of short spans for which a refillable row has room: a prefix hit and what follows
+_INDEX_SLOTS = 65536  # slots for which the index of decode rows has room beyond those of the pool, and a quarter more
 _INTERPRETED_PROCESSORS = 4  # used with Triton's interpreter, which has no device
 
 
@@ -57,6 +59,7 @@ class TritonBackend(RecordableBackend):
     def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
         self._device = device
         self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device))
+        self._table: ColumnTable | None = None  # of all refillable runs
 
     causal_runs = True
 
@@ -68,14 +71,22 @@ class TritonBackend(RecordableBackend):
         """See `Backend.prepare_diagonal`."""
         return TritonDiagonal(self._launcher, Plans.of_diagonal(segments, rows, window, self._device))
 
-    def refillable(self, rows: int, longest: int = 1, index: int | None = None) -> RefillableTritonRuns:
-        """See `RecordableBackend.refillable`. `longest` and `index` are those of `RefillablePlans`."""
-        index = _GATHERED_SLOTS * rows if index is None else index
+    def refillable(self, rows: int, slots: int, buffer: StepBuffer) -> RefillableTritonRuns:
+        """See `RecordableBackend.refillable`. The index of slots is shared: only one graph runs at a time.
+
+        It has room for every slot of the pool, and for requests that grow or share pages.
+        """
+        if self._table is None:
+            self._table = ColumnTable(slots + slots // 4 + _INDEX_SLOTS, self._device)
+        return RefillableTritonRuns(self._launcher, RefillablePlans(rows, 1, 0, self._device, self._table, buffer))
+
+    def indexed(self, rows: int, longest: int = 1, index: int = 0) -> RefillableTritonRuns:
+        """Refillable runs of any length with an index of their own; arguments are those of `RefillablePlans`."""
         return RefillableTritonRuns(self._launcher, RefillablePlans(rows, longest, index, self._device))
 
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> TritonWriter:
-        """See `Backend.writer`."""
-        return TritonWriter(writes, rows, self._device)
+    def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> TritonWriter:
+        """See `RecordableBackend.writer`."""
+        return TritonWriter(writes, rows, self._device, buffer)
 
     def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""

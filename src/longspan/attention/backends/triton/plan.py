@@ -13,6 +13,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from longspan.attention.backends.triton.columns import ColumnTable
+from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
 from longspan.attention.backends.triton.work import (
     Item,
     Slots,
@@ -25,6 +27,8 @@ from longspan.attention.backends.triton.work import (
     visible_in_runs,
     visible_on_diagonal,
 )
+from longspan.attention.step_buffer import StepBuffer
+from longspan.plan.decode import DecodeRuns
 from longspan.plan.reach import QueryRun
 
 ITEM_FIELDS = len(Item._fields)
@@ -64,16 +68,24 @@ class WorkPlan:
     """The work of one launch as int32 on the device: adjacent and gathered items, splits, bounds, index.
 
     A launch has one program for each item that fits into the buffers; programs without work end at once. Raises
-    ValueError if the work does not fit into `capacity`.
+    ValueError if the work does not fit into `capacity`. An `index` and a `buffer` that are passed belong to the caller,
+    who sends the buffer.
     """
 
-    def __init__(self, work: Work, device: torch.device, capacity: Capacity | None = None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        device: torch.device,
+        capacity: Capacity | None = None,
+        index: Tensor | None = None,
+        buffer: StepBuffer | None = None,
+    ) -> None:
         self.capacity = room = capacity or Capacity.of(work)
         counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2
         self._sizes = [-(-count // _ALIGNED) * _ALIGNED for count in counts]
-        self._table = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
-        self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table, self._sizes)
-        self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device)
+        self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
+        self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table.device, self._sizes)
+        self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device) if index is None else index
         if not self.fill(work):
             raise ValueError(f"work of size {Capacity.of(work)} in a plan of {room}")
 
@@ -87,9 +99,18 @@ class WorkPlan:
             part = array("i", chain.from_iterable(some))
             table.extend(part)
             table.extend(array("i", bytes(4 * (size - len(part)))))  # an item of size 0 is no work
-        _copy(self._table, torch.frombuffer(table, dtype=torch.int32) if table else None)
+        self._table.host[:] = table
+        self._table.send()
         _copy(self.index, _expanded(work.index))
         return True
+
+    def fill_decode(self, work: DecodeWork) -> None:
+        """Replace the work, which must fit, once the buffer is sent. The index is not touched."""
+        at = 0
+        for size, records in zip(self._sizes, (work.adjacent, work.gathered, work.splits, work.bounds), strict=True):
+            self._table.host[at : at + records.size] = records.reshape(-1)
+            self._table.host[at + records.size : at + size] = 0  # an item of size 0 is no work
+            at += size
 
 
 class Plans:
@@ -129,12 +150,23 @@ class RefillablePlans(Plans):
     """Plans in buffers at fixed addresses, which are refilled before each replay of a CUDA graph.
 
     The buffers must be made by a first call outside the capture. `index` is the number of slots of short spans for
-    which there is room. Runs of more than `longest` rows are computed correctly, but with tiles for shorter runs.
+    which there is room. With a `table` the plans are for `DecodeRuns` and read its index instead. Runs of more than
+    `longest` rows are computed correctly, but with tiles for shorter runs.
     """
 
-    def __init__(self, rows: int, longest: int, index: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        longest: int,
+        index: int,
+        device: torch.device,
+        table: ColumnTable | None = None,
+        buffer: StepBuffer | None = None,
+    ) -> None:
         super().__init__(rows, longest, device, _work_of_runs((), rows))
         self._index = index
+        self._table = table
+        self._buffer = buffer
 
     @property
     def plans(self) -> tuple[WorkPlan, ...]:
@@ -143,6 +175,8 @@ class RefillablePlans(Plans):
 
     def fill(self, runs: Sequence[QueryRun]) -> bool:
         """Replace the runs in all plans. Returns False, and changes nothing, if they do not fit into some plan."""
+        if self._table is not None and isinstance(runs, DecodeRuns):
+            return self._fill_decode(runs, self._table)
         work_of = _work_of_runs(runs, self.rows)
         works = {tiling: work_of(tiling) for tiling in self._plans}
         if not all(self._plans[tiling].capacity.holds(Capacity.of(work)) for tiling, work in works.items()):
@@ -152,17 +186,35 @@ class RefillablePlans(Plans):
             self._plans[tiling].fill(work)
         return True
 
+    def _fill_decode(self, runs: DecodeRuns, table: ColumnTable) -> bool:
+        """`fill` with arrays, through the index of `table`."""
+        columns = table.of(runs)
+        if columns is None:
+            return False
+        works = [(plan, plan_decode(columns, self.rows, tiling)) for tiling, plan in self._plans.items()]
+        if not all(plan.capacity.holds(_capacity_of(work)) for plan, work in works):
+            return False
+        for plan, work in works:
+            plan.fill_decode(work)
+        return True
+
     def _make(self, tiling: Tiling) -> WorkPlan:
         """See `Plans._make`. Raises RuntimeError during a capture: the buffers must be allocated before."""
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
-        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling))
+        index = self._table.index if self._table else None
+        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling), index, self._buffer)
 
     def _capacity(self, tiling: Tiling) -> Capacity:
         """The size of the buffers for decode rows with one range of slots each."""
         items = most_items(self.rows, tiling)
-        gathered = items if self._index else 0
+        gathered = items if self._index or self._table else 0
         return Capacity(items, gathered, most_blocks(self.rows, tiling), items + gathered, self.rows, self._index)
+
+
+def _capacity_of(work: DecodeWork) -> Capacity:
+    counts = len(work.adjacent), len(work.gathered), len(work.splits)
+    return Capacity(*counts, work.partials, len(work.bounds), 0)
 
 
 def _work_of_runs(runs: Sequence[QueryRun], rows: int) -> Callable[[Tiling], Work]:

@@ -13,10 +13,10 @@ from typing import NamedTuple
 from longspan.cache.pages import Span
 from longspan.plan.reach import QueryRun
 
-_SHORT_SPAN = 1024  # tokens; adjacent spans shorter than this are read as one range, through an index of slots
-_LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
-_FIXED_COST = 96  # time to start and end a program, in columns that could be read meanwhile
-_WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
+SHORT_SPAN = 1024  # tokens; adjacent spans shorter than this are read as one range, through an index of slots
+LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
+FIXED_COST = 96  # time to start and end a program, in columns that could be read meanwhile
+WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
 
 
 class Item(NamedTuple):
@@ -176,7 +176,7 @@ def visible_in_runs(runs: Sequence[QueryRun]) -> tuple[list[VisibleColumns], Slo
     visible: list[VisibleColumns] = []
     for run in runs:
         if run.spans not in seen:
-            seen[run.spans] = tuple(_stretches(run.spans, index))
+            seen[run.spans] = tuple(stretches(run.spans, index))
         lows = (0,) * run.length if run.window_starts is None else run.window_starts
         visible.append(VisibleColumns(run.row, seen[run.spans], lows, run.ends))
     return visible, index
@@ -216,10 +216,10 @@ def most_blocks(rows: int, tiling: Tiling) -> int:
 
 def most_items(rows: int, tiling: Tiling) -> int:
     """Most items for `rows` decode rows with one range of slots each: the capacity of a plan that is refilled."""
-    return most_blocks(rows, tiling) + max(_WAVES) * -(-tiling.programs // tiling.kv_heads)
+    return most_blocks(rows, tiling) + max(WAVES) * -(-tiling.programs // tiling.kv_heads)
 
 
-def _stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
+def stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
     """The stretches of a run's spans: long spans are read in place, adjacent short ones are added to the index.
 
     A short span between long ones is read in place too.
@@ -227,7 +227,7 @@ def _stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
     column = 0
     short: list[Span] = []
     for span in [*spans, None]:
-        if span is not None and span.length < _SHORT_SPAN:
+        if span is not None and span.length < SHORT_SPAN:
             short.append(span)
             continue
         if len(short) == 1:
@@ -277,16 +277,16 @@ def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
     total = sum(lengths) * tiling.kv_heads
     longest = max(lengths)
     candidates = {longest}
-    for waves in _WAVES:
+    for waves in WAVES:
         length = -(-total // (tiling.programs * waves))
-        candidates.add(min(longest, max(_LEAST_PIECE, _up(length, tiling.block_n))))
+        candidates.add(min(longest, max(LEAST_PIECE, _up(length, tiling.block_n))))
 
     def ends(candidate: int) -> float:
         """Estimated time of the launch, in columns that a program reads meanwhile."""
         items = sum(-(-length // candidate) for length in lengths) * tiling.kv_heads
         if items <= tiling.programs:
-            return candidate + _FIXED_COST
-        return (total + items * _FIXED_COST) / tiling.programs + candidate / 2
+            return candidate + FIXED_COST
+        return (total + items * FIXED_COST) / tiling.programs + candidate / 2
 
     return min(sorted(candidates, reverse=True), key=ends)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.rows import LARGEST, CacheRows, unit_stride
+from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.view import WriteRun
 
 _ELEMENTS = 2048  # elements that one program writes: 16 for each thread
@@ -23,18 +24,24 @@ _WARPS = 4
 class TritonWriter:
     """See `RefillableWriter`. Keeps the slot of each row, or -1, as int32 [T] on the device."""
 
-    def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
+    def __init__(
+        self, writes: Sequence[WriteRun], rows: int, device: torch.device, buffer: StepBuffer | None = None
+    ) -> None:
         self._rows = rows
-        self._slots = torch.empty(rows, dtype=torch.int32, device=device)
+        self._field = (buffer or StepBuffer(device)).reserve(rows)
+        self._slots = self._field.device
         self.refill(writes)
+        self._field.send()
 
     def refill(self, writes: Sequence[WriteRun]) -> None:
         """See `RefillableWriter.refill`. Rows of no run are not written."""
-        slots = [-1] * self._rows
+        slots = self._field.host
+        slots[:] = -1
         for run in writes:
-            slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
-        on_host = torch.tensor(slots, dtype=torch.int32, pin_memory=self._slots.is_cuda)
-        self._slots.copy_(on_host, non_blocking=True)  # the allocator keeps pinned memory until the copy is done
+            if run.length == 1:
+                slots[run.row] = run.slot
+            else:
+                slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
         """See `Writer.write`. Raises `ValueError` if k has another number of rows than this writer."""

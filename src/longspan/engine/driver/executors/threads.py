@@ -142,13 +142,18 @@ class ThreadExecutor:
             self._outcomes.put((rank, error))
             return
         inbox = self._inboxes[rank]
-        loop = StepLoop(runner, lambda result: self._outcomes.put((rank, result)), lambda: not inbox.empty())
+
+        def answer(outcome: _Outcome) -> None:
+            self._outcomes.put((rank, outcome))
+
+        loop = StepLoop(runner, answer, answer)
         while (plan := inbox.get()) is not None:
             try:
                 torch.set_num_threads(self._threads_for(rank, plan))
                 loop.take(plan)
             except BaseException as error:
-                self._outcomes.put((rank, error))
+                answer(error)
+        loop.close()
         runner.close()
 
     def _threads_for(self, rank: int, plan: StepPlan) -> int:

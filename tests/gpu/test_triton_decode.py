@@ -1,0 +1,153 @@
+"""The work of decode rows with arrays is that of `plan_work`, and their index names the slots of their contexts."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.attention.backends.triton.columns import ColumnTable, DecodeColumns
+from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
+from longspan.attention.backends.triton.work import Slots, Stretch, Tiling, VisibleColumns, Work, plan_work
+from longspan.cache.pages import ShardPages
+from longspan.plan.decode import DecodeRuns
+
+PAGE = 16
+TILINGS = [
+    Tiling(group=4, kv_heads=8, block_m=16, block_n=64, programs=264),
+    Tiling(group=128, kv_heads=1, block_m=64, block_n=32, programs=264),  # several blocks a row, as for latents
+    Tiling(group=3, kv_heads=2, block_m=16, block_n=32, programs=16),
+]
+
+
+class Contexts:
+    """Requests whose contexts grow in one pool, in turn or alone."""
+
+    def __init__(self, pick: random.Random, count: int) -> None:
+        self._pick = pick
+        self.pages = [ShardPages() for _ in range(count)]
+        self.tokens = [0] * count
+        self._free = 0
+
+    def grow(self, number: int, tokens: int) -> None:
+        """More tokens, on pages behind the request's own or behind those of others."""
+        self.tokens[number] += tokens
+        pages = self.pages[number]
+        while len(pages.ordinals) * PAGE < self.tokens[number]:
+            if self._pick.random() < 0.02:
+                self._free += 1  # another request's page
+            pages.append(len(pages.ordinals), self._free)
+            self._free += 1
+
+    def runs(self, window: int | None) -> DecodeRuns:
+        """One row for each request, at its last token; one row between two of them has none."""
+        seen = [number for number, tokens in enumerate(self.tokens) if tokens]
+        firsts = [max(0, self.tokens[number] - window) if window else 0 for number in seen]
+        rows = [number + (number > 2) for number in seen]
+        return DecodeRuns(rows, [self.pages[n] for n in seen], firsts, [self.tokens[n] for n in seen], PAGE)
+
+
+def slots_of(runs: DecodeRuns) -> list[list[int]]:
+    """The slots that each row sees."""
+    return [[slot for span in run.spans for slot in range(span.slot, span.slot + span.length)] for run in runs]
+
+
+def visible(columns: DecodeColumns) -> list[VisibleColumns]:
+    """The same for `plan_work`."""
+    found, at = [], 0
+    for row, low, high, count in zip(columns.rows, columns.lows, columns.highs, columns.counts, strict=True):
+        ends = [*columns.starts[at + 1 : at + count].tolist(), int(high)]
+        stretches = tuple(
+            Stretch(int(columns.starts[at + n]), ends[n], int(columns.places[at + n]), bool(columns.gathered[at + n]))
+            for n in range(count)
+        )
+        found.append(VisibleColumns(int(row), stretches, (int(low),), (int(high),)))
+        at += count
+    return found
+
+
+def in_lists(work: DecodeWork) -> Work:
+    def tuples(records: np.ndarray) -> list[tuple[int, ...]]:
+        return [tuple(record) for record in records.tolist()]
+
+    parts = (work.adjacent, work.gathered, work.splits, work.bounds)
+    return Work(*map(tuples, parts), Slots(), work.partials)
+
+
+def grown(pick: random.Random, steps: int):
+    """Contexts that grow, most by one token a step, a few by many, and now and then one that begins."""
+    contexts = Contexts(pick, 7)
+    for number in range(5):
+        contexts.grow(number, pick.choice([1, 15, 16, 40, 700, 1010, 3000, 9000]))
+    for _ in range(steps):
+        yield contexts
+        for number in range(7):
+            if contexts.tokens[number] or pick.random() < 0.02:
+                contexts.grow(number, 1 if pick.random() < 0.95 else pick.choice([16, 300, 1500]))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_row_sees_the_slots_of_its_context_at_every_step(seed, window):
+    table = ColumnTable(200_000, torch.device("cpu"))
+    for contexts in grown(random.Random(seed), 60):
+        runs = contexts.runs(window)
+        columns = table.of(runs)
+        index = table.index.tolist()
+        for seen, expected in zip(visible(columns), slots_of(runs), strict=True):
+            slots = [
+                index[each.place + column] if each.gathered else each.place + column
+                for each in seen.stretches
+                for column in range(max(each.start, seen.lows[0]), each.stop)
+            ]
+            assert slots == expected
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_work_is_that_of_the_planner(seed, window, tiling):
+    table = ColumnTable(200_000, torch.device("cpu"))
+    for contexts in grown(random.Random(seed), 15):
+        columns = table.of(contexts.runs(window))
+        for rows in (8, 16):
+            assert in_lists(plan_decode(columns, rows, tiling)) == plan_work(visible(columns), Slots(), rows, tiling)
+
+
+def test_no_row_is_no_work():
+    columns = ColumnTable(10, torch.device("cpu")).of(DecodeRuns([], [], [], [], PAGE))
+    assert in_lists(plan_decode(columns, 8, TILINGS[0])) == plan_work([], Slots(), 8, TILINGS[0])
+
+
+def test_an_unchanged_context_is_not_sent_again(monkeypatch):
+    sent = []
+    send = ColumnTable._send
+    monkeypatch.setattr(ColumnTable, "_send", lambda table: sent.append(sum(map(len, table._slots))) or send(table))
+    pick = random.Random(0)
+    contexts = Contexts(pick, 4)
+    for _ in range(40):  # in turn, so that no two pages are adjacent
+        for number in range(4):
+            contexts.grow(number, PAGE)
+    table = ColumnTable(10_000, torch.device("cpu"))
+    for _ in range(2 * PAGE):
+        for number in range(4):
+            contexts.grow(number, 1)
+        table.of(contexts.runs(None))
+    assert sent[0] == 4 * 41 * PAGE
+    assert sum(sent[1:]) == 4 * PAGE  # the page that each got
+
+
+def test_a_full_index_is_begun_anew():
+    contexts = Contexts(random.Random(0), 7)
+    table = ColumnTable(1_000, torch.device("cpu"))
+    for _ in range(10):
+        for number in range(7):
+            contexts.grow(number, PAGE)
+    assert table.of(contexts.runs(None)) is None
+    few = DecodeRuns([0], contexts.pages[:1], [0], contexts.tokens[:1], PAGE)
+    columns = table.of(few)
+    (seen,) = visible(columns)
+    (stretch,) = seen.stretches
+    assert table.index[stretch.place : stretch.place + 160].tolist() == slots_of(few)[0]

@@ -1,0 +1,31 @@
+"""Tokens of the step before, which only the device knows: every row gets that of its request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longspan.engine.rank.runner import Runner
+from longspan.plan.view import RankView
+
+SAMPLED = {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("known", "pending", "expected"),
+    [
+        ((0, 0, 0), ((0, "a"), (1, "b"), (2, "c")), [10, 11, 12]),
+        ((0, 0, 0), ((0, "c"), (1, "a"), (2, "b")), [12, 10, 11]),
+        ((0, 0), ((0, "a"), (1, "b")), [10, 11]),
+        ((5, 0, 7, 0), ((1, "c"), (3, "a")), [5, 12, 7, 10]),
+        ((5, 6), (), [5, 6]),
+    ],
+)
+def test_a_pending_row_takes_the_token_that_its_request_sampled(known, pending, expected):
+    runner = SimpleNamespace(
+        _sampled=torch.tensor([10, 11, 12]), _sampled_rows=SAMPLED, _integers=lambda values: torch.tensor(values)
+    )
+    view = RankView(known, known, (), (), (), (), pending)
+    assert Runner._token_ids(runner, view).tolist() == expected
