@@ -182,9 +182,11 @@ class RankMemory:
         return _RUNTIME_BYTES + _PEER_BYTES * (self.grid.world_size - 1) + tokens + logits
 
     def _mixture_row(self, moe: MoEConfig) -> float:
-        """Elements that one token needs in an MoE layer: for each chosen expert its input, output and activations."""
-        inside = 3 * moe.intermediate_size / self.expert_holders
-        return moe.experts_per_token * (2 * self.model.hidden_size + inside)
+        """Elements that one token needs in an MoE layer: for each chosen expert its input, output and activations.
+
+        Also for experts that other ranks hold: the shapes of a step do not depend on the routing.
+        """
+        return moe.experts_per_token * (2 * self.model.hidden_size + 3 * moe.intermediate_size)
 
     @property
     def cache_bytes(self) -> float:

@@ -49,7 +49,7 @@ def sum_grouped(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor
     inner = activate(product(held.gate_up.weight, x[pairs // chosen], held.gate_up_bias), held.limit)
     found = product(held.down.weight, inner, held.down_bias)
     if len(held) < held.total:  # rows in no group are not written, so they may hold NaN
-        found = found.masked_fill_((local >= len(held))[:, None], 0)
+        found.masked_fill_((local >= len(held))[:, None], 0)
     found = torch.empty_like(found).index_copy_(0, pairs, found).view(*experts.shape, -1)
     return torch.bmm(weights.to(x.dtype)[:, None], found).squeeze(1)
 
