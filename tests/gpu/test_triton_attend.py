@@ -378,3 +378,19 @@ def test_the_diagonal_of_deepseek_latents_on_a_gpu(tokens, query):
     q, k = rand(tokens, query, 576).bfloat16(), rand(tokens, 1, 576, seed=1).bfloat16()
     reference = ReferenceBackend().causal(q.double(), k.double(), None, heads(query, 1), 192**-0.5)
     check(TritonBackend(DEVICE, 512).causal(q.to(DEVICE), k.to(DEVICE), None, heads(query, 1), 192**-0.5), reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("query, kv, dim, kv_factor, value_dim", [(16, 2, 128, 2, 128), (64, 1, 576, 1, 512)])
+@pytest.mark.parametrize("spans", [((11, 2000),), ((11, 900), (1000, 700), (5000, 100))], ids=["adjacent", "gathered"])
+def test_causal_runs_of_real_models_in_16_bits_on_a_gpu(query, kv, dim, kv_factor, value_dim, spans):
+    q, cache = rand(301, query, dim).bfloat16(), rand(kv_factor, kv, 6000, dim, seed=1).bfloat16()
+    runs = (run(0, 300, *spans, causal=True), run(300, 1, (5200, 500)))
+    reference = ReferenceBackend().attend(q.double(), runs, CacheRows(cache.double()), heads(query, kv), dim**-0.5)
+    prepared = TritonBackend(DEVICE, value_dim).prepare(runs, len(q))
+    part = prepared.attend(q.to(DEVICE), CacheRows(cache.to(DEVICE)), heads(query, kv), dim**-0.5, torch.bfloat16)
+    assert part.out.dtype == torch.bfloat16
+    expected = reference.out[..., : part.out.shape[-1]]
+    torch.testing.assert_close(part.out.cpu().double(), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(part.lse.cpu().double(), reference.lse, rtol=5e-3, atol=5e-3)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.engine.rank.sampling.gumbel import draw_plainly
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
-from longspan.engine.rank.sampling.logprobs import best
+from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
 from longspan.engine.rank.sampling.rows import SampleRow, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
@@ -553,3 +553,10 @@ def test_positions_mixed_on_the_device_are_those_mixed_on_the_host():
     pairs = [(0, 0), (5, 7), ((1 << 63) - 1, 1 << 40), (123456789, 3)]
     hashes, positions = (torch.tensor(values) for values in zip(*((hashed(s), p) for s, p in pairs), strict=True))
     assert torch.equal(mixed(hashes, positions), seeds([mix(*pair) for pair in pairs]))
+
+
+def test_the_most_likely_tokens_of_a_batch_are_those_of_each_row_with_ties_by_id():
+    logits = torch.randint(-3, 3, (5, 40), generator=torch.Generator().manual_seed(4)).float() / 2
+    logits[0, ::2], logits[1, 7] = -math.inf, -0.0
+    expected = torch.stack([best(one, 30)[:30] for one in logits])
+    assert torch.equal(most_likely(logits, 30), expected)

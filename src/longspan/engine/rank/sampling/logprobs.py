@@ -42,11 +42,11 @@ def describe(logits: Tensor, token_ids: Tensor, count: int) -> list[Tensor]:
     elif logits.device.type == "cpu":
         ids = torch.stack([best(row, count)[:count] for row in logits])
     else:
-        ids = _most_likely(logits, count)
+        ids = most_likely(logits, count)
     return [sampled, ids, logits.gather(1, ids) - normaliser]
 
 
-def _most_likely(logits: Tensor, count: int) -> Tensor:
+def most_likely(logits: Tensor, count: int) -> Tensor:
     """Ids int64 [L, count] of the largest of `logits` [L, vocab], ties by id: integers that hold both are compared."""
     bits = (logits + 0.0).view(torch.int32).long()  # adding 0 makes one zero of two
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
