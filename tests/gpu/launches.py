@@ -23,6 +23,7 @@ from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.attention.pool import KVPool
 from longspan.attention.refillable import RefillableStep, StepSize
 from longspan.attention.schedules import ContextGroup
+from longspan.attention.step_buffer import StepBuffer
 from longspan.attention.variants import AttentionOps, Heads
 from longspan.attention.workload import ExpansionCost
 from longspan.cache.layout import KVLayout
@@ -125,5 +126,6 @@ def decode_attention(config: ModelConfig, rows: int) -> Attention:
     )  # fmt: skip
     alone = ThreadedCollectives(ThreadFabric(1), (0,), 0, Traffic())
     attention = Attention(pool, ops, ContextGroup(alone, ((0,),), ((0,),), 1024), config.layer_groups)
-    attention.begin(RefillableStep(attention.preparer, ops.backend, StepSize(rows, None, 1)).prepared)
+    step = RefillableStep(attention.preparer, ops.backend, StepSize(rows, None, 1), pool.slots, StepBuffer(META))
+    attention.begin(step.prepared)
     return attention

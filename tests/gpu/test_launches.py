@@ -25,7 +25,7 @@ DEEPSEEK = replace(
     mla=MLAConfig(q_lora_rank=1536, kv_lora_rank=512, query_dim=128, rope_dim=64, value_dim=128),
 )  # fmt: skip
 ATTENTION = ["write", "attend", "reduce"]
-MOST_WITH_ATTENTION = 14  # one of them converts queries where there is no GPU
+MOST_WITH_ATTENTION = 12  # one of them converts queries where there is no GPU
 
 
 def step_of(config, attention=None):

@@ -17,6 +17,7 @@ from longspan.attention.layer import AttentionLayer
 from longspan.attention.pool import KVPool
 from longspan.attention.refillable import RefillableStep, StepSize
 from longspan.attention.schedules import ContextGroup
+from longspan.attention.step_buffer import StepBuffer
 from longspan.attention.variants import AttentionOps, Heads
 from longspan.attention.workload import ExpansionCost
 from longspan.cache.layout import KVLayout
@@ -147,7 +148,8 @@ def test_diagonals_and_earlier_keys_are_merged_into_the_models_dtype(monkeypatch
 
 def test_a_recorded_decode_layer_is_three_launches(monkeypatch):
     of = attention()
-    step = RefillableStep(of.preparer, of.ops.backend, StepSize(4, None, 1))
+    buffer = StepBuffer(META)
+    step = RefillableStep(of.preparer, of.ops.backend, StepSize(4, None, 1), of.pool.slots, buffer)
     of.begin(step.fill(view(of, DECODE, False)))
     kernels, others, _ = launched(of, 4, monkeypatch)
     assert kernels == ["_write_kernel", "attend_kernel", "reduce_kernel"]

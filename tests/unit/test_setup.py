@@ -127,7 +127,7 @@ def test_a_rank_takes_its_gpu_before_anything_can_open_a_context_on_another(gpus
 
     monkeypatch.setattr(rank_serving, "resolve", resolve_seeing)
     with pytest.raises(KeyboardInterrupt):
-        rank_serving._serve(Begin(config(device="cuda"), "", 8), 5, 5, SimpleNamespace(), print)
+        rank_serving._serve(Begin(config(device="cuda"), "", 8), 5, 5, SimpleNamespace(), SimpleNamespace(), print)
     assert seen == [[5]]
 
 

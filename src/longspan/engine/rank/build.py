@@ -111,12 +111,7 @@ def build_runner(
     groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)), Pipeline(stages))
     vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
     tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
-    experts: GatheredExperts | SharedExperts | Alone = Alone()
-    if config.parallel.enable_expert_parallel and model_config.moe:
-        peers = grid.expert_group(rank)
-        extents = [shardings[peer].extent("experts", model_config.moe.num_experts) for peer in peers]
-        group = make_group(peers)
-        experts = GatheredExperts(group) if setup.gathers_rows else SharedExperts(group, extents)
+    experts = _expert_group(setup, rank, shardings, make_group)
     context = LayerContext(RankLoader(store, sharding), tp, experts, choose_ops(store.device))
     model = _load(setup, store, context, sharding, shown=rank == 0)
 
@@ -151,6 +146,20 @@ def build_runner(
     if store.device.type == "cuda":
         make_ready(runner, setup, shown=rank == 0)
     return BuiltRank(runner, constants, memory)
+
+
+def _expert_group(
+    setup: EngineSetup, rank: int, shardings: Sequence[Sharding], make_group: Callable[[Sequence[int]], Collectives]
+) -> GatheredExperts | SharedExperts | Alone:
+    """The group over which the experts of a mixture are split."""
+    moe = setup.model.moe
+    if moe is None or not setup.config.parallel.enable_expert_parallel:
+        return Alone()
+    peers = setup.grid.expert_group(rank)
+    group = make_group(peers)
+    if setup.gathers_rows:
+        return GatheredExperts(group)
+    return SharedExperts(group, [shardings[peer].extent("experts", moe.num_experts) for peer in peers])
 
 
 def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, sharding: Sharding, shown: bool) -> Model:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longspan.engine.rank.sampling.random_numbers import hashed, mixed, uniform
 from longspan.engine.rank.sampling.rows import GREEDY_BELOW
-from longspan.engine.rank.sampling.transfer import Upload, float_bits
+from longspan.engine.rank.sampling.transfer import OneCopy, float_bits
 from longspan.request import SamplingParams
 
 _EVERYTHING = 1 << 31  # a top-k that keeps every token
@@ -33,7 +33,7 @@ class DrawParameters:
     @staticmethod
     def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> DrawParameters:
         """The parameters of rows with these sampling parameters and seeds, in one copy to the device."""
-        upload = Upload()
+        upload = OneCopy()
         whole = [hashed(seed) for seed in seeds]
         whole += (one.top_k if one.top_k > 0 else _EVERYTHING for one in params)
         temperatures = [0.0 if one.temperature < GREEDY_BELOW else one.temperature for one in params]

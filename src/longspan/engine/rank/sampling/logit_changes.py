@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine.rank.sampling.rows import SampleRow, every_token, unpacked
-from longspan.engine.rank.sampling.transfer import Upload, to_device
+from longspan.engine.rank.sampling.transfer import OneCopy, to_device
 from longspan.errors import EngineError
 
 _LARGEST = 1e38
@@ -103,7 +103,7 @@ class PenaltyCounts:
         self._rows[row.request_id], self._counted[row.request_id] = number, 0
         if self._table is not None:
             self._table[number].zero_()
-            upload = Upload()
+            upload = OneCopy()
             upload.integers(row.prompt)
             self._table[number].index_fill_(0, upload.send(like.device)[0], _IN_PROMPT)
 
@@ -149,7 +149,7 @@ class LogitChanges:
 
     @staticmethod
     def of(
-        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: Upload
+        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
     ) -> LogitChanges:
         """The changes of the rows `chosen` to `logits` fp32 [R, vocab]."""
         changed, vocabulary = [rows[i] for i in chosen], logits.shape[1]
@@ -214,7 +214,7 @@ class _Penalties:
 
     @staticmethod
     def of(
-        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: Upload
+        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
     ) -> _Penalties:
         lacking: list[tuple[int, int]] = []
         drafts: list[tuple[int, int]] = []
@@ -264,7 +264,7 @@ class _Penalties:
             counts.sampled(row)
 
 
-def _pairs(pairs: Sequence[tuple[int, int]], upload: Upload) -> tuple[int, int] | None:
+def _pairs(pairs: Sequence[tuple[int, int]], upload: OneCopy) -> tuple[int, int] | None:
     if not pairs:
         return None
     return upload.integers(first for first, _ in pairs), upload.integers(second for _, second in pairs)

@@ -20,7 +20,7 @@ from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCou
 from longspan.engine.rank.sampling.logprobs import best, describe, on_host
 from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
 from longspan.engine.rank.sampling.rows import SampleRow
-from longspan.engine.rank.sampling.transfer import Upload, start_reading
+from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
@@ -121,7 +121,7 @@ class Sampler:
         draw = self._draw or _draw_on(logits.device.type)
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
-        batch, upload = self._batch, Upload()
+        batch, upload = self._batch, OneCopy()
         positions = None if batch.draw is None else upload.integers(row.position for row in rows)
         some = 0 < len(batch.described) < len(rows)
         wanted = upload.integers(batch.described) if some else None

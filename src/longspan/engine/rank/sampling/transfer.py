@@ -23,7 +23,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else pinned(tensor, device).to(device, non_blocking=True)
 
 
-class Upload:
+class OneCopy:
     """Integers and floats of many uses that go to a device in one copy."""
 
     def __init__(self) -> None:
