@@ -42,14 +42,14 @@ def config(**fields):
     [
         ("cpu", 1, 0, "threads"),
         ("cpu", 8, 0, "threads"),
-        ("cuda", 1, 1, "threads"),
-        ("cuda", 1, 8, "threads"),
+        ("cuda", 1, 1, "processes"),
+        ("cuda", 1, 8, "processes"),
         ("cuda", 2, 2, "processes"),
         ("cuda", 8, 8, "processes"),
         ("cuda", 4, 8, "processes"),
     ],
 )
-def test_auto_gives_each_of_several_ranks_a_process_and_a_gpu(device, ranks, gpus, chosen):
+def test_auto_gives_each_rank_on_gpus_a_process_and_a_gpu(device, ranks, gpus, chosen):
     assert choose_executor("auto", device, ranks, gpus) == chosen
 
 

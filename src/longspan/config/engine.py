@@ -312,7 +312,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     # `setup.resolve` replaces auto
     executor: str = option(
-        "auto", "auto (processes for several ranks on GPUs, else threads), threads, processes, ray, external, "
+        "auto", "auto (processes on GPUs, else threads), threads, processes, ray, external, "
         "or dry (no ranks; tokens are meaningless)",
     )  # fmt: skip
     cluster: ClusterConfig = field(

@@ -218,7 +218,10 @@ def resolve(
     """
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
-    executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus)
+    wanted = config.executor
+    if wanted == "auto" and extensions != NONE_ADDED and config.parallel.world_size == 1:
+        wanted = "threads"  # what is added is known in this process only
+    executor = choose_executor(wanted, device_type, config.parallel.world_size, gpus)
     config = replace(config, executor=executor)
     if device_type == "cuda":
         config = replace(config, scheduler=config.scheduler.on_gpus(config.parallel.prefill_context_parallel_size))
@@ -328,11 +331,12 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str
     """The name of the executor on a machine with `gpus` GPUs; `auto` is resolved.
 
     Ranks on a CPU are threads of one process, which share its weights. On GPUs each rank has a process and a GPU of its
-    own. Raises `ConfigError` if there are too few GPUs.
+    own: also a single one, because beside the scheduler's thread a rank's would wait for Python's lock. Raises
+    `ConfigError` if there are too few GPUs.
     """
     chosen = wanted
     if wanted == "auto":
-        chosen = "processes" if device_type == "cuda" and ranks > 1 else "threads"
+        chosen = "processes" if device_type == "cuda" else "threads"
     fitting = ", ".join(layout.flags for layout in islice(layouts(gpus), _LAYOUTS_NAMED)) if gpus else ""
     require(
         chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,
