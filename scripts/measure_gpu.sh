@@ -50,8 +50,8 @@ echo "tests: exit $? after $((SECONDS - started)) s, $(tail -n 1 "$folder/tests.
 grep -hE '^(FAILED|ERROR)' "$folder/tests.log" | cut -c1-200
 wait
 
-steps dense 60 "$models/llama" max_num_batched_tokens=8192
-steps mixture 60 "$models/deepseek" --cases 1x1024,16x1024 --prefill 8192 max_num_batched_tokens=8192
+steps dense 75 "$models/llama" max_num_batched_tokens=8192 --kernels 12
+steps mixture 75 "$models/deepseek" max_num_batched_tokens=8192 --cases 1x1024,16x1024 --prefill 8192
 bench decode 35 attention --backends triton --prefill "" --shared-context 0 --batch 1,64 --cached 8192,131072
 bench prefill 35 attention --heads gqa --backends triton --batch "" --shared-context 0
 bench moe 30 moe

@@ -1,12 +1,13 @@
 """Steps of one engine on a GPU: milliseconds, how long the device is busy in them, and with which kernels.
 
-    python scripts/measure_steps.py MODEL [--cases 1x1024,32x2048] [--prefill 32768] [--kernels 12] [OPTION=VALUE ...]
+    python scripts/measure_steps.py MODEL [OPTION=VALUE ...] [--cases 1x1024,32x2048] [--prefill 32768] [--kernels 12]
 
 For each case (batch x context): a greedy step and one at temperature 1 and top_p 0.95, beside the floor: the bytes of
-weights and cached tokens at the rate at which kernels read memory. The share of time in which the device idles is that
-of a trace of 100 steps. Then the time to the first token of short prompts, and the rate of a long prefill. OPTIONs are
-keywords of `LLM`. It uses public names only, so that it can run an older version too (PYTHONPATH). Prints lines for
-people on stderr and one JSON object.
+weights and cached tokens at the rate at which kernels read memory. Then the time to the first token of short prompts,
+and the rate of a long prefill. With `--kernels` a second engine, whose rank is a thread of this process, is traced for
+100 greedy steps of each case. The device idles for what a step takes longer than it is busy there. OPTIONs are keywords
+of `LLM`. It uses public names only, so that it can run an older version too (PYTHONPATH). Prints lines for people on
+stderr and one JSON object.
 """
 
 from __future__ import annotations
@@ -78,7 +79,6 @@ class Steps:
         for start, end, _ in kernels:
             busy += max(0.0, end - max(start, until))
             until = max(until, end)
-        span = until - kernels[0][0]
         steps = _STEPS * 0.9
         time_of: Counter[str] = Counter()
         count_of: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class Steps:
             time_of[name[:80]] += end - start
             count_of[name[:80]] += 1
         return {
-            "busy_ms": busy / steps / 1e3, "idle_share": 1 - busy / span, "kernels": len(kernels) / steps,
+            "busy_ms": busy / steps / 1e3, "kernels": len(kernels) / steps,
             "by_kernel": [
                 {"name": name, "ms": spent / steps / 1e3, "count": count_of[name] / steps}
                 for name, spent in time_of.most_common(40)
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--cases", default="1x1024,32x2048")
     parser.add_argument("--prefill", type=int, default=32768)
-    parser.add_argument("--kernels", type=int, default=12, help="kernels to print for each case")
+    parser.add_argument("--kernels", type=int, default=0, help="kernels to print for each case; 0: no trace")
     parser.add_argument("--read-tb-s", type=float, default=3.0, help="the rate at which kernels read memory")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE")
     options = parser.parse_args()
@@ -108,6 +108,7 @@ def main() -> None:
     config = json.loads((Path(options.model) / "config.json").read_text())
     weights = sum(path.stat().st_size for path in Path(options.model).glob("*.safetensors"))
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": []}
+    cases = [tuple(map(int, case.split("x"))) for case in options.cases.split(",")]
     started = time.perf_counter()
     with LLM(options.model, **keywords) as llm:
         report["start_s"] = time.perf_counter() - started
@@ -116,27 +117,46 @@ def main() -> None:
         report["short_ttft_ms"] = {"first": first[0], "median_of_next": median(first[1:])}
         firsts = ", ".join(f"{each:.1f}" for each in first)
         _say(f"start {report['start_s']:.1f} s; first token of {_SHORT} tokens: {firsts} ms")
-        for batch, context in (map(int, case.split("x")) for case in options.cases.split(",")):
-            row = _case(steps, batch, context, weights, _bytes_per_token(config), options.read_tb_s)
-            report["cases"].append(row)
-            _tell(row, options.kernels)
+        for batch, context in cases:
+            floor = (weights + batch * (context + _STEPS // 2) * _bytes_per_token(config)) / options.read_tb_s / 1e9
+            report["cases"].append(_case(steps, batch, context, floor))
         if options.prefill:
             rates = [options.prefill / steps.seconds(steps.prompts(1, options.prefill), 1) for _ in range(2)]
             report["prefill_tokens_per_s"] = {"tokens": options.prefill, "rate": max(rates), "first": rates[0]}
             _say(f"prefill of {options.prefill}: {', '.join(f'{rate:,.0f}' for rate in rates)} tokens/s")
-        report["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    if options.kernels:
+        with LLM(options.model, **{**keywords, "executor": "threads"}) as llm:
+            steps = Steps(llm, config["vocab_size"])
+            for row in report["cases"]:
+                _trace(steps, row, options.kernels)
     print(json.dumps(report))
 
 
-def _case(steps: Steps, batch: int, context: int, weights: int, bytes_per_token: int, tb_s: float) -> dict[str, Any]:
+def _case(steps: Steps, batch: int, context: int, floor: float) -> dict[str, Any]:
     prompts = steps.prompts(batch, context)
     steps.seconds(prompts, 1)
     greedy, sampled = (steps.step_ms(prompts, temperature) for temperature in (0.0, 1.0))
-    floor = (weights + batch * (context + _STEPS // 2) * bytes_per_token) / tb_s / 1e9
+    _say(
+        f"batch {batch} x {context}: greedy {greedy:.3f} ms, {greedy / floor:.2f} of the floor {floor:.3f}; sampled "
+        f"{sampled:.3f} ms ({sampled / greedy:.3f})"
+    )
     return {
         "batch": batch, "context": context, "floor_ms": floor, "greedy_ms": greedy, "sampled_ms": sampled,
-        "over_floor": greedy / floor, "sampled_over_greedy": sampled / greedy, **steps.trace(prompts),
+        "over_floor": greedy / floor, "sampled_over_greedy": sampled / greedy,
     }  # fmt: skip
+
+
+def _trace(steps: Steps, row: dict[str, Any], kernels: int) -> None:
+    prompts = steps.prompts(row["batch"], row["context"])
+    steps.seconds(prompts, 4)
+    row.update(steps.trace(prompts))
+    row["idle_share"] = max(0.0, 1 - row["busy_ms"] / row["greedy_ms"])
+    _say(
+        f"batch {row['batch']} x {row['context']}: device busy {row['busy_ms']:.3f} ms, idle {row['idle_share']:.1%}, "
+        f"{row['kernels']:.0f} kernels a step"
+    )
+    for kernel in row["by_kernel"][:kernels]:
+        _say(f"   {kernel['ms']:8.4f} ms {kernel['count']:6.1f} x {kernel['name']}")
 
 
 def _bytes_per_token(config: dict[str, Any]) -> int:
@@ -146,16 +166,6 @@ def _bytes_per_token(config: dict[str, Any]) -> int:
         return int(2 * layers * (config["kv_lora_rank"] + config["qk_rope_head_dim"]))
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(2 * 2 * layers * config["num_key_value_heads"] * dim)
-
-
-def _tell(row: dict[str, Any], kernels: int) -> None:
-    _say(
-        f"batch {row['batch']} x {row['context']}: greedy {row['greedy_ms']:.3f} ms, {row['over_floor']:.2f} of the "
-        f"floor {row['floor_ms']:.3f}; sampled {row['sampled_ms']:.3f} ({row['sampled_over_greedy']:.3f}); device busy "
-        f"{row['busy_ms']:.3f} ms, idle {row['idle_share']:.1%}, {row['kernels']:.0f} kernels a step"
-    )
-    for kernel in row["by_kernel"][:kernels]:
-        _say(f"   {kernel['ms']:8.4f} ms {kernel['count']:6.1f} x {kernel['name']}")
 
 
 def _say(text: str) -> None:
