@@ -9,6 +9,7 @@ import torch
 
 from longspan.attention.pool import SlotWriter
 from longspan.attention.rows import CacheRows, quantise
+from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.view import WriteRun
 
 pytest.importorskip("triton")
@@ -137,8 +138,10 @@ def test_a_latent_cache_takes_keys_alone():
 def test_a_refilled_writer_writes_the_new_step_only():
     target = cache(torch.bfloat16, 2, (), 16)
     k, v = rows(16)
-    writer = TritonWriter(WRITES, ROWS, DEVICE)
+    buffer = StepBuffer(DEVICE)
+    writer = TritonWriter(WRITES, ROWS, DEVICE, buffer)
     writer.refill((WriteRun(1, 20, 2),))
+    buffer.send()
     expected = written(ROWS, target, k, v, (WriteRun(1, 20, 2),))
     writer.write(target, k.to(DEVICE), v.to(DEVICE))
     assert_same(target, expected)
@@ -168,13 +171,15 @@ def test_the_kernels_that_move_memory_compile_for_a_gpu_without_one():
 def test_a_captured_launch_is_replayed_for_another_step():
     target = cache(torch.bfloat16, 2, (), 16)
     k, v = (x.cuda() for x in rows(16))
-    writer = TritonWriter((), ROWS, DEVICE)
+    buffer = StepBuffer(DEVICE)
+    writer = TritonWriter((), ROWS, DEVICE, buffer)
     writer.write(target, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         writer.write(target, k, v)
     expected = written(ROWS, target, k.cpu(), v.cpu())
     writer.refill(WRITES)
+    buffer.send()
     graph.replay()
     assert_same(target, expected)
 

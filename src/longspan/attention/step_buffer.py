@@ -36,8 +36,9 @@ class StepBuffer:
     On a CPU host and device are the same memory, and nothing is sent.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, chunk: int = _CHUNK) -> None:
         self._device = device
+        self._chunk = chunk  # int32 of a chunk, at least
         self._chunks: list[tuple[Tensor, Tensor]] = []  # int32, on the host and on the device
         self._used: list[int] = []  # of each chunk
 
@@ -45,8 +46,9 @@ class StepBuffer:
         """A field of `count` zeros."""
         size = count * dtype.itemsize // torch.int32.itemsize
         if not self._chunks or self._used[-1] + size > len(self._chunks[-1][0]):
-            host = torch.zeros(max(size, _CHUNK), dtype=torch.int32)
-            self._chunks.append((host, host if self._device.type == "cpu" else host.to(self._device)))
+            host = torch.zeros(max(size, self._chunk), dtype=torch.int32)
+            on_cpu = self._device.type == "cpu"
+            self._chunks.append((host, host if on_cpu else torch.zeros_like(host, device=self._device)))
             self._used.append(0)
         at = self._used[-1]
         self._used[-1] = -(-(at + size) // _ALIGNED) * _ALIGNED

@@ -161,7 +161,7 @@ class EngineCore:
         return len(self._in_flight)
 
     def step(self) -> list[TokenOutput]:
-        """Submit steps until `steps_at_once` are in flight, then wait for the oldest and return its outputs.
+        """Submit steps while there is room for them, then wait for the oldest in flight and return its outputs.
 
         Raises `EngineError` if a rank fails, after which the core is shut down.
         """
@@ -169,7 +169,7 @@ class EngineCore:
         try:
             if self.role:
                 self.role.poll()
-            while len(self._in_flight) < self.scheduler.steps_at_once and (plan := self.scheduler.schedule()):
+            while self._has_room() and (plan := self.scheduler.schedule()):
                 self.executor.submit(plan)
                 for admission in plan.admitted:
                     self._scheduled_at.setdefault(admission.request_id, time.monotonic())
@@ -211,6 +211,17 @@ class EngineCore:
             self._offload.close()
         if self.role:
             self.role.close()
+
+    def _has_room(self) -> bool:
+        """Whether another step may be submitted.
+
+        Under async scheduling steps that only decode may be one more than `steps_at_once`. A GPU computes such a step
+        faster than a result reaches the driver and the next plan the rank.
+        """
+        most = self.scheduler.steps_at_once
+        if self.setup.config.scheduler.async_scheduling and not any(_tokens(plan)[0] for plan, _, _ in self._in_flight):
+            most += 1
+        return len(self._in_flight) < most
 
     def _tokens_in_flight(self) -> int:
         """Number of tokens computed or loaded by the steps in flight."""

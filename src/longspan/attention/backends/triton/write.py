@@ -28,7 +28,7 @@ class TritonWriter:
         self, writes: Sequence[WriteRun], rows: int, device: torch.device, buffer: StepBuffer | None = None
     ) -> None:
         self._rows = rows
-        self._field = (buffer or StepBuffer(device)).reserve(rows)
+        self._field = (buffer or StepBuffer(device, rows)).reserve(rows)
         self._slots = self._field.device
         self.refill(writes)
         self._field.send()
