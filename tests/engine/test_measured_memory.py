@@ -16,8 +16,9 @@ from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank import build
-from longspan.engine.rank.graphs import EagerRecorder, GraphRunner, graph_sizes
+from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.profile import measure, require_room
+from longspan.engine.rank.recorder import EagerRecorder
 from longspan.engine.rank.runner import Runner
 from longspan.engine.setup import resolve
 from longspan.engine.transport.messages import RankReady

@@ -14,7 +14,8 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.pool import SlotWriter
 from longspan.config import CostConstants, Fixed
-from longspan.engine.rank.graphs import CudaRecorder, EagerRecorder, GraphRunner, graph_sizes, padded_rows
+from longspan.engine.rank.graphs import GraphRunner, graph_sizes, padded_rows
+from longspan.engine.rank.recorder import CudaRecorder, EagerRecorder
 from longspan.engine.setup import EngineSetup
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved

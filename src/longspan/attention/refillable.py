@@ -1,4 +1,4 @@
-"""The attention of a decode step with a fixed number of rows, which is refilled before a CUDA graph is replayed.
+"""The attention of a step with a fixed number of rows, which is refilled before a CUDA graph is replayed.
 
 It owns which runs and slots are refilled from a view; the buffers are the backend's.
 """
@@ -6,13 +6,15 @@ It owns which runs and slots are refilled from a view; the buffers are the backe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
 from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.reach import QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
+
+_SHORT_SPAN_SLOTS = 1 << 16  # slots of short spans for which a local step has room
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,35 @@ class RefillableStep:
         if schedule is None:
             return Reach("local", rows, runs[0], (), (), ())
         return Reach(schedule, 0, (), tuple(QueryBlock(rows, of_block) for of_block in runs), (), ())
+
+
+class RefillableLocalStep:
+    """A prepared step of any segments, on a rank that computes alone, whose runs and slots can be replaced in place.
+
+    Rows that pad a step write nothing and see nothing. Raises `ValueError` if the backend has no such runs.
+    """
+
+    def __init__(self, preparer: Preparer, backend: RecordableBackend, rows: int, buffer: StepBuffer) -> None:
+        found = [backend.indexed(rows, rows, _SHORT_SPAN_SLOTS) for _ in preparer.windows]
+        self._runs = [runs for runs in found if runs is not None]
+        if len(self._runs) < len(found):
+            raise ValueError(f"{type(backend).__name__} has no refillable runs of several rows")
+        self._writer = backend.writer((), rows, buffer)
+        reach = Reach("local", rows, (), (), (), ())
+        groups = tuple(PreparedReach(reach, OwnRuns(runs), (), preparer) for runs in self._runs)
+        self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._writer)
+
+    def fill(self, view: RankView) -> bool:
+        """Refill `prepared` for this step. The caller sends the buffer.
+
+        False if rows travel, a segment does not read itself from the cache, or the runs do not fit: then the step must
+        be prepared anew.
+        """
+        if any(phase.diagonal or any(sum(reach.block_rows) for reach in phase.groups) for phase in view.phases):
+            return False
+        for group, refillable in enumerate(self._runs):
+            runs = [replace(run, row=run.row + phase.start) for phase in view.phases for run in phase.groups[group].own]
+            if not refillable.fill(runs):
+                return False
+        self._writer.refill(view.writes)
+        return True

@@ -171,7 +171,7 @@ class Backend(ABC):
 
 
 class RefillableRuns(PreparedRuns, Protocol):
-    """Runs of one row each, in buffers at fixed device addresses, so that a CUDA graph can be replayed with others."""
+    """Runs in buffers at fixed device addresses, so that a CUDA graph can be replayed with others."""
 
     def fill(self, runs: Sequence[QueryRun]) -> bool:
         """Replace the runs. Returns False, and changes nothing, if the buffers are too small for them."""
@@ -195,6 +195,13 @@ class RecordableBackend(Backend):
 
         What `fill` sends may be put into `buffer`, which the caller sends when everything is filled.
         """
+
+    def indexed(self, rows: int, longest: int, index: int) -> RefillableRuns | None:
+        """Runs of up to `longest` rows each, causal ones too, with room for `index` slots of short spans.
+
+        What `fill` sends is sent by itself. None if the backend has no such runs.
+        """
+        return None
 
     @abstractmethod
     def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> RefillableWriter:

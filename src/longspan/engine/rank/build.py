@@ -22,13 +22,15 @@ from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.memory_use import MemoryUse
-from longspan.engine.rank.graphs import CudaRecorder, GraphRunner, graph_sizes
+from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
 from longspan.engine.rank.progress import progress_bar
+from longspan.engine.rank.recorder import CudaRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.short_steps import ShortSteps
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
 from longspan.models.context import Alone, LayerContext, Model
@@ -177,7 +179,11 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     if not setup.records_decode or not isinstance(backend, RecordableBackend):
         return None
     sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
-    return GraphRunner(parts.model, parts.attention, backend, CudaRecorder(parts.device), setup.grid.pcp, sizes)
+    recorder, short = CudaRecorder(parts.device), None
+    # several ranks would have to agree on what has room, and latents have two forms
+    if setup.grid.world_size == 1 and setup.model.mla is None and backend.causal_runs:
+        short = ShortSteps(parts.model, parts.attention, backend, recorder)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short)
 
 
 def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:

@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from longspan.attention.schedules import Schedule
 from longspan.attention.step_buffer import StepBuffer
 from longspan.config import DEFAULT_RUNNING
 from longspan.engine.rank.progress import with_progress
+from longspan.engine.rank.recorder import Recorder
+from longspan.engine.rank.short_steps import ShortSteps
 from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView
@@ -33,48 +34,6 @@ _SMALL = (1, 2, 4)
 # time of a start
 _STEPS = ((32, 8), (128, 16), (256, 32), (1024, 64))
 _LARGE_STEP = 128
-
-
-class Recorder(Protocol):
-    """Records work whose inputs and results keep their addresses."""
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run the work once and record it. The returned function repeats it on the present contents of its inputs."""
-        ...
-
-
-class EagerRecorder:
-    """The reference: runs the work again without a graph. As with a graph, the result keeps its address."""
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Recorder.record`."""
-        result = work()
-        return lambda: result.copy_(work())
-
-
-class CudaRecorder:
-    """Records CUDA graphs. They share one memory pool, because no two of them run at the same time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one for all graphs: cuBLAS keeps a workspace of 32 MiB for each stream
-
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Recorder.record`. A first run outside the capture compiles kernels and allocates buffers."""
-        self._side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._side):
-            work()
-        torch.cuda.current_stream(self._device).wait_stream(self._side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-            result = work()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
 
 
 def graph_sizes(most: int, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -158,7 +117,7 @@ class GraphRunner:
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int,
-        sizes: Sequence[int] = ALL_SIZES,
+        sizes: Sequence[int] = ALL_SIZES, short: ShortSteps | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
@@ -166,6 +125,7 @@ class GraphRunner:
         self._recorder = recorder
         self._pcp = pcp
         self.sizes = tuple(sizes)
+        self.short = short  # graphs of short steps with prompt tokens; None if they are not recorded
         self._logits = _LogitsBuffer(self.sizes[-1])
         self._made: dict[StepSize, _Graph] = {}
 
@@ -183,6 +143,9 @@ class GraphRunner:
         count = len(self.sizes) * len(schedules)
         for _ in with_progress("recording decode steps", self.record_one_by_one(schedules), count, shown):
             pass
+        if self.short is not None:
+            for _ in with_progress("recording short steps", self.short.record(), self.short.count, shown):
+                pass
 
     def record_one_by_one(self, schedules: Sequence[str | None]) -> Iterator[StepSize]:
         """Record as `record` does, and yield after each graph."""

@@ -105,11 +105,16 @@ def _run(runner: Runner, plans: Sequence[StepPlan]) -> None:
 
 def _recordings(graphs: GraphRunner, setup: EngineSetup, memory: DeviceMemory) -> int:
     """Bytes of all CUDA graphs: the largest is recorded, and another one, which shows what each of the others adds."""
-    found = [memory.free()]
+    short, found = 0, [memory.free()]
     for _ in graphs.record_one_by_one(setup.recorded_schedules):
         found.append(memory.free())
         if len(found) > 2:
             break
+    if graphs.short is not None:
+        short = memory.free()
+        for _ in graphs.short.record():
+            pass
+        short -= memory.free()
     first, *others = [before - after for before, after in pairwise(found)]
     each = max(0, *others) if others else 0
-    return max(0, first) + each * (len(graphs.sizes) * len(setup.recorded_schedules) - 1)
+    return max(0, short) + max(0, first) + each * (len(graphs.sizes) * len(setup.recorded_schedules) - 1)

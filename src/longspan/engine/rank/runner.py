@@ -173,10 +173,7 @@ class Runner:
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
         )
-        self._attention.begin(self._attention.preparer.step(view))
-        if self._experts is not None:
-            self._experts.expect(self._rows_of_pcp(plan))
-        hidden = self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
+        hidden = self._hidden(plan, view)
         if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
             return StepResult
@@ -186,6 +183,16 @@ class Runner:
             return self._finish(view, hidden, scores)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
         return self._finish(view, logits, scores)
+
+    def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
+        """Hidden states [T, hidden] after the layers of this stage."""
+        short = None if self.cuda_graphs is None else self.cuda_graphs.short
+        if short is not None and (found := short.hidden(view, self._token_ids(view))) is not None:
+            return found
+        self._attention.begin(self._attention.preparer.step(view))
+        if self._experts is not None:
+            self._experts.expect(self._rows_of_pcp(plan))
+        return self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
 
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
         """Run a decode step as a CUDA graph. Every row is sampled."""

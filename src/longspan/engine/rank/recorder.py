@@ -1,0 +1,54 @@
+"""How work on a GPU is recorded once and repeated: as a CUDA graph, or for tests by running it again.
+
+It owns streams and memory pools of recordings; it must not know what is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Recorder(Protocol):
+    """Records work whose inputs and results keep their addresses."""
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Run the work once and record it. The returned function repeats it on the present contents of its inputs."""
+        ...
+
+
+class EagerRecorder:
+    """The reference: runs the work again without a graph. As with a graph, the result keeps its address."""
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """See `Recorder.record`."""
+        result = work()
+        return lambda: result.copy_(work())
+
+
+class CudaRecorder:
+    """Records CUDA graphs. They share one memory pool, because no two of them run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one for all graphs: cuBLAS keeps a workspace of 32 MiB for each stream
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """See `Recorder.record`. A first run outside the capture compiles kernels and allocates buffers."""
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            work()
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
