@@ -38,7 +38,8 @@ def test_refilled_plans_give_the_tokens_of_the_oracle(model):
 @pytest.mark.parametrize("model", ["llama", "gpt-oss"])
 def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(model):
     """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
-    prompts = [PROMPTS[0], prompt_of(61, 9), PROMPTS[1], prompt_of(61, 9)]
+    prompts, lengths = [*PROMPTS, prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
     with LLM(tiny_folder(model), **{**DEFAULTS, "dtype": "float32", "max_num_seqs": 2}) as llm:
         (runner,) = llm.engine.executor.runners
         ops = runner.attention.ops
@@ -54,8 +55,8 @@ def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(m
             return found
 
         short.hidden = watched
-        found = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
-        assert found == [greedy(oracle(model), prompt, 4)[0] for prompt in prompts]
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        assert found == [greedy(oracle(model), *each)[0] for each in zip(prompts, lengths, strict=True)]
         assert all(recorded == (count <= 32) for count, _, recorded in rows)
         assert {phases for _, phases, recorded in rows if recorded} == {1, 2}
 
