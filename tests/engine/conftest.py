@@ -19,9 +19,9 @@ DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 20,
     "num_threads": 1,
     "debug": True,
-    "executor": "threads",  # tests look into ranks, and a machine may have one GPU only
     "cost": CostConstants(),
 }
+THREADS = {**DEFAULTS, "executor": "threads"}  # tests look into ranks, and a machine may have one GPU only
 SHORT = {
     "tp": "tensor_parallel_size",
     "pcp": "prefill_context_parallel_size",
@@ -37,7 +37,7 @@ def tiny() -> Any:
 
     def start(model: str = "llama", **options: Any) -> LLM:
         named = {SHORT.get(name, name): value for name, value in options.items()}
-        llm = LLM(tiny_folder(model), **{**DEFAULTS, **named})
+        llm = LLM(tiny_folder(model), **{**THREADS, **named})
         started.append(llm)
         return llm
 

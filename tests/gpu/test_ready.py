@@ -14,7 +14,7 @@ from longspan.cache.pages import Span
 from longspan.disaggregation.pool_access import PoolAccess
 from longspan.engine.rank.page_staging import CudaStreams, PageStaging
 from longspan.engine.rank.upload import CudaCopying, Upload
-from tests.engine.conftest import DEFAULTS
+from tests.engine.conftest import THREADS
 from tests.oracle import prompt_of, tiny_folder
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ PARAMS = [SamplingParams(max_tokens=6, temperature=t, top_p=p) for t, p in ((0, 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek-v3"])
 def started(request):
-    options = {**DEFAULTS, "dtype": "bfloat16", "max_num_batched_tokens": 512, "debug": False}
+    options = {**THREADS, "dtype": "bfloat16", "max_num_batched_tokens": 512, "debug": False}
     with LLM(tiny_folder(request.param), **options) as llm:
         yield llm
 
@@ -53,7 +53,7 @@ def test_the_first_token_of_a_short_prompt_takes_no_longer_than_later_ones(start
 
 
 def test_the_cache_takes_what_is_measured_to_be_left_and_the_start_says_what_takes_what():
-    options = {**DEFAULTS, "dtype": "bfloat16", "debug": False, "kv_cache_memory_bytes": None, "page_size": 16}
+    options = {**THREADS, "dtype": "bfloat16", "debug": False, "kv_cache_memory_bytes": None, "page_size": 16}
     with LLM(tiny_folder("llama"), **options, gpu_memory_utilization=0.5) as llm:
         setup = llm.engine.setup
         free, total = torch.cuda.mem_get_info()
@@ -113,7 +113,7 @@ def test_a_block_for_another_instance_is_read_and_written_by_its_own_stream():
 
 def test_offloaded_pages_give_the_same_tokens():
     prompt = prompt_of(40)
-    options = {**DEFAULTS, "dtype": "float32", "pages_per_shard": (24,), "kv_cache_memory_bytes": None}
+    options = {**THREADS, "dtype": "float32", "pages_per_shard": (24,), "kv_cache_memory_bytes": None}
     with LLM(tiny_folder("llama"), **options, kv_offload_memory=1 << 20) as llm:
         first = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0].token_ids
         for number in range(3):

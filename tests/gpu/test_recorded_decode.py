@@ -10,7 +10,7 @@ from longspan import LLM, SamplingParams
 from longspan.engine.rank.graphs import GraphRunner
 from longspan.engine.rank.recorder import EagerRecorder
 from longspan.engine.rank.short_steps import ShortSteps
-from tests.engine.conftest import DEFAULTS
+from tests.engine.conftest import THREADS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 pytest.importorskip("triton")
@@ -26,7 +26,7 @@ def tokens_of(llm):
 
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
 def test_refilled_plans_give_the_tokens_of_the_oracle(model):
-    with LLM(tiny_folder(model), **{**DEFAULTS, "dtype": "float32"}) as llm:
+    with LLM(tiny_folder(model), **{**THREADS, "dtype": "float32"}) as llm:
         (runner,) = llm.engine.executor.runners
         ops = runner.attention.ops
         backend = TritonBackend(runner.attention.pool.device, ops.value_dim)
@@ -40,7 +40,7 @@ def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(m
     """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
     prompts, lengths = [*PROMPTS, prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
     params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
-    with LLM(tiny_folder(model), **{**DEFAULTS, "dtype": "float32", "max_num_seqs": 2}) as llm:
+    with LLM(tiny_folder(model), **{**THREADS, "dtype": "float32", "max_num_seqs": 2}) as llm:
         (runner,) = llm.engine.executor.runners
         ops = runner.attention.ops
         backend = TritonBackend(runner.attention.pool.device, ops.value_dim)
@@ -66,7 +66,7 @@ def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(m
 def test_cuda_graphs_give_the_tokens_of_eager_steps(model):
     found = []
     for eager in (True, False):
-        with LLM(tiny_folder(model), **{**DEFAULTS, "dtype": "float32", "enforce_eager": eager}) as llm:
+        with LLM(tiny_folder(model), **{**THREADS, "dtype": "float32", "enforce_eager": eager}) as llm:
             assert (llm.engine.executor.runners[0].cuda_graphs is None) == eager
             found.append(tokens_of(llm))
     assert found[0] == found[1]
@@ -76,6 +76,6 @@ def test_cuda_graphs_give_the_tokens_of_eager_steps(model):
 @pytest.mark.parametrize("layout", [{}, {"prefill_context_parallel_size": 2}], ids=str)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_virtual_ranks_of_one_gpu_give_the_tokens_of_the_oracle(backend, layout):
-    options = {**DEFAULTS, "dtype": "float32", "attention_backend": backend, "executor": "threads", **layout}
+    options = {**THREADS, "dtype": "float32", "attention_backend": backend, **layout}
     with LLM(tiny_folder("llama"), **options) as llm:
         assert tokens_of(llm) == [greedy(oracle("llama"), prompt, 4)[0] for prompt in PROMPTS]

@@ -7,7 +7,7 @@ import torch
 
 from longspan import LLM, SamplingParams
 from longspan.attention.step_buffer import StepBuffer
-from tests.engine.conftest import DEFAULTS
+from tests.engine.conftest import THREADS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,7 +33,7 @@ def test_fields_keep_their_addresses_and_arrive_together(device):
 def test_recorded_steps_of_scattered_contexts_give_the_tokens_of_the_oracle_and_never_wait_for_the_gpu():
     """Requests that grow side by side: their pages alternate, so that every context is read through the index."""
     prompts = [prompt_of(11 + number, number + 1) for number in range(6)]
-    options = {**DEFAULTS, "dtype": "float32", "async_scheduling": True}
+    options = {**THREADS, "dtype": "float32", "async_scheduling": True}
     with LLM(tiny_folder("llama"), **options) as llm:
         params = SamplingParams(temperature=0, max_tokens=24)
         llm.generate(prompts, params)  # records

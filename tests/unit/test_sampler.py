@@ -22,7 +22,7 @@ from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
 from longspan.engine.rank.sampling.rows import SampleRow, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
-from longspan.engine.rank.sampling.transfer import Upload
+from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
@@ -270,7 +270,7 @@ def test_top_k_never_sorts_the_vocabulary(params: SamplingParams) -> None:
 
 def changed(logits: Tensor, rows: list[SampleRow]) -> Tensor:
     """The logits of rows after bias, penalties and masks."""
-    counts, upload = PenaltyCounts(), Upload()
+    counts, upload = PenaltyCounts(), OneCopy()
     changes = LogitChanges.of(rows, range(len(rows)), counts, logits, upload)
     return changes.apply(logits, counts, upload.send(logits.device))
 

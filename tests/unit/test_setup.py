@@ -53,6 +53,10 @@ def test_auto_gives_each_rank_on_gpus_a_process_and_a_gpu(device, ranks, gpus, c
     assert choose_executor("auto", device, ranks, gpus) == chosen
 
 
+def test_auto_keeps_a_single_rank_in_the_process_that_knows_what_was_added_to_the_engine():
+    assert choose_executor("auto", "cuda", 1, 1, extended=True) == "threads"
+
+
 @pytest.mark.parametrize("wanted", ["auto", "processes"])
 def test_more_ranks_than_gpus_are_refused_with_both_numbers_and_the_remedies(wanted):
     with pytest.raises(ConfigError) as error:

@@ -93,10 +93,10 @@ class RefillableLocalStep:
         self._runs = [runs for runs in found if runs is not None]
         if len(self._runs) < len(found):
             raise ValueError(f"{type(backend).__name__} has no refillable runs of several rows")
-        self._writer = backend.writer((), rows, buffer)
+        self._slots = backend.writer((), rows, buffer)
         reach = Reach("local", rows, (), (), (), ())
         groups = tuple(PreparedReach(reach, OwnRuns(runs), (), preparer) for runs in self._runs)
-        self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._writer)
+        self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._slots)
 
     def fill(self, view: RankView) -> bool:
         """Refill `prepared` for this step. The caller sends the buffer.
@@ -110,5 +110,5 @@ class RefillableLocalStep:
             runs = [replace(run, row=run.row + phase.start) for phase in view.phases for run in phase.groups[group].own]
             if not refillable.fill(runs):
                 return False
-        self._writer.refill(view.writes)
+        self._slots.refill(view.writes)
         return True

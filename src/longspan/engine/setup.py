@@ -159,6 +159,14 @@ class EngineSetup:
         return plain and alone and self.device_type == "cuda"
 
     @property
+    def records_short_steps(self) -> bool:
+        """Whether short steps with prompt tokens are recorded as well.
+
+        Several ranks would have to agree on what has room in a graph's buffers, and latents have two forms.
+        """
+        return self.records_decode and self.grid.world_size == 1 and self.model.mla is None
+
+    @property
     def _has_fixed_shapes(self) -> bool:
         """Whether the shapes of a step follow from its numbers of rows, also where there is a mixture of experts."""
         moe, exchanges = self.model.moe, self.config.parallel.enable_expert_parallel
@@ -218,10 +226,7 @@ def resolve(
     """
     device_type = resolve_device(config.device)
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
-    wanted = config.executor
-    if wanted == "auto" and extensions != NONE_ADDED and config.parallel.world_size == 1:
-        wanted = "threads"  # what is added is known in this process only
-    executor = choose_executor(wanted, device_type, config.parallel.world_size, gpus)
+    executor = choose_executor(config.executor, device_type, config.parallel.world_size, gpus, extensions != NONE_ADDED)
     config = replace(config, executor=executor)
     if device_type == "cuda":
         config = replace(config, scheduler=config.scheduler.on_gpus(config.parallel.prefill_context_parallel_size))
@@ -327,16 +332,17 @@ def _with_cache_bytes(
     return replace(config, cache=cache)
 
 
-def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int) -> str:
+def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int, extended: bool = False) -> str:
     """The name of the executor on a machine with `gpus` GPUs; `auto` is resolved.
 
     Ranks on a CPU are threads of one process, which share its weights. On GPUs each rank has a process and a GPU of its
-    own: also a single one, because beside the scheduler's thread a rank's would wait for Python's lock. Raises
-    `ConfigError` if there are too few GPUs.
+    own: also a single one, because beside the scheduler's thread a rank's would wait for Python's lock. But if the
+    engine is `extended`, one rank is a thread, because other processes do not know what is added. Raises `ConfigError`
+    if there are too few GPUs.
     """
     chosen = wanted
     if wanted == "auto":
-        chosen = "processes" if device_type == "cuda" else "threads"
+        chosen = "processes" if device_type == "cuda" and not (extended and ranks == 1) else "threads"
     fitting = ", ".join(layout.flags for layout in islice(layouts(gpus), _LAYOUTS_NAMED)) if gpus else ""
     require(
         chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,

@@ -180,8 +180,7 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
         return None
     sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
     recorder, short = CudaRecorder(parts.device), None
-    # several ranks would have to agree on what has room, and latents have two forms
-    if setup.grid.world_size == 1 and setup.model.mla is None and backend.causal_runs:
+    if setup.records_short_steps and backend.causal_runs:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
     return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short)
 
