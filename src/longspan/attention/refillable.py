@@ -106,9 +106,11 @@ class RefillableLocalStep:
         """
         if any(phase.diagonal or any(sum(reach.block_rows) for reach in phase.groups) for phase in view.phases):
             return False
-        for group, refillable in enumerate(self._runs):
-            runs = [replace(run, row=run.row + phase.start) for phase in view.phases for run in phase.groups[group].own]
-            if not refillable.fill(runs):
+        for group, made in enumerate(self._runs):
+            wanted = [
+                replace(run, row=run.row + phase.start) for phase in view.phases for run in phase.groups[group].own
+            ]
+            if not made.fill(wanted):
                 return False
         self._slots.refill(view.writes)
         return True

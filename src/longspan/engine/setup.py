@@ -160,10 +160,8 @@ class EngineSetup:
 
     @property
     def records_short_steps(self) -> bool:
-        """Whether short steps with prompt tokens are recorded as well.
-
-        Several ranks would have to agree on what has room in a graph's buffers, and latents have two forms.
-        """
+        """Whether short steps with prompt tokens are recorded too: not on several ranks, which would have to agree on
+        what has room in a graph's buffers, nor with latents, which have two forms."""
         return self.records_decode and self.grid.world_size == 1 and self.model.mla is None
 
     @property
