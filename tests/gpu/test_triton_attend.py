@@ -206,7 +206,7 @@ def test_slots_whose_offset_needs_more_than_32_bits():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
-    "dim, kv_factor, groups, value_dim", [(64, 2, (64,), 64), (96, 1, (64, 32), 64), (80, 2, (48, 32), 80)]
+    "dim, kv_factor, groups, value_dim", [(64, 2, (64,), 64), (96, 1, (64, 32), 64), (80, 2, (80,), 80)]
 )
 def test_quantised_rows_are_attended_as_they_read(dtype, dim, kv_factor, groups, value_dim):
     q = rand(4, 8, dim)
@@ -214,6 +214,13 @@ def test_quantised_rows_are_attended_as_they_read(dtype, dim, kv_factor, groups,
     runs = (run(0, 3, (3, 90), causal=True), run(3, 1, (100, 30), (140, 70)))
     reference = ReferenceBackend().attend(q.double(), runs, CacheRows(kv.read(torch.float64)), heads(8, 1), 0.2)
     check(backend(value_dim).attend(q.to(DEVICE), runs, on_device(kv), heads(8, 1), 0.2), reference)
+
+
+@pytest.mark.parametrize("groups, kv_factor", [((48, 32), 1), ((64, 16), 2)])
+def test_scale_groups_that_no_cache_has_are_refused(groups, kv_factor):
+    kv = CacheRows(*quantise(rand(kv_factor, 1, 40, 80, seed=1), torch.int8, groups), groups)
+    with pytest.raises(ValueError, match="groups of scales"):
+        backend(80).attend(rand(1, 1, 80).to(DEVICE), (run(0, 1, (3, 9)),), on_device(kv), heads(1, 1), 0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

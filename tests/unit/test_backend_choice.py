@@ -41,6 +41,12 @@ def test_auto_takes_the_fastest_that_is_there(device, is_installed, name, shape)
     assert choose_backend("auto", device, shape, is_installed=is_installed).name == name
 
 
+def test_auto_falls_back_for_quantised_latents_whose_rank_is_no_power_of_two():
+    narrow = shape(head_dim=448, value_dim=384, kv_factor=1, quantised=True)
+    choice = choose_backend("auto", "cuda", narrow, is_installed=everything)
+    assert choice.name == "torch" and "power of two, not 384" in choice.reason
+
+
 def test_auto_says_why_it_falls_back():
     choice = choose_backend("auto", "cuda", GQA, is_installed=nothing)
     assert choice.reason == "triton needs the package triton, which is not installed"

@@ -12,6 +12,8 @@ _WIDEST_LATENT = 576  # most elements of latent and rotary key: here one tile ho
 
 def _supports(shape: BackendShape) -> str | None:
     """See `AttentionBackend.supports`."""
+    if shape.quantised and shape.kv_factor == 1 and shape.value_dim & (shape.value_dim - 1):
+        return f"reads quantised latents whose rank is a power of two, not {shape.value_dim}"
     if shape.head_dim <= (_WIDEST_LATENT if shape.kv_factor == 1 else _WIDEST):
         return None
     return f"takes heads of up to {_WIDEST} elements and latents of up to {_WIDEST_LATENT}, not {shape.head_dim}"
