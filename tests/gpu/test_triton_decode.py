@@ -139,6 +139,22 @@ def test_an_unchanged_context_is_not_sent_again(monkeypatch):
     assert sum(sent[1:]) == 4 * PAGE  # the page that each got
 
 
+def test_an_index_is_not_begun_anew_for_the_second_layer_group_of_a_step(monkeypatch):
+    """Both groups read it in the same launches: the first would read what the second has written."""
+    monkeypatch.setattr("longspan.attention.backends.triton.columns._FORGET", 4)
+    contexts = Contexts(random.Random(0), 9)
+    for _ in range(10):
+        for number in range(9):
+            contexts.grow(number, PAGE)
+    table = ColumnTable(10_000, torch.device("cpu"))
+    for number in range(6):  # requests that end
+        table.of(DecodeRuns([0], contexts.pages[number : number + 1], [0], contexts.tokens[number : number + 1], PAGE))
+    runs = DecodeRuns([0, 1, 2], contexts.pages[6:], [0] * 3, contexts.tokens[6:], PAGE)
+    assert table.of(runs) is not None
+    assert table.of(runs) is None  # so this step is computed without a graph
+    assert table.of(runs) is not None
+
+
 def test_a_full_index_is_begun_anew():
     contexts = Contexts(random.Random(0), 7)
     table = ColumnTable(1_000, torch.device("cpu"))

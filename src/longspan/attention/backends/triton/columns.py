@@ -79,7 +79,8 @@ class ColumnTable:
     def of(self, runs: DecodeRuns) -> DecodeColumns | None:
         """The columns of `runs`, after the index was brought up to date in the order of the current stream.
 
-        None if the index is full; then everything is forgotten, and the next call begins anew.
+        None if the index is full, or too many requests are remembered; then everything is forgotten, and the next call
+        begins anew. What an earlier call of the same step returned is not valid any more.
         """
         starts: list[int] = []
         places: list[int] = []
@@ -87,6 +88,7 @@ class ColumnTable:
         counts: list[int] = []
         if len(self._requests) > len(runs) + _FORGET:
             self._forget()
+            return None
         get = self._requests.get
         for pages, stop in zip(runs.pages, runs.stops, strict=True):
             known = get(pages)
