@@ -111,6 +111,17 @@ def test_a_request_that_forbids_every_token_fails_alone(tiny):
     assert fine.outputs[0].token_ids == greedy(oracle("llama"), prompt_of(5), 4)[0]
 
 
+def test_a_request_that_has_failed_does_not_end_the_steps_that_were_planned_for_it(tiny):
+    """Its second token is planned before its first fails, and its penalties would need the first."""
+    llm = tiny(async_scheduling=True)
+    params = SamplingParams(
+        max_tokens=6, temperature=0, allowed_token_ids=[1], stop_token_ids=(1,), min_tokens=1, repetition_penalty=1.5
+    )
+    none, fine = llm.generate([prompt_of(5)] * 2, [params, SamplingParams(max_tokens=4, temperature=0)])
+    assert "leave no token for output position 0" in str(none.outputs[0].stop_reason)
+    assert fine.outputs[0].token_ids == greedy(oracle("llama"), prompt_of(5), 4)[0]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -111,11 +111,12 @@ class Runner:
         self._vocabulary = parts.vocabulary
         self._async_scheduling = parts.async_scheduling
         # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
-        self._sampled = torch.empty(0, dtype=torch.int64)
+        self._sampled = torch.empty(0, dtype=torch.int64, device=parts.device)
         self._sampled_rows: dict[str, int] = {}
         self._sampler = Sampler()
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
+        self._failed: set[str] = set()  # ids of requests that cannot go on, of which more steps may be in flight
         self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
@@ -289,10 +290,12 @@ class Runner:
         errors: dict[str, str] = {}
         for wanted in samples:
             try:
-                rows.append(self._row(wanted))
+                row = None if wanted.request_id in self._failed else self._row(wanted)
             except RequestError as error:
                 errors[wanted.request_id] = str(error)
-                rows.append(SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
+                self._failed.add(wanted.request_id)
+                row = None
+            rows.append(row or SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
         sampling = self._sampler.start(logits, rows)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
@@ -316,6 +319,7 @@ class Runner:
         self._mirror.apply(plan)
         for request_id in plan.finished:
             self._constraints.pop(request_id, None)
+            self._failed.discard(request_id)
             self._sampler.forget(request_id)
         for admission in plan.admitted:
             if admission.params.constrains:
