@@ -181,6 +181,22 @@ def test_a_preempted_decode_goes_on_behind_the_tokens_it_had():
     assert not any(rig.left.values())
 
 
+def test_a_prompt_for_a_peer_that_is_preempted_while_its_last_step_is_in_flight_is_computed_again():
+    """Its token would end it, and the peer would fetch pages that others have."""
+    scheduler = Rig(pages=(4,), page_size=2, prefix_caching=False, async_scheduling=True).scheduler
+    scheduler.add(CoreRequest("own", [1] * 3, SamplingParams(), 0, 4))
+    scheduler.commit(scheduler.schedule(), StepResult((SampledToken("own", 5),)))
+    scheduler.add(CoreRequest("peer", [2] * 3, SamplingParams(max_tokens=1), 0, 1, for_peer=True))
+    second, third = scheduler.schedule(), scheduler.schedule()
+    assert {segment.request_id for segment in second.segments} == {"own", "peer"}
+    assert scheduler.preemptions == 1 and "peer" in third.finished
+    both = StepResult((SampledToken("own", 6, position=1), SampledToken("peer", 7)))
+    assert [token.request_id for token in scheduler.commit(second, both).tokens] == ["own"]
+    scheduler.finish("own")
+    (again,) = scheduler.schedule().admitted
+    assert again.request_id == "peer"
+
+
 def test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_filled_is():
     rig = Rig(page_size=4, max_num_batched_tokens=6, max_num_seqs=4)
     for steps, found in ((1, 4), (2, 12)):

@@ -86,8 +86,9 @@ class Scheduler:
         self.accepted = 0
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
-        self._async_scheduling = bool(config.async_scheduling) and grid.pp == 1 and not config.prompt_lookup
-        self.steps_at_once = 2 if self._async_scheduling else grid.pp
+        # whether a token may be computed before its id is known
+        self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and not config.prompt_lookup
+        self.steps_at_once = 2 if self.plans_ahead else grid.pp
 
     def add(self, request: CoreRequest, source: Source | None = None) -> None:
         """Queue a request that `Limits.check` has accepted.
@@ -146,7 +147,7 @@ class Scheduler:
             sequence = self._sequences[request_id]
             sequence.computed = stop
             sequence.in_flight += 1
-        for segment in step.segments if self._async_scheduling else ():
+        for segment in step.segments if self.plans_ahead else ():
             sequence = self._sequences[segment.request_id]
             if segment.sample and sequence.may_be_planned_ahead:
                 sequence.pending, sequence.sampled_on = sequence.pending + 1, segment.pcp
@@ -170,6 +171,8 @@ class Scheduler:
                 continue
             sequence.in_flight -= 1
             right = _right(tokens_of.get(request_id, []), drafts)
+            if sequence.for_peer and not sequence.table.pages:  # preempted meanwhile: its pages are what is wanted
+                right = []
             accepted += right
             sequence.tokens += [token.token_id for token in right]
             sequence.pending = max(0, sequence.pending - len(right))

@@ -215,11 +215,11 @@ class EngineCore:
     def _has_room(self) -> bool:
         """Whether another step may be submitted.
 
-        Under async scheduling steps that only decode may be one more than `steps_at_once`. A GPU computes such a step
-        faster than a result reaches the driver and the next plan the rank.
+        Where tokens are planned ahead, steps that only decode may be one more than `steps_at_once`: a GPU computes such
+        a step faster than a result reaches the driver and the next plan the rank.
         """
         most = self.scheduler.steps_at_once
-        if self.setup.config.scheduler.async_scheduling and not any(_tokens(plan)[0] for plan, _, _ in self._in_flight):
+        if self.scheduler.plans_ahead and not any(_tokens(plan)[0] for plan, _, _ in self._in_flight):
             most += 1
         return len(self._in_flight) < most
 
