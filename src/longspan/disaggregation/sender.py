@@ -81,15 +81,13 @@ class PageSender(TransferThread):
 
     def computed(self, plan: StepPlan) -> None:
         """See `TransferThread.computed`."""
-        changed = False
         # without the lock: only the rank's thread adds and removes requests, and `computed` only grows
-        for segment in plan.segments:
-            readable = self._readable.get(segment.request_id)
-            if readable is not None:
-                readable.computed = max(readable.computed, segment.stop)
-                changed = True
-        if changed:
-            self._access.mark()
+        found = [(self._readable.get(segment.request_id), segment.stop) for segment in plan.segments]
+        if any(readable for readable, _ in found):
+            self._access.mark()  # first: who sees the new `computed` must read behind the step's kernels
+            for readable, stop in found:
+                if readable is not None:
+                    readable.computed = max(readable.computed, stop)
             self.wake()
 
     def _on_wake(self) -> None:
