@@ -66,13 +66,14 @@ class PageReceiver(TransferThread):
 
     def apply(self, plan: StepPlan, table_of: TableOf) -> None:
         """See `TransferThread.apply`."""
+        if plan.fetches:
+            self._access.mark()  # first: kernels of earlier steps may still use the slots that will be written
         with self._lock:
             ended = [self._writable.pop(request_id, None) for request_id in plan.finished]
             for fetch in plan.fetches:
                 self._writable[fetch.request_id] = fetch.number
                 self._new.append((fetch, table_of(fetch.request_id)))
         if plan.fetches or any(number is not None for number in ended):
-            self._access.mark()  # kernels of earlier steps may still use the slots that will be written
             self.wake()
 
     def computed(self, plan: StepPlan) -> None:
