@@ -12,10 +12,12 @@ import torch
 from longspan import SamplingParams
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
+from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.pool import SlotWriter
 from longspan.config import CostConstants, Fixed
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes, padded_rows
 from longspan.engine.rank.recorder import CudaRecorder, EagerRecorder
+from longspan.engine.rank.short_steps import ShortSteps
 from longspan.engine.setup import EngineSetup
 from tests.oracle import greedy, oracle, prompt_of
 from tests.traffic import schedules_that_moved
@@ -63,6 +65,21 @@ class RefillableCpu(CpuBackend, RecordableBackend):
 
     def refillable(self, rows, slots, buffer):
         return Runs(self, rows, self.has_room)
+
+    def writer(self, writes, rows, buffer=None):
+        return Writer(writes, rows)
+
+
+class RefillableTorch(TorchBackend, RecordableBackend):
+    """Plain operations over runs of several rows that are refilled."""
+
+    causal_runs = True
+
+    def refillable(self, rows, slots, buffer):
+        return Runs(self, rows, True)
+
+    def indexed(self, rows, longest, index):
+        return Runs(self, rows, True)
 
     def writer(self, writes, rows, buffer=None):
         return Writer(writes, rows)
@@ -192,3 +209,28 @@ def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspac
         recorder.record(lambda: torch.zeros(1))
     assert len(streams) == 1
     assert captured == streams * 3
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt-oss"])
+def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(tiny, model):
+    """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
+    prompts, lengths = [prompt_of(11), prompt_of(5, 3), prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
+    llm = tiny(model, max_num_seqs=2)
+    (runner,) = llm.engine.executor.runners
+    backend = RefillableTorch(torch.device("cpu"))
+    runner.attention.ops = replace(runner.attention.ops, backend=backend)
+    short = ShortSteps(runner.model, runner.attention, backend, EagerRecorder(), (16, 32))
+    runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
+    hidden, rows = short.hidden, []
+
+    def watched(view, token_ids):
+        found = hidden(view, token_ids)
+        rows.append((len(view.positions), len(view.phases), found is not None))
+        return found
+
+    short.hidden = watched
+    found = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    assert found == [greedy(oracle(model), *each)[0] for each in zip(prompts, lengths, strict=True)]
+    assert all(recorded == (count <= 32) for count, _, recorded in rows)
+    assert {phases for _, phases, recorded in rows if recorded} == {1, 2}

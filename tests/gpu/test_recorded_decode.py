@@ -9,7 +9,6 @@ import pytest
 from longspan import LLM, SamplingParams
 from longspan.engine.rank.graphs import GraphRunner
 from longspan.engine.rank.recorder import EagerRecorder
-from longspan.engine.rank.short_steps import ShortSteps
 from tests.engine.conftest import THREADS
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
 
@@ -33,32 +32,6 @@ def test_refilled_plans_give_the_tokens_of_the_oracle(model):
         runner.attention.ops = replace(ops, backend=backend)
         runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1)
         assert tokens_of(llm) == [greedy(oracle(model), prompt, 4)[0] for prompt in PROMPTS]
-
-
-@pytest.mark.parametrize("model", ["llama", "gpt-oss"])
-def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(model):
-    """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
-    prompts, lengths = [*PROMPTS, prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
-    params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
-    with LLM(tiny_folder(model), **{**THREADS, "dtype": "float32", "max_num_seqs": 2}) as llm:
-        (runner,) = llm.engine.executor.runners
-        ops = runner.attention.ops
-        backend = TritonBackend(runner.attention.pool.device, ops.value_dim)
-        runner.attention.ops = replace(ops, backend=backend)
-        short = ShortSteps(runner.model, runner.attention, backend, EagerRecorder(), (16, 32))
-        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
-        hidden, rows = short.hidden, []
-
-        def watched(view, token_ids):
-            found = hidden(view, token_ids)
-            rows.append((len(token_ids), len(view.phases), found is not None))
-            return found
-
-        short.hidden = watched
-        found = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-        assert found == [greedy(oracle(model), *each)[0] for each in zip(prompts, lengths, strict=True)]
-        assert all(recorded == (count <= 32) for count, _, recorded in rows)
-        assert {phases for _, phases, recorded in rows if recorded} == {1, 2}
 
 
 @pytest.mark.gpu

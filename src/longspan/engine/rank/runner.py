@@ -188,7 +188,7 @@ class Runner:
     def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
         """Hidden states [T, hidden] after the layers of this stage."""
         short = None if self.cuda_graphs is None else self.cuda_graphs.short
-        if short is not None and (found := short.hidden(view, self._token_ids(view))) is not None:
+        if short is not None and (found := short.hidden(view, partial(self._token_ids, view))) is not None:
             return found
         self._attention.begin(self._attention.preparer.step(view))
         if self._experts is not None:

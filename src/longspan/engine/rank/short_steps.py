@@ -50,8 +50,8 @@ class ShortSteps:
         """Number of graphs."""
         return len(self._sizes)
 
-    def hidden(self, view: RankView, token_ids: Tensor) -> Tensor | None:
-        """Hidden states [T, hidden] of a step, before the head, for int64 token_ids [T] on the device.
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+        """Hidden states [T, hidden] of a step, before the head. `token_ids` gives int64 [T] on the device.
 
         None if the step has too many rows, or something in it is not local or has no room in the graph's buffers. The
         next step overwrites the result.
@@ -88,12 +88,12 @@ class _ShortGraph:
         """Record the graph."""
         self._replay = recorder.record(self._compute)
 
-    def run(self, view: RankView, token_ids: Tensor) -> Tensor | None:
+    def run(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
         """See `ShortSteps.hidden`."""
-        count = len(token_ids)
+        count = len(view.positions)
         if not self._step.fill(view):
             return None
-        self._token_ids[:count] = token_ids
+        self._token_ids[:count] = token_ids()
         self._positions.host[:count] = view.positions
         self._buffer.send()
         return self._replay()[:count]

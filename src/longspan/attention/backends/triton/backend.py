@@ -28,7 +28,8 @@ from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
 
-_INDEX_SLOTS = 65536  # slots for which the index of decode rows has room beyond those of the pool, and a quarter more
+_INDEX_SLOTS = 65536  # slots for which the index of decode rows has room besides those of the pool
+_SHARERS = 4  # contexts, on average, that share a slot of the pool
 _INTERPRETED_PROCESSORS = 4  # used with Triton's interpreter, which has no device
 
 
@@ -77,7 +78,7 @@ class TritonBackend(RecordableBackend):
         It has room for every slot of the pool, and for requests that grow or share pages.
         """
         if self._table is None:
-            self._table = ColumnTable(slots + slots // 4 + _INDEX_SLOTS, self._device)
+            self._table = ColumnTable(_SHARERS * slots + _INDEX_SLOTS, self._device)
         return RefillableTritonRuns(self._launcher, RefillablePlans(rows, 1, 0, self._device, self._table, buffer))
 
     def indexed(self, rows: int, longest: int = 1, index: int = 0) -> RefillableTritonRuns:
