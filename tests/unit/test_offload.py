@@ -169,6 +169,7 @@ def worlds(draw):
     return world
 
 
+@pytest.mark.slow
 @given(worlds(), st.data())
 @settings(max_examples=200, deadline=None)
 def test_whatever_is_read_is_what_was_saved_however_far_ranks_drift_and_every_request_ends(world, data):

@@ -407,6 +407,7 @@ def test_without_weights_a_model_is_its_configuration(tmp_path):
             source.checkpoint.shape("w")
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_tokenizer_says_is_encoded_without_a_warning(tmp_path):
     built = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     built.pre_tokenizer = pre_tokenizers.Whitespace()
