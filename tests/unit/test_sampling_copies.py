@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from longspan.attention import host_copy
 from longspan.engine.rank.sampling import transfer
 from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.rows import SampleRow, token_bits
@@ -85,7 +86,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
     def read(data: Tensor) -> Any:
         return lambda: pytest.fail("read before it must be")
 
-    monkeypatch.setattr(transfer, "pinned", pinned)
+    monkeypatch.setattr(host_copy, "pinned", pinned)
     monkeypatch.setattr(transfer, "_read", read)
     return found
 

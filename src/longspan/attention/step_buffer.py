@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.attention.host_copy import copy_to
+
 _CHUNK = 16384  # int32 of a chunk: enough for a step of some hundred rows
 _ALIGNED = 4  # int32 in 16 bytes: Triton compiles a kernel again for pointers that are not aligned to 16 bytes
 
@@ -27,7 +29,7 @@ class Field:
 
     def send(self) -> None:
         """Send these integers alone, in the order of the current stream."""
-        _copy(self.device, torch.from_numpy(self.host))
+        _send(self.device, torch.from_numpy(self.host))
 
 
 class StepBuffer:
@@ -58,12 +60,9 @@ class StepBuffer:
     def send(self) -> None:
         """Send all fields, in the order of the current stream."""
         for (host, device), used in zip(self._chunks, self._used, strict=True):
-            _copy(device[:used], host[:used])
+            _send(device[:used], host[:used])
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy from the host without waiting for the device. The host's memory may be overwritten at once."""
-    if target.is_cuda:  # the allocator keeps pinned memory until the copy is done
-        target.copy_(source.pin_memory(), non_blocking=True)
-    elif target.data_ptr() != source.data_ptr():
-        target.copy_(source)
+def _send(target: Tensor, source: Tensor) -> None:
+    if target.device.type != "cpu":
+        copy_to(target, source)

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longspan.attention.host_copy import to_device
+
 _BLOCK_BYTES, _BLOCKS = 64 << 20, 2  # device memory of pages on their way
 Wait = Callable[[], None]
 
@@ -148,6 +150,4 @@ class PageStaging:
         return zip(self._pages, torch.split(block, self._sizes, dim=1), strict=True)
 
     def _index(self, indices: Sequence[int]) -> Tensor:
-        index = torch.tensor(indices)
-        device = self._pages[0].device
-        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+        return to_device(torch.tensor(indices), self._pages[0].device)

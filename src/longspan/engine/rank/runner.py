@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
+from longspan.attention.host_copy import to_device
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
 from longspan.engine.rank.page_store import PageStore
@@ -275,10 +276,7 @@ class Runner:
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
-        found = torch.tensor(values, dtype=torch.int64)
-        if self._device.type == "cpu":
-            return found
-        return found.pin_memory().to(self._device, non_blocking=True)  # a plain copy would wait for the step in flight
+        return to_device(torch.tensor(values, dtype=torch.int64), self._device)
 
     def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
         """Start sampling from `logits` fp32 [samples, vocab].

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from longspan.attention.backends.triton.work import SHORT_SPAN, Slots, stretches
+from longspan.attention.host_copy import to_device
 from longspan.cache.pages import ShardPages
 from longspan.plan.decode import DecodeRuns
 
@@ -143,9 +144,7 @@ class ColumnTable:
             return
         changed = np.stack([np.concatenate(self._places), np.concatenate(self._slots)])
         self._places, self._slots = [], []
-        sent = torch.from_numpy(changed)
-        if self.index.is_cuda:
-            sent = sent.pin_memory().to(self.index.device, non_blocking=True)
+        sent = to_device(torch.from_numpy(changed), self.index.device)
         self.index.index_copy_(0, sent[0], sent[1].to(torch.int32))
 
     def _forget(self) -> None:

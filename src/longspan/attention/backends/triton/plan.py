@@ -27,6 +27,7 @@ from longspan.attention.backends.triton.work import (
     visible_in_runs,
     visible_on_diagonal,
 )
+from longspan.attention.host_copy import copy_to
 from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.decode import DecodeRuns
 from longspan.plan.reach import QueryRun
@@ -101,7 +102,8 @@ class WorkPlan:
             table.extend(array("i", bytes(4 * (size - len(part)))))  # an item of size 0 is no work
         self._table.host[:] = table
         self._table.send()
-        _copy(self.index, _expanded(work.index))
+        if (slots := _expanded(work.index)) is not None:
+            copy_to(self.index[: len(slots)], slots)
         return True
 
     def fill_decode(self, work: DecodeWork) -> None:
@@ -235,11 +237,3 @@ def _expanded(slots: Slots) -> Tensor | None:
     ends = lengths.cumsum(0, dtype=torch.int32)
     offsets = torch.repeat_interleave(starts - ends + lengths, lengths, output_size=slots.length)
     return torch.arange(slots.length, dtype=torch.int32) + offsets
-
-
-def _copy(target: Tensor, source: Tensor | None) -> None:
-    """Copy a host tensor to the start of `target`, without waiting for the device."""
-    if source is None:
-        return
-    host = source.pin_memory() if target.is_cuda else source  # the allocator keeps it until the copy is done
-    target[: len(source)].copy_(host, non_blocking=True)

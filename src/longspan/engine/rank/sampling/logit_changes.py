@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.attention.host_copy import to_device
 from longspan.engine.rank.sampling.rows import SampleRow, every_token, unpacked
-from longspan.engine.rank.sampling.transfer import OneCopy, to_device
+from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
 
 _LARGEST = 1e38

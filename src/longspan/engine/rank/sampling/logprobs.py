@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longspan.engine.rank.sampling.transfer import start_reading, to_device
+from longspan.attention.host_copy import to_device
+from longspan.engine.rank.sampling.transfer import start_reading
 from longspan.request import PromptScore, TokenLogprobs
 
 _LOW_BITS = (1 << 32) - 1

@@ -1,6 +1,6 @@
-"""Copies between host and device that do not wait for the device.
+"""What sampling sends to a device in one copy, and what it reads back, without waiting for the device.
 
-It owns pinned memory: a copy from or to ordinary memory would wait for the step that the device is computing.
+It owns the pinned memory that is read into; copies to the device are those of `host_copy.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in memory from which `device` copies without waiting: pinned for CUDA, any other as it is."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, in the order of the current stream."""
-    return tensor if device.type == "cpu" else pinned(tensor, device).to(device, non_blocking=True)
+from longspan.attention.host_copy import to_device
 
 
 class OneCopy:
