@@ -45,7 +45,7 @@ trap 'rm -rf "$models"' EXIT
 "$python" scripts/random_model.py "$models/llama" 2>"$folder/models.log" &
 "$python" scripts/random_model.py "$models/deepseek" --family deepseek-v2 2>>"$folder/models.log" &
 started=$SECONDS
-timeout 90 "$python" -m pytest tests/gpu -n 8 --timeout 60 -q -p no:cacheprovider >"$folder/tests.log" 2>&1
+timeout 130 "$python" -m pytest tests/gpu -m gpu -n 12 --timeout 60 -q -p no:cacheprovider >"$folder/tests.log" 2>&1
 echo "tests: exit $? after $((SECONDS - started)) s, $(tail -n 1 "$folder/tests.log")" | tee -a "$folder/parts.txt"
 grep -hE '^(FAILED|ERROR)' "$folder/tests.log" | cut -c1-200
 wait
