@@ -17,6 +17,7 @@ import pytest
 from longspan.cli.main import main
 from longspan.cli.transfer import transfer_config, warnings
 from tests.disaggregation.servers import ROUTE, SERVE, Started, ended, serve_arguments, start
+from tests.listening import ADDRESSES, listens, promised_addresses
 from tests.server.running import ascii_folder, expected
 
 PROMPT = "the quick brown fox jumps over the lazy dog, " * 3
@@ -41,18 +42,25 @@ def token(tmp_path_factory):
 class Front:
     prefill: Started
     decode: Started
-    url: str
+    router: Started
+
+    @property
+    def url(self) -> str:
+        return self.router.url()
 
 
 @pytest.fixture(scope="module")
 def front(token):
     """A prefill instance of two ranks, a decode instance of two others, and a router."""
-    prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2", *token))
-    decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2", *token))
+    host = ("--host", ADDRESSES["`--host`"])
+    more = (*host, "--transfer-host", ADDRESSES["`--transfer-host`"], *token)
+    prefill = start(SERVE, serve_arguments(ascii_folder(), "--role", "prefill", "-pcp", "2", *more))
+    decode = start(SERVE, serve_arguments(ascii_folder(), "--role", "decode", "-tp", "2", "-dcp", "2", *more))
     with ended(prefill, decode):
-        router = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *token])
+        router = start(ROUTE, ["--prefill", prefill.url(), "--decode", decode.url(), "--port", "0", *host, *token])
         with ended(router):
-            yield Front(prefill, decode, router.url())
+            router.url()
+            yield Front(prefill, decode, router)
     assert "Traceback" not in prefill.text + decode.text + router.text
 
 
@@ -72,6 +80,12 @@ def stopped(server: Started) -> Iterator[None]:
 
 def moved(instance: Started) -> dict[str, int]:
     return httpx.get(f"{instance.url()}/internal/peer").json()["transfer"]
+
+
+@pytest.mark.parametrize("command", ["serve --role prefill", "serve --role decode", "route"])
+def test_a_command_listens_where_the_page_says_and_nowhere_else(front, command):
+    started = {"serve --role prefill": front.prefill, "serve --role decode": front.decode, "route": front.router}
+    assert listens(started[command].process.pid) == promised_addresses(command, ADDRESSES)
 
 
 def test_a_front_of_two_instances_answers_like_one(front):

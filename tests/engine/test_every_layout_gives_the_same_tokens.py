@@ -8,7 +8,7 @@ from longspan import SamplingParams
 from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, oracle_in_bfloat16, prompt_of
 from tests.traffic import TRAVELLING, schedules_that_moved
 
-TOKENS = 10
+TOKENS = 7  # enough to cross a page's end from prompts of 3, 16 and 100
 LENGTHS = (1, 3, 16, 33, 100)  # shorter than the ranks, than a page; at and beyond page and chunk boundaries
 SIZES = (1, 2, 3, 4, 8)
 GRIDS = [

@@ -115,16 +115,14 @@ def test_more_stages_than_layers_is_refused(tiny):
         tiny(pp=3)
 
 
-@pytest.mark.parametrize(
-    ("grid", "model"), [(grid, MODELS[(row + step) % 4]) for row, grid in enumerate(MIXED) for step in (0, 1)], ids=str
-)
+@pytest.mark.parametrize(("grid", "model"), [(grid, MODELS[(row + 1) % 4]) for row, grid in enumerate(MIXED)], ids=str)
 def test_experts_over_all_ranks_of_a_stage_give_the_same_tokens(tiny, grid, model):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, enable_expert_parallel=True)
     assert tokens_of(llm, prompts()) == expected(model)
 
 
-GATHERED = [(grid, MODELS[row % 4]) for row, grid in enumerate(MIXED)]
+GATHERED = [(grid, MODELS[row % 4]) for row, grid in enumerate(MIXED)][1::2]
 
 
 @pytest.fixture

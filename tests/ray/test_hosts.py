@@ -1,4 +1,7 @@
-"""A server on several hosts, each with its own address: the same texts as on one host, also when a host dies."""
+"""A server on several hosts, each with its own address: the same texts as on one host, also when a host dies.
+
+It starts three Ray nodes, which takes longer than any other test; `make test` leaves it to `pytest -m exhaustive`.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,7 @@ def join(host: Host, logs: Path, *options: str) -> None:
     until(lambda: "Ray runtime started" in log.read_text(), f"Ray on {host.address}")
 
 
+@pytest.mark.exhaustive
 def test_a_server_on_several_hosts_gives_the_texts_of_one_host_also_when_a_host_dies(logs):
     killed: list[float] = []
     with hosts(3) as (head, first, second):

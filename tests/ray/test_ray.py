@@ -22,6 +22,7 @@ from tests.oracle import prompt_of, tiny_folder
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 PATIENCE = 20.0
 CPUS = 4
+LAYOUT = {"pcp": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 DRIVER = """
 import sys
@@ -67,20 +68,32 @@ def until(condition, what: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}])
-def test_tokens_and_bytes_equal_those_of_threads(layout):
-    with start(**layout) as llm:
-        found, traffic = tokens(llm), llm.stats().traffic
-    with start(executor="threads", **layout) as reference:
-        assert tokens(reference) == found
-        assert reference.stats().traffic == traffic
+@pytest.fixture(scope="module")
+def reference():
+    """Tokens and traffic of the same ranks as threads."""
+    with start(executor="threads", **LAYOUT) as llm:
+        return tokens(llm), llm.stats().traffic
 
 
-def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_tokens():
-    with start(executor="threads") as reference:
-        expected = tokens(reference)
-    llm = start(pcp=2)
-    stream = llm.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
+@pytest.fixture(scope="module")
+def actors(cluster) -> Iterator[LLM]:
+    """An engine whose ranks are actors; the last test that uses it kills one."""
+    with start(**LAYOUT) as llm:
+        yield llm
+
+
+def test_tokens_and_bytes_equal_those_of_threads(actors, reference):
+    assert (tokens(actors), actors.stats().traffic) == reference
+
+
+def test_resources_in_use_are_waited_for(actors):
+    assert len(rank_ids()) == 2
+    with pytest.raises(ConfigError, match="have 4 that others use; wait for them"):
+        start(pcp=3, cluster=ClusterConfig(timeout=0.5))
+
+
+def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_tokens(actors, reference):
+    stream = actors.stream(prompt_of(16), SamplingParams(temperature=0, max_tokens=400))
     next(stream)
     os.kill(rank_ids()[0], signal.SIGKILL)
     killed = time.monotonic()
@@ -89,17 +102,10 @@ def test_a_killed_actor_ends_the_generation_and_a_new_engine_gives_the_same_toke
             pass
     assert time.monotonic() - killed < PATIENCE
     until(lambda: not rank_ids(), "the other actor's end")
-    with start(pcp=2) as again:
-        assert tokens(again) == expected
-
-
-def test_resources_in_use_are_waited_for_and_shutdown_frees_them():
-    llm = start(pcp=3)
-    assert len(rank_ids()) == 3
-    with pytest.raises(ConfigError, match="have 4 that others use; wait for them"):
-        start(pcp=2, cluster=ClusterConfig(timeout=0.5))
-    llm.shutdown()
-    llm.shutdown()
+    with start(**LAYOUT) as again:
+        assert tokens(again) == reference[0]
+        again.shutdown()
+        again.shutdown()
     until(lambda: ray.available_resources().get("CPU") == CPUS, "the resources")
 
 
