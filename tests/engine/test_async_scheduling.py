@@ -6,6 +6,7 @@ import pytest
 
 from longspan import SamplingParams
 from tests.oracle import greedy, oracle, prompt_of
+from tests.pairs import in_turn
 
 PROMPTS = [prompt_of(61), prompt_of(5, 3), prompt_of(33, 9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -23,8 +24,7 @@ def watch_plans(llm):
     return plans
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "layout"), in_turn(["llama", "deepseek-v3", "gpt-oss"], LAYOUTS, each=2), ids=str)
 def test_tokens_are_those_of_the_oracle(tiny, model, layout):
     llm = tiny(model, async_scheduling=True, **layout)
     plans = watch_plans(llm)

@@ -6,6 +6,7 @@ import pytest
 
 from longspan import SamplingParams
 from tests.oracle import LOGPROBS, all_logprobs, greedy, oracle, oracle_in_bfloat16, prompt_of
+from tests.pairs import in_turn
 from tests.traffic import TRAVELLING, schedules_that_moved
 
 TOKENS = 7  # enough to cross a page's end from prompts of 3, 16 and 100
@@ -17,8 +18,8 @@ GRIDS = [
 
 FEWER = {
     "deepseek-v3": GRIDS[::3],
-    "llama-multi-head": GRIDS[1::5],
-    "llama-multi-query": GRIDS[2::5],
+    "llama-multi-head": GRIDS[1::10],
+    "llama-multi-query": GRIDS[2::10],
     "gpt-oss": GRIDS[1::4],
 }
 MODELS_ON_GRIDS = [("llama", grid) for grid in GRIDS] + [(model, grid) for model in FEWER for grid in FEWER[model]]
@@ -79,8 +80,7 @@ def test_any_page_size_chunk_size_and_schedule(tiny, page_size, budget, schedule
     assert schedules_that_moved(llm) == {schedule}
 
 
-@pytest.mark.parametrize("schedule", TRAVELLING)
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "schedule"), in_turn(["llama", "deepseek-v3", "gpt-oss"], TRAVELLING, each=2))
 def test_any_schedule_as_threads(tiny, model, schedule):
     llm = tiny(model, tp=2, pcp=3, dcp=2, schedule=schedule, ranks_per_node=2)
     assert tokens_of(llm, prompts()) == expected(model)

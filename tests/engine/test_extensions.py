@@ -10,7 +10,9 @@ from tests.engine.gather_all import SCHEDULE
 from tests.engine.one_by_one import BACKEND, OneByOne
 from tests.engine.test_bytes_that_travel import decode_step_bytes, formula_bytes
 from tests.engine.test_every_layout_gives_the_same_tokens import expected, prompts, tokens_of
+from tests.pairs import in_turn
 
+MODELS = ["llama", "deepseek-v3", "gpt-oss"]
 LAYOUTS = [{"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 3, "dcp": 2}]
 
 
@@ -25,8 +27,7 @@ def backends_of(llm) -> list[OneByOne]:
     return [runner.attention.ops.backend for runner in llm.engine.executor.runners]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "layout"), in_turn(MODELS, LAYOUTS), ids=str)
 def test_an_added_schedule_gives_the_oracles_tokens(tiny, model, layout):
     llm = tiny(model, **layout, schedules=[SCHEDULE], schedule="gather_all")
     assert tokens_of(llm, prompts()) == expected(model)
@@ -77,8 +78,7 @@ def test_a_forced_schedule_is_one_of_the_engines_own(tiny):
         tiny(pcp=2, schedule="gather_all")
 
 
-@pytest.mark.parametrize("layout", [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "layout"), in_turn(MODELS, [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}]), ids=str)
 def test_an_added_backend_gives_the_oracles_tokens(tiny, model, layout):
     llm = tiny(model, **layout, backends=[BACKEND], attention_backend="one_by_one")
     assert tokens_of(llm, prompts()) == expected(model)

@@ -6,6 +6,7 @@ import pytest
 
 from longspan import ConfigError, SamplingParams
 from tests.oracle import greedy, oracle, prompt_of
+from tests.pairs import in_turn
 from tests.traffic import schedules_that_moved
 
 PROMPTS = [prompt_of(61), prompt_of(5, 3), prompt_of(33, 9)]
@@ -17,9 +18,8 @@ def tokens_of(llm):
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "gpt-oss"])
+@pytest.mark.parametrize(("model", "layout"), in_turn(["llama", "deepseek-v3", "gpt-oss"], LAYOUTS, each=2), ids=str)
 def test_every_layout_gives_the_tokens_of_one_rank(tiny, model, dtype, layout):
     alone = tokens_of(tiny(model, kv_cache_dtype=dtype))
     assert (
