@@ -62,7 +62,8 @@ def test_the_cache_takes_what_is_measured_to_be_left_and_the_start_says_what_tak
     with LLM(tiny_folder("llama"), **options, gpu_memory_utilization=0.05) as llm:
         setup = llm.engine.setup
         held = torch.cuda.memory_reserved() - before
-        assert (use := setup.memory) is not None
+        use = setup.memory
+        assert use is not None
         assert use.note in setup.notes
         print(use.note, f"{held / (1 << 30):.2f} GiB are held")
         assert use.pages == use.room > 0
