@@ -121,3 +121,29 @@ def test_stages_and_drafts_do_not_run_ahead(tiny, options):
     plans = watch_plans(llm)
     assert tokens_of(llm) == [greedy(oracle("llama"), prompt, 24)[0] for prompt in PROMPTS]
     assert not any(segment.pending for plan in plans for segment in plan.segments)
+
+
+def test_a_request_whose_tokens_are_read_is_computed_in_every_second_step_beside_others_that_run_ahead(tiny):
+    """Three steps are in flight otherwise, and it would wait for two of them."""
+    reading = SamplingParams(temperature=0, max_tokens=8, bad_word_ids=((1, 2, 3, 4),))
+    llm = tiny(async_scheduling=True)
+    plans = watch_plans(llm)
+    tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:2], [GREEDY, reading])]
+    assert tokens == [
+        greedy(oracle("llama"), prompt, count)[0] for prompt, count in zip(PROMPTS, (24, 8), strict=False)
+    ]
+    decoded = {}
+    for plan in plans:
+        for segment in plan.segments:
+            decoded.setdefault(segment.request_id, []).extend([plan.step] * (not segment.prefill))
+    _, (first, *_, last) = sorted(decoded.values(), key=len, reverse=True)
+    assert last - first == 2 * 6  # seven steps decode it
+
+
+def test_three_steps_are_in_flight_where_no_token_is_waited_for(tiny):
+    llm = tiny(async_scheduling=True)
+    most, core = [], llm.engine.core
+    collect = core.executor.collect
+    core.executor.collect = lambda check: (most.append(core.steps_in_flight), collect(check))[1]
+    tokens_of(llm)
+    assert max(most) == 3

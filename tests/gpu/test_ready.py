@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -53,15 +54,21 @@ def test_the_first_token_of_a_short_prompt_takes_no_longer_than_later_ones(start
 
 
 def test_the_cache_takes_what_is_measured_to_be_left_and_the_start_says_what_takes_what():
+    """What this process holds is compared, because other tests may use the same GPU; so the share is small, too."""
     options = {**THREADS, "dtype": "bfloat16", "debug": False, "kv_cache_memory_bytes": None, "page_size": 16}
-    with LLM(tiny_folder("llama"), **options, gpu_memory_utilization=0.5) as llm:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with LLM(tiny_folder("llama"), **options, gpu_memory_utilization=0.05) as llm:
         setup = llm.engine.setup
-        free, total = torch.cuda.mem_get_info()
-        assert setup.memory is not None
-        assert setup.memory.note in setup.notes
-        print(setup.memory.note, f"{free / total:.1%} are free now")
-        held = setup.memory.free - free
-        assert 0.3 * setup.memory.free < held < 0.55 * setup.memory.free
+        held = torch.cuda.memory_reserved() - before
+        use = setup.memory
+        assert use is not None
+        assert use.note in setup.notes
+        print(use.note, f"{held / (1 << 30):.2f} GiB are held")
+        assert use.pages == use.room > 0
+        cache = use.pages * use.page
+        assert cache <= held < cache + use.workspace + use.recordings + (1 << 30)  # the weights are much smaller
 
 
 def test_weights_that_reach_the_device_in_blocks_equal_those_on_the_cpu():

@@ -99,7 +99,7 @@ class Segment:
     @property
     def stop(self) -> int:
         """Position after the last token."""
-        return self.start + self.length
+        return self.start + len(self.token_ids) + self.pending  # not `length`: this is read for every row of a step
 
     @property
     def unmasked_until(self) -> int:

@@ -84,6 +84,7 @@ class Scheduler:
         self.preemptions = 0
         self.drafted = 0
         self.accepted = 0
+        self._readers: set[str] = set()  # ids of unfinished requests whose every token is read before the next
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
         # whether a token may be computed before its id is known
@@ -102,12 +103,15 @@ class Scheduler:
         """Put a request into the waiting queue, behind those of its priority."""
         insort_right(self.waiting, sequence, key=self._rank)
         self._sequences[sequence.request_id] = sequence
+        if sequence.params.needs_output:
+            self._readers.add(sequence.request_id)
 
     def finish(self, request_id: str) -> None:
         """End a request in any state, and release its pages. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return
+        self._readers.discard(request_id)
         if sequence in self.running:
             self.running.remove(sequence)
         elif not self._fetching.pop(request_id, None) and not self._held.pop(request_id, None):
@@ -186,6 +190,11 @@ class Scheduler:
         errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
         return StepResult(tuple(accepted), scores, errors)
 
+    def awaits(self, plan: StepPlan) -> bool:
+        """Whether a request has nothing to compute until its token of this step is read: one with a grammar."""
+        readers = self._readers
+        return bool(readers) and any(segment.sample and segment.request_id in readers for segment in plan.segments)
+
     def cached_tokens(self, request_id: str) -> int:
         """Number of tokens of a request's prefix hit when it was first admitted. Raises `KeyError` after its end."""
         return self._sequences[request_id].cached_tokens or 0
@@ -247,6 +256,8 @@ class Scheduler:
         Behind a prefill in progress only prompts that fit whole into the step start. A prompt for which the cache has
         no room holds back all behind it, since otherwise it might wait for ever.
         """
+        if not self.waiting:
+            return
         passed: list[SequenceState] = []
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
         while self.waiting and step.budget and len(self.running) + len(self._fetching) < self.config.running_limit:
@@ -360,16 +371,17 @@ class Scheduler:
         self._finished.append(sequence.request_id)
 
 
-def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, list[int]]]:
+def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, tuple[int, ...]]]:
     """For each request of a step, the position up to which it is then computed, and its drafts in the step."""
-    found: dict[str, tuple[int, list[int]]] = {}
+    found: dict[str, tuple[int, tuple[int, ...]]] = {}
     for segment in segments:
-        stop, decoded = found.get(segment.request_id, (0, []))
-        found[segment.request_id] = (
-            max(stop, segment.stop),
-            [*decoded, *(() if segment.prefill else segment.token_ids)],
-        )
-    return {request_id: (stop, decoded[1:]) for request_id, (stop, decoded) in found.items()}
+        request_id, stop = segment.request_id, segment.stop
+        drafts = () if segment.prefill else segment.token_ids[1:]
+        if request_id in found:  # pieces of one request, in order: only the first decoded token is no draft
+            before, earlier = found[request_id]
+            stop, drafts = max(before, stop), earlier if segment.prefill else (*earlier, *segment.token_ids)
+        found[request_id] = stop, drafts
+    return found
 
 
 def _right(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
@@ -377,6 +389,8 @@ def _right(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[Sample
 
     Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give.
     """
+    if not drafts:  # most requests: one token, or none
+        return list(tokens[:1])
     in_order = sorted(tokens, key=lambda token: token.position)
     wrong = next(
         (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),

@@ -42,6 +42,8 @@ class StepBuilder:
         self._new_pages: dict[str, list[PageRef]] = {}
         self.fetches: list[Fetch] = []
         self._windows = windows
+        # for each pcp index, whether some shard is not that of all its ranks
+        self._others = [any(shard != m for m in own for shard in range(grid.num_shards)) for own in grid.shards_of_pcp]
         # by phase (prefill or not), the workload of each layer group
         self._workloads = {prefill: [PhaseWorkload(grid.pcp) for _ in windows] for prefill in (False, True)}
 
@@ -72,7 +74,7 @@ class StepBuilder:
                     break
                 self._place(sequence, shard)
             pieces.append(Piece(position, position + 1, self._grid.pcp_of_shard[table.shard_of(position)]))
-        for piece in join(pieces):
+        for piece in join(pieces) if len(pieces) > 1 else pieces:
             self._rows[piece.pcp] += piece.stop - piece.start
             self._add_segment(sequence, piece, prefill=False, drafts=drafts)
         return bool(pieces)
@@ -172,6 +174,8 @@ class StepBuilder:
         num_remote_groups = 0
         # windows are in descending order: what needs no other shard here needs none in the groups that follow
         for window, workload in zip(self._windows, self._workloads[prefill], strict=True):
+            if not self._others[piece.pcp]:
+                break
             visible = self._visible(sequence.table, piece, window)
             if not self._reaches_out(piece.pcp, visible):
                 break

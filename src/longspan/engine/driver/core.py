@@ -74,6 +74,29 @@ class EngineStats:
     offload: OffloadCounters = field(default_factory=OffloadCounters)
 
 
+@dataclass(frozen=True)
+class _StepInFlight:
+    """A step that is submitted and not yet committed."""
+
+    # the step
+    plan: StepPlan
+    # when it was submitted, in `time.perf_counter()`
+    submitted: float
+    # whether no other step was in flight then
+    alone: bool
+    # prompt tokens that it computes
+    prefill_tokens: int
+    # decode tokens that it computes
+    decode_rows: int
+    # whether a request cannot go on before this step's token of it is read
+    is_awaited: bool
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that it computes."""
+        return self.prefill_tokens + self.decode_rows
+
+
 class _StopCheck:
     """Decides whether a completion's new tokens end it: a stop token, or `max_tokens`."""
 
@@ -115,8 +138,7 @@ class EngineCore:
         self._offload = offload
         self.watch = StepWatch(setup.config.liveness)
         self.recent: deque[StepRecord] = deque(maxlen=_STEPS_REMEMBERED)
-        # steps in flight: plan, time of submission, and whether no other step was in flight then
-        self._in_flight: deque[tuple[StepPlan, float, bool]] = deque()
+        self._in_flight: deque[_StepInFlight] = deque()
         self._stop_checks: dict[str, _StopCheck] = {}  # of unfinished completions
         # when each unfinished completion was first scheduled, in `time.monotonic()`
         self._scheduled_at: dict[str, float] = {}
@@ -175,9 +197,11 @@ class EngineCore:
                     self._scheduled_at.setdefault(admission.request_id, time.monotonic())
                 if self.role:
                     self.role.submitted(plan)
-                self._in_flight.append((plan, time.perf_counter(), not self._in_flight))
+                awaited = self.scheduler.awaits(plan)
+                step = _StepInFlight(plan, time.perf_counter(), not self._in_flight, *_tokens(plan), awaited)
+                self._in_flight.append(step)
             if self._in_flight:
-                self.watch.wait_for(self._in_flight[0][0].step, self._tokens_in_flight())
+                self.watch.wait_for(self._in_flight[0].plan.step, self._tokens_in_flight())
                 return self._finish_step(self.executor.collect(self.watch.check))
             if self.role and self._stop_checks:  # all requests wait for other instances
                 self.role.wait(_POLL_SECONDS)
@@ -216,21 +240,23 @@ class EngineCore:
         """Whether another step may be submitted.
 
         Where tokens are planned ahead, steps that only decode may be one more than `steps_at_once`: a GPU computes such
-        a step faster than a result reaches the driver and the next plan the rank.
+        a step faster than a result reaches the driver and the next plan the rank. Not while a request waits for its
+        token: it would miss one step more.
         """
         most = self.scheduler.steps_at_once
-        if self.scheduler.plans_ahead and not any(_tokens(plan)[0] for plan, _, _ in self._in_flight):
+        if self.scheduler.plans_ahead and not any(step.prefill_tokens or step.is_awaited for step in self._in_flight):
             most += 1
         return len(self._in_flight) < most
 
     def _tokens_in_flight(self) -> int:
         """Number of tokens computed or loaded by the steps in flight."""
         page_size = self.cache.page_size
-        return sum(sum(_tokens(plan)) + page_size * len(plan.loads) for plan, _, _ in self._in_flight)
+        return sum(step.tokens + page_size * len(step.plan.loads) for step in self._in_flight)
 
     def _finish_step(self, result: StepResult) -> list[TokenOutput]:
         """Commit the oldest step in flight and return the outputs of its completions."""
-        plan, submitted, alone = self._in_flight.popleft()
+        step = self._in_flight.popleft()
+        plan = step.plan
         counted = self.scheduler.commit(plan, result)
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in counted.tokens:
@@ -238,10 +264,10 @@ class EngineCore:
         scores_of: dict[str, list[PromptScore]] = {}
         for score in counted.prompt_scores:
             scores_of.setdefault(score.request_id, []).append(score)
-        seconds = time.perf_counter() - submitted
-        self._record(plan, seconds)
-        if alone and self.cache.offload:  # otherwise the seconds include waiting for earlier steps
-            self.cache.offload.took(plan.loads, *_tokens(plan), seconds)
+        seconds = time.perf_counter() - step.submitted
+        self._record(step, seconds)
+        if step.alone and self.cache.offload:  # otherwise the seconds include waiting for earlier steps
+            self.cache.offload.took(plan.loads, step.prefill_tokens, step.decode_rows, seconds)
         outputs = [
             self._output(each, tokens_of.get(each, ()), scores_of.get(each, ()), counted.errors.get(each))
             for each in dict.fromkeys((*scores_of, *tokens_of, *counted.errors))
@@ -270,9 +296,9 @@ class EngineCore:
         self._stop_checks.pop(request_id, None)
         self._scheduled_at.pop(request_id, None)
 
-    def _record(self, plan: StepPlan, seconds: float) -> None:
+    def _record(self, step: _StepInFlight, seconds: float) -> None:
         """Record a finished step for reports and for the time limit."""
-        chunk, rows = _tokens(plan)
+        plan, chunk, rows = step.plan, step.prefill_tokens, step.decode_rows
         self.watch.measured(chunk + rows, seconds)
         self._schedules["decode"] = plan.decode_schedules[0] if rows else self._schedules["decode"]
         self._schedules["prefill"] = plan.prefill_schedules[0] if chunk else self._schedules["prefill"]
@@ -285,5 +311,7 @@ class EngineCore:
 
 def _tokens(plan: StepPlan) -> tuple[int, int]:
     """(prompt tokens, decode tokens) that a step computes."""
-    prefilled = sum(segment.length for segment in plan.segments if segment.prefill)
-    return prefilled, sum(segment.length for segment in plan.segments) - prefilled
+    found = [0, 0]
+    for segment in plan.segments:
+        found[not segment.prefill] += segment.length
+    return found[0], found[1]

@@ -30,6 +30,7 @@ from longspan.engine.rank.progress import progress_bar
 from longspan.engine.rank.recorder import CudaRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.short_steps import ShortSteps
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
@@ -182,7 +183,8 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     recorder, short = CudaRecorder(parts.device), None
     if setup.records_short_steps and backend.causal_runs:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
-    return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short)
+    draw = batch_draw(parts.device.type)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
 
 
 def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:

@@ -1,8 +1,8 @@
 """CUDA graphs of decode steps: one for each size of step, recorded before the engine is ready and replayed.
 
-It owns the sizes, and the tensors that graphs read and write: token ids, positions and logits. It must not know how a
-plan was made. Every decision here follows from the setup and the plan alone, so all ranks record and replay the same
-graphs.
+It owns the sizes, and the tensors that graphs read and write: token ids, positions and logits. Sampling has graphs of
+its own for each number of rows. It must not know how a plan was made. Every decision here follows from the setup and
+the plan alone, so all ranks record and replay the same graphs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from longspan.attention.step_buffer import StepBuffer
 from longspan.config import DEFAULT_RUNNING
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.recorder import Recorder
+from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
 from longspan.engine.rank.short_steps import ShortSteps
 from longspan.models.context import Model
 from longspan.plan.plan import StepPlan
@@ -102,6 +103,12 @@ class _LogitsBuffer:
         self._rows = rows
         self._whole: Tensor | None = None
 
+    def first(self, rows: int) -> Tensor:
+        """The first rows of the buffer, fp32 [rows, vocab]. Something must have been stored."""
+        if self._whole is None:
+            raise RuntimeError("no logits have been stored")
+        return self._whole[:rows]
+
     def store(self, logits: Tensor) -> Tensor:
         """Copy logits fp32 [T, vocab] to the first rows of the buffer, which the first call makes, and return these."""
         if self._whole is None:
@@ -117,7 +124,7 @@ class GraphRunner:
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int,
-        sizes: Sequence[int] = ALL_SIZES, short: ShortSteps | None = None,
+        sizes: Sequence[int] = ALL_SIZES, short: ShortSteps | None = None, draw: Draw | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
@@ -128,6 +135,8 @@ class GraphRunner:
         self.short = short  # graphs of short steps with prompt tokens; None if they are not recorded
         self._logits = _LogitsBuffer(self.sizes[-1])
         self._made: dict[StepSize, _Graph] = {}
+        self._draw = draw  # draws tokens from logits; None if this is not recorded
+        self._draws: dict[int, RecordedDraw] = {}  # by rows
 
     @property
     def recorded(self) -> tuple[StepSize, ...]:
@@ -172,6 +181,10 @@ class GraphRunner:
         graph = self._graph(StepSize(rows, next(iter(moving), None), self._pcp))
         return graph.run(view, token_ids)[: len(token_ids)]
 
+    def recorded_draw(self, rows_of_pcp: Sequence[int]) -> RecordedDraw | None:
+        """What draws tokens from the `logits` of a step with these rows; None if this is not recorded."""
+        return self._draws.get(padded_rows(max(rows_of_pcp), self.sizes) or 0)
+
     def _graph(self, size: StepSize) -> _Graph:
         """The graph of a size, recorded now if it has not been."""
         if size not in self._made:
@@ -180,6 +193,8 @@ class GraphRunner:
             graph = _Graph(self._model, self._attention, step, size.rows, buffer, self._logits)
             graph.record(self._recorder)
             self._made[size] = graph
+            if self._draw is not None and size.rows not in self._draws:
+                self._draws[size.rows] = RecordedDraw(self._logits.first(size.rows), self._draw, self._recorder)
         return self._made[size]
 
 

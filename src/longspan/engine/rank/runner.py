@@ -21,6 +21,7 @@ from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.logprobs import start_scoring
+from longspan.engine.rank.sampling.recorded import RecordedDraw
 from longspan.engine.rank.sampling.rows import SampleRow
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.errors import EngineError, RequestError
@@ -203,7 +204,7 @@ class Runner:
         if self._experts is not None:
             self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view))
-        return self._finish(view, logits, [])
+        return self._finish(view, logits, [], cuda_graphs.recorded_draw(rows))
 
     def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
         rows = [0] * self._grid.pcp
@@ -219,7 +220,9 @@ class Runner:
             return decode_view(plan, requests, self._place, windows, schedule)
         return rank_view(uniform(plan, self._attention.schedules), requests, self._place, windows, moves)
 
-    def _finish(self, view: RankView, logits: Tensor, scores: Sequence[Scores]) -> Finish:
+    def _finish(
+        self, view: RankView, logits: Tensor, scores: Sequence[Scores], recorded: RecordedDraw | None = None
+    ) -> Finish:
         """Start sampling from `logits` fp32 [samples, vocab].
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
@@ -228,7 +231,7 @@ class Runner:
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or (not returns and not self._async_scheduling):
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        errors, sampling = self._sample(logits, view.samples)
+        errors, sampling = self._sample(logits, view.samples, recorded)
 
         def finish() -> StepResult:
             if not returns:
@@ -278,8 +281,10 @@ class Runner:
     def _integers(self, values: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self._device)
 
-    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...]) -> tuple[dict[str, str], Sampling]:
-        """Start sampling from `logits` fp32 [samples, vocab].
+    def _sample(
+        self, logits: Tensor, samples: tuple[SampleRequest, ...], recorded: RecordedDraw | None
+    ) -> tuple[dict[str, str], Sampling]:
+        """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be.
 
         Returns the errors of requests that cannot go on, by request id, and the sampling: these rows are in it too, as
         greedy ones, because to take rows out of the logits costs more.
@@ -294,7 +299,7 @@ class Runner:
                 self._failed.add(wanted.request_id)
                 row = None
             rows.append(row or SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
-        sampling = self._sampler.start(logits, rows)
+        sampling = self._sampler.start(logits, rows, recorded)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
             self._sampled_rows = {row.request_id: number for number, row in enumerate(rows)}

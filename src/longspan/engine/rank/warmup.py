@@ -20,6 +20,8 @@ from longspan.request import SamplingParams
 _LOCAL = "local"
 _DENSE_UNTIL = 512  # lengths below this are tried closely: kernels and their variants change most there
 _FEW, _SEVERAL = 3, 17  # numbers of decode rows in a step
+_SHORT = tuple(1 << n for n in range(7))  # lengths of later chunks: one for each kind of tile for a few rows
+_LONG_ENOUGH = 640  # tokens before a later chunk, so that several programs share its rows
 _TOKEN = 0
 _SAMPLING = (
     SamplingParams(temperature=0),
@@ -46,11 +48,14 @@ class _Request:
 
 
 class _Pages:
-    """Hands out pages of every shard, first to last, and the next warm-up's from the first again."""
+    """Hands out pages of every shard, first to last, and the next warm-up's from the first again.
 
-    def __init__(self, setup: EngineSetup) -> None:
+    If they are `scattered`, last to first: then no two pages of a request are adjacent, as in a pool in use.
+    """
+
+    def __init__(self, setup: EngineSetup, scattered: bool) -> None:
         self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
-        self._free = [iter(range(pages)) for pages in setup.pages_per_shard]
+        self._free = [iter(range(pages)[:: -1 if scattered else 1]) for pages in setup.pages_per_shard]
 
     def take(self, pcp: int) -> PageRef:
         """A page on a rank of a pcp index. Raises `StopIteration` if its shard has no more."""
@@ -70,11 +75,36 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     for schedule in setup.possible_schedules:
         for length in _lengths(setup, every=schedule == _LOCAL):
             yield from _prefill(setup, length, schedule)
+        yield from _scattered(setup, schedule)
         for rows in sorted({1, min(_FEW, most_rows(setup)), min(_SEVERAL, most_rows(setup)), most_rows(setup)}):
             yield from _decode(setup, rows, schedule, prefill=True)
             yield from _decode(setup, rows, schedule, prefill=False)
             for params in _SAMPLING if schedule == setup.possible_schedules[0] else ():
                 yield from _decode(setup, rows, schedule, prefill=False, kinds=(params,))
+
+
+def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
+    """Steps over pages that are not adjacent; and with latents steps of which some requests are expanded.
+
+    Only a few rows take tiles of their own, so the later chunks are short.
+    """
+    if schedule != _LOCAL:
+        for length in _lengths(setup, every=False):
+            yield from _prefill(setup, length, schedule, scattered=True)
+        return
+    positions = setup.model.max_position_embeddings
+    room = min(_longest(setup) // 2, positions // 2)
+    before, expansion = min(_LONG_ENOUGH, room), setup.attention_shape.expansion
+    if before <= setup.config.cache.page_size:
+        return
+    if _longest(setup) > positions // 2:  # `_prefill` has divided it
+        yield from _later_chunks(setup, min(_longest(setup), positions - 2), (1,), scattered=False)
+    expanded = expansion.per_token // expansion.saved_per_pair + 1 if expansion.saved_per_pair else None
+    for length in (length for length in _SHORT if length <= room):
+        yield from _later_chunks(setup, before, (length,), decode=length == 1, scattered=True)
+        if expanded is not None and expanded <= room:
+            for scattered in (False, True):
+                yield from _later_chunks(setup, before, (expanded, length), scattered=scattered)
 
 
 def largest_plans(setup: EngineSetup) -> Iterator[StepPlan]:
@@ -116,7 +146,7 @@ def _lengths(setup: EngineSetup, every: bool) -> list[int]:
     return sorted(length for length in {*near, *far, longest} if 0 < length <= longest)
 
 
-def _prefill(setup: EngineSetup, length: int, schedule: str) -> Iterator[StepPlan]:
+def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = False) -> Iterator[StepPlan]:
     """Two chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
 
     Under `local` every pcp index has a request of its own, else one request is spread over all of them.
@@ -142,7 +172,32 @@ def _prefill(setup: EngineSetup, length: int, schedule: str) -> Iterator[StepPla
             chunk, pcp = divmod(place, len(pcps))
             pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
     steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
-    yield from _plans(setup, requests, steps, schedule)
+    yield from _plans(setup, requests, steps, schedule, scattered)
+
+
+def _later_chunks(
+    setup: EngineSetup, before: int, lengths: Sequence[int], scattered: bool, decode: bool = False
+) -> Iterator[StepPlan]:
+    """A chunk of `before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
+
+    Every pcp index has requests of its own. With `decode` a decode row of the same context follows, beside a prompt.
+    """
+    pages = -(-(before + max(lengths) + decode) // setup.config.cache.page_size)
+    named = [(f"{n} of {pcp}", pcp, length) for n, length in enumerate(lengths) for pcp in range(setup.grid.pcp)]
+    requests = [_Request(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
+
+    steps = [[_segment(setup, name, pcp, 0, before, _LOCAL, prefill=True) for name, pcp, _ in named]]
+    steps.append([
+        _segment(setup, name, pcp, before, before + length, _LOCAL, prefill=True) for name, pcp, length in named
+    ])  # fmt: skip
+    if decode:
+        requests.append(_Request("prompt", [0], _SAMPLING[0]))
+        rows = [
+            _segment(setup, name, pcp, before + length, before + length + 1, _LOCAL, prefill=False)
+            for name, pcp, length in named
+        ]
+        steps.append([*rows, _segment(setup, "prompt", 0, 0, 1, _LOCAL, prefill=True)])
+    yield from _plans(setup, requests, steps, _LOCAL, scattered)
 
 
 def _parts(length: int, most: int) -> list[int]:
@@ -185,10 +240,11 @@ def _segment(
 
 
 def _plans(
-    setup: EngineSetup, requests: Sequence[_Request], steps: Sequence[Sequence[Segment]], schedule: str
-) -> Iterator[StepPlan]:
+    setup: EngineSetup, requests: Sequence[_Request], steps: Sequence[Sequence[Segment]], schedule: str,
+    scattered: bool = False,
+) -> Iterator[StepPlan]:  # fmt: skip
     """A plan for each step's segments, and one that ends the requests."""
-    pages = _Pages(setup)
+    pages = _Pages(setup, scattered)
     admitted = tuple(
         Admission(
             each.name, 1, 0, each.params, tuple(pages.take(pcp) for pcp in each.pcp_of_page),

@@ -159,8 +159,8 @@ class _Launcher:
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
         """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
-        keys = unit_stride(k).transpose(0, 1)
-        values = keys if v is None else unit_stride(v).transpose(0, 1)
+        keys = _aligned(k).transpose(0, 1)
+        values = keys if v is None else _aligned(v).transpose(0, 1)
         shape = shape_of(keys.shape[2], self.value_dim if v is None else values.shape[2], (), v is None, wide)
         return _Keys(keys, values, keys, keys, shape)
 
@@ -190,7 +190,7 @@ class _Launcher:
             raise ValueError(f"{len(q)} rows for work of {plans.rows}")
         if q.dtype == torch.float64 or not q.is_cuda:  # kernels add in fp32; the interpreter has no bf16
             q = q.float()
-        q = unit_stride(q)
+        q = _aligned(q)
         tokens, heads, _ = q.shape
         width = keys.shape.value[0] + keys.shape.value[2]
         whole = AttentionState(
@@ -262,6 +262,15 @@ def _chip(device: torch.device) -> Chip:
 def _stored(dtype: torch.dtype | None) -> torch.dtype:
     """The dtype in which a kernel stores a result that is wanted in `dtype`; it computes in fp32."""
     return dtype if dtype is not None and dtype.itemsize == 2 else torch.float32
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`unit_stride` of x, copied if it does not begin at a multiple of 16 bytes: Triton would compile kernels again.
+
+    So it is where rows are taken from the middle of a tensor and a row is not a multiple of 16 bytes.
+    """
+    x = unit_stride(x)
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _wide(q: Tensor) -> bool:

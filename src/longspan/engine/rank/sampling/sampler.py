@@ -19,14 +19,11 @@ from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly, o
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, describe, on_host
 from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
+from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
 from longspan.engine.rank.sampling.rows import SampleRow
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
-
-Draw = Callable[[Tensor, DrawParameters | None, Tensor | None], Tensor]
-"""Draws a batch from logits fp32 [R, vocab], at positions int64 [R]: int64 [2, R], see `gumbel.outcome`. Without
-parameters all rows are greedy, and positions are not needed."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,10 @@ class Sampler:
         """The request has ended; its id may be used again."""
         self._counts.forget(request_id)
 
-    def start(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
+    def start(self, logits: Tensor, rows: Sequence[SampleRow], recorded: RecordedDraw | None = None) -> Sampling:
         """Start sampling one token for each row of `logits` fp32 [R, vocab], which are not changed.
+
+        `recorded` draws from the same logits, if nothing changes them first.
 
         The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
         probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
@@ -118,21 +117,25 @@ class Sampler:
             )
         if not rows:
             return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
-        draw = self._draw or _draw_on(logits.device.type)
+        draw = self._draw or batch_draw(logits.device.type)
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
         batch, upload = self._batch, OneCopy()
-        positions = None if batch.draw is None else upload.integers(row.position for row in rows)
         some = 0 < len(batch.described) < len(rows)
         wanted = upload.integers(batch.described) if some else None
         chosen = [
             i for i, row in enumerate(rows) if row.allowed is not None or row.banned or i in batch.changing
         ]  # fmt: skip
+        recorded = None if chosen or draw is None else recorded
+        of_step = batch.draw is not None and recorded is None
+        positions = upload.integers(row.position for row in rows) if of_step else None
         changes = LogitChanges.of(rows, chosen, self._counts, logits, upload) if chosen else None
         sent = upload.send(logits.device)
         changed = None if changes is None else changes.apply(logits, self._counts, sent)
         if draw is None:
             drawn = _draw_rows(logits, changed, chosen, rows)
+        elif recorded is not None:
+            drawn = recorded.draw(batch.draw, [row.position for row in rows])
         else:
             full = logits if changes is None or changed is None else changes.put(changed, logits, sent)
             drawn = draw(full, batch.draw, None if positions is None else sent[positions])
@@ -169,7 +172,7 @@ def _finish(
 
 
 @cache
-def _draw_on(device_type: str) -> Draw | None:
+def batch_draw(device_type: str) -> Draw | None:
     """How batches are drawn on a device; None: row by row."""
     if device_type == "cpu":
         return None

@@ -1,0 +1,85 @@
+"""The kernels that Triton would compile for requests are among those that warm-up has compiled: seen without a GPU.
+
+Launches only note the key by which Triton looks for a compiled kernel, and give zeros. So what is tested is everything
+but the device: which tiles are chosen, and which arguments Triton compiles a kernel for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from longspan import SamplingParams
+from longspan.attention.backends.triton.backend import TritonBackend
+from longspan.engine.rank.build import make_ready
+from longspan.engine.rank.graphs import GraphRunner, graph_sizes
+from longspan.engine.rank.recorder import EagerRecorder
+from longspan.engine.rank.short_steps import ShortSteps
+from tests.oracle import prompt_of
+
+LENGTHS = (30, 1, 7, 100, 47)
+MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5)]
+PARAMS = [SamplingParams(max_tokens=3, temperature=0), SamplingParams(max_tokens=3, temperature=0.8, top_p=0.9)]
+WRITTEN = {"attend_kernel": (7, 8), "_merge_kernel": (3, 4)}  # arguments that hold a kernel's result
+
+
+class Keys:
+    """What Triton would compile for each launch."""
+
+    def __init__(self, monkeypatch):
+        self.found = set()
+
+        def launcher(kernel, grid):
+            return lambda *args, **options: self._launch(kernel, args, options)
+
+        for kind in (JITFunction, InterpretedFunction):
+            monkeypatch.setattr(kind, "__getitem__", launcher, raising=False)
+
+    def _launch(self, kernel, args, options):
+        plain = getattr(kernel, "do_not_specialize", None) or getattr(kernel, "kwargs", {}).get("do_not_specialize", ())
+        names = kernel.fn.__code__.co_varnames
+        key = [
+            native_specialize_impl(CUDABackend, arg, False, name not in (plain or ()), True)
+            for name, arg in zip(names, args, strict=False)
+        ]
+        for number in WRITTEN.get(kernel.fn.__name__, ()):
+            args[number].zero_()
+        self.found.add((kernel.fn.__name__, str(key), str(sorted(options.items()))))
+
+
+def started(tiny, model):
+    """An engine whose attention is Triton's, as on one GPU; its steps are recorded as far as they are there."""
+    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=512, kv_cache_memory_bytes=1 << 21, debug=False)
+    (runner,) = llm.engine.executor.runners
+    attention = runner.attention
+    backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132)
+    attention.ops = replace(attention.ops, backend=backend)
+    if llm.engine.setup.model.moe is None:
+        recorder = EagerRecorder()
+        short = ShortSteps(runner.model, attention, backend, recorder)
+        runner.cuda_graphs = GraphRunner(runner.model, attention, backend, recorder, 1, graph_sizes(8), short)
+    return llm
+
+
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
+def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
+    keys = Keys(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
+    llm = started(tiny, model)
+    (runner,) = llm.engine.executor.runners
+    make_ready(runner, llm.engine.setup, shown=False)
+    warm = set(keys.found)
+    assert {name for name, _, _ in warm} >= {"attend_kernel", "_write_kernel"}
+    for lengths in MIXTURES:
+        for params in PARAMS:
+            llm.generate([prompt_of(length, 9) for length in lengths], params)
+    missed = keys.found - warm
+    assert not missed, "\n".join(map(str, sorted(missed)))
