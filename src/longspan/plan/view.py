@@ -6,7 +6,7 @@ integers and must not touch tensors or communicate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,6 +88,13 @@ class RankView:
     # (row, request id) of each row whose token this rank sampled in the step before; its entry in `token_ids` is 0 and
     # is replaced on the device
     pending: tuple[tuple[int, str], ...] = ()
+    # (row, token) of each segment's last row whose next token is in the plan
+    following: tuple[tuple[int, int], ...] = ()
+
+
+def rows_in_order(segments: Iterable[Segment], pcp: int) -> list[Segment]:
+    """Those segments of one phase that a pcp index computes, in the order of its rows."""
+    return sorted((s for s in segments if s.pcp == pcp), key=lambda s: s.num_remote_groups)
 
 
 def rank_view(
@@ -115,7 +122,7 @@ def rank_view(
         members = [segment for segment in plan.segments if segment.prefill == prefill]
         if not members:
             continue
-        mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.num_remote_groups)
+        mine = rows_in_order(members, place.pcp)
         groups = [
             reach(schedule, group, window, members, mine, requests, place, moves[schedule], causal_runs)
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
@@ -131,6 +138,7 @@ def rank_view(
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
     pending: list[tuple[int, str]] = []
+    following: list[tuple[int, int]] = []
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
@@ -139,6 +147,8 @@ def rank_view(
         if segment.pending:
             pending.append((len(token_ids), segment.request_id))
             token_ids.append(0)  # a placeholder
+        if segment.next_token is not None:
+            following.append((len(token_ids) - 1, segment.next_token))
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt
@@ -147,8 +157,9 @@ def rank_view(
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
-        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending)
-    )
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending),
+        tuple(following),
+    )  # fmt: skip
 
 
 def _diagonal(mine: Sequence[Segment], read: Sequence[bool]) -> tuple[tuple[int, int], ...]:
