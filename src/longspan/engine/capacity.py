@@ -179,7 +179,7 @@ class RankMemory:
             return 0.0
         experts = self.shared.bytes + self.router.bytes + self.expert.bytes * self.experts_held
         join = 2 * self.model.hidden_size**2 * self.weights.embedding
-        embedding = self.head.bytes if self.grid.pp > 1 else 0.0
+        embedding = self.head.bytes * min(self.grid.pp - 1, 1)
         return join + embedding + self.attention.bytes + (experts if self.model.moe else self.ffn.bytes)
 
     @property

@@ -23,11 +23,11 @@ from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_la
 from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
-from longspan.engine.speculation import check_draft_layers, with_draft_layers
+from longspan.engine.speculation import check_weights, with_draft_layers
 from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
-from longspan.models.registry import Family, check_checkpoint, find_family
+from longspan.models.registry import Family, find_family
 from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
@@ -243,16 +243,14 @@ def resolve(
     if opens_weights:
         source = open_weights(source)
         with _naming_files_of(source):
-            check_draft_layers(model, source.checkpoint)
-            check_checkpoint(family, model, source.checkpoint)
+            check_weights(family, model, source.checkpoint)
     elif is_dummy:
         source = replace(source, checkpoint=RandomWeights())
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    scaled = ScaledChoice()
-    if opens_weights:
-        scaled = choose_scaled(config.quantization, source.block_scaled, torch.device(device_type))
+    device = torch.device(device_type)
+    scaled = choose_scaled(config.quantization, source.block_scaled, device) if opens_weights else ScaledChoice()
     config = _with_cache_bytes(config, source, family, model, scaled, device_type)
     backend = choose_backend(
         config.attention_backend, device_type, _backend_shape(config, model, device_type),

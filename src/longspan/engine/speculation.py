@@ -11,6 +11,7 @@ from longspan.config import Speculation
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
 from longspan.models.params import Shapes
+from longspan.models.registry import Family, check_checkpoint
 
 _OTHERWISE = "use --speculative prompt-lookup:4, or leave it out"
 
@@ -28,11 +29,15 @@ def with_draft_layers(how: Speculation | None, model: ModelConfig) -> ModelConfi
     return replace(model, loaded_draft_layers=1)
 
 
-def check_draft_layers(model: ModelConfig, checkpoint: Shapes) -> None:
-    """Raise `ConfigError` if the checkpoint was saved without the layers that the model drafts with."""
+def check_weights(family: Family, model: ModelConfig, checkpoint: Shapes) -> None:
+    """Raise `WeightError` unless the checkpoint has the model's tensors.
+
+    Raises `ConfigError` if it was saved without the layers that the model drafts with.
+    """
     prefix = f"model.layers.{model.num_layers}."
     if model.loaded_draft_layers and not any(name.startswith(prefix) for name in checkpoint.names()):
         raise ConfigError(
             "speculative", "mtp", f"the checkpoint has no tensors {prefix}*, which are the module for multi-token "
             "prediction", f"use a checkpoint that has them, or {_OTHERWISE.removeprefix('use ')}",
         )  # fmt: skip
+    check_checkpoint(family, model, checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from longspan.plan.mirror import KnownRequest
@@ -138,7 +139,6 @@ def rank_view(
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
     pending: list[tuple[int, str]] = []
-    following: list[tuple[int, int]] = []
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
@@ -147,8 +147,6 @@ def rank_view(
         if segment.pending:
             pending.append((len(token_ids), segment.request_id))
             token_ids.append(0)  # a placeholder
-        if segment.next_token is not None:
-            following.append((len(token_ids) - 1, segment.next_token))
         positions += range(segment.start, segment.stop)
         for before_end in reversed(range(segment.sample)):
             output = segment.stop - before_end - requests[segment.request_id].num_prompt
@@ -158,8 +156,15 @@ def rank_view(
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
         tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending),
-        tuple(following),
+        _following(ordered),
     )  # fmt: skip
+
+
+def _following(ordered: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
+    """See `RankView.following`, of segments in the order of their rows."""
+    stops = accumulate(segment.length for segment in ordered)
+    pairs = zip(stops, (segment.next_token for segment in ordered), strict=True)
+    return tuple((stop - 1, token) for stop, token in pairs if token is not None)
 
 
 def _diagonal(mine: Sequence[Segment], read: Sequence[bool]) -> tuple[tuple[int, int], ...]:

@@ -129,8 +129,6 @@ class ModuleDrafter:
     def _sampled_everywhere(self, step: SampledStep) -> list[list[int]]:
         """The tokens that each pcp index has sampled. Waits for the device."""
         place = self.place
-        if len(place.shards_of_pcp) == 1:
-            return [step.sampled.tolist()]
         counts = [0] * self.context.size
         for segment in step.plan.segments:
             counts[place.shards_of_pcp[segment.pcp][0]] += segment.sample
