@@ -69,6 +69,7 @@ COMMUNICATE = {
     "attention/calibrate.py": "times the collectives",
     "bench/schedules.py": "ranks wait for each other before a measurement",
     "engine/rank/runner.py": "hands hidden states on, and compares digests",
+    "engine/rank/drafting.py": "tells the other ranks what it has sampled",
     "engine/rank/build.py": "the TP group's sums and logits, as models know them",
     "parallel/collectives.py": "defines them",
     "parallel/experts.py": "rows go to their experts",

@@ -24,6 +24,7 @@ from longspan.config import (
     OffloadConfig,
     ParallelConfig,
     SchedulerConfig,
+    Speculation,
     parse_bytes,
 )
 from longspan.config.option import build, flags, keywords, option
@@ -155,7 +156,7 @@ BOTH = {
     ),
     "drafts": (
         ["--speculative", "prompt-lookup:4"], {"speculative": "prompt-lookup:4"},
-        {"scheduler": SchedulerConfig(prompt_lookup=4)},
+        {"scheduler": SchedulerConfig(speculative=Speculation("prompt-lookup", 4))},
     ),
     "switches": (
         ["--no-enable-prefix-caching", "--enforce-eager"], {"enable_prefix_caching": False, "enforce_eager": True},

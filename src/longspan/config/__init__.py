@@ -22,6 +22,7 @@ from longspan.config.engine import (
     SchedulerConfig,
 )
 from longspan.config.keywords import EngineOptions
+from longspan.config.speculation import Speculation
 from longspan.config.transfer import ROLE_NAMES, TransferConfig
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "OffloadConfig",
     "ParallelConfig",
     "SchedulerConfig",
+    "Speculation",
     "TransferConfig",
     "parse_bytes",
     "parse_integers",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 from longspan.config.checks import parse_bytes, parse_integers, require, require_choice
 from longspan.config.cost import CostConstants, read_constants
 from longspan.config.option import OPTION, Option, build, check_keywords, option
+from longspan.config.speculation import Speculation
 from longspan.config.transfer import TransferConfig
 
 if TYPE_CHECKING:
@@ -35,14 +36,6 @@ _SIZES = {
     "dcp": "decode_context_parallel_size",
     "pp": "pipeline_parallel_size",
 }  # short names in the text of a layout
-
-
-def drafted_tokens(field: str, text: str) -> int:
-    """The number K in `prompt-lookup:K`. Raises `ConfigError`, which names `field`."""
-    name, _, count = text.partition(":")
-    remedy = "use prompt-lookup:K with K in 1..64, as in prompt-lookup:4"
-    require(name == "prompt-lookup" and count.isdecimal() and int(count) > 0, field, text, "unknown", remedy)
-    return int(count)
 
 
 @dataclass(frozen=True)
@@ -194,9 +187,10 @@ class SchedulerConfig:
         None, "contexts of up to this many tokens stay on one shard; default: 512, or what a shard holds if less"
     )
     schedule: str = option("auto", "attention schedule, that is, what ranks exchange")
-    prompt_lookup: int = option(
-        0, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the request's own text",
-        name="speculative", parse=drafted_tokens,
+    speculative: Speculation | None = option(
+        None, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the request's own text, "
+        "mtp:K (1 to 8) with the model's module for multi-token prediction",
+        parse=Speculation.parse,
     )  # fmt: skip
     async_scheduling: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
     scheduling_policy: str = option(
@@ -205,9 +199,6 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         require_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICY_NAMES)
-        require(
-            0 <= self.prompt_lookup <= 64, "prompt_lookup", self.prompt_lookup, "must be in 0..64", "0 drafts nothing"
-        )
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
             if value is not None:

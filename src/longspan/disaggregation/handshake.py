@@ -62,7 +62,7 @@ def parts_of(setup: InstanceSetup) -> tuple[Part, ...]:
     found: list[Part] = []
     for place in grid.ranks:
         sharding = Sharding(grid, place.rank, model.num_q_heads, model.num_kv_heads)
-        layers = sharding.extent("layers", model.num_layers)
+        layers = model.cached_layers(*sharding.extent("layers", model.num_layers))
         found.append(Part(place.rank, place.shard, layers, sharding.kv_extent))
     return tuple(found)
 

@@ -170,7 +170,17 @@ class RankMemory:
         # tied weights are held once only if the first stage is also the last
         if not self.model.tie_word_embeddings or len(stages) != 1:
             stages[-1] += self.head.bytes
-        return max(stages)
+        return max(*stages, stages[-1] + self._draft_bytes)
+
+    @property
+    def _draft_bytes(self) -> float:
+        """Bytes of the module that drafts, on a rank of the last stage: the embedding too, if that is not the first."""
+        if not self.model.loaded_draft_layers:
+            return 0.0
+        experts = self.shared.bytes + self.router.bytes + self.expert.bytes * self.experts_held
+        join = 2 * self.model.hidden_size**2 * self.weights.embedding
+        embedding = self.head.bytes * min(self.grid.pp - 1, 1)
+        return join + embedding + self.attention.bytes + (experts if self.model.moe else self.ffn.bytes)
 
     @property
     def workspace_bytes(self) -> float:
@@ -261,8 +271,8 @@ def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: 
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
     groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
     return KVLayout(
-        max_layers(grid, model.num_layers), kv_heads, model.head_dim, element_bytes, model.kv_factor,
-        groups if quantised else (),
+        max_layers(grid, model.num_layers, model.loaded_draft_layers), kv_heads, model.head_dim, element_bytes,
+        model.kv_factor, groups if quantised else (),
     )  # fmt: skip
 
 

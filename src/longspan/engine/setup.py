@@ -23,10 +23,11 @@ from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_la
 from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
+from longspan.engine.speculation import check_weights, with_draft_layers
 from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
-from longspan.models.registry import Family, check_checkpoint, find_family
+from longspan.models.registry import Family, find_family
 from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
@@ -152,11 +153,11 @@ class EngineSetup:
         """Whether decode steps are recorded as CUDA graphs.
 
         They are not with a mixture whose shapes depend on the routing, nor with pipeline stages, nor with several ranks
-        that are threads of one process.
+        that are threads of one process, nor where the ranks draft, which needs the hidden states.
         """
         plain = self._has_fixed_shapes and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
-        return plain and alone and self.device_type == "cuda"
+        return plain and alone and not self.model.loaded_draft_layers and self.device_type == "cuda"
 
     @property
     def records_short_steps(self) -> bool:
@@ -233,16 +234,16 @@ def resolve(
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     _check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
-    needs_weights = executor != "dry" if needs_weights is None else needs_weights
     is_dummy = config.load_format == "dummy"
-    opens_weights = needs_weights and not is_dummy
+    opens_weights = (executor != "dry" if needs_weights is None else needs_weights) and not is_dummy
     source = replace(find_source(config.model, opens_weights, config.revision), tokenizer=config.tokenizer)
     with _naming_files_of(source):
         family, model = find_family(source.config, families)
+    model = with_draft_layers(config.scheduler.speculative, model)
     if opens_weights:
         source = open_weights(source)
         with _naming_files_of(source):
-            check_checkpoint(family, model, source.checkpoint)
+            check_weights(family, model, source.checkpoint)
     elif is_dummy:
         source = replace(source, checkpoint=RandomWeights())
     check_heads(grid, model.num_q_heads)

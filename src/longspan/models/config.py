@@ -153,8 +153,10 @@ class ModelConfig:
     moe: MoEConfig | None = None
     # latent attention; None for grouped-query attention
     mla: MLAConfig | None = None
-    # layers for multi-token prediction, which follow the others in the checkpoint and are not loaded
+    # layers for multi-token prediction, which follow the others in the checkpoint
     num_draft_layers: int = 0
+    # how many of them are loaded: 0, or 1 where the engine drafts with them
+    loaded_draft_layers: int = 0
     # for each layer, positions that a token sees, its own included, or None for all; empty if no layer has a window
     windows: tuple[int | None, ...] = ()
     # whether each query head has a sink
@@ -163,6 +165,14 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Number of positions that a token sees in the layer, its own included; None for all."""
         return self.windows[layer] if self.windows else None
+
+    def has_mixture(self, layer: int) -> bool:
+        """Whether the layer has a mixture of experts. Draft layers are like the last layers of the model."""
+        return self.moe is not None and (layer in self.moe.layers or layer >= self.num_layers)
+
+    def cached_layers(self, first: int, stop: int) -> tuple[int, int]:
+        """(first, stop) of the layers with a cache on the stage of layers [first, stop); the last drafts as well."""
+        return first, stop + (self.loaded_draft_layers if stop == self.num_layers else 0)
 
     @property
     def layer_groups(self) -> tuple[int | None, ...]:

@@ -123,6 +123,24 @@ class LayerContext:
     ops: LayerOps = field(default_factory=PlainOps)
 
 
+class DraftModule(Protocol):
+    """Layers behind the last one of a model, which predict the token after the next one.
+
+    Row p of a module takes the hidden state of the token at position p and the token at position p + 1, and predicts
+    the token at position p + 2. Its attention has layers of the cache of its own, in which a row is at position p.
+    """
+
+    def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One run, over tokens at int64 `positions` [T], each followed by the token of int64 `next_ids` [T].
+
+        `hidden` [T, hidden] are what `Model.layers` returned for these tokens, or what the run before returned for the
+        tokens one position earlier. Returns [T, hidden].
+        """
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What `layers` returned, or rows of it, [T, hidden] → fp32 logits [T, vocab]."""
+
+
 class Model(Protocol):
     """A decoder, or the part of one on a pipeline stage: the layers that its loader gives."""
 
@@ -141,6 +159,10 @@ class Model(Protocol):
     @property
     def head(self) -> Callable[[Tensor], Tensor] | None:
         """What `layers` returned, or rows of it, [T, hidden] → fp32 logits [T, vocab]; None before the last stage."""
+
+    @property
+    def draft_module(self) -> DraftModule | None:
+        """The module that drafts tokens; None before the last stage, and where the engine does not draft with it."""
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Apply the layers of this stage: x [T, hidden], of tokens at int64 `positions` [T] → [T, hidden]."""

@@ -32,7 +32,7 @@ def build_attention(
     return kind(config, layer, prefix, context)
 
 
-class _Layer:
+class DecoderLayer:
     """Attention and an MLP or a mixture, each behind a norm and with a residual.
 
     What a part computes is added to the residual by the next norm, so that both are one operation.
@@ -42,12 +42,12 @@ class _Layer:
         prefix, moe = f"model.layers.{layer}", config.moe
         self._attention = build_attention(config, layer, f"{prefix}.self_attn", context)
         self._mlp: GatedMLP | MixtureOfExperts
-        if moe and layer in moe.layers:
+        if moe and config.has_mixture(layer):
             self._mlp = MixtureOfExperts(moe, config.hidden_size, f"{prefix}.{moe.block}", context)
         else:
             self._mlp = GatedMLP(config, f"{prefix}.mlp", context)
-        self._before = _norm(config, f"{prefix}.input_layernorm.weight", context)
-        self._between = _norm(config, f"{prefix}.post_attention_layernorm.weight", context)
+        self._before = hidden_norm(config, f"{prefix}.input_layernorm.weight", context)
+        self._between = hidden_norm(config, f"{prefix}.post_attention_layernorm.weight", context)
 
     def __call__(self, x: Tensor, residual: Tensor | None, table: RopeTable, attend: Attend) -> tuple[Tensor, Tensor]:
         """Hidden states, as x [T, hidden] to be added to `residual` [T, hidden] → the same; None: x is all."""
@@ -93,13 +93,17 @@ class DecoderModel:
         self.hidden_size = config.hidden_size
         self.dtype = dtype
         self.embedding = Embedding(config, context) if first == 0 else None
-        self._layers = [_Layer(config, layer, context) for layer in range(first, stop)]
+        self._layers = [DecoderLayer(config, layer, context) for layer in range(first, stop)]
         self._norm: RMSNorm | None = None
         self.head: Head | None = None
-        if stop == config.num_layers:
-            self._norm = _norm(config, "model.norm.weight", context)
-            self.head = Head(config, context)
+        self.draft_module: NextTokenModule | None = None
         self._rotary = Rotary(config.rope, config.rotary_dim, dtype, context)
+        if stop == config.num_layers:
+            self._norm = hidden_norm(config, "model.norm.weight", context)
+            self.head = Head(config, context)
+            if config.loaded_draft_layers:
+                embedding = self.embedding or Embedding(config, context)
+                self.draft_module = NextTokenModule(config, context, embedding, self.head, self._rotary)
 
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `Model.layers`. After the last layer of the model comes the final norm."""
@@ -112,12 +116,47 @@ class DecoderModel:
         return self._norm(x) if residual is None else self._norm.after_add(x, residual)[1]
 
 
+class NextTokenModule:
+    """A module for multi-token prediction (DeepSeek-V3, 2024, eqs. 21-23): see `DraftModule`.
+
+    The hidden states that it takes are those after the model's final norm, as in vLLM's and SGLang's implementations;
+    the paper says only "the representation given by the main model". What it returns, before its own norm, is what its
+    next run takes, as in vLLM. Embedding and output head are the model's own: the paper shares them, and checkpoints
+    repeat them as the module's `embed_tokens` and `shared_head.head`, which are not read.
+    """
+
+    def __init__(
+        self, config: ModelConfig, context: LayerContext, embedding: Embedding, head: Head, rotary: Rotary
+    ) -> None:
+        layer, hidden = config.num_layers, config.hidden_size
+        prefix = f"model.layers.{layer}"
+        self._embedding = embedding
+        self._head = head
+        self._rotary = rotary
+        self._embedding_norm = hidden_norm(config, f"{prefix}.enorm.weight", context)
+        self._hidden_norm = hidden_norm(config, f"{prefix}.hnorm.weight", context)
+        self._join = context.loader.linear(Param(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), (None, None)))
+        self._layer = DecoderLayer(config, layer, context)
+        self._norm = hidden_norm(config, f"{prefix}.shared_head.norm.weight", context)
+
+    def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """See `DraftModule.layers`."""
+        embedded, before = self._embedding_norm(self._embedding(next_ids)), self._hidden_norm(hidden)
+        joined = self._join(torch.cat((embedded, before), dim=-1))
+        x, residual = self._layer(joined, None, self._rotary.table(positions), attend)
+        return residual + x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See `DraftModule.head`."""
+        return self._head(self._norm(hidden))
+
+
 def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
     """This rank's part [tokens, hidden] of a table with a row for each token of the vocabulary."""
     return context.loader.load(Param(name, (config.vocab_size, config.hidden_size), ("vocab", None)))
 
 
-def _norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:
+def hidden_norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:
     """A norm over the hidden states."""
     weight = context.loader.load(Param(name, (config.hidden_size,), (None,)))
     return RMSNorm(context.ops, weight, config.rms_norm_eps)

@@ -109,7 +109,8 @@ def check_layers(grid: Grid, num_layers: int) -> None:
         )
 
 
-def max_layers(grid: Grid, num_layers: int) -> int:
-    """The largest number of layers that any stage holds."""
+def max_layers(grid: Grid, num_layers: int, draft_layers: int = 0) -> int:
+    """The largest number of layers that any stage holds. `draft_layers` are on the last stage."""
     extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
-    return max(stop - start for start, stop in extents)
+    sizes = [stop - start for start, stop in extents]
+    return max(*sizes, sizes[-1] + draft_layers)

@@ -90,6 +90,8 @@ class Segment:
     # whether one more token follows `token_ids`: it is sampled by the same ranks in the step before, and its id is not
     # known to the scheduler yet
     pending: bool = False
+    # the token after the segment, where the scheduler knows it and the ranks draft with layers of the model
+    next_token: int | None = None
 
     @property
     def length(self) -> int:

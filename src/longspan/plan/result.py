@@ -12,6 +12,18 @@ from longspan.request import PromptScore, SampledToken
 
 
 @dataclass(frozen=True)
+class DraftTokens:
+    """Tokens that ranks expect after a sampled one."""
+
+    # the request
+    request_id: str
+    # index of the sampled token in the request's output
+    position: int
+    # the draft tokens that follow it
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of a step on one rank, or on all of them."""
 
@@ -25,6 +37,8 @@ class StepResult:
     failed_loads: tuple[int, ...] = ()
     # numbers in the plan's `saves` of those that the disk did not take
     failed_saves: tuple[int, ...] = ()
+    # where the ranks draft: the tokens after each sampled one that may prove to be the last accepted one of its request
+    drafts: tuple[DraftTokens, ...] = ()
 
     @staticmethod
     def joined(parts: Sequence[StepResult]) -> StepResult:
@@ -35,4 +49,5 @@ class StepResult:
             {request_id: error for part in parts for request_id, error in part.errors.items()},
             tuple(number for part in parts for number in part.failed_loads),
             tuple(number for part in parts for number in part.failed_saves),
+            tuple(draft for part in parts for draft in part.drafts),
         )

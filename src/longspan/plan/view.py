@@ -6,8 +6,9 @@ integers and must not touch tensors or communicate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from longspan.plan.mirror import KnownRequest
@@ -88,6 +89,13 @@ class RankView:
     # (row, request id) of each row whose token this rank sampled in the step before; its entry in `token_ids` is 0 and
     # is replaced on the device
     pending: tuple[tuple[int, str], ...] = ()
+    # (row, token) of each segment's last row whose next token is in the plan
+    following: tuple[tuple[int, int], ...] = ()
+
+
+def rows_in_order(segments: Iterable[Segment], pcp: int) -> list[Segment]:
+    """Those segments of one phase that a pcp index computes, in the order of its rows."""
+    return sorted((s for s in segments if s.pcp == pcp), key=lambda s: s.num_remote_groups)
 
 
 def rank_view(
@@ -115,7 +123,7 @@ def rank_view(
         members = [segment for segment in plan.segments if segment.prefill == prefill]
         if not members:
             continue
-        mine = sorted((s for s in members if s.pcp == place.pcp), key=lambda s: s.num_remote_groups)
+        mine = rows_in_order(members, place.pcp)
         groups = [
             reach(schedule, group, window, members, mine, requests, place, moves[schedule], causal_runs)
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
@@ -147,8 +155,16 @@ def rank_view(
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
-        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending)
-    )
+        tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending),
+        _following(ordered),
+    )  # fmt: skip
+
+
+def _following(ordered: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
+    """See `RankView.following`, of segments in the order of their rows."""
+    stops = accumulate(segment.length for segment in ordered)
+    pairs = zip(stops, (segment.next_token for segment in ordered), strict=True)
+    return tuple((stop - 1, token) for stop, token in pairs if token is not None)
 
 
 def _diagonal(mine: Sequence[Segment], read: Sequence[bool]) -> tuple[tuple[int, int], ...]:

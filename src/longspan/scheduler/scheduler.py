@@ -88,7 +88,7 @@ class Scheduler:
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
         # whether a token may be computed before its id is known
-        self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and not config.prompt_lookup
+        self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and config.speculative is None
         self.steps_at_once = 2 if self.plans_ahead else grid.pp
 
     def add(self, request: CoreRequest, source: Source | None = None) -> None:
@@ -167,6 +167,7 @@ class Scheduler:
         self.cache.settle(plan.saves, plan.loads, set(result.failed_loads), set(result.failed_saves))
         accepted: list[SampledToken] = []
         tokens_of: dict[str, list[SampledToken]] = {}
+        expected = {(draft.request_id, draft.position): draft.token_ids for draft in result.drafts}
         for token in result.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
         for request_id, (stop, drafts) in _progress(plan.segments).items():
@@ -180,6 +181,8 @@ class Scheduler:
             accepted += right
             sequence.tokens += [token.token_id for token in right]
             sequence.pending = max(0, sequence.pending - len(right))
+            if right:
+                sequence.expected = expected.get((request_id, right[-1].position), ())
             if drafts:  # tokens of wrong drafts are not computed: later tokens overwrite their slots
                 stop -= len(drafts) + 1 - len(right)
                 sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
@@ -221,7 +224,7 @@ class Scheduler:
             sequence = self.running[index]
             if sequence.remaining != 1 or not step.can_follow(sequence):
                 index += 1
-            elif step.add_decode(sequence, sequence.draft(min(self.config.prompt_lookup, step.budget - rows))):
+            elif step.add_decode(sequence, sequence.draft(self.config.speculative, step.budget - rows)):
                 index += 1
                 rows -= 1
             else:

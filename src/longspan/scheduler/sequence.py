@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
+from longspan.config import Speculation
 from longspan.plan.source import Source
 from longspan.request import CoreRequest
 from longspan.scheduler.lookup import PromptLookup
@@ -46,6 +47,8 @@ class SequenceState:
         # the shard that holds a short context whole; None if it is spread
         self.home: int | None = None
         self.lookup = PromptLookup()
+        # tokens that the ranks expect after its last one, where they draft
+        self.expected: Sequence[int] = ()
         # keys of its first full pages, as far as they were needed
         self._keys = list(keys)
 
@@ -69,10 +72,13 @@ class SequenceState:
         """Most pages that it can hold."""
         return -(-self.max_stored // self.table.page_size)
 
-    def draft(self, count: int) -> list[int]:
-        """Up to `count` draft tokens. None under a grammar, whose state cannot be rolled back."""
-        room = min(count, self.max_stored - len(self.tokens))
-        return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
+    def draft(self, how: Speculation | None, most: int) -> Sequence[int]:
+        """Up to `most` draft tokens. None under a grammar, whose state cannot be rolled back."""
+        room = min(most, self.max_stored - len(self.tokens))
+        if how is None or room <= 0 or self.params.grammar is not None:
+            return ()
+        room = min(room, how.tokens)
+        return self.expected[:room] if how.by_model else self.lookup.draft(self.tokens, room)
 
     @property
     def may_be_planned_ahead(self) -> bool:
@@ -89,6 +95,7 @@ class SequenceState:
         self.pending = 0
         self.published = 0
         self.home = None
+        self.expected = ()
 
     def page_keys(self, first: int, count: int, root: Key) -> Sequence[Key]:
         """Keys of the full pages [first, count). `root` is the parent of the first one; a cache salt changes it."""

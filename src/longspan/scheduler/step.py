@@ -34,6 +34,8 @@ class StepBuilder:
         self.segments: list[Segment] = []
         self._strictly_local = config.schedule == "local"
         self._local_context = DEFAULT_LOCAL_CONTEXT if config.local_context is None else config.local_context
+        # how many draft tokens the ranks compute with layers of the model
+        self._drafts_of_model = config.speculative.tokens if config.speculative and config.speculative.by_model else 0
         self._cache = cache
         self._grid = grid
         self._rows = [0] * grid.pcp  # decode rows on each pcp index
@@ -74,6 +76,8 @@ class StepBuilder:
                     break
                 self._place(sequence, shard)
             pieces.append(Piece(position, position + 1, self._grid.pcp_of_shard[table.shard_of(position)]))
+        if pieces:
+            self._place_ahead(sequence, start + len(pieces) + self._drafts_of_model - 1)
         for piece in join(pieces) if len(pieces) > 1 else pieces:
             self._rows[piece.pcp] += piece.stop - piece.start
             self._add_segment(sequence, piece, prefill=False, drafts=drafts)
@@ -164,6 +168,18 @@ class StepBuilder:
                 raise EngineError(f"no room on shards {candidates} for positions up to {stop}")
             self._place(sequence, shard)
 
+    def _place_ahead(self, sequence: SequenceState, stop: int) -> None:
+        """Place pages for positions before `stop` that the ranks need to draft several tokens, as far as there is room.
+
+        Where a page is missing fewer tokens are drafted.
+        """
+        table = sequence.table
+        while self._drafts_of_model > 1 and len(table.pages) * table.page_size < min(stop, sequence.max_stored):
+            shard = self._decode_shard(sequence)
+            if shard is None:
+                return
+            self._place(sequence, shard)
+
     def _place(self, sequence: SequenceState, shard: int) -> None:
         page = self._cache.allocate(shard, sequence.table.last_index(shard))
         sequence.table.append(page)
@@ -182,6 +198,7 @@ class StepBuilder:
             key = sequence.request_id if window is None else (sequence.request_id, piece.start)
             workload.add(key, piece.pcp, length, visible)
             num_remote_groups += 1
+        follows = self._drafts_of_model > 0 and piece.stop < len(sequence.tokens)
         self.segments.append(
             Segment(
                 request_id=sequence.request_id,
@@ -193,6 +210,7 @@ class StepBuilder:
                 sample=min(length, max(0, piece.stop + 1 - sequence.length)),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
                 pending=sequence.pending > 0,
+                next_token=sequence.tokens[piece.stop] if follows else None,
             )
         )
         self._load[piece.pcp] += length

@@ -22,6 +22,7 @@ from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.memory_use import MemoryUse
+from longspan.engine.rank.drafting import Drafter, ModuleDrafter
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
@@ -120,10 +121,11 @@ def build_runner(
 
     def parts_with(setup: EngineSetup) -> RankParts:
         attention = _attention(setup, sharding, groups.context, store.device)
+        gathered = experts if isinstance(experts, GatheredExperts) else None
         return RankParts(
             grid, rank, model, attention, groups, store.device,
             vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling),
-            experts=experts if isinstance(experts, GatheredExperts) else None,
+            experts=gathered, drafter=_drafter(setup, rank, model, attention, groups.context, gathered),
         )  # fmt: skip
 
     def pilot(setup: EngineSetup) -> tuple[Runner, GraphRunner | None]:
@@ -172,6 +174,27 @@ def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, shardin
     asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
     with progress_bar("loading weights", len(asked.params), shown) as store.on_read:
         return setup.family.build(setup.model, context, setup.dtype)
+
+
+def _drafter(
+    setup: EngineSetup, rank: int, model: Model, attention: Attention, context: Collectives,
+    experts: GatheredExperts | None,
+) -> Drafter | None:  # fmt: skip
+    """What drafts tokens on a rank; None where the ranks do not draft, and before the last stage."""
+    how, module = setup.config.scheduler.speculative, model.draft_module if setup.model.loaded_draft_layers else None
+    if how is None or module is None:
+        return None
+    place = setup.grid.ranks[rank]
+    return ModuleDrafter(
+        module, how.tokens, attention, Place(place.pcp, place.shard, setup.grid.shards_of_pcp), context,
+        _draft_schedule(setup), experts, attention.pool.device,
+    )  # fmt: skip
+
+
+def _draft_schedule(setup: EngineSetup) -> str:
+    """The schedule of runs that are not known to the scheduler, which chooses that of every step: one row a request."""
+    moving = [name for name in setup.possible_schedules if setup.schedules[name].moves]
+    return (moving or setup.possible_schedules)[0]
 
 
 def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
@@ -234,7 +257,7 @@ def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, devic
     start, stop = sharding.kv_extent
     pool = KVPool(
         setup.layout.with_kv_heads(stop - start),
-        range(*sharding.extent("layers", setup.model.num_layers)),
+        range(*setup.model.cached_layers(*sharding.extent("layers", setup.model.num_layers))),
         setup.pages_per_shard[setup.grid.ranks[sharding.rank].shard],
         setup.config.cache.page_size,
         setup.cache_dtype,

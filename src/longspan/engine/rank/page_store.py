@@ -55,7 +55,7 @@ def parts_of_a_slot(setup: EngineSetup) -> list[PagePart]:
     sizes: dict[tuple[int, int], int] = {}
     for place in grid.ranks:
         sharding = Sharding(grid, place.rank, model.num_q_heads, model.num_kv_heads)
-        layers, heads = sharding.extent("layers", model.num_layers), sharding.kv_extent
+        layers, heads = model.cached_layers(*sharding.extent("layers", model.num_layers)), sharding.kv_extent
         own = replace(setup.layout, num_layers=layers[1] - layers[0], kv_heads=heads[1] - heads[0])
         sizes[place.pp, place.head_shard] = _HEADER_BYTES + own.bytes_per_token * setup.config.cache.page_size
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))

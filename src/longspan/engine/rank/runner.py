@@ -16,6 +16,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.host_copy import to_device
 from longspan.disaggregation.worker import TransferThread
+from longspan.engine.rank.drafting import Drafter, ReadDrafts, SampledStep
 from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
@@ -89,6 +90,8 @@ class RankParts:
     transfer: TransferThread | None = None
     # experts that every rank computes for the rows of all; None if there are none
     experts: GatheredExperts | None = None
+    # drafts tokens with layers of the model; None before the last stage, and where the ranks do not draft
+    drafter: Drafter | None = None
 
 
 def _with_failures(finish: Finish, copied: Callable[[], tuple[list[int], list[int]]]) -> StepResult:
@@ -123,6 +126,7 @@ class Runner:
         self.transfer = parts.transfer
         self._store = parts.store
         self._experts = parts.experts
+        self._drafter = parts.drafter
 
     @property
     def model(self) -> Model:
@@ -182,10 +186,15 @@ class Runner:
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
+        draft = None if self._drafter is None else partial(self._draft, self._drafter, plan, view, hidden)
         if not view.samples:
-            return self._finish(view, hidden, scores)
+            return self._finish(view, hidden, scores, draft)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
-        return self._finish(view, logits, scores)
+        return self._finish(view, logits, scores, draft)
+
+    def _draft(self, drafter: Drafter, plan: StepPlan, view: RankView, hidden: Tensor, sampled: Tensor) -> ReadDrafts:
+        """Start drafting after the tokens `sampled` int64 [samples], from the rows' `hidden` [T, hidden]."""
+        return drafter.draft(SampledStep(plan, view, hidden, sampled), self._mirror.requests)
 
     def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
         """Hidden states [T, hidden] after the layers of this stage."""
@@ -221,17 +230,22 @@ class Runner:
         return rank_view(uniform(plan, self._attention.schedules), requests, self._place, windows, moves)
 
     def _finish(
-        self, view: RankView, logits: Tensor, scores: Sequence[Scores], recorded: RecordedDraw | None = None
-    ) -> Finish:
-        """Start sampling from `logits` fp32 [samples, vocab].
+        self, view: RankView, logits: Tensor, scores: Sequence[Scores],
+        draft: Callable[[Tensor], ReadDrafts] | None = None, recorded: RecordedDraw | None = None,
+    ) -> Finish:  # fmt: skip
+        """Start sampling from `logits` fp32 [samples, vocab], and then drafting.
 
-        Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens.
+        Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
+        where they draft from them.
         """
         self._sampled_rows = {}
         returns = self._grid.returns_tokens(self._rank)
-        if not view.samples or (not returns and not self._async_scheduling):
+        if not view.samples or not (returns or self._async_scheduling or draft):
+            if draft:
+                draft(self._integers(()))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
         errors, sampling = self._sample(logits, view.samples, recorded)
+        drafts = draft(sampling.token_ids) if draft else tuple
 
         def finish() -> StepResult:
             if not returns:
@@ -239,7 +253,7 @@ class Runner:
             sampled = sampling.finish()
             tokens = tuple(token for token in sampled.tokens if token.request_id not in errors)
             found = tuple(chain.from_iterable(read() for read in scores))
-            return StepResult(tokens, found, {**errors, **sampled.errors})
+            return StepResult(tokens, found, {**errors, **sampled.errors}, drafts=drafts())
 
         return finish
 

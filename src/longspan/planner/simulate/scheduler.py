@@ -41,7 +41,7 @@ class SimulatedScheduler(Scheduler):
         In such a step no request is admitted or preempted, and no page is placed or published: only two counters of
         each request change. The caller must make sure that no request arrives or ends in these steps.
         """
-        if (self.waiting and len(self.running) < self.config.running_limit) or self.config.prompt_lookup:
+        if (self.waiting and len(self.running) < self.config.running_limit) or self.config.speculative:
             return 0
         if any(s.remaining != 1 or s.in_flight for s in self.running):
             return 0

@@ -1,0 +1,265 @@
+"""A model's module for multi-token prediction drafts under every layout what it drafts over the whole text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from longspan import LLM, ConfigError, SamplingParams
+from longspan.plan.drafts import AcceptedRow, accepted_rows
+from longspan.plan.plan import Segment
+from tests.drafting import ReferenceDrafts, folder_with_module
+from tests.engine.conftest import SHORT, THREADS
+from tests.engine.test_bytes_that_travel import decode_step_bytes, formula_bytes
+from tests.oracle import prompt_of, tiny_folder
+
+PROMPTS = [prompt_of(33), prompt_of(7, 3) * 2, prompt_of(50, 2)]
+GREEDY = SamplingParams(temperature=0, max_tokens=14)
+
+
+@pytest.fixture
+def drafting():
+    """`drafting(kind, tp=2, ...)` starts an engine on a tiny DeepSeek-V3 with a module: see `folder_with_module`."""
+    started = []
+
+    def start(kind="near", **options):
+        named = {SHORT.get(name, name): value for name, value in options.items()}
+        started.append(LLM(folder_of(kind, options.get("pp", 1)), **{**THREADS, **named}))
+        return started[-1]
+
+    yield start
+    for llm in started:
+        llm.shutdown()
+
+
+def folder_of(kind, stages=1):
+    return folder_with_module("deepseek-v3-deep" if stages > 1 else "deepseek-v3", kind)
+
+
+@cache
+def reference(kind, stages=1):
+    return ReferenceDrafts(folder_of(kind, stages), 4 if stages > 1 else 2)
+
+
+@cache
+def plain(kind, stages=1, prompts=None, params=GREEDY, **options):
+    """The tokens without drafts, of one rank."""
+    with LLM(folder_of(kind, stages), **{**THREADS, **options}) as llm:
+        return tokens_of(llm, PROMPTS if prompts is None else [list(prompt) for prompt in prompts], params)
+
+
+def tokens_of(llm, prompts=PROMPTS, params=GREEDY):
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def drafts_in(llm):
+    """(text so far, what is drafted after it), of every step and request from now on."""
+    scheduler, found = llm.engine.scheduler, []
+    commit = scheduler.commit
+
+    def recorded(plan, result):
+        counted = commit(plan, result)
+        for request in {token.request_id for token in counted.tokens}:
+            sequence = scheduler._sequences[request]
+            found.append((tuple(sequence.tokens), tuple(sequence.expected)))
+        return counted
+
+    scheduler.commit = recorded
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"speculative": "mtp:1"},
+        {"speculative": "mtp:4", "page_size": 16},
+        {"speculative": "mtp:2", "tp": 3, "page_size": 1, "max_num_batched_tokens": 23},
+        {"speculative": "mtp:3", "tp": 4, "dcp": 2, "page_size": 2, "local_context": 0},
+        {"speculative": "mtp:1", "pcp": 3, "page_size": 1, "local_context": 0},
+        {"speculative": "mtp:4", "pcp": 2, "max_num_batched_tokens": 13, "local_context": 0},
+        {"speculative": "mtp:2", "tp": 2, "pcp": 2, "dcp": 2, "page_size": 2, "local_context": 0},
+        {"speculative": "mtp:3", "tp": 2, "pcp": 2, "enable_expert_parallel": True, "page_size": 16},
+        {"speculative": "mtp:2", "pp": 2, "tp": 2, "dcp": 2, "schedule": "ring_kv"},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_without_drafts_and_drafts_are_the_reference(drafting, options):
+    stages = options.get("pp", 1)
+    llm = drafting(**options)
+    found = drafts_in(llm)
+    assert tokens_of(llm) == plain("near", stages)
+    assert any(drafts for _, drafts in found)
+    for text, drafts in found:
+        assert drafts == reference("near", stages).after(text, len(drafts))
+    if options.get("pcp", 1) == 1 and options["speculative"] != "mtp:1":  # behind the first, all have their pages
+        whole = [len(drafts) for text, drafts in found if len(text) not in {len(prompt) + 1 for prompt in PROMPTS}]
+        assert whole.count(int(options["speculative"][-1])) > 0.6 * len(whole)
+    counters = llm.stats().scheduler
+    assert 0 < counters.accepted_tokens < counters.drafted_tokens
+    llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 13},
+        {"tp": 2, "dcp": 2, "local_context": 0, "page_size": 1},
+        {"tp": 2, "pcp": 2, "local_context": 0, "max_num_batched_tokens": 13, "page_size": 2},
+    ],
+    ids=str,
+)
+def test_the_logits_of_random_weights_follow_the_papers_equations(drafting, options):
+    llm = drafting("random", speculative="mtp:2", **options)
+    found = [record_logits(runner) for runner in llm.engine.executor.runners]
+    (tokens,) = tokens_of(llm, PROMPTS[:1], SamplingParams(temperature=0, max_tokens=1))
+    assert any(found)
+    for logits in found:  # of the ranks that had the sampled row
+        for number, one in enumerate(logits):
+            assert (one[-1] - reference("random").logits((*PROMPTS[0], *tokens), number)).abs().max() < 1e-3
+
+
+def record_logits(runner):
+    """The logits [rows, vocab] of each run of the module on this rank from now on."""
+    module, found = runner._drafter.module, []
+    head = module.head
+    module.head = lambda hidden: found.append(head(hidden)) or found[-1]
+    return found
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "dcp": 2, "local_context": 0}], ids=str)
+def test_a_module_that_is_always_right_gives_all_its_tokens_in_every_step(drafting, layout, drafts):
+    llm = drafting("right", speculative=f"mtp:{drafts}", page_size=16, **layout)
+    found = drafts_in(llm)
+    assert tokens_of(llm, PROMPTS[:1], SamplingParams(temperature=0, max_tokens=1 + 3 * (drafts + 1))) == [
+        [(PROMPTS[0][-1] + n) % 97 for n in range(1, 2 + 3 * (drafts + 1))]
+    ]
+    counters = llm.stats().scheduler
+    assert counters.accepted_tokens == counters.drafted_tokens
+    lengths = [len(text) for text, _ in found]
+    assert [after - before for before, after in pairwise(lengths)] == [drafts + 1] * 3
+
+
+def test_a_module_that_is_always_wrong_costs_no_token(drafting):
+    llm = drafting("wrong", speculative="mtp:3")
+    assert tokens_of(llm) == plain("wrong")
+    counters = llm.stats().scheduler
+    assert counters.accepted_tokens == 0 < counters.drafted_tokens
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 0.5, "seed": 1, "presence_penalty": 1.0, "top_k": 5},
+        {"temperature": 0, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    ],
+    ids=str,
+)
+def test_sampled_and_penalised_tokens_are_those_without_drafts(drafting, fields):
+    params = SamplingParams(max_tokens=14, **fields)
+    llm = drafting(pcp=2, tp=2, dcp=2, page_size=2, local_context=0, speculative="mtp:2")
+    assert tokens_of(llm, params=params) == plain("near", params=params)
+    assert llm.stats().scheduler.accepted_tokens > 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
+def test_a_quantised_cache_holds_the_modules_rows_too(drafting, dtype):
+    llm = drafting(tp=2, dcp=2, pcp=2, local_context=0, kv_cache_dtype=dtype, speculative="mtp:2")
+    assert tokens_of(llm) == plain("near", kv_cache_dtype=dtype)
+    assert llm.stats().scheduler.accepted_tokens > 0
+
+
+def test_preempted_requests_give_the_same_tokens(drafting):
+    llm = drafting(pcp=2, pages_per_shard=(11, 11), local_context=0, speculative="mtp:3")
+    batch = [*PROMPTS, PROMPTS[0][1:], PROMPTS[2][5:]]
+    assert tokens_of(llm, batch) == plain("near", prompts=tuple(map(tuple, batch)))
+    assert llm.stats().scheduler.preemptions > 0
+    llm.engine.scheduler.check_integrity()
+
+
+def test_the_modules_rows_of_a_cached_prefix_are_used_whichever_token_follows(drafting):
+    """The last row of a hit belongs to one continuation: the other one finds it as it is, and gets the same tokens."""
+    llm = drafting(pcp=2, local_context=0, speculative="mtp:2")
+    found = drafts_in(llm)
+    shared = prompt_of(24, 8)
+    first, second = [*shared, 5, 6, 7], [*shared, 50, 51, 52]
+    assert tokens_of(llm, [first]) == plain("near", prompts=(tuple(first),))
+    assert tokens_of(llm, [second]) == plain("near", prompts=(tuple(second),))
+    del found[:]
+    (output,) = llm.generate([first], GREEDY)
+    assert output.num_cached_tokens == 24
+    assert output.outputs[0].token_ids == plain("near", prompts=(tuple(first),))[0]
+    # it is the continuation that wrote the pages
+    assert all(drafts == reference("near").after(text, len(drafts)) for text, drafts in found)
+
+
+def test_pages_that_return_from_host_memory_bring_the_modules_rows(drafting):
+    llm = drafting(pages_per_shard=(20,), page_size=4, kv_offload_memory=1 << 20, speculative="mtp:2")
+    first = tokens_of(llm, PROMPTS[2:])
+    tokens_of(llm, PROMPTS[:1])
+    found = drafts_in(llm)
+    assert tokens_of(llm, PROMPTS[2:]) == first
+    assert llm.stats().offload.loaded_from_memory > 0
+    assert all(drafts == reference("near").after(text, len(drafts)) for text, drafts in found)
+
+
+def test_under_a_grammar_nothing_is_drafted(drafting):
+    llm = drafting("right", speculative="mtp:2")
+    scheduler = llm.engine.scheduler
+    llm.engine.add_request("a", PROMPTS[0], GREEDY)
+    llm.engine.step()
+    (sequence,) = scheduler.running
+    assert len(sequence.draft(scheduler.config.speculative, 9)) == 2
+    sequence.params = SimpleNamespace(grammar=object())
+    assert not sequence.draft(scheduler.config.speculative, 9)
+
+
+def test_rows_behind_a_wrong_draft_are_not_accepted_on_any_rank():
+    def segment(start, tokens, pcp):
+        return Segment("a", start, tokens, pcp, False, 0, len(tokens))
+
+    plan = SimpleNamespace(segments=(segment(10, (1, 2), 0), segment(12, (3,), 1), segment(13, (4, 5), 0)))
+    assert accepted_rows(plan, [[2, 3, 5, 6], [4]]) == {"a": AcceptedRow(0, 3, 14)}
+    assert accepted_rows(plan, [[2, 3, 9, 6], [4]]) == {"a": AcceptedRow(0, 2, 13)}
+    assert accepted_rows(plan, [[2, 3, 5, 6], [9]]) == {"a": AcceptedRow(1, 0, 12)}
+    assert accepted_rows(plan, [[9, 3, 5, 6], [4]]) == {"a": AcceptedRow(0, 0, 10)}
+
+
+@pytest.mark.parametrize(
+    ("grid", "schedule", "runs"),
+    [((2, 1, 2), "gather_q", 3), ((2, 2, 2), "ring_q", 1), ((1, 3, 1), "gather_kv", 1)],
+)
+def test_a_run_of_the_module_sends_what_a_layer_sends(drafting, grid, schedule, runs):
+    tp, pcp, dcp = grid
+    llm = drafting(
+        tp=tp, pcp=pcp, dcp=dcp, schedule=schedule, speculative=f"mtp:{runs}", page_size=4 if pcp > 1 else 16
+    )
+    scheduler, layers = llm.engine.scheduler, llm.engine.setup.model.num_layers
+    scheduler.config = replace(scheduler.config, speculative=None)  # the step has one row
+    assert decode_step_bytes(llm, schedule) * layers == formula_bytes(llm, schedule) * (layers + runs)
+
+
+def test_the_module_takes_the_memory_of_a_layer(drafting):
+    tokens = [drafting(**options).engine.setup.capacity_tokens for options in ({}, {"speculative": "mtp:4"})]
+    assert abs(tokens[0] * 2 - tokens[1] * 3) <= 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "value", "message"),
+    [
+        ("llama", "mtp:2", "LlamaForCausalLM has no module for multi-token prediction.*prompt-lookup:4"),
+        ("deepseek-v2", "mtp:2", "num_nextn_predict_layers.*prompt-lookup:4"),
+        ("deepseek-v3", "mtp:2", r"no tensors model\.layers\.2\..*use a checkpoint that has them, or --speculative"),
+        ("llama", "mtp:9", r"mtp:9: unknown; use prompt-lookup:K with K in 1\.\.64 or mtp:K with K in 1\.\.8"),
+        ("llama", "mtp", "speculative=mtp: unknown"),
+    ],
+)  # fmt: skip
+def test_what_cannot_draft_is_refused_with_a_remedy(folder, value, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(tiny_folder(folder), **{**THREADS, "speculative": value})
