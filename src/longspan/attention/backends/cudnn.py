@@ -243,10 +243,7 @@ class _Diagonal:
         keys, values = k.transpose(0, 1), (k if v is None else v).transpose(0, 1)
         if self.left is None and self.large[0][1] == self.rows:
             return _call(self.product, q, keys, values, blocks, scale, True)
-        if self.left is None:
-            whole = _empty(q, values.shape[-1])
-        else:
-            whole = self.left.attend(q, k, v, blocks, scale)
+        whole = _empty(q, values.shape[-1]) if self.left is None else self.left.attend(q, k, v, blocks, scale)
         for row, length in self.large:
             at = slice(row, row + length)
             state = _call(self.product, q[at], keys[:, at], values[:, at], blocks, scale, True)
