@@ -96,7 +96,8 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool, a
     constants = {
         "KEY": shape.key, "VALUE": shape.value, "SHARED": shape.shared, "GROUPS": shape.groups,
         "STRIDES": (key, key if shape.shared else value, max(1, shape.groups)), "GATHERED": gathered,
-        "FLIP": config.flip, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "FIELDS": ITEM_FIELDS,
+        "FLIP": config.flip, "SPLIT": config.split, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "FIELDS": ITEM_FIELDS,
     }  # fmt: skip
     types: dict[str, object] = {
         **dict.fromkeys(("items", "gathered", "bounds", "index"), "*i32"),

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from longspan.models.config import MoEConfig
 from longspan.models.fused_experts import MAX_PAIRS, few_enough, sum_fused
 from longspan.models.fused_router import route_fused
-from longspan.models.grouped import choose_sum, sum_grouped, sum_one_by_one
+from longspan.models.fused_sum import sum_of_places_fused
+from longspan.models.grouped import choose_sum, sum_grouped, sum_of_places, sum_one_by_one
 from longspan.models.moe import route
 from tests.unit.test_experts import TOTAL, expected, layer, part, routing, stack
 
@@ -62,6 +63,17 @@ def test_pairs_that_the_sorting_program_cannot_take_are_not_given_to_it():
     assert few_enough(layer(total=1000), MAX_PAIRS) and not few_enough(layer(total=1000), MAX_PAIRS + 1)
     assert few_enough(layer(), 16 * TOTAL) and not few_enough(layer(), 16 * TOTAL + 1)
     assert not few_enough(layer(), 0)
+
+
+@pytest.mark.parametrize("hidden", [16, 1100])
+@pytest.mark.parametrize("held", [21, 13, 0], ids="{} rows in groups".format)
+def test_the_kernel_sums_the_rows_of_a_token_wherever_they_are_and_reads_none_that_are_in_no_group(held, hidden):
+    torch.manual_seed(5)
+    found, places = torch.randn(21, hidden, device=DEVICE), torch.randperm(21, device=DEVICE).view(7, 3)
+    given = found, places, torch.rand(7, 3, device=DEVICE), torch.tensor([2, held], dtype=torch.int32, device=DEVICE)
+    expected = sum_of_places(found.double(), *given[1:])
+    found[held:] = float("nan")
+    torch.testing.assert_close(sum_of_places_fused(*given).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 GROUPS = {"num_groups": 4, "groups_per_token": 2, "group_top": 2, "correction_bias": True, "scoring": "sigmoid"}

@@ -8,8 +8,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from longspan.attention.backends.reference import ReferenceBackend  # noqa: E402
+from longspan.attention.backends.triton import backend as backend_module  # noqa: E402
 from longspan.attention.backends.triton import plan as plan_module  # noqa: E402
 from longspan.attention.backends.triton.backend import TritonBackend  # noqa: E402
+from longspan.attention.backends.triton.config import Config  # noqa: E402
 from longspan.attention.backends.triton.work import plan_work  # noqa: E402
 from longspan.attention.rows import CacheRows, quantise  # noqa: E402
 from longspan.attention.state import AttentionState  # noqa: E402
@@ -102,6 +104,15 @@ def test_latent_rows_are_keys_and_values(rows):
         (run(0, rows, (5, 90)),), rows=rows, query=24, kv=1, dim=576, slots=100, kv_factor=1, value_dim=512
     )
     assert part.out.shape[-1] == 512
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_warp_groups_may_divide_the_columns_of_a_tile(monkeypatch, flip):
+    """Of whole tiles and of others, adjacent and gathered, of a part of the rows' elements and of the rest."""
+    config = Config(64, 64, 8, 2, 1, flip, split=True)
+    monkeypatch.setattr(backend_module, "config_for", lambda *_: config)
+    runs = (run(0, 1, (5, 190)), run(1, 1, (9, 50), (100, 20), (130, 70)), run(2, 2, (5, 30), causal=True))
+    attends_as_reference(runs, rows=4, query=40, kv=1, dim=576, slots=220, kv_factor=1, value_dim=512)
 
 
 def test_latent_values_wider_than_the_rows_largest_power_of_two():

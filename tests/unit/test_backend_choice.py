@@ -61,7 +61,8 @@ def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, kv_factor):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_asked_for_by_name_is_taken(name):
+def test_a_backend_asked_for_by_name_is_taken(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)  # as on a machine with a GPU
     device = "cpu" if name == "cpu" else "cuda"
     assert choose_backend(name, device, GQA, is_installed=everything) == Choice(BACKENDS[name], "asked for")
 
@@ -69,7 +70,7 @@ def test_a_backend_asked_for_by_name_is_taken(name):
 @pytest.mark.parametrize(
     "name, device, cache, message",
     [
-        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, triton, torch"),
+        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, cudnn, triton, torch"),
         ("cpu", "cuda", GQA, "attention_backend=cpu: needs a cpu device, not cuda"),
         ("triton", "cpu", GQA, "needs a cuda device, not cpu"),
         ("flashinfer", "cuda", QUANTISED, "cannot read a cache with a scale for each row"),

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from longspan.attention.backends import cpu, dense, flash_attn, flashinfer, triton
+from longspan.attention.backends import cpu, cudnn, dense, flash_attn, flashinfer, triton
 from longspan.attention.backends.base import AttentionBackend
 
 _BUILT_IN = (
     cpu.BACKEND,
+    cudnn.BACKEND,
     triton.BACKEND,
     dense.BACKEND,
     flashinfer.BACKEND,

@@ -16,6 +16,7 @@ from longspan.models.context import LinearStack
 from longspan.models.experts import RoutedExperts
 from longspan.models.grouped import ExpertSum, choose_sum, sum_grouped, sum_one_by_one
 from longspan.models.layers import DenseLinear
+from longspan.models.ops import choose_ops
 
 _CHECKED = 32  # rows whose sums are compared with fp64
 
@@ -41,7 +42,13 @@ class MixtureShape:
     def build(self, harness: Harness) -> RoutedExperts:
         """Random experts. As a loader does, products on a CPU pack their weights; the plain ones are kept too."""
         inner, outer = (2 * self.width, self.hidden), (self.hidden, self.width)
-        return RoutedExperts(0, self.experts, self._stack(harness, *inner), self._stack(harness, *outer))
+        return RoutedExperts(
+            0,
+            self.experts,
+            self._stack(harness, *inner),
+            self._stack(harness, *outer),
+            ops=choose_ops(harness.device),
+        )
 
     def _stack(self, harness: Harness, out: int, into: int) -> LinearStack:
         weight = torch.empty(self.experts, out, into, device=harness.device, dtype=harness.dtype)

@@ -17,7 +17,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     items, gathered, adjacent, bounds, index, q, kv, out, lse, part_out, part_lse,
     q_strides, head_strides, out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIELDS: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FIELDS: tl.constexpr,
 ):  # fmt: skip
     """Program (item, KV head): one item of work by online softmax (Milakov & Gimelshein 2018; FlashAttention).
 
@@ -25,7 +26,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     order. The first `adjacent` programs take `items`; with `GATHERED` the others take `gathered`. `kv` is (keys,
     values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and `VALUE`
     are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are. `FLIP`
-    is `Config.flip`; `SHARED` and `GROUPS` are those of `Shape`.
+    is `Config.flip`, `SPLIT` is `Config.split`; `SHARED` and `GROUPS` are those of `Shape`.
     """
     program = tl.program_id(0)
     item = items + program * FIELDS
@@ -58,13 +59,13 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
         in_place = _if_wanted(program < adjacent, columns)
     top, total, mixed, mixed_rest = _columns(
         top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
-        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, BLOCK_N,
+        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, SPLIT, BLOCK_N,
     )  # fmt: skip
     if GATHERED:
         by_index = _if_wanted(program >= adjacent, columns)
         top, total, mixed, mixed_rest = _columns(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, by_index, index, place, kv, scale,
-            KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, BLOCK_N,
+            KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, SPLIT, BLOCK_N,
         )  # fmt: skip
     _finish(
         tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
@@ -107,7 +108,7 @@ def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ig
 def _columns(  # type: ignore[no-untyped-def]
     top, total, mixed, mixed_rest, queries, queries_rest, low, high, columns, index, place, kv, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Update the online softmax, as in `_step`, by all columns of an item.
 
@@ -118,7 +119,7 @@ def _columns(  # type: ignore[no-untyped-def]
     for column in tl.range(full_start, full_stop, BLOCK_N):
         top, total, mixed, mixed_rest = _step(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
-            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, False,
+            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, SPLIT, BLOCK_N, False,
         )  # fmt: skip
     before = tl.cdiv(full_start - start, BLOCK_N)
     after = tl.cdiv(stop - full_stop, BLOCK_N)
@@ -126,7 +127,7 @@ def _columns(  # type: ignore[no-untyped-def]
         column = tl.where(number < before, start + number * BLOCK_N, full_stop + (number - before) * BLOCK_N)
         top, total, mixed, mixed_rest = _step(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
-            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, BLOCK_N, True,
+            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, SPLIT, BLOCK_N, True,
         )  # fmt: skip
     return top, total, mixed, mixed_rest
 
@@ -135,7 +136,7 @@ def _columns(  # type: ignore[no-untyped-def]
 def _step(  # type: ignore[no-untyped-def]
     top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update the online softmax by one tile of columns. Without `MASKED` every row sees all columns of the tile.
 
@@ -155,11 +156,11 @@ def _step(  # type: ignore[no-untyped-def]
     keys_rest = keys
     if KEY[2]:
         keys_rest = _tile(kv[0] + first * STRIDES[0], rows, STRIDES[0], inside, KEY[0], KEY[2], KEY[3], MASKED)
-    scores = _scores(queries, keys, FLIP)
+    scores = _scores(queries, keys, column < stop, FLIP, SPLIT)
     if GROUPS > 0:
         scores *= _along(_scales(kv[2] + first * STRIDES[2], rows * STRIDES[2], inside, MASKED), keys_axis)
     if KEY[2]:
-        more = _scores(queries_rest, keys_rest, FLIP)
+        more = _scores(queries_rest, keys_rest, stop > 0, FLIP, SPLIT)
         if GROUPS > 0:
             at = kv[2] + first * STRIDES[2] + (GROUPS - 1)
             more *= _along(_scales(at, rows * STRIDES[2], inside, MASKED), keys_axis)
@@ -204,13 +205,33 @@ def _zeros(width: tl.constexpr, rows: tl.constexpr, FLIP: tl.constexpr):  # type
 
 
 @triton.jit
-def _scores(queries, keys, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Products of queries and keys: [rows, columns], or [columns, rows] with `FLIP`."""
+def _scores(queries, keys, true, FLIP: tl.constexpr, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Products of queries and keys: [rows, columns], or [columns, rows] with `FLIP`.
+
+    Where another product follows, Triton gives each warp all columns of its rows, so that of two warp groups with 64
+    rows both compute everything. With `SPLIT` the product is in a branch on `true`, which always holds: what follows is
+    not seen past a branch. `true` must differ between the parts of a row, or their branches become one.
+    """
+    if SPLIT:
+        left, right = _sides(queries, keys, FLIP)
+        if true:
+            scores = tl.dot(left, right, input_precision="ieee")
+        else:  # with a constant here, the compiler moves the conversion of the weights into the branch
+            scores = tl.dot(left, right, input_precision="ieee") + 1.0
+        return scores
+    else:  # noqa: RET505
+        left, right = _sides(queries, keys, FLIP)
+        return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _sides(queries, keys, FLIP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The left and the right side of the product."""
     keys = keys.to(queries.dtype)
     if FLIP:
-        return tl.dot(keys, queries, input_precision="ieee")
+        return keys, queries
     else:  # noqa: RET505
-        return tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        return queries, tl.trans(keys)
 
 
 @triton.jit

@@ -233,7 +233,7 @@ def _launch(
         (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
-        FLIP=config.flip, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
+        FLIP=config.flip, SPLIT=config.split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip
     if room.splits:

@@ -68,6 +68,8 @@ class Config:
     # rows, and the query rows, if they are few, are columns, so that no padding is computed. Keys and values are read
     # from shared memory. Needs 64 columns, and elements that are not converted
     flip: bool
+    # whether two warp groups with 64 rows divide the columns of a tile. Otherwise both compute all scores
+    split: bool = False
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
