@@ -64,6 +64,11 @@ def test_right_drafts_save_steps_and_wrong_ones_are_taken_back(tiny):
     assert tokens_of(llm, [prompt, *PROMPTS], GREEDY) == [greedy(oracle("llama"), p, 40)[0] for p in (prompt, *PROMPTS)]
     counters = llm.stats().scheduler
     assert 0 < counters.accepted_tokens < counters.drafted_tokens
+    drafts = counters.drafts
+    assert (sum(drafts.drafted), sum(drafts.accepted)) == (counters.drafted_tokens, counters.accepted_tokens)
+    assert list(drafts.accepted) == sorted(drafts.accepted, reverse=True)  # a right draft follows right ones only
+    assert len(drafts.accepted) <= len(drafts.drafted) and drafts.accepted[0] < drafts.drafted[0]
+    assert drafts.mean_length == 1 + counters.accepted_tokens / drafts.steps
 
 
 @pytest.mark.parametrize("schedule", ["ring_q", "tree_q", "gather_kv", "ring_kv"])
