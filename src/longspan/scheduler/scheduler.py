@@ -181,7 +181,9 @@ class Scheduler:
             if drafts:  # tokens of wrong drafts are not computed: later tokens overwrite their slots
                 stop -= len(drafts) + 1 - len(right)
                 sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
-                self.drafts = self.drafts.plus(DraftCounts.of_step(len(drafts), max(0, len(right) - 1)))
+                accepted_drafts = max(0, len(right) - 1)
+                self.drafts = self.drafts.plus(DraftCounts.of_step(len(drafts), accepted_drafts))
+                sequence.draft_length.add(len(drafts), accepted_drafts)
             self._publish(sequence, stop)
         scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
         errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
@@ -208,13 +210,14 @@ class Scheduler:
 
     def _decode(self, step: StepBuilder) -> None:
         """Add a token of every decoding request. Without a page for it the youngest running request is preempted."""
-        rows = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
+        rows = batch = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
         while index < len(self.running) and step.budget and rows:
             sequence = self.running[index]
+            most = min(self.config.prompt_lookup, step.budget - rows)
             if sequence.remaining != 1 or not step.can_follow(sequence):
                 index += 1
-            elif step.add_decode(sequence, sequence.draft(min(self.config.prompt_lookup, step.budget - rows))):
+            elif step.add_decode(sequence, sequence.draft(most, batch, self.config.fixed_rows)):
                 index += 1
                 rows -= 1
             else:

@@ -11,6 +11,7 @@ from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
 from longspan.plan.source import Source
 from longspan.request import CoreRequest
+from longspan.scheduler.draft_length import DraftLength
 from longspan.scheduler.lookup import PromptLookup
 
 
@@ -46,6 +47,7 @@ class SequenceState:
         # the shard that holds a short context whole; None if it is spread
         self.home: int | None = None
         self.lookup = PromptLookup()
+        self.draft_length = DraftLength()
         # keys of its first full pages, as far as they were needed
         self._keys = list(keys)
 
@@ -69,10 +71,15 @@ class SequenceState:
         """Most pages that it can hold."""
         return -(-self.max_stored // self.table.page_size)
 
-    def draft(self, count: int) -> list[int]:
-        """Up to `count` draft tokens. None under a grammar, whose state cannot be rolled back."""
-        room = min(count, self.max_stored - len(self.tokens))
-        return self.lookup.draft(self.tokens, room) if room > 0 and self.params.grammar is None else []
+    def draft(self, most: int, rows: int, fixed_rows: int) -> list[int]:
+        """Up to `most` draft tokens, as many as are worth computing: see `DraftLength.choose`.
+
+        None under a grammar, whose state cannot be rolled back.
+        """
+        room = min(most, self.max_stored - len(self.tokens))
+        if room <= 0 or self.params.grammar is not None:
+            return []
+        return self.lookup.draft(self.tokens, self.draft_length.choose(room, rows, fixed_rows))
 
     @property
     def may_be_planned_ahead(self) -> bool:
