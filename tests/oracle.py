@@ -48,6 +48,12 @@ MLA = {
 DEEPSEEK_YARN = {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9, "beta_fast": 32, "beta_slow": 1}
 
 
+GLM = {
+    "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 1, "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "attention_bias": True, "head_dim": 8,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model: transformers' model type and how it differs from `TINY`."""
@@ -92,6 +98,8 @@ FAMILIES = [
         "deepseek_v3",
         {**MLA, "q_lora_rank": 12, "n_group": 3, "topk_group": 2, "rope_parameters": DEEPSEEK_YARN},
     ),
+    Family("glm4-moe", "glm4_moe", {**GLM, "use_qk_norm": True, "n_group": 3, "topk_group": 2}),
+    Family("glm4-moe-air", "glm4_moe", {**GLM, "partial_rotary_factor": 0.25, "norm_topk_prob": False}),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 DEEP = [

@@ -21,6 +21,7 @@ FEWER = {
     "llama-multi-head": GRIDS[1::10],
     "llama-multi-query": GRIDS[2::10],
     "gpt-oss": GRIDS[1::4],
+    "glm4-moe": GRIDS[5::15],
 }
 MODELS_ON_GRIDS = [("llama", grid) for grid in GRIDS] + [(model, grid) for model in FEWER for grid in FEWER[model]]
 

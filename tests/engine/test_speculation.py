@@ -64,6 +64,26 @@ def test_right_drafts_save_steps_and_wrong_ones_are_taken_back(tiny):
     assert tokens_of(llm, [prompt, *PROMPTS], GREEDY) == [greedy(oracle("llama"), p, 40)[0] for p in (prompt, *PROMPTS)]
     counters = llm.stats().scheduler
     assert 0 < counters.accepted_tokens < counters.drafted_tokens
+    drafts = counters.drafts
+    assert (sum(drafts.drafted), sum(drafts.accepted)) == (counters.drafted_tokens, counters.accepted_tokens)
+    assert list(drafts.accepted) == sorted(drafts.accepted, reverse=True)  # a right draft follows right ones only
+    assert len(drafts.accepted) <= len(drafts.drafted) and drafts.accepted[0] < drafts.drafted[0]
+    assert drafts.mean_length == 1 + counters.accepted_tokens / drafts.steps
+
+
+def test_text_that_copies_keeps_all_drafts_and_random_text_falls_to_few(tiny):
+    copying = LOOP + greedy(oracle("llama"), LOOP, 30)[0] + LOOP
+    eight = tuple((token, 100.0) for token in range(8))  # pairs come again, and what follows differs
+    random_text = SamplingParams(temperature=20, seed=1, max_tokens=100, logit_bias=eight)
+    counts = []
+    for prompt, params in ((copying, GREEDY), (LOOP, random_text)):
+        llm = tiny(page_size=16, speculative="prompt-lookup:4")
+        (output,) = tokens_of(llm, [prompt], params)
+        assert [output] == tokens_of(tiny(page_size=16), [prompt], params)
+        counts.append(llm.stats().scheduler.drafts)
+    copied, random = counts
+    assert copied.drafted[3] > 0.5 * copied.steps
+    assert random.steps > 5 and sum(random.drafted) < 2 * random.steps
 
 
 @pytest.mark.parametrize("schedule", ["ring_q", "tree_q", "gather_kv", "ring_kv"])

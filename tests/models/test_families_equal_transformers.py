@@ -12,7 +12,7 @@ from longspan.config import CostConstants, EngineConfig
 from longspan.engine.setup import resolve
 from longspan.errors import ModelError
 from longspan.models.registry import load_config
-from tests.oracle import FAMILIES, LOGPROBS, TINY, all_logprobs, greedy, oracle, prompt_of, tiny_folder
+from tests.oracle import FAMILIES, GLM, LOGPROBS, TINY, all_logprobs, greedy, oracle, prompt_of, tiny_folder
 from tests.traffic import schedules_that_moved
 
 LENGTHS = (5, 150)  # 150 lies beyond the original positions of the llama3 and yarn scalings
@@ -99,6 +99,12 @@ def test_layer_types_that_are_not_one_a_layer_are_refused(types):
     values = {**TINY, "sliding_window": 9, "layer_types": types, "architectures": ["MistralForCausalLM"]}
     with pytest.raises(ModelError, match="must list num_hidden_layers=2 types"):
         load_config(values)
+
+
+def test_a_glm_file_without_a_rotary_factor_rotates_what_transformers_does():
+    found = load_config({**TINY, **GLM, "architectures": ["Glm4MoeForCausalLM"]})
+    default = AutoConfig.for_model("glm4_moe").rope_parameters["partial_rotary_factor"]
+    assert found.rope.partial_rotary_factor == default
 
 
 def test_values_wider_than_queries_are_never_expanded():

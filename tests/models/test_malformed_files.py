@@ -111,6 +111,11 @@ OTHERS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"first_k_dense_replace": "1"}, "first_k_dense_replace='1' must be an integer"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must be an integer"),
     ],
+    "glm4-moe": [
+        ({"use_qk_norm": 1}, "use_qk_norm=1 must be true or false"),
+        ({"topk_group": 4}, "n_group=3 must divide the 6 experts and be at least topk_group=4"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotates 0 elements of a head"),
+    ],
     "mistral": [
         ({"sliding_window": "all"}, "sliding_window='all' must be"),
         ({"sliding_window": 8, "layer_types": [[1], {}]}, "layer_types=[1] is not supported"),

@@ -15,6 +15,7 @@ KV_BYTES = {
     "qwen3-8b": 147_456, "qwq-32b": 262_144, "qwen3-235b-a22b": 192_512, "gpt-oss-120b": 73_728,
     "smollm2-135m": 23_040, "deepseek-v2-lite": 31_104, "deepseek-v3": 70_272, "deepseek-r1": 70_272,
     "kimi-k2": 70_272, "kimi-k2-thinking": 70_272, "qwq-32b-fp8": 262_144, "qwen3-235b-a22b-fp8": 192_512,
+    "glm-4.5": 376_832, "glm-4.5-air": 188_416,
 }  # fmt: skip
 CHECKPOINT_GB = {
     "llama-3-70b": 141, "kimi-k2-thinking": 594, "gpt-oss-120b": 65, "qwen3-235b-a22b": 470, "deepseek-v2-lite": 31.4,

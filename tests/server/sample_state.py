@@ -82,6 +82,7 @@ def lively() -> State:
         "steps": [step(index) for index in range(60)],
         "totals": {
             "prompt_tokens": 812345, "output_tokens": 98765, "requests": 431, "preemptions": 2,
+            "draft_steps": 900, "mean_acceptance_length": 2.345, "acceptance": [0.81, 0.523],
             "prefix_cached_tokens": 120320, "bytes_by_schedule": {"gather_q": 48_300_000, "ring_kv": 2_130_000_000},
         },
         "history": [second(t) for t in range(120)],

@@ -360,6 +360,12 @@ def test_schedules_have_the_colours_of_their_records_and_differ_in_pattern_by_wh
     ]  # fmt: skip
 
 
+def test_drafts_show_the_tokens_of_a_step_and_their_acceptance_by_position_where_there_are_any(scenes):
+    facts = {pair.find("dt")[0].text: pair.find("dd")[0].text for pair in scenes["lively"]["totals"].find("div")}
+    assert (facts["tokens a step with drafts"], facts["accepted, by position"]) == ("2.35", "81 %, 52 %")
+    assert "drafts" not in scenes["idle"]["totals"].text
+
+
 def test_the_history_is_drawn_as_lines(scenes):
     lines = scenes["lively"]["history"].find("polyline")
     assert [len(line.attributes["points"].split()) for line in lines] == [120] * 4

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 
+from longspan.bench.contestants import ContestantTiming
+from longspan.bench.latency import _rates
 from longspan.bench.reference import transformers_reference
+from longspan.cli.bench import _show_rates
 from longspan.cli.explain import constants_line
 from longspan.cli.generate import _Printer
 from longspan.cli.main import build_app, main
@@ -22,6 +26,7 @@ from longspan.cli.reference import reference
 from longspan.config import CostConstants
 from longspan.models.registry import load_config
 from longspan.request import CompletionOutput, RequestOutput
+from longspan.scheduler.acceptance import DraftCounts
 from longspan.version import __version__
 from longspan.weights.builtin import builtin_config, builtin_names
 from longspan.weights.source import resolve_model
@@ -428,6 +433,19 @@ def test_the_throughput_benchmark_counts_every_token(run):
     assert code == 0
     assert report["requests"] == 5
     assert report["output_tokens"] >= 5
+
+
+def test_the_latency_benchmark_tells_of_drafts_only_where_something_was_drafted(capsys):
+    runs = [
+        ContestantTiming(1, 1, 9, DraftCounts.of_step(2, 2)),
+        ContestantTiming(1, 1, 9, DraftCounts.of_step(2, 1)),
+        ContestantTiming(1, 1, 9, DraftCounts.of_step(1, 0)),
+    ]
+    report = {"drafting": _rates(10, runs), "plain": _rates(10, [ContestantTiming(1, 1, 9)])}
+    assert report["drafting"]["speculation"] == {"mean_acceptance_length": 2, "acceptance_by_position": [2 / 3, 1 / 2]}
+    _show_rates(Console(stderr=True), report, 1)
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last == "drafting: 2.00 tokens a step with drafts; accepted by position: 67%, 50%"
 
 
 @pytest.mark.slow

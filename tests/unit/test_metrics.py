@@ -5,6 +5,7 @@ import re
 import time
 
 from longspan.request import CompletionOutput, FinishReason, RequestOutput
+from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.scheduler import SchedulerCounters
 from longspan.server.history import History
 from longspan.server.logs import ThroughputLog
@@ -42,6 +43,18 @@ def test_counts_of_a_core_that_is_gone_are_kept():
 
 def test_what_no_schedule_sends_has_a_purpose_of_its_own():
     assert told(Metrics("m", (4,)), state(0, 0))['longspan:bytes_moved_total{model_name="m",purpose="tp"}'] == 7
+
+
+def test_accepted_drafts_are_told_by_position_and_counts_of_a_core_that_is_gone_are_kept():
+    metrics = Metrics("m", (4,))
+    drafts = DraftCounts.of_step(3, 2).plus(DraftCounts.of_step(2, 1))
+    core = CoreState(CoreLoad((0,), SchedulerCounters(drafts=drafts)), (0,), [], [], {})
+    told(metrics, core)
+    metrics.restarted()
+    samples = told(metrics, core)
+    of_position = 'longspan:spec_decode_num_accepted_tokens_per_pos_total{{model_name="m",position="{}"}}'
+    assert [samples.get(of_position.format(position)) for position in range(3)] == [4, 2, None]
+    assert samples['longspan:spec_decode_num_drafts_total{model_name="m"}'] == 4
 
 
 def ended(metrics: Metrics, times: RequestTimes, tokens: int = 5) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 
 from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config.engine import GPU_FIXED_ROWS
 from longspan.engine import nvml
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
@@ -104,7 +105,8 @@ def test_a_step_on_gpus_has_8192_tokens_for_each_pcp_rank_unless_a_number_is_giv
     gpus(2)
     parallel = ParallelConfig(prefill_context_parallel_size=pcp)
     settings = EngineConfig(tiny_folder("llama"), parallel=parallel, scheduler=SchedulerConfig(**given))
-    assert resolve(settings).config.scheduler.step_tokens == tokens
+    found = resolve(settings).config.scheduler
+    assert (found.step_tokens, found.fixed_rows) == (tokens, GPU_FIXED_ROWS)
     assert resolve(replace(settings, device="cpu")).config.scheduler.step_tokens == (tokens if given else 2048)
 
 

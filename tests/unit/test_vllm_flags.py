@@ -32,6 +32,19 @@ TAKEN = {
     "n-grams": (
         'm --speculative-config {"method":"ngram","num_speculative_tokens":4}', "m --speculative prompt-lookup:4"
     ),
+    "drafts of the model's own layers": (
+        'm --speculative-config {"method":"mtp","num_speculative_tokens":1}', "m --speculative mtp:1"
+    ),
+    "the same by DeepSeek's name": (
+        'm --speculative-config {"method":"deepseek_mtp","num_speculative_tokens":2}', "m --speculative mtp:2"
+    ),
+    "drafts of an EAGLE-3 head": (
+        'm --speculative-config {"method":"eagle3","model":"a/b","num_speculative_tokens":3}',
+        "m --speculative eagle3:3:a/b",
+    ),
+    "drafts of a small model": (
+        'm --speculative-config {"model":"/m:1","num_speculative_tokens":5}', "m --speculative draft:5:/m:1"
+    ),
     "what is done anyway": ("m --enable-chunked-prefill --disable-log-requests --enable-auto-tool-choice", "m"),
     "values that change nothing": ("m -dp 1 --task generate --tokenizer-mode auto --cpu-offload-gb 0", "m"),
     "the model as an option": ("--model m --port 1", "m --port 1"),
@@ -47,6 +60,9 @@ REFUSED = {
     "--kv-transfer-config {}": "kv_transfer_config={}: .*--role",
     "--speculative-config {}": "speculative_config={}: is not understood; use --speculative",
     "--speculative-config 5": "speculative_config=5: is not understood",
+    '--speculative-config {"method":"medusa","num_speculative_tokens":1}': "speculative_config=.*: is not understood",
+    '--speculative-config {"method":"eagle3","num_speculative_tokens":1}': "speculative_config=.*: is not understood",
+    '--speculative-config {"method":"mtp"}': "speculative_config=.*: is not understood",
     "--allowed-origins [": r"allowed_origins=\[: is not understood",
     "--block-size": "block_size: has no value",
     "--config /nowhere.yaml": "config=/nowhere.yaml: cannot be read",

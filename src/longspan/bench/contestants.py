@@ -6,13 +6,14 @@ It owns those processes and what one timed run of each contestant does; it must 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 from longspan.config import EngineConfig
 from longspan.errors import EngineError, LongspanError
+from longspan.scheduler.acceptance import DraftCounts
 
 _PATIENCE_S = 10.0
 Prompts = Sequence[Sequence[int]]
@@ -28,6 +29,8 @@ class ContestantTiming:
     decode_s: float
     # tokens generated in `decode_s`, of all requests
     decode_tokens: int
+    # its drafts
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 Runner = Callable[[Prompts, int], ContestantTiming]
@@ -50,8 +53,10 @@ class LongspanContestant:
 
         def run(prompts: Prompts, output_len: int) -> ContestantTiming:
             params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+            before = engine.stats().scheduler.drafts
             measured = run_batch(engine, prompts, params)
-            return ContestantTiming(measured.ttft_s, measured.decode_s, measured.decode_tokens)
+            drafts = engine.stats().scheduler.drafts.since(before)
+            return ContestantTiming(measured.ttft_s, measured.decode_s, measured.decode_tokens, drafts)
 
         return run
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from longspan.bench.contestants import ContestantProcess, ContestantTiming, LongspanContestant, TransformersContestant
+from longspan.scheduler.acceptance import DraftCounts
 
 _SAFE_FIRST_TOKEN = 100  # ids below are control tokens in many vocabularies
 
@@ -76,11 +77,17 @@ def run_latency(
 
 
 def _rates(prompt_tokens: int, runs: list[ContestantTiming]) -> dict[str, Any]:
-    return {
+    drafts = DraftCounts()
+    for run in runs:
+        drafts = drafts.plus(run.drafts)
+    rates: dict[str, Any] = {
         "ttft_s": _spread([run.prefill_s for run in runs]),
         "prefill_tokens_per_s": _spread([prompt_tokens / run.prefill_s for run in runs]),
         "decode_tokens_per_s": _spread([run.decode_tokens / run.decode_s for run in runs if run.decode_tokens]),
     }
+    if drafts.steps:
+        rates["speculation"] = {"mean_acceptance_length": drafts.mean_length, "acceptance_by_position": drafts.rates}
+    return rates
 
 
 def _spread(values: list[float]) -> dict[str, float] | None:

@@ -161,6 +161,11 @@ def _show_rates(console: Console, report: Mapping[str, Any], batch_size: int) ->
         decode = f"{ratio['decode']:.2f}x" if ratio["decode"] else "-"
         table.add_row(f"longspan / {other}", "", f"{ratio['prefill']:.2f}x", decode)
     console.print(table)
+    for name, rates in report.items():
+        if "speculation" in rates:
+            length, shares = rates["speculation"].values()
+            accepted = ", ".join(f"{share:.0%}" for share in shares)
+            console.print(f"{name}: {length:.2f} tokens a step with drafts; accepted by position: {accepted}")
 
 
 def _spread(values: Mapping[str, float] | None) -> str:

@@ -99,12 +99,26 @@ def _length(text: str) -> str:
     return text if factor is None else str(int(float(text[:-1]) * factor))
 
 
+_DRAFTERS = {
+    "ngram": "prompt-lookup",
+    "mtp": "mtp",
+    "deepseek_mtp": "mtp",
+    "glm4_moe_mtp": "mtp",
+    "eagle3": "eagle3",
+    "draft_model": "draft",
+}
+
+
 def _drafts(text: str) -> str:
-    """vLLM's `--speculative-config` for n-grams, as `--speculative`."""
+    """vLLM's `--speculative-config` as `--speculative`: NAME:K, or NAME:K:MODEL for drafts of a model of their own.
+
+    Without a method it is that of a model which drafts. Whether the engine has the method `--speculative` says.
+    """
     values = json.loads(text)
-    if values["method"] != "ngram":
-        raise ValueError
-    return f"prompt-lookup:{int(values['num_speculative_tokens'])}"
+    method = values.get("method") or ("draft_model" if "model" in values else "")
+    count = int(values["num_speculative_tokens"])
+    model = f":{values['model']}" if method in ("eagle3", "draft_model") else ""
+    return f"{_DRAFTERS[method]}:{count}{model}"
 
 
 _EXECUTORS = {"mp": "processes", "ray": "ray", "uni": "threads", "external_launcher": "external"}

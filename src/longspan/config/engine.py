@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LOCAL_CONTEXT = 512
 DEFAULT_STEP_TOKENS, DEFAULT_RUNNING = 2048, 256
+FIXED_ROWS, GPU_FIXED_ROWS = 8, 128  # an H100 reads bf16 weights in the time of some 300 rows' products
 GPU_STEP_TOKENS = 8192  # of each PCP rank: fewer leave a GPU waiting for its host
 EXECUTOR_NAMES = ("auto", "threads", "processes", "ray", "external", "dry")
 _SEVERAL_MACHINES = ("ray", "external")
@@ -196,6 +197,7 @@ class SchedulerConfig:
     scheduling_policy: str = option(
         "fcfs", "fcfs (first come, first served) or priority (requests with a lower `priority` first)"
     )
+    fixed_rows: int = FIXED_ROWS  # rows that take as long as what a step does for any rows, as reading the weights
 
     def __post_init__(self) -> None:
         require_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICY_NAMES)
@@ -242,10 +244,9 @@ class SchedulerConfig:
         return min(DEFAULT_RUNNING, self.step_tokens)
 
     def on_gpus(self, pcp: int) -> SchedulerConfig:
-        """A copy with `max_num_batched_tokens` set, for `pcp` ranks that share the tokens of a step on GPUs."""
-        if self.max_num_batched_tokens is not None:
-            return self
-        return replace(self, max_num_batched_tokens=max(GPU_STEP_TOKENS * pcp, self.max_num_seqs or 0))
+        """A copy for `pcp` ranks that share the tokens of a step on GPUs. A given number of tokens is kept."""
+        tokens = self.max_num_batched_tokens or max(GPU_STEP_TOKENS * pcp, self.max_num_seqs or 0)
+        return replace(self, max_num_batched_tokens=tokens, fixed_rows=GPU_FIXED_ROWS)
 
     def on_shards(self, tokens: int) -> SchedulerConfig:
         """A copy with `local_context` set, for shards of which the largest holds `tokens`. Raises `ConfigError`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longspan.errors import UnsupportedModel
-from longspan.models import deepseek, gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
+from longspan.models import deepseek, glm4_moe, gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
 from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext, Model
 from longspan.models.decoder import DecoderModel
@@ -47,7 +47,8 @@ def family_of(module: ModuleType | Family) -> Family:
     return Family(module.ARCHITECTURES, module.parse, getattr(module, "build", DecoderModel))
 
 
-BUILT_IN = tuple(family_of(file) for file in (llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek, gpt_oss))
+_FILES = (llama, qwen2, qwen3, mixtral, qwen3_moe, deepseek, gpt_oss, glm4_moe)
+BUILT_IN = tuple(family_of(file) for file in _FILES)
 
 
 def architectures(families: Sequence[Family] = BUILT_IN) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import insort_left, insort_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
 from longspan.attention.cost import ScheduleChooser
@@ -22,6 +22,7 @@ from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.result import StepResult
 from longspan.plan.source import Source
 from longspan.request import CoreRequest, SampledToken
+from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
@@ -43,6 +44,8 @@ class SchedulerCounters:
     drafted_tokens: int = 0
     # draft tokens that proved right
     accepted_tokens: int = 0
+    # both by position
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 class Scheduler:
@@ -82,8 +85,7 @@ class Scheduler:
         self._held: dict[str, SequenceState] = {}  # ended, but another instance may still fetch their pages
         self._fetches = 0  # number of the last fetch
         self.preemptions = 0
-        self.drafted = 0
-        self.accepted = 0
+        self.drafts = DraftCounts()
         self._readers: set[str] = set()  # ids of unfinished requests whose every token is read before the next
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
@@ -186,8 +188,9 @@ class Scheduler:
             if drafts:  # tokens of wrong drafts are not computed: later tokens overwrite their slots
                 stop -= len(drafts) + 1 - len(right)
                 sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
-                self.drafted += len(drafts)
-                self.accepted += len(right) - 1
+                accepted_drafts = max(0, len(right) - 1)
+                self.drafts = self.drafts.plus(DraftCounts.of_step(len(drafts), accepted_drafts))
+                sequence.draft_length.add(len(drafts), accepted_drafts)
             self._publish(sequence, stop)
         scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
         errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
@@ -204,8 +207,9 @@ class Scheduler:
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and counts."""
-        waiting = len(self.waiting) + len(self._fetching)
-        return SchedulerCounters(waiting, len(self.running), self.preemptions, self.drafted, self.accepted)
+        waiting, drafts = len(self.waiting) + len(self._fetching), self.drafts
+        counted = sum(drafts.drafted), sum(drafts.accepted)
+        return SchedulerCounters(waiting, len(self.running), self.preemptions, *counted, drafts)
 
     def check_integrity(self) -> None:
         """Raise `EngineError` unless every page is free, idle, or held as often as page tables and loads say."""
@@ -218,13 +222,13 @@ class Scheduler:
 
     def _decode(self, step: StepBuilder) -> None:
         """Add a token of every decoding request. Without a page for it the youngest running request is preempted."""
-        rows = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
+        rows = batch = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
         while index < len(self.running) and step.budget and rows:
             sequence = self.running[index]
             if sequence.remaining != 1 or not step.can_follow(sequence):
                 index += 1
-            elif step.add_decode(sequence, sequence.draft(self.config.speculative, step.budget - rows)):
+            elif step.add_decode(sequence, sequence.draft(self.config, step.budget - rows, batch)):
                 index += 1
                 rows -= 1
             else:

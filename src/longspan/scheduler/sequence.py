@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
-from longspan.config import Speculation
+from longspan.config import SchedulerConfig
 from longspan.plan.source import Source
 from longspan.request import CoreRequest
+from longspan.scheduler.draft_length import DraftLength
 from longspan.scheduler.lookup import PromptLookup
 
 
@@ -49,6 +50,8 @@ class SequenceState:
         self.lookup = PromptLookup()
         # tokens that the ranks expect after its last one, where they draft
         self.expected: Sequence[int] = ()
+        # how many drafts are worth computing
+        self.draft_length = DraftLength()
         # keys of its first full pages, as far as they were needed
         self._keys = list(keys)
 
@@ -72,13 +75,19 @@ class SequenceState:
         """Most pages that it can hold."""
         return -(-self.max_stored // self.table.page_size)
 
-    def draft(self, how: Speculation | None, most: int) -> Sequence[int]:
-        """Up to `most` draft tokens. None under a grammar, whose state cannot be rolled back."""
-        room = min(most, self.max_stored - len(self.tokens))
-        if how is None or room <= 0 or self.params.grammar is not None:
+    def draft(self, config: SchedulerConfig, most: int, rows: int) -> Sequence[int]:
+        """Up to `most` draft tokens, as many as are worth computing beside `rows`: see `DraftLength.choose`.
+
+        None under a grammar, whose state cannot be rolled back.
+        """
+        how = config.speculative
+        if how is None or self.params.grammar is not None:
             return ()
-        room = min(room, how.tokens)
-        return self.expected[:room] if how.by_model else self.lookup.draft(self.tokens, room)
+        room = min(most, how.tokens, self.max_stored - len(self.tokens))
+        if room <= 0:
+            return ()
+        count = self.draft_length.choose(room, rows, config.fixed_rows)
+        return self.expected[:count] if how.by_model else self.lookup.draft(self.tokens, count)
 
     @property
     def may_be_planned_ahead(self) -> bool:

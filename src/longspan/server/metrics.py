@@ -53,8 +53,12 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "completions that run")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "share of a shard's pages that requests hold", "shard")
         self._preemptions = self._counter("num_preemptions", "preemptions of requests")
+        self._drafts = self._counter("spec_decode_num_drafts", "steps of single requests that drafted")
         self._drafted = self._counter("spec_decode_num_draft_tokens", "tokens drafted")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "drafted tokens that were accepted")
+        self._accepted_at = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos", "accepted tokens by position of the draft, from 0", "position"
+        )
         self._moved = self._counter(
             "bytes_moved", "bytes sent between ranks, by schedule, or tp, pp, ... for what no schedule sends", "purpose"
         )
@@ -200,6 +204,9 @@ class Metrics:
         self._advance(self._preemptions, counted.preemptions)
         self._advance(self._drafted, counted.drafted_tokens)
         self._advance(self._accepted, counted.accepted_tokens)
+        self._advance(self._drafts, counted.drafts.steps)
+        for position, accepted in enumerate(counted.drafts.accepted):
+            self._advance(self._accepted_at, accepted, str(position))
         for shard, (used, pages) in enumerate(zip(self.load.used_pages, self._pages, strict=False)):
             self._kv_usage.labels(self._model, str(shard)).set(used / pages)
         for counter, counts in ((self._offload, self.load.offload), (self._transfer, self.load.transfer)):

@@ -19,6 +19,7 @@ _SHOWN = 64
 def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: float) -> dict[str, Any]:
     """The JSON object. `core` is None while there is no core. `started` is in `time.monotonic()`."""
     setup, metrics = engine.setup, engine.metrics
+    drafts = metrics.load.scheduler.drafts
     parallel = setup.config.parallel
     requests = _requests(engine, core.sequences if core else [])
     return {
@@ -54,6 +55,7 @@ def state_of(engine: AsyncEngine, core: CoreState | None, model: str, started: f
         "steps": [{**asdict(step), "seconds": round(step.seconds, 5)} for step in (core.steps if core else [])],
         "totals": {
             **metrics.totals, "preemptions": metrics.load.scheduler.preemptions,
+            "draft_steps": drafts.steps, "mean_acceptance_length": drafts.mean_length, "acceptance": drafts.rates,
             "bytes_by_schedule": core.bytes_by_label if core else {},
         },
         "history": list(metrics.history.points),
