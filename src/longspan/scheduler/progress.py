@@ -1,0 +1,36 @@
+"""How far a step's requests have come: the positions that it computes, and which of its drafts were right.
+
+It owns these rules; it must not know the requests' states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longspan.plan.plan import Segment
+from longspan.request import SampledToken
+
+
+def progress(segments: Sequence[Segment]) -> dict[str, tuple[int, list[int]]]:
+    """For each request of a step, the position up to which it is then computed, and its drafts in the step."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    for segment in segments:
+        stop, decoded = found.get(segment.request_id, (0, []))
+        found[segment.request_id] = (
+            max(stop, segment.stop),
+            [*decoded, *(() if segment.prefill else segment.token_ids)],
+        )
+    return {request_id: (stop, decoded[1:]) for request_id, (stop, decoded) in found.items()}
+
+
+def right_tokens(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
+    """The accepted tokens of one request: those sampled after right drafts, up to and with the first difference.
+
+    Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give.
+    """
+    in_order = sorted(tokens, key=lambda token: token.position)
+    wrong = next(
+        (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),
+        len(drafts),
+    )
+    return in_order[: wrong + 1]
