@@ -348,7 +348,7 @@ REQUESTS = (
         (f"{_SCHEDULER}::test_a_preempted_decode_goes_on_behind_the_tokens_it_had",),
     ),
     Fault(
-        "tokens after a wrong draft are kept", "scheduler/scheduler.py",
+        "tokens after a wrong draft are kept", "scheduler/progress.py",
         "return in_order[: wrong + 1]", "return in_order",
         ("tests/engine/test_speculation.py::test_right_drafts_save_steps_and_wrong_ones_are_taken_back",),
     ),

@@ -251,6 +251,9 @@ class CoreRequest:
     prefill_at: tuple[str, ...] = ()
     # whether the prompt is computed for another instance, which will fetch its pages
     for_peer: bool = False
+    # the same for all completions of one user's request, which take turns with other requests; empty if it is the only
+    # one
+    parent_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -311,21 +311,21 @@ def test_bodies_with_the_same_beginning_have_the_same_first_blocks():
 
 def test_a_prompt_goes_to_the_instance_that_has_seen_its_beginning():
     balance, prompt = Balance(10), b"a" * 4096
-    balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
-    assert balance.ranked(["idle", "busy"], prompt, blocks_of(prompt)) == ["busy", "idle"]
+    balance.end("busy", balance.begin("busy", len(prompt), blocks_of(prompt)))
+    assert balance.ranked(["idle", "busy"], len(prompt), blocks_of(prompt)) == ["busy", "idle"]
 
 
 def test_a_prompt_goes_to_an_idle_instance_if_the_one_with_its_beginning_is_busy():
     balance, prompt, other = Balance(10), b"a" * 4096, b"b" * 9000
-    balance.end("busy", balance.begin("busy", prompt, blocks_of(prompt)))
-    balance.begin("busy", other, blocks_of(other))
-    assert balance.ranked(["busy", "idle"], prompt, blocks_of(prompt)) == ["idle", "busy"]
+    balance.end("busy", balance.begin("busy", len(prompt), blocks_of(prompt)))
+    balance.begin("busy", len(other), blocks_of(other))
+    assert balance.ranked(["busy", "idle"], len(prompt), blocks_of(prompt)) == ["idle", "busy"]
 
 
 def test_requests_spread_over_equal_instances():
     balance = Balance(10)
     chosen = []
     for _ in range(6):
-        chosen.append(balance.ranked(["x", "y", "z"], b"", [])[0])
-        balance.begin(chosen[-1], b"", [])
+        chosen.append(balance.ranked(["x", "y", "z"], 0, [])[0])
+        balance.begin(chosen[-1], 0, [])
     assert sorted(chosen) == ["x", "x", "y", "y", "z", "z"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ import pytest
 import uvicorn
 from starlette.responses import Response
 
-from longspan.server.options import HttpLimits
+from longspan.server.options import HttpLimits, RouteOptions
 from longspan.server.protocol import ConnectionLimiter, HttpConfig
+from longspan.server.router.proxy import http_config
 from tests.disaggregation.servers import Started, ended, start
 from tests.server.running import ascii_folder, expected
 from tests.server.small import LIMITS, SEND_BUFFER
@@ -290,6 +292,45 @@ def test_what_clients_do_not_read_is_bounded_together():
     assert size // 2 < asyncio.run(unread_bytes()) <= most
 
 
+def test_a_newcomer_is_served_although_clients_with_many_requests_each_hold_all_connections():
+    async def newcomer() -> bytes:
+        over = asyncio.Event()
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/slow":
+                await over.wait()
+            await Response(b"here")(scope, receive, send)
+
+        config = HttpConfig(application, "127.0.0.1", 0, HttpLimits(max_connections=5))
+        server = uvicorn.Server(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        target = Target(listener.getsockname()[1], (), 0)
+        others = [target.connect(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n" * 3) for _ in range(5)]
+        while sum(bool(each.pipeline) for each in server.server_state.connections) < 5:
+            await asyncio.sleep(0.01)
+        got = await asyncio.to_thread(send, target, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"", 0)
+        over.set()
+        for each in others:
+            each.close()
+        server.should_exit = server.force_exit = True
+        await serving
+        return got
+
+    assert b" 200 " in asyncio.run(newcomer())
+
+
+def test_a_routers_open_files_suffice_for_its_clients_and_as_many_connections_to_instances():
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+        assert 2 * http_config(Response(), RouteOptions(), None).door.most < 1024
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+
+
 def test_beside_streams_that_nobody_reads(either: Target):
     body = json_bytes(prompt="abc", max_tokens=200, n=8, logprobs=20, stream=True)
 
@@ -335,6 +376,16 @@ def test_beside_requests_that_ask_for_as_much_as_they_may(server: Target):
     long = json_bytes(prompt="abc", stop=["x" * (4 << 20)])
     answers = withstand(server, *(lambda body=body: server.ask("/v1/completions", body) for body in (most, many, long)))
     assert [status for status, _ in answers][:2] == [200, 400]
+
+
+def test_the_completions_of_two_requests_do_not_keep_a_bystander_waiting_until_they_end(server: Target):
+    many = json_bytes(prompt="abc", max_tokens=200, n=16, ignore_eos=True)
+    with ThreadPoolExecutor(2) as pool:
+        attacks = [pool.submit(server.ask, "/v1/completions", many) for _ in range(2)]
+        until(lambda: [each["status"] for each in server.ask("/internal/state")[1]["requests"]].count("running") == 16)
+        be_served(server)
+        assert not any(attack.done() for attack in attacks)
+        assert [attack.result()[0] for attack in attacks] == [200, 200]
 
 
 def test_the_core_is_the_one_that_was_started(server: Target):

@@ -38,10 +38,10 @@ class Rig:
         self.tokens: dict[str, list[int]] = {}
         self.plans: list[StepPlan] = []
 
-    def add(self, request_id, prompt, max_tokens=4, priority=0):
+    def add(self, request_id, prompt, max_tokens=4, priority=0, parent_id=""):
         params = SamplingParams(max_tokens=max_tokens, priority=priority)
         max_tokens = self.limits.check(len(prompt), params)
-        self.scheduler.add(CoreRequest(request_id, prompt, params, 0, max_tokens))
+        self.scheduler.add(CoreRequest(request_id, prompt, params, 0, max_tokens, parent_id=parent_id))
         self.left[request_id] = max_tokens
         self.tokens[request_id] = list(prompt)
 
@@ -102,7 +102,7 @@ def loads(draw):
     for request_id in range(draw(st.integers(1, 8))):
         length = draw(st.integers(1, min(60, most - 12)))
         prompt = [1] * draw(st.integers(0, length)) + [request_id] * length
-        rig.add(str(request_id), prompt[:length], draw(st.integers(1, 12)))
+        rig.add(str(request_id), prompt[:length], draw(st.integers(1, 12)), parent_id=draw(st.sampled_from("abc")))
     return rig
 
 
@@ -295,3 +295,77 @@ def test_without_pages_the_request_of_the_highest_number_is_preempted_and_comes_
     assert again[0] == first
     assert rig.scheduler.preemptions > 0
     assert not any(rig.left.values())
+
+
+def choices(rig, request_id, count, max_tokens):
+    for number in range(count):
+        rig.add(f"{request_id}.{number}", [ord(request_id)] * 3, max_tokens, parent_id=request_id)
+
+
+def test_the_completions_of_one_request_do_not_keep_another_request_from_starting():
+    rig = Rig(max_num_seqs=8)
+    choices(rig, "a", 4, 30)
+    choices(rig, "b", 9, 30)
+    rig.step()
+    assert len(rig.scheduler.running) == 8 and len(rig.scheduler.waiting) == 5
+    rig.add("bystander", [1] * 3, max_tokens=2)
+    plan = rig.step()
+    assert "bystander" in [segment.request_id for segment in plan.segments if segment.sample]
+    assert rig.scheduler.preemptions == 1
+    assert len([each for each in rig.scheduler.running if each.parent_id == "a"]) == 4, "b's were as many, and younger"
+    rig.run()
+    assert not any(rig.left.values())
+
+
+def test_the_pages_of_one_requests_completions_do_not_keep_another_request_from_starting():
+    rig = Rig(pages=(20,), prefix_caching=False)
+    choices(rig, "a", 8, 40)
+    for _ in range(8):
+        rig.step()
+    rig.add("bystander", [1] * 7, max_tokens=9)
+    for _ in range(16):
+        rig.step()
+    assert not rig.left["bystander"]
+    assert all(rig.left[f"a.{number}"] for number in range(8))
+    rig.run()
+    assert not any(rig.left.values())
+
+
+def test_completions_take_turns_with_requests_that_come_later_and_none_waits_for_ever():
+    rig = Rig(max_num_seqs=2)
+    choices(rig, "a", 6, 3)
+    for step in range(60):
+        rig.add(str(step), [2] * 3, max_tokens=3)
+        rig.step()
+        if not any(rig.left[f"a.{number}"] for number in range(6)):
+            break
+    started = [each.request_id for plan in rig.plans for each in plan.admitted]
+    assert not any(rig.left[f"a.{number}"] for number in range(6))
+    assert len([each for each in dict.fromkeys(started) if not each.startswith("a.")]) >= 5
+
+
+def test_of_two_free_places_one_is_for_the_request_that_came_after_many_completions():
+    rig = Rig(max_num_seqs=2)
+    choices(rig, "a", 6, 2)
+    rig.step()
+    rig.step()
+    rig.add("later", [2] * 3)
+    assert [each.request_id for each in rig.step().admitted] == ["a.2", "later"]
+
+
+def test_requests_of_one_completion_are_not_preempted_for_later_ones():
+    rig = Rig(max_num_seqs=2)
+    for number in range(4):
+        rig.add(str(number), [number] * 3, max_tokens=6)
+    rig.run()
+    assert rig.scheduler.preemptions == 0
+    assert [each.request_id for plan in rig.plans for each in plan.admitted] == ["0", "1", "2", "3"]
+
+
+def test_a_more_important_requests_completions_are_not_preempted_for_a_less_important_one():
+    rig = Rig(max_num_seqs=2, scheduling_policy="priority")
+    for number in range(2):
+        rig.add(f"a.{number}", [1] * 3, priority=0, parent_id="a")
+    rig.add("later", [2] * 3, priority=1)
+    rig.run()
+    assert rig.scheduler.preemptions == 0

@@ -6,8 +6,7 @@ step. Pure Python: it must not import torch, nor know how a plan is carried out.
 
 from __future__ import annotations
 
-from bisect import insort_left, insort_right
-from collections import deque
+from bisect import insort_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -18,14 +17,17 @@ from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import Segment, StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
 from longspan.plan.source import Source
 from longspan.request import CoreRequest, SampledToken
 from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.loading import PageLoader
+from longspan.scheduler.preemption import Preemption
+from longspan.scheduler.progress import progress, right_tokens
 from longspan.scheduler.sequence import SequenceState
 from longspan.scheduler.step import StepBuilder
+from longspan.scheduler.waiting import WaitingQueue
 
 _MAX_LOOKAHEAD = 64  # waiting requests that are considered in a step, so that short ones can pass a long one
 
@@ -56,6 +58,9 @@ class Scheduler:
     others, then to waiting prompts. Behind a prefill in progress only prompts that fit whole start, so a short prompt
     passes a long one. With the policy `priority`, requests of a lower number come before all others instead.
 
+    Completions of one user's request take turns with other requests (`WaitingQueue`). Where they hold all places or
+    pages, one is preempted for a request of which nothing runs.
+
     With pipeline stages as many steps are in flight as there are stages, and each takes its share of the budget and of
     the decoding requests. With `async_scheduling` a step is planned while the one before it runs. In both cases steps
     are committed in order. Ranks carry steps out in order too, so a page may be given to another request while an
@@ -79,7 +84,7 @@ class Scheduler:
         self.windows = windows
         self._loader = PageLoader(config, cache, grid)
         self._sequences: dict[str, SequenceState] = {}
-        self.waiting: deque[SequenceState] = deque()
+        self.waiting = WaitingQueue(self._rank)
         self.running: list[SequenceState] = []
         self._fetching: dict[str, SequenceState] = {}  # their KV is being fetched from another instance
         self._held: dict[str, SequenceState] = {}  # ended, but another instance may still fetch their pages
@@ -89,6 +94,7 @@ class Scheduler:
         self._readers: set[str] = set()  # ids of unfinished requests whose every token is read before the next
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
+        self._no_room = False  # whether a waiting request found no pages in the last step
         # whether a token may be computed before its id is known
         self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and config.speculative is None
         self.steps_at_once = 2 if self.plans_ahead else grid.pp
@@ -102,8 +108,8 @@ class Scheduler:
         self.queue(SequenceState(request, self.cache.new_table(), source))
 
     def queue(self, sequence: SequenceState) -> None:
-        """Put a request into the waiting queue, behind those of its priority."""
-        insort_right(self.waiting, sequence, key=self._rank)
+        """Put a request into the waiting queue."""
+        self.waiting.add(sequence)
         self._sequences[sequence.request_id] = sequence
         if sequence.params.needs_output:
             self._readers.add(sequence.request_id)
@@ -138,6 +144,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step. None if there is nothing to do, or nothing until a step in flight is committed."""
+        self._make_way()
         while True:
             budget = self._micro_batch(self.config.step_tokens)
             step = StepBuilder(self.config, self.cache, self.grid, self.windows, budget)
@@ -146,10 +153,12 @@ class Scheduler:
             busy = self.cache.is_loading or any(sequence.in_flight for sequence in self.running)
             if step.segments or step.fetches or not self.running or busy:
                 break
-            self._preempt(self.running[-1])  # prefills in progress hold all pages: the youngest gives up its own
+            self._preempt(
+                self._preemption().victim(self.running)
+            )  # prefills in progress hold all pages: one gives up its own
         if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
-        for request_id, (stop, _) in _progress(step.segments).items():
+        for request_id, (stop, _) in progress(step.segments).items():
             sequence = self._sequences[request_id]
             sequence.computed = stop
             sequence.in_flight += 1
@@ -172,12 +181,12 @@ class Scheduler:
         expected = {(draft.request_id, draft.position): draft.token_ids for draft in result.drafts}
         for token in result.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
-        for request_id, (stop, drafts) in _progress(plan.segments).items():
+        for request_id, (stop, drafts) in progress(plan.segments).items():
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 continue
             sequence.in_flight -= 1
-            right = _right(tokens_of.get(request_id, []), drafts)
+            right = right_tokens(tokens_of.get(request_id, []), drafts)
             if sequence.for_peer and not sequence.table.pages:  # preempted meanwhile: its pages are what is wanted
                 right = []
             accepted += right
@@ -221,7 +230,7 @@ class Scheduler:
         return -(-amount // self.grid.pp)
 
     def _decode(self, step: StepBuilder) -> None:
-        """Add a token of every decoding request. Without a page for it the youngest running request is preempted."""
+        """Add a token of every decoding request. Without a page for it one that is not in the step is preempted."""
         rows = batch = self._micro_batch(sum(sequence.remaining <= 1 for sequence in self.running))
         index = 0
         while index < len(self.running) and step.budget and rows:
@@ -232,7 +241,9 @@ class Scheduler:
                 index += 1
                 rows -= 1
             else:
-                self._preempt(self.running[-1])
+                self._preempt(
+                    self._preemption().victim(self.running[index:])
+                )  # those before it are in the step already
                 step.preempted = True
 
     def _prefill(self, step: StepBuilder) -> None:
@@ -263,12 +274,13 @@ class Scheduler:
         Behind a prefill in progress only prompts that fit whole into the step start. A prompt for which the cache has
         no room holds back all behind it, since otherwise it might wait for ever.
         """
+        self._no_room = False
         if not self.waiting:
             return
         passed: list[SequenceState] = []
         reserved = sum(sequence.pages_missing for sequence in (*self.running, *self._fetching.values()))
-        while self.waiting and step.budget and len(self.running) + len(self._fetching) < self.config.running_limit:
-            sequence = self.waiting.popleft()
+        while self.waiting and step.budget and self._has_place:
+            sequence = self.waiting.pop()
             if sequence.in_flight:  # preempted, and a step in flight will return a token of it
                 passed.append(sequence)
                 continue
@@ -295,9 +307,32 @@ class Scheduler:
             # it does not start in this step: later requests may
             self._forget_match(sequence)
             passed.append(sequence)
+            self._no_room = not room
             if not room or len(passed) >= _MAX_LOOKAHEAD:
                 break
-        self.waiting.extendleft(reversed(passed))
+        self.waiting.extendleft(passed)
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one more request may run."""
+        return len(self.running) + len(self._fetching) < self.config.running_limit
+
+    def _make_way(self) -> None:
+        """Preempt a completion whose siblings run, if a request of which nothing runs has no place or no pages.
+
+        At most one in a step.
+        """
+        if not self.waiting or (self._has_place and not self._no_room):
+            return
+        preemption = self._preemption()
+        newcomer = preemption.newcomer(islice(self.waiting, _MAX_LOOKAHEAD))
+        victim = None if newcomer is None else preemption.victim_for(newcomer, self.running)
+        if newcomer is not None and victim is not None:
+            self._preempt(victim)
+            self.waiting.advance(newcomer)
+
+    def _preemption(self) -> Preemption:
+        return Preemption((*self.running, *self._fetching.values()), self._rank)
 
     def _has_room(self, sequence: SequenceState, reserved: int) -> bool:
         """Whether the cache has pages for the request, besides `reserved` ones that other requests still need."""
@@ -357,15 +392,15 @@ class Scheduler:
             sequence.published = whole
 
     def _preempt(self, sequence: SequenceState) -> None:
-        """Release a running request's pages, and put it before the waiting requests of its priority."""
+        """Release a running request's pages, and let it wait again."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.restart(self.cache.new_table)
-        insort_left(self.waiting, sequence, key=self._rank)
+        self.waiting.put_back(sequence, siblings_run=self._preemption().runs(sequence.parent_id))
         self.preemptions += 1
 
     def _run(self, sequence: SequenceState) -> None:
-        """Let a request run, behind those of its priority: the last one is preempted first."""
+        """Let a request run, behind those of its priority."""
         insort_right(self.running, sequence, key=self._rank)
 
     def _rank(self, sequence: SequenceState) -> int:
@@ -376,31 +411,3 @@ class Scheduler:
         """Release a request's pages. The next plan reports the request as finished."""
         self.cache.release(sequence.table.pages)
         self._finished.append(sequence.request_id)
-
-
-def _progress(segments: Sequence[Segment]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """For each request of a step, the position up to which it is then computed, and its drafts in the step."""
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for segment in segments:
-        request_id, stop = segment.request_id, segment.stop
-        drafts = () if segment.prefill else segment.token_ids[1:]
-        if request_id in found:  # pieces of one request, in order: only the first decoded token is no draft
-            before, earlier = found[request_id]
-            stop, drafts = max(before, stop), earlier if segment.prefill else (*earlier, *segment.token_ids)
-        found[request_id] = stop, drafts
-    return found
-
-
-def _right(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
-    """The accepted tokens of one request: those sampled after right drafts, up to and with the first difference.
-
-    Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give.
-    """
-    if not drafts:  # most requests: one token, or none
-        return list(tokens[:1])
-    in_order = sorted(tokens, key=lambda token: token.position)
-    wrong = next(
-        (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),
-        len(drafts),
-    )
-    return in_order[: wrong + 1]

@@ -21,6 +21,8 @@ class SequenceState:
 
     def __init__(self, request: CoreRequest, table: PageTable, source: Source | None = None, keys: Iterable[Key] = ()):
         self.request_id = request.request_id
+        # the user's request that it belongs to
+        self.parent_id = request.parent_id or request.request_id
         # the prompt, then the output so far
         self.tokens = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_prompt = len(request.prompt_token_ids)

@@ -152,7 +152,7 @@ class AsyncEngine:
         outputs: list[RequestOutput] = []
         try:
             for job in jobs:
-                outputs.append(self._add(job, call))
+                outputs.append(self._add(job, call, parent_id=outputs[0].request_id if outputs else ""))
             self._flush()
             yield outputs
             while call.open or call.changed or call.error:
@@ -206,9 +206,11 @@ class AsyncEngine:
                 "try again in a moment, or raise --max-queued-requests",
             )  # fmt: skip
 
-    def _add(self, job: Job, call: Call) -> RequestOutput:
+    def _add(self, job: Job, call: Call, parent_id: str) -> RequestOutput:
         request_id = f"r{next(self._ids)}"
-        output = self.output_processor.add(request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at)
+        output = self.output_processor.add(
+            request_id, job.prompt_token_ids, job.params, job.prompt, job.prefill_at, parent_id
+        )
         self.metrics.arrived(job.params)
         if output.finished:
             self.metrics.ended(output, call.times(request_id, time.monotonic()))

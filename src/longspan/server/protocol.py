@@ -35,21 +35,27 @@ _LOG = logging.getLogger("longspan.server")
 AnyServer = TypeVar("AnyServer", bound=uvicorn.Server)
 
 
-def connections_allowed(limits: HttpLimits) -> int:
-    """The most connections that may be open at the same time."""
+def connections_allowed(limits: HttpLimits, files_each: int = 1) -> int:
+    """The most connections that may be open at the same time, if each takes so many open files."""
     if limits.max_connections is not None:
         return limits.max_connections
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
-    return min(max(files - _BACKLOG - _RESERVE, files // 4, 1), _MOST_CONNECTIONS)
+    return min(max((files - _BACKLOG - _RESERVE) // files_each, files // 4, 1), _MOST_CONNECTIONS)
 
 
 class HttpConfig(uvicorn.Config):
     """uvicorn's configuration for the server and the router."""
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, limits: HttpLimits, tls: ssl.SSLContext | None = None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        limits: HttpLimits,
+        tls: ssl.SSLContext | None = None,
+        files_each: int = 1,
     ) -> None:
         super().__init__(
             app, host=host, port=port, log_level="warning", access_log=False, http=BoundedProtocol, ws="none",
@@ -57,7 +63,7 @@ class HttpConfig(uvicorn.Config):
             ssl_context_factory=None if tls is None else lambda config, default: tls,
         )  # fmt: skip
         self.limits = limits
-        self.door = ConnectionLimiter(connections_allowed(limits))
+        self.door = ConnectionLimiter(connections_allowed(limits, files_each))
 
 
 async def announce(server: AnyServer, on_ready: Callable[[AnyServer], None]) -> None:
@@ -101,6 +107,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.flow.write_paused:
             return True
         return not self.pipeline if self._phase is _Phase.BODY else not self._is_answering
+
+    @property
+    def has_more_requests(self) -> bool:
+        """Whether requests wait behind the one that is being answered. A client that waits for its answers has none."""
+        return bool(self.pipeline)
 
     @property
     def waited(self) -> tuple[bool, float]:
@@ -315,16 +326,21 @@ class ConnectionLimiter:
     """
 
     def __init__(self, most: int, most_unread: int = _MAX_UNREAD) -> None:
-        self._most = most
+        self.most = most
         self._most_unread = most_unread
         self._turned_away = 0
         self._logged = float("-inf")
 
     def admit(self, newest: BoundedProtocol, connections: set[BoundedProtocol]) -> None:
-        """Admit the newest connection. At the limit, close one without a complete request, or else the newest."""
-        if len(connections) <= self._most:
+        """Admit the newest connection.
+
+        At the limit, close one without a complete request, or else one with several, or else the newest.
+        """
+        if len(connections) <= self.most:
             return
-        waiting = (each for each in connections if each.waits_for_client)
+        others = connections - {newest}
+        waiting = [each for each in others if each.waits_for_client]
+        waiting = waiting or [each for each in others if each.has_more_requests]
         chosen = min(waiting, key=lambda each: each.waited, default=newest)
         chosen.transport.abort()
         connections.discard(chosen)
@@ -334,7 +350,7 @@ class ConnectionLimiter:
             self._logged = now
             _LOG.warning(
                 "%d connections are open, the most this process holds: those that wait longest for their client are"
-                " closed (%d so far); raise `ulimit -n` if they are wanted", self._most, self._turned_away,
+                " closed (%d so far); raise `ulimit -n` if they are wanted", self.most, self._turned_away,
             )  # fmt: skip
 
     def halt(self, connections: set[BoundedProtocol]) -> None:

@@ -5,7 +5,6 @@ It owns reading these files; it must not know requests.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.config import require
-from longspan.errors import ConfigError, RequestError
+from longspan.errors import ConfigError, ModelError, RequestError
 from longspan.request import SamplingParams
+from longspan.weights.json_file import read_object
 
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM reads the same
 _FILE = "generation_config.json"
@@ -56,12 +56,12 @@ def generation_defaults(source: str, model_folder: Path) -> dict[str, Any]:
     if source == "auto" and not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text())
+        values = read_object(file)
         found: dict[str, Any] = {
             name: _number(name, values[name]) for name in _DEFAULTS if values.get(name) is not None
         }
         SamplingParams(**found)
-    except (OSError, ValueError, TypeError, AttributeError, RequestError) as error:
+    except (ModelError, RequestError) as error:
         remedy = f"give auto, vllm, or a folder with {_FILE}"
         raise ConfigError("generation_config", source, f"{file} cannot be used ({error})", remedy) from error
     return found

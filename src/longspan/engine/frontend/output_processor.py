@@ -49,6 +49,8 @@ class _Group:
     unstarted: list[Completion]
     # addresses of instances that can compute the prompt
     prefill_at: tuple[str, ...] = ()
+    # id of the request with which it shares its turns in the scheduler
+    parent_id: str = ""
 
 
 class OutputProcessor:
@@ -73,9 +75,11 @@ class OutputProcessor:
         params: SamplingParams,
         prompt: str | None,
         prefill_at: tuple[str, ...] = (),
+        parent_id: str = "",
     ) -> RequestOutput:
         """Add a request and return its output, which is updated in place.
 
+        Requests of one `parent_id` share their turns in the scheduler, as the completions of each request do.
         Raises `RequestError` if the request can never be served.
         """
         if request_id in self._groups:
@@ -90,7 +94,7 @@ class OutputProcessor:
         output = RequestOutput(request_id, prompt, tokens, [c.output for c in completions])
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] * len(tokens)
-        group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at)
+        group = _Group(output, params, max_tokens, completions, completions[1:], prefill_at, parent_id or request_id)
         if max_tokens == 0 and params.prompt_logprobs is None:  # there is nothing to compute
             for completion in completions:
                 completion.end(FinishReason.LENGTH)
@@ -202,7 +206,7 @@ class OutputProcessor:
         params = group.params if first else replace(group.params, prompt_logprobs=None)
         return CoreRequest(
             completion.request_id, group.output.prompt_token_ids, params, completion.seed, max(group.max_tokens, 1),
-            tuple(completion.output.token_ids), group.prefill_at,
+            tuple(completion.output.token_ids), group.prefill_at, parent_id=group.parent_id,
         )  # fmt: skip
 
     def _drop(self, completion: Completion, ended_by_core: bool = False) -> None:

@@ -31,7 +31,8 @@ def blocks_of(prompt: bytes) -> list[Block]:
 class Balance:
     """Load and seen prefixes of the instances of one role, by name.
 
-    The cost of a request is `weight` plus the bytes of its prompt that the instance has not seen.
+    The cost of a request is `weight` plus the bytes of its prompt that the instance has not seen. Prompts are given
+    as their number of bytes, and blocks.
     """
 
     def __init__(self, weight: float) -> None:
@@ -39,17 +40,17 @@ class Balance:
         self._load: dict[str, float] = {}
         self._seen: dict[str, OrderedDict[Block, None]] = {}
 
-    def ranked(self, names: Collection[str], prompt: bytes, blocks: Sequence[Block]) -> list[str]:
+    def ranked(self, names: Collection[str], prompt: int, blocks: Sequence[Block]) -> list[str]:
         """All `names`, those with the least load including this prompt first."""
         return sorted(names, key=lambda name: (self._load.get(name, 0.0) + self.cost(name, prompt, blocks), name))
 
-    def cost(self, name: str, prompt: bytes, blocks: Sequence[Block]) -> float:
+    def cost(self, name: str, prompt: int, blocks: Sequence[Block]) -> float:
         """The load that a prompt adds to an instance, in bytes."""
         seen = self._seen.get(name, OrderedDict())
         known = sum(1 for _ in takewhile(seen.__contains__, blocks))
-        return self._weight + len(prompt) - known * _BLOCK_BYTES
+        return self._weight + prompt - known * _BLOCK_BYTES
 
-    def begin(self, name: str, prompt: bytes, blocks: Sequence[Block]) -> float:
+    def begin(self, name: str, prompt: int, blocks: Sequence[Block]) -> float:
         """Add a request to an instance's load. Returns what it adds, to be passed to `end`."""
         added = self.cost(name, prompt, blocks)
         self._load[name] = self._load.get(name, 0.0) + added

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 from yarl import URL
 
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, sign
@@ -33,7 +35,7 @@ from longspan.server.middleware import BodyLimit, KeyCheck
 from longspan.server.options import RouteOptions
 from longspan.server.protocol import HttpConfig, announce
 from longspan.server.request_log import RequestLog
-from longspan.server.router.balance import Balance, blocks_of
+from longspan.server.router.balance import Balance, Block, blocks_of
 from longspan.server.router.instances import Instance, Instances
 from longspan.server.tls import tls_context
 
@@ -47,6 +49,7 @@ _HOP_BY_HOP = {
     PREFILL_HEADER, SIGNATURE_HEADER,
 }  # fmt: skip
 _PREFILL_WEIGHT, _DECODE_WEIGHT = 256.0, 65536.0  # fixed cost of a request, in bytes of prompt
+_FILES_EACH = 2  # open files for a client: its connection, and one to an instance
 _LOG = logging.getLogger("longspan.disaggregation")
 
 
@@ -61,12 +64,12 @@ class Router:
         self._session = session
         self._prefill = Balance(_PREFILL_WEIGHT)
         self._decode = Balance(_DECODE_WEIGHT)
+        self._long_body = asyncio.Lock()  # held while a long body is parsed, which takes a multiple of its bytes
 
     async def forward(self, request: Request) -> Response:
         """Forward a request to a decode instance and return its answer."""
         body = await request.body()
-        prompt = await _prompt_of(body) if request.scope["path"] in _GENERATING else b""
-        blocks = blocks_of(prompt)
+        prompt, blocks = await self._prompt_of(body) if request.scope["path"] in _GENERATING else (0, [])
         decoders = {instance.url: instance for instance in self._instances.alive("decode")}
         prefillers = {instance.url: instance for instance in self._instances.alive("prefill")}
         order = self._prefill.ranked(prefillers, prompt, blocks)
@@ -86,6 +89,13 @@ class Router:
                 ended(False)
                 raise
         return refusal(EngineUnavailable("no decode instance is there; try again later, and see the router's log"))
+
+    async def _prompt_of(self, body: bytes) -> tuple[int, list[Block]]:
+        """See `_prompt`. Long bodies are parsed in a thread, so that other requests do not wait, one after another."""
+        if len(body) <= INLINE_BYTES:
+            return _prompt(body)
+        async with self._long_body:
+            return await asyncio.to_thread(_prompt, body)
 
     def state(self) -> dict[str, Any]:
         """Role and state of every instance, as JSON."""
@@ -197,6 +207,11 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
     return app
 
 
+def http_config(app: ASGIApp, options: RouteOptions, tls: ssl.SSLContext | None) -> HttpConfig:
+    """uvicorn's configuration for a router."""
+    return HttpConfig(app, options.host, options.port, options.http, tls, _FILES_EACH)
+
+
 async def route(instances: Instances, options: RouteOptions, on_ready: Callable[[uvicorn.Server], None]) -> None:
     """Serve until a signal. `on_ready` is called once all instances have answered and the port is open.
 
@@ -211,7 +226,7 @@ async def route(instances: Instances, options: RouteOptions, on_ready: Callable[
     ) as session:  # fmt: skip
         await instances.wait(session, options.wait_seconds)
         app = build_router(Router(instances, session), options)
-        server = uvicorn.Server(HttpConfig(app, options.host, options.port, options.http, tls))
+        server = uvicorn.Server(http_config(app, options, tls))
         watching = asyncio.create_task(instances.watch(session))
         announcing = asyncio.create_task(announce(server, on_ready))
         try:
@@ -229,20 +244,18 @@ def _target(request: Request) -> str:
     return f"{path}?{query}" if query else path
 
 
-async def _prompt_of(body: bytes) -> bytes:
-    """See `_prompt`. A long body is parsed in a thread, so that other requests do not wait."""
-    return _prompt(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(_prompt, body)
+def _prompt(body: bytes) -> tuple[int, list[Block]]:
+    """Bytes and blocks of the part of a body that decides which pages the request needs: its messages or prompt.
 
-
-def _prompt(body: bytes) -> bytes:
-    """The part of a body that decides which pages the request needs: its messages or prompt.
-
-    Empty for a body that is not valid; the decode instance answers with the error.
+    Nothing for a body that is not valid; the decode instance answers with the error.
     """
     try:
         _BOUNDS.check([body])
         values = msgspec.json.decode(body)
     except (RequestError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return b""
+        return 0, []
     found = (values.get("messages") or values.get("prompt")) if isinstance(values, dict) else None
-    return found.encode(errors="replace") if isinstance(found, str) else msgspec.json.encode(found) if found else b""
+    if not found:
+        return 0, []
+    prompt = found.encode(errors="replace") if isinstance(found, str) else msgspec.json.encode(found)
+    return len(prompt), blocks_of(prompt)
