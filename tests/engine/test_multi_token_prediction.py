@@ -215,9 +215,9 @@ def test_under_a_grammar_nothing_is_drafted(drafting):
     llm.engine.add_request("a", PROMPTS[0], GREEDY)
     llm.engine.step()
     (sequence,) = scheduler.running
-    assert len(sequence.draft(scheduler.config.speculative, 9)) == 2
+    assert len(sequence.draft(scheduler.config, 9, 1)) == 2
     sequence.params = SimpleNamespace(grammar=object())
-    assert not sequence.draft(scheduler.config.speculative, 9)
+    assert not sequence.draft(scheduler.config, 9, 1)
 
 
 def test_rows_behind_a_wrong_draft_are_not_accepted_on_any_rank():

@@ -6,7 +6,7 @@ import time
 
 from longspan.request import CompletionOutput, FinishReason, RequestOutput
 from longspan.scheduler.acceptance import DraftCounts
-from longspan.scheduler.scheduler import SchedulerCounters
+from longspan.scheduler.counters import SchedulerCounters
 from longspan.server.history import History
 from longspan.server.logs import ThroughputLog
 from longspan.server.messages import CoreLoad, CoreState

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import insort_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
 from longspan.attention.cost import ScheduleChooser
@@ -22,6 +21,7 @@ from longspan.plan.result import StepResult
 from longspan.plan.source import Source
 from longspan.request import CoreRequest, SampledToken
 from longspan.scheduler.acceptance import DraftCounts
+from longspan.scheduler.counters import SchedulerCounters
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.preemption import Preemption
 from longspan.scheduler.progress import progress, right_tokens
@@ -30,24 +30,6 @@ from longspan.scheduler.step import StepBuilder
 from longspan.scheduler.waiting import WaitingQueue
 
 _MAX_LOOKAHEAD = 64  # waiting requests that are considered in a step, so that short ones can pass a long one
-
-
-@dataclass(frozen=True)
-class SchedulerCounters:
-    """Queue lengths now, and counts since the start."""
-
-    # requests that wait, those whose KV is being fetched included
-    waiting: int = 0
-    # requests that prefill or decode
-    running: int = 0
-    # preemptions since the start
-    preemptions: int = 0
-    # draft tokens that were computed
-    drafted_tokens: int = 0
-    # draft tokens that proved right
-    accepted_tokens: int = 0
-    # both by position
-    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 class Scheduler:

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longspan.scheduler.scheduler import SchedulerCounters
+from longspan.scheduler.counters import SchedulerCounters
 
 _SECONDS = 120  # that the page shows
 _LATENCIES = 4096  # of each kind that are remembered within them

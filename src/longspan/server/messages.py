@@ -15,7 +15,7 @@ from longspan.disaggregation.driver import InstanceInfo, TransferCounters
 from longspan.engine.driver.core import StepRecord
 from longspan.engine.memory_use import MemoryUse
 from longspan.request import CoreRequest, SamplingParams, TokenOutput
-from longspan.scheduler.scheduler import SchedulerCounters
+from longspan.scheduler.counters import SchedulerCounters
 
 _NO_PARAMS = SamplingParams()
 

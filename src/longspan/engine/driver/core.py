@@ -24,7 +24,8 @@ from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
 from longspan.plan.source import Source
 from longspan.request import CoreRequest, FinishReason, PromptScore, SampledToken, TokenOutput
-from longspan.scheduler.scheduler import Scheduler, SchedulerCounters
+from longspan.scheduler.counters import SchedulerCounters
+from longspan.scheduler.scheduler import Scheduler
 
 _STEPS_REMEMBERED = 60
 _POLL_SECONDS = 0.005

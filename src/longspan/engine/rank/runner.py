@@ -213,7 +213,7 @@ class Runner:
         if self._experts is not None:
             self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view))
-        return self._finish(view, logits, [], cuda_graphs.recorded_draw(rows))
+        return self._finish(view, logits, [], recorded=cuda_graphs.recorded_draw(rows))
 
     def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
         rows = [0] * self._grid.pcp
