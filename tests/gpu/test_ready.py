@@ -57,11 +57,10 @@ def test_the_cache_takes_what_is_measured_to_be_left_and_the_start_says_what_tak
     """What this process holds is compared, because other tests may use the same GPU; so the share is small, too."""
     options = {**THREADS, "dtype": "bfloat16", "debug": False, "kv_cache_memory_bytes": None, "page_size": 16}
     gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_allocated()
     with LLM(tiny_folder("llama"), **options, gpu_memory_utilization=0.05) as llm:
         setup = llm.engine.setup
-        held = torch.cuda.memory_reserved() - before
+        held = torch.cuda.memory_allocated() - before
         use = setup.memory
         assert use is not None
         assert use.note in setup.notes
