@@ -26,8 +26,9 @@ quick: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not exhaustive and not mutation and not slow' \
 		tests/unit tests/ranks tests/models tests/test_architecture.py tests/test_snapshot.py
 
+# One process more than there are cores: tests of servers wait for processes to start and to be missed.
 test: install
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $$(( $$($(BIN)/python -c 'import os; print(os.cpu_count())') + 1 )) --dist worksteal
 
 lint: install
 	$(BIN)/ruff check src tests demo scripts

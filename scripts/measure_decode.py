@@ -20,7 +20,7 @@ from longspan.bench.kernels.ceilings import measure_ceilings
 from longspan.bench.latency import BatchLoad, run_latency
 from longspan.clock import make_clock
 from longspan.config import CacheConfig, EngineConfig, SchedulerConfig
-from longspan.engine.rank.build import threads_per_rank
+from longspan.engine.cores import threads_per_rank
 from longspan.engine.setup import EngineSetup, resolve
 from longspan.planner.deployment import Deployment
 from longspan.planner.hardware import Hardware
@@ -44,7 +44,7 @@ def measure(setup: EngineSetup, batch: int, context: int, output: int, bytes_per
     contestants = {
         "recorded": LongspanContestant(config),
         "eager": LongspanContestant(replace(config, enforce_eager=True)),
-        "transformers": TransformersContestant(config, threads_per_rank(setup)),
+        "transformers": TransformersContestant(config, threads_per_rank(setup.config)),
     }
     report = run_latency(load, contestants, print)
     floor = step_bytes(setup, batch, context + output // 2) / bytes_per_s

@@ -75,5 +75,5 @@ def serve_arguments(model: str, *more: str) -> list[str]:
     return [
         "serve", model, "--port", "0", "--served-model-name", "tiny", "--num-threads", "1", "--page-size", "4",
         "--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "1M",
-        "--local-context", "8", *more,
+        "--local-context", "8", "--dtype", "float32", *more,
     ]  # fmt: skip

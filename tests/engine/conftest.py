@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 20,
     "num_threads": 1,
     "debug": True,
+    "dtype": "float32",
     "cost": CostConstants(),
 }
 THREADS = {**DEFAULTS, "executor": "threads"}  # tests look into ranks, and a machine may have one GPU only

@@ -26,9 +26,9 @@ def drafting():
     """`drafting(kind, tp=2, ...)` starts an engine on a tiny DeepSeek-V3 with a module: see `folder_with_module`."""
     started = []
 
-    def start(kind="near", **options):
+    def start(kind="near", folder=None, **options):
         named = {SHORT.get(name, name): value for name, value in options.items()}
-        started.append(LLM(folder_of(kind, options.get("pp", 1)), **{**THREADS, **named}))
+        started.append(LLM(folder or folder_of(kind, options.get("pp", 1)), **{**THREADS, **named}))
         return started[-1]
 
     yield start
@@ -263,3 +263,12 @@ def test_the_module_takes_the_memory_of_a_layer(drafting):
 def test_what_cannot_draft_is_refused_with_a_remedy(folder, value, message):
     with pytest.raises(ConfigError, match=message):
         LLM(tiny_folder(folder), **{**THREADS, "speculative": value})
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "dcp": 2, "local_context": 0}], ids=str)
+def test_a_module_of_glm_drafts_too(drafting, layout):
+    folder = folder_with_module("glm4-moe", "right")
+    llm = drafting(folder=folder, speculative="mtp:2", **layout)
+    assert tokens_of(llm) == tokens_of(drafting(folder=folder))
+    counters = llm.stats().scheduler
+    assert counters.accepted_tokens == counters.drafted_tokens > 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from longspan import SamplingParams
-from longspan.engine.rank import build
 from tests.oracle import prompt_of
 
 
@@ -30,5 +31,5 @@ def test_a_rank_has_the_threads_that_the_user_gives_it_however_few_are_busy(tiny
 
 @pytest.mark.parametrize(("cores", "threads"), [(2, {1, 2}), (8, {2, 8})])
 def test_a_lone_busy_rank_takes_the_idle_ranks_cores_and_no_more_than_there_are(tiny, monkeypatch, cores, threads):
-    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert threads_of_a_completion(tiny(pcp=4, num_threads=None, local_context=0)) == threads

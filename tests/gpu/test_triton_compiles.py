@@ -13,10 +13,8 @@ import pytest
 pytest.importorskip("triton")
 from tests.gpu import compile_attend
 
-VARIANTS = (
-    "decode 128", "decode 128 gathered", "decode 128 int8", "decode latent, 128 heads, gathered",
-    "decode latent fp8, 16 heads", "diagonal of latents, 128 heads", "prefill 128",
-    "decode 128@80", "prefill 64@89", "decode 64@100", "decode 128@120",
+VARIANTS = (  # a sample: each takes 2 to 10 s where nothing is in Triton's cache
+    "decode 128", "decode 128 gathered", "decode latent, 128 heads, gathered", "prefill 64@89", "decode 128@120",
 )  # fmt: skip
 WIDEST = (  # of each row of the table of tiles: what takes most shared memory
     "decode 64", "decode 256", "verify 128", "verify 256", "prefill 192", "prefill 256", "prefill 256 int8",
@@ -68,7 +66,8 @@ def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group
             assert variant["wgmma"] and not variant["mma"], variant
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
 def test_the_widest_rows_of_every_kind_of_tile_fit_shared_memory():
     for variant in compiled(*WIDEST):
         assert variant["shared"] <= variant["limit"], variant

@@ -76,7 +76,7 @@ def outputs_of(folder, layout, quantization):
     with LLM(
         folder, tensor_parallel_size=tp, prefill_context_parallel_size=pcp, decode_context_parallel_size=dcp,
         page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8, kv_cache_memory_bytes=4 << 20,
-        num_threads=1, quantization=quantization, cost=CostConstants(),
+        num_threads=1, dtype="float32", quantization=quantization, cost=CostConstants(),
     ) as llm:  # fmt: skip
         [output] = llm.generate([prompt_of(70)], SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS))
     return output.outputs[0]
@@ -154,7 +154,7 @@ def test_blocks_of_another_size_are_dequantised_and_cannot_be_kept(tmp_path):
 
 
 def test_an_unknown_quantization_lists_the_known():
-    with pytest.raises(ConfigError, match=r"quantization=awq.*auto, fp8, none"):
+    with pytest.raises(ConfigError, match=r"quantization=awq.*auto, fp8, fp16, int8, auto-fast, none"):
         EngineConfig("m", quantization="awq")
 
 

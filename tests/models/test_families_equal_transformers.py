@@ -30,7 +30,7 @@ def test_logprobs_and_tokens_equal_transformers(family, layout):
     with LLM(
         tiny_folder(family), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,
         decode_context_parallel_size=dcp, page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8,
-        kv_cache_memory_bytes=1 << 20, num_threads=1, cost=CostConstants(),
+        kv_cache_memory_bytes=1 << 20, num_threads=1, dtype="float32", cost=CostConstants(),
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=LOGPROBS))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -49,7 +49,7 @@ def test_both_forms_of_latent_attention_give_the_same(layout, expands, schedule,
     with LLM(
         tiny_folder("deepseek-v3"), tensor_parallel_size=tp, prefill_context_parallel_size=pcp,
         decode_context_parallel_size=dcp, page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8,
-        kv_cache_memory_bytes=1 << 20, num_threads=1, schedule=schedule, cost=CostConstants(),
+        kv_cache_memory_bytes=1 << 20, num_threads=1, dtype="float32", schedule=schedule, cost=CostConstants(),
     ) as llm:  # fmt: skip
         outputs = llm.generate([prompt_of(n) for n in LENGTHS], SamplingParams(temperature=0, max_tokens=TOKENS))
         assert schedules_that_moved(llm) == ({schedule} if pcp * dcp > 1 else set())

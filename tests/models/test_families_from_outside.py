@@ -59,7 +59,7 @@ def test_its_tokens_are_those_of_a_plain_forward(folder, layout):
     with LLM(
         str(folder), tensor_parallel_size=tp, prefill_context_parallel_size=pcp, pipeline_parallel_size=pp,
         page_size=4, max_num_batched_tokens=48, max_num_seqs=8, local_context=8, kv_cache_memory_bytes=1 << 20,
-        num_threads=1, cost=CostConstants(), families=[side_by_side],
+        num_threads=1, dtype="float32", cost=CostConstants(), families=[side_by_side],
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=TOKENS))
     for prompt, output in zip(prompts, outputs, strict=True):

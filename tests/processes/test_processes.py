@@ -84,7 +84,7 @@ def test_a_stopped_rank_raises_step_timeout():
 
 def test_a_rank_stopped_between_steps_is_detected_by_check():
     config = EngineConfig(
-        tiny_folder("llama"), executor="processes", cost=CostConstants(),
+        tiny_folder("llama"), executor="processes", dtype="float32", cost=CostConstants(),
         liveness=LivenessConfig(heartbeat_interval=0.1, heartbeat_late=0.5, heartbeat_timeout=2.0),
     )  # fmt: skip
     with LLM.from_config(config) as llm:

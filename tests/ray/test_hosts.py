@@ -59,6 +59,7 @@ def serving(host: Host, logs: Path, *options: str) -> Iterator[str]:
     url = f"http://{host.address}:8000"
     model = [ascii_folder(), "--served-model-name", "tiny", "--host", host.address, "--port", "8000"]
     sizes = ["--page-size", "4", "--kv-cache-memory-bytes", "1M", "--local-context", "8", "--num-threads", "1"]
+    sizes += ["--dtype", "float32"]
     host.run([*LONGSPAN, "serve", *model, *sizes, *options], OPEN, logs / "server.log")
     with host.threads(1) as there:
         until(lambda: there.submit(healthy, url).result(), "the server")

@@ -114,7 +114,7 @@ def running(
 ) -> Iterator[Running]:
     """Started, and ended with everything it started."""
     config = EngineConfig(
-        ascii_folder(), executor=executor, num_threads=1, parallel=ParallelConfig(**parallel),
+        ascii_folder(), executor=executor, num_threads=1, dtype="float32", parallel=ParallelConfig(**parallel),
         cache=CacheConfig(page_size=4, pages_per_shard=None, memory_bytes=pages * 4 * 2 * 2 * 4 * 4 * 4,
                           offload=offload or OffloadConfig()),
         scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=16, local_context=8),

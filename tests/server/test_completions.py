@@ -89,7 +89,7 @@ def test_a_stop_string_ends_the_text_before_it(server):
 def test_log_probabilities_are_those_of_the_engine(server):
     answer = server.complete("abc", 4, logprobs=2)
     lines = answer["choices"][0]["logprobs"]
-    with LLM(ascii_folder(), num_threads=1) as llm:
+    with LLM(ascii_folder(), num_threads=1, dtype="float32") as llm:
         (output,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=4, logprobs=2))
     assert lines["token_logprobs"] == pytest.approx([row.sampled for row in output.outputs[0].logprobs], abs=1e-4)
     assert "".join(lines["tokens"]) == answer["choices"][0]["text"]

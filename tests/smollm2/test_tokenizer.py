@@ -37,7 +37,7 @@ def test_every_token_of_the_file_has_its_id():
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("smollm2", prefill_context_parallel_size=2, local_context=8, num_threads=1) as started:
+    with LLM("smollm2", prefill_context_parallel_size=2, local_context=8, num_threads=1, dtype="float32") as started:
         yield started
 
 

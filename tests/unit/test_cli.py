@@ -131,7 +131,8 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def generate(run):
     """`generate(...)` on a tiny model without a tokenizer."""
-    return lambda *arguments: run("generate", tiny_folder("llama"), "--page-size", "4", *arguments)
+    sizes = ("--page-size", "4", "--dtype", "float32")
+    return lambda *arguments: run("generate", tiny_folder("llama"), *sizes, *arguments)
 
 
 @pytest.mark.parametrize("command", OPTIONS, ids=" ".join)

@@ -34,7 +34,7 @@ class Bench:
         names = {"tp": "tensor", "pcp": "prefill_context", "dcp": "decode_context", "pp": "pipeline"}
         sizes = {f"{names[name]}_parallel_size": size for name, size in layout.items()}
         self.files = OffloadFiles(
-            resolve(EngineConfig(tiny_folder(model), parallel=ParallelConfig(**sizes), cache=cache))
+            resolve(EngineConfig(tiny_folder(model), parallel=ParallelConfig(**sizes), cache=cache, dtype="float32"))
         )
         self.setup = self.files.setup
         self.pools = [self._pool(rank) for rank in range(self.setup.grid.world_size)]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from longspan.engine.rank.build import share_of_cores
+from longspan.engine.cores import share_of_cores
 from longspan.engine.transport.connection import use_interface
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic

@@ -60,7 +60,7 @@ def latency(
         require_choice("compare", compare, ("transformers",))
     from longspan.bench.contestants import LongspanContestant, TransformersContestant
     from longspan.bench.latency import BatchLoad, run_latency
-    from longspan.engine.rank.build import threads_per_rank
+    from longspan.engine.cores import threads_per_rank
     from longspan.engine.setup import resolve
 
     config = replace(config, cache=replace(config.cache, enable_prefix_caching=False))
@@ -70,7 +70,7 @@ def latency(
         other = replace(config, parallel=ParallelConfig.parse("compare_layout", compare_layout))
         contestants[compare_layout] = LongspanContestant(other)
     if compare is not None:
-        contestants[compare] = TransformersContestant(config, threads_per_rank(setup) * setup.grid.world_size)
+        contestants[compare] = TransformersContestant(config, threads_per_rank(setup.config) * setup.grid.world_size)
     load = BatchLoad(input_len, output_len, batch_size, iterations, warmup, config.seed, setup.model.vocab_size)
     console = Console(stderr=True)
     with step_bar(console, len(contestants) * (1 + warmup + iterations)) as show:

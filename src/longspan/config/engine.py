@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 from longspan.config.checks import parse_bytes, parse_integers, require, require_choice
 from longspan.config.cost import CostConstants, read_constants
 from longspan.config.option import OPTION, Option, build, check_keywords, option
+from longspan.config.products import ProductChoice
 from longspan.config.speculation import Speculation
 from longspan.config.transfer import TransferConfig
 
@@ -27,7 +28,7 @@ _SEVERAL_MACHINES = ("ray", "external")
 LOAD_FORMAT_NAMES = ("auto", "dummy")
 SCHEDULING_POLICY_NAMES = ("fcfs", "priority")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
-QUANTIZATION_NAMES = ("auto", "fp8", "none")
+QUANTIZATION_NAMES = ("auto", "fp8", "fp16", "int8", "auto-fast", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
@@ -317,12 +318,15 @@ class EngineConfig:
     load_format: str = option(
         "auto", "auto, or dummy: random weights for config.json's sizes, to measure speed without a download"
     )
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16")
+    dtype: str = option(
+        "auto", "auto (bfloat16 on GPUs and on CPUs that multiply it, else float32), float32, bfloat16 or float16"
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     attention_backend: str = option("auto", "attention kernels")
     quantization: str = option(
         "auto", "a checkpoint's FP8 weights: auto (kept as FP8 if the GPU multiplies FP8), fp8 (kept), "
-        "none (dequantised at load)", short="-q",
+        "none (dequantised at load); any weights on a CPU: fp16, int8, auto-fast (whichever is measured to be fastest)",
+        short="-q",
     )  # fmt: skip
     enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
     cudagraph_capture_sizes: tuple[int, ...] | None = option(
@@ -336,6 +340,8 @@ class EngineConfig:
         None, "constants of the cost model (the flag takes a JSON file); default: measured at start",
         flag="cost_constants", parse=read_constants,
     )  # fmt: skip
+    # decided by the driver: ranks in other processes, and engines that are started again, compute products as it does
+    products: ProductChoice | None = None
     trace: bool = False  # whether ranks record when they compute and transfer
     # whether ranks read the vocabulary for grammars when they start, not with the first grammar
     read_vocabulary_ahead: bool = False

@@ -20,7 +20,10 @@ from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require, require_choice
 from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
+from longspan.engine.cores import threads_per_rank
+from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, choose_dtype, emulation_note, model_dtype
 from longspan.engine.extensions import NONE_ADDED, Extensions
+from longspan.engine.measured_products import Products, choose_products
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.engine.speculation import check_weights, with_draft_layers
@@ -28,18 +31,16 @@ from longspan.errors import ConfigError, ModelError
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
 from longspan.models.registry import Family, find_family
+from longspan.models.shapes import requests_of
 from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.checkpoint import RandomWeights
 from longspan.weights.source import ModelSource, find_source, open_weights
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_BYTES = 1 << 30
-_FP8_CAPABILITY = (8, 9)
 _LAYOUTS_NAMED = 6
 _ALONE_ON_GPU = ("processes", "ray", "external")  # executors under which each rank has a GPU of its own
-_QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,8 @@ class EngineSetup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations.
-
-        `auto` is bfloat16 on a GPU, and float32 on a CPU, because bfloat16 is slow on CPUs without AVX-512.
-        """
-        return _model_dtype(self.config, self.device_type)
+        """Dtype of weights and activations."""
+        return model_dtype(self.config, self.device_type)
 
     def device(self, number: int = 0) -> torch.device:
         """GPU `number` of this machine, or the CPU."""
@@ -99,7 +97,7 @@ class EngineSetup:
     @property
     def cache_dtype(self) -> torch.dtype:
         """Dtype of the cache's rows."""
-        return _cache_dtype(self.config, self.device_type)
+        return cache_dtype(self.config, self.device_type)
 
     @property
     def capacity_tokens(self) -> int:
@@ -117,7 +115,8 @@ class EngineSetup:
         """Notes printed at start: the backend, kept FP8 weights, and drawbacks of the layout with their remedies."""
         chosen = [f"attention: {self.backend.name} ({self.backend.reason})"] if self.device_type == "cuda" else []
         measured = [self.memory.note] if self.memory else []
-        return [*chosen, *self.scaled.notes, *measured, *self._virtual_notes, *self._layout_notes]
+        products = self.config.products.notes if self.config.products else ()
+        return [*chosen, *self.scaled.notes, *products, *measured, *self._virtual_notes, *self._layout_notes]
 
     @property
     def _virtual_notes(self) -> list[str]:
@@ -232,10 +231,11 @@ def resolve(
     families = extensions.all_families(executor)
     schedules = extensions.all_schedules(executor)
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
-    _check_cache_dtype(config, device_type)
+    check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     is_dummy = config.load_format == "dummy"
-    opens_weights = (executor != "dry" if needs_weights is None else needs_weights) and not is_dummy
+    needs_weights = executor != "dry" if needs_weights is None else needs_weights
+    opens_weights = needs_weights and not is_dummy
     source = replace(find_source(config.model, opens_weights, config.revision), tokenizer=config.tokenizer)
     with _naming_files_of(source):
         family, model = find_family(source.config, families)
@@ -257,7 +257,7 @@ def resolve(
         extensions.all_backends(executor),
     )  # fmt: skip
     layout = cache_layout(
-        grid, model, _cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in _QUANTISED
+        grid, model, cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in QUANTISED
     )
     pages = _pages_per_shard(config, grid, layout)
     scheduler = config.scheduler.on_shards(max(pages) * config.cache.page_size)
@@ -266,11 +266,10 @@ def resolve(
     config = replace(config, scheduler=scheduler)
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
-    if length > limit:
-        raise ConfigError(
-            "max_model_len", length, f"exceeds the {limit} positions the model was made for",
-            f"use at most {limit}",
-        )  # fmt: skip
+    problem, remedy = f"exceeds the {limit} positions the model was made for", f"use at most {limit}"
+    require(length <= limit, "max_model_len", length, problem, remedy)
+    if needs_weights and config.products is None:
+        config = _with_products(config, source, family, model, device_type)
     return EngineSetup(
         config, source, family, model, grid, layout, pages, length, device_type, backend, scaled, schedules
     )
@@ -290,6 +289,24 @@ def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
         model.moe is not None or not config.parallel.enable_expert_parallel,
         "enable_expert_parallel", True, f"{model.architecture} has no experts", "leave it out",
     )  # fmt: skip
+
+
+def _with_products(
+    config: EngineConfig, source: ModelSource, family: Family, model: ModelConfig, device_type: str
+) -> EngineConfig:
+    """The configuration with the dtype and the form of products decided, and the reasons as lines for people."""
+    dtype, threads = model_dtype(config, device_type), threads_per_rank(config)
+    notes: list[str] = []
+    if device_type == "cpu":
+        chosen, why = choose_dtype(config.dtype, device_type)
+        emulated = emulation_note(dtype, threads)
+        notes += [f"dtype: {chosen} ({why})"] if why else []
+        notes += [emulated] if emulated else []
+        config = replace(config, dtype=chosen)
+    asked = requests_of(lambda context: family.build(model, context, dtype)).matrices
+    params = tuple(param for request in asked for param in request if param.axes[0] != "vocab")
+    found = choose_products(config.quantization, device_type, Products(params, dtype, threads, source.checkpoint))
+    return replace(config, products=replace(found, notes=(*notes, *found.notes)))
 
 
 def resolve_device(name: str) -> str:
@@ -321,8 +338,8 @@ def _with_cache_bytes(
 
         sharing = config.parallel.world_size if config.executor == "threads" else 1
         found = cache_bytes(
-            config, model, weight_format(source.config, _model_dtype(config, device_type), scaled),
-            _cache_dtype(config, device_type).itemsize, free_bytes() // sharing, family.build,
+            config, model, weight_format(source.config, model_dtype(config, device_type), scaled),
+            cache_dtype(config, device_type).itemsize, free_bytes() // sharing, family.build,
         )  # fmt: skip
     alone = config.executor in _ALONE_ON_GPU or config.parallel.world_size == 1
     given = config.cache.memory_bytes is not None or config.cache.pages_per_shard is not None
@@ -352,31 +369,10 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int, extend
     return chosen
 
 
-def _check_cache_dtype(config: EngineConfig, device_type: str) -> None:
-    """Raise `ConfigError` if the GPU does not support the cache's dtype."""
-    if device_type != "cuda":
-        return
-    from longspan.engine.nvml import capability
-
-    require(
-        _QUANTISED.get(config.cache.dtype) != torch.float8_e4m3fn
-        or capability() >= _FP8_CAPABILITY,
-        "kv_cache_dtype", config.cache.dtype, "needs a GPU of compute capability 8.9 or more", "use int8",
-    )  # fmt: skip
-
-
-def _model_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
-    return _DTYPES.get(config.dtype, torch.bfloat16 if device_type == "cuda" else torch.float32)
-
-
-def _cache_dtype(config: EngineConfig, device_type: str) -> torch.dtype:
-    return _QUANTISED.get(config.cache.dtype, _model_dtype(config, device_type))
-
-
 def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
     return BackendShape(
-        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in _QUANTISED,
-        _model_dtype(config, device_type),
+        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in QUANTISED,
+        model_dtype(config, device_type),
     )  # fmt: skip
 
 

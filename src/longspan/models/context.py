@@ -81,7 +81,8 @@ class Loader(Protocol):
     def linear(self, *params: Param) -> Linear:
         """The product with a parameter, or with several concatenated along dimension 0.
 
-        It may keep the weight in a format that only serves products.
+        It may keep the weight in a format that only serves products; a table of the vocabulary is then kept twice if
+        its rows are looked up too.
         """
 
     def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, LayerContext
 from longspan.models.gqa import GroupedQueryAttention
-from longspan.models.layers import RMSNorm, table_product
+from longspan.models.layers import RMSNorm
 from longspan.models.mla import MultiHeadLatentAttention
 from longspan.models.mlp import GatedMLP
 from longspan.models.moe import MixtureOfExperts
@@ -64,7 +64,7 @@ class Embedding:
         self._ops = context.ops
         self._first_token, stop = context.loader.extent("vocab", config.vocab_size)
         self._holds_all = stop - self._first_token == config.vocab_size
-        self._table = _table(config, _EMBEDDING, context)
+        self._table = context.loader.load(_table(config, _EMBEDDING))
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 token_ids [T] → [T, hidden]."""
@@ -78,11 +78,12 @@ class Head:
 
     def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         self._tp = context.tp
-        self._table = _table(config, _EMBEDDING if config.tie_word_embeddings else "lm_head.weight", context)
+        name = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        self._product = context.loader.linear(_table(config, name))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [T, hidden] → fp32 logits [T, vocab], of the whole vocabulary."""
-        return self._tp.all_gather_last(table_product(hidden, self._table)).float()
+        return self._tp.all_gather_last(self._product(hidden)).float()
 
 
 class DecoderModel:
@@ -151,9 +152,9 @@ class NextTokenModule:
         return self._head(self._norm(hidden))
 
 
-def _table(config: ModelConfig, name: str, context: LayerContext) -> Tensor:
-    """This rank's part [tokens, hidden] of a table with a row for each token of the vocabulary."""
-    return context.loader.load(Param(name, (config.vocab_size, config.hidden_size), ("vocab", None)))
+def _table(config: ModelConfig, name: str) -> Param:
+    """A table [vocab, hidden] with a row for each token of the vocabulary."""
+    return Param(name, (config.vocab_size, config.hidden_size), ("vocab", None))
 
 
 def hidden_norm(config: ModelConfig, name: str, context: LayerContext) -> RMSNorm:

@@ -38,6 +38,11 @@ class Param(NamedTuple):
         """Whether it has two dimensions once it is loaded."""
         return len(self.shape) > (1 if self.stacked is None else 2)
 
+    @property
+    def has_whole_inputs(self) -> bool:
+        """Whether each row of the loaded matrix [out, in] is whole under every layout."""
+        return self.axes[-1 if self.stacked is None else -2] is None
+
     def bounds(self, extent: Extent) -> Bounds:
         """The part of the whole tensor that is loaded. `extent` gives the part of each logical axis that is held."""
         found: list[tuple[int, int]] = []

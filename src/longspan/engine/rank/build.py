@@ -5,7 +5,6 @@ It owns the assembly; it must not know whether ranks are threads or processes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,16 +43,6 @@ from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
 from longspan.weights.tokenizer import load_serialised
-
-
-def threads_per_rank(setup: EngineSetup) -> int:
-    """CPU threads that a rank may use: the user's number, or an even share of this machine's cores."""
-    return setup.config.num_threads or share_of_cores(setup.grid.world_size)
-
-
-def share_of_cores(ranks: int) -> int:
-    """The cores that this process may use divided by `ranks`, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class TensorParallelGroup:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.engine.rank.upload import CudaCopying, Upload
+from longspan.engine.setup import EngineSetup
 from longspan.models.context import Linear, LinearStack
-from longspan.models.layers import DenseLinear, can_pack
+from longspan.models.layers import DenseLinear, TableLinear, can_pack
 from longspan.models.params import Bounds, Param, loaded_shape
+from longspan.models.quantised import quantised_linear
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
@@ -74,12 +76,13 @@ class TensorStore:
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu"),
-        scaled: ScaledWeights | None = None,
+        scaled: ScaledWeights | None = None, form: str = "plain",
     ) -> None:  # fmt: skip
         self.device = device
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._scaled = scaled
+        self._form = form
         self._upload = Upload(CudaCopying()) if device.type == "cuda" else None
         self.on_read: Callable[[], None] = _nothing  # called after each slice, for a progress bar
         self._tensors: dict[_Key, Tensor] = {}
@@ -87,43 +90,57 @@ class TensorStore:
         self._stacks: dict[_Key, LinearStack] = {}
         self._lock = Lock()
 
+    @classmethod
+    def of(cls, setup: EngineSetup, device: torch.device) -> TensorStore:
+        """The store of a resolved configuration."""
+        form = setup.config.products.form if setup.config.products else "plain"
+        return cls(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights, form)
+
     def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
         """The slices concatenated along dimension 0, [rows, ...], in fp32 if `exact`, else in the model's dtype."""
         dtype = torch.float32 if exact else self._dtype
         with self._lock:
             return _once(self._tensors, pieces, lambda wanted: self._read(wanted, dtype))
 
-    def linear(self, pieces: Sequence[WeightPiece]) -> Linear:
+    def linear(self, pieces: Sequence[WeightPiece], is_whole: bool = False) -> Linear:
         """A linear layer whose weight [out, in] is the slices concatenated along dimension 0.
 
-        The layer may pack the weight; the plain tensor is then not kept.
+        The layer may pack the weight; the plain tensor is then not kept. `is_whole`: see `quantised_linear`.
         """
         with self._lock:
-            return _once(self._linears, pieces, self._linear)
+            return _once(self._linears, pieces, partial(self._linear, is_whole=is_whole))
 
-    def linear_stack(self, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
+    def table_linear(self, pieces: Sequence[WeightPiece]) -> Linear:
+        """The product with a table of the vocabulary, which is the tensor that `tensor` returns in the plain form."""
+        if self._form == "plain":
+            return TableLinear(self.tensor(pieces))
+        return self.linear(pieces)
+
+    def linear_stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool = False) -> LinearStack:
         """The linear layers of several weights of one shape, each as in `linear`.
 
         They are read one by one into one tensor [weights, out, in], unless the layers pack them or keep them in FP8.
         """
         pieces = [piece for entry in entries for piece in entry]
         with self._lock:
-            return _once(self._stacks, pieces, lambda _: self._stack(entries))
+            return _once(self._stacks, pieces, lambda _: self._stack(entries, is_whole))
 
-    def _stack(self, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
+    def _stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool) -> LinearStack:
         one = torch.empty(0, dtype=self._dtype, device=self.device)
-        if not entries or can_pack(one) or any(self._keeps_scaled(entry) for entry in entries):
-            return LinearStack(tuple(self._linear(entry) for entry in entries))
+        packs = self._form != "plain" or can_pack(one)
+        if not entries or packs or any(self._keeps_scaled(entry) for entry in entries):
+            return LinearStack(tuple(self._linear(entry, is_whole) for entry in entries))
         rows = sum(piece.shape[0] for piece in entries[0])
         weight = one.new_empty(len(entries), rows, *entries[0][0].shape[1:])
         for entry, out in zip(entries, weight, strict=True):
             self._fill(out, entry)
         return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
 
-    def _linear(self, pieces: Sequence[WeightPiece]) -> Linear:
+    def _linear(self, pieces: Sequence[WeightPiece], is_whole: bool = False) -> Linear:
         if self._scaled and self._keeps_scaled(pieces):
             return BlockScaledLinear(self._read_scaled(self._scaled, pieces), self._scaled.fused)
-        return DenseLinear(self._read(pieces, self._dtype))
+        weight = self._read(pieces, self._dtype)
+        return DenseLinear(weight) if self._form == "plain" else quantised_linear(weight, self._form, is_whole=is_whole)
 
     def _keeps_scaled(self, pieces: Sequence[WeightPiece]) -> bool:
         """Whether the weight stays in FP8."""
@@ -198,11 +215,16 @@ class RankLoader:
 
     def linear(self, *params: Param) -> Linear:
         """A linear layer whose weight is this rank's slice of each parameter, concatenated along dimension 0."""
-        return self._store.linear([self._piece(param) for param in params])
+        pieces = [self._piece(param) for param in params]
+        if params[0].axes[0] == "vocab":
+            return self._store.table_linear(pieces)
+        return self._store.linear(pieces, all(param.has_whole_inputs for param in params))
 
     def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
         """The linear layers whose weights are this rank's slices of each entry's parameters."""
-        return self._store.linear_stack([[self._piece(param) for param in entry] for entry in entries])
+        pieces = [[self._piece(param) for param in entry] for entry in entries]
+        is_whole = all(param.has_whole_inputs for entry in entries for param in entry)
+        return self._store.linear_stack(pieces, is_whole)
 
     def _piece(self, param: Param) -> WeightPiece:
         return WeightPiece(param.name, param.bounds(self.extent), param.stacked is not None)

@@ -43,7 +43,8 @@ def choose_scaled(quantization: str, stored: SafetensorsCheckpoint | None, devic
     """Decide whether FP8 weights are kept.
 
     `stored` is the checkpoint if its weights are in block-scaled FP8, else None. `quantization` is `auto` to keep FP8
-    where PyTorch can multiply it, `fp8` to keep it on any device, or `none`. Raises `ConfigError` for `fp8` if the
+    where PyTorch can multiply it, `fp8` to keep it on any device, or `none`; the others are as `auto`, since they are
+    about weights on a CPU. Raises `ConfigError` for `fp8` if the
     checkpoint has no such weights.
     """
     require(
@@ -62,6 +63,6 @@ def choose_scaled(quantization: str, stored: SafetensorsCheckpoint | None, devic
     problem = problem_of_kernel(device)
     if problem is None:
         return ScaledChoice(ScaledWeights(stored, fused=True), "kept, multiplied by PyTorch's scaled_mm")
-    if quantization == "auto":
+    if quantization != "fp8":
         return ScaledChoice(reason=f"dequantised at load ({problem})")
     return ScaledChoice(ScaledWeights(stored, fused=False), f"kept, dequantised for each product ({problem})")

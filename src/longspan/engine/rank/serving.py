@@ -13,7 +13,8 @@ import torch
 import zmq
 
 from longspan.config import LivenessConfig
-from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores
+from longspan.engine.cores import share_of_cores
+from longspan.engine.rank.build import build_runner, build_vocabulary
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
@@ -149,7 +150,7 @@ def _serve(
     def make_group(group: Sequence[int]) -> Collectives:
         return open_group(group, rank, traffic, device)
 
-    store = TensorStore(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights)
+    store = TensorStore.of(setup, device)
     built = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
     runner = built.runner
     traffic.reset()  # the calibration's traffic does not count

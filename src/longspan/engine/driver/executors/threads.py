@@ -16,9 +16,10 @@ import torch
 
 from longspan.attention.calibrate import combine
 from longspan.config import CostConstants
+from longspan.engine.cores import share_of_cores, threads_per_rank
 from longspan.engine.driver.executors.base import require_open
 from longspan.engine.memory_use import MemoryUse
-from longspan.engine.rank.build import build_runner, build_vocabulary, share_of_cores, threads_per_rank
+from longspan.engine.rank.build import build_runner, build_vocabulary
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
@@ -48,7 +49,7 @@ class ThreadExecutor:
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]  # None ends a rank
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()  # with the rank
         self._done: list[deque[StepResult]] = [deque() for _ in range(size)]  # results of each rank, not collected yet
-        self._store = TensorStore(setup.source.checkpoint, setup.dtype, setup.device(), setup.scaled.weights)
+        self._store = TensorStore.of(setup, setup.device())
         self._vocabulary = build_vocabulary(setup)
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
@@ -129,7 +130,7 @@ class ThreadExecutor:
 
     def _serve(self, rank: int) -> None:
         """The main function of a rank's thread."""
-        torch.set_num_threads(threads_per_rank(self.setup))
+        torch.set_num_threads(threads_per_rank(self.setup.config))
         try:
             built = build_runner(self.setup, rank, self._store, self._vocabulary, lambda group: self._open(group, rank))
             self._traffic[rank].reset()  # the calibration's traffic does not count
@@ -164,7 +165,7 @@ class ThreadExecutor:
         grid = self.setup.grid
         busy = {segment.pcp for segment in plan.segments}
         if self.setup.config.num_threads or grid.ranks[rank].pcp not in busy:
-            return threads_per_rank(self.setup)
+            return threads_per_rank(self.setup.config)
         return share_of_cores(sum(place.pcp in busy for place in grid.ranks))
 
     def _open(self, group: Sequence[int], rank: int) -> Collectives:

