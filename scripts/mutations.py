@@ -229,7 +229,7 @@ RANKS = (
         ("tests/unit/test_experts.py::test_both_exchanges_give_a_rows_sum_wherever_its_experts_are",),
     ),
     Fault(
-        "rows of experts that are not held are summed as they are", "models/grouped.py",
+        "rows of experts that are not held are summed as they are", "models/ops/plain.py",
         "places < stops[-1]", "places < stops[-1] + len(found)",
         ("tests/unit/test_experts.py::test_rows_in_no_group_are_not_read_whatever_they_hold",),
     ),

@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 from longspan.models.config import MoEConfig
 from longspan.models.fused_experts import MAX_PAIRS, few_enough, sum_fused
 from longspan.models.fused_router import route_fused
-from longspan.models.fused_sum import sum_of_places_fused
-from longspan.models.grouped import choose_sum, sum_grouped, sum_of_places, sum_one_by_one
+from longspan.models.grouped import choose_sum, sum_grouped, sum_one_by_one
 from longspan.models.moe import route
+from longspan.models.ops import PlainOps, choose_ops
+from longspan.models.ops.triton import TritonOps
 from tests.unit.test_experts import TOTAL, expected, layer, part, routing, stack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +36,7 @@ def moved(held, device=DEVICE, dtype=torch.float32):
     stacks = (stack(0, 1, 1, weight=convert(each.weight)) for each in (held.gate_up, held.down))
     gate_up, down = stacks
     biases = {"gate_up_bias": convert(held.gate_up_bias), "down_bias": convert(held.down_bias)}
-    return replace(held, gate_up=gate_up, down=down, **biases)
+    return replace(held, gate_up=gate_up, down=down, ops=choose_ops(torch.device(device)), **biases)
 
 
 @pytest.mark.parametrize(("rows", "clamped"), [(1, False), (18, False), (7, True)])
@@ -71,9 +72,9 @@ def test_the_kernel_sums_the_rows_of_a_token_wherever_they_are_and_reads_none_th
     torch.manual_seed(5)
     found, places = torch.randn(21, hidden, device=DEVICE), torch.randperm(21, device=DEVICE).view(7, 3)
     given = found, places, torch.rand(7, 3, device=DEVICE), torch.tensor([2, held], dtype=torch.int32, device=DEVICE)
-    expected = sum_of_places(found.double(), *given[1:])
+    expected = PlainOps().sum_of_places(found.double(), *given[1:])
     found[held:] = float("nan")
-    torch.testing.assert_close(sum_of_places_fused(*given).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(TritonOps().sum_of_places(*given).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 GROUPS = {"num_groups": 4, "groups_per_token": 2, "group_top": 2, "correction_bias": True, "scoring": "sigmoid"}

@@ -59,7 +59,7 @@ class RoutedExperts:
     down_bias: Tensor | None = None
     # limit of gpt-oss's clamped activation; None for SwiGLU
     limit: float | None = None
-    # computes the activation
+    # computes the activation, and sums the results of a row's experts
     ops: LayerOps = field(default_factory=PlainOps)
 
     def __len__(self) -> int:

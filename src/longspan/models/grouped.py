@@ -50,27 +50,7 @@ def sum_grouped(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor
     inner = activate(product(held.gate_up.weight, x[pairs // chosen], held.gate_up_bias), held.limit, held.ops)
     found = product(held.down.weight, inner, held.down_bias)
     places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=x.device))
-    return _choose_weighted(x.device)(found, places.view_as(experts), weights, stops)
-
-
-def sum_of_places(found: Tensor, places: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
-    """The weighted sums [T, hidden] of rows found [P, hidden] at `places` int64 [T, k], weights [T, k] fp32.
-
-    Rows from the last of `stops` on are in no group: they were not written, may hold NaN, and are not added.
-    """
-    rows = torch.where((places < stops[-1])[..., None], found[places], 0)
-    return torch.bmm(weights.to(found.dtype)[:, None], rows).squeeze(1)
-
-
-def _choose_weighted(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`sum_of_places`, or on a GPU its kernel, which reads each row once and writes nothing but the sums."""
-    if device.type != "cuda":
-        return sum_of_places
-    try:
-        from longspan.models.fused_sum import sum_of_places_fused
-    except ImportError:  # no Triton
-        return sum_of_places
-    return sum_of_places_fused
+    return held.ops.sum_of_places(found, places.view_as(experts), weights, stops)
 
 
 class _Products:

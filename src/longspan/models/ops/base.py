@@ -65,3 +65,10 @@ class LayerOps(Protocol):
 
         Token ids outside this part give zeros, so that the sum over the TP group is the embedding.
         """
+
+    def sum_of_places(self, found: Tensor, places: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+        """The weighted sums [T, hidden] of rows found [P, hidden] at `places` int64 [T, k], weights [T, k] fp32.
+
+        Rows from the last of `stops` on are in no group of a grouped product: they were not written, may hold NaN, and
+        are not added.
+        """

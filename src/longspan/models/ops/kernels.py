@@ -1,7 +1,8 @@
 """The Triton kernels of the operations between matrix products.
 
 It owns the kernels. They round where `plain.py` rounds, so in 16 bits both give the same numbers, but for the order in
-which a norm sums its squares. With `EXACT` functions are CUDA's own, as in PyTorch; Triton's interpreter lacks them.
+which a norm sums its squares, and for `sum_kernel`, which rounds once. With `EXACT` functions are CUDA's own, as in
+PyTorch; Triton's interpreter lacks them.
 """
 
 from __future__ import annotations
@@ -184,3 +185,20 @@ def embed_kernel(  # type: ignore[no-untyped-def]
     readable = tl.where((entry >= 0) & (entry < rows), width, 0)
     values = tl.load(table + entry * width + column, mask=column < readable, other=0.0)
     tl.store(out + row * width + column, values, mask=column < width)
+
+
+@triton.jit
+def sum_kernel(  # type: ignore[no-untyped-def]
+    found, places, weights, stop, out, CHOSEN: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Program (row, block of columns). Rows from `stop` on were not written, and are not read."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    written = tl.load(stop)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(CHOSEN):  # unrolled, so that all loads are in flight together
+        place = tl.load(places + row * CHOSEN + choice)
+        weight = tl.load(weights + row * CHOSEN + choice).to(tl.float32)
+        inside = column < tl.where(place < written, HIDDEN, 0)
+        total += weight * tl.load(found + place * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * HIDDEN + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)

@@ -68,6 +68,11 @@ class PlainOps:
         rows = F.embedding(local.masked_fill(outside, 0), table)
         return rows.masked_fill_(outside[:, None], 0)
 
+    def sum_of_places(self, found: Tensor, places: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+        """See `LayerOps.sum_of_places`."""
+        rows = torch.where((places < stops[-1])[..., None], found[places], 0)
+        return torch.bmm(weights.to(found.dtype)[:, None], rows).squeeze(1)
+
 
 def _rotate(x: Tensor, table: RopeTable, interleaved: bool, out: Tensor) -> None:
     """Rotate heads x [T, H, D] into `out` of the same shape, which may be x."""

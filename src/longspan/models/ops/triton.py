@@ -18,6 +18,7 @@ from longspan.models.ops.kernels import (
     norm_kernel,
     rope_kernel,
     rope_table_kernel,
+    sum_kernel,
     swiglu_kernel,
 )
 from longspan.models.ops.plain import SWISH_SLOPE
@@ -106,6 +107,17 @@ class TritonOps:
             embed_kernel[(rows, triton.cdiv(width, _COLUMNS))](
                 token_ids, table, out, first, table.shape[0], width, BLOCK=_COLUMNS, num_warps=_WARPS
             )
+        return out
+
+    def sum_of_places(self, found: Tensor, places: Tensor, weights: Tensor, stops: Tensor) -> Tensor:
+        """See `LayerOps.sum_of_places`. Sums are in fp32 and rounded once."""
+        rows, hidden = places.shape[0], found.shape[1]
+        out = found.new_empty(rows, hidden)
+        if rows:
+            sum_kernel[(rows, triton.cdiv(hidden, _COLUMNS))](
+                found, places.contiguous(), weights.contiguous(), stops[-1:], out,
+                CHOSEN=places.shape[1], HIDDEN=hidden, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            )  # fmt: skip
         return out
 
 
