@@ -94,7 +94,7 @@ def test_auto_fast_says_what_was_measured_and_how_far_off_products_are(monkeypat
     monkeypatch.setattr(
         measured_products, "fastest", lambda found: "int8" if set(found) == {"plain", "fp16", "int8"} else "plain"
     )
-    found = choose_products("auto-fast", "cpu", PRODUCTS)
+    found = choose_products("auto-fast", "cpu", lambda: PRODUCTS)
     assert found.form == "int8"
     assert "products: int8 (measured, times of the plain form at 1, 8, 32, 128 rows: fp16 " in found.notes[0]
     assert "a product is off by at most 0.0" in found.notes[1]
@@ -103,20 +103,20 @@ def test_auto_fast_says_what_was_measured_and_how_far_off_products_are(monkeypat
 @pytest.mark.parametrize("quantization", ["fp16", "int8", "auto-fast"])
 def test_a_processor_without_a_form_multiplies_plainly_and_a_line_says_so(monkeypatch, quantization):
     monkeypatch.setattr(quantised, "torch", SimpleNamespace(backends=NO_FBGEMM, __version__="9"))
-    found = choose_products(quantization, "cpu", PRODUCTS)
+    found = choose_products(quantization, "cpu", lambda: PRODUCTS)
     assert found.form == "plain"
     assert all("without FBGEMM" in note for note in found.notes)
     assert found.notes
 
 
 def test_on_a_gpu_weights_stay_as_they_are_and_a_line_says_so():
-    found = choose_products("int8", "cuda", PRODUCTS)
+    found = choose_products("int8", "cuda", lambda: PRODUCTS)
     assert (found.form, found.notes) == ("plain", ("quantization int8: for CPUs only; weights stay as they are",))
 
 
 @pytest.mark.parametrize("quantization", ["auto", "none", "fp8"])
 def test_nothing_is_quantised_unasked(quantization):
-    assert choose_products(quantization, "cpu", PRODUCTS) == measured_products.ProductChoice()
+    assert choose_products(quantization, "cpu", lambda: PRODUCTS) == measured_products.ProductChoice()
 
 
 @pytest.mark.parametrize(("multiplies", "name"), [(True, "bfloat16"), (False, "float32")])

@@ -5,7 +5,7 @@ It owns the decision, what is timed for it, and the lines about it; it must not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,8 +78,11 @@ class Products:
         return found
 
 
-def choose_products(quantization: str, device_type: str, products: Products) -> ProductChoice:
-    """The form that `quantization` asks for. What is not to be had becomes the plain form, with a line that says so."""
+def choose_products(quantization: str, device_type: str, products_of_model: Callable[[], Products]) -> ProductChoice:
+    """The form that `quantization` asks for. What is not to be had becomes the plain form, with a line that says so.
+
+    `products_of_model` is called only if a form is chosen.
+    """
     if quantization not in (*PRODUCT_FORMS[1:], "auto-fast"):
         return ProductChoice()
     if device_type != "cpu":
@@ -90,6 +93,7 @@ def choose_products(quantization: str, device_type: str, products: Products) -> 
     possible = [form for form, problem in problems.items() if not problem]
     if not possible:
         return ProductChoice(notes=tuple(notes))
+    products = products_of_model()
     if quantization == "auto-fast":
         # in a thread of its own, as ranks are: OpenMP's threads belong to the thread that computes
         with ThreadPoolExecutor(1) as apart:

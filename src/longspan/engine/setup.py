@@ -303,9 +303,13 @@ def _with_products(
         notes += [f"dtype: {chosen} ({why})"] if why else []
         notes += [emulated] if emulated else []
         config = replace(config, dtype=chosen)
-    asked = requests_of(lambda context: family.build(model, context, dtype)).matrices
-    params = tuple(param for request in asked for param in request if param.axes[0] != "vocab")
-    found = choose_products(config.quantization, device_type, Products(params, dtype, threads, source.checkpoint))
+
+    def products() -> Products:
+        asked = requests_of(lambda context: family.build(model, context, dtype)).matrices
+        params = tuple(param for request in asked for param in request if param.axes[0] != "vocab")
+        return Products(params, dtype, threads, source.checkpoint)
+
+    found = choose_products(config.quantization, device_type, products)
     return replace(config, products=replace(found, notes=(*notes, *found.notes)))
 
 
