@@ -5,6 +5,8 @@ It owns pinned memory for them: a copy from ordinary memory would wait for the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`, in the order of the current stream."""
     return tensor if device.type == "cpu" else pinned(tensor, device).to(device, non_blocking=True)
+
+
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """The values as int64 [n] on `device`, in the order of the current stream."""
+    return to_device(torch.tensor(values, dtype=torch.int64), device)
 
 
 def copy_to(target: Tensor, source: Tensor) -> None:

@@ -20,9 +20,15 @@ class SchedulerCounters:
     running: int = 0
     # preemptions since the start
     preemptions: int = 0
-    # draft tokens that were computed
-    drafted_tokens: int = 0
-    # draft tokens that proved right
-    accepted_tokens: int = 0
-    # both by position
+    # draft tokens by position
     drafts: DraftCounts = field(default_factory=DraftCounts)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Draft tokens that were computed."""
+        return sum(self.drafts.drafted)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that proved right."""
+        return sum(self.drafts.accepted)

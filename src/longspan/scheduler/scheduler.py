@@ -135,9 +135,8 @@ class Scheduler:
             busy = self.cache.is_loading or any(sequence.in_flight for sequence in self.running)
             if step.segments or step.fetches or not self.running or busy:
                 break
-            self._preempt(
-                self._preemption().victim(self.running)
-            )  # prefills in progress hold all pages: one gives up its own
+            # prefills in progress hold all pages: one gives up its own
+            self._preempt(self._preemption().victim(self.running))
         if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
         for request_id, (stop, _) in progress(step.segments).items():
@@ -198,9 +197,8 @@ class Scheduler:
 
     def counters(self) -> SchedulerCounters:
         """Queue lengths and counts."""
-        waiting, drafts = len(self.waiting) + len(self._fetching), self.drafts
-        counted = sum(drafts.drafted), sum(drafts.accepted)
-        return SchedulerCounters(waiting, len(self.running), self.preemptions, *counted, drafts)
+        waiting = len(self.waiting) + len(self._fetching)
+        return SchedulerCounters(waiting, len(self.running), self.preemptions, self.drafts)
 
     def check_integrity(self) -> None:
         """Raise `EngineError` unless every page is free, idle, or held as often as page tables and loads say."""
@@ -223,9 +221,8 @@ class Scheduler:
                 index += 1
                 rows -= 1
             else:
-                self._preempt(
-                    self._preemption().victim(self.running[index:])
-                )  # those before it are in the step already
+                # those before it are in the step already
+                self._preempt(self._preemption().victim(self.running[index:]))
                 step.preempted = True
 
     def _prefill(self, step: StepBuilder) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.host_copy import to_device
+from longspan.attention.host_copy import integers
 from longspan.engine.rank.sampling.transfer import start_reading
 from longspan.models.context import DraftModule
 from longspan.parallel.collectives import Collectives
@@ -159,7 +159,7 @@ class ModuleDrafter:
         return self.module.head(hidden).argmax(-1) if len(hidden) else self._integers(())
 
     def _integers(self, values: Sequence[int]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+        return integers(values, self.device)
 
 
 def _reader(names: Sequence[tuple[str, int]], drafted: Sequence[tuple[Sequence[int], Tensor]]) -> ReadDrafts:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.attention.host_copy import to_device
+from longspan.attention.host_copy import integers
 
 _BLOCK_BYTES, _BLOCKS = 64 << 20, 2  # device memory of pages on their way
 Wait = Callable[[], None]
@@ -150,4 +150,4 @@ class PageStaging:
         return zip(self._pages, torch.split(block, self._sizes, dim=1), strict=True)
 
     def _index(self, indices: Sequence[int]) -> Tensor:
-        return to_device(torch.tensor(indices), self._pages[0].device)
+        return integers(indices, self._pages[0].device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.host_copy import to_device
+from longspan.attention.host_copy import integers
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.drafting import Drafter, ReadDrafts, SampledStep
 from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
@@ -293,7 +293,7 @@ class Runner:
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), self._device)
+        return integers(values, self._device)
 
     def _sample(
         self, logits: Tensor, samples: tuple[SampleRequest, ...], recorded: RecordedDraw | None

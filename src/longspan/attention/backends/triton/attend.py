@@ -212,15 +212,14 @@ def _scores(queries, keys, true, FLIP: tl.constexpr, SPLIT: tl.constexpr):  # ty
     rows both compute everything. With `SPLIT` the product is in a branch on `true`, which always holds: what follows is
     not seen past a branch. `true` must differ between the parts of a row, or their branches become one.
     """
+    left, right = _sides(queries, keys, FLIP)
     if SPLIT:
-        left, right = _sides(queries, keys, FLIP)
         if true:
             scores = tl.dot(left, right, input_precision="ieee")
         else:  # with a constant here, the compiler moves the conversion of the weights into the branch
             scores = tl.dot(left, right, input_precision="ieee") + 1.0
         return scores
     else:  # noqa: RET505
-        left, right = _sides(queries, keys, FLIP)
         return tl.dot(left, right, input_precision="ieee")
 
 

@@ -145,9 +145,9 @@ def _latent(shape: Shape, rows: int, chip: Chip) -> Config:
             return Config(16, 32, 4, 3, 2 if chip is Chip.LARGE else 1, False)
         return Config(32, 32, 4, 2, 1, False) if chip is Chip.SMALL else Config(64, 32, 8, 2, 1, False)
     if chip is Chip.LARGE:
-        return (
-            Config(64, 64, 8, 2, 1, False, True) if rows >= 64 else Config(16 if rows <= 16 else 32, 64, 4, 2, 1, True)
-        )
+        if rows >= 64:
+            return Config(64, 64, 8, 2, 1, False, split=True)
+        return Config(16 if rows <= 16 else 32, 64, 4, 2, 1, True)
     if chip is Chip.MEDIUM:
         return Config(64, 32, 8, 3, 1, False) if rows >= 64 else Config(16 if rows <= 16 else 32, 32, 4, 3, 1, False)
     return Config(16, 32, 4, 3, 1, False) if rows <= 16 else Config(32, 32, 4, 2, 1, False)

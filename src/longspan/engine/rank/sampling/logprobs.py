@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.host_copy import to_device
+from longspan.attention.host_copy import integers
 from longspan.engine.rank.sampling.transfer import start_reading
 from longspan.request import PromptScore, TokenLogprobs
 
@@ -72,7 +72,7 @@ def start_scoring(
 
     `count` is the number of alternatives for each token. The returned function waits for the device.
     """
-    device_tokens = to_device(torch.tensor(tokens, dtype=torch.int64), logits.device)
+    device_tokens = integers(tokens, logits.device)
     read = start_reading(describe(logits, device_tokens, count))
 
     def finish() -> list[PromptScore]:
