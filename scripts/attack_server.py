@@ -4,10 +4,11 @@
     python scripts/attack_server.py --url http://127.0.0.1:8000 [--pid PID]
 
 One server is started, unless a URL is given; with `--router` it is a decode instance behind a router, which is
-attacked. For each attack in turn, the client's health checks and completions of one token are timed without and with
-the attack; the largest memory of HTTP process and core during it is read beside them. Prints a table and whether the
-bounds held: none of the client's requests failed or had another text, and no process grew by more than its bound.
-Latencies are figures only. It owns the servers it starts and nothing else.
+attacked. Its KV cache is small, and each of its pages is used once beforehand: it is memory that a server is given, and
+does not count as growth. For each attack in turn, the client's health checks and completions of one token are timed
+without and with the attack; the largest memory of HTTP process and core during it is read beside them. Prints a table
+and whether the bounds held: none of the client's requests failed or had another text, and no process grew by more than
+its bound. Latencies are figures only. It owns the servers it starts and nothing else.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
+import random
 import socket
 import statistics
-import subprocess
 import sys
 import time
 import urllib.error
@@ -32,21 +32,16 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
-from server_process import split_options
+from server_process import served, split_options, started
 
-_MAIN = "from longspan.cli.main import main; main()"
 _ROUTE = (  # the command wants a prefill instance, and nothing here depends on one
     "import sys; from longspan.cli.route import route; from longspan.server.options import RouteOptions; "
     "route([], [sys.argv[1]], RouteOptions(port=int(sys.argv[3])))"
 )
-_START_SECONDS = 180.0
 _ASK_SECONDS = 150.0
+_CACHE = ("--kv-cache-memory-bytes", "512M")  # an option that follows takes its place
 _QUIET_SECONDS = 6.0  # the client alone; also the least time it is watched under attack
-_GROWTH = {
-    "http": 512 << 20,
-    "core": 200 << 20,
-    "router": 512 << 20,
-}  # in one attack; eight bodies of 64 MB may be held
+_GROWTH = {"http": 512 << 20, "core": 200 << 20, "router": 320 << 20}  # in one attack; see docs/security.md
 _TALK = '{"role":"user","content":"a"}'
 _HEAD = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
 
@@ -208,6 +203,10 @@ ATTACKS: dict[str, tuple[str, int, Callable[[str, float], str]]] = {
         "2 million tools", 1,
         posting(CHAT, lambda s: body('{"tools":[', '{"function":{"name":"f"}},', int(2e6 * s), "1]}")),
     ),
+    "wide": (
+        "a text of 60 MB of which one letter is not ASCII", 8,
+        posting(COMPLETION, lambda s: body('{"prompt":"\U0001f600', "a", int(6e7 * s), '"}')),
+    ),
     "long": ("a text of 60 MB", 4, posting(COMPLETION, lambda s: body('{"prompt":"', "a", int(6e7 * s), '"}'))),
     "tokenize": (
         "/tokenize, 16 MB of text", 6,
@@ -271,45 +270,33 @@ class Target:
 
 
 @contextmanager
-def started(options: argparse.Namespace, port: int, program: str, arguments: list[str]) -> Iterator[tuple[str, int]]:
-    """The address and process of a `longspan` that listens, with a limit on open files."""
-    command = [sys.executable, "-c", program, *arguments, "--port", str(port)]
-    limit = f'ulimit -n {options.open_files}; exec "$@"'
-    server = subprocess.Popen(["sh", "-c", limit, "sh", *command], stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            with suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5.0) as answer:
-                if answer.status == 200:
-                    break
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the server has not started")
-            time.sleep(0.2)
-        yield url, server.pid
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-@contextmanager
-def served(options: argparse.Namespace, rest: list[str]) -> Iterator[Target]:
+def target(options: argparse.Namespace, rest: list[str]) -> Iterator[Target]:
     """A server, and a router in front of it if one is wanted."""
     if options.url:
         yield Target(options.url, {"http": options.pid} if options.pid else {})
         return
     role = ["--role", "decode"] if options.router else []
-    with started(options, options.port, _MAIN, ["serve", options.model, *role, *rest]) as (url, http):
-        core = Path(f"/proc/{http}/task/{http}/children").read_text().split()[0]
-        processes = {"http": http, "core": int(core)}
+    with served(options.model, [*role, *_CACHE, *rest], options.open_files) as server:
+        use_all_pages(server.url)
+        core = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()[0]
+        processes = {"http": server.pid, "core": int(core)}
         if not options.router:
-            yield Target(url, processes)
+            yield Target(server.url, processes)
             return
-        with started(options, options.port + 1, _ROUTE, [url]) as (front, router):
-            yield Target(front, {**processes, "router": router})
+        with started(_ROUTE, [server.url], options.open_files) as router:
+            yield Target(router.url, {**processes, "router": router.pid})
+
+
+def use_all_pages(url: str) -> None:
+    """Compute as many different tokens as the KV cache holds."""
+    with urllib.request.urlopen(f"{url}/internal/state", timeout=_ASK_SECONDS) as answer:
+        layout = json.load(answer)["layout"]
+    source, length = random.Random(0), layout["max_model_len"] - 1
+    for _ in range(layout["capacity_tokens"] // length + 1):
+        ids = [source.randrange(32, 90) for _ in range(length)]
+        status = post(url, COMPLETION, json.dumps({"prompt": ids, "max_tokens": 1}).encode())
+        if status != "200":
+            raise SystemExit(f"a prompt of {length} tokens was answered with {status}")
 
 
 def is_alive(pid: int) -> bool:
@@ -364,17 +351,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ATTACKS), help="names, separated by commas")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full sizes")
     parser.add_argument("--open-files", type=int, default=1024, help="of the servers that are started")
-    parser.add_argument("--port", type=int, default=8791)
     options, rest = split_options(parser)
     table = Table("attack", "/health, s", "completion, s", "failed", "growth, MB", "attacker got")
     table.title = f"median / largest latency alone → under attack; {os.cpu_count()} processors, scale {options.scale:g}"
     failures: list[str] = []
-    with served(options, rest) as target:
+    with target(options, rest) as attacked:
         for _ in range(3):
-            ask(target.url, Seen())  # the first requests of a process are slow
+            ask(attacked.url, Seen())  # the first requests of a process are slow
         for name in options.only.split(","):
             label, count, run = ATTACKS[name]
-            row, broken = attack(target, count, run, options.scale)
+            row, broken = attack(attacked, count, run, options.scale)
             failures += [f"{name}: {problem}" for problem in broken]
             table.add_row(f"{count} × {label}", *row)
             print(name, *row, *broken, sep=" | ", file=sys.stderr, flush=True)

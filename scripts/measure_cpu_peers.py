@@ -2,10 +2,16 @@
 
     python scripts/measure_cpu_peers.py MODEL --dtype float32 [--gguf F32.gguf] [--python vllm=/path/bin/python] ...
 
-Every engine has a process of its own, and in each round they run in turn; the best of the rounds counts. `--python`
-names the interpreter of an engine that is installed elsewhere. Engines that cannot be imported are left out, with a
-line that says how to install them. `--only decode1` measures one cell. Beside every cell is its floor: Longspan's
-products alone, and PyTorch's attention alone, for one step of decode or for the whole prefill.
+Every engine has a process of its own. Cell by cell they run in turn, while the others sleep, and the best of the
+rounds counts. `--python` names the interpreter of an engine that is installed elsewhere. Engines that cannot be
+imported are left out, with a line that says how to install them. `--only decode1` measures one cell. Beside every cell
+is its floor: Longspan's products alone, and PyTorch's attention alone, for one step of decode or the whole prefill.
+
+`--results FILE` adds what is measured to a JSON file and prints the table of all that is in it, so that a table can be
+measured in parts. `--source new=/path/src` measures another checkout of Longspan beside this one, as `longspan-new`.
+vLLM compiles its layers for about two minutes at every start, unless `--eager` is given. Its manual asks for libraries
+to be preloaded: `--preload vllm=/path/libtcmalloc.so:/path/libiomp5.so`; on two cores decode was slower with them (38
+tokens/s against 47). llama.cpp keeps keys and values in 16 bits, as it does by default.
 """
 
 from __future__ import annotations
@@ -83,12 +89,13 @@ def vllm(options: argparse.Namespace) -> Generate:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": f"0-{options.threads - 1}",
         "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(options.threads),
+        "VLLM_USE_AOT_COMPILE": "0",  # what it saves cannot be loaded on CPUs (0.32): Inductor's own cache can
     }  # fmt: skip
     from vllm import LLM, SamplingParams
 
     llm = LLM(
         options.folder, dtype=options.dtype, enable_prefix_caching=False, max_model_len=8192, skip_tokenizer_init=True,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=8192, enforce_eager=options.eager,
     )  # fmt: skip
 
     def run(prompts: list[list[int]], count: int) -> None:
@@ -197,9 +204,17 @@ def floors(options: argparse.Namespace, cells: list[str]) -> dict[str, tuple[flo
 class Peer:
     """The process of one engine."""
 
-    def __init__(self, name: str, python: str, arguments: list[str]) -> None:
-        self.command = [python, __file__, *arguments, "--serve", name]
-        self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        python = _named(options.python).get(name, sys.executable)
+        environment = dict(os.environ)
+        if name in (preloads := _named(options.preload)):
+            environment["LD_PRELOAD"] = preloads[name]
+        if name.startswith(f"{ENGINES[0]}-"):
+            environment["PYTHONPATH"] = _named(options.source)[name.partition("-")[2]]
+        self.command = [python, __file__, *sys.argv[1:], "--serve", name.partition("-")[0]]
+        self._process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self._read()
 
     def measure(self, cell: str) -> dict[str, float]:
@@ -223,8 +238,13 @@ class Peer:
         return line
 
 
-def usable(name: str, python: str, options: argparse.Namespace) -> bool:
+def _named(pairs: list[str]) -> dict[str, str]:
+    return dict(text.split("=", 1) for text in pairs)
+
+
+def usable(name: str, options: argparse.Namespace) -> bool:
     """Whether an engine can be measured; if not, a line says what is missing."""
+    python = _named(options.python).get(name, sys.executable)
     if name == "llama.cpp" and not options.gguf:
         print("llama.cpp: left out; give --gguf a file with the same weights in the same precision")
         return False
@@ -255,10 +275,33 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--only", default=",".join(CELLS), help="cells")
     parser.add_argument("--python", action="append", default=[], help="engine=interpreter")
+    parser.add_argument("--preload", action="append", default=[], help="engine=libraries, for LD_PRELOAD")
+    parser.add_argument("--source", action="append", default=[], help="name=folder of another Longspan's source")
+    parser.add_argument("--floors", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--eager", action="store_true", help="vLLM without compilation")
+    parser.add_argument("--results", type=Path, help="JSON file that results are added to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder = options.folder or options.model
     return options
+
+
+def show(results: list[dict[str, Any]], floor: dict[str, tuple[float, float]]) -> None:
+    """Print the best rate of every cell and engine, and the largest memory of every engine."""
+    names = list(dict.fromkeys(result["engine"] for result in results))
+    for cell in (cell for cell in CELLS if any(result["cell"] == cell for result in results)):
+        rates = {name: [r["rate"] for r in results if (r["engine"], r["cell"]) == (name, cell)] for name in names}
+        best = {name: max(found) for name, found in rates.items() if found}
+        ours = best.get(ENGINES[0])
+        parts = [
+            f"{name} {rate:.1f} (best of {len(rates[name])})"
+            + (f" [Longspan / it {ours / rate:.2f}]" if ours and name != ENGINES[0] else "")
+            for name, rate in best.items()
+        ]
+        below = "; floor: products {:.1f} ms, attention {:.1f} ms".format(*floor[cell]) if cell in floor else ""
+        print(f"{cell}: {', '.join(parts)} tokens/s{below}")
+    memory = {name: max(r["memory_mib"] for r in results if r["engine"] == name) for name in names}
+    print("memory, MiB: " + ", ".join(f"{name} {size:.0f}" for name, size in memory.items()))
 
 
 def main() -> None:
@@ -267,31 +310,23 @@ def main() -> None:
     if options.serve:
         serve(options)
         return
-    pythons = dict(text.split("=", 1) for text in options.python)
-    names = [n for n in options.engines.split(",") if usable(n, pythons.get(n, sys.executable), options)]
+    names = [name for name in options.engines.split(",") if usable(name, options)]
+    names += [f"{ENGINES[0]}-{name}" for name in _named(options.source)]
     cells = options.only.split(",")
     print(f"{processor()}; {options.threads} threads, {options.dtype}, Longspan --quantization {options.quantization}")
-    best: dict[str, dict[str, float]] = {cell: {} for cell in cells}
-    memory: dict[str, float] = {}
-    for turn in range(options.rounds):
-        for name in names:
-            peer = Peer(name, pythons.get(name, sys.executable), sys.argv[1:])
-            if not turn:
-                print(f"{name}: {' '.join(peer.command)}")
-            for cell in cells:
-                found = peer.measure(cell)
-                best[cell][name] = max(best[cell].get(name, 0.0), found["rate"])
-                memory[name] = max(memory.get(name, 0.0), found["memory_mib"])
-            peer.close()
-    floor = floors(options, cells)
-    for cell in cells:
-        ours = best[cell].get("longspan")
-        rates = ", ".join(
-            f"{n} {rate:.1f}" + (f" (Longspan / it {ours / rate:.2f})" if ours and n != "longspan" else "")
-            for n, rate in best[cell].items()
-        )
-        print(f"{cell}: {rates} tokens/s; floor: products {floor[cell][0]:.1f} ms, attention {floor[cell][1]:.1f} ms")
-    print("memory, MiB: " + ", ".join(f"{n} {size:.0f}" for n, size in memory.items()))
+    kept = options.results is not None and options.results.exists()
+    results: list[dict[str, Any]] = json.loads(options.results.read_text()) if kept else []
+    peers = {name: Peer(name, options) for name in names}
+    for name, peer in peers.items():
+        print(f"{name}: {' '.join(peer.command)}", flush=True)
+    for cell in cells * options.rounds:
+        for name, peer in peers.items():
+            results.append({"engine": name, "cell": cell, **peer.measure(cell)})
+            if options.results:
+                options.results.write_text(json.dumps(results, indent=1))
+    for peer in peers.values():
+        peer.close()
+    show(results, floors(options, cells) if options.floors else {})
 
 
 if __name__ == "__main__":

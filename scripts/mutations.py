@@ -32,6 +32,7 @@ _REQUESTS = "tests/engine/test_requests.py"
 _CONSTRAINTS = "tests/engine/test_constraints.py"
 _CONSTRAINED = f"{_CONSTRAINTS}::test_constrained_tokens_are_those_of_transformers_under_the_same_rules"
 _MODULE = "tests/engine/test_multi_token_prediction.py"
+_UNDER = "tests/engine/test_drafts_under_constraints.py"
 _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
 
 ATTENTION = (
@@ -146,7 +147,7 @@ ATTENTION = (
     Fault(
         "the diagonal is not causal", "attention/backends/cpu.py",
         "is_causal=band is None", "is_causal=False",
-        (f"{_RANKS}::test_the_cpu_backend_equals_the_reference_in_fp32",),
+        (f"{_RANKS}::test_the_backends_of_a_cpu_equal_the_reference_in_fp32",),
     ),
     Fault(
         "the plain diagonal hides a token from itself", "attention/backends/dense.py",
@@ -279,7 +280,7 @@ PLACEMENT = (
     ),
     Fault(
         "a row that is no number gets a token", "engine/rank/sampling/sampler.py",
-        "if row.request_id not in errors", "if True",
+        "if i not in problems and row.request_id not in errors", "if True",
         ("tests/unit/test_sampler.py::test_nan_logits_end_their_request_and_no_other",),
     ),
     Fault(
@@ -348,8 +349,29 @@ REQUESTS = (
         (f"{_SCHEDULER}::test_a_preempted_decode_goes_on_behind_the_tokens_it_had",),
     ),
     Fault(
+        "completions of a request are all in line", "scheduler/waiting.py",
+        "        if self._num_in_line[sequence.parent_id]:\n            self._behind.setdefault(",
+        "        if False:\n            self._behind.setdefault(",
+        (f"{_SCHEDULER}::test_of_two_free_places_one_is_for_the_request_that_came_after_many_completions",),
+    ),
+    Fault(
+        "a newcomer takes the only place of a request", "scheduler/preemption.py",
+        "if self._running[each.parent_id] > 1 and", "if self._running[each.parent_id] > 0 and",
+        (f"{_SCHEDULER}::test_requests_of_one_completion_are_not_preempted_for_later_ones",),
+    ),
+    Fault(
+        "a newcomer takes the place of a more important request", "scheduler/preemption.py",
+        "and self._rank(each) >= least", "",
+        (f"{_SCHEDULER}::test_a_more_important_requests_completions_are_not_preempted_for_a_less_important_one",),
+    ),
+    Fault(
+        "all drafts are computed however few are right", "scheduler/draft_length.py",
+        "likely = (right + likely) / (reached + 1)", "likely = 1.0",
+        ("tests/unit/test_draft_length.py",),
+    ),
+    Fault(
         "tokens after a wrong draft are kept", "scheduler/progress.py",
-        "return in_order[: wrong + 1]", "return in_order",
+        "if right[-1].token_id != draft or ", "if ",
         ("tests/engine/test_speculation.py::test_right_drafts_save_steps_and_wrong_ones_are_taken_back",),
     ),
     Fault(
@@ -384,9 +406,43 @@ REQUESTS = (
         (f"{_SAMPLER}::test_sampled_tokens_count_without_being_told",),
     ),
     Fault(
-        "a penalty counts wrong drafts for good", "plan/mirror.py",
-        "elif is_first:", "else:",
-        ("tests/unit/test_mirror.py::test_drafts_are_not_settled_in_whichever_segment_of_the_step_they_are",),
+        "a penalty counts wrong drafts for good", "plan/view.py",
+        "found.setdefault(segment.request_id, segment.start)", "found[segment.request_id] = segment.start",
+        (
+            "tests/unit/test_mirror.py::"
+            "test_rows_of_a_step_know_how_many_drafts_are_before_them_in_whichever_segment_these_are",
+        ),
+    ),
+    Fault(
+        "a gap among a step's tokens is passed over", "scheduler/progress.py",
+        " or token.position != right[-1].position + 1", "",
+        (f"{_UNDER}::test_a_token_counts_only_where_all_before_it_could_be_sampled",),
+    ),
+    Fault(
+        "drafts that a grammar forbids are computed", "scheduler/sequence.py",
+        "return drafts[: self._grammar.count_allowed(self.tokens[self.num_prompt :], drafts)]", "return drafts",
+        (f"{_UNDER}::test_tokens_under_a_grammar_are_those_without_drafts",),
+    ),
+    Fault(
+        "a grammar takes drafts for tokens", "engine/rank/runner.py",
+        "known.output(position), drafts)", "known.output(position))",
+        (f"{_UNDER}::test_tokens_under_a_grammar_are_those_without_drafts",),
+    ),
+    Fault(
+        "what is sent to draft counts as the model's", "parallel/collectives.py",
+        "label = self.prefix + label", "label = str(label)",
+        ("tests/engine/test_bytes_of_drafts.py::"
+         "test_dcp_4_sends_the_bytes_of_the_formula_to_verify_and_to_draft",),
+    ),
+    Fault(
+        "a grammar keeps wrong drafts", "engine/rank/sampling/grammar.py",
+        "if self._consumed > same:", "if False:",
+        ("tests/unit/test_grammar.py::test_drafts_that_are_taken_back_leave_no_trace",),
+    ),
+    Fault(
+        "a row behind drafts ends its request", "engine/rank/sampling/sampler.py",
+        "for i, problem in problems.items() if not rows[i].drafts}", "for i, problem in problems.items()}",
+        (f"{_UNDER}::test_a_draft_after_which_no_token_is_left_ends_no_request",),
     ),
     Fault(
         "a penalty counts a token once only", "engine/rank/sampling/logit_changes.py",
@@ -444,6 +500,16 @@ REQUESTS = (
         "a draft behind a wrong one is accepted on a rank", "plan/drafts.py",
         "                    wrong.add(request)", "                    pass",
         (f"{_MODULE}::test_rows_behind_a_wrong_draft_are_not_accepted_on_any_rank",),
+    ),
+    Fault(
+        "attention of a checkpoint that drafts is not prepared", "engine/rank/drafting.py",
+        "        if self.has_own_attention:\n", "        if False:\n",
+        ("tests/engine/test_small_model_drafts.py::test_a_model_that_drafts_for_itself_is_nearly_always_right",),
+    ),
+    Fault(
+        "an EAGLE-3 module takes what layers give", "models/decoder.py",
+        "if number in self._observed_layers:", "if number - 1 in self._observed_layers:",
+        ("tests/engine/test_eagle3.py::test_the_logits_of_random_weights_follow_the_papers_equations",),
     ),
     Fault(
         "rope turns the wrong way", "models/ops/plain.py",

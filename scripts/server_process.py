@@ -1,4 +1,4 @@
-"""A `longspan serve` that a script starts, watches and ends.
+"""A `longspan serve`, or another server of the package, that a script starts, watches and ends.
 
 It owns the process and a folder for its temporary files; what is sent to the server is the script's.
 """
@@ -16,13 +16,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TINY = "tiny"
-_MAIN = "from longspan.cli.main import main; main()"
-_START_SECONDS = 180.0
+MAIN = "from longspan.cli.main import main; main()"
+_START_SECONDS = 600.0  # of a machine with much else to do
 _END_SECONDS = 30.0
 _SOURCE = Path(__file__).resolve().parent.parent
 
@@ -45,16 +45,22 @@ def model_named(name: str) -> str:
 
 
 class ServerProcess:
-    """A server on a free port. Its temporary files are in `folder`, its words in the file `log` there."""
+    """A server on a free port. Its temporary files are in `folder`, its words in the file `log` there.
 
-    def __init__(self, model: str, folder: Path, options: Sequence[str]) -> None:
+    `program` is Python that reads `arguments`, which `--port` follows. `open_files` is the limit on them, None for that
+    of this process.
+    """
+
+    def __init__(self, program: str, arguments: Sequence[str], folder: Path, open_files: int | None = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "log"
         self.temporary = folder / "t"  # short: the paths of sockets may have 107 bytes
         self.temporary.mkdir()
-        command = [sys.executable, "-c", _MAIN, "serve", model, "--port", str(self.port), *options]
+        command = [sys.executable, "-c", program, *arguments, "--port", str(self.port)]
+        if open_files is not None:
+            command = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *command]
         environment = {**os.environ, "TMPDIR": str(self.temporary)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -97,18 +103,22 @@ class ServerProcess:
 
 
 @contextmanager
-def served(model: str, options: Sequence[str]) -> Iterator[ServerProcess]:
-    """A server that answers, ended afterwards, also if this process is told to end."""
+def started(program: str, arguments: Sequence[str], open_files: int | None = None) -> Iterator[ServerProcess]:
+    """See `ServerProcess`. It answers, and is ended afterwards, also if this process is told to end."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ls-") as name:
-        folder = Path(name)
-        server = ServerProcess(model_named(model), folder, options)
+        server = ServerProcess(program, arguments, Path(name), open_files)
         try:
             server.wait_until_healthy()
             yield server
         finally:
             if server.process.poll() is None:
                 server.end()
+
+
+def served(model: str, options: Sequence[str], open_files: int | None = None) -> AbstractContextManager[ServerProcess]:
+    """A `longspan serve` that is `started`."""
+    return started(MAIN, ["serve", model_named(model), *options], open_files)
 
 
 def descendants(parent: int) -> dict[int, str]:

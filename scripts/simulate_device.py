@@ -1,9 +1,11 @@
 """How much a device idles between decode steps: the real core and rank loop over a device that only takes time.
 
     python scripts/simulate_device.py [--device-ms 20] [--ratios 0.1,0.2,0.4,0.6,0.8] [--requests 4] [--steps 60]
+                                      [--drafts 0] [--caller-ms 0]
 
 The device is a thread that works through a queue of steps. Starting a step takes host time, which is a ratio of the
-device's. No GPU is needed. With PYTHONPATH it measures another checkout.
+device's. The caller takes time with the outputs of each step. With drafts, all of them are right. No GPU is needed.
+With PYTHONPATH it measures another checkout.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import Any
 
 import torch
 
-from longspan.config import CacheConfig, EngineConfig, SchedulerConfig
+from longspan.config import CacheConfig, EngineConfig, SchedulerConfig, Speculation
 from longspan.engine.driver.build import build_core
 from longspan.engine.driver.executors import threads
+from longspan.engine.rank.build import BuiltRank
 from longspan.engine.setup import resolve
 from longspan.plan.plan import StepPlan
 from longspan.plan.result import StepResult
@@ -85,7 +88,9 @@ class SimulatedRunner:
         time.sleep(self._host_seconds)
         done = self._device.launch()
         tokens = tuple(
-            SampledToken(segment.request_id, 1, None, segment.stop - 1) for segment in plan.segments if segment.sample
+            SampledToken(segment.request_id, 1, None, position)
+            for segment in plan.segments
+            for position in range(segment.stop - segment.sample, segment.stop)
         )
 
         def finish() -> StepResult:
@@ -98,21 +103,27 @@ class SimulatedRunner:
         """See `Runner.close`."""
 
 
-def measure(folder: str, host: float, device: float, requests: int, steps: int) -> dict[str, Any]:
+def measure(folder: str, host: float, device: float, options: argparse.Namespace) -> dict[str, Any]:
     """Idle share and seconds a step of one ratio."""
+    requests, drafts = options.requests, options.drafts
+    tokens = (options.steps + 2 * SETTLING) * (1 + drafts)
     simulated = SimulatedDevice(device)
-    threads.build_runner = lambda *_: (SimulatedRunner(simulated, host), None)  # type: ignore[assignment]
+    runner: Any = SimulatedRunner(simulated, host)
+    threads.build_runner = lambda *_: BuiltRank(runner, None, None)  # type: ignore[assignment]
     config = EngineConfig(
         folder, device="cpu", load_format="dummy", executor="threads",
-        cache=CacheConfig(pages_per_shard=(requests * (steps // 16 + 3),), page_size=16),
-        scheduler=SchedulerConfig(async_scheduling=True),
+        cache=CacheConfig(pages_per_shard=(requests * (tokens // 16 + 3),), page_size=16),
+        scheduler=SchedulerConfig(
+            async_scheduling=True, speculative=Speculation("prompt-lookup", drafts) if drafts else None
+        ),
     )  # fmt: skip
     core = build_core(resolve(config))
     for number in range(requests):
         params = SamplingParams(temperature=0, ignore_eos=True)
-        core.add(CoreRequest(str(number), [1, 2, 3], params, 0, steps + 2 * SETTLING))
+        core.add(CoreRequest(str(number), [1] * (drafts + 3), params, 0, tokens))
     while core.has_unfinished:
         core.step()
+        time.sleep(options.caller_ms / 1e3)
     core.shutdown()
     ends = [stop for _, stop in simulated.spans[SETTLING:-SETTLING]]
     each = [after - before for before, after in pairwise(ends)]
@@ -129,12 +140,14 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.1,0.2,0.4,0.6,0.8")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--caller-ms", type=float, default=0.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         for ratio in map(float, options.ratios.split(",")):
             device = options.device_ms / 1e3
-            print(json.dumps(measure(folder, ratio * device, device, options.requests, options.steps)), flush=True)
+            print(json.dumps(measure(folder, ratio * device, device, options)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan import CompletionOutput
+from longspan.bench.reference import cache_name
 from tests.folders import shared_folder
 
 VOCAB = 97  # divides by no rank count used here
@@ -104,6 +105,8 @@ FAMILIES = [
 BY_NAME = {family.name: family for family in FAMILIES}
 DEEP = [
     Family("llama-deep", "llama", {"num_hidden_layers": 4}),
+    Family("llama-seven", "llama", {"num_hidden_layers": 7}),
+    Family("qwen3-seven", "qwen3", {"num_hidden_layers": 7, "use_sliding_window": False}),
     Family("deepseek-v3-deep", "deepseek_v3", {**BY_NAME["deepseek-v3"].fields, "num_hidden_layers": 4}),
 ]
 BY_NAME |= {family.name: family for family in DEEP}
@@ -151,10 +154,10 @@ def greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> tuple[list[int
 def _greedy(model: Any, prompt: tuple[int, ...], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     tokens: list[int] = []
     rows = []
-    ids, past = torch.tensor([list(prompt)]), None
+    ids, name, past = torch.tensor([list(prompt)]), cache_name(model), None
     for _ in range(num_tokens):
-        out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = out.past_key_values
+        out = model(ids, **{name: past}, use_cache=True, logits_to_keep=1)
+        past = out[name]
         rows.append(out.logits[0, -1].float().log_softmax(-1))
         tokens.append(int(rows[-1].argmax()))
         ids = torch.tensor([tokens[-1:]])

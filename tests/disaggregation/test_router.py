@@ -1,6 +1,7 @@
 """The router: which instance it chooses, and what it does when one fails. The instances are fakes."""
 
 import asyncio
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from starlette.routing import Route
 from longspan.config import TransferConfig
 from longspan.disaggregation.signature import PREFILL_HEADER, SIGNATURE_HEADER, named_peers, token_digest
 from longspan.errors import ConfigError, RequestError
+from longspan.server import middleware
 from longspan.server.router.balance import Balance, blocks_of
 from longspan.server.router.instances import Instances
-from longspan.server.router.proxy import RouteOptions, route
+from longspan.server.router.proxy import RouteOptions, prompt_of, route
 
 FORMAT = {
     "protocol": 1, "model": "m", "weights": "w", "dtype": "float32", "kv_cache_dtype": "auto", "kv_factor": 2,
@@ -301,6 +303,46 @@ def test_a_stream_that_is_interrupted_ends_with_an_error_event():
         assert text.startswith("data: {}\n\n")
         assert "the decode instance ended within the answer" in text
         assert text.endswith("data: [DONE]\n\n")
+
+
+def test_a_body_that_an_instance_has_does_not_count_as_held_by_the_router(monkeypatch):
+    monkeypatch.setattr(middleware, "_LEAST_HELD", 1)
+    over = Event()
+
+    async def events():
+        yield b"data: {}\n\n"
+        await asyncio.to_thread(over.wait, 30)
+
+    fake = Fake("decode", lambda: StreamingResponse(events(), media_type="text/event-stream"))
+    long = b'{"prompt":"' + b"a" * 1_000_000 + b'"}'
+    with fakes(Fake("prefill"), fake) as both, routing(*both, max_body_bytes=1 << 20) as client, ExitStack() as opened:
+        asking = [client.stream("POST", "/v1/completions", content=long) for _ in range(6)]
+        assert [opened.enter_context(answer).status_code for answer in asking] == [200] * 6
+        over.set()
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "é,"}], "prompt": "b"},
+            b'[{"role": "user", "content": "\\u00e9,"}]',
+        ),
+        ({"messages": [], "prompt": "b"}, b'"b"'),
+        ({"messages": None, "prompt": [1, 2]}, b"[1, 2]"),
+        ({"prompt": ""}, b""),
+        ({"stop": "a"}, b""),
+    ],
+)
+def test_an_instance_is_chosen_by_messages_or_prompt_as_they_were_sent(body, found):
+    for length in (1, 300):
+        padded = json.dumps({"first": [{"prompt": "not this"}] * length, **body})
+        assert prompt_of(padded.encode()) == (len(found), blocks_of(found))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"prompt":', b"[" * 100_000, b'{"prompt":' + b"[" * 100_000])
+def test_an_invalid_body_has_no_prompt(body):
+    assert prompt_of(body) == (0, [])
 
 
 def test_bodies_with_the_same_beginning_have_the_same_first_blocks():

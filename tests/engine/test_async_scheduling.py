@@ -123,6 +123,27 @@ def test_stages_and_drafts_do_not_run_ahead(tiny, options):
     assert not any(segment.pending for plan in plans for segment in plan.segments)
 
 
+@pytest.mark.parametrize("options", [{"pcp": 2}, {"pp": 2}], ids=str)
+def test_with_drafts_the_next_step_is_computed_while_the_caller_has_the_outputs_of_the_last(tiny, options):
+    """It waits for the tokens, and for nothing else: what a stop string or an abort ends meanwhile is dropped."""
+    llm = tiny(async_scheduling=True, speculative="prompt-lookup:3", **options)
+    engine, prompt = llm.engine, PROMPTS[1] * 3
+    engine.add_request("a", prompt, GREEDY)
+    engine.add_request("b", PROMPTS[0], GREEDY)
+    flying, outputs = [], {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs[output.request_id] = output.outputs[0].token_ids
+        flying.append(engine.core.steps_in_flight)
+        if len(flying) == 6:
+            engine.abort("b")
+            engine.add_request("b", PROMPTS[2], GREEDY)
+    assert outputs == {"a": greedy(oracle("llama"), prompt, 24)[0], "b": greedy(oracle("llama"), PROMPTS[2], 24)[0]}
+    assert min(flying[:12]) >= 1
+    assert llm.stats().scheduler.drafted_tokens > 0
+    engine.scheduler.check_integrity()
+
+
 def test_a_request_whose_tokens_are_read_is_computed_in_every_second_step_beside_others_that_run_ahead(tiny):
     """Three steps are in flight otherwise, and it would wait for two of them."""
     reading = SamplingParams(temperature=0, max_tokens=8, bad_word_ids=((1, 2, 3, 4),))

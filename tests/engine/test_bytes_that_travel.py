@@ -21,23 +21,24 @@ def schedules_on_grids(schedules):
     return [(schedule, grid) for schedule in schedules for grid in (GRIDS if schedule == schedules[0] else GRIDS[1::2])]
 
 
-def decode_step_bytes(llm, schedule: str) -> int:
-    """Bytes of one decode step of one request whose context is spread over all shards."""
+def decode_step(llm, schedule: str) -> tuple[int, int]:
+    """Bytes of one decode step of one request whose context is spread over all shards: as counted, by the formula."""
+    executor, setup = llm.engine.executor, llm.engine.setup
+    grid, plans = setup.grid, []
+    submit = executor.submit
+    executor.submit = lambda plan: (plans.append(plan), submit(plan))
     llm.engine.add_request("a", prompt_of(CONTEXT), SamplingParams(temperature=0, max_tokens=8))
     while llm.engine.progress("a")[0] < CONTEXT:
         llm.engine.step()
     before = llm.stats().traffic.bytes_by_label.get(schedule, 0)
     llm.engine.step()
-    return llm.stats().traffic.bytes_by_label[schedule] - before
-
-
-def formula_bytes(llm, schedule: str) -> int:
-    """What the schedule's own formula says of such a step: a row on one pcp index, its context somewhere."""
-    setup = llm.engine.setup
-    grid = setup.grid
-    totals = WorkloadTotals((1,) + (0,) * (grid.pcp - 1), (CONTEXT + 1,) + (0,) * (grid.num_shards - 1), (), ())
+    counted = llm.stats().traffic.bytes_by_label.get(schedule, 0) - before
+    (row,) = plans[-1].segments
+    table = executor.runners[0]._mirror.table(row.request_id)
+    needed = tuple(table.visible(shard, row.stop) for shard in range(grid.num_shards))
+    totals = WorkloadTotals(tuple(int(pcp == row.pcp) for pcp in range(grid.pcp)), needed, (), ())
     a_layer = setup.schedules[schedule].bytes(StepTotals(setup.cost_model(CostConstants()), totals))
-    return setup.model.num_layers * grid.head_shards * a_layer
+    return counted, setup.model.num_layers * grid.head_shards * a_layer
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -45,15 +46,17 @@ def formula_bytes(llm, schedule: str) -> int:
 def test_queries_are_sent_and_states_come_back(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule, ranks_per_node=2)
-    assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
+    counted, by_formula = decode_step(llm, schedule)
+    assert counted == by_formula > 0
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("schedule", "grid"), schedules_on_grids(KEY_SCHEDULES), ids=str)
-def test_keys_to_all_others(tiny, grid, model, schedule):
+def test_keys_to_all_others_or_to_those_with_rows(tiny, grid, model, schedule):
     tp, pcp, dcp = grid
     llm = tiny(model, tp=tp, pcp=pcp, dcp=dcp, schedule=schedule)
-    assert decode_step_bytes(llm, schedule) == formula_bytes(llm, schedule)
+    counted, by_formula = decode_step(llm, schedule)
+    assert counted == by_formula > 0
 
 
 def test_between_machines_a_tree_sends_one_state_for_each_machine(tiny):

@@ -120,7 +120,8 @@ def test_only_the_pareto_set_is_shown_without_all(app):
     shown, every = (CliRunner().invoke(app, [*LLAMA, *more], catch_exceptions=False).stderr for more in ([], ["--all"]))
     assert re.findall(r"^  (\S.*?)  +[\d,]+  ", shown, re.MULTILINE) == [row["name"] for row in best]
     hidden = [sum(row["fits"] and not row["pareto"] for row in rows), sum(not row["fits"] for row in rows)]
-    assert f"hidden layouts: {hidden[0]} not in the Pareto set, {hidden[1]} that do not fit; --all shows them" in shown
+    told = f"{hidden[0]} not in the Pareto set, {hidden[1]} too large for the devices; --all shows them"
+    assert f"hidden layouts: {told}" in shown
     assert "lacks" in every and f"{best[0]['name']} *" in every and f"{beaten['name']} *" not in every
 
 
@@ -197,6 +198,8 @@ def test_every_row_of_a_file_has_a_prediction_and_an_error(app):
     assert set(rows[0]) == {"id", "quantity", "unit", "predicted", "value", "error", "chunk_tokens"}
     assert {(row["quantity"], row["unit"]) for row in rows} == {("ttft", "ms"), ("ttit", "ms"), ("kv_tokens", "tokens")}
     assert len(rows) == 33
+    shown = CliRunner().invoke(app, ["predict", "--rows", PUBLISHED], catch_exceptions=False).stderr
+    assert re.search("id +quantity +predicted +measured +unit +error", shown)
 
 
 def test_a_setup_can_be_given_as_options(app):
@@ -211,6 +214,7 @@ def test_a_prediction_is_shown_with_setup_quantity_and_unit(app):
     result = CliRunner().invoke(app, ["predict", *options], catch_exceptions=False)
     assert "llama-3-70b on 8 x h200, tp=1,pcp=1,dcp=1,pp=8: 1 x 131,072 new tokens" in result.stderr
     assert re.search(r"time to first token +\d\.\d\d +s", result.stderr)
+    assert "measured" not in result.stderr and "error" not in result.stderr
     assert not result.stdout
 
 

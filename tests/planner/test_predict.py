@@ -1,5 +1,6 @@
 """Predictions of published measurements, and errors in the CSV file."""
 
+import re
 from pathlib import Path
 from statistics import median
 
@@ -10,6 +11,7 @@ from longspan.planner.predict import Assumed, Prediction, predict, predict_all
 from longspan.planner.rows import Row, read_rows
 
 PUBLISHED = Path(__file__).parent / "published.csv"
+PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
 HEADER = "id,model,hardware,gpus,tp,pcp,dcp,pp,quantity,new_tokens,value,unit\n"
 GOOD = "A,llama-3-70b,h100,8,8,1,1,1,ttft,8192,100,ms\n"
 
@@ -28,6 +30,13 @@ def test_predicted_times_are_close_to_published_ones(predictions):
 
 def test_predicted_capacities_are_close_where_the_setup_is_published(predictions):
     assert all(abs(predictions[name].error) < 0.03 for name in ("K01", "K02", "K03", "K04"))
+
+
+def test_the_page_tells_the_errors_of_capacities(predictions):
+    told = re.search(r"Errors of capacities: (.*?)\. ", PAGE.read_text())[1].replace("−", "-")
+    shown = {name: f"{predictions[name].error * 100:+.1f} %" for name in ("K01", "K02", "K03", "K04")}
+    assert shown["K01"] == shown["K02"]
+    assert told == f"K01 and K02 {shown['K01']}, K03 {shown['K03']}, K04 {shown['K04']}"
 
 
 @pytest.mark.parametrize(("tokens", "seconds"), [(131_072, 3.8), (1_000_000, 77.0)])

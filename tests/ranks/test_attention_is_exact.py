@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from longspan.attention.backends.batch import batches
+from longspan.attention.backends.compiled import CompiledBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
+from longspan.compiled.library import problem_of_kernels
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from tests.ranks.attention_world import Layout, World
@@ -37,6 +39,7 @@ SCHEDULES_ON_GRIDS = [("gather_q", grid) for grid in GRIDS] + [
 SCHEDULES_AND_BUDGETS = [(schedule, 17) for schedule in TRAVELLING] + [
     (schedule, budget) for schedule in ("gather_q", "gather_kv") for budget in (3, 64)
 ]
+compiled = pytest.mark.skipif(problem_of_kernels() is not None, reason=f"no kernels: {problem_of_kernels()}")
 HEADS = [(12, 12), (12, 3), (12, 1)]  # MHA, GQA, MQA
 
 
@@ -234,9 +237,11 @@ def test_more_requests_than_memory_are_preempted_and_stay_exact():
     assert_exact(world)
 
 
-def test_the_cpu_backend_equals_the_reference_in_fp32():
-    for layout in (Layout(pcp=2, head_dim=16), Layout(4, 2, 4, q_heads=12, kv_heads=3, head_dim=16)):
-        world = World(layout, CpuBackend(), torch.float32)
+@pytest.mark.parametrize("backend", [CpuBackend, pytest.param(CompiledBackend, marks=compiled)])
+def test_the_backends_of_a_cpu_equal_the_reference_in_fp32(backend):
+    windows = Layout(2, head_dim=16, windows=(None, 9))
+    for layout in (Layout(pcp=2, head_dim=16), Layout(4, 2, 4, q_heads=12, kv_heads=3, head_dim=16), windows):
+        world = World(layout, backend(), torch.float32)
         world.add("0", [1] * 61, 4)
         world.add("1", [2] * 20, 4)
         world.run()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from longspan.config import LivenessConfig
+from longspan.config import LivenessConfig, Speculation
 from longspan.server.options import ServeOptions
 from tests.server.running import Running, running
 
@@ -36,5 +36,6 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def two_ranks() -> Iterator[Running]:
     """For tests that kill or stop its core or a rank, each a process, and leave it mended."""
     quick = LivenessConfig(heartbeat_interval=0.1, heartbeat_late=0.5, heartbeat_timeout=3.0)
-    with running(executor="processes", liveness=quick, prefill_context_parallel_size=2) as started:
+    lookup = Speculation("prompt-lookup", 3)
+    with running(executor="processes", liveness=quick, prefill_context_parallel_size=2, speculative=lookup) as started:
         yield started

@@ -1,7 +1,7 @@
 // Runs the live page's script in Node.js with as much of a document as it uses, and prints the elements as HTML.
-// Standard input: {page, states, locked}; a state of null is answered with status 500.
+// Standard input: {page, states, locked, key}; a state of null is answered with status 500, `key` is what was entered.
 "use strict";
-const { page, states, locked } = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const { page, states, locked, key } = JSON.parse(require("fs").readFileSync(0, "utf8"));
 
 class Node {
   constructor(tag, attributes = {}) {
@@ -45,7 +45,7 @@ async function fetch() {
 }
 const script = page.match(/<script>([^]*)<\/script>/)[1];
 new Function("document", "fetch", "sessionStorage", "getSelection", "location", "setTimeout", "clearTimeout", script)(
-  document, fetch, { getItem: () => null, setItem() {} }, () => ({ isCollapsed: true }), { origin: "http://here" },
+  document, fetch, { getItem: () => key, setItem() {} }, () => ({ isCollapsed: true }), { origin: "http://here" },
   call => { next = call; }, () => {});
 
 (async () => {

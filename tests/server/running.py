@@ -24,6 +24,7 @@ from longspan.config import (
     OffloadConfig,
     ParallelConfig,
     SchedulerConfig,
+    Speculation,
     TransferConfig,
 )
 from longspan.server.app import Service
@@ -110,6 +111,7 @@ def running(
     offload: OffloadConfig | None = None,
     transfer: TransferConfig | None = None,
     liveness: LivenessConfig | None = None,
+    speculative: Speculation | None = None,
     **parallel: int,
 ) -> Iterator[Running]:
     """Started, and ended with everything it started."""
@@ -117,7 +119,9 @@ def running(
         ascii_folder(), executor=executor, num_threads=1, dtype="float32", parallel=ParallelConfig(**parallel),
         cache=CacheConfig(page_size=4, pages_per_shard=None, memory_bytes=pages * 4 * 2 * 2 * 4 * 4 * 4,
                           offload=offload or OffloadConfig()),
-        scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=16, local_context=8),
+        scheduler=SchedulerConfig(
+            max_num_batched_tokens=64, max_num_seqs=16, local_context=8, speculative=speculative
+        ),
         cost=CostConstants(), transfer=transfer, liveness=liveness or LivenessConfig(),
     )  # fmt: skip
     options = options or ServeOptions(port=0, served_model_name="tiny")

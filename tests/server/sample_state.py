@@ -90,7 +90,11 @@ def lively() -> State:
             {
                 "id": ENDED_ID, "reason": "length", "prompt_tokens": 700, "cached_tokens": 128, "output_tokens": 64,
                 "ttft_s": 0.31, "e2e_s": 2.75, "ago_s": 4.2,
-            }
+            },
+            {
+                "id": "r8.0", "reason": "abort", "prompt_tokens": 90, "cached_tokens": 0, "output_tokens": 3,
+                "ttft_s": 0.2, "e2e_s": 0.4, "ago_s": 9.0,
+            },
         ],
         "errors": [
             {

@@ -5,9 +5,7 @@ Server and router are processes of their own, so that their memory is theirs alo
 
 from __future__ import annotations
 
-import asyncio
 import json
-import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
-from starlette.responses import Response
 
-from longspan.server.options import HttpLimits, RouteOptions
-from longspan.server.protocol import ConnectionLimiter, HttpConfig
-from longspan.server.router.proxy import http_config
 from tests.disaggregation.servers import Started, ended, start
 from tests.server.running import ascii_folder, expected
-from tests.server.small import LIMITS, SEND_BUFFER
+from tests.server.small import LIMITS
 
 PATIENCE = 120.0  # against hangs
 HTTP_GROWTH, CORE_GROWTH = 64 << 20, 48 << 20  # the most that a process may grow under one attack
@@ -203,6 +196,17 @@ def test_beside_large_bodies_through_a_router(router: Target):
     withstand(router, *(lambda case=case: router.ask(*case) for case in list(BODIES.values())[:3]))
 
 
+def test_a_router_holds_a_long_body_once(router: Target):
+    long, process = json_bytes(prompt="a" * (15 << 20)), router.http[-1]
+    before = memory(process, "VmRSS")
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(router.ask, "/v1/completions", long) for _ in range(4)]
+        be_served(router)
+        assert {answer.result()[0] for answer in answers} == {400}
+    assert memory(process, "VmHWM") - before < 6 * len(long)
+
+
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
 def test_beside_texts_that_take_long_to_tokenise(server: Target, path: str):
     long, longest = (json_bytes(prompt="hello, " * count) for count in (600_000, 9_000))
@@ -260,75 +264,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_what_clients_do_not_read_is_bounded_together():
-    size, most = 1 << 20, 4 << 20
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await Response(bytes(size))(scope, receive, send)
-
-    async def unread_bytes() -> int:
-        config = HttpConfig(application, "127.0.0.1", 0, HttpLimits())
-        config.door = ConnectionLimiter(100, most)
-        server = uvicorn.Server(config)
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        listener.bind(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        target = Target(listener.getsockname()[1], (), 0)
-        readers = [target.connect(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", 4096) for _ in range(20)]
-        while server.server_state.total_requests < len(readers):
-            await asyncio.sleep(0.01)
-        found = sum(each.unread_bytes for each in server.server_state.connections)
-        for each in readers:
-            each.close()
-        server.should_exit = server.force_exit = True
-        await serving
-        return found
-
-    assert size // 2 < asyncio.run(unread_bytes()) <= most
-
-
-def test_a_newcomer_is_served_although_clients_with_many_requests_each_hold_all_connections():
-    async def newcomer() -> bytes:
-        over = asyncio.Event()
-
-        async def application(scope: Any, receive: Any, send: Any) -> None:
-            if scope["path"] == "/slow":
-                await over.wait()
-            await Response(b"here")(scope, receive, send)
-
-        config = HttpConfig(application, "127.0.0.1", 0, HttpLimits(max_connections=5))
-        server = uvicorn.Server(config)
-        listener = socket.create_server(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve([listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        target = Target(listener.getsockname()[1], (), 0)
-        others = [target.connect(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n" * 3) for _ in range(5)]
-        while sum(bool(each.pipeline) for each in server.server_state.connections) < 5:
-            await asyncio.sleep(0.01)
-        got = await asyncio.to_thread(send, target, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"", 0)
-        over.set()
-        for each in others:
-            each.close()
-        server.should_exit = server.force_exit = True
-        await serving
-        return got
-
-    assert b" 200 " in asyncio.run(newcomer())
-
-
-def test_a_routers_open_files_suffice_for_its_clients_and_as_many_connections_to_instances():
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
-        assert 2 * http_config(Response(), RouteOptions(), None).door.most < 1024
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
 
 
 def test_beside_streams_that_nobody_reads(either: Target):

@@ -52,6 +52,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"priority": 3}, "priority", "use scheduling_policy=priority (--scheduling-policy priority)"),
     ({"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs=21: must be at most 20"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "is not part of streams"),
+    ({"guided_json": {}}, "guided_json", "unknown parameter; give a JSON schema in response_format in its place"),
     ({"suffix": "end"}, "suffix", "is not supported"),
     ({"best_of": 3}, "best_of", "is supported only if equal to n"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
@@ -179,6 +180,7 @@ def test_a_wrong_path_or_method_has_the_same_shape(server: Running, method, path
 def test_a_path_that_is_not_served_names_those_that_are(server: Running):
     message = refused(server.client.get("/v1/complete"), 404)["message"]
     assert message.startswith("GET '/v1/complete': is not served; there are POST /v1/completions,")
+    assert "GET /v1/models/{name}, GET /health" in message
     message = refused(server.post("/v1/embeddings", {"input": "a"}), 404)["message"]
     assert (
         message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from longspan.attention.schedules import SCHEDULES
-from longspan.config import OffloadConfig
+from longspan.config import OffloadConfig, Speculation
 from longspan.server.options import ServeOptions
 from tests.server.running import Running, ascii_folder, expected, running
 
@@ -28,8 +29,8 @@ NOTICE = 5.0  # seconds; the promise is 2, and the machine may be busy
 
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[Running]:
-    """A server whose core is killed by one test after the other."""
-    with running() as server:
+    """A server whose core is killed by one test after the other, mostly while it verifies drafts."""
+    with running(speculative=Speculation("prompt-lookup", 4)) as server:
         yield server
 
 
@@ -70,6 +71,10 @@ def streams_with_a_kill(server: Running, victim: int) -> None:
         texts = list(pool.map(lambda body: stream_text(server, body, kill), bodies))
     assert texts == [expected(prompt, 120) for prompt in prompts]
     assert server.engine.restarts == restarts + 1
+    drafted = re.search(
+        r"^longspan:spec_decode_num_draft_tokens_total\{.*\} (.*)$", server.client.get("/metrics").text, re.M
+    )
+    assert drafted and float(drafted[1]) > 0
     assert not set(before) & set(server.engine.process_ids)
     assert server.used_pages() == 0
 

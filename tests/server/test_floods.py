@@ -17,15 +17,12 @@ import httpx
 import msgspec
 import pytest
 from pydantic import ValidationError
-from starlette.requests import Request
-from starlette.responses import Response
 
 from longspan.errors import ConfigError, ContextOverflow, QueueFull, RequestError
 from longspan.server import protocol
 from longspan.server.bodies import JsonBounds
 from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
-from longspan.server.middleware import BodyLimit
 from longspan.server.options import HttpLimits, ServeOptions
 from longspan.server.protocol import connections_allowed
 from longspan.server.text import Text
@@ -171,6 +168,7 @@ def test_an_impossible_limit_is_refused():
 
 
 MANY = (1 << 18) + 1
+UNREADABLE = {"type": "string", "pattern": "(" * 5000}
 FORMS: list[tuple[str, bytes, str]] = [
     ("/v1/chat/completions", b'{"messages": [' + b"[]," * MANY + b"1]}", "lists and objects"),
     ("/v1/completions", b'{"logit_bias": {' + b",".join(b'"%d":1' % key for key in range(MANY)) + b"}}", "names"),
@@ -264,8 +262,9 @@ def test_lists_and_objects_have_a_largest_length(field, value):
     [
         {"k" * 100_000: 1}, {"prompt": "a", "logit_bias": {"9" * 5000: 1}}, {"prompt": "a", "model": "m" * 100_000},
         {"prompt": "a", "stream_options": {"k" * 100_000: 1}},
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": UNREADABLE}}},
     ],
-    ids=["field", "bias", "model", "nested"],
+    ids=["field", "bias", "model", "nested", "pattern"],
 )  # fmt: skip
 def test_a_long_name_is_not_echoed_whole(server: Running, body):
     answer = server.post("/v1/completions", body)
@@ -285,6 +284,15 @@ def test_a_text_that_can_never_fit_is_refused_by_its_length(server: Running, pat
     error = refused(server.post(path, body))
     assert error["code"] == "context_length_exceeded"
     assert "at most 65536 bytes" in error["message"]
+
+
+def test_a_text_of_too_many_characters_is_not_copied_to_count_its_bytes():
+    class Uncopied(str):
+        def encode(self, *_: Any, **__: Any) -> bytes:
+            pytest.fail("it is copied")
+
+    with pytest.raises(ContextOverflow, match="at least 65537 bytes"):
+        asyncio.run(Text(ascii_tokenizer(), 512).encode(Uncopied("a" * 65_537)))
 
 
 def test_more_ids_than_the_model_takes_are_not_decoded(server: Running):
@@ -344,35 +352,6 @@ def test_what_is_being_tokenised_counts_as_waiting():
         for call in calls:
             call.result(PATIENCE)
         server.complete("abc", 2)
-
-
-def test_large_bodies_in_flight_have_a_bound_together_and_small_ones_always_get_in():
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        body = await Request(scope, receive).body()
-        await asyncio.sleep(0 if len(body) < 1000 else 0.05)
-        await Response(str(len(body)))(scope, receive, send)
-
-    async def statuses(*sizes: int) -> list[int]:
-        limited = BodyLimit(application, max_bytes=1 << 20, max_held_bytes=300_000)
-
-        async def ask(size: int) -> int:
-            found: list[int] = []
-            parts = [b"a" * size]
-
-            async def receive() -> dict[str, Any]:
-                await asyncio.sleep(0)
-                return {"type": "http.request", "body": parts.pop() if parts else b"", "more_body": bool(parts)}
-
-            async def send(message: Any) -> None:
-                found.append(message.get("status", 0))
-
-            await limited({"type": "http", "path": "/", "method": "POST", "headers": []}, receive, send)
-            return found[0]
-
-        together = await asyncio.gather(*map(ask, sizes))
-        return [*together, await ask(250_000)]  # afterwards there is room again
-
-    assert asyncio.run(statuses(200_000, 200_000, 50_000)) == [200, 429, 200, 200]
 
 
 def test_the_largest_body_follows_from_the_model_unless_it_is_given(server: Running):

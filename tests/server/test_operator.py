@@ -154,8 +154,9 @@ def test_a_refused_request_has_its_reason_in_the_log_and_nothing_that_it_sent(wa
     chat = {"messages": [{"role": "user", "content": "refuse"}, {"role": "user", "content": PROMPT}]}
     refused = [
         ("/v1/completions", {"prompt": PROMPT, "max_tokens": -1}, {}, "max_tokens: must not be negative"),
-        ("/v1/completions", {"prompt": {PROMPT: PROMPT}}, {}, "prompt: string_type"),
-        ("/v1/completions", {"prompt": PROMPT, PROMPT: 1}, {}, "body: extra_forbidden"),
+        ("/v1/completions", {"prompt": {PROMPT: PROMPT}}, {}, "prompt: is refused: string_type"),
+        ("/v1/completions", {"max_tokens": 1}, {}, "prompt: is missing"),
+        ("/v1/completions", {"prompt": PROMPT, PROMPT: 1}, {}, "body: unknown parameter"),
         ("/v1/completions", {"prompt": PROMPT}, {"Authorization": "Bearer hidden"}, "Authorization: is missing"),
         ("/v1/chat/completions", chat, {}, "messages: the model's chat template refuses them"),
     ]  # fmt: skip

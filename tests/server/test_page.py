@@ -111,14 +111,18 @@ SCENES: dict[str, list[State | None]] = {  # what the polls are answered; None i
     "lively": [lively()],
     "crowded": [crowded()],
     "idle": [None, empty()],
+    "busy": [{**empty(), "requests_total": 6}],  # within a long step, before the core has told anything
     "restarting": [lively(), restarting()],
     "lost": [lively(), None],
     "locked": [lively()],
+    "refused": [lively()],
     "unseen": [lively()],
     "quiet": [quiet_cache()],
     "wide": [wide()],
 }
-SCRIPTS = {"lively": POINT, "unseen": HIDE}  # what a scene's page has beside its own script
+LOCKED = ("locked", "refused")  # scenes that need a key
+ENTER = "<script>sessionStorage.setItem('key', 'wrong')</script>"
+SCRIPTS = {"lively": POINT, "unseen": HIDE, "refused": ENTER}  # what a scene's page has beside its own script
 
 
 class Server(ThreadingHTTPServer):
@@ -139,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "internal/state":
             states = SCENES[scene]
             state = states[min(before, len(states) - 1)]
-            if scene == "locked":
+            if scene in LOCKED:
                 self.reply(401, "application/json", "{}")
                 return
             self.reply(500 if state is None else 200, "application/json", json.dumps(state or {"detail": "no engine"}))
@@ -171,7 +175,8 @@ def visit(address: str) -> Element:
 
 
 def run_in_node(scene: str) -> Element:
-    given = {"page": PAGE.read_text(), "states": SCENES[scene], "locked": scene == "locked"}
+    key = "wrong" if scene == "refused" else None
+    given = {"page": PAGE.read_text(), "states": SCENES[scene], "locked": scene in LOCKED, "key": key}
     done = subprocess.run(
         [str(NODE), str(DOCUMENT)], input=json.dumps(given), capture_output=True, text=True, timeout=60, check=False
     )
@@ -224,7 +229,7 @@ def test_the_big_figures_come_from_the_newest_second_and_the_requests(scenes):
 
 def test_latencies_have_their_95th_percentile_beside_the_median(scenes):
     units = [tile.find("span")[0].text for tile in scenes["lively"]["figures"].find(kind="figure")]
-    assert units[2:4] == ["median, p95 2.10 s", "median, p95 120 ms"]
+    assert units[2:4] == ["median of 2 min, p95 2.10 s", "median of 2 min, p95 120 ms"]
 
 
 def test_bars_are_zoomed_in_where_little_is_used(scenes):
@@ -267,12 +272,17 @@ def test_every_request_has_a_row_and_those_that_run_come_first(scenes):
 
 
 def test_requests_that_ended_stay_for_a_while_below_the_others(scenes):
-    (row,) = scenes["lively"]["requests"].find("tr", "ended")
-    assert row is rows(scenes["lively"])[-1]
+    row, _ = scenes["lively"]["requests"].find("tr", "ended")
+    assert row is rows(scenes["lively"])[-2]
     assert [cell.text for cell in row.find("td")] == [
         f"✓{ENDED_ID}", "ended: max_tokens reached", "700", "64", "128 from cached prefix", "310 ms", "2.75 s",
         "4.20 s ago",
     ]  # fmt: skip
+
+
+def test_a_request_that_broke_off_is_not_ticked_off(scenes):
+    row = scenes["lively"]["requests"].find("tr", "ended")[-1]
+    assert [cell.text for cell in row.find("td")][:2] == ["✕r8.0", "ended: aborted"]
 
 
 def test_errors_are_shown_with_their_reason(scenes):
@@ -377,6 +387,17 @@ def test_without_requests_the_page_tells_how_to_send_one(scenes):
     assert rows(page) == []
 
 
+def test_requests_of_which_the_core_has_not_told_are_counted_and_not_denied(scenes):
+    page = scenes["busy"]
+    assert page["count"].text == "6: the ranks are busy and have not told more yet"
+    assert "hidden" in page["empty"].attributes
+
+
+def test_without_steps_the_axis_says_so_below_the_bars(scenes):
+    numbers = scenes["idle"]["numbers"]
+    assert numbers.text == "no steps yet" and "100%" not in numbers.attributes["style"]
+
+
 def test_without_requests_the_bars_are_empty(scenes):
     assert [bar.inside for bar in scenes["idle"]["shards"].find(kind="bar")] == [[]] * SHARDS
 
@@ -388,13 +409,18 @@ def test_restarting_ranks_are_announced(scenes):
 def test_a_lost_connection_is_announced_and_the_last_figures_stay(scenes):
     page = scenes["lost"]
     assert page["banner"].text == "connection lost, retrying"
-    assert len(rows(page)) == 9
+    assert len(rows(page)) == 10
 
 
 def test_a_server_with_a_key_asks_for_it(scenes):
     assert scenes["locked"]["banner"].text == "this server has a key: enter it to see its state"
     assert "hidden" not in scenes["locked"]["lock"].attributes
     assert "hidden" in scenes["lively"]["lock"].attributes
+
+
+def test_a_key_that_the_server_does_not_know_is_told_from_none(scenes):
+    assert scenes["refused"]["banner"].text == "the server does not know this key: enter another"
+    assert "hidden" not in scenes["refused"]["lock"].attributes
 
 
 def test_a_connection_that_comes_back_clears_the_banner(scenes):

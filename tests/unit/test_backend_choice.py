@@ -12,6 +12,7 @@ from longspan.errors import ConfigError
 
 GQA = BackendShape(head_dim=128, value_dim=128, kv_factor=2, quantised=False, dtype=torch.bfloat16)
 MLA = BackendShape(head_dim=576, value_dim=512, kv_factor=1, quantised=False, dtype=torch.bfloat16)
+FLOAT32 = BackendShape(128, 128, 2, quantised=False, dtype=torch.float32, compiled=True)
 QUANTISED = BackendShape(head_dim=128, value_dim=128, kv_factor=2, quantised=True, dtype=torch.bfloat16)
 
 
@@ -60,17 +61,28 @@ def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, kv_factor):
     )
 
 
+@pytest.mark.parametrize(
+    "changes, name",
+    [({}, "compiled"), ({"compiled": False}, "cpu"), ({"quantised": True}, "cpu"), ({"dtype": torch.bfloat16}, "cpu"),
+     ({"head_dim": 65}, "cpu")],
+)  # fmt: skip
+def test_on_a_cpu_auto_takes_compiled_kernels_in_fp32_for_rows_that_fill_vectors(changes, name):
+    wanted = BackendShape(**{**FLOAT32.__dict__, **changes})
+    assert choose_backend("auto", "cpu", wanted).name == name
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_asked_for_by_name_is_taken(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)  # as on a machine with a GPU
-    device = "cpu" if name == "cpu" else "cuda"
-    assert choose_backend(name, device, GQA, is_installed=everything) == Choice(BACKENDS[name], "asked for")
+    device = "cpu" if name in ("cpu", "compiled") else "cuda"
+    asked = FLOAT32 if name == "compiled" else GQA
+    assert choose_backend(name, device, asked, is_installed=everything) == Choice(BACKENDS[name], "asked for")
 
 
 @pytest.mark.parametrize(
     "name, device, cache, message",
     [
-        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, cpu, cudnn, triton, torch"),
+        ("fast", "cuda", GQA, "attention_backend=fast: is unknown; choose one of auto, compiled, cpu, cudnn"),
         ("cpu", "cuda", GQA, "attention_backend=cpu: needs a cpu device, not cuda"),
         ("triton", "cpu", GQA, "needs a cuda device, not cpu"),
         ("flashinfer", "cuda", QUANTISED, "cannot read a cache with a scale for each row"),

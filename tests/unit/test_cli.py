@@ -42,8 +42,8 @@ ENGINE_OPTIONS = {
     "--no-enable-prefix-caching", "--max-num-batched-tokens", "--max-num-seqs", "--max-model-len", "--local-context",
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
-    "--attention-backend", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory", "--kv-offload-disk",
-    "--scheduling-policy", "--tokenizer", "--revision", "--load-format", "--cudagraph-capture-sizes",
+    "--attention-backend", "--cpu-kernels", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory",
+    "--kv-offload-disk", "--scheduling-policy", "--tokenizer", "--revision", "--load-format", "--cudagraph-capture-sizes",
 }  # fmt: skip
 LISTEN_OPTIONS = {
     "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",
@@ -203,6 +203,11 @@ def test_no_link_rate_is_shown_for_ranks_that_share_memory():
     line = constants_line(CostConstants(byte_s=0.0, cross_byte_s=1e-9))
     assert "; ranks share memory, collective" in line
     assert "between machines link 1.0 GB/s" in line
+
+
+@pytest.mark.parametrize(("flop_s", "rate"), [(1e-12 / 989, "989.0 TFLOP/s"), (1e-9 / 24, "24.0 GFLOP/s")])
+def test_rates_are_shown_in_a_unit_of_their_size(flop_s, rate):
+    assert constants_line(CostConstants(flop_s=flop_s)).startswith(f"cost model: attention {rate}, ")
 
 
 def test_the_version_is_printed(run):
@@ -375,6 +380,14 @@ def test_an_invalid_command_line_is_exit_code_2(run, arguments):
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("longspan: error: ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_without_arguments_the_help_is_shown_in_lines(run, arguments):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ")
+    assert len(err.splitlines()) > 5
 
 
 @pytest.mark.parametrize("name", ["./nothing", "no.gguf", "nothing"])

@@ -1,6 +1,7 @@
 """The cost model: its estimates, and what it chooses on this machine, on published ones, and when told to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -65,6 +66,18 @@ def test_decode_moves_queries_and_a_fresh_long_prompt_keys_where_links_are_slow(
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, slow))
     assert chooser.choose(workload_of(1, 100_000, grid)) in QUERY_SCHEDULES
     assert chooser.choose(workload_of(8192, 1, grid)) in KEY_SCHEDULES
+
+
+def test_a_lone_decode_row_gathers_keys_where_threads_share_cores_and_memory():
+    grid = Grid(ParallelConfig(1, 2, 1))
+    measured = {name: Fixed(1e-4, 2e-4) for name in TRAVELLING} | {"gather_kv": Fixed(5e-5, 2e-4)}
+    constants = CostConstants(byte_s=1e-15, parallelism=2.0, fixed=measured)
+    apart = model_of(grid, LLAMA_405B_RANK, constants)
+    threads = replace(apart, group=replace(apart.group, shares_memory=True, shares_cores=True))
+    one_row = PhaseWorkload(2)
+    one_row.add("request", 0, 1, {0: 3000, 1: 3000})
+    assert ScheduleChooser(apart).choose(one_row, decode=True) in QUERY_SCHEDULES
+    assert ScheduleChooser(threads).choose(one_row, decode=True) == "gather_kv"
 
 
 def test_over_slow_links_states_are_merged_inside_a_machine_first():

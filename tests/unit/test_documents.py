@@ -1,11 +1,16 @@
 """The Markdown files: links lead somewhere, files and tests that are named exist, and the index has every page."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from scripts.count_trips import SOURCE, run_by_a_decode_token, trips
 
+from longspan.cli.main import build_app
 from tests.oracle import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +48,36 @@ def test_every_file_that_a_page_names_exists(page):
     files = ["/" + str(file.relative_to(ROOT)) for folder in FOLDERS for file in (ROOT / folder).rglob("*.*")]
     for name in FILE.findall(page.read_text()):
         assert name.endswith("/mine.py") or any(file.endswith("/" + name) for file in files), name
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of each `longspan` command in a page's blocks of code, but for those that leave some out."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = [*re.findall(r"```.*?\n(.*?)```", text, re.DOTALL), *re.findall(r"^ {4}.*$", text, re.MULTILINE)]
+    lines = re.findall(r"^(?:.*[$|])?\s*longspan (.*)$", "\n".join(blocks), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines if not line.endswith(" ...")]
+
+
+def leaves(command: Any) -> Iterator[Any]:
+    """A command's subcommands that have none themselves."""
+    subcommands = getattr(command, "commands", {})
+    if not subcommands:
+        yield command
+    for one in subcommands.values():
+        yield from leaves(one)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_every_command_that_a_page_prints_is_understood(page):
+    program = typer.main.get_command(build_app())
+    for leaf in leaves(program):
+        leaf.callback = None  # arguments are read, nothing is run
+    for arguments in commands(page):
+        program.main(arguments, standalone_mode=False)
+
+
+def test_commands_are_found_in_the_pages():
+    assert sum(len(commands(page)) for page in PAGES if page.name not in HISTORY) > 25
 
 
 def test_the_index_has_a_line_for_every_file_of_the_documents():

@@ -3,6 +3,8 @@
 from longspan.cache.pages import PageRef
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import Admission, NewPages, Segment, StepPlan
+from longspan.plan.reach import Place
+from longspan.plan.view import rank_view
 from longspan.request import SamplingParams
 
 PENALISED = SamplingParams(repetition_penalty=1.5)
@@ -69,18 +71,26 @@ def test_drafts_that_proved_wrong_are_replaced():
     assert mirror.requests["0"].output(9) == [10, 13]
 
 
-def test_drafts_are_not_settled_in_whichever_segment_of_the_step_they_are():
-    mirror = mirror_of(
-        plan(
-            admitted=(admission("0", history=(7, 8, 9)),),
-            segments=(segment("0", 0, 7, 8, prefill=True), segment("0", 2, 9, prefill=True)),
-        ),
+def test_rows_of_a_step_know_how_many_drafts_are_before_them_in_whichever_segment_these_are():
+    first = plan(
+        admitted=(admission("0", (A, B, C, C)),),
+        segments=(segment("0", 0, 7, 8, prefill=True), segment("0", 2, 9, prefill=True)),
     )
-    assert mirror.requests["0"].settled == 3
-    mirror.apply(plan(segments=(segment("0", 3, 10, 11), segment("0", 5, 12, 13))))
-    assert mirror.requests["0"].settled == 4
-    mirror.apply(plan(segments=(segment("0", 7, 14),)))
-    assert mirror.requests["0"].settled == 8
+    mirror = mirror_of(first)
+    assert drafts_of(first, mirror) == [0, 0]
+    verify = plan(segments=(sampled("0", 3, 10, 11), sampled("0", 5, 12, 13)))
+    mirror.apply(verify)
+    assert drafts_of(verify, mirror) == [0, 1, 2, 3]
+    assert drafts_of(plan(segments=(sampled("0", 7, 14),)), mirror) == [0]
+
+
+def sampled(request_id, start, *token_ids):
+    return Segment(request_id, start, token_ids, 0, False, 0, len(token_ids))
+
+
+def drafts_of(step, mirror):
+    view = rank_view(step, mirror.requests, Place(0, 0, ((0, 1),)), (None,), {"local": None})
+    return [wanted.drafts for wanted in view.samples]
 
 
 def test_tokens_behind_one_that_nobody_read_are_not_taken_for_their_predecessors():

@@ -158,6 +158,10 @@ BOTH = {
         ["--speculative", "prompt-lookup:4"], {"speculative": "prompt-lookup:4"},
         {"scheduler": SchedulerConfig(speculative=Speculation("prompt-lookup", 4))},
     ),
+    "drafts of a checkpoint with a colon in its path": (
+        ["--speculative", "draft:3:/a:b"], {"speculative": "draft:3:/a:b"},
+        {"scheduler": SchedulerConfig(speculative=Speculation("draft", 3, "/a:b"))},
+    ),
     "switches": (
         ["--no-enable-prefix-caching", "--enforce-eager"], {"enable_prefix_caching": False, "enforce_eager": True},
         {"cache": CacheConfig(enable_prefix_caching=False), "enforce_eager": True},

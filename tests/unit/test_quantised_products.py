@@ -15,7 +15,7 @@ from longspan.engine.setup import resolve
 from longspan.models import quantised
 from longspan.models.layers import DenseLinear, TableLinear
 from longspan.models.params import Param
-from longspan.models.quantised import HalfLinear, Int8Linear, problem_of_form, quantised_linear
+from longspan.models.quantised import HalfLinear, Int8Linear, linear_in_form, problem_of_form
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import RandomWeights
@@ -42,7 +42,7 @@ def times(few, many):
 def test_a_form_gives_nearly_the_plain_product_in_the_dtype_of_its_rows(form, dtype, rows):
     torch.manual_seed(rows)
     x, weight, bias = torch.randn(rows, 72) * 30, torch.randn(40, 72), torch.randn(40)
-    call = quantised_linear(weight, form, is_whole=True)
+    call = linear_in_form(weight, form, is_whole=True)
     for offset in (None, bias):
         found, expected = call(x.to(dtype), offset), F.linear(x, weight, offset)
         assert found.dtype == dtype
@@ -145,5 +145,5 @@ def test_ranks_and_engines_that_are_started_again_use_the_drivers_choice(monkeyp
     monkeypatch.setattr(measured_products, "_READ_BYTES", 1 << 16)
     first = resolve(EngineConfig(tiny_folder("llama"), num_threads=1, quantization="int8")).config
     assert first.products.form == "int8"
-    monkeypatch.setattr("longspan.engine.setup.choose_products", None)  # a call would fail
+    monkeypatch.setattr("longspan.engine.computation.choose_products", None)  # a call would fail
     assert resolve(first).config.products == first.products

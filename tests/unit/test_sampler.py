@@ -471,6 +471,44 @@ def test_best_is_the_head_of_a_stable_sort_and_all_tied_with_its_last(values: li
     assert best(torch.tensor(values), k).tolist() == [i for i in order if values[i] >= last]
 
 
+# --- memory -----------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that a result of an operation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, found.numel() if isinstance(found, Tensor) else 0)
+        return found
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, logprobs=3),
+        SamplingParams(logit_bias=((3, 2.0),), logprobs=2),
+        SamplingParams(presence_penalty=1.5, frequency_penalty=0.5),
+    ],
+)
+@pytest.mark.parametrize("others", [0, 10])
+def test_what_is_made_from_the_logits_of_many_rows_is_made_for_some_at_a_time(
+    params: SamplingParams, others: int
+) -> None:
+    logits = torch.randn(100, 500, generator=torch.Generator().manual_seed(1))
+    rows = [
+        row(GREEDY if i < others else params, seed=i, output=[i % 7, 3])._replace(request_id=str(i)) for i in range(100)
+    ]
+    with Largest() as largest:
+        together = sample(logits, rows)
+    assert together == [sample(logits[i : i + 1], [one])[0] for i, one in enumerate(rows)]
+    assert params.penalises or largest.elements <= 32 * 500  # penalties have a table of counts, of all requests
+
+
 # --- what cannot be sampled -------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ TAKEN = {
     "lengths": ("m --max-model-len 32k --max-model-len 1.5K", "m --max-model-len 32000 --max-model-len 1536"),
     "a level of the log": ("m --uvicorn-log-level trace", "m --log-level debug"),
     "an executor": ("m --distributed-executor-backend mp", "m --executor processes"),
+    "host memory for pages": ("m --kv-offloading-size 4", "m --kv-offload-memory 4G"),
     "Ray, as it was": ("m --worker-use-ray", "m --executor=ray"),
     "origins as JSON": ('m --allowed-origins ["*"]', "m --allowed-origins *"),
     "n-grams": (
@@ -55,6 +56,7 @@ REFUSED = {
     "--data-parallel-size 4": "data_parallel_size=4: one server is one instance; start several instances with",
     "-dp 2": "dp=2: one server",
     "--no-enable-chunked-prefill": "no_enable_chunked_prefill: .*; raise --max-num-batched-tokens",
+    "--num-gpu-blocks-override 9": "num_gpu_blocks_override=9: .*use --pages-per-shard",
     "--enable-lora": "enable_lora: adapters are not supported; merge",
     "--task embed": "task=embed: this server generates text",
     "--kv-transfer-config {}": "kv_transfer_config={}: .*--role",

@@ -131,7 +131,11 @@ class CostModel:
             pairs = 2 * products * at.flop_s + load.pairs * at.pair_s
             seconds.append(pairs * heads + load.reads * row)
         # where fewer ranks can run at once than there are, they share the cores
-        together = sum(seconds) * ranks_per_load / (at.parallelism or self.group.members)
+        at_once = at.parallelism or self.group.members
+        together = sum(seconds) * ranks_per_load / at_once
+        if self.group.shares_cores and not visitors:  # the ranks with rows have the cores of the others
+            busy = sum(load.pairs != 0 for load in loads) * ranks_per_load
+            seconds = [each * min(1.0, busy / at_once) for each in seconds]
         return max(*seconds, together)
 
     def exchange(self, received: float) -> float:
@@ -197,20 +201,32 @@ class StepTotals:
         each_way = shape.query_bytes + shape.state_bytes
         return (group.members - 1) * group.members_per_pcp * sum(self.totals.rows) * each_way
 
+    @cached_property
+    def members_with_rows(self) -> list[int]:
+        """The members that compute travelling rows."""
+        blocks = zip(self.model.group.shards_of_pcp, self.totals.rows, strict=True)
+        return [shard for shards, rows in blocks if rows for shard in shards]
+
     def keys_sent(self) -> int:
-        """Bytes that the group sends when keys travel: keys and values of each needed token to all other members."""
+        """Bytes that the group sends when keys travel: keys and values of each needed token to all other members.
+
+        Under `gather_kv` they are sent only to members that have rows.
+        """
         return (self.model.group.members - 1) * sum(self.totals.needed) * self.model.shape.kv_bytes
 
     def keys(self, block: int) -> tuple[float, float, int]:
         """When keys travel, in blocks of `block` tokens of each shard: (bytes received, bytes handled, rounds).
 
-        Bytes are those of the busiest member. Handled are the keys that it packs and the states that it merges.
+        Bytes are those of the busiest member. Handled are the keys that it packs and the states that it merges. The
+        tokens of one segment are most often adjacent, and need not be packed where they are passed by reference.
         """
         shape, members, needed = self.model.shape, self.model.group.members, self.totals.needed
         rounds = max(1, -(-max(needed, default=0) // max(block, 1)))
         arriving = (sum(needed) - min(needed)) * shape.kv_bytes
         merged = rounds * members * 2 * max(self.totals.rows) * shape.state_bytes
-        own = max(needed) * shape.kv_bytes
+        loads = zip(needed, self.totals.by_shard, strict=True)
+        in_place = self.model.group.shares_memory
+        own = max(0 if in_place and load.calls <= 1 else count for count, load in loads) * shape.kv_bytes
         return arriving, own + merged, rounds
 
     def fixed(self, schedule: str, messages: int, more_calls: int) -> float:

@@ -98,6 +98,10 @@ class GroupShape:
     shards_of_pcp: tuple[tuple[int, ...], ...]
     # the members on each machine
     nodes: tuple[tuple[int, ...], ...]
+    # whether tensors are passed by reference: members are threads
+    shares_memory: bool = False
+    # whether members that compute in a step have the cores of those that do not
+    shares_cores: bool = False
 
     @property
     def members(self) -> int:

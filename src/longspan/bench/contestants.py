@@ -72,19 +72,17 @@ class TransformersContestant:
 
     def open(self) -> Runner:
         """Load the model and return the function for one timed run."""
-        import warnings
-
         import torch
 
-        from longspan.bench.reference import transformers_reference
+        from longspan.bench.reference import cache_name, transformers_reference
         from longspan.clock import now
         from longspan.engine.setup import resolve
 
-        warnings.simplefilter("ignore", FutureWarning)  # about names that a later transformers drops
         torch.set_num_threads(self.num_threads)
         setup = resolve(self.config)
         device = setup.device()
         model = transformers_reference(setup.source, setup.dtype).to(device)
+        cache = cache_name(model)
 
         @torch.inference_mode()
         def run(prompts: Prompts, output_len: int) -> ContestantTiming:
@@ -93,7 +91,7 @@ class TransformersContestant:
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
             first = now(device)
             for _ in range(output_len - 1):
-                out = model(tokens, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+                out = model(tokens, **{cache: out[cache]}, use_cache=True, logits_to_keep=1)
                 tokens = out.logits[:, -1].argmax(-1, keepdim=True)
             return ContestantTiming(first - started, now(device) - first, len(prompts) * (output_len - 1))
 

@@ -5,6 +5,7 @@ It owns the conversion only; the engine does not use it.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,3 +27,8 @@ def transformers_reference(source: ModelSource, dtype: torch.dtype) -> Any:
             whole = tuple(slice(0, size) for size in parameter.shape)
             source.checkpoint.read(name, whole, parameter)
     return model
+
+
+def cache_name(model: Any) -> str:
+    """The name of a transformers model's KV cache, as an argument and in its results: newer versions have another."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"

@@ -27,6 +27,8 @@ class KVLayout:
     kv_factor: int = 2
     # widths of the groups of adjacent elements that share an fp32 scale; empty if rows are not quantised
     scale_groups: tuple[int, ...] = ()
+    # bytes of the token in layers of another shape: those of a checkpoint of its own that drafts
+    draft_bytes: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -36,7 +38,7 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token on one rank, in all of the rank's layers."""
-        return self.num_layers * self.kv_factor * self.kv_heads * self.row_bytes
+        return self.num_layers * self.kv_factor * self.kv_heads * self.row_bytes + self.draft_bytes
 
     def with_kv_heads(self, kv_heads: int) -> KVLayout:
         """The same layout with another number of KV heads."""

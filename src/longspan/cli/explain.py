@@ -19,6 +19,7 @@ from longspan.cli.show import new_table
 from longspan.config import CostConstants, EngineConfig, require
 
 _BY_REFERENCE = 1e-13  # seconds per byte below which nothing is copied: threads pass references to tensors
+_TERA = 1e4  # GFLOP/s from which on rates are shown in TFLOP/s
 _LEGEND = (
     "*: the choice. Times in ms: fixed: starts of kernels and messages; transfer: bytes between ranks; "
     "copies: packing and merging; hidden: transfer that overlaps with compute, and so is subtracted"
@@ -88,8 +89,10 @@ def constants_line(constants: CostConstants) -> str:
     if constants.cross_byte_s != constants.byte_s:
         links += f"; between machines {_link(constants.cross_byte_s)}"
     reads, merges = (1e-9 / seconds for seconds in (constants.read_s, constants.copy_s))
+    gflops = 1e-9 / constants.flop_s
+    rate = f"{gflops:,.1f} GFLOP/s" if gflops < _TERA else f"{gflops / 1e3:,.1f} TFLOP/s"
     return (
-        f"cost model: attention {1e-9 / constants.flop_s:,.1f} GFLOP/s, keys read at {reads:,.1f} GB/s, "
+        f"cost model: attention {rate}, keys read at {reads:,.1f} GB/s, "
         f"merged at {merges:,.1f} GB/s; {links}; {overlap}{parallel}"
     )
 

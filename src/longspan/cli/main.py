@@ -33,6 +33,7 @@ from longspan.version import __version__
 _USAGE, _INTERRUPTED = 2, 130
 # typer may use its own copy of click, so the class is taken from typer's
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_NO_ARGUMENTS = "NoArgsIsHelpError"  # a usage error whose message is a command's help; typer does not export the class
 
 
 def _show_version(asked: bool) -> None:
@@ -92,7 +93,7 @@ def main() -> None:
     try:
         code = typer.main.get_command(build_app()).main(standalone_mode=False)
     except _UsageError as error:
-        code = _fail(_usage_message(error))
+        code = _fail(_usage_message(error)) if type(error).__name__ != _NO_ARGUMENTS else _help(error)
     except LongspanError as error:
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -114,6 +115,11 @@ def _usage_message(error: Any) -> str:
     given = f", {details[0]['input']!r} given" if details else ""
     command = error.ctx.command_path if error.ctx else "longspan"
     return f"{message}{given}; see {command} --help"
+
+
+def _help(error: Any) -> int:
+    print(error.format_message(), file=sys.stderr)
+    return _USAGE
 
 
 def _fail(message: str) -> int:

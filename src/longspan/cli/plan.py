@@ -226,7 +226,7 @@ class _Plan:
         running = sum(one.running > 0 for one in self.layouts)
         hidden = {
             "not in the Pareto set": len(self.fast) - len(self.best), "over the limits": running - len(self.fast),
-            "that do not fit": len(self.layouts) - running,
+            "too large for the devices": len(self.layouts) - running,
         }  # fmt: skip
         named = ", ".join(f"{count} {why}" for why, count in hidden.items() if count)
         return f"{means}\nhidden layouts: {named}; --all shows them" if named else means

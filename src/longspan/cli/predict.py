@@ -149,12 +149,19 @@ def _described(row: Row) -> str:
 def _table(found: Sequence[Prediction]) -> Table:
     from longspan.planner.rows import QUANTITIES
 
-    named = any(one.id for one in found)
-    columns = (*(["id"] if named else []), "quantity", "predicted", "measured", "unit", "error")
+    shown = {"quantity", "predicted", "unit"}  # columns without any content are left out
+    shown |= {"id"} if any(one.id for one in found) else set()
+    shown |= {"measured", "error"} if any(one.value is not None for one in found) else set()
+    columns = [name for name in ("id", "quantity", "predicted", "measured", "unit", "error") if name in shown]
     table = new_table(None, columns, left=("id", "quantity", "unit"), no_wrap=True, box=SIMPLE_HEAD)
     for one in found:
-        measured = "" if one.value is None else f"{one.value:,.2f}"
-        error = "" if one.error is None else f"{one.error:+.1%}"
-        cells = (QUANTITIES[one.quantity], f"{one.predicted:,.2f}", measured, one.unit, error)
-        table.add_row(*([one.id] if named else []), *cells)
+        cells = {
+            "id": one.id,
+            "quantity": QUANTITIES[one.quantity],
+            "predicted": f"{one.predicted:,.2f}",
+            "measured": "" if one.value is None else f"{one.value:,.2f}",
+            "unit": one.unit,
+            "error": "" if one.error is None else f"{one.error:+.1%}",
+        }
+        table.add_row(*(cells[name] for name in columns))
     return table

@@ -112,7 +112,7 @@ _DRAFTERS = {
 def _drafts(text: str) -> str:
     """vLLM's `--speculative-config` as `--speculative`: NAME:K, or NAME:K:MODEL for drafts of a model of their own.
 
-    Without a method it is that of a model which drafts. Whether the engine has the method `--speculative` says.
+    Without a method it is that of a model which drafts. `--speculative` checks the values.
     """
     values = json.loads(text)
     method = values.get("method") or ("draft_model" if "model" in values else "")
@@ -139,18 +139,21 @@ _FLAGS = (
     _same("--allowed-origins", "--allowed-origins", read=_origins),
     _same("--cuda-graph-sizes", "--cudagraph-capture-sizes"),
     _same("--speculative-config", "--speculative", read=_drafts),
+    VllmFlag("--kv-offloading-size", "GiB of `--kv-offload-memory`", becomes="--kv-offload-memory", read="{}G".format),
     _done("--enable-chunked-prefill"),
     _done("--enable-auto-tool-choice"),
     _done("--disable-log-requests"),
     _done("--no-enable-log-requests"),
     _done("--disable-frontend-multiprocessing"),
     _done("--use-v2-block-manager"),
+    _done("--enable-prompt-tokens-details"),
     _only("--tokenizer-mode", ["auto"], "the tokenizer is the fast one of the model's files", "leave it out"),
     _only("--chat-template-content-format", ["auto", "string"], "messages reach the template as text", "leave it out"),
     _only("--response-role", ["assistant"], "answers have the role assistant", "leave it out"),
     _only("--preemption-mode", ["recompute"], "preempted requests are computed again", "leave it out"),
     _only("--task", ["auto", "generate"], "this server generates text and does nothing else", "leave it out"),
     _only("--runner", ["auto", "generate"], "this server generates text and does nothing else", "leave it out"),
+    _only("--model-impl", ["auto", "vllm"], "models are those of this package", "leave it out"),
     _only("--data-parallel-size", ["1"], "one server is one instance", _ONE_INSTANCE),
     _only("-dp", ["1"], "one server is one instance", _ONE_INSTANCE),
     _only("--api-server-count", ["1"], "one process serves HTTP", _ONE_INSTANCE),
@@ -158,11 +161,18 @@ _FLAGS = (
     _unused("--swap-space", "preempted requests are computed again; --kv-offload-memory keeps evicted pages"),
     _unused("--max-seq-len-to-capture", "CUDA graphs serve contexts of any length"),
     _unused("--compilation-config", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
+    _unused("--optimization-level", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
+    _unused("--max-logprobs", "requests may ask for up to 20"),
+    _unused("--stream-interval", "the tokens of every step are sent"),
+    _unused("--prefix-caching-hash-algo", "pages are found by one kind of hash"),
+    _unused("--disable-cascade-attn", "there is no cascade attention", False),
+    _unused("--all2all-backend", "how rows reach experts follows from the devices"),
     _unused("--max-log-len", "prompts are not logged"),
     _unused("--enable-log-requests", "prompts are not logged", False),
     _unused("--disable-custom-all-reduce", "all-reduces are NCCL's or gloo's", False),
     _unused("--max-parallel-loading-workers", "one tensor is loaded at a time"),
     _unused("--guided-decoding-backend", "there is one library for grammars"),
+    _unused("--structured-outputs-config", "there is one library for grammars"),
     _unused("--num-scheduler-steps", "--async-scheduling plans ahead"),
     _unused("--dcp-kv-cache-interleave-size", "pages are placed whole, by load"),
     _unused("--cp-kv-cache-interleave-size", "pages are placed whole, by load"),
@@ -192,6 +202,9 @@ _FLAGS = (
     _refused("--limit-mm-per-prompt", _TEXT_ONLY, "leave it out"),
     _refused("--mm-processor-kwargs", _TEXT_ONLY, "leave it out"),
     _refused("--root-path", "paths begin at /", "let the proxy remove the prefix"),
+    _refused("--num-gpu-blocks-override", "pages are counted for each shard", "use --pages-per-shard"),
+    _refused("--enable-eplb", "experts stay where they are", "leave it out", False),
+    _refused("--uds", "HTTP is served over TCP", "use --host 127.0.0.1"),
     _refused("--enable-sleep-mode", "an engine keeps its memory", "end the server, and start it again", False),
     _refused("--calculate-kv-scales", "scales of a quantised cache are those of each token", "leave it out", False),
 )  # fmt: skip

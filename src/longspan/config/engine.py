@@ -31,6 +31,7 @@ DEVICE_NAMES = ("auto", "cpu", "cuda")
 QUANTIZATION_NAMES = ("auto", "fp8", "fp16", "int8", "auto-fast", "none")
 KV_DTYPE_NAMES = ("auto", "int8", "fp8", "fp8_e4m3")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+CPU_KERNEL_NAMES = ("auto", "compiled", "plain")
 
 _SIZES = {
     "tp": "tensor_parallel_size",
@@ -191,7 +192,8 @@ class SchedulerConfig:
     schedule: str = option("auto", "attention schedule, that is, what ranks exchange")
     speculative: Speculation | None = option(
         None, "speculative decoding: prompt-lookup:K drafts up to K tokens (1 to 64) from the request's own text, "
-        "mtp:K (1 to 8) with the model's module for multi-token prediction",
+        "mtp:K (1 to 8) with the model's module for multi-token prediction, draft:K:MODEL (1 to 8) with a small model "
+        "of the same vocabulary, eagle3:K:PATH (1 to 8) with an EAGLE-3 checkpoint",
         parse=Speculation.parse,
     )  # fmt: skip
     async_scheduling: bool | None = option(None, "plan a step while the one before it runs; default: on GPUs")
@@ -323,6 +325,10 @@ class EngineConfig:
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     attention_backend: str = option("auto", "attention kernels")
+    cpu_kernels: str = option(
+        "auto", "what computes in float32 on a CPU: auto (kernels compiled at start if there is a compiler, products "
+        "with them only if they are measured to be faster), compiled, or plain (PyTorch's operations)",
+    )  # fmt: skip
     quantization: str = option(
         "auto", "a checkpoint's FP8 weights: auto (kept as FP8 if the GPU multiplies FP8), fp8 (kept), "
         "none (dequantised at load); any weights on a CPU: fp16, int8, auto-fast (whichever is measured to be fastest)",
@@ -359,6 +365,7 @@ class EngineConfig:
         require_choice("load_format", self.load_format, LOAD_FORMAT_NAMES)
         require_choice("device", self.device, DEVICE_NAMES)
         require_choice("quantization", self.quantization, QUANTIZATION_NAMES)
+        require_choice("cpu_kernels", self.cpu_kernels, CPU_KERNEL_NAMES)
         require(
             not self.cache.offload.is_on or self.executor not in _SEVERAL_MACHINES,
             "executor", self.executor, "may have ranks on other machines, which cannot reach offloaded pages",

@@ -47,6 +47,7 @@ class EngineOptions(TypedDict, total=False):
     dtype: str
     device: str
     attention_backend: str
+    cpu_kernels: str
     quantization: str
     enforce_eager: bool
     cudagraph_capture_sizes: Sequence[int] | None

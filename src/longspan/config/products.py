@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PRODUCT_FORMS = ("plain", "fp16", "int8")
-"""`plain`: as the weights are; `fp16`, `int8`: see `models/quantised.py`."""
+EXACT_FORMS = ("plain", "panels")
+QUANTISED_FORMS = ("fp16", "int8")
+PRODUCT_FORMS = (*EXACT_FORMS, *QUANTISED_FORMS)
+"""`plain`: PyTorch's; `panels`: by the compiled kernel, for fp32; `fp16`, `int8`: see `models/quantised.py`."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from longspan.attention.workload import AttentionShape, ExpansionCost
 from longspan.cache.layout import KVLayout
-from longspan.config import ParallelConfig
+from longspan.config import CacheConfig, ParallelConfig
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig, MoEConfig
 from longspan.models.context import LayerContext
@@ -28,7 +28,7 @@ from longspan.models.params import Extent, Param
 from longspan.models.registry import BuildModel
 from longspan.models.shapes import requests_of
 from longspan.parallel.grid import Grid, split_evenly
-from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads, max_layers
+from longspan.parallel.sharding import Sharding, check_heads, check_layers, last_layers, max_kv_heads, max_layers
 from longspan.weights.formats import WeightFormat
 
 WORKSPACE_TOKENS = 16384  # tokens of other shards whose KV a rank may hold at once
@@ -63,6 +63,16 @@ class WeightPart:
 
 
 @dataclass(frozen=True)
+class DraftBytes:
+    """The memory that a checkpoint of its own that drafts takes, on a rank of the last stage."""
+
+    # bytes of its weights
+    weights: float = 0.0
+    # bytes of one cached token
+    cached_token: int = 0
+
+
+@dataclass(frozen=True)
 class RankMemory:
     """The memory of one rank of a model in a layout. Raises `ConfigError` if the layout is impossible for the model."""
 
@@ -90,6 +100,8 @@ class RankMemory:
     travelling_tokens: int = WORKSPACE_TOKENS
     # builds the model of its family
     build: BuildModel = DecoderModel
+    # what a checkpoint of its own that drafts takes
+    drafts: DraftBytes = DraftBytes()
 
     def __post_init__(self) -> None:
         check_heads(self.grid, self.model.num_q_heads)
@@ -103,7 +115,8 @@ class RankMemory:
     @cached_property
     def layout(self) -> KVLayout:
         """The cache's layout on the rank that holds the most layers and KV heads."""
-        return cache_layout(self.grid, self.model, self.kv_element_bytes, quantised=self.kv_element_bytes == 1)
+        quantised = self.kv_element_bytes == 1
+        return cache_layout(self.grid, self.model, self.kv_element_bytes, quantised, self.drafts.cached_token)
 
     @cached_property
     def attention(self) -> WeightPart:
@@ -159,7 +172,7 @@ class RankMemory:
     def weight_bytes(self) -> float:
         """Bytes of weights on the rank that holds the most of them."""
         if self.build is not DecoderModel:
-            return max(map(self._bytes_as_built, range(self.grid.world_size)))
+            return max(map(self._bytes_as_built, range(self.grid.world_size))) + self.drafts.weights
         mixed = self.model.moe.layers if self.model.moe else frozenset()
         experts = self.shared.bytes + self.router.bytes + self.expert.bytes * self.experts_held
         each = [
@@ -170,7 +183,7 @@ class RankMemory:
         # tied weights are held once only if the first stage is also the last
         if not self.model.tie_word_embeddings or len(stages) != 1:
             stages[-1] += self.head.bytes
-        return max(*stages, stages[-1] + self._draft_bytes)
+        return max(*stages, stages[-1] + self._draft_bytes + self.drafts.weights)
 
     @property
     def _draft_bytes(self) -> float:
@@ -263,17 +276,22 @@ def _elements(params: Iterable[Param], extent: Extent) -> int:
     return sum(math.prod(stop - start for start, stop in param.bounds(extent)) for param in params)
 
 
-def cache_layout(grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False) -> KVLayout:
-    """The layout of a cached token on the rank that holds the most KV heads and layers.
+def cache_layout(
+    grid: Grid, model: ModelConfig, element_bytes: int, quantised: bool = False, draft_bytes: int = 0
+) -> KVLayout:
+    """The layout of a cached token on the rank where it takes the most bytes.
 
-    That rank decides how many pages there are, because all ranks have the same number of them.
+    That rank decides how many pages there are, because all ranks have the same number of them. `draft_bytes` are those
+    of a checkpoint of its own that drafts, on the last stage.
     """
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
     groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
-    return KVLayout(
+    fullest = KVLayout(
         max_layers(grid, model.num_layers, model.loaded_draft_layers), kv_heads, model.head_dim, element_bytes,
         model.kv_factor, groups if quantised else (),
     )  # fmt: skip
+    drafting = replace(fullest, num_layers=last_layers(grid, model.num_layers), draft_bytes=draft_bytes)
+    return max(fullest, drafting, key=lambda layout: layout.bytes_per_token)
 
 
 def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_bytes: int) -> AttentionShape:
@@ -292,3 +310,23 @@ def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_by
         expansion=expansion,
         row_bytes=layout.row_bytes,
     )
+
+
+def pages_of_shards(cache: CacheConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:
+    """The number of pages of each shard. Raises `ConfigError` if the memory is too little, or a shard is left out."""
+    if cache.pages_per_shard is None:
+        pages = layout.pages_in(cache.memory_bytes or 0, cache.page_size)
+        if not pages:
+            need = layout.bytes_per_token * cache.page_size
+            raise ConfigError(
+                "kv_cache_memory_bytes", cache.memory_bytes,
+                f"one page of {cache.page_size} tokens takes {need} bytes on a rank", f"give at least {need}",
+            )  # fmt: skip
+        return (pages,) * grid.num_shards
+    if len(cache.pages_per_shard) != grid.num_shards:
+        raise ConfigError(
+            "pages_per_shard", cache.pages_per_shard,
+            f"names {len(cache.pages_per_shard)} shards; pcp·dcp gives {grid.num_shards}",
+            "give one number for each shard",
+        )  # fmt: skip
+    return cache.pages_per_shard

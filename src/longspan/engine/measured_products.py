@@ -9,23 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from math import ceil, log
+from functools import cache, partial
+from math import ceil, log, prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.clock import seconds
-from longspan.config.products import PRODUCT_FORMS, ProductChoice
+from longspan.config.products import EXACT_FORMS, QUANTISED_FORMS, ProductChoice
 from longspan.errors import WeightError
 from longspan.models.context import Linear
-from longspan.models.layers import DenseLinear
 from longspan.models.params import Param
-from longspan.models.quantised import largest_error, problem_of_form, quantised_linear
+from longspan.models.quantised import largest_error, linear_in_form, problem_of_form
 from longspan.weights.checkpoint import Checkpoint
 
 FEW_ROWS, MANY_ROWS = (1, 8, 32), 128
+_SMALL_BYTES = 4 << 20  # of all weights in fp32, up to which exact forms are not compared
 _READ_BYTES = 48 << 20  # of fp32 weights that are read in turn, more than most caches hold: a step reads all weights
 _SLICE_BYTES = 8 << 20  # of one weight, at most; of a larger one its first rows are multiplied
 _ROUNDS = 3  # over all forms in turn: of each form the shortest counts
@@ -43,7 +43,7 @@ class _Weight(NamedTuple):
     outputs: int
     # columns
     inputs: int
-    # see `quantised_linear`
+    # see `linear_in_form`
     is_whole: bool
 
     @property
@@ -66,7 +66,12 @@ class Products:
     checkpoint: Checkpoint
 
     @property
-    def measured(self) -> list[_Weight]:
+    def is_small(self) -> bool:
+        """Whether the weights are so few that a measurement costs more than it can gain."""
+        return 4 * sum(prod(param.shape) for param in self.params) <= _SMALL_BYTES
+
+    @property
+    def measured(self) -> tuple[_Weight, ...]:
         """As many of the weights as are multiplied to compare forms, each cut to `_SLICE_BYTES`."""
         found: list[_Weight] = []
         for param in self.params:
@@ -75,34 +80,44 @@ class Products:
             found.append(_Weight(max(1, min(outputs, _SLICE_BYTES // (4 * inputs))), inputs, param.has_whole_inputs))
             if sum(weight.size for weight in found) >= _READ_BYTES:
                 break
-        return found
+        return tuple(found)
 
 
-def choose_products(quantization: str, device_type: str, products_of_model: Callable[[], Products]) -> ProductChoice:
-    """The form that `quantization` asks for. What is not to be had becomes the plain form, with a line that says so.
+def choose_products(
+    quantization: str, device_type: str, products_of_model: Callable[[], Products], compiled: bool = False
+) -> ProductChoice:
+    """The form that `quantization` asks for, or the fastest exact one. `compiled`: whether there are compiled kernels.
 
-    `products_of_model` is called only if a form is chosen.
+    What is not to be had is left out, with a line that says so. `products_of_model` is called only if a form is chosen.
     """
-    if quantization not in (*PRODUCT_FORMS[1:], "auto-fast"):
-        return ProductChoice()
-    if device_type != "cpu":
+    wanted = tuple(form for form in QUANTISED_FORMS if quantization in (form, "auto-fast"))
+    if wanted and device_type != "cpu":
         return ProductChoice(notes=(f"quantization {quantization}: for CPUs only; weights stay as they are",))
-    wanted = PRODUCT_FORMS[1:] if quantization == "auto-fast" else (quantization,)
+    if not wanted and not compiled:
+        return ProductChoice()
+    # in a thread of its own: OpenMP keeps the threads of every thread that has computed, and with more of them than
+    # cores it lets all of them sleep between two operations, for as long as the engine runs
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_choose, wanted, quantization == "auto-fast", products_of_model, compiled).result()
+
+
+def _choose(
+    wanted: Sequence[str], compares: bool, products_of_model: Callable[[], Products], compiled: bool
+) -> ProductChoice:
     problems = {form: problem_of_form(form) for form in wanted}
     notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
-    possible = [form for form, problem in problems.items() if not problem]
-    if not possible:
+    forms = [form for form, problem in problems.items() if not problem]
+    if not forms or compares:
+        forms = [*(EXACT_FORMS if compiled else EXACT_FORMS[:1]), *forms]
+    if forms == ["plain"]:
         return ProductChoice(notes=tuple(notes))
     products = products_of_model()
-    if quantization == "auto-fast":
-        # in a thread of its own, as ranks are: OpenMP's threads belong to the thread that computes
-        with ThreadPoolExecutor(1) as apart:
-            times = apart.submit(_measure, ("plain", *possible), products).result()
+    form = forms[-1]
+    if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
+        times = _measure(tuple(forms), products.measured, products.dtype, products.threads)
         form = fastest(times)
         notes.append(f"products: {form} ({_ratios(times)})")
-    else:
-        form = quantization
-    if form != "plain":
+    if form in QUANTISED_FORMS:
         notes.append(_error_line(form, products))
     return ProductChoice(form, tuple(notes))
 
@@ -150,23 +165,21 @@ def _stored(products: Products) -> Tensor:
     return weight
 
 
+@cache
 @torch.inference_mode()
-def _measure(forms: Sequence[str], products: Products) -> Times:
-    """The shortest times of each form."""
-    torch.set_num_threads(products.threads)
+def _measure(forms: Sequence[str], weights: Sequence[_Weight], dtype: torch.dtype, threads: int) -> Times:
+    """The shortest times of each form; the same for all engines of this process."""
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    weights = products.measured
     repeats = ceil(_READ_BYTES / sum(weight.size for weight in weights))
     layers: dict[str, list[tuple[int, Linear]]] = {form: [] for form in forms}
-    for one in weights * repeats:
-        values = torch.randn(one.outputs, one.inputs, generator=generator).to(products.dtype)
+    for one in tuple(weights) * repeats:
+        values = torch.randn(one.outputs, one.inputs, generator=generator).to(dtype)
         for form in forms:
-            layers[form].append((one.inputs, _linear(values, form, is_whole=one.is_whole)))
+            layers[form].append((one.inputs, linear_in_form(values, form, is_whole=one.is_whole)))
     times: Times = {form: {} for form in forms}
     for rows in (*FEW_ROWS, MANY_ROWS):
-        inputs_of = {
-            inputs: torch.randn(rows, inputs, generator=generator).to(products.dtype) for _, inputs, _ in weights
-        }
+        inputs_of = {inputs: torch.randn(rows, inputs, generator=generator).to(dtype) for _, inputs, _ in weights}
         few = len(weights) * (1 if rows == MANY_ROWS else repeats)
         for _ in range(_ROUNDS):
             for form in forms:
@@ -178,7 +191,3 @@ def _measure(forms: Sequence[str], products: Products) -> Times:
 def _multiply(layers: Sequence[tuple[int, Linear]], inputs_of: Mapping[int, Tensor]) -> None:
     for inputs, call in layers:
         call(inputs_of[inputs])
-
-
-def _linear(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
-    return DenseLinear(weight) if form == "plain" else quantised_linear(weight, form, is_whole=is_whole)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from longspan.config import EngineConfig, ParallelConfig
-from longspan.engine.capacity import RankMemory
+from longspan.engine.capacity import DraftBytes, RankMemory
 from longspan.engine.rank.scaled_weights import ScaledChoice
 from longspan.errors import ConfigError
 from longspan.models.config import ModelConfig
@@ -44,7 +44,7 @@ def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledC
 
 def cache_bytes(
     config: EngineConfig, model: ModelConfig, weights: WeightFormat, cache_element_bytes: int, free: int,
-    build: BuildModel = DecoderModel,
+    build: BuildModel = DecoderModel, drafts: DraftBytes | None = None,
 ) -> int:  # fmt: skip
     """Bytes of the cache of a rank whose device has `free` bytes: the configured size, or all that is left.
 
@@ -55,7 +55,7 @@ def cache_bytes(
     here = RankMemory(
         model, device, config.parallel, weights, cache_element_bytes,
         config.cache.page_size, utilisation, max_num_batched_tokens=config.scheduler.step_tokens,
-        max_num_seqs=config.scheduler.running_limit, build=build,
+        max_num_seqs=config.scheduler.running_limit, build=build, drafts=drafts or DraftBytes(),
     )  # fmt: skip
     least = config.cache.memory_bytes or here.layout.bytes_per_token * config.cache.page_size
     if here.cache_bytes >= least:

@@ -5,38 +5,41 @@ It owns the resolution of model, dtypes, lengths, page counts and backend; it mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 
-from longspan.attention.backends.base import BackendShape
+from longspan.attention.backends.base import AttentionBackend, BackendShape
 from longspan.attention.backends.choice import Choice, choose_backend
 from longspan.attention.cost import CostModel
 from longspan.attention.schedules import Schedule
 from longspan.attention.workload import AttentionShape, GroupShape
 from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants, EngineConfig, require, require_choice
-from longspan.engine.capacity import WORKSPACE_TOKENS, attention_shape, cache_layout
-from longspan.engine.cores import threads_per_rank
-from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, choose_dtype, emulation_note, model_dtype
+from longspan.engine.capacity import (
+    WORKSPACE_TOKENS,
+    DraftBytes,
+    attention_shape,
+    cache_layout,
+    pages_of_shards,
+)
+from longspan.engine.computation import decide_computation
+from longspan.engine.draft_setup import DraftCheckpoint, DraftSetup
+from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, model_dtype
 from longspan.engine.extensions import NONE_ADDED, Extensions
-from longspan.engine.measured_products import Products, choose_products
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
-from longspan.engine.speculation import check_weights, with_draft_layers
-from longspan.errors import ConfigError, ModelError
+from longspan.engine.speculation import DraftTarget, check_tokens, check_weights, find_checkpoint, with_draft_layers
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
 from longspan.models.registry import Family, find_family
-from longspan.models.shapes import requests_of
 from longspan.parallel.grid import Grid, layouts
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.checkpoint import RandomWeights
-from longspan.weights.source import ModelSource, find_source, open_weights
+from longspan.weights.source import ModelSource, find_source, naming_files_of, open_weights
 
 _CPU_CACHE_BYTES = 1 << 30
 _LAYOUTS_NAMED = 6
@@ -73,6 +76,8 @@ class EngineSetup:
     schedules: Mapping[str, Schedule]
     # what ranks have measured of a GPU's memory; None before they have, and where they do not
     memory: MemoryUse | None = None
+    # the checkpoint of its own that drafts; None if there is none
+    drafts: DraftSetup | None = None
 
     def with_pages(self, pages: int) -> EngineSetup:
         """A copy with this number of pages on every shard."""
@@ -156,7 +161,8 @@ class EngineSetup:
         """
         plain = self._has_fixed_shapes and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
-        return plain and alone and not self.model.loaded_draft_layers and self.device_type == "cuda"
+        drafting = self.config.scheduler.speculative
+        return plain and alone and not (drafting and drafting.by_model) and self.device_type == "cuda"
 
     @property
     def records_short_steps(self) -> bool:
@@ -208,11 +214,10 @@ class EngineSetup:
 
     def cost_model(self, constants: CostConstants) -> CostModel:
         """The cost model of attention under this layout."""
-        group = self.grid.context_group(0)
-        return CostModel(
-            self.attention_shape, GroupShape(self.grid.shards_of_pcp, self.grid.nodes(group)), self.schedules,
-            constants, WORKSPACE_TOKENS,
-        )  # fmt: skip
+        threads, grid = self.config.executor == "threads", self.grid
+        lends = threads and self.device_type == "cpu" and self.config.num_threads is None
+        group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)), threads, lends)
+        return CostModel(self.attention_shape, group, self.schedules, constants, WORKSPACE_TOKENS)
 
 
 def resolve(
@@ -237,51 +242,70 @@ def resolve(
     needs_weights = executor != "dry" if needs_weights is None else needs_weights
     opens_weights = needs_weights and not is_dummy
     source = replace(find_source(config.model, opens_weights, config.revision), tokenizer=config.tokenizer)
-    with _naming_files_of(source):
+    with naming_files_of(source):
         family, model = find_family(source.config, families)
     model = with_draft_layers(config.scheduler.speculative, model)
     if opens_weights:
         source = open_weights(source)
-        with _naming_files_of(source):
+        with naming_files_of(source):
             check_weights(family, model, source.checkpoint)
     elif is_dummy:
         source = replace(source, checkpoint=RandomWeights())
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    device = torch.device(device_type)
+    device, how = torch.device(device_type), config.scheduler.speculative
+    target, length = DraftTarget(family, model, grid), _longest(config, model)
+    own = find_checkpoint(config, target, families, opens_weights)
+    if needs_weights and config.products is None:  # once, in the first process
+        if how and own and opens_weights:
+            check_tokens(how, source, own, model)
+        config = decide_computation(config, source, family, model, device_type)
+    backends = extensions.all_backends(executor)
+    drafts = None if own is None else _cached_drafts(config, own, grid, device_type, backends)
     scaled = choose_scaled(config.quantization, source.block_scaled, device) if opens_weights else ScaledChoice()
-    config = _with_cache_bytes(config, source, family, model, scaled, device_type)
-    backend = choose_backend(
-        config.attention_backend, device_type, _backend_shape(config, model, device_type),
-        extensions.all_backends(executor),
-    )  # fmt: skip
-    layout = cache_layout(
-        grid, model, cache_dtype(config, device_type).itemsize, quantised=config.cache.dtype in QUANTISED
-    )
-    pages = _pages_per_shard(config, grid, layout)
+    config = _with_cache_bytes(config, source, target, scaled, device_type, drafts)
+    quantised, shape = config.cache.dtype in QUANTISED, _backend_shape(config, model, device_type)
+    backend = choose_backend(config.attention_backend, device_type, shape, backends)
+    draft_bytes = drafts.layout.bytes_per_token if drafts else 0
+    layout = cache_layout(grid, model, cache_dtype(config, device_type).itemsize, quantised, draft_bytes)
+    pages = pages_of_shards(config.cache, grid, layout)
     scheduler = config.scheduler.on_shards(max(pages) * config.cache.page_size)
     if scheduler.async_scheduling is None:
         scheduler = replace(scheduler, async_scheduling=device_type == "cuda")
     config = replace(config, scheduler=scheduler)
+    return EngineSetup(
+        config, source, family, model, grid, layout, pages, length, device_type, backend, scaled, schedules,
+        drafts=drafts,
+    )  # fmt: skip
+
+
+def _longest(config: EngineConfig, model: ModelConfig) -> int:
+    """The most tokens of a request."""
     limit = model.max_position_embeddings
     length = config.scheduler.max_model_len or limit
     problem, remedy = f"exceeds the {limit} positions the model was made for", f"use at most {limit}"
     require(length <= limit, "max_model_len", length, problem, remedy)
-    if needs_weights and config.products is None:
-        config = _with_products(config, source, family, model, device_type)
-    return EngineSetup(
-        config, source, family, model, grid, layout, pages, length, device_type, backend, scaled, schedules
-    )
+    return length
 
 
-@contextmanager
-def _naming_files_of(source: ModelSource) -> Iterator[None]:
-    """A `ModelError` within this context begins with the path of the model's files."""
-    try:
-        yield
-    except ModelError as error:
-        raise type(error)(f"{source.path}: {error}") from error
+def _cached_drafts(
+    config: EngineConfig, own: DraftCheckpoint, grid: Grid, device_type: str, backends: Mapping[str, AttentionBackend]
+) -> DraftSetup:
+    """How the keys and values of a checkpoint of its own that drafts are cached."""
+    quantised, dtype, stage = config.cache.dtype in QUANTISED, model_dtype(config, device_type), grid.one_stage
+    layout = cache_layout(stage, own.model, cache_dtype(config, device_type).itemsize, quantised)
+    shape = _backend_shape(config, own.model, device_type)
+    chosen = choose_backend(config.attention_backend, device_type, shape, backends)
+    return DraftSetup(own, layout, chosen, shape, attention_shape(stage, own.model, layout, dtype.itemsize))
+
+
+def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
+    """What an attention backend must support for a model under a configuration whose kernels are decided."""
+    return BackendShape(
+        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in QUANTISED,
+        model_dtype(config, device_type), config.cpu_kernels == "compiled",
+    )  # fmt: skip
 
 
 def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
@@ -289,28 +313,6 @@ def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
         model.moe is not None or not config.parallel.enable_expert_parallel,
         "enable_expert_parallel", True, f"{model.architecture} has no experts", "leave it out",
     )  # fmt: skip
-
-
-def _with_products(
-    config: EngineConfig, source: ModelSource, family: Family, model: ModelConfig, device_type: str
-) -> EngineConfig:
-    """The configuration with the dtype and the form of products decided, and the reasons as lines for people."""
-    dtype, threads = model_dtype(config, device_type), threads_per_rank(config)
-    notes: list[str] = []
-    if device_type == "cpu":
-        chosen, why = choose_dtype(config.dtype, device_type)
-        emulated = emulation_note(dtype, threads)
-        notes += [f"dtype: {chosen} ({why})"] if why else []
-        notes += [emulated] if emulated else []
-        config = replace(config, dtype=chosen)
-
-    def products() -> Products:
-        asked = requests_of(lambda context: family.build(model, context, dtype)).matrices
-        params = tuple(param for request in asked for param in request if param.axes[0] != "vocab")
-        return Products(params, dtype, threads, source.checkpoint)
-
-    found = choose_products(config.quantization, device_type, products)
-    return replace(config, products=replace(found, notes=(*notes, *found.notes)))
 
 
 def resolve_device(name: str) -> str:
@@ -324,8 +326,8 @@ def resolve_device(name: str) -> str:
 
 
 def _with_cache_bytes(
-    config: EngineConfig, source: ModelSource, family: Family, model: ModelConfig, scaled: ScaledChoice,
-    device_type: str,
+    config: EngineConfig, source: ModelSource, target: DraftTarget, scaled: ScaledChoice, device_type: str,
+    drafts: DraftSetup | None,
 ) -> EngineConfig:  # fmt: skip
     """The configuration with the cache's memory decided.
 
@@ -341,9 +343,11 @@ def _with_cache_bytes(
         from longspan.engine.nvml import free_bytes
 
         sharing = config.parallel.world_size if config.executor == "threads" else 1
+        dtype, model = model_dtype(config, device_type), target.model
+        needed = drafts.needs(target.grid, dtype) if drafts else DraftBytes()
         found = cache_bytes(
-            config, model, weight_format(source.config, model_dtype(config, device_type), scaled),
-            cache_dtype(config, device_type).itemsize, free_bytes() // sharing, family.build,
+            config, model, weight_format(source.config, dtype, scaled), cache_dtype(config, device_type).itemsize,
+            free_bytes() // sharing, target.family.build, needed,
         )  # fmt: skip
     alone = config.executor in _ALONE_ON_GPU or config.parallel.world_size == 1
     given = config.cache.memory_bytes is not None or config.cache.pages_per_shard is not None
@@ -371,30 +375,3 @@ def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int, extend
         "more machines",
     )  # fmt: skip
     return chosen
-
-
-def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -> BackendShape:
-    return BackendShape(
-        model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in QUANTISED,
-        model_dtype(config, device_type),
-    )  # fmt: skip
-
-
-def _pages_per_shard(config: EngineConfig, grid: Grid, layout: KVLayout) -> tuple[int, ...]:
-    cache = config.cache
-    if cache.pages_per_shard is None:
-        pages = layout.pages_in(cache.memory_bytes or 0, cache.page_size)
-        if not pages:
-            need = layout.bytes_per_token * cache.page_size
-            raise ConfigError(
-                "kv_cache_memory_bytes", cache.memory_bytes,
-                f"one page of {cache.page_size} tokens takes {need} bytes on a rank", f"give at least {need}",
-            )  # fmt: skip
-        return (pages,) * grid.num_shards
-    if len(cache.pages_per_shard) != grid.num_shards:
-        raise ConfigError(
-            "pages_per_shard", cache.pages_per_shard,
-            f"names {len(cache.pages_per_shard)} shards; pcp·dcp gives {grid.num_shards}",
-            "give one number for each shard",
-        )  # fmt: skip
-    return cache.pages_per_shard

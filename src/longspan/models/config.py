@@ -157,6 +157,8 @@ class ModelConfig:
     num_draft_layers: int = 0
     # how many of them are loaded: 0, or 1 where the engine drafts with them
     loaded_draft_layers: int = 0
+    # layers whose inputs a checkpoint of its own drafts from
+    observed_layers: tuple[int, ...] = ()
     # for each layer, positions that a token sees, its own included, or None for all; empty if no layer has a window
     windows: tuple[int | None, ...] = ()
     # whether each query head has a sink

@@ -125,17 +125,17 @@ class LayerContext:
 
 
 class DraftModule(Protocol):
-    """Layers behind the last one of a model, which predict the token after the next one.
+    """What predicts the token after the next one: layers behind the last one of a model, or a checkpoint of its own.
 
-    Row p of a module takes the hidden state of the token at position p and the token at position p + 1, and predicts
+    Row p takes the token at position p + 1 and, if it uses them, hidden states of the token at position p; it predicts
     the token at position p + 2. Its attention has layers of the cache of its own, in which a row is at position p.
     """
 
     def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One run, over tokens at int64 `positions` [T], each followed by the token of int64 `next_ids` [T].
 
-        `hidden` [T, hidden] are what `Model.layers` returned for these tokens, or what the run before returned for the
-        tokens one position earlier. Returns [T, hidden].
+        `hidden` [T, hidden] are what `Model.layers` returned for these tokens (or what an EAGLE-3 module makes of the
+        states in between), or what the run before returned for the tokens one position earlier. Returns [T, hidden].
         """
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -59,12 +59,12 @@ class DecoderLayer:
 class Embedding:
     """The embedding, before the first layer, with this rank's part of the vocabulary."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext, name: str = _EMBEDDING) -> None:
         self._tp = context.tp
         self._ops = context.ops
         self._first_token, stop = context.loader.extent("vocab", config.vocab_size)
         self._holds_all = stop - self._first_token == config.vocab_size
-        self._table = context.loader.load(_table(config, _EMBEDDING))
+        self._table = context.loader.load(_table(config, name))
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 token_ids [T] → [T, hidden]."""
@@ -98,6 +98,9 @@ class DecoderModel:
         self._norm: RMSNorm | None = None
         self.head: Head | None = None
         self.draft_module: NextTokenModule | None = None
+        self._observed_layers = config.observed_layers
+        # what these layers took in the last call of `layers` [T, observed layers · hidden]; None without any
+        self.observed: Tensor | None = None
         self._rotary = Rotary(config.rope, config.rotary_dim, dtype, context)
         if stop == config.num_layers:
             self._norm = hidden_norm(config, "model.norm.weight", context)
@@ -110,8 +113,12 @@ class DecoderModel:
         """See `Model.layers`. After the last layer of the model comes the final norm."""
         table = self._rotary.table(positions)
         residual: Tensor | None = None
-        for layer in self._layers:
+        taken: list[Tensor] = []
+        for number, layer in enumerate(self._layers):
+            if number in self._observed_layers:
+                taken.append(x if residual is None else residual + x)
             x, residual = layer(x, residual, table, attend)
+        self.observed = torch.cat(taken, dim=-1) if taken else None
         if self._norm is None:
             return x if residual is None else residual + x
         return self._norm(x) if residual is None else self._norm.after_add(x, residual)[1]

@@ -18,7 +18,10 @@ from longspan.models.params import Param
 class GroupedQueryAttention:
     """The attention of one layer, on the heads that its loader gives."""
 
-    def __init__(self, config: ModelConfig, layer: int, prefix: str, context: LayerContext) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, prefix: str, context: LayerContext, width: int | None = None
+    ) -> None:
+        """`width` is that of the input, if it is not that of the hidden states."""
         load, linear, extent = context.loader.load, context.loader.linear, context.loader.extent
         hidden, dim, q_heads, kv_heads = config.hidden_size, config.head_dim, config.num_q_heads, config.num_kv_heads
         qkv = (("q", q_heads, "q_heads"), ("k", kv_heads, "kv_heads"), ("v", kv_heads, "kv_heads"))
@@ -26,7 +29,10 @@ class GroupedQueryAttention:
         self._ops = context.ops
         self._dim = dim
         self._qkv = linear(
-            *(Param(f"{prefix}.{n}_proj.weight", (heads * dim, hidden), (axis, None), dim) for n, heads, axis in qkv)
+            *(
+                Param(f"{prefix}.{n}_proj.weight", (heads * dim, width or hidden), (axis, None), dim)
+                for n, heads, axis in qkv
+            )
         )
         self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, q_heads * dim), (None, "q_heads"), dim))
         self._qkv_bias: Tensor | None = None
@@ -49,7 +55,7 @@ class GroupedQueryAttention:
         self._q_heads, self._kv_heads = q_stop - q_start, kv_stop - kv_start
 
     def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
+        """x [T, width] → [T, hidden], summed over the TP group."""
         # [T, Hq + 2 · Hkv, D]: queries, keys, values. Without a norm q and k are rotated as one tensor
         heads = self._qkv(x, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
         q, k, v = torch.split(heads, [self._q_heads, self._kv_heads, self._kv_heads], dim=1)

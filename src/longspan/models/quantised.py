@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.config.products import EXACT_FORMS
 from longspan.models.context import Linear
+from longspan.models.layers import DenseLinear, PanelLinear
 
 _WEIGHT_LEVELS = 127
 # activations have 7 bits: without VNNI a processor adds pairs of 8-bit products in 16 bits, which more would overflow
@@ -67,11 +69,13 @@ class Int8Linear:
         return product if bias is None else product.add_(bias)
 
 
-def quantised_linear(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
-    """The product with a weight [out, in] in a form that is not `plain`.
+def linear_in_form(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
+    """The product with a weight [out, in] in a form of `config/products.py`.
 
     `is_whole` says that its inputs are not split over ranks under any layout, and that it may have 8 bits.
     """
+    if form in EXACT_FORMS:
+        return PanelLinear(weight) if form == "panels" else DenseLinear(weight)
     return Int8Linear(weight) if form == "int8" and is_whole else HalfLinear(weight)
 
 
@@ -91,5 +95,5 @@ def largest_error(weight: Tensor, form: str) -> float:
     """The largest error of a product with normal activations, relative to the largest element of the fp32 product."""
     x = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(1))
     expected = F.linear(x, weight.float())
-    found = quantised_linear(weight, form, is_whole=True)(x)
+    found = linear_in_form(weight, form, is_whole=True)(x)
     return float((found - expected).abs().max() / expected.abs().max())

@@ -7,7 +7,8 @@ It owns the semantics of the collectives and their accounting; the transports (`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,9 +27,21 @@ class Traffic:
     calls_by_label: dict[str, int] = field(default_factory=dict)
     # when transfers and computation took place; empty unless it is switched on
     trace: Trace = field(default_factory=Trace, compare=False)
+    # what all labels begin with now
+    prefix: str = ""
+
+    @contextmanager
+    def within(self, purpose: str) -> Iterator[None]:
+        """Let labels begin with `purpose/` meanwhile."""
+        before, self.prefix = self.prefix, f"{self.prefix}{purpose}/"
+        try:
+            yield
+        finally:
+            self.prefix = before
 
     def count(self, label: str, sent: int) -> None:
         """Count one call that sends `sent` bytes."""
+        label = self.prefix + label
         self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
         self.calls_by_label[label] = self.calls_by_label.get(label, 0) + 1
 
@@ -54,7 +67,8 @@ class Collectives(ABC):
     """One rank's handle on a group of ranks. In a group of one nothing is sent, and the input is returned.
 
     The caller gives up ownership of every tensor that it passes: peers may read it after the call has returned, so it
-    must not be written to again. All members call the same collectives in the same order, also with empty tensors.
+    must not be written to again. Views of pages are written to again, but not before the step's end. All members call
+    the same collectives in the same order, also with empty tensors.
     Every collective takes a `label`, under which its bytes are counted.
     """
 

@@ -7,7 +7,7 @@ coordinates from another's. It must not know what the ranks compute.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -88,6 +88,22 @@ class Grid:
     def num_shards(self) -> int:
         """Number of members of a context group: pcp · dcp."""
         return 1 + max(place.shard for place in self.ranks)
+
+    @cached_property
+    def one_stage(self) -> Grid:
+        """The ranks of one stage as a grid of their own, over which a model is split that has no stages.
+
+        Its experts are split over the TP group.
+        """
+        alone = replace(
+            self.parallel, pipeline_parallel_size=1, enable_expert_parallel=False, ranks_per_node=None, node_of_rank=()
+        )
+        return Grid(alone)
+
+    def rank_in_stage(self, rank: int) -> int:
+        """The number of a rank in `one_stage`."""
+        mine = self.ranks[rank]
+        return next(p.rank for p in self.one_stage.ranks if (p.pcp, p.tp) == (mine.pcp, mine.tp))
 
     def tp_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that split the heads of the same tokens as `rank`, in tp order."""

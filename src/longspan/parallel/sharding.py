@@ -111,6 +111,15 @@ def check_layers(grid: Grid, num_layers: int) -> None:
 
 def max_layers(grid: Grid, num_layers: int, draft_layers: int = 0) -> int:
     """The largest number of layers that any stage holds. `draft_layers` are on the last stage."""
-    extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
-    sizes = [stop - start for start, stop in extents]
+    sizes = _stage_layers(grid, num_layers)
     return max(*sizes, sizes[-1] + draft_layers)
+
+
+def last_layers(grid: Grid, num_layers: int) -> int:
+    """The number of layers of the last stage."""
+    return _stage_layers(grid, num_layers)[-1]
+
+
+def _stage_layers(grid: Grid, num_layers: int) -> list[int]:
+    extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
+    return [stop - start for start, stop in extents]

@@ -6,6 +6,7 @@ It owns the queues between ranks and how waiting ranks are woken on an abort; it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from queue import SimpleQueue
 
 import torch
@@ -62,9 +63,13 @@ class ThreadedCollectives(Collectives):
 
     def _exchange(self, sends: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         for peer, tensor in zip(self._group, sends, strict=True):  # sending never waits, so all can send first
-            if peer != self._me:
+            if peer != self._me and tensor.numel():
                 self._fabric.send(self._me, peer, tensor)
         return [
-            sends[index] if peer == self._me else self._fabric.receive(peer, self._me)
-            for index, peer in enumerate(self._group)
+            sends[index] if peer == self._me else self._received(peer, shape, sends[index])
+            for index, (peer, shape) in enumerate(zip(self._group, shapes, strict=True))
         ]
+
+    def _received(self, peer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The tensor of a peer. One without elements is not sent, so that nobody waits for a peer that has nothing."""
+        return self._fabric.receive(peer, self._me) if prod(shape) else like.new_empty(shape)

@@ -26,23 +26,16 @@ class KnownRequest:
     params: SamplingParams
     # its tokens so far, drafts included, if its sampling parameters need them; else empty
     history: list[int]
-    # number of its tokens that are no drafts; only kept with `history`
-    settled: int = 0
 
     def output(self, count: int) -> list[int]:
         """The first `count` generated tokens; empty if `history` is not kept."""
         return self.history[self.num_prompt : self.num_prompt + count]
 
-    def remember(self, segment: Segment, is_first: bool) -> None:
+    def remember(self, segment: Segment) -> None:
         """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped.
 
-        `is_first` says whether it is the request's first segment in its step: in decode, what follows the first token
-        are drafts. Behind a token that was pending `history` is not continued.
+        Behind a token that was pending `history` is not continued.
         """
-        if segment.prefill:
-            self.settled = max(self.settled, segment.stop)
-        elif is_first:
-            self.settled = segment.start + 1
         if segment.start <= len(self.history) and (segment.stop > len(self.history) or not segment.prefill):
             self.history[segment.start :] = segment.token_ids
 
@@ -66,12 +59,10 @@ class Mirror:
             self.requests[admission.request_id] = self._known(admission)
         for new in plan.new_pages:
             self.requests[new.request_id].table.extend(new.pages)
-        seen: set[str] = set()
         for segment in plan.segments:
             known = self.requests[segment.request_id]
             if known.history:
-                known.remember(segment, segment.request_id not in seen)
-                seen.add(segment.request_id)
+                known.remember(segment)
 
     def table(self, request_id: str) -> PageTable:
         """The page table of a request."""

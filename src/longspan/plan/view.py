@@ -6,7 +6,7 @@ integers and must not touch tensors or communicate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -50,6 +50,8 @@ class SampleRequest(NamedTuple):
     request_id: str
     # index of the sampled token in the request's output
     position: int
+    # how many of the tokens before the sampled one are drafts
+    drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,15 @@ def rows_in_order(segments: Iterable[Segment], pcp: int) -> list[Segment]:
     return sorted((s for s in segments if s.pcp == pcp), key=lambda s: s.num_remote_groups)
 
 
+def _first_starts(plan: StepPlan) -> dict[str, int]:
+    """For each request that decodes, the position of its first token in the step; those behind it are drafts."""
+    found: dict[str, int] = {}
+    for segment in plan.segments:
+        if not segment.prefill:
+            found.setdefault(segment.request_id, segment.start)
+    return found
+
+
 def rank_view(
     plan: StepPlan,
     requests: Mapping[str, KnownRequest],
@@ -139,6 +150,7 @@ def rank_view(
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
     pending: list[tuple[int, str]] = []
+    starts = _first_starts(plan)
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
@@ -148,16 +160,22 @@ def rank_view(
             pending.append((len(token_ids), segment.request_id))
             token_ids.append(0)  # a placeholder
         positions += range(segment.start, segment.stop)
-        for before_end in reversed(range(segment.sample)):
-            output = segment.stop - before_end - requests[segment.request_id].num_prompt
-            samples.append(SampleRequest(len(token_ids) - 1 - before_end, segment.request_id, output))
-        last = min(segment.stop, requests[segment.request_id].num_prompt - 1)  # a row scores the token after its own
+        prompt = requests[segment.request_id].num_prompt
+        samples += _samples(segment, row, prompt, 0 if segment.prefill else starts[segment.request_id])
+        last = min(segment.stop, prompt - 1)  # a row scores the token after its own
         if segment.scores and last > segment.start:
             scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
     return RankView(
         tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending),
         _following(ordered),
     )  # fmt: skip
+
+
+def _samples(segment: Segment, row: int, num_prompt: int, first: int) -> Iterator[SampleRequest]:
+    """The sampled rows of a segment that begins at `row`. Tokens behind position `first` are drafts if it decodes."""
+    for position in range(segment.stop - segment.sample, segment.stop):
+        drafts = 0 if segment.prefill else position - first
+        yield SampleRequest(row + position - segment.start, segment.request_id, position + 1 - num_prompt, drafts)
 
 
 def _following(ordered: Sequence[Segment]) -> tuple[tuple[int, int], ...]:

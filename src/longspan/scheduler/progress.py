@@ -27,13 +27,15 @@ def progress(segments: Sequence[Segment]) -> dict[str, tuple[int, tuple[int, ...
 def right_tokens(tokens: Sequence[SampledToken], drafts: Sequence[int]) -> list[SampledToken]:
     """The accepted tokens of one request: those sampled after right drafts, up to and with the first difference.
 
-    Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give.
+    Random numbers depend on seed and position alone, so these are the tokens that decoding one at a time would give. A
+    row behind drafts for which no token could be sampled has none here: it is computed again without drafts before it.
     """
     if not drafts:  # most requests: one token, or none
         return list(tokens[:1])
     in_order = sorted(tokens, key=lambda token: token.position)
-    wrong = next(
-        (n for n, (token, draft) in enumerate(zip(in_order, drafts, strict=False)) if token.token_id != draft),
-        len(drafts),
-    )
-    return in_order[: wrong + 1]
+    right = in_order[:1]
+    for token, draft in zip(in_order[1:], drafts, strict=False):
+        if right[-1].token_id != draft or token.position != right[-1].position + 1:
+            break
+        right.append(token)
+    return right

@@ -25,7 +25,7 @@ from longspan.scheduler.counters import SchedulerCounters
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.preemption import Preemption
 from longspan.scheduler.progress import progress, right_tokens
-from longspan.scheduler.sequence import SequenceState
+from longspan.scheduler.sequence import Grammars, SequenceState
 from longspan.scheduler.step import StepBuilder
 from longspan.scheduler.waiting import WaitingQueue
 
@@ -57,6 +57,7 @@ class Scheduler:
         chooser: ScheduleChooser,
         root_key: Key,
         windows: Sequence[int | None] = (None,),
+        grammars: Grammars | None = None,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -64,6 +65,7 @@ class Scheduler:
         self.chooser = chooser
         self.root_key = root_key
         self.windows = windows
+        self._grammars = grammars  # to leave out drafts that grammars do not allow; without it ranks find them wrong
         self._loader = PageLoader(config, cache, grid)
         self._sequences: dict[str, SequenceState] = {}
         self.waiting = WaitingQueue(self._rank)
@@ -217,7 +219,7 @@ class Scheduler:
             sequence = self.running[index]
             if sequence.remaining != 1 or not step.can_follow(sequence):
                 index += 1
-            elif step.add_decode(sequence, sequence.draft(self.config, step.budget - rows, batch)):
+            elif step.add_decode(sequence, sequence.draft(self.config, step.budget - rows, batch, self._grammars)):
                 index += 1
                 rows -= 1
             else:

@@ -6,6 +6,7 @@ It owns this state between steps; it must not know about budgets or other reques
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
@@ -14,6 +15,17 @@ from longspan.plan.source import Source
 from longspan.request import CoreRequest
 from longspan.scheduler.draft_length import DraftLength
 from longspan.scheduler.lookup import PromptLookup
+
+
+class DraftGrammar(Protocol):
+    """Follows one output under a grammar, to tell which drafts it allows."""
+
+    def count_allowed(self, output_token_ids: Sequence[int], drafts: Sequence[int]) -> int:
+        """How many of the first `drafts` may follow the output, which begins with that of the last call."""
+
+
+Grammars = Callable[[str], DraftGrammar]
+"""Begins to follow a grammar."""
 
 
 class SequenceState:
@@ -54,6 +66,8 @@ class SequenceState:
         self.expected: Sequence[int] = ()
         # how many drafts are worth computing
         self.draft_length = DraftLength()
+        # tells which drafts its grammar allows; None before there were any
+        self._grammar: DraftGrammar | None = None
         # keys of its first full pages, as far as they were needed
         self._keys = list(keys)
 
@@ -77,19 +91,24 @@ class SequenceState:
         """Most pages that it can hold."""
         return -(-self.max_stored // self.table.page_size)
 
-    def draft(self, config: SchedulerConfig, most: int, rows: int) -> Sequence[int]:
+    def draft(self, config: SchedulerConfig, most: int, rows: int, grammars: Grammars | None) -> Sequence[int]:
         """Up to `most` draft tokens, as many as are worth computing beside `rows`: see `DraftLength.choose`.
 
-        None under a grammar, whose state cannot be rolled back.
+        The first one that the request's grammar does not allow, and those behind it, are left out.
         """
         how = config.speculative
-        if how is None or self.params.grammar is not None:
+        if how is None:
             return ()
         room = min(most, how.tokens, self.max_stored - len(self.tokens))
         if room <= 0:
             return ()
         count = self.draft_length.choose(room, rows, config.fixed_rows)
-        return self.expected[:count] if how.by_model else self.lookup.draft(self.tokens, count)
+        drafts = self.expected[:count] if how.by_model else self.lookup.draft(self.tokens, count)
+        if not drafts or self.params.grammar is None or grammars is None:
+            return drafts
+        if self._grammar is None:
+            self._grammar = grammars(self.params.grammar)
+        return drafts[: self._grammar.count_allowed(self.tokens[self.num_prompt :], drafts)]
 
     @property
     def may_be_planned_ahead(self) -> bool:

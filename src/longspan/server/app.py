@@ -9,12 +9,15 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -25,13 +28,13 @@ from starlette.responses import HTMLResponse, Response
 from longspan.disaggregation.signature import SIGNATURE_HEADER
 from longspan.errors import LongspanError
 from longspan.server.async_engine import AsyncEngine
-from longspan.server.bodies import BodyReader, JsonBounds
+from longspan.server.bodies import BodyReader, JsonBounds, decoded_bytes, received
 from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
 from longspan.server.errors import HttpError, Problem, problem_of, problem_of_validation, renamed, shortened
 from longspan.server.fields import Body, GenerationBody
 from longspan.server.generation import CLIENT_GONE, Json, Refusal, respond
-from longspan.server.middleware import BodyLimit, KeyCheck
+from longspan.server.middleware import BODY_HOLDS, BodyLimit, KeyCheck
 from longspan.server.options import ServeOptions
 from longspan.server.request_log import RequestLog
 from longspan.server.served import ServedModel
@@ -139,9 +142,10 @@ def _route_class(reader: BodyReader) -> type[APIRoute]:
                     return await handle(request)
                 _require_json(request)
                 try:
-                    raw = b"".join([part async for part in request.stream()])
+                    raw = await received(request)
                 except ClientDisconnect:
                     return Response(status_code=CLIENT_GONE)
+                request.scope[BODY_HOLDS](decoded_bytes(raw))
                 return await handle(_ParsedRequest(request, await reader.parse(raw, kind), raw))
 
             return read_and_handle
@@ -169,13 +173,14 @@ def _require_json(request: Request) -> None:
 
 def build_app(service: Service) -> FastAPI:
     """The application. Its caller starts and ends the engine."""
-    app = FastAPI(title="Longspan", version=__version__, redoc_url=None)
+    app = FastAPI(title="Longspan", version=__version__, openapi_url=None)
     bounds = JsonBounds.of_model(service.engine.setup.max_model_len)
     app.router.route_class = _route_class(BodyReader(bounds))
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_models(app, service)
     _add_probes(app, service)
+    _add_document(app)
     _add_errors(app, service)
     app.add_middleware(BodyLimit, max_bytes=service.max_body_bytes)
     if service.options.keys:
@@ -187,6 +192,19 @@ def build_app(service: Service) -> FastAPI:
         )  # fmt: skip
     app.add_middleware(RequestLog, options=service.options.log, on_failed=service.engine.metrics.failed)
     return app
+
+
+def _add_document(app: FastAPI) -> None:
+    """FastAPI's own pages, but the document is encoded once: a flood of requests for it would keep others waiting."""
+    document = cache(lambda: msgspec.json.encode(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document(), media_type="application/json")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title=f"{app.title} - Swagger UI")
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -290,7 +308,7 @@ def _not_served(app: FastAPI, request: Request) -> str:
     if request.scope["path"].startswith(_OTHER_TASKS):
         return f"path={path}: this server generates text and does nothing else; ask a server of another kind"
     served = [
-        f"{'/'.join(sorted(route.methods or ()))} {route.path}"
+        f"{'/'.join(sorted(route.methods or ()))} {route.path_format}"
         for route in app.routes
         if isinstance(route, APIRoute) and route.include_in_schema
     ]
@@ -309,7 +327,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).name.lower()
         message = _not_served(app, request) if error.status_code in (404, 405) else str(error.detail)
-        reason = "" if error.status_code in (404, 405) else message
+        reason = "is not served" if error.status_code in (404, 405) else message
         return Refusal(Problem(error.status_code, message, code=code, headers=error.headers or {}, reason=reason))
 
     @app.exception_handler(Exception)

@@ -15,6 +15,10 @@ from typing import Any
 from longspan.errors import ContextOverflow, EngineError, LongspanError, QueueFull, RequestError, RequestTimeout
 
 _SHOWN = 80  # characters of a value in a message
+_KINDS = {"missing": "is missing", "extra_forbidden": "unknown parameter"}  # what the log says of pydantic's types
+# vLLM's fields for the form of an answer
+_GUIDED = ("structured_outputs", "guided_json", "guided_choice", "guided_regex", "guided_grammar")
+_SCHEMA_INSTEAD = "give a JSON schema in response_format in its place"
 _BRIEF = Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = _SHOWN
 
@@ -101,12 +105,14 @@ def problem_of_validation(errors: Sequence[Mapping[str, Any]], body: object, kno
     path = _path(first, body)
     param = ".".join(path) or "body"
     kind, value = first["type"], shortened(first.get("input"))
-    reason = f"{_named(param)}: {kind}"  # pydantic's text may quote the value
+    # pydantic's text may quote the value, its type does not
+    reason = f"{_named(param)}: {_KINDS.get(kind, f'is refused: {kind}')}"
     if kind == "missing":
         return Problem(400, f"{param}: is missing; give it", param=param, code="missing_parameter", reason=reason)
     if kind == "extra_forbidden":
         near = get_close_matches(path[-1], known, 1)
         remedy = f"did you mean {near[0]}? otherwise leave it out" if near else "leave it out"
+        remedy = _SCHEMA_INSTEAD if path[-1] in _GUIDED else remedy
         message = f"{param}={value}: unknown parameter; {remedy}"
         return Problem(400, message, param=param, code="unknown_parameter", reason=reason)
     problem = " or ".join(dict.fromkeys(_lowered(error["msg"]) for error in errors if _path(error, body) == path))

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import RequestError
+from longspan.server.errors import cut
 from longspan.server.tools.forced import CALLS_BEGIN, CALLS_END, CALLS_SEPARATOR, call_begin
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,24}"  # bounded, because a model may generate spaces without end
 _CPU_SECONDS = 0.5  # bounds memory too; each rank takes about as long again, and other requests wait meanwhile
 _PATIENCE_SECONDS = 60.0  # of a machine that has no processor free
+_SHOWN = 200  # characters of the library's own words
 _KEPT_BYTES = 64 << 10  # a longer schema is made again each time
 _PROGRAM = str(Path(__file__).with_name("grammar_check.py"))
 
@@ -63,7 +65,8 @@ def _checked(source: Mapping[str, str], field: str) -> str:
     text = json.dumps(source)
     grammar, problem = _made(text) if len(text) <= _KEPT_BYTES else _make(text)
     if problem:
-        raise RequestError(field, "{...}", f"cannot be followed ({problem})", "use JSON Schema's common parts")
+        shown = cut(problem, _SHOWN)  # the library repeats patterns whole
+        raise RequestError(field, "{...}", f"cannot be followed ({shown})", "use JSON Schema's common parts")
     return grammar
 
 

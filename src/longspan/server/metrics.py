@@ -60,7 +60,9 @@ class Metrics:
             "spec_decode_num_accepted_tokens_per_pos", "accepted tokens by position of the draft, from 0", "position"
         )
         self._moved = self._counter(
-            "bytes_moved", "bytes sent between ranks, by schedule, or tp, pp, ... for what no schedule sends", "purpose"
+            "bytes_moved",
+            "bytes sent between ranks, by schedule, or tp, pp, ... for what no schedule sends; drafts/... to draft",
+            "purpose",
         )
         self._offload = self._counter("kv_offload_pages", "pages offloaded, by what became of them", "event")
         self._transfer = self._counter("kv_transfer", "KV transfers between instances, by what is counted", "what")

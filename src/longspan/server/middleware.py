@@ -17,8 +17,9 @@ from longspan.server.keys import NamedKey, name_of
 
 _OPEN_PATHS = ("/", "/health", "/version", "/openapi.json", "/docs", "/metrics")
 _SMALL_BODY = 64 << 10  # uvicorn may buffer as much for each connection anyway
-_LARGEST_BODIES = 8  # bodies of the largest size that may be in flight together
-_LEAST_HELD = 64 << 20  # bytes of bodies that may be in flight together at least
+_LARGEST_BODIES = 4  # bodies of the largest size that may be held together
+_LEAST_HELD = 64 << 20  # bytes of bodies that may be held together at least
+BODY_HOLDS = "longspan.body_holds"  # where a scope has the function that is told how many bytes a body takes now
 
 
 class KeyCheck:
@@ -50,8 +51,10 @@ class KeyCheck:
 class BodyLimit:
     """Answers 413 to a body over the limit, by its content-length or by the bytes received.
 
-    Answers 429 while the bodies of all requests in flight exceed `max_held_bytes` together. Small bodies are always
-    accepted: the limit on connections bounds them.
+    Answers 429 while the bodies of all requests exceed `max_held_bytes` together. A body counts with its bytes until
+    its request is answered, unless the application tells the function at `BODY_HOLDS` another number: 0 once it holds
+    it no more, or what it takes once it is decoded. Small bodies are always accepted: the limit on connections bounds
+    them.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_held_bytes: int | None = None) -> None:
@@ -72,31 +75,42 @@ class BodyLimit:
         seen = held = 0
         refused: LongspanError | None = None
 
+        def holds(size: int) -> None:
+            nonlocal held
+            if seen <= _SMALL_BODY:
+                return
+            if size > held and self._held + size - held > self._max_held:
+                raise self._too_many()
+            self._held += size - held
+            held = size
+
         async def counted() -> Message:
             nonlocal seen, held, refused
             message = await receive()
+            if not message.get("body") and refused is None:
+                return message
             seen += len(message.get("body", b""))
             if seen > self._max:
                 refused = self._too_large(f"more than {self._max}")
-            elif seen > _SMALL_BODY and refused is None:
-                if self._held + seen - held > self._max_held:
-                    refused = self._too_many()
-                else:
-                    self._held += seen - held
-                    held = seen
+            elif refused is None:
+                try:
+                    holds(seen)
+                except QueueFull as error:
+                    refused = error
             return {"type": "http.disconnect"} if refused else message
 
         async def unless_refused(message: Message) -> None:
             if refused is None:
                 await send(message)
 
+        scope[BODY_HOLDS] = holds
         try:
             await self._app(scope, counted, unless_refused)
         except ClientDisconnect:
             if refused is None:
                 raise
         finally:
-            self._held -= held
+            holds(0)
         if refused is not None:  # the application saw a disconnect, and its answer was dropped
             await refusal(refused)(scope, receive, send)
 
@@ -108,6 +122,6 @@ class BodyLimit:
 
     def _too_many(self) -> QueueFull:
         return QueueFull(
-            "bodies", f"{self._held} bytes", f"of requests are in flight, of at most {self._max_held}",
+            "bodies", f"{self._held} bytes", f"of requests are held, of at most {self._max_held}",
             "try again in a moment, or raise --max-body-bytes, of which that is a multiple",
         )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import httptools
 import msgspec
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -29,6 +29,7 @@ _RESERVE = 128  # open files that are not connections: sockets of the core, logs
 _MOST_CONNECTIONS = 8192  # half a gigabyte if each has 64 KiB of headers
 _LOG_SECONDS = 10.0
 _MAX_PIPELINED = 16  # requests behind one that is being answered; a client that waits for answers has none
+_PLACES_BEHIND = 4  # such requests that are answered at the same time, of all connections together
 _MAX_HEADERS = 512  # lines; each takes some 200 bytes beside its own
 _MAX_UNREAD = 256 << 20  # bytes of answers that may wait for their clients, all connections together
 _LOG = logging.getLogger("longspan.server")
@@ -197,6 +198,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """See uvicorn."""
         self._enter(_Phase.BODY)
         super().on_headers_complete()
+        if self.pipeline and self.pipeline[0][0] is self.cycle:  # it waits behind another request
+            self.pipeline[0] = self.cycle, self._door.in_turn(self.pipeline[0][1])
 
     def on_body(self, body: bytes) -> None:
         """See uvicorn."""
@@ -322,14 +325,25 @@ class BoundedProtocol(HttpToolsProtocol):
 class ConnectionLimiter:
     """Limits the number of open connections, and the bytes of answers that their clients do not read.
 
-    Beyond a limit, the one that has waited longest is closed.
+    Beyond a limit, the one that has waited longest is closed. Requests that are sent before the one in front of them is
+    answered share a few places, so that connections with many of them do not take the turns of all others.
     """
 
     def __init__(self, most: int, most_unread: int = _MAX_UNREAD) -> None:
         self.most = most
         self._most_unread = most_unread
+        self._behind = asyncio.Semaphore(_PLACES_BEHIND)
         self._turned_away = 0
         self._logged = float("-inf")
+
+    def in_turn(self, app: Any) -> Any:
+        """The application for a request behind another one: it waits for a place."""
+
+        async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+            async with self._behind:
+                await app(scope, receive, send)
+
+        return waiting
 
     def admit(self, newest: BoundedProtocol, connections: set[BoundedProtocol]) -> None:
         """Admit the newest connection.

@@ -165,10 +165,11 @@ class Text:
         """Raise `ContextOverflow` for a text that cannot fit the context, before it is encoded."""
         if 4 * len(text) <= self.max_bytes:  # a character has at most four bytes in UTF-8
             return
-        size = len(text.encode(errors="replace"))
+        # a text of more characters is not copied to count its bytes
+        size = len(text) if len(text) > self.max_bytes else len(text.encode(errors="replace"))
         if size > self.max_bytes:
             raise ContextOverflow(
-                field, f"[{size} bytes]",
+                field, f"[at least {size} bytes]",
                 f"cannot fit max_model_len={self.max_model_len} tokens, which this model's vocabulary makes of at"
                 f" most {self.max_bytes} bytes",
                 "shorten it or raise --max-model-len",

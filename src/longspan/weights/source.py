@@ -6,7 +6,8 @@ It owns finding and opening the files, the configuration first; it must not inte
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class ModelSource:
     revision: str | None = None
     # folder or hub id of another tokenizer; None for the model's own
     tokenizer: str | None = None
+
+
+@contextmanager
+def naming_files_of(source: ModelSource) -> Iterator[None]:
+    """A `ModelError` within this context begins with the path of the model's files."""
+    try:
+        yield
+    except ModelError as error:
+        raise type(error)(f"{source.path}: {error}") from error
 
 
 def resolve_model(model: str) -> ModelSource:

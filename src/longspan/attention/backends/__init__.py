@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from longspan.attention.backends import cpu, cudnn, dense, flash_attn, flashinfer, triton
+from longspan.attention.backends import compiled, cpu, cudnn, dense, flash_attn, flashinfer, triton
 from longspan.attention.backends.base import AttentionBackend
 
 _BUILT_IN = (
+    compiled.BACKEND,
     cpu.BACKEND,
     cudnn.BACKEND,
     triton.BACKEND,

@@ -35,6 +35,8 @@ class BackendShape:
     quantised: bool
     # dtype of queries
     dtype: torch.dtype
+    # whether kernels that are compiled on this machine may be used
+    compiled: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.attention.backends.base import AttentionBackend
+from longspan.attention.backends.base import AttentionBackend, PreparedRuns
 from longspan.attention.backends.batch import Batch, batches
 from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
 from longspan.attention.rows import CacheRows, unit_stride
@@ -32,7 +32,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 class CpuBackend(PlainBackend):
     """Attends to pages in place: the flash kernel reads keys and values that are strided views of the pool."""
 
-    def prepare(self, runs: Sequence[QueryRun], rows: int) -> _Runs:
+    def prepare(self, runs: Sequence[QueryRun], rows: int) -> PreparedRuns:
         """See `Backend.prepare`."""
         return _Runs(runs)
 

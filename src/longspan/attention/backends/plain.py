@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend
+from longspan.attention.backends.base import Backend, Writer
 from longspan.attention.pool import SlotWriter
 from longspan.attention.state import AttentionState, concatenate, merge
 from longspan.parallel.heads import HeadBlock
@@ -24,7 +24,7 @@ class PlainBackend(Backend):
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:
         self._device = device
 
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> SlotWriter:
+    def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
         """See `Backend.writer`."""
         return SlotWriter(writes, rows, self._device)
 

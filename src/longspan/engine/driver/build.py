@@ -22,9 +22,11 @@ from longspan.engine.driver.executors.external import ExternalExecutor
 from longspan.engine.driver.executors.processes import ProcessExecutor
 from longspan.engine.driver.executors.ray import RayExecutor
 from longspan.engine.driver.executors.threads import ThreadExecutor
+from longspan.engine.rank.build import build_vocabulary
 from longspan.engine.rank.page_store import OffloadFiles
 from longspan.engine.setup import EngineSetup
 from longspan.scheduler.scheduler import Scheduler
+from longspan.scheduler.sequence import Grammars
 
 
 def build_core(setup: EngineSetup) -> EngineCore:
@@ -50,10 +52,19 @@ def build_core(setup: EngineSetup) -> EngineCore:
         cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         constants = config.cost or executor.constants or CostConstants()
         chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, setup.records_decode)
-        scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups)
+        grammars = _grammars(setup, executor)
+        scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups, grammars)
         core = EngineCore(setup, executor, cache, scheduler, constants, role, offload)
         undo.pop_all()
     return core
+
+
+def _grammars(setup: EngineSetup, executor: Executor) -> Grammars | None:
+    """What tells the scheduler which drafts a grammar allows; None without drafts."""
+    if setup.config.scheduler.speculative is None:
+        return None
+    shared = executor.vocabulary if isinstance(executor, ThreadExecutor) else build_vocabulary(setup)
+    return shared.matcher
 
 
 def create_executor(setup: EngineSetup) -> Executor:

@@ -83,7 +83,7 @@ class _StepInFlight:
     plan: StepPlan
     # when it was submitted, in `time.perf_counter()`
     submitted: float
-    # whether no other step was in flight then
+    # whether its time is its own: no other step was in flight then, and the caller waits for it at once
     alone: bool
     # prompt tokens that it computes
     prefill_tokens: int
@@ -145,6 +145,8 @@ class EngineCore:
         self._scheduled_at: dict[str, float] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
+        # whether steps wait for tokens although the caller expects steps in flight
+        self._submits_early = bool(setup.config.scheduler.async_scheduling) and not scheduler.plans_ahead
         if role:
             role.start(self, setup.grid.world_size)
 
@@ -186,24 +188,22 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """Submit steps while there is room for them, then wait for the oldest in flight and return its outputs.
 
+        Under async scheduling a step that had to wait for this one's tokens, as one with drafts does, is submitted
+        before the outputs are returned: the caller handles them while the ranks compute.
+
         Raises `EngineError` if a rank fails, after which the core is shut down.
         """
         self.watch.begin()
         try:
             if self.role:
                 self.role.poll()
-            while self._has_room() and (plan := self.scheduler.schedule()):
-                self.executor.submit(plan)
-                for admission in plan.admitted:
-                    self._scheduled_at.setdefault(admission.request_id, time.monotonic())
-                if self.role:
-                    self.role.submitted(plan)
-                awaited = self.scheduler.awaits(plan)
-                step = _StepInFlight(plan, time.perf_counter(), not self._in_flight, *_tokens(plan), awaited)
-                self._in_flight.append(step)
+            self._submit_steps()
             if self._in_flight:
                 self.watch.wait_for(self._in_flight[0].plan.step, self._tokens_in_flight())
-                return self._finish_step(self.executor.collect(self.watch.check))
+                outputs = self._finish_step(self.executor.collect(self.watch.check))
+                if self._submits_early:
+                    self._submit_steps(early=True)
+                return outputs
             if self.role and self._stop_checks:  # all requests wait for other instances
                 self.role.wait(_POLL_SECONDS)
             return []
@@ -236,6 +236,19 @@ class EngineCore:
             self._offload.close()
         if self.role:
             self.role.close()
+
+    def _submit_steps(self, early: bool = False) -> None:
+        """Submit steps while there is room for them, and something to compute. `early`: before the caller waits."""
+        while self._has_room() and (plan := self.scheduler.schedule()):
+            self.executor.submit(plan)
+            for admission in plan.admitted:
+                self._scheduled_at.setdefault(admission.request_id, time.monotonic())
+            if self.role:
+                self.role.submitted(plan)
+            awaited = self.scheduler.awaits(plan)
+            alone = not (self._in_flight or early)
+            step = _StepInFlight(plan, time.perf_counter(), alone, *_tokens(plan), awaited)
+            self._in_flight.append(step)
 
     def _has_room(self) -> bool:
         """Whether another step may be submitted.

@@ -5,18 +5,22 @@ It owns the assembly; it must not know whether ranks are threads or processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.backends.base import RecordableBackend
+from longspan.attention.backends.base import BackendShape, RecordableBackend
+from longspan.attention.backends.choice import Choice
 from longspan.attention.calibrate import Calibration
 from longspan.attention.pool import KVPool
 from longspan.attention.schedules import ContextGroup
 from longspan.attention.variants import AttentionOps, Heads
+from longspan.attention.workload import AttentionShape
+from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
@@ -34,8 +38,13 @@ from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.short_steps import ShortSteps
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
-from longspan.models.context import Alone, LayerContext, Model
+from longspan.errors import EngineError
+from longspan.models.config import ModelConfig
+from longspan.models.context import Alone, DraftModule, LayerContext, Model
+from longspan.models.decoder import DecoderModel
+from longspan.models.eagle3 import Eagle3Module
 from longspan.models.ops import choose_ops
+from longspan.models.ops.base import LayerOps
 from longspan.models.shapes import requests_of
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import GatheredExperts, SharedExperts
@@ -43,6 +52,30 @@ from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
 from longspan.weights.tokenizer import load_serialised
+
+
+class CachedLayers(Protocol):
+    """Layers whose keys and values are cached: those of the model, or of a checkpoint of its own that drafts."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Their sizes."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """The cache's rows."""
+
+    @property
+    def backend(self) -> Choice:
+        """The attention backend."""
+
+    @property
+    def backend_shape(self) -> BackendShape:
+        """What it must support."""
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """Sizes on one rank."""
 
 
 class TensorParallelGroup:
@@ -102,19 +135,22 @@ def build_runner(
     sharding = shardings[rank]
     stages = make_group(grid.pipeline_group(rank))
     groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)), Pipeline(stages))
-    vocab = [shardings[peer].extent("vocab", model_config.vocab_size) for peer in grid.tp_group(rank)]
-    tp = TensorParallelGroup(groups.tp, [stop - start for start, stop in vocab])
+    tp = _tensor_parallel(groups.tp, [shardings[peer] for peer in grid.tp_group(rank)], model_config.vocab_size)
     experts = _expert_group(setup, rank, shardings, make_group)
-    context = LayerContext(RankLoader(store, sharding), tp, experts, choose_ops(store.device))
+    context = LayerContext(RankLoader(store, sharding), tp, experts, _layer_ops(setup, store))
     model = _load(setup, store, context, sharding, shown=rank == 0)
+    module = _draft_module(setup, store, rank, model, groups.tp)
 
     def parts_with(setup: EngineSetup) -> RankParts:
-        attention = _attention(setup, sharding, groups.context, store.device)
+        layers = range(*model_config.cached_layers(*sharding.extent("layers", model_config.num_layers)))
+        group = _context(setup, rank, groups.context)
+        attention = _attention(setup, setup, sharding, layers, group, store.device)
         gathered = experts if isinstance(experts, GatheredExperts) else None
         return RankParts(
             grid, rank, model, attention, groups, store.device,
             vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling),
-            experts=gathered, drafter=_drafter(setup, rank, model, attention, groups.context, gathered),
+            experts=gathered,
+            drafter=None if module is None else _drafter(setup, rank, (model, module), attention, group, gathered),
         )  # fmt: skip
 
     def pilot(setup: EngineSetup) -> tuple[Runner, GraphRunner | None]:
@@ -128,18 +164,23 @@ def build_runner(
         require_room(memory, config.cache.gpu_memory_utilization)
         setup = setup.with_memory(memory)
     parts = parts_with(setup)
-    pool, transfer = parts.attention.pool, config.transfer
+    pool, transfer, drafted = parts.attention.pool, config.transfer, parts.drafter.own_pool if parts.drafter else None
     constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
     parts = replace(
         parts,
         cuda_graphs=_graphs(setup, parts),
-        store=PageStore(setup, rank, pool) if config.cache.offload.is_on else None,
+        store=PageStore(setup, rank, pool, drafts=drafted) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, pool),
     )
     runner = Runner(parts)
     if store.device.type == "cuda":
         make_ready(runner, setup, shown=rank == 0)
     return BuiltRank(runner, constants, memory)
+
+
+def _layer_ops(setup: EngineSetup, store: TensorStore) -> LayerOps:
+    """The operations between matrix products, as the driver has decided."""
+    return choose_ops(store.device, setup.config.cpu_kernels == "compiled")
 
 
 def _expert_group(
@@ -163,27 +204,6 @@ def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, shardin
     asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
     with progress_bar("loading weights", len(asked.params), shown) as store.on_read:
         return setup.family.build(setup.model, context, setup.dtype)
-
-
-def _drafter(
-    setup: EngineSetup, rank: int, model: Model, attention: Attention, context: Collectives,
-    experts: GatheredExperts | None,
-) -> Drafter | None:  # fmt: skip
-    """What drafts tokens on a rank; None where the ranks do not draft, and before the last stage."""
-    how, module = setup.config.scheduler.speculative, model.draft_module if setup.model.loaded_draft_layers else None
-    if how is None or module is None:
-        return None
-    place = setup.grid.ranks[rank]
-    return ModuleDrafter(
-        module, how.tokens, attention, Place(place.pcp, place.shard, setup.grid.shards_of_pcp), context,
-        _draft_schedule(setup), experts, attention.pool.device,
-    )  # fmt: skip
-
-
-def _draft_schedule(setup: EngineSetup) -> str:
-    """The schedule of runs that are not known to the scheduler, which chooses that of every step: one row a request."""
-    moving = [name for name in setup.possible_schedules if setup.schedules[name].moves]
-    return (moving or setup.possible_schedules)[0]
 
 
 def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
@@ -231,26 +251,87 @@ def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
     return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
 
 
-def _ops(setup: EngineSetup, sharding: Sharding, device: torch.device) -> AttentionOps:
-    model = setup.model
+def _ops(cached: CachedLayers, sharding: Sharding, device: torch.device) -> AttentionOps:
+    model = cached.model
     return AttentionOps(
-        setup.backend.record.build(device, setup.backend_shape),
+        cached.backend.record.build(device, cached.backend_shape),
         Heads.of(sharding),
         model.attention_scale,
         model.cached_value_dim,
-        setup.attention_shape.expansion,
+        cached.attention_shape.expansion,
     )
 
 
-def _attention(setup: EngineSetup, sharding: Sharding, group: Collectives, device: torch.device) -> Attention:
+def _attention(
+    setup: EngineSetup, cached: CachedLayers, sharding: Sharding, layers: Iterable[int], context: ContextGroup,
+    device: torch.device,
+) -> Attention:  # fmt: skip
+    """Attention in the layers of the model, or in those of a checkpoint that drafts, with their rows of the cache."""
     start, stop = sharding.kv_extent
     pool = KVPool(
-        setup.layout.with_kv_heads(stop - start),
-        range(*setup.model.cached_layers(*sharding.extent("layers", setup.model.num_layers))),
-        setup.pages_per_shard[setup.grid.ranks[sharding.rank].shard],
+        cached.layout.with_kv_heads(stop - start),
+        layers,
+        setup.pages_per_shard[sharding.grid.ranks[sharding.rank].shard],
         setup.config.cache.page_size,
         setup.cache_dtype,
         device,
     )
-    context = _context(setup, sharding.rank, group)
-    return Attention(pool, _ops(setup, sharding, device), context, setup.model.layer_groups, setup.schedules)
+    return Attention(pool, _ops(cached, sharding, device), context, setup.model.layer_groups, setup.schedules)
+
+
+def _draft_module(
+    setup: EngineSetup, store: TensorStore, rank: int, model: Model, tp_group: Collectives
+) -> DraftModule | None:
+    """What drafts on a rank, with its weights; None where the ranks do not draft, and before the last stage."""
+    drafts, grid = setup.drafts, setup.grid
+    if drafts is None or store.drafts is None or model.head is None:
+        return model.draft_module if setup.model.loaded_draft_layers else None
+    checkpoint = drafts.checkpoint
+    shardings = [checkpoint.sharding(grid, peer) for peer in grid.tp_group(rank)]
+    tp = _tensor_parallel(tp_group, shardings, drafts.model.vocab_size)
+    loader = RankLoader(store.drafts, checkpoint.sharding(grid, rank))
+    context = LayerContext(loader, tp, Alone(), _layer_ops(setup, store))
+    return checkpoint.build(context, setup.dtype, model.embedding)
+
+
+def _drafter(
+    setup: EngineSetup, rank: int, models: tuple[Model, DraftModule], attention: Attention, group: ContextGroup,
+    experts: GatheredExperts | None,
+) -> Drafter:  # fmt: skip
+    """What drafts for a model with a module, whose layers are the model's or have attention of their own."""
+    how, place, drafts = setup.config.scheduler.speculative, setup.grid.ranks[rank], setup.drafts
+    device = attention.pool.device
+    if drafts is not None:
+        sharding = drafts.checkpoint.sharding(setup.grid, rank)
+        attention = _attention(setup, drafts, sharding, range(drafts.model.num_layers), group, device)
+        experts = None
+    return ModuleDrafter(
+        models[1], how.tokens if how else 0, attention, Place(place.pcp, place.shard, setup.grid.shards_of_pcp),
+        group.collectives, _draft_schedule(setup), experts, device,
+        has_own_attention=drafts is not None, first_input=_first_input(*models),
+    )  # fmt: skip
+
+
+def _first_input(model: Model, module: DraftModule) -> Callable[[], Tensor] | None:
+    """What the first run of a module takes, if it is not what the model's last layer gave."""
+    if not isinstance(module, Eagle3Module) or not isinstance(model, DecoderModel):
+        return None
+
+    def joined() -> Tensor:
+        if model.observed is None:
+            raise EngineError("the model has kept no hidden states for its EAGLE-3 module")
+        return module.join(model.observed)
+
+    return joined
+
+
+def _draft_schedule(setup: EngineSetup) -> str:
+    """The schedule of runs that are not known to the scheduler, which chooses that of every step: one row a request."""
+    moving = [name for name in setup.possible_schedules if setup.schedules[name].moves]
+    return (moving or setup.possible_schedules)[0]
+
+
+def _tensor_parallel(group: Collectives, shardings: Sequence[Sharding], tokens: int) -> TensorParallelGroup:
+    """The TP group of ranks with these parts of a vocabulary of `tokens` tokens."""
+    vocab = [sharding.extent("vocab", tokens) for sharding in shardings]
+    return TensorParallelGroup(group, [stop - start for start, stop in vocab])

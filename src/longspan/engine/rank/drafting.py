@@ -1,4 +1,4 @@
-"""Draft tokens from layers of the model: asked after sampling, on the ranks that have the hidden states.
+"""Draft tokens from layers of a model: asked after sampling, on the ranks that have the hidden states.
 
 It owns the runs of a module over a step's rows and over the tokens that it has drafted; it must not know how tokens are
 sampled, nor which drafts the scheduler uses.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.host_copy import integers
+from longspan.attention.pool import KVPool
 from longspan.engine.rank.sampling.transfer import start_reading
 from longspan.models.context import DraftModule
 from longspan.parallel.collectives import Collectives
@@ -26,7 +27,7 @@ from longspan.plan.reach import Place
 from longspan.plan.result import DraftTokens
 from longspan.plan.view import RankView, rank_view, rows_in_order
 
-_LABEL = "drafts"
+_LABEL = "ids"
 ReadDrafts = Callable[[], tuple[DraftTokens, ...]]
 """Waits for the device and returns the drafts of this rank's sampled rows."""
 
@@ -48,6 +49,10 @@ class SampledStep:
 class Drafter(Protocol):
     """Drafts tokens on a rank. All ranks of the last stage call it, with every step in order."""
 
+    @property
+    def own_pool(self) -> KVPool | None:
+        """The cached rows of layers that are not the model's; None if there are none."""
+
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """Start drafting. The attention of the step is still prepared; `requests` are all requests by id."""
 
@@ -66,7 +71,7 @@ class _Chain:
 
 @dataclass(frozen=True)
 class ModuleDrafter:
-    """Drafts with a module for multi-token prediction, whose output feeds its next run.
+    """Drafts with a module for multi-token prediction, an EAGLE-3 module or a small model: see `DraftModule`.
 
     The first run is over the rows of the step, each with the token that follows it: the plan's, or the one just
     sampled. It writes the module's KV where the step wrote that of the model, and gives the first draft token after
@@ -78,7 +83,7 @@ class ModuleDrafter:
     module: DraftModule
     # most draft tokens of a request
     tokens: int
-    # attention, with a layer of the pool for the module
+    # attention, with layers of the pool for the module
     attention: Attention
     # this rank's position in the context group
     place: Place
@@ -90,12 +95,23 @@ class ModuleDrafter:
     experts: GatheredExperts | None
     # where the rank's tensors are
     device: torch.device
+    # whether the attention is the module's own: its heads are others than the model's, and so are its rows in the cache
+    has_own_attention: bool = False
+    # what the first run takes instead of the hidden states after the last layer [T, hidden]; None for these
+    first_input: Callable[[], Tensor] | None = None
+
+    @property
+    def own_pool(self) -> KVPool | None:
+        """See `Drafter.own_pool`."""
+        return self.attention.pool if self.has_own_attention else None
 
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """See `Drafter.draft`."""
-        view = step.view
-        positions = self._integers(view.positions)
-        hidden = self.module.layers(self._next_ids(step), step.hidden, positions, self.attention)
+        view, attention = step.view, self.attention
+        if self.has_own_attention:
+            attention.begin(attention.preparer.step(self._view(step.plan, requests)))
+        taken = step.hidden if self.first_input is None else self.first_input()
+        hidden = self.module.layers(self._next_ids(step), taken, self._integers(view.positions), attention)
         rows = hidden[self._integers([wanted.row for wanted in view.samples])]
         names = tuple((wanted.request_id, wanted.position) for wanted in view.samples)
         first = self._best(rows)
@@ -143,7 +159,7 @@ class ModuleDrafter:
             0, (), (), (), (), (), tuple(segments), (self.schedule,) * len(attention.windows),
             ("local",) * len(attention.windows),
         )  # fmt: skip
-        view = rank_view(plan, requests, self.place, attention.windows, attention.moves, attention.causal_runs)
+        view = self._view(plan, requests)
         attention.begin(attention.preparer.step(view))
         if self.experts is not None:
             self.experts.expect([sum(segment.pcp == pcp for segment in segments) for pcp in range(pcps)])
@@ -153,6 +169,11 @@ class ModuleDrafter:
         positions = self._integers(view.positions)
         hidden = self.module.layers(before.token_ids[rows], before.hidden[rows], positions, attention)
         return _Chain(names, hidden, self._best(hidden))
+
+    def _view(self, plan: StepPlan, requests: Mapping[str, KnownRequest]) -> RankView:
+        """This rank's share of a plan, as the module's attention needs it."""
+        attention = self.attention
+        return rank_view(plan, requests, self.place, attention.windows, attention.moves, attention.causal_runs)
 
     def _best(self, hidden: Tensor) -> Tensor:
         """The most likely token after each row of `hidden` [rows, hidden], int64 [rows]."""

@@ -20,7 +20,7 @@ from longspan.engine.setup import EngineSetup
 from longspan.models.context import Linear, LinearStack
 from longspan.models.layers import DenseLinear, TableLinear, can_pack
 from longspan.models.params import Bounds, Param, loaded_shape
-from longspan.models.quantised import quantised_linear
+from longspan.models.quantised import linear_in_form
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import Checkpoint
@@ -84,6 +84,7 @@ class TensorStore:
         self._scaled = scaled
         self._form = form
         self._upload = Upload(CudaCopying()) if device.type == "cuda" else None
+        self.drafts: TensorStore | None = None  # of a checkpoint of its own that drafts
         self.on_read: Callable[[], None] = _nothing  # called after each slice, for a progress bar
         self._tensors: dict[_Key, Tensor] = {}
         self._linears: dict[_Key, Linear] = {}
@@ -94,7 +95,10 @@ class TensorStore:
     def of(cls, setup: EngineSetup, device: torch.device) -> TensorStore:
         """The store of a resolved configuration."""
         form = setup.config.products.form if setup.config.products else "plain"
-        return cls(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights, form)
+        found = cls(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights, form)
+        if setup.drafts:
+            found.drafts = cls(setup.drafts.checkpoint.source.checkpoint, setup.dtype, device, None, form)
+        return found
 
     def tensor(self, pieces: Sequence[WeightPiece], exact: bool = False) -> Tensor:
         """The slices concatenated along dimension 0, [rows, ...], in fp32 if `exact`, else in the model's dtype."""
@@ -105,7 +109,7 @@ class TensorStore:
     def linear(self, pieces: Sequence[WeightPiece], is_whole: bool = False) -> Linear:
         """A linear layer whose weight [out, in] is the slices concatenated along dimension 0.
 
-        The layer may pack the weight; the plain tensor is then not kept. `is_whole`: see `quantised_linear`.
+        The layer may pack the weight; the plain tensor is then not kept. `is_whole`: see `linear_in_form`.
         """
         with self._lock:
             return _once(self._linears, pieces, partial(self._linear, is_whole=is_whole))
@@ -140,7 +144,7 @@ class TensorStore:
         if self._scaled and self._keeps_scaled(pieces):
             return BlockScaledLinear(self._read_scaled(self._scaled, pieces), self._scaled.fused)
         weight = self._read(pieces, self._dtype)
-        return DenseLinear(weight) if self._form == "plain" else quantised_linear(weight, self._form, is_whole=is_whole)
+        return linear_in_form(weight, self._form, is_whole=is_whole)
 
     def _keeps_scaled(self, pieces: Sequence[WeightPiece]) -> bool:
         """Whether the weight stays in FP8."""

@@ -56,7 +56,10 @@ def parts_of_a_slot(setup: EngineSetup) -> list[PagePart]:
     for place in grid.ranks:
         sharding = Sharding(grid, place.rank, model.num_q_heads, model.num_kv_heads)
         layers, heads = model.cached_layers(*sharding.extent("layers", model.num_layers)), sharding.kv_extent
-        own = replace(setup.layout, num_layers=layers[1] - layers[0], kv_heads=heads[1] - heads[0])
+        last = setup.drafts if place.pp == grid.pp - 1 else None
+        drafts = last.layout_of(grid, place.rank).bytes_per_token if last else 0
+        held, stored = layers[1] - layers[0], heads[1] - heads[0]
+        own = replace(setup.layout, num_layers=held, kv_heads=stored, draft_bytes=drafts)
         sizes[place.pp, place.head_shard] = _HEADER_BYTES + own.bytes_per_token * setup.config.cache.page_size
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
     keys = [(place.pp, place.head_shard) for place in grid.ranks]
@@ -137,18 +140,20 @@ def _free_memory() -> int:
 class PageStore:
     """Copies pages between a rank's pool and its part of the slots.
 
-    A record is a header (the page's key, and on disk a checksum) and the rank's layers and heads of the page. With
-    `streams`, and on a GPU, copies go through `PageStaging`.
+    A record is a header (the page's key, and on disk a checksum) and the rank's layers and heads of the page; those of
+    a checkpoint of its own that drafts are in the pool `drafts`. With `streams`, and on a GPU, copies go through
+    `PageStaging`.
     """
 
-    def __init__(self, setup: EngineSetup, rank: int, pool: KVPool, streams: Streams | None = None) -> None:
+    def __init__(
+        self, setup: EngineSetup, rank: int, pool: KVPool, streams: Streams | None = None, drafts: KVPool | None = None
+    ) -> None:
         offload, page_size = setup.config.cache.offload, setup.config.cache.page_size
         self._part = parts_of_a_slot(setup)[rank]
         self._shard = setup.grid.ranks[rank].shard
-        caches = list(pool.layers.values())
-        values, scales = [cache.values for cache in caches], [c.scales for c in caches if c.scales is not None]
-        # values of all layers, and scales of all layers if the cache is quantised
-        self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in (values, scales) if kind]
+        # of each pool the values of all layers, and the scales of all layers if the cache is quantised
+        kinds = [kind for one in (pool, drafts) if one is not None for kind in _kinds(one)]
+        self._pages = [[_by_page(rows, page_size) for rows in kind] for kind in kinds]
         self._sizes = [sum(page[:, :, 0].numel() for page in pages) for pages in self._pages]
         self._scratch = torch.empty(self._part.record_bytes, dtype=torch.uint8)
         # another one for loads: one step may still save when the next one loads
@@ -288,6 +293,13 @@ class PageStore:
 
 def _nothing() -> None:
     """Nothing to wait for."""
+
+
+def _kinds(pool: KVPool) -> list[list[Tensor]]:
+    """The tensors of a pool, in lists of one shape."""
+    caches = list(pool.layers.values())
+    values, scales = [cache.values for cache in caches], [c.scales for c in caches if c.scales is not None]
+    return [kind for kind in (values, scales) if kind]
 
 
 def _by_page(rows: Tensor, page_size: int) -> Tensor:

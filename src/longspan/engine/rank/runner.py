@@ -121,7 +121,7 @@ class Runner:
         self._sampler = Sampler()
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
-        self._failed: set[str] = set()  # ids of requests that cannot go on, of which more steps may be in flight
+        self._failed: dict[str, str] = {}  # why requests cannot go on, of which more steps may be in flight
         self.cuda_graphs = parts.cuda_graphs
         self.transfer = parts.transfer
         self._store = parts.store
@@ -194,7 +194,8 @@ class Runner:
 
     def _draft(self, drafter: Drafter, plan: StepPlan, view: RankView, hidden: Tensor, sampled: Tensor) -> ReadDrafts:
         """Start drafting after the tokens `sampled` int64 [samples], from the rows' `hidden` [T, hidden]."""
-        return drafter.draft(SampledStep(plan, view, hidden, sampled), self._mirror.requests)
+        with self._groups.context.traffic.within("drafts"):
+            return drafter.draft(SampledStep(plan, view, hidden, sampled), self._mirror.requests)
 
     def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
         """Hidden states [T, hidden] after the layers of this stage."""
@@ -244,16 +245,15 @@ class Runner:
             if draft:
                 draft(self._integers(()))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        errors, sampling = self._sample(logits, view.samples, recorded)
+        sampling = self._sample(logits, view.samples, recorded)
         drafts = draft(sampling.token_ids) if draft else tuple
 
         def finish() -> StepResult:
             if not returns:
                 return StepResult()
             sampled = sampling.finish()
-            tokens = tuple(token for token in sampled.tokens if token.request_id not in errors)
             found = tuple(chain.from_iterable(read() for read in scores))
-            return StepResult(tokens, found, {**errors, **sampled.errors}, drafts=drafts())
+            return StepResult(tuple(sampled.tokens), found, sampled.errors, drafts=drafts())
 
         return finish
 
@@ -295,48 +295,39 @@ class Runner:
     def _integers(self, values: Sequence[int]) -> Tensor:
         return integers(values, self._device)
 
-    def _sample(
-        self, logits: Tensor, samples: tuple[SampleRequest, ...], recorded: RecordedDraw | None
-    ) -> tuple[dict[str, str], Sampling]:
-        """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be.
-
-        Returns the errors of requests that cannot go on, by request id, and the sampling: these rows are in it too, as
-        greedy ones, because to take rows out of the logits costs more.
-        """
-        rows: list[SampleRow] = []
-        errors: dict[str, str] = {}
-        for wanted in samples:
-            try:
-                row = None if wanted.request_id in self._failed else self._row(wanted)
-            except RequestError as error:
-                errors[wanted.request_id] = str(error)
-                self._failed.add(wanted.request_id)
-                row = None
-            rows.append(row or SampleRow(wanted.request_id, _GREEDY, 0, wanted.position))
+    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...], recorded: RecordedDraw | None) -> Sampling:
+        """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be."""
+        rows = [self._row(wanted) for wanted in samples]
         sampling = self._sampler.start(logits, rows, recorded)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
             self._sampled_rows = {row.request_id: number for number, row in enumerate(rows)}
-        return errors, sampling
+        return sampling
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
-        request_id, position = wanted.request_id, wanted.position
+        """The row to sample. One for which no token may be sampled has an error, and is greedy."""
+        request_id, position, drafts = wanted.request_id, wanted.position, wanted.drafts
         known, constraint = self._mirror.requests[request_id], self._constraints.get(request_id)
-        params, seed = known.params, known.seed
         allowed: bytes | None = None
         banned: Sequence[int] = ()
-        if constraint is not None:
-            allowed, banned = constraint.masks(position, known.output(position))
-        if not known.history:
-            return SampleRow(request_id, params, seed, position, allowed=allowed, banned=banned)
-        drafts = position - (known.settled - known.num_prompt)
-        return SampleRow(request_id, params, seed, position, known.history, known.num_prompt, drafts, allowed, banned)
+        error = self._failed.get(request_id, "")
+        if constraint is not None and not error:
+            try:
+                allowed, banned = constraint.masks(position, known.output(position), drafts)
+            except RequestError as problem:
+                error = str(problem)
+                if not drafts:
+                    self._failed[request_id] = error
+        if error:
+            return SampleRow(request_id, _GREEDY, 0, position, drafts=drafts, error=error)
+        params, history = known.params, known.history
+        return SampleRow(request_id, params, known.seed, position, history, known.num_prompt, drafts, allowed, banned)
 
     def _apply(self, plan: StepPlan) -> None:
         self._mirror.apply(plan)
         for request_id in plan.finished:
             self._constraints.pop(request_id, None)
-            self._failed.discard(request_id)
+            self._failed.pop(request_id, None)
             self._sampler.forget(request_id)
         for admission in plan.admitted:
             if admission.params.constrains:

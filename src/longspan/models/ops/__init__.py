@@ -13,12 +13,16 @@ from longspan.models.ops.base import LayerOps, RopeTable
 from longspan.models.ops.plain import PlainOps
 
 
-def choose_ops(device: torch.device) -> LayerOps:
-    """Triton's kernels on a GPU, if Triton is installed; otherwise PyTorch's operations."""
+def choose_ops(device: torch.device, compiled: bool = False) -> LayerOps:
+    """Triton's kernels on a GPU, if Triton is installed; on a CPU compiled ones if asked for; else PyTorch's."""
     if device.type == "cuda" and find_spec("triton"):
         from longspan.models.ops.triton import TritonOps
 
         return TritonOps()
+    if compiled:
+        from longspan.models.ops.compiled import CompiledOps
+
+        return CompiledOps()
     return PlainOps()
 
 

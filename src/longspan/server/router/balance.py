@@ -18,7 +18,7 @@ _REMEMBERED = 1 << 16  # blocks remembered for each instance
 Block = bytes
 
 
-def blocks_of(prompt: bytes) -> list[Block]:
+def blocks_of(prompt: bytes | memoryview) -> list[Block]:
     """A key for each block of a prompt. It covers the blocks before it too, so equal prefixes have equal keys."""
     found: list[Block] = []
     key = b""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Barrier, Thread
 
 import torch
 
 from longspan.attention.calibrate import combine
-from longspan.config import CostConstants
+from longspan.config import CostConstants, SchedulerConfig
 from longspan.engine.cores import share_of_cores, threads_per_rank
 from longspan.engine.driver.executors.base import require_open
 from longspan.engine.memory_use import MemoryUse
@@ -26,6 +27,7 @@ from longspan.engine.rank.steps import StepLoop
 from longspan.engine.setup import EngineSetup
 from longspan.errors import LongspanError, WorkerDied
 from longspan.parallel.collectives import Collectives, Traffic
+from longspan.parallel.grid import Grid
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.parallel.trace import Trace, TraceSpan
 from longspan.plan.plan import StepPlan
@@ -34,6 +36,8 @@ from longspan.plan.result import StepResult
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 5.0  # until the threads are left behind, if one of them hangs
 _Outcome = StepResult | BaseException
+# torch's threads, what is called, and where what it raised is put
+_WideCall = tuple[int, Callable[[], None], SimpleQueue[BaseException | None]]
 
 
 class ThreadExecutor:
@@ -46,11 +50,13 @@ class ThreadExecutor:
         self._hangs = False  # whether a thread may never end
         self._fabric = ThreadFabric(size)
         self._traffic = [Traffic(trace=Trace(setup.config.trace, setup.device())) for _ in range(size)]
+        self._step_starts = _step_starts(setup.grid, setup.config.scheduler)
+        self._wide = _WideThread()
         self._inboxes: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in range(size)]  # None ends a rank
         self._outcomes: SimpleQueue[tuple[int, _Outcome]] = SimpleQueue()  # with the rank
         self._done: list[deque[StepResult]] = [deque() for _ in range(size)]  # results of each rank, not collected yet
         self._store = TensorStore.of(setup, setup.device())
-        self._vocabulary = build_vocabulary(setup)
+        self.vocabulary = build_vocabulary(setup)  # for grammars, shared by all ranks
         self._measured: list[CostConstants] = []
         self._runners: dict[int, Runner] = {}
         self._memory: MemoryUse | None = None  # the same number of pages on all ranks
@@ -114,11 +120,14 @@ class ThreadExecutor:
         """See `Executor.shutdown`."""
         self._closed = True
         self._fabric.abort()
+        for start in self._step_starts:
+            start.abort()
         for inbox in self._inboxes:
             inbox.put(None)
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()) if self._hangs else None)
+        self._wide.close()
 
     def _call(self, while_waiting: Callable[[], None]) -> None:
         try:
@@ -132,7 +141,7 @@ class ThreadExecutor:
         """The main function of a rank's thread."""
         torch.set_num_threads(threads_per_rank(self.setup.config))
         try:
-            built = build_runner(self.setup, rank, self._store, self._vocabulary, lambda group: self._open(group, rank))
+            built = build_runner(self.setup, rank, self._store, self.vocabulary, lambda group: self._open(group, rank))
             self._traffic[rank].reset()  # the calibration's traffic does not count
             runner = self._runners[rank] = built.runner
             if built.constants:
@@ -150,12 +159,26 @@ class ThreadExecutor:
         loop = StepLoop(runner, answer, answer)
         while (plan := inbox.get()) is not None:
             try:
-                torch.set_num_threads(self._threads_for(rank, plan))
-                loop.take(plan)
+                if self._step_starts:
+                    self._step_starts[rank].wait()
+                self._compute(self._threads_for(rank, plan), partial(loop.take, plan))
             except BaseException as error:
                 answer(error)
         loop.close()
         runner.close()
+
+    def _compute(self, threads: int, call: Callable[[], None]) -> None:
+        """Call with a number of torch's threads: all cores are used by one thread of this process, whosever step it is.
+
+        OpenMP keeps the threads of every thread that has computed with several. With more of them than cores it lets
+        them sleep between two operations, and waking them costs more than many an operation of a decode step.
+        """
+        is_alone = threads == share_of_cores(1) > threads_per_rank(self.setup.config)
+        if is_alone and self.setup.device_type == "cpu":
+            self._wide.run(threads, call)
+        else:
+            torch.set_num_threads(threads)
+            call()
 
     def _threads_for(self, rank: int, plan: StepPlan) -> int:
         """The number of torch's threads for a rank in a step.
@@ -170,3 +193,45 @@ class ThreadExecutor:
 
     def _open(self, group: Sequence[int], rank: int) -> Collectives:
         return ThreadedCollectives(self._fabric, group, rank, self._traffic[rank])
+
+
+class _WideThread:
+    """A thread that makes calls for others, one at a time, with several of torch's threads."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[_WideCall | None] = SimpleQueue()  # None ends the thread
+        self._thread = Thread(target=self._serve, name="longspan-wide", daemon=True)
+        self._thread.start()
+
+    def run(self, threads: int, call: Callable[[], None]) -> None:
+        """Wait for a call. Raises what it raises."""
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()  # of this call: another rank may wait for its own
+        self._calls.put((threads, call, ended))
+        if error := ended.get():
+            raise error
+
+    def close(self) -> None:
+        """End the thread after its call."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (wanted := self._calls.get()) is not None:
+            threads, call, ended = wanted
+            torch.set_num_threads(threads)
+            try:
+                call()
+            except BaseException as error:
+                ended.put(error)
+            else:
+                ended.put(None)
+
+
+def _step_starts(grid: Grid, scheduler: SchedulerConfig) -> list[Barrier]:
+    """For each rank, what the ranks of its context group wait at before each step; empty if steps never overlap.
+
+    A rank may read pages of another one in place, until the end of a step, and the other's next step may write to them.
+    """
+    if not scheduler.async_scheduling and grid.pp == 1:
+        return []
+    made = {group: Barrier(len(group)) for group in map(grid.context_group, range(grid.world_size))}
+    return [made[grid.context_group(rank)] for rank in range(grid.world_size)]

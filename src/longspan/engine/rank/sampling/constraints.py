@@ -24,15 +24,18 @@ class Constraint:
         listed = params.allowed_token_ids
         self._listed = None if listed is None else token_bits(listed, self._size)
 
-    def masks(self, position: int, output_token_ids: Sequence[int]) -> tuple[bytes | None, Sequence[int]]:
+    def masks(
+        self, position: int, output_token_ids: Sequence[int], drafts: int = 0
+    ) -> tuple[bytes | None, Sequence[int]]:
         """Which tokens may be at index `position` of the output, after `output_token_ids`, which are all before it.
 
         Returns (allowed, banned): `rows.token_bits` or None for all, and ids that are not sampled either. The output is
-        read only where `params.needs_output`. Raises `RequestError` if no token is left.
+        read only where `params.needs_output`; its last `drafts` tokens are drafts. Raises `RequestError` if no token is
+        left, or if a grammar does not allow the drafts.
         """
         early = self._ends if position < self._params.min_tokens else set()
         banned = self._ends_of_words(output_token_ids)
-        allowed = None if self._matcher is None else self._matcher.allowed(output_token_ids)
+        allowed = None if self._matcher is None else self._matcher.allowed(output_token_ids, drafts)
         if self._listed is not None:
             allowed = self._listed if allowed is None else both(allowed, self._listed)
         if allowed is None and len(banned | early) < self._size:

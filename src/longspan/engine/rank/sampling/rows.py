@@ -38,6 +38,8 @@ class SampleRow(NamedTuple):
     allowed: bytes | None = None
     # further tokens that may not be sampled
     banned: Sequence[int] = ()
+    # why none may be sampled
+    error: str = ""
 
     @property
     def is_greedy(self) -> bool:

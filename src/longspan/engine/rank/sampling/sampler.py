@@ -25,6 +25,8 @@ from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
+_ROWS_AT_ONCE = 32  # on a CPU, where something is made from the logits
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,10 +42,18 @@ class Sampling:
 class Sampled:
     """The result of sampling a batch."""
 
-    # tokens of requests whose rows could all be sampled, in the order of the rows
+    # tokens of requests that can go on, in the order of the rows. A row behind drafts has none if it cannot be sampled
     tokens: list[SampledToken]
     # by request id, why a request cannot go on
     errors: dict[str, str]
+
+    @staticmethod
+    def joined(parts: Sequence[Sampled]) -> Sampled:
+        """The results of parts of a batch as one."""
+        return Sampled(
+            [token for part in parts for token in part.tokens],
+            {request_id: error for part in parts for request_id, error in part.errors.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ class Sampler:
         The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
         probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
         `Sampling.finish` is called, and nothing that is copied to it waits for it. A row that holds NaN or +inf, or
-        nothing but -inf, is an error of its request alone.
+        nothing but -inf, is an error of its request alone, and so is one with an error of its own. Behind drafts it is
+        none: they may be wrong. The row is computed again once the tokens before it are known.
 
         Raises:
             EngineError: the shape does not fit the rows.
@@ -121,11 +132,13 @@ class Sampler:
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
         batch, upload = self._batch, OneCopy()
-        some = 0 < len(batch.described) < len(rows)
-        wanted = upload.integers(batch.described) if some else None
         chosen = [
             i for i, row in enumerate(rows) if row.allowed is not None or row.banned or i in batch.changing
         ]  # fmt: skip
+        if draw is None and len(rows) > _ROWS_AT_ONCE and (chosen or batch.described):
+            return self._start_in_parts(logits, rows)
+        some = 0 < len(batch.described) < len(rows)
+        wanted = upload.integers(batch.described) if some else None
         recorded = None if chosen or draw is None else recorded
         of_step = batch.draw is not None and recorded is None
         positions = upload.integers(row.position for row in rows) if of_step else None
@@ -151,6 +164,13 @@ class Sampler:
             results += describe(about[0], about[1], max(counts))
         return Sampling(token_ids, _finish(start_reading(results), tuple(rows), batch.described, counts))
 
+    def _start_in_parts(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
+        """See `start`. What it makes from the logits is as large as they are, so it is made for some rows at a time."""
+        steps = range(0, len(rows), _ROWS_AT_ONCE)
+        parts = [self.start(logits[at : at + _ROWS_AT_ONCE], rows[at : at + _ROWS_AT_ONCE]) for at in steps]
+        token_ids = torch.cat([part.token_ids for part in parts])
+        return Sampling(token_ids, lambda: Sampled.joined([part.finish() for part in parts]))
+
 
 def _finish(
     read: Callable[[], list[Tensor]], rows: Sequence[SampleRow], described: Sequence[int], counts: Sequence[int]
@@ -160,11 +180,12 @@ def _finish(
     def finish() -> Sampled:
         (tokens, bits), *logprobs = read()
         found = dict(zip(described, on_host(logprobs, counts), strict=True)) if described else {}
-        errors = _not_finite(bits.int().view(torch.float32), rows)
+        problems = _problems(bits.int().view(torch.float32), rows)
+        errors = {rows[i].request_id: problem for i, problem in problems.items() if not rows[i].drafts}
         good = [
             SampledToken(row.request_id, token, found.get(i), row.position)
             for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
-            if row.request_id not in errors
+            if i not in problems and row.request_id not in errors
         ]
         return Sampled(good, errors)
 
@@ -250,14 +271,15 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     return ids[: int((mass < top_p).sum()) + 1]
 
 
-def _not_finite(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[str, str]:
-    """Errors of rows that cannot be sampled, by request id, given the maximum of each row, `peaks` fp32 [R].
+def _problems(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[int, str]:
+    """Why rows cannot be sampled, by their index, given the maximum of each row, `peaks` fp32 [R].
 
     The maximum of a row with NaN is NaN, so it shows every such row.
     """
     return {
-        row.request_id: f"logits at output position {row.position} have maximum {peak}: no token can be sampled; check "
-        "the weights, or use a wider dtype (float32) if activations overflow"
-        for row, peak in zip(rows, peaks.tolist(), strict=True)
-        if not math.isfinite(peak)
+        i: row.error
+        or f"logits at output position {row.position} have maximum {peak}: no token can be sampled; check the weights, "
+        "or use a wider dtype (float32) if activations overflow"
+        for i, (row, peak) in enumerate(zip(rows, peaks.tolist(), strict=True))
+        if row.error or not math.isfinite(peak)
     }

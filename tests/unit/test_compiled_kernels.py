@@ -1,0 +1,215 @@
+"""Kernels that are compiled for the CPU equal PyTorch's operations, and a machine without them says why."""
+
+import atexit
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longspan.attention.backends.compiled import CompiledBackend
+from longspan.attention.backends.reference import ReferenceBackend
+from longspan.attention.rows import CacheRows
+from longspan.cache.pages import Span
+from longspan.compiled import library
+from longspan.compiled.library import KernelProblem, address, open_kernels, problem_of_kernels
+from longspan.engine.computation import choose_kernels
+from longspan.errors import ConfigError
+from longspan.models.layers import PanelLinear
+from longspan.models.ops import PlainOps, choose_ops
+from longspan.parallel.heads import HeadBlock
+from longspan.plan.reach import QueryRun
+
+compiled = pytest.mark.skipif(problem_of_kernels() is not None, reason=f"no kernels: {problem_of_kernels()}")
+PLAIN = PlainOps()
+ROWS = [0, 1, 2, 3, 5, 13, 530]
+CPU = torch.device("cpu")
+COMPILE = library._compile
+
+
+@pytest.fixture
+def ops():
+    return choose_ops(CPU, compiled=True)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [(96, 64), (61, 7)], ids=str)
+def test_a_product_by_panels_is_the_plain_one_and_a_row_does_not_depend_on_the_others(rows, size):
+    x, weight, bias = normal(rows, size[1]), normal(*size), normal(size[0])
+    product = PanelLinear(weight)
+    for offset in (None, bias):
+        assert_same(product(x, offset), F.linear(x, weight, offset))
+    assert all(torch.equal(product(row[None])[0], found) for row, found in zip(x[:20], product(x), strict=False))
+
+
+@compiled
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [64, 7])
+def test_norms_and_swiglu_are_the_plain_ones_on_strided_rows_too(ops, rows, width):
+    x, residual, weight = normal(rows, width + 3)[:, :width], normal(rows, width), normal(width)
+    assert_same(ops.norm(x, weight, 1e-5), PLAIN.norm(x, weight, 1e-5))
+    for found, expected in zip(
+        ops.add_norm(x, residual, weight, 1e-5), PLAIN.add_norm(x, residual, weight, 1e-5), strict=True
+    ):
+        assert_same(found, expected)
+    gate_up = 30 * normal(rows, 2 * width + 5)[:, : 2 * width]
+    assert_same(ops.swiglu(gate_up), PLAIN.swiglu(gate_up))
+
+
+@compiled
+def test_a_norm_may_overwrite_its_rows(ops):
+    x, weight = normal(3, 16), normal(16)
+    expected = PLAIN.norm(x, weight, 1e-5)
+    assert ops.norm(x, weight, 1e-5, out=x) is x
+    assert_same(x, expected)
+
+
+@compiled
+def test_what_is_not_a_number_stays_so(ops):
+    gate_up = torch.tensor([[float("nan"), -1e9, 1e9, 1.0] * 8])
+    torch.testing.assert_close(ops.swiglu(gate_up), PLAIN.swiglu(gate_up), equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 200])
+def test_heads_are_rotated_in_place_as_plainly(ops, rows, interleaved, normed):
+    table = PLAIN.rope_table(torch.arange(rows), torch.rand(16), 1.0, torch.float32)
+    found, expected = normal(rows, 5, 48), normal(rows, 5, 48)
+    norms = (normal(48), normal(48) + 1) if normed else ()
+    for x, form in ((found, ops), (expected, PLAIN)):
+        form.rope((x[:, :3], x[:, 3:]), table, norms, 1e-5, interleaved)
+    assert_same(found, expected)
+
+
+RUNS = (
+    QueryRun(0, 1, (Span(3, 9),)),
+    QueryRun(2, 3, (Span(20, 1), Span(0, 2), Span(30, 7))),
+    QueryRun(5, 1, ()),
+    QueryRun(6, 1, (Span(100, 300), Span(900, 400))),  # divided among threads
+    QueryRun(7, 2, (Span(100, 300), Span(900, 400))),
+    QueryRun(9, 250, (Span(400, 90), Span(100, 205), Span(700, 120)), causal=True),
+    QueryRun(262, 4, (Span(5, 3), Span(11, 4)), (0, 2, 6, 7)),  # the last row sees nothing
+    QueryRun(266, 100, (Span(5, 200),), tuple(range(50, 150)), causal=True),
+)
+"""Row 1 and some more are in no run."""
+
+
+@compiled
+@pytest.mark.parametrize("kv_factor", [1, 2])
+@pytest.mark.parametrize("dim", [16, 80])
+@pytest.mark.parametrize("blocks", [(HeadBlock(0, 9, 0, 3),), (HeadBlock(0, 8, 0, 2), HeadBlock(8, 9, 2, 3))], ids=len)
+def test_attention_over_runs_of_all_kinds_equals_the_reference(blocks, dim, kv_factor):
+    q, kv = normal(370, 9, dim), CacheRows(normal(kv_factor, 3, 1400, dim))
+    found = CompiledBackend().attend(q, RUNS, kv, blocks, 0.3)
+    expected = ReferenceBackend().attend(q, RUNS, kv, blocks, 0.3)
+    assert_same(found.out, expected.out.float())
+    assert_same(found.lse, expected.lse.float())
+
+
+@compiled
+def test_rows_of_queries_may_be_strided_and_slots_that_nobody_sees_are_not_read():
+    seen = torch.cat([torch.arange(span.slot, span.slot + span.length) for run in RUNS for span in run.spans])
+    kv = torch.full((2, 3, 1400, 16), float("nan"))
+    kv[:, :, seen] = normal(2, 3, len(seen), 16)
+    q = normal(370, 2, 9, 32)[:, 1, :, ::2]
+    blocks = (HeadBlock(0, 9, 0, 3),)
+    found = CompiledBackend().attend(q, RUNS, CacheRows(kv), blocks, 0.3)
+    assert_same(found.out, ReferenceBackend().attend(q, RUNS, CacheRows(kv), blocks, 0.3).out.float())
+
+
+@compiled
+def test_a_kernel_refuses_what_it_would_misread():
+    for wrong in (torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(4, 2).t()):
+        with pytest.raises(TypeError, match="takes fp32 rows of adjacent elements"):
+            address(wrong)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The folders into which kernels were compiled: without optimisation, and once for all tests."""
+
+    def compile_once(folder):
+        compilations.append(folder)
+        return Path(shutil.copy(unoptimised(), folder / "kernels.so"))
+
+    compilations: list[Path] = []
+    monkeypatch.setattr(library, "_compile", compile_once)
+    return compilations
+
+
+@cache
+def unoptimised():
+    folder = TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "_FLAGS", ("-O0", *library._FLAGS[1:]))
+        return COMPILE(Path(folder.name))
+
+
+@compiled
+def test_kernels_are_compiled_once_and_kept(tmp_path, compilations):
+    for _ in range(2):
+        assert open_kernels(tmp_path / "cache").lanes() >= 4
+    assert len(compilations) == 1
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+@compiled
+def test_a_damaged_file_is_replaced(tmp_path, compilations):
+    kept = tmp_path / f"kernels-{library._fingerprint()}.so"
+    kept.write_bytes(b"damaged")
+    open_kernels(tmp_path)
+    assert kept.read_bytes()[:4] == b"\x7fELF"
+
+
+@compiled
+def test_a_file_that_others_could_have_written_is_not_opened(tmp_path, compilations):
+    (tmp_path / f"kernels-{library._fingerprint()}.so").write_bytes(b"from another user")
+    tmp_path.chmod(0o777)
+    open_kernels(tmp_path)
+    open_kernels(tmp_path)
+    assert len(compilations) == 2
+
+
+@compiled
+def test_kernels_do_without_a_folder_that_can_be_written(tmp_path, compilations):
+    (tmp_path / "file").write_text("")
+    assert open_kernels(tmp_path / "file" / "cache").lanes() >= 4
+
+
+@pytest.mark.parametrize(
+    ("compiler", "problem"),
+    [(None, "there is no C++ compiler"), ("/bin/false", "/bin/false fails"), (os.devnull, "does not run")],
+)
+def test_a_machine_that_cannot_compile_says_why_and_computes_plainly(compiler, problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "_compiler", lambda: compiler)
+    with pytest.raises(KernelProblem, match=re.escape(problem)) as raised:
+        open_kernels(tmp_path)
+    monkeypatch.setattr("longspan.engine.computation.problem_of_kernels", lambda: str(raised.value))
+    kind, line = choose_kernels("auto", "cpu", torch.float32)
+    assert kind == "plain" and problem in line
+    with pytest.raises(ConfigError, match=f"cpu_kernels=compiled: .*{re.escape(problem)}.*use auto or plain"):
+        choose_kernels("compiled", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
+def test_kernels_serve_fp32_on_a_cpu_only(device, dtype):
+    assert choose_kernels("auto", device, dtype) == ("plain", "")
+    with pytest.raises(ConfigError, match="they compute in float32 on a CPU"):
+        choose_kernels("compiled", device, dtype)
