@@ -43,7 +43,8 @@ ENGINE_OPTIONS = {
     "--schedule", "--speculative", "--executor", "--dtype", "--seed", "--num-threads", "--debug", "--json", "--help",
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--cpu-kernels", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory",
-    "--kv-offload-disk", "--scheduling-policy", "--tokenizer", "--revision", "--load-format", "--cudagraph-capture-sizes",
+    "--kv-offload-disk", "--scheduling-policy", "--tokenizer", "--revision", "--load-format",
+    "--cudagraph-capture-sizes",
 }  # fmt: skip
 LISTEN_OPTIONS = {
     "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",
