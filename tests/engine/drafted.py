@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from longspan import LLM, SamplingParams
@@ -24,6 +26,13 @@ def named(cases):
 
 def tokens_of(llm, prompts=PROMPTS, params=GREEDY):
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+@cache
+def plain_tokens(folder, prompts=None, params=GREEDY, **options):
+    """The tokens without drafts. `prompts` are tuples, so that they are computed once."""
+    with start(folder, **options) as llm:
+        return tokens_of(llm, PROMPTS if prompts is None else [list(prompt) for prompt in prompts], params)
 
 
 def drafts_in(llm):

@@ -9,7 +9,7 @@ import torch
 
 from longspan import ConfigError, ModelError, SamplingParams
 from tests.drafting import DRAFT_VOCAB, ReferenceEagle3, changed_folder, eagle3_folder, predictable_folder
-from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, named, start, tokens_of
+from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, named, plain_tokens, start, tokens_of
 from tests.oracle import VOCAB, prompt_of, tiny_folder
 from tests.pairs import every_pair
 
@@ -33,11 +33,9 @@ def drafting():
         llm.shutdown()
 
 
-@cache
 def plain(name="llama-seven", prompts=None, params=GREEDY, **options):
     """The tokens without drafts, of one rank."""
-    with start(target(name), **options) as llm:
-        return tokens_of(llm, PROMPTS if prompts is None else [list(prompt) for prompt in prompts], params)
+    return plain_tokens(target(name), prompts, params, **options)
 
 
 @cache

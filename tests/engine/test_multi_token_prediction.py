@@ -13,11 +13,9 @@ from longspan.plan.drafts import AcceptedRow, accepted_rows
 from longspan.plan.plan import Segment
 from tests.drafting import ReferenceDrafts, folder_with_module
 from tests.engine.conftest import SHORT, THREADS
+from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, plain_tokens, tokens_of
 from tests.oracle import prompt_of, tiny_folder
 from tests.pairs import each_value, every_pair
-
-PROMPTS = [prompt_of(33), prompt_of(7, 3) * 2, prompt_of(50, 2)]
-GREEDY = SamplingParams(temperature=0, max_tokens=14)
 
 
 @pytest.fixture
@@ -44,31 +42,9 @@ def reference(kind, stages=1):
     return ReferenceDrafts(folder_of(kind, stages), 4 if stages > 1 else 2)
 
 
-@cache
 def plain(kind, stages=1, prompts=None, params=GREEDY, **options):
     """The tokens without drafts, of one rank."""
-    with LLM(folder_of(kind, stages), **{**THREADS, **options}) as llm:
-        return tokens_of(llm, PROMPTS if prompts is None else [list(prompt) for prompt in prompts], params)
-
-
-def tokens_of(llm, prompts=PROMPTS, params=GREEDY):
-    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-
-
-def drafts_in(llm):
-    """(text so far, what is drafted after it), of every step and request from now on."""
-    scheduler, found = llm.engine.scheduler, []
-    commit = scheduler.commit
-
-    def recorded(plan, result):
-        counted = commit(plan, result)
-        for request in {token.request_id for token in counted.tokens}:
-            sequence = scheduler._sequences[request]
-            found.append((tuple(sequence.tokens), tuple(sequence.expected)))
-        return counted
-
-    scheduler.commit = recorded
-    return found
+    return plain_tokens(folder_of(kind, stages), prompts, params, **options)
 
 
 AXES = {

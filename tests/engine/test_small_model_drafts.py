@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from longspan import ConfigError, ModelError, SamplingParams
 from tests.drafting import changed_folder, predictable_folder
-from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, named, start, tokens_of
+from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, named, plain_tokens, start, tokens_of
 from tests.oracle import VOCAB, greedy, prompt_of, tiny_folder
 from tests.pairs import every_pair
 
@@ -34,11 +34,9 @@ def drafting():
         llm.shutdown()
 
 
-@cache
 def plain(target="llama", prompts=None, params=GREEDY, **options):
     """The tokens without drafts, of one rank."""
-    with start(predictable_folder(target), **options) as llm:
-        return tokens_of(llm, PROMPTS if prompts is None else [list(prompt) for prompt in prompts], params)
+    return plain_tokens(predictable_folder(target), prompts, params, **options)
 
 
 @cache
