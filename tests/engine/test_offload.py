@@ -134,7 +134,10 @@ def test_pages_damaged_on_disk_are_computed_again(small, layout):
 
 
 def test_a_full_disk_is_warned_of_once_and_costs_no_token(small, monkeypatch, caplog):
+    tried = []
+
     def full(*_: object) -> int:
+        tried.append(1)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwritev", full)
@@ -142,8 +145,8 @@ def test_a_full_disk_is_warned_of_once_and_costs_no_token(small, monkeypatch, ca
         for _ in range(2):
             assert tokens_of(llm) == expected("llama")
         counters = llm.stats().offload
-        assert counters.loaded_from_disk == counters.lost == 0
-        assert 0 < counters.spilled_to_disk < len(PROMPTS) * 15  # of the first step alone, not of every eviction
+        assert counters.spilled_to_disk == counters.loaded_from_disk == counters.lost == 0
+        assert 0 < len(tried) < 2 * len(PROMPTS) * 15  # by two ranks in the first step alone, not at every eviction
     assert [record.name for record in caplog.records].count("longspan.cache") == 1
 
 

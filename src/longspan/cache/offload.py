@@ -217,7 +217,6 @@ class OffloadIndex:
         slot, victim = placed
         spill = self._spill(victim) if victim is not None and self._first is Tier.MEMORY else None
         self._saves.append(PageSave(page, self._first, slot, key, spill))
-        self._counts["saved"] += 1
 
     def hold(self, key: Key) -> tuple[Tier, int]:
         """(tier, slot) of a key that some tier has. The slot stays busy until the step that loads it is settled."""
@@ -245,8 +244,11 @@ class OffloadIndex:
             if save.spill:
                 self._tiers[Tier.DISK].busy.discard(save.spill.key)
             written = save.spill.key if save.spill else save.key if save.tier is Tier.DISK else None
+            taken = number not in unsaved
+            self._counts["saved"] += taken or save.tier is Tier.MEMORY
+            self._counts["spilled_to_disk"] += taken and save.spill is not None
             if written is not None:
-                self._wrote(written, number not in unsaved)
+                self._wrote(written, taken)
         for number, load in enumerate(loads):
             self._tiers[load.tier].busy.discard(load.key)
             self._counts["lost" if number in lost else f"loaded_from_{load.tier}"] += 1
@@ -271,7 +273,6 @@ class OffloadIndex:
         placed = self._put(Tier.DISK, key)
         if placed is None:
             return None
-        self._counts["spilled_to_disk"] += 1
         return Spill(placed[0], key)
 
     def _put(self, tier: Tier, key: Key) -> tuple[int, Key | None] | None:
