@@ -18,12 +18,20 @@ from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
 from longspan.compiled import library
 from longspan.compiled.library import KernelProblem, address, open_kernels, problem_of_kernels
+from longspan.config import ParallelConfig
 from longspan.engine.computation import choose_kernels
+from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.errors import ConfigError
+from longspan.models.config import ModelConfig, RopeConfig
+from longspan.models.context import LayerContext
+from longspan.models.decoder import Embedding, Head
 from longspan.models.layers import PanelLinear
 from longspan.models.ops import PlainOps, choose_ops
+from longspan.parallel.grid import Grid
 from longspan.parallel.heads import HeadBlock
+from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import QueryRun
+from longspan.weights.checkpoint import RandomWeights
 
 compiled = pytest.mark.skipif(problem_of_kernels() is not None, reason=f"no kernels: {problem_of_kernels()}")
 PLAIN = PlainOps()
@@ -54,6 +62,31 @@ def test_a_product_by_panels_is_the_plain_one_and_a_row_does_not_depend_on_the_o
     for offset in (None, bias):
         assert_same(product(x, offset), F.linear(x, weight, offset))
     assert all(torch.equal(product(row[None])[0], found) for row, found in zip(x[:20], product(x), strict=False))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("first", [None, 0, 100])
+@pytest.mark.parametrize("size", [(96, 64), (61, 7)], ids=str)
+def test_rows_are_looked_up_in_panels_and_in_a_plain_table(ops, size, first, rows):
+    table, token_ids = normal(*size), torch.arange(2 * rows)[::2] % 180
+    token_ids = token_ids % size[0] if first is None else token_ids
+    expected = PLAIN.embed(token_ids, table, first)
+    for held in (table, PanelLinear(table).panels):
+        assert torch.equal(ops.embed(token_ids, held, first), expected)
+
+
+@compiled
+def test_a_head_that_is_the_embedding_table_is_stored_once(ops):
+    model = ModelConfig(
+        "LlamaForCausalLM", num_layers=1, hidden_size=48, num_q_heads=4, num_kv_heads=2, head_dim=12, vocab_size=61,
+        intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-5, rope=RopeConfig(),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    store = TensorStore(RandomWeights(), torch.float32, form="panels")
+    context = LayerContext(RankLoader(store, Sharding(Grid(ParallelConfig()), 0, 4, 2)), ops=ops)
+    assert Embedding(model, context)._table is Head(model, context)._product.panels
+    assert not store._tensors
 
 
 @compiled

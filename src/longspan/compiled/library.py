@@ -30,7 +30,7 @@ _SECONDS = 120.0  # a compiler that takes longer is given up
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _ARGUMENTS = {
     "pack": "ppii", "product": "ppppiii", "attend": "piippiippiiiifpippppip", "write": "piipiippiii",
-    "norm": "pipipppiiif", "swiglu": "pipii", "rope": "piipppfiiii",
+    "norm": "pipipppiiif", "swiglu": "pipii", "rope": "piipppfiiii", "lookup": "piipiiip",
 }  # fmt: skip
 
 
