@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.clock import seconds
 from longspan.config.products import EXACT_FORMS, QUANTISED_FORMS, ProductChoice
+from longspan.engine.free_memory import return_free_memory
 from longspan.errors import WeightError
 from longspan.models.context import Linear
 from longspan.models.params import Param
@@ -115,6 +116,7 @@ def _choose(
     form = forms[-1]
     if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
         times = _measure(tuple(forms), products.measured, products.dtype, products.threads)
+        return_free_memory()
         form = fastest(times)
         notes.append(f"products: {form} ({_ratios(times)})")
     if form in QUANTISED_FORMS:
