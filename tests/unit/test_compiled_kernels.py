@@ -17,6 +17,7 @@ from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
 from longspan.compiled import library
+from longspan.compiled.folder import KeptFiles
 from longspan.compiled.library import KernelProblem, address, open_kernels, problem_of_kernels
 from longspan.config import ParallelConfig
 from longspan.engine.computation import choose_kernels
@@ -198,32 +199,43 @@ def unoptimised():
 @compiled
 def test_kernels_are_compiled_once_and_kept(tmp_path, compilations):
     for _ in range(2):
-        assert open_kernels(tmp_path / "cache").lanes() >= 4
+        assert open_kernels(KeptFiles(tmp_path / "cache")).lanes() >= 4
     assert len(compilations) == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
 
 @compiled
-def test_a_damaged_file_is_replaced(tmp_path, compilations):
-    kept = tmp_path / f"kernels-{library._fingerprint()}.so"
-    kept.write_bytes(b"damaged")
-    open_kernels(tmp_path)
-    assert kept.read_bytes()[:4] == b"\x7fELF"
+@pytest.mark.parametrize("left", [0, 1000, -4096, -1])
+def test_a_file_that_was_cut_off_is_not_opened_but_replaced(tmp_path, compilations, left):
+    """The system would end a process that opens a part of a library."""
+    open_kernels(KeptFiles(tmp_path))
+    kept = tmp_path / f"kernels-{library.fingerprint()}.so"
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:left])
+    open_kernels(KeptFiles(tmp_path))
+    assert kept.read_bytes() == whole
+    assert len(compilations) == 2
 
 
 @compiled
-def test_a_file_that_others_could_have_written_is_not_opened(tmp_path, compilations):
-    (tmp_path / f"kernels-{library._fingerprint()}.so").write_bytes(b"from another user")
-    tmp_path.chmod(0o777)
-    open_kernels(tmp_path)
-    open_kernels(tmp_path)
+@pytest.mark.parametrize("of", ["the folder", "the file"])
+def test_a_file_that_others_could_have_written_is_not_opened(tmp_path, compilations, of):
+    open_kernels(KeptFiles(tmp_path))
+    (tmp_path if of == "the folder" else next(tmp_path.iterdir())).chmod(0o777)
+    open_kernels(KeptFiles(tmp_path))
     assert len(compilations) == 2
+
+
+def test_a_machine_without_room_for_the_compiler_computes_plainly(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    with pytest.raises(KernelProblem, match=r"they cannot be compiled: .*full"):
+        open_kernels(KeptFiles(tmp_path))
 
 
 @compiled
 def test_kernels_do_without_a_folder_that_can_be_written(tmp_path, compilations):
     (tmp_path / "file").write_text("")
-    assert open_kernels(tmp_path / "file" / "cache").lanes() >= 4
+    assert open_kernels(KeptFiles(tmp_path / "file" / "cache")).lanes() >= 4
 
 
 @pytest.mark.parametrize(
@@ -233,7 +245,7 @@ def test_kernels_do_without_a_folder_that_can_be_written(tmp_path, compilations)
 def test_a_machine_that_cannot_compile_says_why_and_computes_plainly(compiler, problem, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "_compiler", lambda: compiler)
     with pytest.raises(KernelProblem, match=re.escape(problem)) as raised:
-        open_kernels(tmp_path)
+        open_kernels(KeptFiles(tmp_path))
     monkeypatch.setattr("longspan.engine.computation.problem_of_kernels", lambda: str(raised.value))
     kind, line = choose_kernels("auto", "cpu", torch.float32)
     assert kind == "plain" and problem in line

@@ -10,13 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
 from math import ceil, log, prod
+from time import monotonic
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from longspan.clock import seconds
+from longspan.compiled.folder import NOTHING_KEPT, KeptFiles
+from longspan.compiled.library import fingerprint
 from longspan.config.products import EXACT_FORMS, QUANTISED_FORMS, ProductChoice
 from longspan.engine.free_memory import return_free_memory
 from longspan.errors import WeightError
@@ -29,7 +34,10 @@ FEW_ROWS, MANY_ROWS = (1, 8, 32), 128
 _SMALL_BYTES = 4 << 20  # of all weights in fp32, up to which exact forms are not compared
 _READ_BYTES = 48 << 20  # of fp32 weights that are read in turn, more than most caches hold: a step reads all weights
 _SLICE_BYTES = 8 << 20  # of one weight, at most; of a larger one its first rows are multiplied
-_ROUNDS = 3  # over all forms in turn: of each form the shortest counts
+# rounds over all rows and forms in turn: of each form the shortest time counts, so that another program's work does not
+_MOST_ROUNDS = 6  # at least two
+_SECONDS = 1.5  # after which there is no further round
+_MARGIN = 1.15  # by which any time may be wrong without changing a clear choice
 _PREFILL_LOSS = 1.1  # a form that takes this many times as long as the plain one with many rows is not chosen
 _ERROR_ROWS = 256  # of a weight of the model, of which the error is computed
 
@@ -85,11 +93,13 @@ class Products:
 
 
 def choose_products(
-    quantization: str, device_type: str, products_of_model: Callable[[], Products], compiled: bool = False
-) -> ProductChoice:
+    quantization: str, device_type: str, products_of_model: Callable[[], Products], compiled: bool = False,
+    kept: KeptFiles = NOTHING_KEPT,
+) -> ProductChoice:  # fmt: skip
     """The form that `quantization` asks for, or the fastest exact one. `compiled`: whether there are compiled kernels.
 
     What is not to be had is left out, with a line that says so. `products_of_model` is called only if a form is chosen.
+    `kept` has what was measured at earlier starts.
     """
     wanted = tuple(form for form in QUANTISED_FORMS if quantization in (form, "auto-fast"))
     if wanted and device_type != "cpu":
@@ -99,11 +109,11 @@ def choose_products(
     # in a thread of its own: OpenMP keeps the threads of every thread that has computed, and with more of them than
     # cores it lets all of them sleep between two operations, for as long as the engine runs
     with ThreadPoolExecutor(1) as apart:
-        return apart.submit(_choose, wanted, quantization == "auto-fast", products_of_model, compiled).result()
+        return apart.submit(_choose, wanted, quantization == "auto-fast", products_of_model, compiled, kept).result()
 
 
 def _choose(
-    wanted: Sequence[str], compares: bool, products_of_model: Callable[[], Products], compiled: bool
+    wanted: Sequence[str], compares: bool, products_of_model: Callable[[], Products], compiled: bool, kept: KeptFiles
 ) -> ProductChoice:
     problems = {form: problem_of_form(form) for form in wanted}
     notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
@@ -115,10 +125,9 @@ def _choose(
     products = products_of_model()
     form = forms[-1]
     if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
-        times = _measure(tuple(forms), products.measured, products.dtype, products.threads)
-        return_free_memory()
+        times, when = _times(tuple(forms), products, kept)
         form = fastest(times)
-        notes.append(f"products: {form} ({_ratios(times)})")
+        notes.append(f"products: {form} (measured{when}, {_ratios(times)})")
     if form in QUANTISED_FORMS:
         notes.append(_error_line(form, products))
     return ProductChoice(form, tuple(notes))
@@ -134,6 +143,33 @@ def fastest(times: Times) -> str:
     return min(possible, key=lambda form: sum(log(times[form][rows]) for rows in FEW_ROWS))
 
 
+def is_clear(times: Times) -> bool:
+    """Whether the choice would be the same if any one form had been measured to be faster or slower by `_MARGIN`."""
+    changed = (
+        {**times, form: {rows: taken * factor for rows, taken in times[form].items()}}
+        for form in times
+        for factor in (1 / _MARGIN, _MARGIN)
+    )
+    return len({fastest(times), *map(fastest, changed)}) == 1
+
+
+def _times(forms: Sequence[str], products: Products, kept: KeptFiles) -> tuple[Times, str]:
+    """The times of forms, and when they were measured: at an earlier start if that was clear, else now.
+
+    What is kept depends on the processor, PyTorch, the kernels, the weights' sizes and the number of threads.
+    """
+    of = repr((fingerprint(), forms, products.measured, products.dtype, products.threads))
+    name = f"products-{sha256(of.encode()).hexdigest()[:24]}.json"
+    with suppress(msgspec.MsgspecError):
+        if (content := kept.read(name)) is not None:
+            return msgspec.json.decode(content, type=Times), " at an earlier start"
+    times = _measure(forms, products.measured, products.dtype, products.threads)
+    return_free_memory()
+    if is_clear(times):
+        kept.keep(name, msgspec.json.encode(times))
+    return times, ""
+
+
 def _ratios(times: Times) -> str:
     plain = times["plain"]
     parts = [
@@ -142,7 +178,7 @@ def _ratios(times: Times) -> str:
         if form != "plain"
     ]
     rows = ", ".join(map(str, plain))
-    return f"measured, times of the plain form at {rows} rows: {'; '.join(parts)}"
+    return f"times of the plain form at {rows} rows: {'; '.join(parts)}"
 
 
 def _error_line(form: str, products: Products) -> str:
@@ -180,13 +216,16 @@ def _measure(forms: Sequence[str], weights: Sequence[_Weight], dtype: torch.dtyp
         for form in forms:
             layers[form].append((one.inputs, linear_in_form(values, form, is_whole=one.is_whole)))
     times: Times = {form: {} for form in forms}
-    for rows in (*FEW_ROWS, MANY_ROWS):
-        inputs_of = {inputs: torch.randn(rows, inputs, generator=generator).to(dtype) for _, inputs, _ in weights}
-        few = len(weights) * (1 if rows == MANY_ROWS else repeats)
-        for _ in range(_ROUNDS):
+    until = monotonic() + _SECONDS
+    for done in range(_MOST_ROUNDS):
+        for rows in (*FEW_ROWS, MANY_ROWS):
+            inputs_of = {inputs: torch.randn(rows, inputs, generator=generator).to(dtype) for _, inputs, _ in weights}
+            few = len(weights) * (1 if rows == MANY_ROWS else repeats)
             for form in forms:
                 taken = seconds(partial(_multiply, layers[form][:few], inputs_of))
                 times[form][rows] = min(taken, times[form].get(rows, taken))
+        if done and (is_clear(times) or monotonic() > until):
+            break
     return times
 
 
