@@ -124,7 +124,7 @@ def _compile(folder: Path) -> Path:
     """
     compiler = _compiler()
     if compiler is None:
-        raise KernelProblem(f"there is no C++ compiler ({' or '.join(_COMPILERS)})")
+        raise KernelProblem(f"there is no C++ compiler: install {' or '.join(_COMPILERS)}")
     compiled, linked = folder / "kernels.o", folder / "kernels.so"
     for command in (
         [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
