@@ -111,6 +111,9 @@ class MetaLoader:
         dtype = torch.float32 if any(param.exact for param in params) else self._dtype
         return torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=dtype, device=META)
 
+    def table(self, param: Param, is_multiplied: bool) -> Tensor:
+        return self.load(param)
+
     def linear(self, *params: Param) -> Linear:
         return DenseLinear(self.load(*params))
 

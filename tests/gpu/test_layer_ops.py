@@ -196,6 +196,9 @@ class RandomLoader:
         ]
         return torch.cat(parts)
 
+    def table(self, param: Param, is_multiplied: bool) -> torch.Tensor:
+        return self.load(param)
+
     def linear(self, *params: Param) -> DenseLinear:
         return DenseLinear(self.load(*params))
 

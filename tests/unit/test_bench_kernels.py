@@ -1,4 +1,4 @@
-"""`longspan bench attention|merge|kv-write|moe`: backends on small cases, what is counted, what cannot be measured."""
+"""`longspan bench attention|merge|kv-write|moe|linear` on small cases: what is counted, and what cannot be measured."""
 
 import json
 from dataclasses import replace
@@ -14,6 +14,7 @@ from longspan.bench.kernels.harness import Harness, as_json
 from longspan.cli import bench_kernels
 from longspan.clock import Clock, Timing
 from longspan.errors import ConfigError
+from tests.oracle import tiny_folder
 
 CEILINGS = Ceilings(copy=2e12, matmul=4e12)
 SMALL = {"heads": "mha", "seconds": 0.001, "as_json": True}
@@ -102,6 +103,34 @@ def test_moe_counts_the_chosen_experts_once_and_tells_the_error(capsys):
     assert all(0 < error < 1e-5 for error in found["errors"].values())
 
 
+def test_linear_measures_every_form_and_tells_bytes_operations_errors_and_how_to_repeat(capsys):
+    bench_kernels.linear(shapes="64x32", rows="1,3", seconds=0.001, as_json=True)
+    found = report(capsys)
+    rows = {(row["rows"], row["backend"]): row for row in found["rows"]}
+    assert list(rows) == [(count, name) for count in (1, 3) for name in ("plain", "packed", "panels", "fp16", "int8")]
+    sizes = {"plain": 4, "packed": 4, "panels": 4, "fp16": 2, "int8": 1}
+    for (count, name), row in rows.items():
+        assert row["bytes"] == sizes[name] * 64 * 32 + 4 * count * (64 + 32)
+        assert row["flops"] == 2 * count * 64 * 32
+    for name, error in found["errors"].items():
+        assert error == max(row["error"] for row in rows.values() if row["backend"] == name)
+        assert 0 < error < {"fp16": 2e-3, "int8": 5e-2}.get(name, 1e-5)
+    assert "fp16" not in found["errors"] or found["errors"]["fp16"] < found["errors"]["int8"]
+
+
+def test_a_row_of_linear_is_measured_alone_by_its_command(capsys):
+    bench_kernels.linear(shapes="64x32,32x64", rows="1,3", forms="plain", seconds=0.001, as_json=True)
+    given = report(capsys)["rows"][-1]["command"].split()
+    assert given[:3] == ["longspan", "bench", "linear"]
+    options = dict(zip(given[3::2], given[4::2], strict=True))
+    assert options == {"--device": "cpu", "--shapes": "32x64", "--rows": "3", "--forms": "plain"}
+
+
+def test_linear_takes_the_products_of_a_model(capsys):
+    bench_kernels.linear(model=tiny_folder("llama"), rows="1", forms="plain", seconds=0.001, as_json=True)
+    assert report(capsys)["shapes"] == [[97, 48], [128, 48], [48, 96], [160, 48], [48, 80]]
+
+
 @pytest.mark.parametrize("format, row_bytes", [("auto", 2 * 8 * 128 * 2), ("fp8", 2 * 8 * (128 + 4))])
 def test_decode_counts_the_cache_the_queries_and_the_results(format, row_bytes):
     moved, operations = AttentionCase(HEADS["gqa"], format, 3, 1, 100).size(harness())
@@ -157,6 +186,10 @@ def test_the_clock_stays_within_its_budget_and_repeats_three_times_at_least():
         (bench_kernels.merge, {"seconds": 0.0}, "seconds=0.0: must be positive"),
         (bench_kernels.moe, {"shape": "8x2x64"}, "shape=8x2x64: is not experts x choices x hidden x width"),
         (bench_kernels.moe, {"shape": "2x4x64x64"}, "shape=2x4x64x64: lets a row choose 4 of 2 experts"),
+        (bench_kernels.linear, {"shapes": "64"}, "shapes=64: is not outputs x inputs"),
+        (bench_kernels.linear, {"shapes": "0x64"}, "shapes=0x64: is not outputs x inputs"),
+        (bench_kernels.linear, {"forms": "int4"}, "forms=int4: unknown choice"),
+        (bench_kernels.linear, {"model": "m", "shapes": "1x1"}, "model=m: gives the weights, and so does --shapes"),
         (bench_kernels.kv_write, {"formats": "int2"}, "kv_cache_dtype=int2: unknown choice"),
         (bench_kernels.attention_kernel, {"prefill": "12"}, "prefill=12: is not new x cached tokens"),
         (

@@ -17,13 +17,22 @@ from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
 from longspan.cache.pages import Span
 from longspan.compiled import library
+from longspan.compiled.folder import KeptFiles
 from longspan.compiled.library import KernelProblem, address, open_kernels, problem_of_kernels
+from longspan.config import ParallelConfig
 from longspan.engine.computation import choose_kernels
+from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.errors import ConfigError
+from longspan.models.config import ModelConfig, RopeConfig
+from longspan.models.context import LayerContext
+from longspan.models.decoder import Embedding, Head
 from longspan.models.layers import PanelLinear
 from longspan.models.ops import PlainOps, choose_ops
+from longspan.parallel.grid import Grid
 from longspan.parallel.heads import HeadBlock
+from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import QueryRun
+from longspan.weights.checkpoint import RandomWeights
 
 compiled = pytest.mark.skipif(problem_of_kernels() is not None, reason=f"no kernels: {problem_of_kernels()}")
 PLAIN = PlainOps()
@@ -54,6 +63,31 @@ def test_a_product_by_panels_is_the_plain_one_and_a_row_does_not_depend_on_the_o
     for offset in (None, bias):
         assert_same(product(x, offset), F.linear(x, weight, offset))
     assert all(torch.equal(product(row[None])[0], found) for row, found in zip(x[:20], product(x), strict=False))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [0, 1, 300])
+@pytest.mark.parametrize("first", [None, 0, 100])
+@pytest.mark.parametrize("size", [(96, 64), (61, 7)], ids=str)
+def test_rows_are_looked_up_in_panels_and_in_a_plain_table(ops, size, first, rows):
+    table, token_ids = normal(*size), torch.arange(2 * rows)[::2] % 180
+    token_ids = token_ids % size[0] if first is None else token_ids
+    expected = PLAIN.embed(token_ids, table, first)
+    for held in (table, PanelLinear(table).panels):
+        assert torch.equal(ops.embed(token_ids, held, first), expected)
+
+
+@compiled
+def test_a_head_that_is_the_embedding_table_is_stored_once(ops):
+    model = ModelConfig(
+        "LlamaForCausalLM", num_layers=1, hidden_size=48, num_q_heads=4, num_kv_heads=2, head_dim=12, vocab_size=61,
+        intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-5, rope=RopeConfig(),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    store = TensorStore(RandomWeights(), torch.float32, form="panels")
+    context = LayerContext(RankLoader(store, Sharding(Grid(ParallelConfig()), 0, 4, 2)), ops=ops)
+    assert Embedding(model, context)._table is Head(model, context)._product.panels
+    assert not store._tensors
 
 
 @compiled
@@ -165,32 +199,43 @@ def unoptimised():
 @compiled
 def test_kernels_are_compiled_once_and_kept(tmp_path, compilations):
     for _ in range(2):
-        assert open_kernels(tmp_path / "cache").lanes() >= 4
+        assert open_kernels(KeptFiles(tmp_path / "cache")).lanes() >= 4
     assert len(compilations) == 1
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
 
 @compiled
-def test_a_damaged_file_is_replaced(tmp_path, compilations):
-    kept = tmp_path / f"kernels-{library._fingerprint()}.so"
-    kept.write_bytes(b"damaged")
-    open_kernels(tmp_path)
-    assert kept.read_bytes()[:4] == b"\x7fELF"
+@pytest.mark.parametrize("left", [0, 1000, -4096, -1])
+def test_a_file_that_was_cut_off_is_not_opened_but_replaced(tmp_path, compilations, left):
+    """The system would end a process that opens a part of a library."""
+    open_kernels(KeptFiles(tmp_path))
+    kept = tmp_path / f"kernels-{library.fingerprint()}.so"
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:left])
+    open_kernels(KeptFiles(tmp_path))
+    assert kept.read_bytes() == whole
+    assert len(compilations) == 2
 
 
 @compiled
-def test_a_file_that_others_could_have_written_is_not_opened(tmp_path, compilations):
-    (tmp_path / f"kernels-{library._fingerprint()}.so").write_bytes(b"from another user")
-    tmp_path.chmod(0o777)
-    open_kernels(tmp_path)
-    open_kernels(tmp_path)
+@pytest.mark.parametrize("of", ["the folder", "the file"])
+def test_a_file_that_others_could_have_written_is_not_opened(tmp_path, compilations, of):
+    open_kernels(KeptFiles(tmp_path))
+    (tmp_path if of == "the folder" else next(tmp_path.iterdir())).chmod(0o777)
+    open_kernels(KeptFiles(tmp_path))
     assert len(compilations) == 2
+
+
+def test_a_machine_without_room_for_the_compiler_computes_plainly(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    with pytest.raises(KernelProblem, match=r"they cannot be compiled: .*full"):
+        open_kernels(KeptFiles(tmp_path))
 
 
 @compiled
 def test_kernels_do_without_a_folder_that_can_be_written(tmp_path, compilations):
     (tmp_path / "file").write_text("")
-    assert open_kernels(tmp_path / "file" / "cache").lanes() >= 4
+    assert open_kernels(KeptFiles(tmp_path / "file" / "cache")).lanes() >= 4
 
 
 @pytest.mark.parametrize(
@@ -200,7 +245,7 @@ def test_kernels_do_without_a_folder_that_can_be_written(tmp_path, compilations)
 def test_a_machine_that_cannot_compile_says_why_and_computes_plainly(compiler, problem, tmp_path, monkeypatch):
     monkeypatch.setattr(library, "_compiler", lambda: compiler)
     with pytest.raises(KernelProblem, match=re.escape(problem)) as raised:
-        open_kernels(tmp_path)
+        open_kernels(KeptFiles(tmp_path))
     monkeypatch.setattr("longspan.engine.computation.problem_of_kernels", lambda: str(raised.value))
     kind, line = choose_kernels("auto", "cpu", torch.float32)
     assert kind == "plain" and problem in line

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from longspan.compiled.folder import KeptFiles
 from longspan.config import EngineConfig, ParallelConfig
 from longspan.engine import dtypes, measured_products
 from longspan.engine.dtypes import choose_dtype, emulation_note
-from longspan.engine.measured_products import FEW_ROWS, MANY_ROWS, Products, choose_products, fastest
+from longspan.engine.measured_products import FEW_ROWS, MANY_ROWS, Products, choose_products, fastest, is_clear
 from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.setup import resolve
 from longspan.models import quantised
@@ -94,10 +95,46 @@ def test_auto_fast_says_what_was_measured_and_how_far_off_products_are(monkeypat
     monkeypatch.setattr(
         measured_products, "fastest", lambda found: "int8" if set(found) == {"plain", "fp16", "int8"} else "plain"
     )
+    monkeypatch.setattr(measured_products, "_DISTURBED", float("inf"))  # the tests' machine may be busy
     found = choose_products("auto-fast", "cpu", lambda: PRODUCTS)
     assert found.form == "int8"
     assert "products: int8 (measured, times of the plain form at 1, 8, 32, 128 rows: fp16 " in found.notes[0]
     assert "a product is off by at most 0.0" in found.notes[1]
+
+
+@pytest.mark.parametrize(("panels", "measurements"), [((0.7, 0.6), 1), ((0.9, 0.9), 2)], ids=["clear", "near"])
+def test_a_clear_choice_is_measured_once_and_kept(tmp_path, monkeypatch, panels, measurements):
+    measured = []
+
+    def measure(*forms):
+        measured.append(forms)
+        return tuple({"plain": times(1.0, 1.0), "panels": times(each, each)} for each in panels)
+
+    monkeypatch.setattr(measured_products, "_measure", measure)
+    monkeypatch.setattr(measured_products, "_SMALL_BYTES", 0)
+    first, second = (
+        choose_products("auto", "cpu", lambda: PRODUCTS, compiled=True, kept=KeptFiles(tmp_path)) for _ in range(2)
+    )
+    assert first.form == second.form == "panels"
+    assert len(measured) == measurements
+    assert ("at an earlier start" in second.notes[0]) == (measurements == 1)
+
+
+def test_a_measurement_that_other_programs_disturb_decides_nothing(tmp_path, monkeypatch):
+    halves = tuple({"plain": times(1, 1), "panels": times(2, 2), "fp16": times(few, 1)} for few in (0.1, 0.5))
+    monkeypatch.setattr(measured_products, "_measure", lambda *forms: halves)
+    form, line = measured_products._fastest_of(("plain", "panels", "fp16"), PRODUCTS, KeptFiles(tmp_path))
+    assert form == "panels"
+    assert line.startswith("products: panels (other programs disturb a measurement: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_choice_is_clear_if_no_wrong_time_would_change_it():
+    plain = times(1.0, 1.0)
+    assert is_clear({"plain": plain, "int8": times(0.5, 0.9)})
+    assert not is_clear({"plain": plain, "int8": times(0.9, 0.9)})  # nearly as fast
+    assert not is_clear({"plain": plain, "int8": times(0.5, 1.09)})  # would lose too much with many rows
+    assert not is_clear({"plain": plain, "int8": times(0.5, 1.11)})
 
 
 @pytest.mark.parametrize("quantization", ["fp16", "int8", "auto-fast"])

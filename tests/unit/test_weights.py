@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
 
 import gguf
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from longspan.engine.free_memory import return_free_memory
 from longspan.engine.rank.loading import TensorStore, WeightPiece
 from longspan.errors import ModelError, ModelNotFound, UnsupportedModel, WeightError
 from longspan.models.params import Param, validate_checkpoint
@@ -144,6 +147,30 @@ def test_a_gguf_file_is_read_in_blocks(tmp_path, monkeypatch):
     q = write_gguf(tmp_path / "m.gguf")
     monkeypatch.setattr("longspan.weights.gguf._BLOCK_ELEMENTS", 3 * HIDDEN)
     assert torch.equal(read(GGUFCheckpoint(tmp_path / "m.gguf"), Q, slice(0, 32), slice(0, HIDDEN)), q)
+
+
+ARRAYS = {
+    "strings": ["a", "", "\u00e9\u4e16" * 40],
+    "integers": [-1, 2**31 - 1],
+    "floats": [0.5, -2.25],
+    "truths": [True, False],
+    "lists": [[1, 2], [3]],
+}
+
+
+def test_arrays_in_a_gguf_file_are_what_the_package_reads(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, values in ARRAYS.items():
+        writer.add_array(name, values)
+    writer.add_string("last", "read too")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    checkpoint = GGUFCheckpoint(tmp_path / "m.gguf")
+    for name in (*ARRAYS, "last"):
+        assert checkpoint.metadata(name) == fields[name].contents()
 
 
 def test_gguf_metadata_becomes_a_configuration(tmp_path):
@@ -484,3 +511,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     save_file(tensors(), tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
         load_tokenizer(ModelSource("t", tmp_path, {}, SafetensorsCheckpoint(tmp_path)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can return what it keeps")
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+
+    blocks = [bytearray(b"1") * (100 << 10) for _ in range(600)]
+    last, held = bytearray(100 << 10), resident()
+    del blocks
+    return_free_memory()
+    assert resident() < held - (40 << 20)
+    del last

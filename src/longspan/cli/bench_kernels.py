@@ -1,4 +1,4 @@
-"""`longspan bench attention|merge|kv-write|moe`: single kernels, compared with the limits of the device.
+"""`longspan bench attention|merge|kv-write|moe|linear`: single kernels, compared with the limits of the device.
 
 It owns the options and the tables. Tables and progress go to stderr; with `--json` one object goes to stdout.
 """
@@ -27,12 +27,15 @@ _SIZES = {  # default sizes by device
     "cpu": {
         "batch": "1,4", "cached": "1024,8192", "prefill": "256x2048", "whole": 8192,
         "tokens": "1,256", "rows": "1,1024", "mixture": "16x4x256x128", "routed": "1,64",
+        "products": "960x576,576x576,3072x576,576x1536,49152x576",
     },
     "cuda": {
         "batch": "1,8,64", "cached": "8192,131072,1048576", "prefill": "16384x131072", "whole": 1 << 20,
         "tokens": "1,64,1024,4096", "rows": "1,64,2048,16384", "mixture": "64x6x2048x1408", "routed": "1,16,256,8192",
+        "products": "6144x4096,4096x4096,28672x4096,4096x14336,128256x4096",
     },
 }  # fmt: skip
+_UNITS = {"cpu": ("GB/s", "GFLOP/s", 1e9), "cuda": ("TB/s", "TFLOP/s", 1e12)}
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
 Backends = Annotated[str, typer.Option("--backends", help="attention backends to compare with the first one, or all")]
 HeadNames = Annotated[str, typer.Option("--heads", help="gqa (64/8 x 128), mla (128 over a latent of 576), mha")]
@@ -61,6 +64,21 @@ Shape = Annotated[
     str | None, typer.Option("--shape", help="experts x choices of a row x hidden size x width, as in 64x6x2048x1408")
 ]
 Routed = Annotated[str | None, typer.Option("--rows", help="rows to route, a case for each number, as in 1,8192")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="a model whose products are measured: folder, GGUF file, hub id or name")
+]
+Products = Annotated[
+    str | None,
+    typer.Option("--shapes", help="weights to multiply by, out x in, as in 3072x576,576x1536; default: --model's"),
+]
+Multiplied = Annotated[str, typer.Option("--rows", help="rows to multiply, a case for each number, as in 1,2048")]
+Forms = Annotated[
+    str,
+    typer.Option(
+        "--forms", help="forms of weights to compare with the first one, or all: plain, packed, panels, fp16, int8; "
+        "on a GPU bf16, fp16, fp8",
+    ),
+]  # fmt: skip
 Seconds = Annotated[float, typer.Option("--seconds", help="seconds for the repetitions of one case")]
 
 
@@ -175,6 +193,36 @@ def moe(
     _run(device, "all", seconds, as_json, "Mixture of {} experts, {} a row, {} x {}".format(*mixture), measure)
 
 
+def linear(
+    device: Device = "cpu",
+    model: Model = None,
+    shapes: Products = None,
+    rows: Multiplied = "1,8,32,256,2048",
+    forms: Forms = "all",
+    seconds: Seconds = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Measure matrix products, in every form of weights that the device has, and their error."""
+    default, counts = _sizes(device)["products"], _integers("rows", rows, rows)
+    problem, remedy = "gives the weights, and so does --shapes", "give one of both"
+    require(model is None or shapes is None, "model", model, problem, remedy)
+    from longspan.bench.kernels.linear import FORMS, run_products, shapes_of_model
+
+    weights = [_weight(part) for part in (shapes or default).split(",")] if model is None else shapes_of_model(model)
+    names = tuple(FORMS[device]) if forms == "all" else tuple(forms.split(","))
+    for name in names:
+        require_choice("forms", name, tuple(FORMS[device]))
+
+    def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
+        found, errors = run_products(harness, weights, counts, names)
+        return found, {"shapes": weights, "errors": errors}
+
+    _run(device, "all", seconds, as_json, "Matrix products", measure)
+    if not as_json:
+        shown = f"longspan bench linear --device {device} --shapes OUTxIN --rows ROWS --forms FORM"
+        Console(stderr=True, width=_WIDTH).print(f"a row again: {shown}", highlight=False)
+
+
 def _run(
     device: str, backends: str, seconds: float, as_json: bool, title: str,
     measure: Callable[[Harness], tuple[list[KernelRow], dict[str, Any]]],
@@ -189,8 +237,9 @@ def _run(
         rows, more = measure(harness)
     found = [plain(row, harness.ceilings) for row in rows]
     top = harness.ceilings
-    console.print(f"copy {top.copy / 1e12:.3f} TB/s, matrix product {top.matmul / 1e12:.2f} TFLOP/s")
-    _show(console, title, found)
+    bytes_unit, flops_unit, unit = _UNITS[device]
+    console.print(f"copy {top.copy / unit:.3f} {bytes_unit}, matrix product {top.matmul / unit:.2f} {flops_unit}")
+    _show(console, title, found, _UNITS[device])
     for name, share in more.get("shared", {}).items():
         console.print(
             f"{name}: slowest of {more['shards']} shards {share['slowest_share']:.3f} of the whole, "
@@ -202,9 +251,10 @@ def _run(
         print(json.dumps({"device": _name(device), "ceilings": asdict(harness.ceilings), "rows": found, **more}))
 
 
-def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
+def _show(console: Console, title: str, rows: Sequence[dict[str, Any]], units: tuple[str, str, float]) -> None:
     """Print the table. `to first` is the first backend's time divided by this one's. Shards are only in the JSON."""
-    columns = ("case", "backend", "µs", "best", "TB/s", "of copy", "TFLOP/s", "of matmul", "to first")
+    bytes_unit, flops_unit, unit = units
+    columns = ("case", "backend", "µs", "best", bytes_unit, "of copy", flops_unit, "of matmul", "to first")
     table = new_table(title, columns, left=columns[:2])
     first: dict[str, float] = {}
     for row in rows:
@@ -217,15 +267,15 @@ def _show(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None:
         ratio = first.setdefault(case, row["median"]) / row["median"]
         table.add_row(
             case, row["backend"], f"{row['median'] * 1e6:,.1f}", f"{row['best'] * 1e6:,.1f}",
-            f"{row['bytes_per_s'] / 1e12:.3f}", f"{row['share_of_copy']:.0%}",
-            f"{row['flops_per_s'] / 1e12:.2f}", f"{row['share_of_matmul']:.0%}", f"{ratio:.2f}x",
+            f"{row['bytes_per_s'] / unit:.3f}", f"{row['share_of_copy']:.0%}",
+            f"{row['flops_per_s'] / unit:.2f}", f"{row['share_of_matmul']:.0%}", f"{ratio:.2f}x",
         )  # fmt: skip
     console.print(table)
 
 
 def _case(row: dict[str, Any]) -> str:
     numbers = ("batch", "new", "cached", "parts", "tokens", "rows")
-    words = [str(row[name]) for name in ("kernel", "heads", "layout", "format") if name in row]
+    words = [str(row[name]) for name in ("kernel", "heads", "layout", "format", "shape") if name in row]
     return " ".join([*words, *(f"{name} {row[name]:,}" for name in numbers if name in row)])
 
 
@@ -266,6 +316,13 @@ def _mixture(text: str) -> tuple[int, int, int, int]:
     experts, chosen, hidden, width = numbers
     require(chosen <= experts, "shape", text, f"lets a row choose {chosen} of {experts} experts", "choose fewer")
     return experts, chosen, hidden, width
+
+
+def _weight(text: str) -> tuple[int, int]:
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError("shapes", text, "is not outputs x inputs", "write it as 3072x576")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:

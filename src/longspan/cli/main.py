@@ -75,6 +75,7 @@ def build_app() -> typer.Typer:
     benches.command("merge", help="Merge of attention states, compared likewise.")(bench_kernels.merge)
     benches.command("kv-write", help="Writes to the KV cache, compared likewise.")(bench_kernels.kv_write)
     benches.command("moe", help="Experts of a mixture, compared likewise.")(bench_kernels.moe)
+    benches.command("linear", help="Matrix products, compared likewise.")(bench_kernels.linear)
     benches.command("serve", help="Any OpenAI-compatible server under load.")(bench_serve.serve)
     app.add_typer(benches, name="bench")
     return app

@@ -316,6 +316,25 @@ void pack(const float *weight, float *panels, Index columns, Index depth) {
         panels[first * depth + k * PANEL + n - first] = n < columns ? weight[n * depth + k] : 0.0f;
 }
 
+// out [count, depth] = rows of a weight [rows, depth] that is stored in panels of `width`, which are `pack`'s, or rows as
+// they are if `width` is 1: those of the tokens, of which the weight has [first, first + rows); zeros for any other
+void lookup(
+    const Index *tokens, Index count, Index first, const float *panels, Index rows, Index depth, Index width,
+    float *out) {
+  each_row(count, count * depth, [=](Index i) {
+    const Index row = tokens[i] - first;
+    float *to = out + i * depth;
+    if (row < 0 || row >= rows) {
+      std::memset(to, 0, depth * sizeof(float));
+    } else if (width == 1) {
+      std::memcpy(to, panels + row * depth, depth * sizeof(float));
+    } else {
+      const float *from = panels + row / width * width * depth + row % width;
+      for (Index k = 0; k < depth; k++) to[k] = from[k * width];
+    }
+  });
+}
+
 // y [rows, columns] = x [rows, depth] . weight (+ bias [columns])
 void product(const float *x, const float *panels, const float *bias, float *y, Index rows, Index columns, Index depth) {
   if (rows == 1) return product_of_few<1, 4>(x, panels, bias, y, columns, depth);

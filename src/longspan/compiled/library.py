@@ -1,36 +1,40 @@
 """Compiles the kernels of this package with the machine's C++ compiler, and opens them.
 
-It owns the compiler's command, the folder in which the result is kept, and the reasons why there is none; it must not
-know what the kernels compute.
+It owns the compiler's command and the reasons why there are no kernels; it must not know what they compute.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
 
+from longspan.compiled.folder import KeptFiles
 from longspan.errors import EngineError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _COMPILERS = ("g++", "c++")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno")
+# kernels are as fast as with -O3, and are compiled in two thirds of the time
+_FLAGS = (
+    "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-std=c++17", "-fPIC", "-fopenmp",
+    "-fno-math-errno",
+)  # fmt: skip
 _SECONDS = 120.0  # a compiler that takes longer is given up
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _ARGUMENTS = {
     "pack": "ppii", "product": "ppppiii", "attend": "piippiippiiiifpippppip", "write": "piipiippiii",
-    "norm": "pipipppiiif", "swiglu": "pipii", "rope": "piipppfiiii",
+    "norm": "pipipppiiif", "swiglu": "pipii", "rope": "piipppfiiii", "lookup": "piipiiip",
 }  # fmt: skip
 
 
@@ -40,7 +44,7 @@ class KernelProblem(Exception):
 
 def problem_of_kernels() -> str | None:
     """Why this machine has no compiled kernels; None if it has them, which are then open."""
-    return _opened()[1]
+    return _opening().result()[1]
 
 
 def address(x: Tensor) -> int:
@@ -52,62 +56,53 @@ def address(x: Tensor) -> int:
 
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `EngineError` where `problem_of_kernels` names a problem."""
-    found, problem = _opened()
+    found, problem = _opening().result()
     if found is None:
         raise EngineError(f"this machine has no compiled kernels ({problem}); give all ranks --cpu-kernels plain")
     return found
 
 
+def begin_to_open() -> None:
+    """Begin to open the kernels, which may have to be compiled: `problem_of_kernels` and `library` wait for it."""
+    _opening()
+
+
 @cache
-def _opened() -> tuple[ctypes.CDLL | None, str | None]:
-    try:
-        return open_kernels(Path.home() / ".cache" / "longspan" / "kernels"), None
-    except (KernelProblem, RuntimeError) as problem:  # RuntimeError: no home
-        return None, str(problem)
+def _opening() -> Future[tuple[ctypes.CDLL | None, str | None]]:
+    """The library, or why there is none. A thread waits for the compiler, and no exit of the process for the thread."""
+    found: Future[tuple[ctypes.CDLL | None, str | None]] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result((open_kernels(KeptFiles.of_user()), None))
+        except KernelProblem as problem:
+            found.set_result((None, str(problem)))
+        except BaseException as error:  # whoever waits for the result raises it
+            found.set_exception(error)
+
+    Thread(target=run, name="longspan-kernels", daemon=True).start()
+    return found
 
 
-def open_kernels(folder: Path) -> ctypes.CDLL:
-    """Open the kernels, which are compiled first unless `folder` has them. Raises `KernelProblem`.
-
-    If the folder cannot be written, or another user could write to it, they are compiled into a temporary one.
-    """
+def open_kernels(kept: KeptFiles) -> ctypes.CDLL:
+    """Open the kernels, which are compiled first unless they are kept. Raises `KernelProblem`."""
     if platform.system() != "Linux":
         raise KernelProblem(f"they are for Linux, not {platform.system()}")
-    name = f"kernels-{_fingerprint()}.so"
-    if _is_own(folder) and (folder / name).is_file():
-        with suppress(KernelProblem):  # a damaged file is replaced
-            return _open(folder / name)
-    with tempfile.TemporaryDirectory(prefix="longspan-kernels-") as temporary:
-        built = _compile(Path(temporary))
-        with suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _is_own(folder):
-                _keep(built, folder / name)
-        return _open(built)
-
-
-def _is_own(folder: Path) -> bool:
-    """Whether this user owns the folder, and no other may write to it."""
+    name = f"kernels-{fingerprint()}.so"
+    if found := kept.path(name):
+        with suppress(KernelProblem):
+            return _open(found)
     try:
-        found = folder.stat()
-    except OSError:
-        return False
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        with tempfile.TemporaryDirectory(prefix="longspan-kernels-", ignore_cleanup_errors=True) as temporary:
+            built = _compile(Path(temporary))
+            kept.keep(name, built.read_bytes())
+            return _open(built)
+    except OSError as error:
+        raise KernelProblem(f"they cannot be compiled: {error}") from error
 
 
-def _keep(built: Path, target: Path) -> None:
-    """Copy in a way that a process which opens `target` never finds a part of it."""
-    handle, name = tempfile.mkstemp(dir=target.parent)
-    os.close(handle)
-    try:
-        shutil.copyfile(built, name)
-        Path(name).replace(target)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _fingerprint() -> str:
+@cache
+def fingerprint() -> str:
     """What the compiled file depends on: source, flags, compiler, processor, and PyTorch's OpenMP."""
     processor = platform.machine()
     with suppress(OSError):
@@ -129,14 +124,16 @@ def _compile(folder: Path) -> Path:
     """
     compiler = _compiler()
     if compiler is None:
-        raise KernelProblem(f"there is no C++ compiler ({' or '.join(_COMPILERS)})")
+        raise KernelProblem(f"there is no C++ compiler: install {' or '.join(_COMPILERS)}")
     compiled, linked = folder / "kernels.o", folder / "kernels.so"
     for command in (
         [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
         [compiler, "-shared", str(compiled), "-o", str(linked)],
     ):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise KernelProblem(f"{compiler} does not run: {error}") from error
         if done.returncode:

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from longspan.compiled.library import problem_of_kernels
+from longspan.compiled.folder import KeptFiles
+from longspan.compiled.library import begin_to_open, problem_of_kernels
 from longspan.config import EngineConfig
 from longspan.engine.cores import threads_per_rank
 from longspan.engine.dtypes import choose_dtype, emulation_note, model_dtype
@@ -42,8 +43,14 @@ def decide_computation(
         params = tuple(param for request in asked for param in request if param.axes[0] != "vocab")
         return Products(params, dtype, threads, source.checkpoint)
 
-    found = choose_products(config.quantization, device_type, products, kernels == "compiled")
+    found = choose_products(config.quantization, device_type, products, kernels == "compiled", KeptFiles.of_user())
     return replace(config, products=replace(found, notes=(*notes, *found.notes)))
+
+
+def prepare_kernels(config: EngineConfig, device_type: str) -> None:
+    """Begin to open kernels that may be used: compiling them takes seconds, in which a start can do other things."""
+    if device_type == "cpu" and config.cpu_kernels != "plain" and model_dtype(config, device_type) == torch.float32:
+        begin_to_open()
 
 
 def choose_kernels(wanted: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

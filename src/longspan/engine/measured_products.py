@@ -10,14 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
+from itertools import product
 from math import ceil, log, prod
+from time import monotonic
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from longspan.clock import seconds
+from longspan.compiled.folder import NOTHING_KEPT, KeptFiles
+from longspan.compiled.library import fingerprint
 from longspan.config.products import EXACT_FORMS, QUANTISED_FORMS, ProductChoice
+from longspan.engine.free_memory import return_free_memory
 from longspan.errors import WeightError
 from longspan.models.context import Linear
 from longspan.models.params import Param
@@ -28,7 +35,10 @@ FEW_ROWS, MANY_ROWS = (1, 8, 32), 128
 _SMALL_BYTES = 4 << 20  # of all weights in fp32, up to which exact forms are not compared
 _READ_BYTES = 48 << 20  # of fp32 weights that are read in turn, more than most caches hold: a step reads all weights
 _SLICE_BYTES = 8 << 20  # of one weight, at most; of a larger one its first rows are multiplied
-_ROUNDS = 3  # over all forms in turn: of each form the shortest counts
+_MOST_TURNS = 12  # over all weights, rows and forms, half of them for each of two measurements
+_SECONDS = 1.0  # after which only what has never been timed is
+_DISTURBED = 1.5  # times that a time differs by in both halves of a measurement that is worth nothing
+_MARGIN = 1.15  # by which any time may be wrong without changing a clear choice
 _PREFILL_LOSS = 1.1  # a form that takes this many times as long as the plain one with many rows is not chosen
 _ERROR_ROWS = 256  # of a weight of the model, of which the error is computed
 
@@ -84,11 +94,13 @@ class Products:
 
 
 def choose_products(
-    quantization: str, device_type: str, products_of_model: Callable[[], Products], compiled: bool = False
-) -> ProductChoice:
+    quantization: str, device_type: str, products_of_model: Callable[[], Products], compiled: bool = False,
+    kept: KeptFiles = NOTHING_KEPT,
+) -> ProductChoice:  # fmt: skip
     """The form that `quantization` asks for, or the fastest exact one. `compiled`: whether there are compiled kernels.
 
     What is not to be had is left out, with a line that says so. `products_of_model` is called only if a form is chosen.
+    `kept` has what was measured at earlier starts.
     """
     wanted = tuple(form for form in QUANTISED_FORMS if quantization in (form, "auto-fast"))
     if wanted and device_type != "cpu":
@@ -98,11 +110,11 @@ def choose_products(
     # in a thread of its own: OpenMP keeps the threads of every thread that has computed, and with more of them than
     # cores it lets all of them sleep between two operations, for as long as the engine runs
     with ThreadPoolExecutor(1) as apart:
-        return apart.submit(_choose, wanted, quantization == "auto-fast", products_of_model, compiled).result()
+        return apart.submit(_choose, wanted, quantization == "auto-fast", products_of_model, compiled, kept).result()
 
 
 def _choose(
-    wanted: Sequence[str], compares: bool, products_of_model: Callable[[], Products], compiled: bool
+    wanted: Sequence[str], compares: bool, products_of_model: Callable[[], Products], compiled: bool, kept: KeptFiles
 ) -> ProductChoice:
     problems = {form: problem_of_form(form) for form in wanted}
     notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
@@ -114,9 +126,8 @@ def _choose(
     products = products_of_model()
     form = forms[-1]
     if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
-        times = _measure(tuple(forms), products.measured, products.dtype, products.threads)
-        form = fastest(times)
-        notes.append(f"products: {form} ({_ratios(times)})")
+        form, line = _fastest_of(tuple(forms), products, kept)
+        notes.append(line)
     if form in QUANTISED_FORMS:
         notes.append(_error_line(form, products))
     return ProductChoice(form, tuple(notes))
@@ -132,6 +143,47 @@ def fastest(times: Times) -> str:
     return min(possible, key=lambda form: sum(log(times[form][rows]) for rows in FEW_ROWS))
 
 
+def is_clear(times: Times) -> bool:
+    """Whether the choice would be the same if any one form had been measured to be faster or slower by `_MARGIN`."""
+    changed = (
+        {**times, form: {rows: taken * factor for rows, taken in times[form].items()}}
+        for form in times
+        for factor in (1 / _MARGIN, _MARGIN)
+    )
+    return len({fastest(times), *map(fastest, changed)}) == 1
+
+
+def _fastest_of(forms: Sequence[str], products: Products, kept: KeptFiles) -> tuple[str, str]:
+    """The fastest of forms, and a line about it: by what an earlier start measured clearly, else by what is measured.
+
+    If other programs disturb the measurement, it is the exact form that is usually faster. What is kept depends on the
+    processor, PyTorch, the kernels, the weights' sizes and the number of threads.
+    """
+    of = repr((fingerprint(), forms, products.measured, products.dtype, products.threads))
+    name = f"products-{sha256(of.encode()).hexdigest()[:24]}.json"
+    with suppress(msgspec.MsgspecError):
+        if (content := kept.read(name)) is not None:
+            known = msgspec.json.decode(content, type=Times)
+            return fastest(known), f"products: {fastest(known)} (measured at an earlier start, {_ratios(known)})"
+    halves = _measure(forms, products.measured, products.dtype, products.threads)
+    return_free_memory()
+    times: Times = {
+        form: {rows: min(each[form][rows] for each in halves) for rows in (*FEW_ROWS, MANY_ROWS)} for form in forms
+    }
+    if not _agree(halves):
+        form = [form for form in forms if form in EXACT_FORMS][-1]
+        return form, f"products: {form} (other programs disturb a measurement: {_ratios(times)})"
+    if len({fastest(each) for each in halves}) == 1 and all(map(is_clear, halves)):
+        kept.keep(name, msgspec.json.encode(times))
+    return fastest(times), f"products: {fastest(times)} (measured, {_ratios(times)})"
+
+
+def _agree(halves: tuple[Times, Times]) -> bool:
+    """Whether both halves of a measurement have about the same times."""
+    ratios = [halves[0][form][rows] / halves[1][form][rows] for form, taken in halves[0].items() for rows in taken]
+    return max(*ratios, *(1 / ratio for ratio in ratios)) < _DISTURBED
+
+
 def _ratios(times: Times) -> str:
     plain = times["plain"]
     parts = [
@@ -140,7 +192,7 @@ def _ratios(times: Times) -> str:
         if form != "plain"
     ]
     rows = ", ".join(map(str, plain))
-    return f"measured, times of the plain form at {rows} rows: {'; '.join(parts)}"
+    return f"times of the plain form at {rows} rows: {'; '.join(parts)}"
 
 
 def _error_line(form: str, products: Products) -> str:
@@ -167,27 +219,52 @@ def _stored(products: Products) -> Tensor:
 
 @cache
 @torch.inference_mode()
-def _measure(forms: Sequence[str], weights: Sequence[_Weight], dtype: torch.dtype, threads: int) -> Times:
-    """The shortest times of each form; the same for all engines of this process."""
+def _measure(forms: Sequence[str], weights: Sequence[_Weight], dtype: torch.dtype, threads: int) -> tuple[Times, Times]:
+    """The times of each form, measured twice in turn; the same for all engines of this process.
+
+    Of each size of weight the shortest time counts. A single product is short enough that another program seldom
+    interrupts it, and weights are read in turn, so that they come from memory.
+    """
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    repeats = ceil(_READ_BYTES / sum(weight.size for weight in weights))
-    layers: dict[str, list[tuple[int, Linear]]] = {form: [] for form in forms}
-    for one in tuple(weights) * repeats:
+    repeated = tuple(weights) * ceil(_READ_BYTES / sum(weight.size for weight in weights))
+    layers: dict[str, list[Linear]] = {form: [] for form in forms}
+    for one in repeated:
         values = torch.randn(one.outputs, one.inputs, generator=generator).to(dtype)
         for form in forms:
-            layers[form].append((one.inputs, linear_in_form(values, form, is_whole=one.is_whole)))
-    times: Times = {form: {} for form in forms}
-    for rows in (*FEW_ROWS, MANY_ROWS):
-        inputs_of = {inputs: torch.randn(rows, inputs, generator=generator).to(dtype) for _, inputs, _ in weights}
-        few = len(weights) * (1 if rows == MANY_ROWS else repeats)
-        for _ in range(_ROUNDS):
-            for form in forms:
-                taken = seconds(partial(_multiply, layers[form][:few], inputs_of))
-                times[form][rows] = min(taken, times[form].get(rows, taken))
-    return times
+            layers[form].append(linear_in_form(values, form, is_whole=one.is_whole))
+    inputs = {
+        (rows, one.inputs): torch.randn(rows, one.inputs, generator=generator).to(dtype)
+        for one in weights
+        for rows in (*FEW_ROWS, MANY_ROWS)
+    }
+    best: tuple[dict[_Sample, float], dict[_Sample, float]] = ({}, {})
+    until = monotonic() + _SECONDS
+    for turn in range(_MOST_TURNS):
+        into = best[turn % 2]
+        for rows, form in product((*FEW_ROWS, MANY_ROWS), forms):
+            for one, call in zip(repeated, layers[form], strict=True):
+                sample = _Sample(form, rows, one)
+                if sample not in into or monotonic() < until:
+                    taken = seconds(partial(call, inputs[rows, one.inputs]))
+                    into[sample] = min(taken, into.get(sample, taken))
+    return _summed(forms, weights, best[0]), _summed(forms, weights, best[1])
 
 
-def _multiply(layers: Sequence[tuple[int, Linear]], inputs_of: Mapping[int, Tensor]) -> None:
-    for inputs, call in layers:
-        call(inputs_of[inputs])
+class _Sample(NamedTuple):
+    """What is timed."""
+
+    # of the weight
+    form: str
+    # of the activations
+    rows: int
+    # its size
+    weight: _Weight
+
+
+def _summed(forms: Sequence[str], weights: Sequence[_Weight], best: Mapping[_Sample, float]) -> Times:
+    """The times of all weights together."""
+    return {
+        form: {rows: sum(best[_Sample(form, rows, one)] for one in weights) for rows in (*FEW_ROWS, MANY_ROWS)}
+        for form in forms
+    }

@@ -25,7 +25,7 @@ from longspan.engine.capacity import (
     cache_layout,
     pages_of_shards,
 )
-from longspan.engine.computation import decide_computation
+from longspan.engine.computation import decide_computation, prepare_kernels
 from longspan.engine.draft_setup import DraftCheckpoint, DraftSetup
 from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, model_dtype
 from longspan.engine.extensions import NONE_ADDED, Extensions
@@ -236,10 +236,12 @@ def resolve(
     families = extensions.all_families(executor)
     schedules = extensions.all_schedules(executor)
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
+    needs_weights = executor != "dry" if needs_weights is None else needs_weights
+    if needs_weights:
+        prepare_kernels(config, device_type)
     check_cache_dtype(config, device_type)
     grid = Grid(config.parallel)
     is_dummy = config.load_format == "dummy"
-    needs_weights = executor != "dry" if needs_weights is None else needs_weights
     opens_weights = needs_weights and not is_dummy
     source = replace(find_source(config.model, opens_weights, config.revision), tokenizer=config.tokenizer)
     with naming_files_of(source):

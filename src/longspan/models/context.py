@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.layer import AttentionLayer
-from longspan.models.ops.base import LayerOps
+from longspan.models.ops.base import LayerOps, Table
 from longspan.models.ops.plain import PlainOps
 from longspan.models.params import Param
 
@@ -78,11 +78,17 @@ class Loader(Protocol):
     def load(self, *params: Param) -> Tensor:
         """The parameter, or several parameters concatenated along dimension 0."""
 
+    def table(self, param: Param, is_multiplied: bool) -> Table:
+        """The parameter as a table in which `LayerOps.embed` looks rows up.
+
+        `is_multiplied` says that `linear` is asked for it too. Both then share one copy, unless the product's format
+        has no rows that can be looked up.
+        """
+
     def linear(self, *params: Param) -> Linear:
         """The product with a parameter, or with several concatenated along dimension 0.
 
-        It may keep the weight in a format that only serves products; a table of the vocabulary is then kept twice if
-        its rows are looked up too.
+        It may keep the weight in a format that only serves products.
         """
 
     def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, LayerContext
@@ -62,14 +61,12 @@ class Embedding:
     def __init__(self, config: ModelConfig, context: LayerContext, name: str = _EMBEDDING) -> None:
         self._tp = context.tp
         self._ops = context.ops
-        self._first_token, stop = context.loader.extent("vocab", config.vocab_size)
-        self._holds_all = stop - self._first_token == config.vocab_size
-        self._table = context.loader.load(_table(config, name))
+        first, stop = context.loader.extent("vocab", config.vocab_size)
+        self._first_token = None if stop - first == config.vocab_size else first
+        self._table = context.loader.table(_table(config, name), config.tie_word_embeddings)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """int64 token_ids [T] → [T, hidden]."""
-        if self._holds_all:
-            return self._tp.all_reduce(F.embedding(token_ids, self._table))
         return self._tp.all_reduce(self._ops.embed(token_ids, self._table, self._first_token))
 
 

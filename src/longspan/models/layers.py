@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.compiled.library import address, library
-from longspan.models.ops.base import LayerOps
+from longspan.models.ops.base import LayerOps, Panels
 
 _FEW_ROWS = 128  # up to these a table's product is transposed
 
@@ -51,8 +51,9 @@ class PanelLinear:
         self.out_features, self._depth = weight.shape
         self._library = library()
         width = self._library.panel_width()
-        self._panels = weight.new_empty(-(-self.out_features // width), self._depth, width)
-        self._address = address(self._panels)
+        values = weight.new_empty(-(-self.out_features // width), self._depth, width)
+        self.panels = Panels(values, self.out_features)
+        self._address = address(values)
         self._library.pack(address(weight.contiguous()), self._address, self.out_features, self._depth)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -44,6 +44,10 @@ class ShapeLoader:
         shapes = [loaded_shape(param.bounds(self.extent), param.stacked is not None) for param in params]
         return torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], device=self.device)
 
+    def table(self, param: Param, is_multiplied: bool) -> Tensor:
+        """See `Loader.table`."""
+        return self.load(param)
+
     def linear(self, *params: Param) -> Linear:
         """See `Loader.linear`."""
         self.requests.append(params)

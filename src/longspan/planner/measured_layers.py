@@ -60,6 +60,10 @@ class _RandomWeights:
         weight = self._bench.tensor(*shape) / math.sqrt(shape[-1])
         return weight.float() if any(param.exact for param in params) else weight
 
+    def table(self, param: Param, is_multiplied: bool) -> Tensor:
+        """Such a weight."""
+        return self.load(param)
+
     def linear(self, *params: Param) -> Linear:
         """A product with such a weight."""
         return DenseLinear(self.load(*params))

@@ -38,6 +38,10 @@ class KernelRow:
     timing: Timing | None
     # why there is no timing
     problem: str = ""
+    # the largest error against fp64, relative to the largest element; None where it is not compared for each row
+    error: float | None = None
+    # the command that measures this row alone, where there is one
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ def make_harness(device: str, backends: Sequence[str], budget: float, progress: 
 def as_json(row: KernelRow, ceilings: Ceilings) -> dict[str, Any]:
     """A row as JSON: seconds, bytes and operations per second, and the last two as shares of the ceilings."""
     plain: dict[str, Any] = {**row.case, "backend": row.backend, "bytes": row.bytes, "flops": row.flops}
+    plain |= {} if row.error is None else {"error": row.error}
+    plain |= {"command": row.command} if row.command else {}
     if row.timing is None:
         return {**plain, "problem": row.problem}
     seconds = row.timing.median

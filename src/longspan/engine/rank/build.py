@@ -24,6 +24,7 @@ from longspan.cache.layout import KVLayout
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
+from longspan.engine.free_memory import return_free_memory
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.drafting import Drafter, ModuleDrafter
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
@@ -200,7 +201,9 @@ def _expert_group(
 def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, sharding: Sharding, shown: bool) -> Model:
     """Build the model with its weights. With `shown` there is a progress bar."""
     if not shown or store.device.type != "cuda":
-        return setup.family.build(setup.model, context, setup.dtype)
+        model = setup.family.build(setup.model, context, setup.dtype)
+        return_free_memory()
+        return model
     asked = requests_of(lambda shapes: setup.family.build(setup.model, shapes, setup.dtype), sharding.extent)
     with progress_bar("loading weights", len(asked.params), shown) as store.on_read:
         return setup.family.build(setup.model, context, setup.dtype)

@@ -18,7 +18,8 @@ from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.engine.rank.upload import CudaCopying, Upload
 from longspan.engine.setup import EngineSetup
 from longspan.models.context import Linear, LinearStack
-from longspan.models.layers import DenseLinear, TableLinear, can_pack
+from longspan.models.layers import DenseLinear, PanelLinear, TableLinear, can_pack
+from longspan.models.ops.base import Table
 from longspan.models.params import Bounds, Param, loaded_shape
 from longspan.models.quantised import linear_in_form
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
@@ -120,6 +121,11 @@ class TensorStore:
             return TableLinear(self.tensor(pieces))
         return self.linear(pieces)
 
+    def table(self, pieces: Sequence[WeightPiece], is_multiplied: bool) -> Table:
+        """See `Loader.table`: the panels of the product if there are any, else the tensor."""
+        product = self.table_linear(pieces) if is_multiplied and self._form == "panels" else None
+        return product.panels if isinstance(product, PanelLinear) else self.tensor(pieces)
+
     def linear_stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool = False) -> LinearStack:
         """The linear layers of several weights of one shape, each as in `linear`.
 
@@ -216,6 +222,10 @@ class RankLoader:
         """This rank's slice of each parameter, concatenated along dimension 0: [rows, ...]."""
         exact = any(param.exact for param in params)
         return self._store.tensor([self._piece(param) for param in params], exact)
+
+    def table(self, param: Param, is_multiplied: bool) -> Table:
+        """This rank's part of a table of the vocabulary: see `Loader.table`."""
+        return self._store.table([self._piece(param)], is_multiplied)
 
     def linear(self, *params: Param) -> Linear:
         """A linear layer whose weight is this rank's slice of each parameter, concatenated along dimension 0."""

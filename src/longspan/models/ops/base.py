@@ -6,6 +6,7 @@ It owns this interface. An implementation serves one kind of device, and models 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,27 @@ class RopeTable(NamedTuple):
     cos: Tensor
     # [T, 1, rotary dim]; the first half is the second, negated
     sin: Tensor
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A weight [rows, width] in panels of adjacent rows, as compiled kernels multiply by it."""
+
+    # fp32 [panels, width, rows of a panel]; the last panel may have more rows than the weight
+    values: Tensor
+    # of the weight
+    rows: int
+
+
+Table = Tensor | Panels
+"""A part of an embedding table [rows, hidden]."""
+
+
+def plain_table(table: Table) -> Tensor:
+    """The table as a tensor. Raises `TypeError` for panels, which only compiled operations read."""
+    if isinstance(table, Panels):
+        raise TypeError("an embedding table in panels is for compiled operations")
+    return table
 
 
 class LayerOps(Protocol):
@@ -60,10 +82,11 @@ class LayerOps(Protocol):
         elements do, and the result has them half the rotary dim apart.
         """
 
-    def embed(self, token_ids: Tensor, table: Tensor, first: int) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
         """int64 token_ids [T] → [T, hidden]: rows of `table`, the part [first, first + rows) of the vocabulary.
 
-        Token ids outside this part give zeros, so that the sum over the TP group is the embedding.
+        Token ids outside this part give zeros, so that the sum over the TP group is the embedding. If `first` is None,
+        the table is that of all tokens.
         """
 
     def sum_of_places(self, found: Tensor, places: Tensor, weights: Tensor, stops: Tensor) -> Tensor:

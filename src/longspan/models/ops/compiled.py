@@ -11,7 +11,7 @@ from itertools import zip_longest
 from torch import Tensor
 
 from longspan.compiled.library import address, library
-from longspan.models.ops.base import RopeTable
+from longspan.models.ops.base import Panels, RopeTable, Table
 from longspan.models.ops.plain import PlainOps
 
 
@@ -47,6 +47,18 @@ class CompiledOps(PlainOps):
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
         self._library.swiglu(address(gate_up), gate_up.stride(0), out.data_ptr(), rows, width)
+        return out
+
+    def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
+        """See `LayerOps.embed`."""
+        values, rows = (table.values, table.rows) if isinstance(table, Panels) else (table, table.shape[0])
+        width = values.shape[2] if isinstance(table, Panels) else 1
+        token_ids = token_ids.contiguous()
+        out = values.new_empty(len(token_ids), values.shape[1])
+        self._library.lookup(
+            token_ids.data_ptr(), len(token_ids), first or 0, address(values), rows, values.shape[1], width,
+            out.data_ptr(),
+        )  # fmt: skip
         return out
 
     def rope(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.models.ops.base import RopeTable
+from longspan.models.ops.base import RopeTable, Table, plain_table
 
 SWISH_SLOPE = 1.702  # in the gate of gpt-oss
 
@@ -61,8 +61,11 @@ class PlainOps:
         for x, weight in zip_longest(heads, norms):
             _rotate(x if weight is None else self.norm(x, weight, eps), table, interleaved, x)
 
-    def embed(self, token_ids: Tensor, table: Tensor, first: int) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
         """See `LayerOps.embed`."""
+        table = plain_table(table)
+        if first is None:
+            return F.embedding(token_ids, table)
         local = token_ids - first
         outside = (local < 0) | (local >= table.shape[0])
         rows = F.embedding(local.masked_fill(outside, 0), table)

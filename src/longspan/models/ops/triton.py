@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
-from longspan.models.ops.base import RopeTable
+from longspan.models.ops.base import RopeTable, Table, plain_table
 from longspan.models.ops.kernels import (
     clamped_swiglu_kernel,
     embed_kernel,
@@ -99,8 +100,11 @@ class TritonOps:
             HEADS=together, HALF=half, REST=triton.next_power_of_2(max(1, width - dim)), num_warps=_WARPS,
         )  # fmt: skip
 
-    def embed(self, token_ids: Tensor, table: Tensor, first: int) -> Tensor:
+    def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
         """See `LayerOps.embed`."""
+        table = plain_table(table)
+        if first is None:
+            return F.embedding(token_ids, table)
         rows, width = token_ids.shape[0], table.shape[1]
         out = table.new_empty(rows, width)
         if rows:
