@@ -492,8 +492,8 @@ REQUESTS = (
         (f"{_FAMILIES}[deepseek-v3-one rank]",),
     ),
     Fault(
-        "the module of the end of a chunk sees another token", "engine/rank/drafting.py",
-        "            known[row] = token", "            known[row] = 0",
+        "the module of the end of a chunk sees another token", "plan/drafts.py",
+        "        known[row] = token", "        known[row] = 0",
         (f"{_MODULE}::test_the_logits_of_random_weights_follow_the_papers_equations",),
     ),
     Fault(

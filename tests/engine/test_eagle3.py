@@ -114,7 +114,7 @@ def test_the_logits_of_random_weights_follow_the_papers_equations(fields, option
 
 def record_logits(runner):
     """The logits [rows, vocab] of each run of the module on this rank from now on."""
-    module, found = runner._drafter.module, []
+    module, found = runner.drafter.module, []
     head = module.head
     module.head = lambda hidden: found.append(head(hidden)) or found[-1]
     return found
