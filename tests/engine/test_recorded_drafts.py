@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from longspan import SamplingParams
+from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_chain import ChainInputs
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
+from longspan.engine.rank.warmup import largest_plans
+from longspan.plan.drafts import sampled_rows
+from longspan.scheduler.draft_length import DraftLength
 from tests.drafting import eagle3_folder, folder_with_module, predictable_folder
 from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, named, plain_tokens, start, tokens_of
 from tests.engine.test_recorded_decode import Counting, RefillableTorch, Runs
-from tests.oracle import prompt_of
+from tests.oracle import VOCAB, prompt_of, tiny_folder
 
 MIXED = [
     (PROMPTS[0], GREEDY),
@@ -21,6 +25,7 @@ MIXED = [
     (PROMPTS[2], SamplingParams(temperature=0.5, seed=1, max_tokens=9, presence_penalty=1.0, top_k=5)),
     (prompt_of(3, 5), SamplingParams(temperature=0, max_tokens=17)),
 ]  # enter and leave at different steps
+SHORT_ANSWER = SamplingParams(temperature=0, max_tokens=5)
 SIZES, PROMPT_SIZES = (4, 8, 16), (16, 32)  # some steps are larger, and are not recorded
 
 
@@ -60,8 +65,10 @@ def replays_in(llm, recorder):
 
 
 def mixed(llm):
+    """Tokens of requests that meet, and of a long prompt behind them: its first chunk is not recorded."""
     prompts, params = zip(*MIXED, strict=True)
-    return [output.outputs[0].token_ids for output in llm.generate(list(prompts), list(params))]
+    outputs = [*llm.generate(list(prompts), list(params)), *llm.generate([prompt_of(59, 6)], SHORT_ANSWER)]
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 CASES = [
@@ -107,8 +114,9 @@ def mixed_without_drafts(folder):
         return mixed(llm)
 
 
-def test_contexts_too_scattered_for_the_buffers_of_drafting_are_drafted_after_without_a_graph():
-    folder, how = speculative("deepseek-v3", "mtp:3", "near")
+@pytest.mark.parametrize(("name", "how"), [("deepseek-v3", "mtp:3"), ("llama-seven", "eagle3:3")])
+def test_contexts_too_scattered_for_the_buffers_of_drafting_are_drafted_after_without_a_graph(name, how):
+    folder, how = speculative(name, how, "near")
     drafts = []
     for later in (RefillableTorch, Full):
         with start(folder, speculative=how, attention_backend="torch") as llm:
@@ -117,6 +125,31 @@ def test_contexts_too_scattered_for_the_buffers_of_drafting_are_drafted_after_wi
             assert tokens_of(llm) == plain_tokens(folder)
     assert drafts[0] == drafts[1]
     assert max(count for _, count in replays) == 1
+
+
+def test_all_is_recorded_and_every_number_of_drafts_has_run_before_the_first_request_the_largest_first():
+    """With pages of one token, so that the made-up requests need pages for what is drafted behind their drafts."""
+    folder, how = speculative("llama-seven", "eagle3:3")
+    with start(folder, speculative=how, attention_backend="torch", page_size=1) as llm:
+        recorder, (runner,) = record(llm), llm.engine.executor.runners
+        replays, seen = replays_in(llm, recorder), []
+        begin = runner.drafter.graphs.record
+        runner.drafter.graphs.record = lambda: (seen.append(rows) or rows for rows in begin())
+        make_ready(runner, llm.engine.setup, shown=False)
+        assert seen == [*reversed(SIZES), *reversed(PROMPT_SIZES)]
+        assert (True, 2) in replays
+        recorded = recorder.recorded
+        assert recorded == sum(1 + len({-(-rows // 4), rows}) for rows in seen)
+        mixed(llm)
+        assert recorder.recorded == recorded
+
+
+def test_the_largest_steps_have_all_drafts_of_all_requests():
+    folder, how = speculative("llama-seven", "eagle3:3")
+    with start(folder, speculative=how, max_num_seqs=6) as llm:
+        samples = [[segment.sample for segment in plan.segments] for plan in largest_plans(llm.engine.setup)]
+    assert [1] * 6 in samples
+    assert [4] * 6 in samples
 
 
 def test_sizes_end_with_the_first_that_has_room():
@@ -133,3 +166,48 @@ def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():
         drafted=torch.tensor([[5, 6, 7], [8, 9, -1], [-1, -1, -1]]),
     )
     assert inputs.accepted(torch.tensor([5, 1, 7, 2, 8, 9, 3, 4])).tolist() == [1, 2, 0]
+
+
+class Forced:
+    """Drafts after tokens of which the first drafts are made right, in two ways that are compared."""
+
+    def __init__(self, drafter):
+        self.drafter, self.compared = drafter, 0
+
+    def hidden(self, view, token_ids):
+        return None
+
+    def draft(self, step, requests):
+        rows = sampled_rows(step.view, requests)
+        for right in range(self.drafter.tokens + 1):
+            forced = step.sampled.clone()
+            for each in rows:
+                for number, draft in enumerate(step.view.token_ids[each.row + 1 : each.row + each.rows]):
+                    forced[each.sample + number] = draft if number < right else (draft + 1) % VOCAB
+            there, here = (self.start(kind, replace(step, sampled=forced), requests)() for kind in ("there", "here"))
+            assert there == here
+            self.compared += sum(each.rows > right > 0 for each in rows)
+        return self.start("here", step, requests)
+
+    def start(self, kind, step, requests):
+        drafter = self.drafter if kind == "here" else replace(self.drafter, chain=None)
+        drafter.attention.begin(drafter.attention.preparer.step(step.view))
+        return drafter.draft(step, requests)
+
+
+@pytest.mark.parametrize(
+    ("folder", "how"),
+    [("mistral-windowed", "draft:3"), ("deepseek-v3", "mtp:4")],
+)
+def test_wherever_the_last_right_draft_is_the_device_drafts_what_ranks_that_tell_each_other_would(
+    folder, how, monkeypatch
+):
+    """With random weights, so that a draft follows from the positions and tokens of all rows before it."""
+    monkeypatch.setattr(DraftLength, "choose", lambda self, most, rows, fixed_rows: most)
+    target = folder_with_module(folder, "random") if how.startswith("mtp") else tiny_folder(folder)
+    how = how if how.startswith("mtp") else f"{how}:{tiny_folder(folder)}"
+    with start(target, speculative=how, attention_backend="torch") as llm:
+        (runner,) = llm.engine.executor.runners
+        runner.drafter = forced = Forced(runner.drafter)
+        mixed(llm)
+    assert forced.compared > 20

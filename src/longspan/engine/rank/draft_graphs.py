@@ -157,7 +157,7 @@ class _DraftGraph:
         self._buffer = buffer = StepBuffer(attention.pool.device)
         self._own: RefillableLocalStep | None = None  # of the first run, where the module's attention is its own
         if attention is not parts.attention:
-            self._own = RefillableLocalStep(attention.preparer, parts.draft_backend, rows, buffer, None)
+            self._own = RefillableLocalStep(attention.preparer, parts.draft_backend, rows, buffer, graph.longest)
         self._later: RefillableLocalRuns | None = None
         if width:
             self._later = RefillableLocalRuns(attention.preparer, parts.draft_backend, requests * width, width)

@@ -79,19 +79,20 @@ class ShortSteps:
         if rows not in self._made:
             buffer = StepBuffer(self._attention.pool.device)
             step = RefillableLocalStep(self._attention.preparer, self._backend, rows, buffer, self.longest)
-            graph = ShortGraph(self._model, self._attention, step, rows, buffer, self._then)
+            graph = ShortGraph(self._model, self._attention, step, (rows, self.longest), buffer, self._then)
             graph.record(self._recorder)
             self._made[rows] = graph
         return self._made[rows]
 
 
 class ShortGraph:
-    """The graph of one size."""
+    """The graph of one size: of so many rows, in segments of up to `longest`, or of any length if it is None."""
 
     def __init__(
-        self, model: Model, attention: Attention, step: RefillableLocalStep, rows: int, buffer: StepBuffer,
-        then: Callable[[Tensor], None] | None,
+        self, model: Model, attention: Attention, step: RefillableLocalStep, size: tuple[int, int | None],
+        buffer: StepBuffer, then: Callable[[Tensor], None] | None,
     ) -> None:  # fmt: skip
+        rows, self.longest = size
         self.rows = rows
         self.prepared = step.prepared
         self._model = model
