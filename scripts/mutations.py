@@ -502,6 +502,27 @@ REQUESTS = (
         (f"{_MODULE}::test_rows_behind_a_wrong_draft_are_not_accepted_on_any_rank",),
     ),
     Fault(
+        "a recorded step drafts after the tokens of the step before", "engine/rank/draft_graphs.py",
+        "        self._sampled[: len(token_ids)] = token_ids\n", "",
+        ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
+        "a recorded further run sees the contexts of the step before", "engine/rank/draft_graphs.py",
+        "if self._later is not None and not self._later.fill(later.runs):", "if False:",
+        ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
+        "the device accepts a draft behind a wrong one", "engine/rank/draft_chain.py",
+        ".long().cumprod(1).sum(1)", ".long().sum(1)",
+        ("tests/engine/test_recorded_drafts.py::"
+         "test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right",),
+    ),
+    Fault(
+        "a further run writes to the first slot that it may have", "engine/rank/draft_chain.py",
+        "inputs.slots.gather(1, place[:, None])[:, 0]", "inputs.slots[:, 0]",
+        ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
         "attention of a checkpoint that drafts is not prepared", "engine/rank/drafting.py",
         "        if self.has_own_attention:\n", "        if False:\n",
         ("tests/engine/test_small_model_drafts.py::test_a_model_that_drafts_for_itself_is_nearly_always_right",),

@@ -19,18 +19,14 @@ def target(name="llama-seven"):
 
 
 @pytest.fixture
-def drafting():
+def drafting(engines):
     """`drafting("near:3", tp=2, ...)` starts an engine for which a tiny module drafts 3 tokens."""
-    started = []
 
     def begin(drafts, name="llama-seven", **options):
         kind, _, count = drafts.partition(":")
-        started.append(start(target(name), speculative=f"eagle3:{count}:{eagle3_folder(kind)}", **options))
-        return started[-1]
+        return engines(target(name), speculative=f"eagle3:{count}:{eagle3_folder(kind)}", **options)
 
-    yield begin
-    for llm in started:
-        llm.shutdown()
+    return begin
 
 
 def plain(name="llama-seven", prompts=None, params=GREEDY, **options):

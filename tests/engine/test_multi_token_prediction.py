@@ -12,25 +12,20 @@ from longspan import LLM, ConfigError, SamplingParams
 from longspan.plan.drafts import AcceptedRow, accepted_rows
 from longspan.plan.plan import Segment
 from tests.drafting import ReferenceDrafts, folder_with_module
-from tests.engine.conftest import SHORT, THREADS
+from tests.engine.conftest import THREADS
 from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, plain_tokens, tokens_of
 from tests.oracle import prompt_of, tiny_folder
 from tests.pairs import each_value, every_pair
 
 
 @pytest.fixture
-def drafting():
+def drafting(engines):
     """`drafting(kind, tp=2, ...)` starts an engine on a tiny DeepSeek-V3 with a module: see `folder_with_module`."""
-    started = []
 
     def start(kind="near", folder=None, **options):
-        named = {SHORT.get(name, name): value for name, value in options.items()}
-        started.append(LLM(folder or folder_of(kind, options.get("pp", 1)), **{**THREADS, **named}))
-        return started[-1]
+        return engines(folder or folder_of(kind, options.get("pp", 1)), **options)
 
-    yield start
-    for llm in started:
-        llm.shutdown()
+    return start
 
 
 def folder_of(kind, stages=1):

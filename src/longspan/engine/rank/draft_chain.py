@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.host_copy import integers
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import local_phase
-from longspan.engine.rank.sampling.transfer import start_reading
+from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.models.context import DraftModule
 from longspan.plan.drafts import SampledRows, later_plan, next_token_ids
@@ -120,13 +119,10 @@ class DraftChain:
 
     def inputs(self, view: RankView, sampled: Sequence[SampledRows], later: LaterRuns) -> ChainInputs:
         """The integers of a step on the device, without rows that pad them."""
-        device, tokens = self.attention.pool.device, self.tokens
-        values = chain_values(view, sampled, later, tokens, self.width)
-        found = {name: integers(each, device) for name, each in values.items()}
-        shapes = {"drafted": tokens, "slots": self.width}
-        return ChainInputs(**{
-            name: each.view(len(sampled), shapes[name]) if name in shapes else each for name, each in found.items()
-        })  # fmt: skip
+        values, upload = chain_values(view, sampled, later, self.tokens, self.width), OneCopy()
+        numbers = {name: upload.integers(each) for name, each in values.items()}
+        sent = upload.send(self.attention.pool.device)
+        return inputs_of({name: sent[number] for name, number in numbers.items()}, len(sampled))
 
     def first_run(self, inputs: ChainInputs, sampled: Tensor, taken: Tensor, positions: Tensor) -> Tensor:
         """The run over the rows of the step, whose attention is prepared: [T, hidden].
@@ -186,6 +182,14 @@ class RowsOfRuns:
         self.attention.begin(self.step)
         spread = q.new_zeros(self.count, *q.shape[1:]).index_copy(0, self.rows, q)
         return self.attention(layer, spread, k, v)[self.rows]
+
+
+def inputs_of(tensors: Mapping[str, Tensor], requests: int) -> ChainInputs:
+    """The fields from one-dimensional tensors, of so many requests."""
+    tables = {"drafted", "slots"}
+    return ChainInputs(**{
+        name: each.view(requests, -1 if len(each) else 0) if name in tables else each for name, each in tensors.items()
+    })  # fmt: skip
 
 
 def chain_values(

@@ -18,7 +18,7 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedPhase
 from longspan.attention.refillable import RefillableLocalRuns, RefillableLocalStep
 from longspan.attention.step_buffer import Field, StepBuffer
-from longspan.engine.rank.draft_chain import ChainInputs, DraftChain, chain_values
+from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortGraph, ShortSteps
 from longspan.models.context import Model
@@ -167,11 +167,7 @@ class _DraftGraph:
             "positions": requests, "drafted": requests * chain.tokens, "slots": requests * width,
         }  # fmt: skip
         self._fields: dict[str, Field] = {name: buffer.reserve(size, torch.int64) for name, size in sizes.items()}
-        shapes = {"drafted": (requests, chain.tokens), "slots": (requests, width)}
-        self._inputs = ChainInputs(**{
-            name: field.device.view(shapes[name]) if name in shapes else field.device
-            for name, field in self._fields.items()
-        })  # fmt: skip
+        self._inputs = inputs_of({name: field.device for name, field in self._fields.items()}, requests)
         self._sampled = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._fill({})
         self._replay: Callable[[], Tensor] = self._compute
