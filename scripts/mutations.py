@@ -518,6 +518,10 @@ REQUESTS = (
          "test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right",),
     ),
     Fault(
+        "a further run reads what was never written", "engine/rank/draft_chain.py",
+        "            if run == 1:\n", "            if False:\n", ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
         "a further run writes to the first slot that it may have", "engine/rank/draft_chain.py",
         "inputs.slots.gather(1, place[:, None])[:, 0]", "inputs.slots[:, 0]",
         ("tests/engine/test_recorded_drafts.py",),

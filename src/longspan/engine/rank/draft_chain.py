@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
+from longspan.attention.backends.base import Writer
 from longspan.attention.layer import AttentionLayer
 from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import local_phase
@@ -147,17 +148,21 @@ class DraftChain:
         first = torch.arange(len(accepted), device=sampled.device) * self.width
         for run in range(1, self.tokens):
             place = accepted + (run - 1)
-            attend = self._attend(later, first + place, inputs.slots.gather(1, place[:, None])[:, 0])
+            written = self._writer(inputs.slots.gather(1, place[:, None])[:, 0])
+            attend = RowsOfRuns(self.attention, PreparedStep((later,), written), first + place, later.stop)
+            if run == 1:
+                behind = torch.arange(self.width, device=sampled.device) > place[:, None]
+                attend = replace(attend, cleared=self._writer(inputs.slots.where(behind, _NO_SLOT).flatten()))
             chain = self.module.layers(found[-1], chain, inputs.positions + accepted + run, attend)
             found.append(self._best(chain))
         return torch.stack(found)
 
-    def _attend(self, later: PreparedPhase, rows: Tensor, slots: Tensor) -> RowsOfRuns:
-        """The attention of one further run: its rows are `rows` int64 [M] of `later` and write to `slots` int64 [M]."""
+    def _writer(self, slots: Tensor) -> Writer:
+        """What writes rows to `slots` int64 [T]."""
         writer = self.attention.ops.backend.slot_writer(slots.int())
         if writer is None:
             raise EngineError("the attention backend cannot write to slots that only the device knows")
-        return RowsOfRuns(self.attention, PreparedStep((later,), writer), rows, later.stop)
+        return writer
 
     def _best(self, hidden: Tensor) -> Tensor:
         """The most likely token after each row of `hidden` [M, hidden], int64 [M]."""
@@ -176,9 +181,15 @@ class RowsOfRuns:
     rows: Tensor
     # number of rows of the runs
     count: int
+    # first writes zeros to as many rows: to slots of the runs that have never been written, and may hold NaN. No row
+    # sees them, but a weight of zero times NaN is NaN
+    cleared: Writer | None = None
 
     def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`. The other rows of the runs compute what is not used; `k` and `v` are written only."""
+        if self.cleared is not None:
+            zeros = k.new_zeros(self.count, *k.shape[1:])
+            self.cleared.write(self.attention.pool.layers[layer.index], zeros, zeros)
         self.attention.begin(self.step)
         spread = q.new_zeros(self.count, *q.shape[1:]).index_copy(0, self.rows, q)
         return self.attention(layer, spread, k, v)[self.rows]
