@@ -492,14 +492,39 @@ REQUESTS = (
         (f"{_FAMILIES}[deepseek-v3-one rank]",),
     ),
     Fault(
-        "the module of the end of a chunk sees another token", "engine/rank/drafting.py",
-        "            known[row] = token", "            known[row] = 0",
+        "the module of the end of a chunk sees another token", "plan/drafts.py",
+        "        known[row] = token", "        known[row] = 0",
         (f"{_MODULE}::test_the_logits_of_random_weights_follow_the_papers_equations",),
     ),
     Fault(
         "a draft behind a wrong one is accepted on a rank", "plan/drafts.py",
         "                    wrong.add(request)", "                    pass",
         (f"{_MODULE}::test_rows_behind_a_wrong_draft_are_not_accepted_on_any_rank",),
+    ),
+    Fault(
+        "a recorded step drafts after the tokens of the step before", "engine/rank/draft_graphs.py",
+        "        self._sampled[: len(token_ids)] = token_ids\n", "",
+        ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
+        "a recorded further run sees the contexts of the step before", "engine/rank/draft_graphs.py",
+        "if self._later is not None and not self._later.fill(later.runs):", "if False:",
+        ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
+        "the device accepts a draft behind a wrong one", "engine/rank/draft_chain.py",
+        ".long().cumprod(1).sum(1)", ".long().sum(1)",
+        ("tests/engine/test_recorded_drafts.py::"
+         "test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right",),
+    ),
+    Fault(
+        "a further run reads what was never written", "engine/rank/draft_chain.py",
+        "            if run == 1:\n", "            if False:\n", ("tests/engine/test_recorded_drafts.py",),
+    ),
+    Fault(
+        "a further run writes to the first slot that it may have", "engine/rank/draft_chain.py",
+        "inputs.slots.gather(1, place[:, None])[:, 0]", "inputs.slots[:, 0]",
+        ("tests/engine/test_recorded_drafts.py",),
     ),
     Fault(
         "attention of a checkpoint that drafts is not prepared", "engine/rank/drafting.py",

@@ -9,7 +9,7 @@ from longspan.config import ParallelConfig
 from longspan.disaggregation.layout_map import cells, runs_on
 from longspan.disaggregation.pulls import PullTracker
 from longspan.parallel.grid import Grid
-from longspan.parallel.sharding import Sharding, max_layers
+from longspan.parallel.sharding import Sharding, last_layers
 from longspan.plan.source import Part
 
 LAYERS = 5
@@ -28,7 +28,7 @@ def random_grid(dice: random.Random, q_heads: int) -> Grid:
     tp = dice.choice([n for n in (1, 2, 3, 4, 6) if q_heads % n == 0])
     dcp = dice.choice([n for n in range(1, tp + 1) if tp % n == 0])
     grid = Grid(ParallelConfig(tp, dice.randint(1, 3), dcp, dice.randint(1, 3)))
-    assert max_layers(grid, LAYERS)
+    assert last_layers(grid, LAYERS)
     return grid
 
 

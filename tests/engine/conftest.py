@@ -32,19 +32,24 @@ SHORT = {
 
 
 @pytest.fixture
-def tiny() -> Any:
-    """`tiny(tp=2, pcp=2, page_size=16, ...)` starts an engine on a tiny Llama; all are shut down after the test."""
+def engines() -> Any:
+    """`engines(folder, tp=2, pcp=2, page_size=16, ...)` starts an engine; all are shut down after the test."""
     started: list[LLM] = []
 
-    def start(model: str = "llama", **options: Any) -> LLM:
+    def start(folder: str, **options: Any) -> LLM:
         named = {SHORT.get(name, name): value for name, value in options.items()}
-        llm = LLM(tiny_folder(model), **{**THREADS, **named})
-        started.append(llm)
-        return llm
+        started.append(LLM(folder, **{**THREADS, **named}))
+        return started[-1]
 
     yield start
     for llm in started:
         llm.shutdown()
+
+
+@pytest.fixture
+def tiny(engines: Any) -> Any:
+    """`tiny("llama", tp=2, ...)` starts an engine on a tiny model, a Llama by default."""
+    return lambda model="llama", **options: engines(tiny_folder(model), **options)
 
 
 Start = Callable[..., LLM]

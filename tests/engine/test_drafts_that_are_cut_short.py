@@ -13,7 +13,7 @@ from longspan import LLM, SamplingParams
 from longspan.engine.driver.build import build_core
 from longspan.scheduler.progress import progress
 from tests.drafting import folder_with_module
-from tests.engine.conftest import SHORT, THREADS
+from tests.engine.conftest import THREADS
 from tests.folders import shared_folder
 from tests.oracle import VOCAB, prompt_of
 from tests.server.running import ascii_tokenizer
@@ -34,18 +34,13 @@ def folder_of(kind: str, stages: int = 1, end: int | None = None) -> str:
 
 
 @pytest.fixture
-def engine():
+def engine(engines):
     """`engine("right", tp=2, ...)` starts an engine on such a model."""
-    started = []
 
     def start(kind, end=None, **options):
-        named = {SHORT.get(name, name): value for name, value in options.items()}
-        started.append(LLM(folder_of(kind, options.get("pp", 1), end), **{**THREADS, **named}))
-        return started[-1]
+        return engines(folder_of(kind, options.get("pp", 1), end), **options)
 
-    yield start
-    for llm in started:
-        llm.shutdown()
+    return start
 
 
 def plain(prompts, params=LONG):

@@ -17,7 +17,7 @@ from longspan.engine.rank.sampling.sampler import Sampler
 from longspan.request import SampledToken
 from longspan.scheduler.progress import progress, right_tokens
 from tests.drafting import folder_with_module
-from tests.engine.conftest import SHORT, THREADS
+from tests.engine.conftest import THREADS
 from tests.folders import shared_folder
 from tests.oracle import VOCAB
 from tests.server.running import ascii_tokenizer
@@ -46,18 +46,13 @@ def folder_of(stages: int = 1) -> str:
 
 
 @pytest.fixture
-def engine():
+def engine(engines):
     """`engine(tp=2, ...)` starts an engine on that model."""
-    started = []
 
     def start(**options):
-        named = {SHORT.get(name, name): value for name, value in options.items()}
-        started.append(LLM(folder_of(options.get("pp", 1)), **{**THREADS, "max_num_batched_tokens": 64, **named}))
-        return started[-1]
+        return engines(folder_of(options.get("pp", 1)), **{"max_num_batched_tokens": 64, **options})
 
-    yield start
-    for llm in started:
-        llm.shutdown()
+    return start
 
 
 def answers(llm, params, prompts=PROMPTS):

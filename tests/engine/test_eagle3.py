@@ -19,18 +19,14 @@ def target(name="llama-seven"):
 
 
 @pytest.fixture
-def drafting():
+def drafting(engines):
     """`drafting("near:3", tp=2, ...)` starts an engine for which a tiny module drafts 3 tokens."""
-    started = []
 
     def begin(drafts, name="llama-seven", **options):
         kind, _, count = drafts.partition(":")
-        started.append(start(target(name), speculative=f"eagle3:{count}:{eagle3_folder(kind)}", **options))
-        return started[-1]
+        return engines(target(name), speculative=f"eagle3:{count}:{eagle3_folder(kind)}", **options)
 
-    yield begin
-    for llm in started:
-        llm.shutdown()
+    return begin
 
 
 def plain(name="llama-seven", prompts=None, params=GREEDY, **options):
@@ -114,7 +110,7 @@ def test_the_logits_of_random_weights_follow_the_papers_equations(fields, option
 
 def record_logits(runner):
     """The logits [rows, vocab] of each run of the module on this rank from now on."""
-    module, found = runner._drafter.module, []
+    module, found = runner.drafter.module, []
     head = module.head
     module.head = lambda hidden: found.append(head(hidden)) or found[-1]
     return found

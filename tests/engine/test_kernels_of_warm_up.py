@@ -20,10 +20,11 @@ from triton.runtime.jit import JITFunction
 from longspan import SamplingParams
 from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.engine.rank.build import make_ready
+from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.recorder import EagerRecorder
 from longspan.engine.rank.short_steps import ShortSteps
-from tests.oracle import prompt_of
+from tests.oracle import prompt_of, tiny_folder
 
 LENGTHS = (30, 1, 7, 100, 47)
 MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5)]
@@ -69,11 +70,28 @@ def started(tiny, model):
     return llm
 
 
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
+def started_with_drafts(tiny):
+    """The same where a small model drafts."""
+    llm = tiny(
+        "llama", dtype="bfloat16", max_num_batched_tokens=512, kv_cache_memory_bytes=1 << 22, debug=False,
+        attention_backend="torch", speculative=f"draft:3:{tiny_folder('llama')}",
+    )  # fmt: skip
+    (runner,) = llm.engine.executor.runners
+    attentions = runner.attention, runner.drafter.attention
+    model, own = (TritonBackend(torch.device("cpu"), each.ops.value_dim, processors=132) for each in attentions)
+    for attention, backend in zip(attentions, (model, own), strict=True):
+        attention.ops = replace(attention.ops, backend=backend)
+    drafter = runner.drafter
+    parts = RecordedParts(runner.model, runner.attention, model, drafter.chain, own, drafter.first_input)
+    runner.drafter = drafter.with_graphs(DraftGraphs(parts, EagerRecorder(), (8,), ()))
+    return llm
+
+
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "drafts"])
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
-    llm = started(tiny, model)
+    llm = started_with_drafts(tiny) if model == "drafts" else started(tiny, model)
     (runner,) = llm.engine.executor.runners
     make_ready(runner, llm.engine.setup, shown=False)
     warm = set(keys.found)

@@ -12,25 +12,20 @@ from longspan import LLM, ConfigError, SamplingParams
 from longspan.plan.drafts import AcceptedRow, accepted_rows
 from longspan.plan.plan import Segment
 from tests.drafting import ReferenceDrafts, folder_with_module
-from tests.engine.conftest import SHORT, THREADS
+from tests.engine.conftest import THREADS
 from tests.engine.drafted import GREEDY, PROMPTS, drafts_in, plain_tokens, tokens_of
 from tests.oracle import prompt_of, tiny_folder
 from tests.pairs import each_value, every_pair
 
 
 @pytest.fixture
-def drafting():
+def drafting(engines):
     """`drafting(kind, tp=2, ...)` starts an engine on a tiny DeepSeek-V3 with a module: see `folder_with_module`."""
-    started = []
 
     def start(kind="near", folder=None, **options):
-        named = {SHORT.get(name, name): value for name, value in options.items()}
-        started.append(LLM(folder or folder_of(kind, options.get("pp", 1)), **{**THREADS, **named}))
-        return started[-1]
+        return engines(folder or folder_of(kind, options.get("pp", 1)), **options)
 
-    yield start
-    for llm in started:
-        llm.shutdown()
+    return start
 
 
 def folder_of(kind, stages=1):
@@ -70,18 +65,36 @@ def test_tokens_are_those_without_drafts_and_drafts_are_the_reference(drafting, 
     check_drafts(drafting, case)
 
 
+@pytest.mark.parametrize(
+    ("k", "layout", "family", "kv_cache_dtype"),
+    [
+        (3, {"tp": 2}, "deepseek-v3", "int8"),
+        (4, {"tp": 2, "pp": 2, "enable_expert_parallel": True}, "glm4-moe", "auto"),
+        (2, {}, "glm4-moe", "fp8_e4m3"),
+    ],
+)
+def test_so_they_are_where_the_device_finds_the_accepted_rows(drafting, k, layout, family, kv_cache_dtype):
+    """On the only rank of a context group, with a backend that writes to slots that only the device knows."""
+    common = {"max_num_batched_tokens": 13, "page_size": 1, "hit": True, "attention_backend": "torch"}
+    check_drafts(
+        drafting, {"k": k, "layout": layout, "family": family, "kv_cache_dtype": kv_cache_dtype, **common}, alone=True
+    )
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", named(every_pair(AXES)))
 def test_every_two_choices_together(drafting, case):
     check_drafts(drafting, case)
 
 
-def check_drafts(drafting, case):
+def check_drafts(drafting, case, alone=False):
     options = {**case}
     k, family, layout, hit = (options.pop(name) for name in ("k", "family", "layout", "hit"))
     llm = drafting(
         folder=folder_with_module(family, "near"), speculative=f"mtp:{k}", local_context=0, **layout, **options
     )
+    drafters = [runner.drafter for runner in llm.engine.executor.runners if runner.drafter]
+    assert not alone or all(drafter.chain for drafter in drafters)
     found = drafts_in(llm)
     expected = plain_of(family, case["kv_cache_dtype"])
     assert tokens_of(llm) == expected
@@ -134,7 +147,7 @@ def test_the_logits_of_random_weights_follow_the_papers_equations(drafting, opti
 
 def record_logits(runner):
     """The logits [rows, vocab] of each run of the module on this rank from now on."""
-    module, found = runner._drafter.module, []
+    module, found = runner.drafter.module, []
     head = module.head
     module.head = lambda hidden: found.append(head(hidden)) or found[-1]
     return found

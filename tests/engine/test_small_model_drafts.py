@@ -19,19 +19,15 @@ from tests.pairs import every_pair
 
 
 @pytest.fixture
-def drafting():
+def drafting(engines):
     """`drafting("qwen3:3", target="llama", tp=2, ...)` starts an engine for which a tiny model drafts 3 tokens."""
-    started = []
 
     def begin(drafts, target="llama", **options):
         name, _, count = drafts.partition(":")
         speculative = f"draft:{count}:{predictable_folder(name)}"
-        started.append(start(predictable_folder(target), speculative=speculative, **options))
-        return started[-1]
+        return engines(predictable_folder(target), speculative=speculative, **options)
 
-    yield begin
-    for llm in started:
-        llm.shutdown()
+    return begin
 
 
 def plain(target="llama", prompts=None, params=GREEDY, **options):

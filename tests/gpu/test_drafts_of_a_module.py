@@ -1,24 +1,60 @@
-"""A module for multi-token prediction drafts on a GPU as on a CPU: tokens are those without drafts."""
+"""A module drafts on a GPU as on a CPU: tokens are those without drafts, in steps that are recorded and in others."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from longspan import LLM, SamplingParams
-from tests.drafting import folder_with_module
+from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts
+from tests.drafting import eagle3_folder, folder_with_module, predictable_folder
 from tests.engine.conftest import THREADS
+from tests.engine.drafted import drafts_in, plain_tokens, start
+from tests.engine.test_recorded_decode import Counting
 from tests.oracle import prompt_of
 
-pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+from longspan.attention.backends.triton.backend import TritonBackend
+
 PROMPTS = [prompt_of(33), prompt_of(50, 2)]
 
 
-def test_tokens_are_those_without_drafts_and_some_drafts_are_right() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek-v3", pytest.param("glm4-moe", marks=pytest.mark.exhaustive)])
+def test_refilled_plans_of_triton_give_the_drafts_of_plain_operations(name) -> None:
+    """Kernels run in Triton's interpreter. Latents, and keys and values."""
+    folder, drafts = folder_with_module(name, "near"), []
+    prompts, params = [prompt_of(9)], SamplingParams(temperature=0, max_tokens=4)
+    for recorded in (False, True):
+        with start(folder, speculative="mtp:2", attention_backend="torch") as llm:
+            (runner,) = llm.engine.executor.runners
+            attention, drafter, recorder = runner.attention, runner.drafter, Counting()
+            if recorded:
+                backend = TritonBackend(attention.pool.device, attention.ops.value_dim)
+                attention.ops = replace(attention.ops, backend=backend)
+                parts = RecordedParts(
+                    runner.model, attention, backend, drafter.chain, backend, drafter.first_input
+                )  # fmt: skip
+                runner.drafter = drafter.with_graphs(DraftGraphs(parts, recorder, (4,), ()))
+            drafts.append(drafts_in(llm))
+            found = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+            assert found == plain_tokens(folder, tuple(map(tuple, prompts)), params)
+            assert (recorder.replayed >= 4) == recorded
+    assert drafts[0] == drafts[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [True, False])
+def test_tokens_are_those_without_drafts_and_some_drafts_are_right(eager: bool) -> None:
     found, params = [], SamplingParams(temperature=0, max_tokens=14)
-    for drafts in ({}, {"speculative": "mtp:3"}):
-        options = {**THREADS, "device": "cuda", "dtype": "float32", "enforce_eager": True, **drafts}
-        with LLM(folder_with_module("deepseek-v3", "near"), **options) as llm:
+    for drafts in ({}, {"speculative": f"eagle3:3:{eagle3_folder('near')}"}):
+        options = {**THREADS, "device": "cuda", "dtype": "float32", "enforce_eager": eager, **drafts}
+        with LLM(predictable_folder("llama-seven"), **options) as llm:
+            (runner,) = llm.engine.executor.runners
             found.append([output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)])
             accepted = llm.stats().scheduler.accepted_tokens
     assert found[0] == found[1]
     assert accepted > 0
+    assert runner.drafter.chain is not None
+    assert (runner.drafter.graphs is None) == eager

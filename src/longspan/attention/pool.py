@@ -6,6 +6,7 @@ to.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,18 +19,8 @@ from longspan.plan.view import WriteRun
 _FEW_RUNS = 4  # up to this many runs are written as slices, more with an index tensor
 
 
-class SlotWriter:
+class _PlainWriter(ABC):
     """A `Writer` that uses plain tensor operations."""
-
-    def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
-        self._runs = writes if len(writes) <= _FEW_RUNS else ()
-        self._slots: Tensor | None = None  # [R] int64: the slots that are written, if there are more runs
-        self._rows: Tensor | None = None  # [R] int64: the rows that go there; None for all rows in order
-        if not self._runs and writes:
-            index = [row for run in writes for row in range(run.row, run.row + run.length)]
-            self._rows = torch.tensor(index, device=device) if len(index) < rows else None
-            slots = [slot for run in writes for slot in range(run.slot, run.slot + run.length)]
-            self._slots = torch.tensor(slots, device=device)
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
         """See `Writer.write`."""
@@ -42,13 +33,44 @@ class SlotWriter:
             self._store(cache.values[plane].view(torch.uint8), values.view(torch.uint8))
             self._store(cache.scales[plane], scales)
 
+    @abstractmethod
     def _store(self, part: Tensor, by_head: Tensor) -> None:
         """Write rows `by_head` [Hkv, T, D] to their slots of `part` [Hkv, S, D]."""
+
+
+class SlotWriter(_PlainWriter):
+    """Writes to slots that are known on the host."""
+
+    def __init__(self, writes: Sequence[WriteRun], rows: int, device: torch.device) -> None:
+        self._runs = writes if len(writes) <= _FEW_RUNS else ()
+        self._slots: Tensor | None = None  # [R] int64: the slots that are written, if there are more runs
+        self._rows: Tensor | None = None  # [R] int64: the rows that go there; None for all rows in order
+        if not self._runs and writes:
+            index = [row for run in writes for row in range(run.row, run.row + run.length)]
+            self._rows = torch.tensor(index, device=device) if len(index) < rows else None
+            slots = [slot for run in writes for slot in range(run.slot, run.slot + run.length)]
+            self._slots = torch.tensor(slots, device=device)
+
+    def _store(self, part: Tensor, by_head: Tensor) -> None:
         for run in self._runs:
             part[:, run.slot : run.slot + run.length] = by_head[:, run.row : run.row + run.length]
         if self._slots is not None:
             chosen = by_head if self._rows is None else by_head[:, self._rows]
             part.index_copy_(1, self._slots, chosen)
+
+
+class DeviceSlotWriter(_PlainWriter):
+    """Writes to `slots` int32 [T] on the device, without reading them; rows with -1 are not written."""
+
+    def __init__(self, slots: Tensor) -> None:
+        written = slots >= 0
+        # a row that is not written repeats the first one that is. If none is, all write what slot 0 has already
+        self._rows = torch.where(written, torch.arange(len(slots), device=slots.device), written.int().argmax())
+        self._slots = slots[self._rows].long().clamp_min(0)
+        self._any = written.any()
+
+    def _store(self, part: Tensor, by_head: Tensor) -> None:
+        part.index_copy_(1, self._slots, torch.where(self._any, by_head[:, self._rows], part[:, self._slots]))
 
 
 class KVPool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from longspan.attention.backends.base import RecordableBackend
+from longspan.attention.backends.base import PreparedRuns, RecordableBackend
 from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
 from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.reach import QueryBlock, QueryRun, Reach
@@ -82,21 +82,37 @@ class RefillableStep:
         return Reach(schedule, 0, (), tuple(QueryBlock(rows, of_block) for of_block in runs), (), ())
 
 
-class RefillableLocalStep:
-    """A prepared step of any segments, on a rank that computes alone, whose runs and slots can be replaced in place.
+class RefillableLocalRuns:
+    """Runs of several rows in each layer group, on a rank that computes alone, which can be replaced in place.
 
-    Rows that pad a step write nothing and see nothing. Raises `ValueError` if the backend has no such runs.
+    Rows of no run see nothing. `longest` is the number of rows of the longest run, for which tiles are chosen. Raises
+    `ValueError` if the backend has no such runs.
     """
 
-    def __init__(self, preparer: Preparer, backend: RecordableBackend, rows: int, buffer: StepBuffer) -> None:
-        found = [backend.indexed(rows, rows, _SHORT_SPAN_SLOTS) for _ in preparer.windows]
+    def __init__(self, preparer: Preparer, backend: RecordableBackend, rows: int, longest: int) -> None:
+        found = [backend.indexed(rows, longest, _SHORT_SPAN_SLOTS) for _ in preparer.windows]
         self._runs = [runs for runs in found if runs is not None]
         if len(self._runs) < len(found):
             raise ValueError(f"{type(backend).__name__} has no refillable runs of several rows")
+        self.phase = local_phase(preparer, rows, self._runs)
+
+    def fill(self, wanted: Sequence[Sequence[QueryRun]]) -> bool:
+        """Replace the runs of each layer group. False if they do not fit: then they must be prepared anew."""
+        return all(made.fill(runs) for made, runs in zip(self._runs, wanted, strict=True))
+
+
+class RefillableLocalStep:
+    """A prepared step of any segments, on a rank that computes alone, whose runs and slots can be replaced in place.
+
+    Rows that pad a step write nothing and see nothing. `longest` and errors are as in `RefillableLocalRuns`.
+    """
+
+    def __init__(
+        self, preparer: Preparer, backend: RecordableBackend, rows: int, buffer: StepBuffer, longest: int | None = None
+    ) -> None:
+        self._runs = RefillableLocalRuns(preparer, backend, rows, longest or rows)
         self._slots = backend.writer((), rows, buffer)
-        reach = Reach("local", rows, (), (), (), ())
-        groups = tuple(PreparedReach(reach, OwnRuns(runs), (), preparer) for runs in self._runs)
-        self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._slots)
+        self.prepared = PreparedStep((self._runs.phase,), self._slots)
 
     def fill(self, view: RankView) -> bool:
         """Refill `prepared` for this step. The caller sends the buffer.
@@ -106,11 +122,19 @@ class RefillableLocalStep:
         """
         if any(phase.diagonal or any(sum(reach.block_rows) for reach in phase.groups) for phase in view.phases):
             return False
-        for group, made in enumerate(self._runs):
-            wanted = [
-                replace(run, row=run.row + phase.start) for phase in view.phases for run in phase.groups[group].own
-            ]
-            if not made.fill(wanted):
-                return False
+        groups = zip(*(phase.groups for phase in view.phases), strict=True)
+        starts = [phase.start for phase in view.phases]
+        wanted = [
+            [replace(run, row=run.row + start) for start, reach in zip(starts, group, strict=True) for run in reach.own]
+            for group in groups
+        ]
+        if not self._runs.fill(wanted):
+            return False
         self._slots.refill(view.writes)
         return True
+
+
+def local_phase(preparer: Preparer, rows: int, runs: Sequence[PreparedRuns]) -> PreparedPhase:
+    """A phase of `rows` rows that are all local, with prepared runs for each layer group."""
+    reach = Reach("local", rows, (), (), (), ())
+    return PreparedPhase(0, rows, tuple(PreparedReach(reach, OwnRuns(each), (), preparer) for each in runs))

@@ -28,7 +28,7 @@ from longspan.models.params import Extent, Param
 from longspan.models.registry import BuildModel
 from longspan.models.shapes import requests_of
 from longspan.parallel.grid import Grid, split_evenly
-from longspan.parallel.sharding import Sharding, check_heads, check_layers, last_layers, max_kv_heads, max_layers
+from longspan.parallel.sharding import Sharding, check_heads, check_layers, max_kv_heads
 from longspan.weights.formats import WeightFormat
 
 WORKSPACE_TOKENS = 16384  # tokens of other shards whose KV a rank may hold at once
@@ -286,12 +286,15 @@ def cache_layout(
     """
     kv_heads = max_kv_heads(grid, model.num_q_heads, model.num_kv_heads)
     groups = (model.mla.kv_lora_rank, model.mla.rope_dim) if model.mla else (model.head_dim,)
-    fullest = KVLayout(
-        max_layers(grid, model.num_layers, model.loaded_draft_layers), kv_heads, model.head_dim, element_bytes,
-        model.kv_factor, groups if quantised else (),
-    )  # fmt: skip
-    drafting = replace(fullest, num_layers=last_layers(grid, model.num_layers), draft_bytes=draft_bytes)
-    return max(fullest, drafting, key=lambda layout: layout.bytes_per_token)
+    stages = [model.cached_layers(*split_evenly(model.num_layers, grid.pp, stage)) for stage in range(grid.pp)]
+    layouts = [
+        KVLayout(
+            stop - first, kv_heads, model.head_dim, element_bytes, model.kv_factor, groups if quantised else (),
+            draft_bytes=draft_bytes if stop >= model.num_layers else 0,
+        )
+        for first, stop in stages
+    ]  # fmt: skip
+    return max(layouts, key=lambda layout: layout.bytes_per_token)
 
 
 def attention_shape(grid: Grid, model: ModelConfig, layout: KVLayout, element_bytes: int) -> AttentionShape:

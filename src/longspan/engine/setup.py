@@ -157,12 +157,34 @@ class EngineSetup:
         """Whether decode steps are recorded as CUDA graphs.
 
         They are not with a mixture whose shapes depend on the routing, nor with pipeline stages, nor with several ranks
-        that are threads of one process, nor where the ranks draft, which needs the hidden states.
+        that are threads of one process, nor where the ranks draft, which needs the hidden states: see `records_drafts`.
         """
-        plain = self._has_fixed_shapes and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
-        drafting = self.config.scheduler.speculative
-        return plain and alone and not (drafting and drafting.by_model) and self.device_type == "cuda"
+        return self._is_recordable and alone and not self.drafts_of_model
+
+    @property
+    def has_one_shard(self) -> bool:
+        """Whether one rank of each head shard has all pages, and so knows alone which drafts are accepted."""
+        return self.grid.num_shards == 1
+
+    @property
+    def records_drafts(self) -> bool:
+        """Whether steps with drafts are recorded, and drafting too: not on several ranks, which would have to tell each
+        other between the runs what they have sampled, nor with a small model that is a mixture."""
+        fixed = self.drafts is None or self.drafts.model.moe is None
+        return self._is_recordable and self.grid.world_size == 1 and fixed and self.drafts_of_model > 0
+
+    @property
+    def drafts_of_model(self) -> int:
+        """How many draft tokens the ranks compute, with layers of the model or of a checkpoint of its own."""
+        how = self.config.scheduler.speculative
+        return how.tokens if how is not None and how.by_model else 0
+
+    @property
+    def _is_recordable(self) -> bool:
+        """Whether steps of one size can be recorded, with this model and on this kind of device."""
+        plain = self.grid.pp == 1 and not self.config.enforce_eager and self.device_type == "cuda"
+        return plain and self._has_fixed_shapes
 
     @property
     def records_short_steps(self) -> bool:

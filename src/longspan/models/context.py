@@ -137,11 +137,17 @@ class DraftModule(Protocol):
     the token at position p + 2. Its attention has layers of the cache of its own, in which a row is at position p.
     """
 
+    def first_input(self, hidden: Tensor, observed: Tensor | None) -> Tensor:
+        """What the first run takes [T, width], from what `Model.layers` returned, `hidden` [T, hidden].
+
+        `observed` [T, n · hidden] is what n layers took, side by side; None where no layer is observed.
+        """
+
     def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One run, over tokens at int64 `positions` [T], each followed by the token of int64 `next_ids` [T].
 
-        `hidden` [T, hidden] are what `Model.layers` returned for these tokens (or what an EAGLE-3 module makes of the
-        states in between), or what the run before returned for the tokens one position earlier. Returns [T, hidden].
+        `hidden` [T, hidden] are what `first_input` returned for these tokens, or what the run before returned for the
+        tokens one position earlier. Returns [T, hidden].
         """
 
     def head(self, hidden: Tensor) -> Tensor:

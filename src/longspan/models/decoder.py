@@ -144,6 +144,10 @@ class NextTokenModule:
         self._layer = DecoderLayer(config, layer, context)
         self._norm = hidden_norm(config, f"{prefix}.shared_head.norm.weight", context)
 
+    def first_input(self, hidden: Tensor, observed: Tensor | None) -> Tensor:
+        """See `DraftModule.first_input`."""
+        return hidden
+
     def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `DraftModule.layers`."""
         embedded, before = self._embedding_norm(self._embedding(next_ids)), self._hidden_norm(hidden)

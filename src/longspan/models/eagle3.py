@@ -98,7 +98,7 @@ def _check_observed(fields: Fields, num_layers: int) -> None:
 
 
 class Eagle3Module:
-    """See `DraftModule`. What its first run takes is `join`'s result; a later one takes what the run before returned.
+    """See `DraftModule`. The first run takes the result of `first_input`, a later one that of the run before.
 
     With e the embedding of token p + 1 and g the joined rows of token p, the layer's attention sees both normed and
     side by side, and its output is added to g. Published modules return the sum before the last norm.
@@ -130,8 +130,10 @@ class Eagle3Module:
             offsets = context.loader.load(Param(OFFSETS, (layer.vocab_size,), (None,), exact=True)).long()
             self._target_ids = offsets + torch.arange(layer.vocab_size, device=offsets.device)
 
-    def join(self, observed: Tensor) -> Tensor:
-        """What three layers took, side by side [T, 3 · hidden of the model] → what the first run takes [T, hidden]."""
+    def first_input(self, hidden: Tensor, observed: Tensor | None) -> Tensor:
+        """See `DraftModule.first_input`: the rows of three layers, joined. Those after the last layer are not used."""
+        if observed is None:
+            raise ModelError("the model has kept no hidden states for its EAGLE-3 module")
         return self._join(observed)
 
     def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:

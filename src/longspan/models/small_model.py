@@ -28,6 +28,10 @@ class SmallModel:
         self._model, self._embedding, self._output = model, model.embedding, model.head
         self._own_tokens, self._tokens = own_tokens, tokens
 
+    def first_input(self, hidden: Tensor, observed: Tensor | None) -> Tensor:
+        """See `DraftModule.first_input`."""
+        return hidden
+
     def layers(self, next_ids: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `DraftModule.layers`."""
         if self._own_tokens < self._tokens:

@@ -109,17 +109,7 @@ def check_layers(grid: Grid, num_layers: int) -> None:
         )
 
 
-def max_layers(grid: Grid, num_layers: int, draft_layers: int = 0) -> int:
-    """The largest number of layers that any stage holds. `draft_layers` are on the last stage."""
-    sizes = _stage_layers(grid, num_layers)
-    return max(*sizes, sizes[-1] + draft_layers)
-
-
 def last_layers(grid: Grid, num_layers: int) -> int:
     """The number of layers of the last stage."""
-    return _stage_layers(grid, num_layers)[-1]
-
-
-def _stage_layers(grid: Grid, num_layers: int) -> list[int]:
-    extents = [split_evenly(num_layers, grid.pp, stage) for stage in range(grid.pp)]
-    return [stop - start for start, stop in extents]
+    first, stop = split_evenly(num_layers, grid.pp, grid.pp - 1)
+    return stop - first

@@ -1,19 +1,22 @@
 """Which rows of a step are accepted, and the further runs of a module that drafts from them.
 
-It owns the comparison of drafts with sampled tokens on a rank, and the segments of these runs. Plain Python: every rank
-computes the same from the same plan and tokens. It must not know how a module is run.
+It owns the comparison of drafts with sampled tokens, and the segments of these runs. Plain Python: every rank computes
+the same from the same plan and tokens. Where one rank holds all pages, the device compares, with the integers of
+`SampledRows`. It must not know how a module is run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from longspan.cache.pages import PageTable
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan, window_start
 from longspan.plan.reach import Place
-from longspan.plan.view import rows_in_order
+from longspan.plan.view import RankView, rows_in_order
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,64 @@ def _remote_groups(
         if all(seen <= {member} for member in shards):
             return count
     return len(windows)
+
+
+def next_token_ids(view: RankView) -> list[int]:
+    """The token after each row, where the plan has it; behind a sampled row and a pending one it has none."""
+    known = [*view.token_ids[1:], 0] if view.token_ids else []
+    for row, token in view.following:
+        known[row] = token
+    return known
+
+
+class SampledRows(NamedTuple):
+    """The rows of one request that a step samples, on the only rank of a context group: they are adjacent."""
+
+    # the request
+    request_id: str
+    # the first row
+    row: int
+    # its number among all sampled rows
+    sample: int
+    # number of the rows
+    rows: int
+    # position of the first row
+    position: int
+    # index in the request's output of the token that is sampled there
+    output: int
+    # positions behind that of the first row for which there are pages
+    room: int
+
+    def later(self, tokens: int) -> int:
+        """How many positions behind the first row the further runs of a module may compute.
+
+        A run computes one, which depends on the accepted row; with `tokens` drafts there are `tokens` - 1 runs.
+        """
+        return min(self.rows + tokens - 2, self.room) if tokens > 1 else 0
+
+    def drafted(self, accepted: int, tokens: int) -> int:
+        """How many of `tokens` drafts behind accepted row number `accepted` have been computed: others had no page."""
+        return min(tokens, 1 + self.room - accepted)
+
+
+def sampled_rows(view: RankView, requests: Mapping[str, KnownRequest]) -> list[SampledRows]:
+    """The sampled rows by request, in the order of the rows."""
+    found: list[SampledRows] = []
+    number = 0
+    for request_id, group in groupby(view.samples, lambda sample: sample.request_id):
+        samples, table = tuple(group), requests[request_id].table
+        first, position = samples[0], view.positions[samples[0].row]
+        room = len(table.pages) * table.page_size - position - 1
+        found.append(SampledRows(request_id, first.row, number, len(samples), position, first.position, room))
+        number += len(samples)
+    return found
+
+
+def later_plan(sampled: Sequence[SampledRows], tokens: int, groups: int) -> StepPlan:
+    """A step of all positions that further runs may compute: a segment for each request with any, in this order."""
+    segments = tuple(
+        Segment(each.request_id, each.position + 1, (0,) * each.later(tokens), 0, False, 0, 0)
+        for each in sampled
+        if each.later(tokens)
+    )
+    return StepPlan(0, (), (), (), (), (), segments, ("local",) * groups, ("local",) * groups)

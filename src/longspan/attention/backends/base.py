@@ -146,6 +146,11 @@ class Backend(ABC):
     def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
         """Prepare the writes of a step with `rows` rows. Rows of no run are not written."""
 
+    def slot_writer(self, slots: Tensor) -> Writer | None:
+        """A writer of rows to `slots` int32 [T] on the device, of which nothing is read back; rows with -1 are not
+        written. None if the backend has none."""
+        return None
+
     @abstractmethod
     def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """The merge of `attention.state.merge`, equal up to rounding. All parts have one shape.

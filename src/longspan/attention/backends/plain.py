@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.backends.base import Backend, Writer
-from longspan.attention.pool import SlotWriter
+from longspan.attention.pool import DeviceSlotWriter, SlotWriter
 from longspan.attention.state import AttentionState, concatenate, merge
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.view import WriteRun
@@ -27,6 +27,10 @@ class PlainBackend(Backend):
     def writer(self, writes: Sequence[WriteRun], rows: int) -> Writer:
         """See `Backend.writer`."""
         return SlotWriter(writes, rows, self._device)
+
+    def slot_writer(self, slots: Tensor) -> Writer:
+        """See `Backend.slot_writer`."""
+        return DeviceSlotWriter(slots)
 
     def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""

@@ -26,6 +26,8 @@ from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.free_memory import return_free_memory
 from longspan.engine.memory_use import MemoryUse
+from longspan.engine.rank.draft_chain import DraftChain
+from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
 from longspan.engine.rank.drafting import Drafter, ModuleDrafter
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
@@ -36,14 +38,12 @@ from longspan.engine.rank.recorder import CudaRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
-from longspan.engine.rank.short_steps import ShortSteps
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
-from longspan.errors import EngineError
 from longspan.models.config import ModelConfig
 from longspan.models.context import Alone, DraftModule, LayerContext, Model
 from longspan.models.decoder import DecoderModel
-from longspan.models.eagle3 import Eagle3Module
 from longspan.models.ops import choose_ops
 from longspan.models.ops.base import LayerOps
 from longspan.models.shapes import requests_of
@@ -154,9 +154,9 @@ def build_runner(
             drafter=None if module is None else _drafter(setup, rank, (model, module), attention, group, gathered),
         )  # fmt: skip
 
-    def pilot(setup: EngineSetup) -> tuple[Runner, GraphRunner | None]:
+    def pilot(setup: EngineSetup) -> tuple[Runner, GraphRunner | DraftGraphs | None]:
         parts = parts_with(setup)
-        return Runner(parts), _graphs(setup, parts)
+        return Runner(parts), _graphs(setup, parts) or _draft_graphs(setup, parts)
 
     memory = None
     if device_memory is not None:
@@ -167,13 +167,13 @@ def build_runner(
     parts = parts_with(setup)
     pool, transfer, drafted = parts.attention.pool, config.transfer, parts.drafter.own_pool if parts.drafter else None
     constants = measure_cost(setup, rank, groups.context, store.device) if setup.measures_cost else None
-    parts = replace(
+    runner = Runner(replace(
         parts,
         cuda_graphs=_graphs(setup, parts),
+        drafter=parts.drafter.with_graphs(_draft_graphs(setup, parts)) if parts.drafter else None,
         store=PageStore(setup, rank, pool, drafts=drafted) if config.cache.offload.is_on else None,
         transfer=None if transfer is None else open_transfer(transfer, setup, rank, pool),
-    )
-    runner = Runner(parts)
+    ))  # fmt: skip
     if store.device.type == "cuda":
         make_ready(runner, setup, shown=rank == 0)
     return BuiltRank(runner, constants, memory)
@@ -237,6 +237,8 @@ def make_ready(runner: Runner, setup: EngineSetup, shown: bool) -> None:
     """
     if runner.cuda_graphs is not None:
         runner.cuda_graphs.record(setup.recorded_schedules, shown)
+    if runner.drafter is not None:
+        runner.drafter.record(shown)
     warm_up(runner, setup, shown)
 
 
@@ -302,30 +304,35 @@ def _drafter(
     experts: GatheredExperts | None,
 ) -> Drafter:  # fmt: skip
     """What drafts for a model with a module, whose layers are the model's or have attention of their own."""
-    how, place, drafts = setup.config.scheduler.speculative, setup.grid.ranks[rank], setup.drafts
+    place, drafts, tokens = setup.grid.ranks[rank], setup.drafts, setup.drafts_of_model
     device = attention.pool.device
     if drafts is not None:
         sharding = drafts.checkpoint.sharding(setup.grid, rank)
         attention = _attention(setup, drafts, sharding, range(drafts.model.num_layers), group, device)
         experts = None
+    model, module = models
+    here = Place(place.pcp, place.shard, setup.grid.shards_of_pcp)
+    chain = DraftChain(module, attention, here, tokens)
     return ModuleDrafter(
-        models[1], how.tokens if how else 0, attention, Place(place.pcp, place.shard, setup.grid.shards_of_pcp),
-        group.collectives, _draft_schedule(setup), experts, device,
-        has_own_attention=drafts is not None, first_input=_first_input(*models),
+        module, tokens, attention, here, group.collectives, _draft_schedule(setup), experts, device,
+        has_own_attention=drafts is not None,
+        observed=(lambda: model.observed) if isinstance(model, DecoderModel) else (lambda: None),
+        chain=chain if setup.has_one_shard and chain.is_possible else None,
     )  # fmt: skip
 
 
-def _first_input(model: Model, module: DraftModule) -> Callable[[], Tensor] | None:
-    """What the first run of a module takes, if it is not what the model's last layer gave."""
-    if not isinstance(module, Eagle3Module) or not isinstance(model, DecoderModel):
+def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
+    """The graphs of steps with drafts, none of them recorded yet; None if they are not recorded."""
+    drafter, backend, scheduler = parts.drafter, parts.attention.ops.backend, setup.config.scheduler
+    if not setup.records_drafts or not isinstance(drafter, ModuleDrafter) or drafter.chain is None:
         return None
-
-    def joined() -> Tensor:
-        if model.observed is None:
-            raise EngineError("the model has kept no hidden states for its EAGLE-3 module")
-        return module.join(model.observed)
-
-    return joined
+    own = drafter.attention.ops.backend
+    if not isinstance(backend, RecordableBackend) or not isinstance(own, RecordableBackend) or not backend.causal_runs:
+        return None
+    found = RecordedParts(parts.model, parts.attention, backend, drafter.chain, own, drafter.first_input)
+    sizes = verification_sizes(min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens))
+    prompts = () if setup.model.mla else SHORT_SIZES  # latents have two forms
+    return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
 
 
 def _draft_schedule(setup: EngineSetup) -> str:

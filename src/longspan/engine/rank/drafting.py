@@ -7,7 +7,7 @@ sampled, nor which drafts the scheduler uses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.host_copy import integers
 from longspan.attention.pool import KVPool
+from longspan.engine.rank.draft_chain import DraftChain, read_chain
+from longspan.engine.rank.draft_graphs import DraftGraphs
+from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.sampling.transfer import start_reading
 from longspan.models.context import DraftModule
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import GatheredExperts
-from longspan.plan.drafts import accepted_rows, draft_run
+from longspan.plan.drafts import SampledRows, accepted_rows, draft_run, next_token_ids, sampled_rows
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.reach import Place
@@ -53,8 +56,23 @@ class Drafter(Protocol):
     def own_pool(self) -> KVPool | None:
         """The cached rows of layers that are not the model's; None if there are none."""
 
+    def with_graphs(self, graphs: DraftGraphs | None) -> Drafter:
+        """The same with graphs of the steps of its rank; None: without."""
+
+    def record(self, shown: bool) -> None:
+        """Record what is recorded. With `shown` there is a progress bar."""
+
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+        """The model's hidden states [T, hidden] of a step, if it is recorded so that `draft` may be; None if it is not.
+
+        `token_ids` gives int64 [T] on the device. Called for every step, before `draft`.
+        """
+
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
-        """Start drafting. The attention of the step is still prepared; `requests` are all requests by id."""
+        """Start drafting. The attention of a step that was not recorded is still prepared.
+
+        `requests` are all requests by id.
+        """
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,8 @@ class ModuleDrafter:
     The first run is over the rows of the step, each with the token that follows it: the plan's, or the one just
     sampled. It writes the module's KV where the step wrote that of the model, and gives the first draft token after
     every sampled row. Rows behind a wrong draft write KV that is overwritten when their positions are computed again.
-    Each further run is over one row of each request. A row stays on the ranks that computed the one before it.
+    Each further run is over one row of each request. A row stays on the ranks that computed the one before it. On the
+    only rank of a context group nothing is read back between runs.
     """
 
     # the module
@@ -97,20 +116,70 @@ class ModuleDrafter:
     device: torch.device
     # whether the attention is the module's own: its heads are others than the model's, and so are its rows in the cache
     has_own_attention: bool = False
-    # what the first run takes instead of the hidden states after the last layer [T, hidden]; None for these
-    first_input: Callable[[], Tensor] | None = None
+    # what the observed layers of the model took in the last step
+    observed: Callable[[], Tensor | None] = lambda: None
+    # the runs on the only rank of a context group; None if there are more, or the backend cannot
+    chain: DraftChain | None = None
+    # recorded steps; None if they are not recorded
+    graphs: DraftGraphs | None = None
 
     @property
     def own_pool(self) -> KVPool | None:
         """See `Drafter.own_pool`."""
         return self.attention.pool if self.has_own_attention else None
 
+    def with_graphs(self, graphs: DraftGraphs | None) -> ModuleDrafter:
+        """See `Drafter.with_graphs`."""
+        return replace(self, graphs=graphs)
+
+    def record(self, shown: bool) -> None:
+        """See `Drafter.record`."""
+        if self.graphs is not None:
+            for _ in with_progress("recording steps with drafts", self.graphs.record(), self.graphs.count, shown):
+                pass
+
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+        """See `Drafter.hidden`."""
+        return None if self.graphs is None else self.graphs.hidden(view, token_ids)
+
+    def first_input(self, hidden: Tensor) -> Tensor:
+        """What the first run takes [T, width], from the hidden states [T, hidden] of the step that was just run."""
+        return self.module.first_input(hidden, self.observed())
+
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """See `Drafter.draft`."""
-        view, attention = step.view, self.attention
+        view, attention, graphs, own = step.view, self.attention, self.graphs, None
         if self.has_own_attention:
-            attention.begin(attention.preparer.step(self._view(step.plan, requests)))
-        taken = step.hidden if self.first_input is None else self.first_input()
+            own = self._view(step.plan, requests)
+        sampled = [] if self.chain is None else sampled_rows(view, requests)
+        recorded = None if graphs is None else graphs.taken(len(view.positions))
+        found = None if graphs is None else graphs.draft((view, own), sampled, step.sampled, requests)
+        if found is not None:
+            return read_chain(found, sampled)
+        if own is not None or recorded is not None:
+            attention.begin(attention.preparer.step(own or view))
+        taken = self.first_input(step.hidden) if recorded is None else recorded
+        if self.chain is not None:
+            return self._follow(self.chain, step, taken, sampled, requests)
+        return self._draft_with_others(step, taken, requests)
+
+    def _follow(
+        self, chain: DraftChain, step: SampledStep, taken: Tensor, sampled: Sequence[SampledRows],
+        requests: Mapping[str, KnownRequest],
+    ) -> ReadDrafts:  # fmt: skip
+        """`draft` on the only rank of a context group, without a graph. The attention of the first run is prepared."""
+        later = chain.later_runs(sampled, requests)
+        inputs = chain.inputs(step.view, sampled, later)
+        hidden = chain.first_run(inputs, step.sampled, taken, self._integers(step.view.positions))
+        if not sampled:
+            return tuple
+        if self.experts is not None:
+            self.experts.expect([len(sampled)])
+        return read_chain(chain.tokens_after(inputs, step.sampled, hidden, chain.prepare(later)), sampled)
+
+    def _draft_with_others(self, step: SampledStep, taken: Tensor, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
+        """`draft` where ranks tell each other what they have sampled. The attention of the first run is prepared."""
+        view, attention = step.view, self.attention
         hidden = self.module.layers(self._next_ids(step), taken, self._integers(view.positions), attention)
         rows = hidden[self._integers([wanted.row for wanted in view.samples])]
         names = tuple((wanted.request_id, wanted.position) for wanted in view.samples)
@@ -134,10 +203,7 @@ class ModuleDrafter:
     def _next_ids(self, step: SampledStep) -> Tensor:
         """The token after each row, int64 [T]."""
         view = step.view
-        known = [*view.token_ids[1:], 0] if view.token_ids else []
-        for row, token in view.following:
-            known[row] = token
-        found = self._integers(known)
+        found = self._integers(next_token_ids(view))
         if view.samples:
             found.index_copy_(0, self._integers([wanted.row for wanted in view.samples]), step.sampled)
         return found

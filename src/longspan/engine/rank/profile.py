@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from longspan.engine.memory_use import GIB, MemoryUse
+from longspan.engine.rank.draft_graphs import DraftGraphs
 from longspan.engine.rank.graphs import GraphRunner
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.warmup import largest_plans, pages_for_largest
@@ -59,7 +60,7 @@ def measure(
     setup: EngineSetup,
     memory: DeviceMemory,
     at_start: int,
-    build: Callable[[EngineSetup], tuple[Runner, GraphRunner | None]],
+    build: Callable[[EngineSetup], tuple[Runner, GraphRunner | DraftGraphs | None]],
 ) -> MemoryUse:
     """Measure a rank's memory with a small cache. All ranks must do so at the same time.
 
@@ -103,9 +104,16 @@ def _run(runner: Runner, plans: Sequence[StepPlan]) -> None:
         runner.step(plan)
 
 
-def _recordings(graphs: GraphRunner, setup: EngineSetup, memory: DeviceMemory) -> int:
-    """Bytes of all CUDA graphs: the largest is recorded, and another one, which shows what each of the others adds."""
+def _recordings(graphs: GraphRunner | DraftGraphs, setup: EngineSetup, memory: DeviceMemory) -> int:
+    """Bytes of all CUDA graphs: the largest is recorded, and another one, which shows what each of the others adds.
+
+    Those of steps with drafts are few and differ in kind, so all of them are recorded.
+    """
     short, found = 0, [memory.free()]
+    if isinstance(graphs, DraftGraphs):
+        for _ in graphs.record():
+            pass
+        return max(0, found[0] - memory.free())
     for _ in graphs.record_one_by_one(setup.recorded_schedules):
         found.append(memory.free())
         if len(found) > 2:

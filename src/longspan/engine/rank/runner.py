@@ -126,7 +126,7 @@ class Runner:
         self.transfer = parts.transfer
         self._store = parts.store
         self._experts = parts.experts
-        self._drafter = parts.drafter
+        self.drafter = parts.drafter
 
     @property
     def model(self) -> Model:
@@ -186,7 +186,7 @@ class Runner:
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
-        draft = None if self._drafter is None else partial(self._draft, self._drafter, plan, view, hidden)
+        draft = None if self.drafter is None else partial(self._draft, self.drafter, plan, view, hidden)
         if not view.samples:
             return self._finish(view, hidden, scores, draft)
         logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
@@ -199,8 +199,8 @@ class Runner:
 
     def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
         """Hidden states [T, hidden] after the layers of this stage."""
-        short = None if self.cuda_graphs is None else self.cuda_graphs.short
-        if short is not None and (found := short.hidden(view, partial(self._token_ids, view))) is not None:
+        recorded = self.cuda_graphs.short if self.drafter is None and self.cuda_graphs else self.drafter
+        if recorded is not None and (found := recorded.hidden(view, partial(self._token_ids, view))) is not None:
             return found
         self._attention.begin(self._attention.preparer.step(view))
         if self._experts is not None:

@@ -1,8 +1,8 @@
-"""CUDA graphs of short steps with prompt tokens, on a rank that computes alone.
+"""CUDA graphs of short steps with prompt tokens, or with drafts, on a rank that computes alone.
 
 The host needs longer to launch the kernels of such a step one by one than a GPU to compute it, and the first token of a
-short prompt waits for both. It owns the sizes and the tensors that these graphs read; a step that fits none is run
-without a graph.
+short prompt waits for both, as do all tokens of a step that verifies drafts. It owns the sizes and the tensors that
+these graphs read; a step that fits none is run without a graph.
 """
 
 from __future__ import annotations
@@ -25,30 +25,37 @@ SHORT_SIZES = (16, 32, 64, 128)
 
 
 class ShortSteps:
-    """The graphs of all sizes (ascending). One that `record` has not made is recorded in the first step of its size."""
+    """The graphs of all sizes (ascending). One that `record` has not made is recorded in the first step of its size.
+
+    With `longest` they are of steps whose segments have so many rows at most, and tiles of attention are chosen for
+    these. `then` is recorded behind the layers: it is given the hidden states [rows, hidden].
+    """
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
-        sizes: Sequence[int] = SHORT_SIZES,
+        sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
         self._backend = backend
         self._recorder = recorder
-        self._sizes = tuple(sizes)
-        self._made: dict[int, _ShortGraph] = {}
+        self.sizes = tuple(sizes)
+        self.longest = longest
+        self._then = then
+        self._made: dict[int, ShortGraph] = {}
+        self.last: ShortGraph | None = None  # the graph of the step in `hidden`; None if it was not recorded
 
     def record(self) -> Iterator[int]:
         """Record every size, the largest first, and yield it."""
-        for rows in reversed(self._sizes):
+        for rows in reversed(self.sizes):
             with torch.inference_mode():
-                self._graph(rows)
+                self.graph(rows)
             yield rows
 
     @property
     def count(self) -> int:
         """Number of graphs."""
-        return len(self._sizes)
+        return len(self.sizes)
 
     def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
         """Hidden states [T, hidden] of a step, before the head. `token_ids` gives int64 [T] on the device.
@@ -56,33 +63,51 @@ class ShortSteps:
         None if the step has too many rows, or something in it is not local or has no room in the graph's buffers. The
         next step overwrites the result.
         """
+        self.last = None
         count = len(view.positions)
-        rows = next((rows for rows in self._sizes if rows >= count), None)
-        return None if rows is None else self._graph(rows).run(view, token_ids)
+        rows = next((rows for rows in self.sizes if rows >= count), None)
+        runs = (run.length for phase in view.phases for run in phase.groups[0].own)
+        if rows is None or (self.longest is not None and max(runs, default=0) > self.longest):
+            return None
+        graph = self.graph(rows)
+        found = graph.run(view, token_ids)
+        self.last = None if found is None else graph
+        return found
 
-    def _graph(self, rows: int) -> _ShortGraph:
+    def graph(self, rows: int) -> ShortGraph:
+        """The graph of one of the sizes, recorded now if it has not been."""
         if rows not in self._made:
             buffer = StepBuffer(self._attention.pool.device)
-            step = RefillableLocalStep(self._attention.preparer, self._backend, rows, buffer)
-            graph = _ShortGraph(self._model, self._attention, step, rows, buffer)
+            step = RefillableLocalStep(self._attention.preparer, self._backend, rows, buffer, self.longest)
+            graph = ShortGraph(self._model, self._attention, step, (rows, self.longest), buffer, self._then)
             graph.record(self._recorder)
             self._made[rows] = graph
         return self._made[rows]
 
 
-class _ShortGraph:
-    """The graph of one size."""
+class ShortGraph:
+    """The graph of one size: of so many rows, in segments of up to `longest`, or of any length if it is None."""
 
     def __init__(
-        self, model: Model, attention: Attention, step: RefillableLocalStep, rows: int, buffer: StepBuffer
-    ) -> None:
+        self, model: Model, attention: Attention, step: RefillableLocalStep, size: tuple[int, int | None],
+        buffer: StepBuffer, then: Callable[[Tensor], None] | None,
+    ) -> None:  # fmt: skip
+        rows, self.longest = size
+        self.rows = rows
+        self.prepared = step.prepared
         self._model = model
         self._attention = attention
         self._step = step
         self._buffer = buffer
+        self._then = then
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._positions = buffer.reserve(rows, torch.int64)
         self._replay: Callable[[], Tensor] = self._compute
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the rows of the last step, int64 [rows], at a fixed address."""
+        return self._positions.device
 
     def record(self, recorder: Recorder) -> None:
         """Record the graph."""
@@ -102,5 +127,8 @@ class _ShortGraph:
         model = self._model
         if model.embedding is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
-        self._attention.begin(self._step.prepared)
-        return model.layers(model.embedding(self._token_ids), self._positions.device, self._attention)
+        self._attention.begin(self.prepared)
+        hidden = model.layers(model.embedding(self._token_ids), self._positions.device, self._attention)
+        if self._then is not None:
+            self._then(hidden)
+        return hidden

@@ -81,6 +81,9 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
             yield from _decode(setup, rows, schedule, prefill=False)
             for params in _SAMPLING if schedule == setup.possible_schedules[0] else ():
                 yield from _decode(setup, rows, schedule, prefill=False, kinds=(params,))
+            fitting = (n for n in _numbers_of_drafts(setup) if _pages_of_row(setup, n) <= min(setup.pages_per_shard))
+            for drafts in fitting:
+                yield from _decode(setup, min(rows, most_rows(setup, drafts)), schedule, prefill=False, drafts=drafts)
 
 
 def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
@@ -109,23 +112,43 @@ def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
 
 def largest_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     """The steps that need the most memory: a prefill of all tokens of a step, and sampling for as many requests as may
-    run at once."""
+    run at once, with all their drafts too."""
     for schedule in setup.possible_schedules:
         yield from _prefill(setup, _longest(setup), schedule)
-    yield from _decode(setup, most_rows(setup), schedule, prefill=False)
+    for drafts in {0, max(_numbers_of_drafts(setup), default=0)}:
+        yield from _decode(setup, most_rows(setup, drafts), schedule, prefill=False, drafts=drafts)
 
 
 def pages_for_largest(setup: EngineSetup) -> int:
     """Pages of each shard with which `largest_plans` has all tokens and all requests of a step."""
     page, shards, scheduler = setup.config.cache.page_size, len(setup.grid.shards_of_pcp[0]), setup.config.scheduler
     share = -(-scheduler.step_tokens // setup.grid.pcp)
-    return max(-(-2 * (share + page) // (shards * page)) + 1, -(-2 // page) * (scheduler.running_limit + 2))
+    most = max(_numbers_of_drafts(setup), default=0)
+    decode = max(_pages_of_row(setup, drafts) * (_rows_of_step(setup, drafts) + 2) for drafts in (0, most))
+    return max(-(-2 * (share + page) // (shards * page)) + 1, decode)
 
 
-def most_rows(setup: EngineSetup) -> int:
-    """The most decode rows of a step for which there are pages."""
-    scheduler, each = setup.config.scheduler, -(-2 // setup.config.cache.page_size)
-    return max(1, min(scheduler.running_limit, scheduler.step_tokens, min(setup.pages_per_shard) // each - 2))
+def most_rows(setup: EngineSetup, drafts: int = 0) -> int:
+    """The most requests with so many drafts that decode in a step, and for which there are pages."""
+    room = min(setup.pages_per_shard) // _pages_of_row(setup, drafts) - 2
+    return max(1, min(_rows_of_step(setup, drafts), room))
+
+
+def _rows_of_step(setup: EngineSetup, drafts: int) -> int:
+    """The most requests with so many drafts that may decode in a step."""
+    return max(1, min(setup.config.scheduler.running_limit, setup.config.scheduler.step_tokens // (1 + drafts)))
+
+
+def _pages_of_row(setup: EngineSetup, drafts: int) -> int:
+    """Pages of a request in `_decode`: for two tokens, its drafts, and as many more that are drafted behind these."""
+    return -(-(2 + 2 * drafts) // setup.config.cache.page_size)
+
+
+def _numbers_of_drafts(setup: EngineSetup) -> list[int]:
+    """Numbers of drafts whose steps may have tiles of their own: powers of two, and the most that a request has."""
+    how = setup.config.scheduler.speculative
+    most = 0 if how is None else how.tokens
+    return sorted({*(1 << n for n in range(most.bit_length())), most} - {0})
 
 
 def _longest(setup: EngineSetup) -> int:
@@ -207,20 +230,24 @@ def _parts(length: int, most: int) -> list[int]:
 
 
 def _decode(
-    setup: EngineSetup, rows: int, schedule: str, prefill: bool, kinds: Sequence[SamplingParams] = _SAMPLING
-) -> Iterator[StepPlan]:
-    """Two decode steps of `rows` requests, the second with tokens that are pending under async scheduling.
+    setup: EngineSetup, rows: int, schedule: str, prefill: bool, kinds: Sequence[SamplingParams] = _SAMPLING,
+    drafts: int = 0,
+) -> Iterator[StepPlan]:  # fmt: skip
+    """Two decode steps of `rows` requests, the second with `drafts` each, or pending tokens under async scheduling.
 
     With `prefill` there is a short prompt in each step, so that it is not recorded.
     """
-    page, pcp = setup.config.cache.page_size, setup.grid.pcp
-    pages = -(-2 // page)
+    pcp, pages = setup.grid.pcp, _pages_of_row(setup, drafts)
     requests = [_Request(f"{row}", [row % pcp] * pages, kinds[row % len(kinds)]) for row in range(rows)]
     steps = []
     for position in range(2):
-        pending = bool(position and setup.config.scheduler.async_scheduling)
+        sample = 1 + drafts * position
+        pending = bool(position and setup.config.scheduler.async_scheduling and not drafts)
         steps.append([
-            _segment(setup, f"{row}", row % pcp, position, position + 1, schedule, prefill=False, pending=pending)
+            _segment(
+                setup, f"{row}", row % pcp, position, position + sample, schedule, prefill=False, pending=pending,
+                sample=sample,
+            )
             for row in range(rows)
         ])  # fmt: skip
     if prefill:
@@ -231,12 +258,13 @@ def _decode(
 
 
 def _segment(
-    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: bool = False
-) -> Segment:
-    """A segment whose last row is sampled, and which needs pages of other ranks unless the schedule is `local`."""
+    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: bool = False,
+    sample: int = 1,
+) -> Segment:  # fmt: skip
+    """A segment whose last `sample` rows are sampled. It needs pages of other ranks unless the schedule is `local`."""
     remote = 0 if schedule == _LOCAL else len(setup.model.layer_groups)
     tokens = (_TOKEN,) * (stop - start - pending)
-    return Segment(name, start, tokens, pcp, prefill, remote, sample=1, pending=pending)
+    return Segment(name, start, tokens, pcp, prefill, remote, sample=sample, pending=pending)
 
 
 def _plans(

@@ -20,7 +20,7 @@ from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.work import Tiling
-from longspan.attention.backends.triton.write import TritonWriter
+from longspan.attention.backends.triton.write import TritonSlotWriter, TritonWriter
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
 from longspan.attention.step_buffer import StepBuffer
@@ -88,6 +88,10 @@ class TritonBackend(RecordableBackend):
     def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> TritonWriter:
         """See `RecordableBackend.writer`."""
         return TritonWriter(writes, rows, self._device, buffer)
+
+    def slot_writer(self, slots: Tensor) -> TritonSlotWriter:
+        """See `Backend.slot_writer`."""
+        return TritonSlotWriter(slots)
 
     def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""

@@ -21,15 +21,40 @@ _ELEMENTS = 2048  # elements that one program writes: 16 for each thread
 _WARPS = 4
 
 
-class TritonWriter:
-    """See `RefillableWriter`. Keeps the slot of each row, or -1, as int32 [T] on the device."""
+class TritonSlotWriter:
+    """A `Writer` to the slot of each row, or none if it is -1, in int32 [T] on the device."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self._slots = slots
+
+    def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
+        """See `Writer.write`. Raises `ValueError` if k has another number of rows than this writer."""
+        if len(k) != len(self._slots):
+            raise ValueError(f"{len(k)} rows for a writer of {len(self._slots)}")
+        kv_factor, heads, _, width = cache.values.shape
+        if not len(k):
+            return
+        k, v = unit_stride(k), unit_stride(v if kv_factor > 1 else k)
+        quantised = cache.scales is not None
+        widths = cache.groups if quantised else _power_and_rest(width)
+        scales = cache.values if cache.scales is None else cache.scales
+        rows = max(1, _ELEMENTS // triton.next_power_of_2(max(widths)))
+        _write_kernel[(triton.cdiv(len(k) * heads, rows), kv_factor)](
+            self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
+            cache.values.stride()[:3], scales.stride()[:3], len(k) * heads, heads,
+            WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,
+            ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS, enable_fp_fusion=FUSED,
+        )  # fmt: skip
+
+
+class TritonWriter(TritonSlotWriter):
+    """See `RefillableWriter`. It has the slots on the host as well."""
 
     def __init__(
         self, writes: Sequence[WriteRun], rows: int, device: torch.device, buffer: StepBuffer | None = None
     ) -> None:
-        self._rows = rows
         self._field = (buffer or StepBuffer(device, rows)).reserve(rows)
-        self._slots = self._field.device
+        super().__init__(self._field.device)
         self.refill(writes)
         self._field.send()
 
@@ -42,25 +67,6 @@ class TritonWriter:
                 slots[run.row] = run.slot
             else:
                 slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
-
-    def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
-        """See `Writer.write`. Raises `ValueError` if k has another number of rows than this writer."""
-        if len(k) != self._rows:
-            raise ValueError(f"{len(k)} rows for a writer of {self._rows}")
-        kv_factor, heads, _, width = cache.values.shape
-        if not self._rows:
-            return
-        k, v = unit_stride(k), unit_stride(v if kv_factor > 1 else k)
-        quantised = cache.scales is not None
-        widths = cache.groups if quantised else _power_and_rest(width)
-        scales = cache.values if cache.scales is None else cache.scales
-        rows = max(1, _ELEMENTS // triton.next_power_of_2(max(widths)))
-        _write_kernel[(triton.cdiv(self._rows * heads, rows), kv_factor)](
-            self._slots, k, v, cache.values, scales, (*k.stride()[:2], *v.stride()[:2]),
-            cache.values.stride()[:3], scales.stride()[:3], self._rows * heads, heads,
-            WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,
-            ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS, enable_fp_fusion=FUSED,
-        )  # fmt: skip
 
 
 def _power_and_rest(width: int) -> tuple[int, ...]:

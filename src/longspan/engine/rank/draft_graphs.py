@@ -1,0 +1,207 @@
+"""CUDA graphs of the steps of an engine that drafts, on a rank that computes alone: two replays a step.
+
+The first replay verifies: it computes the rows of the step, and keeps what the module takes. The second drafts: all
+runs of the module, with what lies between them. It owns the sizes of the second ones and the tensors that these read. A
+step that fits none is computed without a graph, by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.attention.attend import Attention
+from longspan.attention.backends.base import RecordableBackend
+from longspan.attention.prepared import PreparedPhase
+from longspan.attention.refillable import RefillableLocalRuns, RefillableLocalStep
+from longspan.attention.step_buffer import Field, StepBuffer
+from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
+from longspan.engine.rank.recorder import Recorder
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortGraph, ShortSteps
+from longspan.models.context import Model
+from longspan.plan.drafts import SampledRows
+from longspan.plan.mirror import KnownRequest
+from longspan.plan.view import RankView
+
+_VERIFICATION_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of steps with drafts. Above them a GPU takes longer than the host."""
+
+
+def verification_sizes(most: int) -> tuple[int, ...]:
+    """The sizes that are recorded where a step with drafts has `most` rows at most."""
+    found = _VERIFICATION_SIZES
+    return tuple(size for number, size in enumerate(found) if not number or found[number - 1] < most)
+
+
+@dataclass(frozen=True)
+class RecordedParts:
+    """What the graphs are recorded of."""
+
+    # the model
+    model: Model
+    # attention with the layers of the model
+    attention: Attention
+    # its backend
+    backend: RecordableBackend
+    # the runs of the module
+    chain: DraftChain
+    # the backend of the module's layers
+    draft_backend: RecordableBackend
+    # what the module takes, from the hidden states after the last layer [T, hidden]
+    first_input: Callable[[Tensor], Tensor]
+
+
+class DraftGraphs:
+    """All graphs of one rank. `sizes` are the rows of steps that verify drafts, `prompt_sizes` of others, ascending.
+
+    One that `record` has not made is recorded in the first step that it has room for.
+    """
+
+    def __init__(
+        self, parts: RecordedParts, recorder: Recorder, sizes: Sequence[int],
+        prompt_sizes: Sequence[int] = SHORT_SIZES,
+    ) -> None:  # fmt: skip
+        self._parts = parts
+        self._recorder = recorder
+        self._taken: Tensor | None = None  # what the module takes after a recorded step [rows, width]
+        self._most = max((*sizes, *prompt_sizes))
+        common = parts.model, parts.attention, parts.backend, recorder
+        self._steps = (
+            ShortSteps(*common, sizes, parts.chain.tokens + 1, self._keep),
+            ShortSteps(*common, prompt_sizes, None, self._keep),
+        )
+        self._made: dict[tuple[ShortGraph, int], _DraftGraph] = {}
+        self._last: ShortGraph | None = None  # the graph of the step in `hidden`; None if it was not recorded
+
+    @property
+    def count(self) -> int:
+        """Number of graphs of steps."""
+        return sum(steps.count for steps in self._steps)
+
+    def record(self) -> Iterator[int]:
+        """Record every size, the largest first, with all drafting behind it, and yield it."""
+        for steps in self._steps:
+            for rows in reversed(steps.sizes):
+                with torch.inference_mode():
+                    graph = steps.graph(rows)
+                    for requests in reversed(self._requests(rows)):
+                        self._draft_graph(graph, requests)
+                yield rows
+
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+        """See `ShortSteps.hidden`."""
+        self._last = None
+        for steps in self._steps:
+            found = steps.hidden(view, token_ids)
+            if found is not None:
+                self._last = steps.last
+                return found
+        return None
+
+    def taken(self, rows: int) -> Tensor | None:
+        """What the module takes [rows, width] after the step in `hidden`; None if that was not recorded."""
+        return None if self._last is None or self._taken is None else self._taken[:rows]
+
+    def draft(
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        requests: Mapping[str, KnownRequest],
+    ) -> Tensor | None:  # fmt: skip
+        """The result of `DraftChain.tokens_after`, with more requests. The next step overwrites it.
+
+        None if the step in `hidden` was not recorded, or contexts are in too many pieces for a graph's buffers.
+
+        Args:
+            views: the step, and the same for the module's attention if that is its own.
+            sampled: the sampled rows by request.
+            token_ids: the sampled tokens, int64 [S].
+            requests: all requests by id.
+        """
+        if self._last is None:
+            return None
+        room = next(room for room in self._requests(self._last.rows) if room >= len(sampled))
+        return self._draft_graph(self._last, room).run(views, sampled, token_ids, requests)
+
+    def _requests(self, rows: int) -> tuple[int, ...]:
+        """Numbers of requests for which there are graphs behind steps of `rows` rows: all with every draft, or none."""
+        fewest = -(-rows // (self._parts.chain.tokens + 1))
+        return tuple(sorted({fewest, rows}))
+
+    def _draft_graph(self, graph: ShortGraph, requests: int) -> _DraftGraph:
+        if (graph, requests) not in self._made:
+            if self._taken is None:
+                raise RuntimeError("no step has been recorded before drafting")
+            made = _DraftGraph(self._parts, graph, requests, self._taken[: graph.rows])
+            made.record(self._recorder)
+            self._made[graph, requests] = made
+        return self._made[graph, requests]
+
+    def _keep(self, hidden: Tensor) -> None:
+        """Keep what the module takes from the hidden states [rows, hidden] of a step, at one address for all graphs."""
+        taken = self._parts.first_input(hidden)
+        if self._taken is None:
+            self._taken = taken.new_zeros(self._most, taken.shape[1])
+        self._taken[: len(taken)].copy_(taken)
+
+
+class _DraftGraph:
+    """The graph of drafting for up to `requests` requests behind a graph of a step."""
+
+    def __init__(self, parts: RecordedParts, graph: ShortGraph, requests: int, taken: Tensor) -> None:
+        self._chain = chain = parts.chain
+        self._graph = graph
+        self._taken = taken
+        attention, rows, width = chain.attention, graph.rows, chain.width
+        self._buffer = buffer = StepBuffer(attention.pool.device)
+        self._own: RefillableLocalStep | None = None  # of the first run, where the module's attention is its own
+        if attention is not parts.attention:
+            self._own = RefillableLocalStep(attention.preparer, parts.draft_backend, rows, buffer, graph.longest)
+        self._later: RefillableLocalRuns | None = None
+        if width:
+            self._later = RefillableLocalRuns(attention.preparer, parts.draft_backend, requests * width, width)
+        self._padding = {"sample_rows": rows, "drafted": -1, "slots": -1}
+        sizes = {
+            "next_ids": rows + 1, "sample_rows": rows, "first_samples": requests, "first_rows": requests,
+            "positions": requests, "drafted": requests * chain.tokens, "slots": requests * width,
+        }  # fmt: skip
+        self._fields: dict[str, Field] = {name: buffer.reserve(size, torch.int64) for name, size in sizes.items()}
+        self._inputs = inputs_of({name: field.device for name, field in self._fields.items()}, requests)
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._fill({})
+        self._replay: Callable[[], Tensor] = self._compute
+
+    def record(self, recorder: Recorder) -> None:
+        """Record the graph."""
+        self._buffer.send()
+        self._replay = recorder.record(self._compute)
+
+    def run(
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        requests: Mapping[str, KnownRequest],
+    ) -> Tensor | None:  # fmt: skip
+        """See `DraftGraphs.draft`."""
+        view, own = views
+        later = self._chain.later_runs(sampled, requests)
+        if self._later is not None and not self._later.fill(later.runs):
+            return None
+        if self._own is not None and (own is None or not self._own.fill(own)):
+            return None
+        self._fill(chain_values(view, sampled, later, self._chain.tokens, self._chain.width))
+        self._sampled[: len(token_ids)] = token_ids
+        self._buffer.send()
+        return self._replay()
+
+    def _fill(self, values: Mapping[str, Sequence[int]]) -> None:
+        for name, field in self._fields.items():
+            found = values.get(name, ())
+            field.host[: len(found)] = found
+            field.host[len(found) :] = self._padding.get(name, 0)
+
+    def _compute(self) -> Tensor:
+        chain, prepared = self._chain, self._graph.prepared if self._own is None else self._own.prepared
+        chain.attention.begin(prepared)
+        hidden = chain.first_run(self._inputs, self._sampled, self._taken, self._graph.positions)
+        later = PreparedPhase(0, 0, ()) if self._later is None else self._later.phase
+        return chain.tokens_after(self._inputs, self._sampled, hidden, later)
