@@ -21,7 +21,7 @@ from longspan.engine.setup import resolve
 from longspan.errors import RequestError
 from longspan.models.registry import Family, family_of
 from longspan.request import RequestOutput, SamplingParams
-from longspan.weights.tokenizer import load_tokenizer
+from longspan.weights.tokenizer import check_template, load_tokenizer
 
 if TYPE_CHECKING:
     from types import ModuleType, TracebackType
@@ -69,6 +69,7 @@ class LLM:
     def _start(self, config: EngineConfig, extensions: Extensions) -> None:
         setup = resolve(config, extensions)
         self.tokenizer: Any = load_tokenizer(setup.source)
+        check_template(self.tokenizer, setup.source)
         self.engine = Engine(config, self.tokenizer, setup)
         self._ids = count()
         self._live: set[str] = set()  # requests that a call waits for

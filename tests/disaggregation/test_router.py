@@ -198,6 +198,7 @@ def test_the_host_header_does_not_change_the_forwarded_path(target):
     [
         ("GET", "/internal/state"), ("GET", "/internal/peer"), ("GET", "/metrics"), ("GET", "/v1/completions"),
         ("POST", "/v1/models"), ("PUT", "/v1/completions"), ("POST", "//internal/peer"), ("POST", "/v1/embeddings"),
+        ("GET", "/version/"), ("POST", "/v1/completions/"),
     ],
 )  # fmt: skip
 def test_only_listed_paths_are_forwarded(method, target):

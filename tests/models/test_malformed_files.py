@@ -6,6 +6,7 @@ The error names the file, the field, its value and the remedy. Nothing else come
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -16,12 +17,16 @@ import gguf
 import numpy as np
 import pytest
 
+from longspan import LLM
 from longspan.config import EngineConfig
 from longspan.engine.setup import resolve
 from longspan.errors import LongspanError, ModelError
 from longspan.models.registry import find_family
+from longspan.server.options import ServeOptions
+from longspan.server.run import make_service
 from longspan.weights.tokenizer import load_tokenizer
 from tests.oracle import FAMILIES, TINY, tiny_folder
+from tests.server.running import ascii_folder
 from tests.unit.test_weights import write_gguf
 
 BASE = {"architectures": ["LlamaForCausalLM"], **TINY}
@@ -70,6 +75,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": 1}, "attention_bias=1 must be true or false"),
     ({"eos_token_id": "x"}, "config.json: eos_token_id='x' is no token id"),
     ({"eos_token_id": [1, -2]}, "eos_token_id=[-2, 1] must be a token id or a list of them"),
+    ({"eos_token_id": [1, 97]}, "eos_token_id=[1, 97] is not in 0..96"),
     ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM' must be a list of names"),
     ({"architectures": [["LlamaForCausalLM"]]}, "architectures=[['LlamaForCausalLM']] must be a list of names"),
     ({"architectures": 5}, "architectures=5 must be a list of names"),
@@ -85,6 +91,11 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
                           "original_max_position_embeddings": 64}}, "low_freq_factor=4 must be below"),
     ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta=0.5 must be a number above 1"),
     ({"rope_parameters": {"partial_rotary_factor": 3}}, "partial_rotary_factor=3 must be at most 1"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": "x"}}, "rope_scaling: factor='x' must be a"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": None}}, "rope_scaling.factor is missing"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+     "rope_scaling={'factor': 4.0, 'type': 'yarn'} contradicts rope_parameters"),
+    ({"hidden_size": 49, "head_dim": None}, "hidden_size=49 is no multiple of num_attention_heads=24"),
     ({"quantization_config": [1]}, "quantization_config=[1] is no object"),
     ({"quantization_config": {"weight_block_size": [0, 0]}}, "weight_block_size=[0, 0]) is not supported"),
 ]  # fmt: skip
@@ -184,6 +195,31 @@ def test_a_truncated_file_of_weights_is_named(folder: Path):
     assert "model.safetensors: truncated or damaged" in problem(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_file_much_larger_than_any_of_its_kind_is_not_read(folder: Path, name: str):
+    (folder / "tokenizer.json").touch()
+    with (folder / name).open("wb") as file:
+        file.truncate(300 << 20)  # nothing is written
+    assert f"{name}: holds {300 << 20} bytes" in problem(folder)
+
+
+def test_weights_that_are_a_pipe_are_not_waited_for(folder: Path):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    assert "model.safetensors: is no file" in problem(folder)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.", "{% for %}", "{{ a | nothing }}"])
+def test_a_chat_template_that_is_no_jinja_ends_the_start(tmp_path: Path, template: str):
+    folder = Path(shutil.copytree(ascii_folder(), tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    said = rf"{folder}: chat_template=.* is no Jinja \(Template\w+ in line 1: .*\); correct it, or"
+    with pytest.raises(ModelError, match=said):
+        LLM(str(folder), num_threads=1)
+    with pytest.raises(ModelError, match=said):
+        make_service(EngineConfig(str(folder)), ServeOptions())
+
+
 def gguf_with(path: Path, **fields: Any) -> Path:
     """A whole GGUF file with these metadata fields, which may be of any type."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -255,6 +291,14 @@ def test_a_tensor_that_is_larger_than_its_gguf_file_is_not_read(tmp_path: Path, 
     file = gguf_with(tmp_path / "m.gguf")
     with_bytes(file, file.read_bytes().index(struct.pack("<QQ", 32, 50)), struct.pack("<QQ", *sizes))
     problem(file)
+
+
+@pytest.mark.parametrize("offset", [7, 1 << 40, (1 << 64) - 32])
+def test_a_tensor_whose_place_is_none_is_not_read(tmp_path: Path, offset: int):
+    file = gguf_with(tmp_path / "m.gguf")
+    sizes = struct.pack("<QQ", 32, 50)  # the type and the offset follow
+    with_bytes(file, file.read_bytes().index(sizes) + len(sizes) + 4, struct.pack("<Q", offset))
+    assert f"the tensor token_embd.weight has offset {offset}, which must be a multiple of 32" in problem(file)
 
 
 def test_gguf_files_with_any_byte_changed_are_read_or_refused(tmp_path: Path):

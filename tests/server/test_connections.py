@@ -19,10 +19,11 @@ from starlette.types import ASGIApp
 from longspan.errors import LongspanError
 from longspan.server.app import _route_class
 from longspan.server.bodies import BodyReader, JsonBounds
+from longspan.server.connections import ConnectionLimiter
 from longspan.server.generation import refusal
 from longspan.server.middleware import BODY_HOLDS, BodyLimit
 from longspan.server.options import HttpLimits, RouteOptions
-from longspan.server.protocol import ConnectionLimiter, HttpConfig
+from longspan.server.protocol import HttpConfig
 from longspan.server.router.proxy import http_config
 from longspan.server.tokens import TokenizeBody
 from tests.server.small import SEND_BUFFER
@@ -175,6 +176,27 @@ def test_requests_behind_others_share_few_places_and_a_newcomer_needs_none():
             return found
 
     assert asyncio.run(answered_together()) == 4
+
+
+def test_a_client_that_wants_no_more_answers_gets_the_one_to_a_body_that_is_refused_while_it_comes():
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await Response(b"too large", 413)(scope, receive, send)
+
+    def ask(target: Target) -> bytes:
+        head = b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % (16 << 20)
+        with target.connect(head) as client:
+            for _ in range(16):  # a closed connection would be noticed within these
+                client.sendall(bytes(1 << 20))
+            received = b""
+            while part := client.recv(1 << 16):
+                received += part
+            return received
+
+    async def answer() -> bytes:
+        async with serving(application) as (_, target):
+            return await asyncio.to_thread(ask, target)
+
+    assert asyncio.run(answer()).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_routers_open_files_suffice_for_its_clients_and_as_many_connections_to_instances():

@@ -177,6 +177,13 @@ def test_a_wrong_path_or_method_has_the_same_shape(server: Running, method, path
     refused(server.client.request(method, path), status)
 
 
+def test_no_answer_leads_where_the_clients_host_header_says(server: Running):
+    for path in ("/health/", "/v1/models/", "/internal/state/"):
+        answer = server.client.get(path, headers={"host": "elsewhere.example"})
+        refused(answer, 404)
+        assert "elsewhere" not in f"{answer.headers}{answer.text}"
+
+
 def test_a_path_that_is_not_served_names_those_that_are(server: Running):
     message = refused(server.client.get("/v1/complete"), 404)["message"]
     assert message.startswith("GET '/v1/complete': is not served; there are POST /v1/completions,")

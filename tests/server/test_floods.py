@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -19,12 +20,12 @@ import pytest
 from pydantic import ValidationError
 
 from longspan.errors import ConfigError, ContextOverflow, QueueFull, RequestError
-from longspan.server import protocol
+from longspan.server import connections as connections_module
 from longspan.server.bodies import JsonBounds
 from longspan.server.chat import ChatBody
 from longspan.server.completions import CompletionBody
+from longspan.server.connections import connections_allowed
 from longspan.server.options import HttpLimits, ServeOptions
-from longspan.server.protocol import connections_allowed
 from longspan.server.text import Text
 from tests.server.running import PATIENCE, Running, ascii_tokenizer, expected, running
 from tests.server.test_errors import refused
@@ -157,7 +158,7 @@ def test_one_connection_too_many_costs_that_which_waits_longest_its_place(server
 
 @pytest.mark.parametrize(("files", "connections"), [(1024, 640), (200, 50), (1 << 20, 8192), (-1, 8192)])
 def test_connections_leave_a_reserve_of_open_files(monkeypatch, files, connections):
-    monkeypatch.setattr(protocol.resource, "getrlimit", lambda _: (files, files))
+    monkeypatch.setattr(connections_module.resource, "getrlimit", lambda _: (files, files))
     assert connections_allowed(HttpLimits()) == connections
     assert connections_allowed(HttpLimits(max_connections=7)) == 7
 
@@ -377,3 +378,9 @@ def test_a_body_that_is_not_declared_as_json_is_refused(server: Running):
         answer = server.client.post("/v1/completions", content=b'{"prompt": "a"}', headers=headers)
         error = refused(answer, 415)
         assert (error["param"], error["message"]) == ("Content-Type", message)
+
+
+def test_a_compressed_body_is_refused_by_name(server: Running):
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = server.client.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=headers)
+    assert refused(answer, 415)["message"] == "Content-Encoding='gzip': is not read; send the body as it is"

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -498,6 +499,16 @@ def test_a_killed_worker_ends_the_command_with_an_error(tmp_path):
     assert driver.returncode == 2
     assert re.search(r"longspan: error: rank \d \(process \d+\) ended with exit code -9", err)
     assert not [process for process in workers if Path(f"/proc/{process}").exists()]
+
+
+def test_a_signal_ends_a_server_that_is_starting_without_a_traceback():
+    command = [sys.executable, "-c", "from longspan.cli.main import main; main()", "serve", tiny_folder("llama")]
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        while not children(process.pid):  # the core is there then, and not ready yet
+            time.sleep(0.01)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "longspan: interrupted\n")
 
 
 def test_the_reference_page_is_up_to_date():

@@ -49,6 +49,14 @@ TAKEN = {
     "what is done anyway": ("m --enable-chunked-prefill --disable-log-requests --enable-auto-tool-choice", "m"),
     "values that change nothing": ("m -dp 1 --task generate --tokenizer-mode auto --cpu-offload-gb 0", "m"),
     "the model as an option": ("--model m --port 1", "m --port 1"),
+    "a list separated by blanks": (
+        "m --cudagraph-capture-sizes 1 2 4 --port 1", "m --cudagraph-capture-sizes=1,2,4 --port 1"
+    ),
+    "such a list by an older name": ("--model m --cuda-graph-sizes 1 2", "m --cudagraph-capture-sizes 1,2"),
+    "such a list by an equals sign": (
+        "--cudagraph-capture-sizes=1 m", "--cudagraph-capture-sizes=1 m"
+    ),
+    "one of a list before the model": ("--served-model-name a m", "--served-model-name=a m"),
     "what it has itself": ("m --seed -1 --enable-prefix-caching", "m --seed -1 --enable-prefix-caching"),
 }  # fmt: skip
 REFUSED = {
@@ -67,6 +75,12 @@ REFUSED = {
     '--speculative-config {"method":"mtp"}': "speculative_config=.*: is not understood",
     "--allowed-origins [": r"allowed_origins=\[: is not understood",
     "--block-size": "block_size: has no value",
+    "--allowed-origins [1]": r"allowed_origins=\[1\]: is not understood",
+    "--max-model-len infk": "max_model_len=infk: is not understood",
+    "--served-model-name a b --port 1": "served_model_name=a b: are several, and one is taken; give the one name",
+    "--api-key a b": "api_key=a b: are several, and one is taken; give --api-key-file",
+    "--speculative-config.method ngram": "speculative_config.method: is a part of an object; give --speculative-config",
+    "--middleware a.b": "middleware=a.b: code of others",
     "--config /nowhere.yaml": "config=/nowhere.yaml: cannot be read",
 }
 
@@ -82,6 +96,12 @@ def test_a_flag_of_vllm_becomes_what_it_means_here(case, capsys):
 def test_a_flag_that_means_nothing_here_is_refused_by_name_with_a_remedy(given):
     with pytest.raises(ConfigError, match=f"^{REFUSED[given]}"):
         translated(["m", *given.split()])
+
+
+@pytest.mark.parametrize("given", ["-O3", "-O 3", "-O.level=3", "--compilation-config.level 3"])
+def test_levels_of_optimisation_change_nothing(given, capsys):
+    assert translated(["m", *given.split()]) == ["m"]
+    assert "models are not compiled" in capsys.readouterr().err
 
 
 def test_a_flag_that_changes_nothing_is_dropped_with_a_warning(capsys):
@@ -123,6 +143,16 @@ def test_a_file_of_settings_comes_before_the_flags_that_replace_them(tmp_path):
     negations = {"--no-enable-prefix-caching"}
     assert translated(["--config", str(file), "--port", "5"], negations) == ["a/b", *settings, "--port", "5"]
     assert translated(["m", f"--config={file}"], negations) == [*settings, "m"]
+    file.write_text("served-model-name: a\ncuda-graph-sizes: [1, 2]")
+    assert translated(["m", "--config", str(file)]) == [
+        "--served-model-name=a",
+        "--cudagraph-capture-sizes",
+        "1,2",
+        "m",
+    ]
+    file.write_text("api-key: [a, b]")
+    with pytest.raises(ConfigError, match="api_key=a b: are several"):
+        translated(["m", "--config", str(file)])
     file.write_text("- port")
     with pytest.raises(ConfigError, match=r"config=.*: holds no names and values"):
         translated(["--config", str(file)])
@@ -200,3 +230,7 @@ def test_a_chat_template_is_a_file_or_a_line_of_jinja(tmp_path):
     assert read_template(str(tmp_path / "own.jinja")) == read_template("{{ messages }}") == "{{ messages }}"
     with pytest.raises(ConfigError, match=r"chat_template=/nowhere.jinja: cannot be read .*give a file of Jinja"):
         read_template("/nowhere.jinja")
+    with pytest.raises(
+        ConfigError, match=r"chat_template='{% for %}': is no Jinja \(TemplateSyntaxError in line 1.*give"
+    ):
+        read_template("{% for %}")

@@ -111,7 +111,7 @@ def _usage_message(error: Any) -> str:
 
     typer leaves the value out of some messages; then `__cause__` has it.
     """
-    message = error.format_message()
+    message = error.format_message().rstrip(".")
     details = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     given = f", {details[0]['input']!r} given" if details else ""
     command = error.ctx.command_path if error.ctx else "longspan"

@@ -9,6 +9,7 @@ import gc
 import os
 from dataclasses import replace
 
+import typer
 from rich.console import Console
 
 from longspan.cli import transfer
@@ -26,6 +27,8 @@ def serve(
     transfer_token_file: transfer.TransferTokenFile = None,
 ) -> None:
     """Serve a model until a signal. The first signal lets running requests finish, the second stops at once."""
+    import asyncio
+
     import uvloop
 
     from longspan.cli.generate import kv_cache_line
@@ -60,4 +63,7 @@ def serve(
         ):  # fmt: skip
             console.print(line, highlight=False, soft_wrap=True)
 
-    uvloop.run(run(service, ready, sockets))
+    try:
+        uvloop.run(run(service, ready, sockets))
+    except asyncio.CancelledError:  # by a signal before the server was up
+        raise typer.Abort from None

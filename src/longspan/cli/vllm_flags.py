@@ -6,6 +6,7 @@ It owns the table and the reading of arguments by it; what is left are the comma
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ import yaml
 from longspan.errors import ConfigError
 
 _READ_HERE = ("--config", "--model")
+_ONE = {
+    "--served-model-name": "give the one name that clients use",
+    "--api-key": "give --api-key-file with a line name:key for each client",
+}  # flags that take several values in vLLM and one here: what to do instead
+_LISTS = (*_ONE, "--cudagraph-capture-sizes", "--cuda-graph-sizes")  # several values may follow, separated by blanks
 DONE = "done anyway"  # nothing has to be said of such a flag
 
 
@@ -63,7 +69,7 @@ class VllmFlag:
             return [self.becomes]
         try:
             return [self.becomes, self.values.get(value, self.read(value))]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise ConfigError(option, value, "is not understood", f"use {self.becomes}") from None
 
 
@@ -162,6 +168,9 @@ _FLAGS = (
     _unused("--max-seq-len-to-capture", "CUDA graphs serve contexts of any length"),
     _unused("--compilation-config", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
     _unused("--optimization-level", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
+    _unused("-O", "models are not compiled; --enforce-eager leaves out CUDA graphs"),
+    _unused("--allowed-methods", "web pages of the allowed origins may send GET and POST"),
+    _unused("--allowed-headers", "web pages of the allowed origins may send any header"),
     _unused("--max-logprobs", "requests may ask for up to 20"),
     _unused("--stream-interval", "the tokens of every step are sent"),
     _unused("--prefix-caching-hash-algo", "pages are found by one kind of hash"),
@@ -204,6 +213,8 @@ _FLAGS = (
     _refused("--root-path", "paths begin at /", "let the proxy remove the prefix"),
     _refused("--num-gpu-blocks-override", "pages are counted for each shard", "use --pages-per-shard"),
     _refused("--enable-eplb", "experts stay where they are", "leave it out", False),
+    _refused("--allow-credentials", "cookies are not read", "send the key in the header Authorization", False),
+    _refused("--middleware", "code of others is not run in the server", "put a proxy before it"),
     _refused("--uds", "HTTP is served over TCP", "use --host 127.0.0.1"),
     _refused("--enable-sleep-mode", "an engine keeps its memory", "end the server, and start it again", False),
     _refused("--calculate-kv-scales", "scales of a quantised cache are those of each token", "leave it out", False),
@@ -230,28 +241,53 @@ def translated(arguments: Sequence[str], negations: Collection[str] = ()) -> lis
     settings, given = _split_settings(arguments, negations)
     found: list[str] = []
     model: str | None = None
+    is_first = bool(given) and not given[0].startswith("-")
+    is_named = is_first or any(one.partition("=")[0] == "--model" for one in (*settings, *given))
     rest = [*settings, *given]
     while rest:
         name, value, known = _next_flag(rest)
+        if name in _LISTS and value is None:
+            value = _listed(name, rest, is_named)
         if name == "--model":
             model = value
         elif known is not None:
             found += known.taken(value)
         else:
             found.append(name if value is None else f"{name}={value}")
-    is_first = bool(given) and not given[0].startswith("-")
     return found if model is None or is_first else [model, *found]
+
+
+def _listed(name: str, rest: list[str], is_named: bool) -> str | None:
+    """The values that follow a flag, with commas; they are taken from `rest`. Raises `ConfigError`.
+
+    Only the first is taken where the model is not named yet, because the next may be the model.
+    """
+    values: list[str] = []
+    while rest and not rest[0].startswith("-") and (is_named or not values):
+        values.append(rest.pop(0))
+    _require_one(name, values)
+    return ",".join(values) if values else None
+
+
+def _require_one(name: str, values: Sequence[str]) -> None:
+    if name in _ONE and len(values) > 1:
+        option = name[2:].replace("-", "_")
+        raise ConfigError(option, " ".join(values), "are several, and one is taken", _ONE[name])
 
 
 def _next_flag(rest: list[str]) -> tuple[str, str | None, VllmFlag | None]:
     """Take the next argument from `rest`, with its value if that can be told: (name, value, row of the table)."""
-    argument = rest.pop(0)
+    argument = re.sub(r"^-O(?=\d)", "-O=", rest.pop(0))
     if not argument.startswith("-"):
         return argument, None, None
     name, equals, text = argument.partition("=")
     name = name.replace("_", "-")
-    known = VLLM_FLAGS.get(name)
-    takes_value = name in _READ_HERE or (known is not None and known.has_value)
+    stem, dot, _ = name.partition(".")  # vLLM takes the values of a JSON object one by one, as --stem.name VALUE
+    known = VLLM_FLAGS.get(stem)
+    if dot and known is not None and known.becomes:
+        remedy = f"give {stem} one JSON object with all its values"
+        raise ConfigError(name[2:].replace("-", "_"), text, "is a part of an object", remedy)
+    takes_value = name in _READ_HERE or (known is not None and known.has_value and name not in _LISTS)
     if not takes_value:
         return name, text if equals else None, known
     if not (equals or rest):
@@ -291,5 +327,8 @@ def read_settings(path: str, negations: Collection[str]) -> list[str]:
         elif isinstance(value, dict):
             found += [name, json.dumps(value)]
         elif value is not None:
-            found += [name, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            values = list(map(str, value)) if isinstance(value, list) else [str(value)]
+            _require_one(name, values)
+            text = ",".join(values)
+            found += [f"{name}={text}"] if name in _LISTS else [name, text]
     return found

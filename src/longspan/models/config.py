@@ -214,7 +214,7 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
 
     Raises `ModelError`, or `UnsupportedModel` if layers differ in their rope.
     """
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    name = _rope_field(fields)
     scaling = fields.inner(name)
     values = dict(fields.get(name) or {})
     nested = next((key for key, value in values.items() if isinstance(value, Mapping)), None)
@@ -225,7 +225,7 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
         )
     theta = scaling.number("rope_theta", fields.number("rope_theta", 10000.0), least=1.0)
     partial = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0), most=1.0)
-    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    rope_type = _rope_type(values)
     for key in _ROPE_NUMBERS:
         if scaling.get(key) is not None:
             scaling.number(key, least=-1.0 if key in _ROPE_ZEROS else 0.0)
@@ -233,6 +233,24 @@ def read_rope(fields: Fields, max_position_embeddings: int) -> RopeConfig:
     kept = {key: value for key, value in values.items() if key not in _ROPE_OWN}
     found = tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in kept.items()))
     return RopeConfig(theta, str(rope_type), found, partial, max_position_embeddings)
+
+
+def _rope_field(fields: Fields) -> str:
+    """The name of the field that has the rope. Raises `ModelError` if both are there and contradict each other."""
+    scalings = []
+    for name in ("rope_parameters", "rope_scaling"):
+        fields.inner(name)  # checks that it is an object
+        values = fields.get(name, {})
+        kept = {key: value for key, value in values.items() if key not in _ROPE_OWN}
+        scalings.append({**kept, "rope_type": _rope_type(values)} if values else None)
+    if None not in scalings and scalings[0] != scalings[1]:
+        problem = "contradicts rope_parameters, the newer name of the same field"
+        raise fields.wrong("rope_scaling", fields.get("rope_scaling"), problem)
+    return "rope_scaling" if scalings[0] is None else "rope_parameters"
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> Any:
+    return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
 def _check_factors(scaling: Fields) -> None:
@@ -283,6 +301,10 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
         )
     positions = fields.size("max_position_embeddings", 2048, MAX_POSITIONS)
     rope = read_rope(fields, positions)
+    if "head_dim" not in differences and fields.get("head_dim") is None and hidden % q_heads:
+        raise fields.wrong(
+            "hidden_size", hidden, f"is no multiple of num_attention_heads={q_heads}, without a head_dim"
+        )
     common: dict[str, Any] = {
         "architecture": architecture,
         "num_layers": fields.size("num_hidden_layers", most=MAX_LAYERS),
@@ -300,6 +322,8 @@ def read_config(values: Mapping[str, Any], architecture: str, **differences: Any
     }
     config = ModelConfig(**{**common, **differences})
     _check_sizes(config)
+    if any(token >= config.vocab_size for token in config.eos_token_ids):
+        raise fields.wrong("eos_token_id", fields.get("eos_token_id"), f"is not in 0..{config.vocab_size - 1}")
     return config
 
 

@@ -72,7 +72,8 @@ def _llama3(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
 def _yarn(rope: RopeConfig, inverse: Tensor, dim: int) -> Frequencies:
     """YaRN (Peng et al. 2023, eqs. 17-23)."""
     trained = float(rope.get("original_max_position_embeddings") or rope.max_position_embeddings)
-    factor = float(rope.get("factor") or rope.max_position_embeddings / trained)
+    given = rope.get("factor") if rope.get("original_max_position_embeddings") else rope.require("factor")
+    factor = float(given or rope.max_position_embeddings / trained)
     fast, slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
 
     def dimension(rotations: float) -> float:

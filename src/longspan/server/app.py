@@ -161,6 +161,10 @@ def _require_json(request: Request) -> None:
     """
     given = request.headers.get("content-type", "")
     media = given.partition(";")[0].strip().lower()
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        remedy = "send the body as it is"
+        raise HttpError(415, "invalid_content_encoding", "Content-Encoding", shortened(coding), "is not read", remedy)
     if media == "application/json" or (media.startswith("application/") and media.endswith("+json")):
         return
     curl = " (curl -d sends a form's unless it is told -H 'Content-Type: application/json')"
@@ -173,7 +177,7 @@ def _require_json(request: Request) -> None:
 
 def build_app(service: Service) -> FastAPI:
     """The application. Its caller starts and ends the engine."""
-    app = FastAPI(title="Longspan", version=__version__, openapi_url=None)
+    app = FastAPI(title="Longspan", version=__version__, openapi_url=None, redirect_slashes=False)
     bounds = JsonBounds.of_model(service.engine.setup.max_model_len)
     app.router.route_class = _route_class(BodyReader(bounds))
     _add_generation(app, service)

@@ -1,13 +1,13 @@
-"""Limits on HTTP connections: headers, seconds for headers and body, answers that are not read, number of connections.
+"""Limits on an HTTP connection: headers, seconds for headers and body, answers that are not read.
 
-It owns what happens before a request reaches the application; the middleware limits the size of bodies.
+It owns what happens before a request reaches the application; the middleware limits the size of bodies, and
+`connections.py` what all connections may hold together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import ssl
 from collections.abc import Callable
 from enum import Enum, auto
@@ -17,33 +17,18 @@ from typing import Any, TypeVar
 import httptools
 import msgspec
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from longspan.server.connections import BACKLOG, ConnectionLimiter, connections_allowed
 from longspan.server.errors import Problem
 from longspan.server.options import HttpLimits
 
-_BACKLOG = 256  # connections that one turn of the event loop may accept before the first of them is counted
-_RESERVE = 128  # open files that are not connections: sockets of the core, logs, libraries, templates
-_MOST_CONNECTIONS = 8192  # half a gigabyte if each has 64 KiB of headers
-_LOG_SECONDS = 10.0
 _MAX_PIPELINED = 16  # requests behind one that is being answered; a client that waits for answers has none
-_PLACES_BEHIND = 4  # such requests that are answered at the same time, of all connections together
 _MAX_HEADERS = 512  # lines; each takes some 200 bytes beside its own
-_MAX_UNREAD = 256 << 20  # bytes of answers that may wait for their clients, all connections together
 _LOG = logging.getLogger("longspan.server")
 AnyServer = TypeVar("AnyServer", bound=uvicorn.Server)
-
-
-def connections_allowed(limits: HttpLimits, files_each: int = 1) -> int:
-    """The most connections that may be open at the same time, if each takes so many open files."""
-    if limits.max_connections is not None:
-        return limits.max_connections
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    return min(max((files - _BACKLOG - _RESERVE) // files_each, files // 4, 1), _MOST_CONNECTIONS)
 
 
 class HttpConfig(uvicorn.Config):
@@ -60,7 +45,7 @@ class HttpConfig(uvicorn.Config):
     ) -> None:
         super().__init__(
             app, host=host, port=port, log_level="warning", access_log=False, http=BoundedProtocol, ws="none",
-            timeout_keep_alive=limits.keep_alive_seconds, backlog=_BACKLOG,
+            timeout_keep_alive=limits.keep_alive_seconds, backlog=BACKLOG,
             ssl_context_factory=None if tls is None else lambda config, default: tls,
         )  # fmt: skip
         self.limits = limits
@@ -82,6 +67,20 @@ class _Phase(Enum):
     BODY = auto()  # the body
 
 
+class _AnswerIsRead:
+    """A connection's transport for one request: closing it leaves a client that is still sending time to read."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._protocol.transport, name)
+
+    def close(self) -> None:
+        """See `asyncio.Transport`."""
+        self._protocol.end_answer()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on headers and on time, of which it has none itself."""
 
@@ -96,6 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._limits = config.limits
         self._door = config.door
         self._refused = False
+        self._ended = False  # the last answer has been written, and what the client still sends is not looked at
         self._progress = False  # whether the parser has completed a head, or found a part of a body, in this data
         self._quiet = 0  # bytes of headers or trailers since the parser last made progress
         self._answered: RequestResponseCycle | None = None  # the request being answered; `cycle` is the latest received
@@ -156,7 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        if self._refused:
+        if self._refused or self._ended:
             return
         if self._phase is _Phase.IDLE:
             self._enter(_Phase.HEAD)
@@ -214,7 +214,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
+        if not cycle.keep_alive:
+            cycle.transport = _AnswerIsRead(self)  # type: ignore[assignment]
         super()._start_asgi_task(cycle, app)
+
+    def end_answer(self) -> None:
+        """Close the connection after its last answer.
+
+        If the client is within its body, the kernel would reset the connection, and the client lose the answer. It gets
+        the end of the answer instead, and `on_response_complete` closes later.
+        """
+        if self._phase is not _Phase.BODY or not self.transport.can_write_eof():
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self._ended = True
+            self.transport.write_eof()
 
     def on_response_complete(self) -> None:
         """See uvicorn. A client that is answered before the end of its body may go on sending for a limited time."""
@@ -255,7 +269,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._client_reads():
             self.transport.abort()
             return
-        if not (self._refused or self.transport.is_closing()):
+        if not (self._refused or self._ended or self.transport.is_closing()):
             self._check_pace()
         self._timer = self.loop.call_later(self._interval, self._watch)
 
@@ -320,58 +334,3 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():  # closing now would reset the connection and lose the answer
             self.transport.write_eof()
         self.loop.call_later(self._limits.linger_seconds, self.transport.close)
-
-
-class ConnectionLimiter:
-    """Limits the number of open connections, and the bytes of answers that their clients do not read.
-
-    Beyond a limit, the one that has waited longest is closed. Requests that are sent before the one in front of them is
-    answered share a few places, so that connections with many of them do not take the turns of all others.
-    """
-
-    def __init__(self, most: int, most_unread: int = _MAX_UNREAD) -> None:
-        self.most = most
-        self._most_unread = most_unread
-        self._behind = asyncio.Semaphore(_PLACES_BEHIND)
-        self._turned_away = 0
-        self._logged = float("-inf")
-
-    def in_turn(self, app: Any) -> Any:
-        """The application for a request behind another one: it waits for a place."""
-
-        async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
-            async with self._behind:
-                await app(scope, receive, send)
-
-        return waiting
-
-    def admit(self, newest: BoundedProtocol, connections: set[BoundedProtocol]) -> None:
-        """Admit the newest connection.
-
-        At the limit, close one without a complete request, or else one with several, or else the newest.
-        """
-        if len(connections) <= self.most:
-            return
-        others = connections - {newest}
-        waiting = [each for each in others if each.waits_for_client]
-        waiting = waiting or [each for each in others if each.has_more_requests]
-        chosen = min(waiting, key=lambda each: each.waited, default=newest)
-        chosen.transport.abort()
-        connections.discard(chosen)
-        self._turned_away += 1
-        now = newest.loop.time()
-        if now - self._logged >= _LOG_SECONDS:
-            self._logged = now
-            _LOG.warning(
-                "%d connections are open, the most this process holds: those that wait longest for their client are"
-                " closed (%d so far); raise `ulimit -n` if they are wanted", self.most, self._turned_away,
-            )  # fmt: skip
-
-    def halt(self, connections: set[BoundedProtocol]) -> None:
-        """Close connections whose clients do not read, until what waits for all of them is within the limit."""
-        unread = sum(each.unread_bytes for each in connections)
-        for each in sorted((each for each in connections if each.unread_bytes), key=lambda each: each.waited)[:-1]:
-            if unread <= self._most_unread:
-                return
-            unread -= each.unread_bytes
-            each.transport.abort()

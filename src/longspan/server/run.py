@@ -30,7 +30,7 @@ from longspan.server.served import ServedModel, generation_defaults, read_templa
 from longspan.server.text import Text
 from longspan.server.tls import tls_context
 from longspan.server.tools import TOOL_FORMATS, detect_format
-from longspan.weights.tokenizer import load_tokenizer
+from longspan.weights.tokenizer import check_template, load_tokenizer
 
 _LAST_BYTES_SECONDS = 10.0
 _LOG = logging.getLogger("longspan.server")
@@ -66,6 +66,8 @@ def make_service(config: EngineConfig, options: ServeOptions) -> Service:
     tokenizer = load_tokenizer(setup.source)
     if options.chat_template is not None and tokenizer is not None:
         tokenizer.chat_template = read_template(options.chat_template)
+    else:
+        check_template(tokenizer, setup.source)
     model = options.served_model_name or config.model
     metrics = Metrics(model, setup.pages_per_shard, _cache_facts(setup))
     throughput = None if options.disable_log_stats else ThroughputLog(metrics)

@@ -14,7 +14,9 @@ from typing import Any
 from longspan.config import require
 from longspan.errors import ConfigError, ModelError, RequestError
 from longspan.request import SamplingParams
+from longspan.server.errors import shortened
 from longspan.weights.json_file import read_object
+from longspan.weights.tokenizer import template_problem
 
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM reads the same
 _FILE = "generation_config.json"
@@ -36,12 +38,14 @@ class ServedModel:
 
 def read_template(given: str) -> str:
     """The chat template in a file, or the template itself if it is one. Raises `ConfigError`."""
+    template, remedy = given, "give a file of Jinja, or a template in one line"
     try:
-        return Path(given).expanduser().read_text()
+        template = Path(given).expanduser().read_text()
     except (OSError, ValueError) as error:
-        problem = f"cannot be read ({error})" if "{" not in given else ""
-        require(not problem, "chat_template", given, problem, "give a file of Jinja, or a template in one line")
-    return given
+        require("{" in given, "chat_template", given, f"cannot be read ({error})", remedy)
+    problem = template_problem(template)
+    require(problem is None, "chat_template", shortened(given), f"is no Jinja ({problem})", remedy)
+    return template
 
 
 def generation_defaults(source: str, model_folder: Path) -> dict[str, Any]:

@@ -113,6 +113,16 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
             found.append(_String(memory[start:offset]))
         return offset, found
 
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        for field in fields:
+            offset = int(field.parts[5][0])  # the reader would add it to `start_offs` in 64 bits
+            if offset > len(self.data) or offset % self.alignment:
+                raise ValueError(
+                    f"the tensor {field.name} has offset {offset}, which must be a multiple of {self.alignment} "
+                    f"within the {len(self.data)} bytes of the file"
+                )
+        super()._build_tensors(start_offs, fields)
+
     def _get_tensor_info_field(self, orig_offs: int) -> Any:
         field = super()._get_tensor_info_field(orig_offs)
         elements = math.prod(field.parts[3].tolist())

@@ -1,6 +1,6 @@
-"""Read a JSON file that holds one object.
+"""Read a JSON file that holds one object; check the size of a small file of a model before it is read.
 
-It owns the errors of files that do not; it must not interpret the object.
+It owns the errors of files that are none; it must not interpret the object.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from typing import Any
 
 from longspan.errors import ModelError
 
-_MAX_BYTES = 256 << 20  # the largest known, the index of Kimi-K2, has 7 MB
+_MAX_BYTES = 256 << 20  # the largest known, a tokenizer of 262,144 tokens, has 33 MB
+
+
+def check_size(path: Path) -> None:
+    """Raise `ModelError` for a file that is much larger than any of its kind, before anything reads it."""
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise ModelError(f"{path}: holds {size} bytes, which is no {path.name} of a model; download it again")
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a file. Raises `ModelError`."""
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise ModelError(f"{path}: holds {size} bytes, which is no {path.name} of a model; download it again")
+        check_size(path)
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is not readable as JSON ({error}); download it again") from error

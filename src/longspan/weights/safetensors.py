@@ -116,6 +116,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # of a pipe, the end would be waited for
+        raise WeightError(f"{path}: is no file; download it again")
     try:
         return safe_open(str(path), framework="pt")
     except FileNotFoundError as error:

@@ -22,7 +22,7 @@ from longspan.weights.mxfp4 import Mxfp4Checkpoint
 from longspan.weights.safetensors import SafetensorsCheckpoint
 
 SMOLLM2 = "smollm2"
-_SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja")  # all but the weights
+SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.jinja")  # all but the weights
 _WEIGHT_FILES = ("*.safetensors",)
 _BLOCK = (128, 128)  # rows and columns of an FP8 weight that share a scale, where a config.json does not say
 
@@ -81,7 +81,7 @@ def find_source(model: str, needs_weights: bool = True, revision: str | None = N
             raise _only_described(model, built_in)
         return ModelSource(model, Path(f"{built_in}.json"), builtin_config(built_in))
     if path.suffix != ".gguf" and HUB_ID.fullmatch(model):
-        return replace(_folder(model, _download(model, _SMALL_FILES, revision)), revision=revision)
+        return replace(_folder(model, _download(model, SMALL_FILES, revision)), revision=revision)
     described = near_names(model) or builtin_names()
     raise ModelNotFound(
         f"model={model}: no such folder or file; give a folder with config.json, a .gguf file, "
@@ -99,7 +99,7 @@ def open_weights(source: ModelSource) -> ModelSource:
         raise UnsupportedModel(f"model={source.name}: {problem}")
     path = source.path
     if not Path(source.name).expanduser().is_dir():
-        path = _download(source.name, (*_SMALL_FILES, *_WEIGHT_FILES), source.revision)
+        path = _download(source.name, (*SMALL_FILES, *_WEIGHT_FILES), source.revision)
     quantisation = source.config.get("quantization_config") or {}
     if quantisation.get("quant_method") == "mxfp4":
         return replace(source, path=path, checkpoint=Mxfp4Checkpoint(SafetensorsCheckpoint(path)))
@@ -116,7 +116,7 @@ def tokenizer_folder(source: ModelSource) -> Path:
         return folder
     if not HUB_ID.fullmatch(source.tokenizer):
         raise ModelNotFound(f"tokenizer={source.tokenizer}: no such folder; give a folder or a hub id (org/name)")
-    return _download(source.tokenizer, _SMALL_FILES)
+    return _download(source.tokenizer, SMALL_FILES)
 
 
 def quantisation_problem(config: Mapping[str, Any]) -> str | None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from longspan.errors import LongspanError, ModelError, ModelNotFound, UnsupportedModel
 from longspan.weights.gguf import GGUFCheckpoint
-from longspan.weights.json_file import read_object
-from longspan.weights.source import ModelSource, tokenizer_folder
+from longspan.weights.json_file import check_size, read_object
+from longspan.weights.source import SMALL_FILES, ModelSource, tokenizer_folder
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -44,6 +44,30 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     with _naming_files_of(source):
         return _load(source)
+
+
+def check_template(tokenizer: Any, source: ModelSource) -> None:
+    """Raise `ModelError` for a chat template of a tokenizer, or None, that is no Jinja."""
+    given = getattr(tokenizer, "chat_template", None)
+    for template in given.values() if isinstance(given, dict) else (given,):
+        problem = None if template is None else template_problem(template)
+        if problem:
+            raise ModelError(
+                f"{tokenizer_folder(source)}: chat_template={template!r:.80} is no Jinja ({problem}); "
+                "correct it, or download the model again"
+            )
+
+
+def template_problem(template: object) -> str | None:
+    """Why a text is no chat template; None if it is one."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it, and renders no conversation
+    except Exception as error:  # the compiler's exception for what is no text depends on what it is
+        line = getattr(error, "lineno", None)
+        return f"{type(error).__name__}{f' in line {line}' if line else ''}: {' '.join(str(error).split()):.200}"
+    return None
 
 
 def load_serialised(source: ModelSource) -> str | None:
@@ -107,6 +131,9 @@ def _load(source: ModelSource) -> Any:
         if source.tokenizer is not None:
             raise ModelNotFound(f"tokenizer={source.tokenizer}: {folder} has no tokenizer; give a folder that has one")
         return None
+    for pattern in SMALL_FILES:  # transformers would read a file of any size
+        for path in folder.glob(pattern):
+            check_size(path)
     from transformers import AutoTokenizer, logging  # importing takes seconds
 
     logging.set_verbosity_error()  # its warnings advise callers of transformers, as on prompts it takes for too long

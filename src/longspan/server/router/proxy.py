@@ -208,6 +208,7 @@ def build_router(router: Router, options: RouteOptions) -> Starlette:
         ],
         exception_handlers={404: failed, 405: failed},
     )  # fmt: skip
+    app.router.redirect_slashes = False  # a redirection would lead where the client's Host header says
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     if options.keys:
         app.add_middleware(KeyCheck, keys=options.keys)
