@@ -161,8 +161,22 @@ class EngineSetup:
         """
         plain = self._has_fixed_shapes and self.grid.pp == 1 and not self.config.enforce_eager
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
+        return plain and alone and not self._drafts_by_model and self.device_type == "cuda"
+
+    @property
+    def records_calls(self) -> bool:
+        """Whether decode steps are recorded as calls of a CPU's kernels, if the model computes by these alone.
+
+        They are not on several ranks, between whose kernels tensors are sent.
+        """
+        alone = self.grid.world_size == 1 and not self._drafts_by_model and not self.config.enforce_eager
+        return alone and self.device_type == "cpu" and self.config.cpu_kernels == "compiled"
+
+    @property
+    def _drafts_by_model(self) -> bool:
+        """Whether the ranks draft tokens, for which they need hidden states."""
         drafting = self.config.scheduler.speculative
-        return plain and alone and not (drafting and drafting.by_model) and self.device_type == "cuda"
+        return drafting is not None and drafting.by_model
 
     @property
     def records_short_steps(self) -> bool:
