@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from longspan.clock import make_clock
-from longspan.engine.setup import resolve_device
+from longspan.engine.devices import resolve_device
 from longspan.models.layers import DenseLinear
 from longspan.models.ops import PlainOps, RopeTable, choose_ops
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, dequantised, problem_of_kernel

@@ -106,6 +106,11 @@ BY_NAME = {family.name: family for family in FAMILIES}
 DEEP = [
     Family("llama-deep", "llama", {"num_hidden_layers": 4}),
     Family("llama-seven", "llama", {"num_hidden_layers": 7}),
+    # heads of whole vectors, as kernels for CPUs take them
+    Family("llama-wide", "llama", {"head_dim": 16, "tie_word_embeddings": True}),
+    Family("qwen3-wide", "qwen3", {"head_dim": 16, "use_sliding_window": False}),
+    Family("llama-wide-biases", "llama", {"head_dim": 16, "attention_bias": True}),
+    Family("mistral-wide", "mistral", {"head_dim": 16, "sliding_window": 8}),
     Family("qwen3-seven", "qwen3", {"num_hidden_layers": 7, "use_sliding_window": False}),
     Family("deepseek-v3-deep", "deepseek_v3", {**BY_NAME["deepseek-v3"].fields, "num_hidden_layers": 4}),
 ]

@@ -1,6 +1,7 @@
 """What a rank does before it is ready: decode steps are recorded and every kind of step is run once.
 
-On a CPU the engine does neither; here both are done by hand, with a recorder that only notes.
+The engine does neither on a CPU with these models, whose heads are too narrow for its kernels; here both are done by
+hand, with a recorder that only notes.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Counting(EagerRecorder):
         self.recorded = self.replayed = 0
         self.results = []  # of all runs
 
-    def record(self, work):
+    def record(self, work, rows=None):
         replay = super().record(lambda: self.results.append(work()) or self.results[-1])
         self.recorded += 1
 

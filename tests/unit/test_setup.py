@@ -11,9 +11,10 @@ from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.config.engine import GPU_FIXED_ROWS
 from longspan.engine import nvml
+from longspan.engine.devices import choose_executor
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
-from longspan.engine.setup import choose_executor, resolve
+from longspan.engine.setup import resolve
 from longspan.engine.transport.messages import Begin
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -183,6 +184,19 @@ struct Part {  // rows whose tokens are divided, and the results over each divis
 struct Span {
   Index slot, length;
 };
+// What a step's rows attend to. It stays at one address while its contents change, so that recorded calls see them.
+struct Runs {
+  const Tile *tiles;
+  Index count;
+  const Part *parts;
+  Index divided, states;  // number of parts, and of rows of results over divided tokens
+  const Span *spans;
+  const Index *starts, *stops;  // by row of a step, what it sees of its run's tokens
+};
+struct Writes {  // rows and the slots to which they go, likewise
+  const Index *rows, *slots;
+  Index count;
+};
 
 // one tile of one KV head: rows are (token, query head of the group) pairs
 struct Attend {
@@ -190,9 +204,8 @@ struct Attend {
   Index q_token, q_head;  // strides
   const float *keys, *values;
   Index kv_head, kv_slot;  // strides
-  const Span *spans;
-  const Index *starts, *stops;  // by row of a step, what it sees of its run's tokens
-  Index dim, group, heads;      // heads: of out
+  const Runs &runs;
+  Index dim, group, heads;  // heads: of out
   float scale;
 
   void run(const Tile &tile, Index head, float *out, Index out_token, float *lse, Index lse_token) const {
@@ -208,6 +221,7 @@ struct Attend {
       total[i] = 0.0f;
     }
     std::memset(sum, 0, kept * sizeof(float));
+    const Span *spans = runs.spans;
     Index before = 0;  // tokens of the run before a span
     for (Index s = tile.first_span; s < tile.first_span + tile.spans; before += spans[s].length, s++) {
       const Index stop = before + spans[s].length < tile.stop ? before + spans[s].length : tile.stop;
@@ -250,7 +264,7 @@ struct Attend {
     for (Index i = 0; i < rows; i++) {
       float *row = scores + i * KEYS;
       const Index number = tile.row + i / group;
-      const Index low = starts[number] - at, high = stops[number] - at;
+      const Index low = runs.starts[number] - at, high = runs.stops[number] - at;
       for (Index t = 0; t < low && t < wide; t++) row[t] = -INFINITY;
       for (Index t = high < 0 ? 0 : (high < count ? high : count); t < wide; t++) row[t] = -INFINITY;
       Vector top = Vector{} - INFINITY;
@@ -298,6 +312,23 @@ inline void each_row(Index rows, Index elements, One one) {
   }
 #pragma omp parallel for schedule(static)
   for (Index r = 0; r < rows; r++) one(r);
+}
+
+template <typename Argument>
+inline Argument argument_of(Index word) {
+  Argument found;
+  std::memcpy(&found, &word, sizeof(found));  // a float is in the lower half
+  return found;
+}
+
+template <typename... Arguments, size_t... Number>
+inline void call_each(void (*function)(Arguments...), const Index *words, std::index_sequence<Number...>) {
+  function(argument_of<Arguments>(words[Number])...);
+}
+
+template <typename... Arguments>
+inline void call_with(void (*function)(Arguments...), const Index *words) {
+  call_each(function, words, std::index_sequence_for<Arguments...>{});
 }
 
 }  // namespace
@@ -357,16 +388,17 @@ void product(const float *x, const float *panels, const float *bias, float *y, I
 // out [T, heads, dim], lse [T, heads]: see `CompiledRuns`
 void attend(
     const float *q, Index q_token, Index q_head, const float *keys, const float *values, Index kv_head, Index kv_slot,
-    float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale, const Tile *tiles,
-    Index count, const Span *spans, const Index *starts, const Index *stops, const Part *parts, Index divided,
-    float *results) {
-  const Attend call{q, q_token, q_head, keys, values, kv_head, kv_slot, spans, starts, stops, dim, group, heads, scale};
+    float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale, const Runs *runs) {
+  const Attend call{q, q_token, q_head, keys, values, kv_head, kv_slot, *runs, dim, group, heads, scale};
   const Index state = group * (dim + 1);  // of a divided row in one KV head: its outs and its lses
+  static thread_local std::vector<float> memory;
+  memory.resize(runs->states * kv_heads * state);
+  float *results = memory.data();
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic, 1)
-    for (Index item = 0; item < count * kv_heads; item++) {
-      const Tile &tile = tiles[item / kv_heads];
+    for (Index item = 0; item < runs->count * kv_heads; item++) {
+      const Tile &tile = runs->tiles[item / kv_heads];
       const Index head = item % kv_heads;
       if (tile.part < 0) {
         float *to = out + tile.row * heads * dim + head * group * dim;
@@ -377,8 +409,8 @@ void attend(
       }
     }
 #pragma omp for schedule(static)
-    for (Index item = 0; item < divided * kv_heads; item++) {
-      const Part &part = parts[item / kv_heads];
+    for (Index item = 0; item < runs->divided * kv_heads; item++) {
+      const Part &part = runs->parts[item / kv_heads];
       const Index head = item % kv_heads;
       for (Index i = 0; i < part.rows * group; i++) {
         const Index row = i / group, g = i % group;
@@ -400,14 +432,15 @@ void attend(
   }
 }
 
-// the rows `chosen` of rows [T, heads, dim] to slots of the cache [heads, slots, dim]
+// rows of k [T, heads, dim] to slots of the keys [heads, slots, dim]; those of v, if there are any, to the values
 void write(
-    const float *rows, Index token, Index head, float *cache, Index cache_head, Index cache_slot, const Index *chosen,
-    const Index *slots, Index count, Index heads, Index dim) {
-  each_row(count, count * heads * dim, [=](Index i) {
+    const float *k, Index k_token, Index k_head, const float *v, Index v_token, Index v_head, float *keys, float *values,
+    Index cache_head, Index cache_slot, Index heads, Index dim, const Writes *writes) {
+  each_row(writes->count, writes->count * heads * dim, [=](Index i) {
+    const Index row = writes->rows[i], slot = writes->slots[i] * cache_slot;
     for (Index h = 0; h < heads; h++) {
-      const float *from = rows + chosen[i] * token + h * head;
-      std::memcpy(cache + h * cache_head + slots[i] * cache_slot, from, dim * sizeof(float));
+      std::memcpy(keys + h * cache_head + slot, k + row * k_token + h * k_head, dim * sizeof(float));
+      if (v) std::memcpy(values + h * cache_head + slot, v + row * v_token + h * v_head, dim * sizeof(float));
     }
   });
 }
@@ -441,6 +474,20 @@ void swiglu(const float *gate_up, Index row, float *y, Index rows, Index width) 
   });
 }
 
+// cos and sin [rows, 2 . half] as in `RopeTable`, of positions [rows] and inverse frequencies [half]
+void rope_table(
+    const Index *positions, const float *inverse, float factor, float *cos, float *sin, Index rows, Index half) {
+  each_row(rows, rows * half * 16, [=](Index r) {
+    float *c = cos + r * 2 * half, *s = sin + r * 2 * half;
+    for (Index d = 0; d < half; d++) {
+      const float angle = (float)positions[r] * inverse[d];
+      c[d] = c[d + half] = std::cos(angle) * factor;
+      s[d + half] = std::sin(angle) * factor;
+      s[d] = -s[d + half];
+    }
+  });
+}
+
 // heads [rows, heads, width] in place: normalised if there is a weight [width], then the first `dim` elements are rotated
 // with cos and sin as in `RopeTable`
 void rope(
@@ -462,5 +509,23 @@ void rope(
       }
     }
   });
+}
+
+// the arguments of a call as words, which repeat recorded calls
+#define BY_WORDS(function) \
+  void function##_by_words(const Index *words) { call_with(function, words); }
+BY_WORDS(product)
+BY_WORDS(lookup)
+BY_WORDS(attend)
+BY_WORDS(write)
+BY_WORDS(norm)
+BY_WORDS(swiglu)
+BY_WORDS(rope)
+BY_WORDS(rope_table)
+
+// run the recorded calls `words`, of which those at `places` are the number of rows: see `Recording`
+void replay(Index *words, Index count, const Index *places, Index number, const Index *rows) {
+  for (Index i = 0; i < number; i++) words[places[i]] = *rows;
+  for (Index at = 0; at < count; at += 2 + words[at + 1]) ((void (*)(const Index *))words[at])(words + at + 2);
 }
 }

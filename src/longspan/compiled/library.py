@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longspan.compiled.folder import KeptFiles
+from longspan.compiled.recording import TYPES, Kernels
 from longspan.errors import EngineError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -30,11 +31,12 @@ _FLAGS = (
     "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-std=c++17", "-fPIC", "-fopenmp",
     "-fno-math-errno",
 )  # fmt: skip
+# calls within the file are those of its own functions: the process has a `write` too
+_LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 _SECONDS = 120.0  # a compiler that takes longer is given up
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-_ARGUMENTS = {
-    "pack": "ppii", "product": "ppppiii", "attend": "piippiippiiiifpippppip", "write": "piipiippiii",
-    "norm": "pipipppiiif", "swiglu": "pipii", "rope": "piipppfiiii", "lookup": "piipiiip",
+_ARGUMENTS = {  # of the functions that compute a step, as letters of `TYPES`
+    "product": "pppprii", "lookup": "pripiiip", "attend": "piippiippiiiifp", "write": "piipiippiiiip",
+    "norm": "pipipppirif", "swiglu": "pipri", "rope": "piipppfriii", "rope_table": "ppfppri",
 }  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def address(x: Tensor) -> int:
     return x.data_ptr()
 
 
-def library() -> ctypes.CDLL:
+def library() -> Kernels:
     """The compiled kernels. Raises `EngineError` where `problem_of_kernels` names a problem."""
     found, problem = _opening().result()
     if found is None:
@@ -68,9 +70,9 @@ def begin_to_open() -> None:
 
 
 @cache
-def _opening() -> Future[tuple[ctypes.CDLL | None, str | None]]:
+def _opening() -> Future[tuple[Kernels | None, str | None]]:
     """The library, or why there is none. A thread waits for the compiler, and no exit of the process for the thread."""
-    found: Future[tuple[ctypes.CDLL | None, str | None]] = Future()
+    found: Future[tuple[Kernels | None, str | None]] = Future()
 
     def run() -> None:
         try:
@@ -84,7 +86,7 @@ def _opening() -> Future[tuple[ctypes.CDLL | None, str | None]]:
     return found
 
 
-def open_kernels(kept: KeptFiles) -> ctypes.CDLL:
+def open_kernels(kept: KeptFiles) -> Kernels:
     """Open the kernels, which are compiled first unless they are kept. Raises `KernelProblem`."""
     if platform.system() != "Linux":
         raise KernelProblem(f"they are for Linux, not {platform.system()}")
@@ -108,7 +110,7 @@ def fingerprint() -> str:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         processor += "".join(line for line in lines if line.startswith(("model", "flags", "Features", "CPU part")))
-    parts = (_SOURCE.read_text(), " ".join(_FLAGS), _compiler() or "", processor, torch.__version__)
+    parts = (_SOURCE.read_text(), " ".join((*_FLAGS, *_LINK_FLAGS)), _compiler() or "", processor, torch.__version__)
     return sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -128,7 +130,7 @@ def _compile(folder: Path) -> Path:
     compiled, linked = folder / "kernels.o", folder / "kernels.so"
     for command in (
         [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-        [compiler, "-shared", str(compiled), "-o", str(linked)],
+        [compiler, *_LINK_FLAGS, str(compiled), "-o", str(linked)],
     ):
         try:
             done = subprocess.run(
@@ -141,11 +143,11 @@ def _compile(folder: Path) -> Path:
     return linked
 
 
-def _open(file: Path) -> ctypes.CDLL:
+def _open(file: Path) -> Kernels:
     try:
         found = ctypes.CDLL(str(file))
-        for name, types in _ARGUMENTS.items():
-            getattr(found, name).argtypes = [_TYPES[one] for one in types]
+        for name, types in {**_ARGUMENTS, "pack": "ppii", "replay": "pipip"}.items():
+            getattr(found, name).argtypes = [TYPES[one] for one in types]
+        return Kernels(found, _ARGUMENTS)
     except (OSError, AttributeError) as error:
         raise KernelProblem(f"the compiled file cannot be opened: {error}") from error
-    return found

@@ -335,10 +335,12 @@ class EngineConfig:
         "auto-fast (whichever is measured to be fastest)",
         short="-q",
     )  # fmt: skip
-    enforce_eager: bool = option(False, "never record decode steps as CUDA graphs")
+    enforce_eager: bool = option(
+        False, "never record decode steps, neither as CUDA graphs nor as calls of a CPU's kernels"
+    )
     cudagraph_capture_sizes: tuple[int, ...] | None = option(
         None, "numbers of requests of decode steps that are recorded as CUDA graphs, as in 1,2,4,8; a step takes the "
-        "next larger one; default: up to max_num_seqs", parse=parse_integers,
+        "next larger one, on a CPU the largest; default: up to max_num_seqs", parse=parse_integers,
     )  # fmt: skip
     seed: int = option(0, "random seed of requests without one")
     num_threads: int | None = option(None, "CPU threads per rank; default: an even share")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 
@@ -26,6 +25,7 @@ from longspan.engine.capacity import (
     pages_of_shards,
 )
 from longspan.engine.computation import decide_computation, prepare_kernels
+from longspan.engine.devices import choose_executor, resolve_device
 from longspan.engine.draft_setup import DraftCheckpoint, DraftSetup
 from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, model_dtype
 from longspan.engine.extensions import NONE_ADDED, Extensions
@@ -35,14 +35,13 @@ from longspan.engine.speculation import DraftTarget, check_tokens, check_weights
 from longspan.models.config import ModelConfig
 from longspan.models.grouped import problem_of_grouped
 from longspan.models.registry import Family, find_family
-from longspan.parallel.grid import Grid, layouts
+from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
 from longspan.scheduler.limits import Limits
 from longspan.weights.checkpoint import RandomWeights
 from longspan.weights.source import ModelSource, find_source, naming_files_of, open_weights
 
 _CPU_CACHE_BYTES = 1 << 30
-_LAYOUTS_NAMED = 6
 _ALONE_ON_GPU = ("processes", "ray", "external")  # executors under which each rank has a GPU of its own
 
 
@@ -161,6 +160,15 @@ class EngineSetup:
         """
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
         return self._is_recordable and alone and not self.drafts_of_model
+
+    @property
+    def records_calls(self) -> bool:
+        """Whether decode steps are recorded as calls of a CPU's kernels, if the model computes by these alone.
+
+        They are not on several ranks, between whose kernels tensors are sent.
+        """
+        alone = self.grid.world_size == 1 and not self.drafts_of_model and not self.config.enforce_eager
+        return alone and self.device_type == "cpu" and self.config.cpu_kernels == "compiled"
 
     @property
     def has_one_shard(self) -> bool:
@@ -339,16 +347,6 @@ def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
     )  # fmt: skip
 
 
-def resolve_device(name: str) -> str:
-    """`cpu` or `cuda`. Raises `ConfigError` if a GPU is asked for and there is none."""
-    found = torch.cuda.is_available()
-    require(
-        name != "cuda" or found, "device", name, f"this PyTorch ({torch.__version__}) finds no GPU",
-        "use --device cpu, or install a CUDA build of PyTorch and check nvidia-smi",
-    )  # fmt: skip
-    return "cuda" if found and name != "cpu" else "cpu"
-
-
 def _with_cache_bytes(
     config: EngineConfig, source: ModelSource, target: DraftTarget, scaled: ScaledChoice, device_type: str,
     drafts: DraftSetup | None,
@@ -378,24 +376,3 @@ def _with_cache_bytes(
     measured = device_type == "cuda" and alone and not given and config.executor != "dry"
     cache = replace(config.cache, memory_bytes=found, memory_settled=True, memory_measured=measured)
     return replace(config, cache=cache)
-
-
-def choose_executor(wanted: str, device_type: str, ranks: int, gpus: int, extended: bool = False) -> str:
-    """The name of the executor on a machine with `gpus` GPUs; `auto` is resolved.
-
-    Ranks on a CPU are threads of one process, which share its weights. On GPUs each rank has a process and a GPU of its
-    own: also a single one, because beside the scheduler's thread a rank's would wait for Python's lock. But if the
-    engine is `extended`, one rank is a thread, because other processes do not know what is added. Raises `ConfigError`
-    if there are too few GPUs.
-    """
-    chosen = wanted
-    if wanted == "auto":
-        chosen = "processes" if device_type == "cuda" and not (extended and ranks == 1) else "threads"
-    fitting = ", ".join(layout.flags for layout in islice(layouts(gpus), _LAYOUTS_NAMED)) if gpus else ""
-    require(
-        chosen != "processes" or device_type != "cuda" or ranks <= gpus, "executor", wanted,
-        f"gives each of the {ranks} ranks a GPU of its own, and this machine has {gpus}",
-        f"use fewer ranks ({fitting}), --executor threads (virtual ranks that share one GPU), or ray or external with "
-        "more machines",
-    )  # fmt: skip
-    return chosen

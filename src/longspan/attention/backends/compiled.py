@@ -6,17 +6,19 @@ more than the spans of a run.
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import AttentionBackend, BackendShape
+from longspan.attention.backends.base import AttentionBackend, BackendShape, RecordableBackend
 from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
+from longspan.attention.step_buffer import StepBuffer
 from longspan.compiled.library import address, library, problem_of_kernels
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
@@ -25,9 +27,10 @@ from longspan.plan.view import WriteRun
 _TILE_ROWS = 192  # pairs of token and query head in a tile, which read a key once
 _FEW_ROWS = 8  # such pairs up to which a tile's tokens are divided, so that one long context occupies several cores
 _TOKENS = 256  # tokens of such a division
+_RUNS_WORDS, _WRITES_WORDS, _PART_WORDS = 8, 3, 4  # of `Runs`, `Writes` and `Part` in `kernels.cpp`
 
 
-class CompiledBackend(CpuBackend):
+class CompiledBackend(CpuBackend, RecordableBackend):
     """Attends to pages in place. Segments read their own tokens from the cache, together with earlier ones."""
 
     causal_runs = True
@@ -36,41 +39,55 @@ class CompiledBackend(CpuBackend):
         """See `Backend.prepare`."""
         return CompiledRuns(runs, rows)
 
-    def writer(self, writes: Sequence[WriteRun], rows: int) -> CompiledWriter:
+    def refillable(self, rows: int, slots: int, buffer: StepBuffer) -> CompiledRuns:
+        """See `RecordableBackend.refillable`. Rows of no run are left as they are."""
+        return CompiledRuns((), rows, covers_all=True)
+
+    def writer(self, writes: Sequence[WriteRun], rows: int, buffer: StepBuffer | None = None) -> CompiledWriter:
         """See `Backend.writer`."""
-        return CompiledWriter(writes, rows)
+        return CompiledWriter(writes)
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """The work of a step for one size of group, as the kernel reads it: see `Tile` and `Part` in `kernels.cpp`."""
+class _Record:
+    """Integers and addresses at a fixed address, where a kernel reads them: `Runs` or `Writes` in `kernels.cpp`."""
 
-    # int64 [tiles, 7], longest first
-    tiles: Tensor
-    # int64 [parts, 4]: rows whose tokens are divided
-    parts: Tensor
-    # rows of results over divided tokens
-    divided_rows: int
+    def __init__(self, words: int) -> None:
+        self._words = (ctypes.c_int64 * words)()
+        self._held: tuple[array[int], ...] = ()
+        self.address = ctypes.addressof(self._words)
+
+    def fill(self, words: Sequence[int], held: tuple[array[int], ...]) -> None:
+        """Replace the words; `held` are the integers to whose addresses they refer."""
+        self._words[:] = list(words)
+        self._held = held
 
 
 class CompiledRuns:
-    """See `PreparedRuns`."""
+    """See `PreparedRuns` and `RefillableRuns`."""
 
-    def __init__(self, runs: Sequence[QueryRun], rows: int) -> None:
+    def __init__(self, runs: Sequence[QueryRun], rows: int, covers_all: bool = False) -> None:
+        """`covers_all`: whether all rows that will be used are known to be in runs."""
         self._library = library()
-        self._runs = runs
-        self._covers_all = sum(run.length for run in runs) == rows
-        spans = list(chain.from_iterable(span for run in runs for span in run.spans))
-        self._spans = torch.tensor(spans, dtype=torch.int64)
+        self._rows = rows
+        self._always_covers = covers_all
+        self._records: dict[int, _Record] = {}  # by size of group
+        self.fill(runs)
+
+    def fill(self, runs: Sequence[QueryRun]) -> bool:
+        """See `RefillableRuns.fill`."""
+        self._runs = tuple(runs)
+        self._covers_all = self._always_covers or sum(run.length for run in self._runs) == self._rows
+        self._spans = array("q", chain.from_iterable(chain.from_iterable(run.spans for run in self._runs)))
         # by row, the tokens [start, stop) of its run that it sees
-        self._starts = torch.zeros(rows, dtype=torch.int64)
-        self._stops = torch.zeros(rows, dtype=torch.int64)
-        for run in runs:
+        self._starts, self._stops = array("q", bytes(8 * self._rows)), array("q", bytes(8 * self._rows))
+        for run in self._runs:
             within = slice(run.row, run.row + run.length)
-            self._stops[within] = torch.tensor(run.ends)
+            self._stops[within] = array("q", run.ends)
             if run.window_starts is not None:
-                self._starts[within] = torch.tensor(run.window_starts)
-        self._tiles: dict[int, _Tiles] = {}  # by size of group
+                self._starts[within] = array("q", run.window_starts)
+        for group, record in self._records.items():
+            self._cut(group, record)
+        return True
 
     def attend(
         self,
@@ -89,28 +106,27 @@ class CompiledRuns:
         q = unit_stride(q)
         keys, values = kv.values[0], kv.values[-1]
         for block in blocks:
-            work = self._tiles_of(block.group)
-            results = q.new_empty(work.divided_rows * block.kv_heads * block.group * (dim + 1))
             # heads of a block are adjacent, so pointers to its first ones are enough
             self._library.attend(
                 address(q[:, block.q_start :]), q.stride(0), q.stride(1), address(keys[block.kv_start :]),
                 address(values[block.kv_start :]), keys.stride(0), keys.stride(1),
                 address(whole.out[:, block.q_start :]), whole.lse[:, block.q_start :].data_ptr(), heads,
-                block.kv_heads, block.group, dim, scale, work.tiles.data_ptr(), len(work.tiles),
-                self._spans.data_ptr(), self._starts.data_ptr(), self._stops.data_ptr(), work.parts.data_ptr(),
-                len(work.parts), results.data_ptr(),
+                block.kv_heads, block.group, dim, scale, self._record_of(block.group).address,
             )  # fmt: skip
         return whole
 
-    def _tiles_of(self, group: int) -> _Tiles:
-        found = self._tiles.get(group)
+    def _record_of(self, group: int) -> _Record:
+        """What the kernel reads for heads that are read by `group` query heads each."""
+        found = self._records.get(group)
         if found is None:
-            found = self._tiles[group] = self._cut(group)
+            found = self._records[group] = _Record(_RUNS_WORDS)
+            self._cut(group, found)
         return found
 
-    def _cut(self, group: int) -> _Tiles:
+    def _cut(self, group: int, record: _Record) -> None:
+        """Cut the runs into tiles, longest first. Of a few rows the tokens are divided, and joined by a part."""
         tiles: list[tuple[int, ...]] = []
-        parts: list[tuple[int, ...]] = []
+        parts = array("q")
         span, divided, most = 0, 0, max(1, _TILE_ROWS // group)
         for run in self._runs:
             for row in range(run.row, run.row + run.length, most):
@@ -121,37 +137,43 @@ class CompiledRuns:
                 if len(cuts) < 2:
                     tiles.append((row, rows, span, len(run.spans), first, stop, -1))
                     continue
-                parts.append((row, rows, divided, len(cuts)))
+                parts.extend((row, rows, divided, len(cuts)))
                 for start in cuts:
                     end = min(start + _TOKENS, stop)
                     tiles.append((row, rows, span, len(run.spans), start, end, divided))
                     divided += rows
             span += len(run.spans)
         tiles.sort(key=lambda tile: (tile[4] - tile[5]) * tile[1])
-        return _Tiles(
-            torch.tensor(tiles, dtype=torch.int64).view(-1, 7), torch.tensor(parts, dtype=torch.int64).view(-1, 4),
-            divided,
-        )  # fmt: skip
+        held = array("q", chain.from_iterable(tiles)), parts, self._spans, self._starts, self._stops
+        tile, part, spans, starts, stops = (integers.buffer_info()[0] for integers in held)
+        record.fill((tile, len(tiles), part, len(parts) // _PART_WORDS, divided, spans, starts, stops), held)
 
 
 class CompiledWriter:
-    """A `Writer` that copies rows to their slots, a layer's keys or values in one call."""
+    """A `RefillableWriter` that copies rows to their slots, a layer's keys and values in one call."""
 
-    def __init__(self, writes: Sequence[WriteRun], rows: int) -> None:
+    def __init__(self, writes: Sequence[WriteRun]) -> None:
         self._library = library()
-        slots = [slot for run in writes for slot in range(run.slot, run.slot + run.length)]
-        index = [row for run in writes for row in range(run.row, run.row + run.length)]
-        self._slots = torch.tensor(slots, dtype=torch.int64)  # [R]: the slots that are written
-        self._rows = torch.tensor(index, dtype=torch.int64)  # [R]: the rows that go there
+        self._record = _Record(_WRITES_WORDS)
+        self.refill(writes)
+
+    def refill(self, writes: Sequence[WriteRun]) -> None:
+        """See `RefillableWriter.refill`."""
+        held = tuple(
+            array("q", chain.from_iterable(range(first, first + run.length) for run, first in pairs))
+            for pairs in ([(run, run.row) for run in writes], [(run, run.slot) for run in writes])
+        )
+        rows, slots = held
+        self._record.fill((rows.buffer_info()[0], slots.buffer_info()[0], len(rows)), held)
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
         """See `Writer.write`."""
-        for plane, rows in zip(cache.values, (k, v), strict=False):
-            rows = unit_stride(rows)
-            self._library.write(
-                address(rows), rows.stride(0), rows.stride(1), address(plane), plane.stride(0), plane.stride(1),
-                self._rows.data_ptr(), self._slots.data_ptr(), len(self._slots), *rows.shape[1:],
-            )  # fmt: skip
+        k, v, (keys, *values) = unit_stride(k), unit_stride(v), cache.values
+        self._library.write(
+            address(k), k.stride(0), k.stride(1), address(v) if values else None, v.stride(0), v.stride(1),
+            address(keys), address(values[0]) if values else None, keys.stride(0), keys.stride(1), *k.shape[1:],
+            self._record.address,
+        )  # fmt: skip
 
 
 def _problem(shape: BackendShape) -> str | None:

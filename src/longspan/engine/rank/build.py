@@ -5,6 +5,7 @@ It owns the assembly; it must not know whether ranks are threads or processes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -21,6 +22,7 @@ from longspan.attention.schedules import ContextGroup
 from longspan.attention.variants import AttentionOps, Heads
 from longspan.attention.workload import AttentionShape
 from longspan.cache.layout import KVLayout
+from longspan.compiled.recording import NotRecordable
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
 from longspan.engine.capacity import WORKSPACE_TOKENS
@@ -34,7 +36,7 @@ from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
 from longspan.engine.rank.progress import progress_bar
-from longspan.engine.rank.recorder import CudaRecorder
+from longspan.engine.rank.recorder import CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
@@ -53,6 +55,8 @@ from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import Place
 from longspan.weights.tokenizer import load_serialised
+
+_LOG = logging.getLogger("longspan.engine")
 
 
 class CachedLayers(Protocol):
@@ -212,6 +216,8 @@ def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, shardin
 def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     """The graphs of a rank, none of them recorded yet; None if decode steps are not recorded."""
     backend, config = parts.attention.ops.backend, setup.config
+    if setup.records_calls:
+        return _recorded_calls(setup, parts)
     if not setup.records_decode or not isinstance(backend, RecordableBackend):
         return None
     sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
@@ -220,6 +226,24 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
     draw = batch_draw(parts.device.type)
     return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
+
+
+def _recorded_calls(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
+    """The decode steps of a rank on a CPU: one recording, which computes only the rows that a step has.
+
+    None if something in them is not computed by compiled kernels.
+    """
+    backend, config = parts.attention.ops.backend, setup.config
+    most = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)[-1]
+    if not isinstance(backend, RecordableBackend):
+        return None
+    recorded = GraphRunner(parts.model, parts.attention, backend, KernelRecorder(most), setup.grid.pcp, (most,))
+    try:
+        recorded.record((None,))
+    except NotRecordable as reason:
+        _LOG.info("decode steps are not recorded: %s", reason)
+        return None
+    return recorded
 
 
 def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:

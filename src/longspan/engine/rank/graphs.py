@@ -1,5 +1,7 @@
 """CUDA graphs of decode steps: one for each size of step, recorded before the engine is ready and replayed.
 
+On a CPU a single recording takes their place, which computes as many rows as a step has: see `KernelRecorder`.
+
 It owns the sizes, and the tensors that graphs read and write: token ids, positions and logits. Sampling has graphs of
 its own for each number of rows. It must not know how a plan was made. Every decision here follows from the setup and
 the plan alone, so all ranks record and replay the same graphs.
@@ -110,7 +112,13 @@ class _LogitsBuffer:
         return self._whole[:rows]
 
     def store(self, logits: Tensor) -> Tensor:
-        """Copy logits fp32 [T, vocab] to the first rows of the buffer, which the first call makes, and return these."""
+        """Copy logits fp32 [T, vocab] to the first rows of the buffer, and return these.
+
+        If the first logits have as many rows as the buffer, they become the buffer.
+        """
+        if self._whole is None and len(logits) == self._rows:
+            self._whole = logits
+            return logits
         if self._whole is None:
             self._whole = logits.new_empty(self._rows, logits.shape[1])
         return self._whole[: len(logits)].copy_(logits)
@@ -217,11 +225,12 @@ class _Graph:
         self._logits = logits
         self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
         self._positions = buffer.reserve(rows, torch.int64)
+        self._rows = buffer.reserve(1, torch.int64)
         self._replay: Callable[[], Tensor] = self._compute
 
     def record(self, recorder: Recorder) -> None:
         """Record the graph. All members of a group must do so in the same step."""
-        self._replay = recorder.record(self._compute)
+        self._replay = recorder.record(self._compute, self._rows.device)
 
     def run(self, view: RankView, token_ids: Tensor) -> Tensor:
         """Logits fp32 [rows, vocab] for int64 [T] ids, T <= rows. The next run overwrites them.
@@ -231,6 +240,7 @@ class _Graph:
         count = len(token_ids)
         self._token_ids[:count] = token_ids
         self._positions.host[:count] = view.positions
+        self._rows.host[0] = count
         prepared = self._step.fill(view)
         self._buffer.send()
         return self._replay() if prepared is self._step.prepared else self._compute_with(prepared)

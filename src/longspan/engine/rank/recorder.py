@@ -1,6 +1,6 @@
-"""How work on a GPU is recorded once and repeated: as a CUDA graph, or for tests by running it again.
+"""How work is recorded once and repeated: as a CUDA graph, as calls of compiled kernels, or by running it again.
 
-It owns streams and memory pools of recordings; it must not know what is recorded.
+It owns streams and memory pools of recordings on GPUs; it must not know what is recorded.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longspan.compiled.library import library
+
 
 class Recorder(Protocol):
     """Records work whose inputs and results keep their addresses."""
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Run the work once and record it. The returned function repeats it on the present contents of its inputs."""
+    def record(self, work: Callable[[], Tensor], rows: Tensor | None = None) -> Callable[[], Tensor]:
+        """Run the work once and record it. The returned function repeats it on the present contents of its inputs.
+
+        `rows` int64 [1] has the number of first rows that are wanted then; others may be left out. None: all are.
+        """
         ...
 
 
 class EagerRecorder:
     """The reference: runs the work again without a graph. As with a graph, the result keeps its address."""
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, work: Callable[[], Tensor], rows: Tensor | None = None) -> Callable[[], Tensor]:
         """See `Recorder.record`."""
         result = work()
         return lambda: result.copy_(work())
@@ -37,7 +42,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one for all graphs: cuBLAS keeps a workspace of 32 MiB for each stream
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, work: Callable[[], Tensor], rows: Tensor | None = None) -> Callable[[], Tensor]:
         """See `Recorder.record`. A first run outside the capture compiles kernels and allocates buffers."""
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
@@ -52,3 +57,17 @@ class CudaRecorder:
             return result
 
         return replay
+
+
+class KernelRecorder:
+    """Records the calls of the compiled kernels on a CPU, for steps of up to `most` rows.
+
+    Raises `NotRecordable` if the work computes anything else.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def record(self, work: Callable[[], Tensor], rows: Tensor | None = None) -> Callable[[], Tensor]:
+        """See `Recorder.record`. The work is not run, only its calls are noted."""
+        return library().record(work, torch.tensor([self._most]) if rows is None else rows, self._most)

@@ -82,7 +82,7 @@ class RankParts:
     debug: bool
     # whether a step may start before the tokens of the previous one are read
     async_scheduling: bool
-    # graphs of decode steps; None if they are not recorded
+    # recorded decode steps: CUDA graphs, or a CPU's calls of kernels; None if they are not recorded
     cuda_graphs: GraphRunner | None = None
     # offloaded pages; None without offload
     store: PageStore | None = None

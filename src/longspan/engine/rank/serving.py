@@ -14,11 +14,12 @@ import zmq
 
 from longspan.config import LivenessConfig
 from longspan.engine.cores import share_of_cores
+from longspan.engine.devices import resolve_device
 from longspan.engine.rank.build import build_runner, build_vocabulary
 from longspan.engine.rank.loading import TensorStore
 from longspan.engine.rank.runner import Runner
 from longspan.engine.rank.steps import StepLoop
-from longspan.engine.setup import resolve, resolve_device
+from longspan.engine.setup import resolve
 from longspan.engine.transport import messages
 from longspan.engine.transport.connection import (
     connect_to_driver,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
 from longspan.compiled.library import address, library
@@ -60,6 +61,15 @@ class CompiledOps(PlainOps):
             out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def rope_table(self, positions: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> RopeTable:
+        """See `LayerOps.rope_table`."""
+        rows, half = len(positions), len(inverse)
+        cos, sin = inverse.new_empty(2, rows, 1, 2 * half)
+        self._library.rope_table(
+            positions.contiguous().data_ptr(), address(inverse), factor, cos.data_ptr(), sin.data_ptr(), rows, half
+        )
+        return RopeTable(cos, sin)
 
     def rope(
         self,
