@@ -2,10 +2,11 @@
 
     python scripts/measure_cpu_peers.py MODEL --dtype float32 [--gguf F32.gguf] [--python vllm=/path/bin/python] ...
 
-Every engine has a process of its own. Cell by cell they run in turn, while the others sleep, and the best of the
-rounds counts. `--python` names the interpreter of an engine that is installed elsewhere. Engines that cannot be
-imported are left out, with a line that says how to install them. `--only decode1` measures one cell. Beside every cell
-is its floor: Longspan's products alone, and PyTorch's attention alone, for one step of decode or the whole prefill.
+Every engine has a process of its own. Cell by cell they run in turn, while the others sleep. Medians of the rounds
+count; their range is beside them. `--python` names the interpreter of an engine that is installed elsewhere. Engines
+that cannot be imported are left out, with a line that says how to install them. `--only decode1` measures one cell.
+Beside every cell is its floor: Longspan's products alone, and PyTorch's attention alone, for one step of decode or the
+whole prefill.
 
 `--results FILE` adds what is measured to a JSON file and prints the table of all that is in it, so that a table can be
 measured in parts. `--source new=/path/src` measures another checkout of Longspan beside this one, as `longspan-new`.
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ENGINES = ("longspan", "transformers", "vllm", "llama.cpp")
@@ -160,15 +162,14 @@ def serve(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": taken, "memory_mib": round(memory)}), file=answers)
 
 
-def rate_of(cell: str, rounds: list[list[float]]) -> float:
-    """Tokens/s of a cell: of the prompts, or of decode by the difference of the shortest times with and without it.
+def rate_of(cell: str, seconds: list[float]) -> float:
+    """Tokens/s of a cell: of the prompts, or of decode by the difference of the times with and without it.
 
     Args:
-        rounds: of each round, seconds for the first token, and for all tokens if there are more.
+        seconds: for the first token, and for all tokens if there are more.
     """
     requests, length, count = CELLS[cell]
-    best = [min(times) for times in zip(*rounds, strict=True)]
-    return requests * length / best[0] if count == 1 else requests * (count - 1) / (best[1] - best[0])
+    return requests * length / seconds[0] if count == 1 else requests * (count - 1) / (seconds[1] - seconds[0])
 
 
 def floors(options: argparse.Namespace, cells: list[str]) -> dict[str, tuple[float, float]]:
@@ -317,16 +318,19 @@ def read_options() -> argparse.Namespace:
 
 
 def show(results: list[dict[str, Any]], floor: dict[str, tuple[float, float]]) -> None:
-    """Print the best rate of every cell and engine, and the largest memory of every engine."""
+    """Print the median rate of every cell and engine, and the largest memory of every engine."""
     names = list(dict.fromkeys(result["engine"] for result in results))
     for cell in (cell for cell in CELLS if any(result["cell"] == cell for result in results)):
-        taken = {name: [r["seconds"] for r in results if (r["engine"], r["cell"]) == (name, cell)] for name in names}
-        best = {name: rate_of(cell, found) for name, found in taken.items() if found}
-        ours = best.get(ENGINES[0])
+        rates = {
+            name: [rate_of(cell, r["seconds"]) for r in results if (r["engine"], r["cell"]) == (name, cell)]
+            for name in names
+        }
+        middle = {name: median(found) for name, found in rates.items() if found}
+        ours = middle.get(ENGINES[0])
         parts = [
-            f"{name} {rate:.1f} (best of {len(taken[name])})"
+            f"{name} {rate:.1f} ({min(rates[name]):.1f} to {max(rates[name]):.1f})"
             + (f" [Longspan / it {ours / rate:.2f}]" if ours and name != ENGINES[0] else "")
-            for name, rate in best.items()
+            for name, rate in middle.items()
         ]
         below = "; floor: products {:.1f} ms, attention {:.1f} ms".format(*floor[cell]) if cell in floor else ""
         print(f"{cell}: {', '.join(parts)} tokens/s{below}")
