@@ -80,3 +80,11 @@ def test_no_rank_waits_for_a_peer_that_sends_it_nothing():
     group = ThreadedCollectives(fabric, (0, 1), 0, Traffic())
     own, received = group.all_to_all([torch.ones(2, 3)] * 2, [(2, 3), (0, 3)], "test")
     assert own.shape == (2, 3) and received.shape == (0, 3)
+
+
+def test_no_thread_is_left_once_an_engine_is_shut_down(tiny):
+    before = set(threading.enumerate())
+    with tiny(pcp=2, num_threads=None, local_context=0, page_size=4) as llm:
+        llm.generate(prompt_of(40), SamplingParams(temperature=0, max_tokens=4))
+        assert any(thread.name == "longspan-wide" for thread in set(threading.enumerate()) - before)
+    assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name != "longspan-kernels"]

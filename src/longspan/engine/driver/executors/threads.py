@@ -127,7 +127,7 @@ class ThreadExecutor:
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()) if self._hangs else None)
-        self._wide.close()
+        self._wide.close(max(0.0, deadline - time.monotonic()))
 
     def _call(self, while_waiting: Callable[[], None]) -> None:
         try:
@@ -210,9 +210,10 @@ class _WideThread:
         if error := ended.get():
             raise error
 
-    def close(self) -> None:
-        """End the thread after its call."""
+    def close(self, seconds: float) -> None:
+        """End the thread after its call, and wait for it: Python aborts a process whose thread ends while it exits."""
         self._calls.put(None)
+        self._thread.join(seconds)
 
     def _serve(self) -> None:
         while (wanted := self._calls.get()) is not None:
