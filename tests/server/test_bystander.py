@@ -204,7 +204,8 @@ def test_a_router_holds_a_long_body_once(router: Target):
         answers = [pool.submit(router.ask, "/v1/completions", long) for _ in range(4)]
         be_served(router)
         assert {answer.result()[0] for answer in answers} == {400}
-    assert memory(process, "VmHWM") - before < 6 * len(long)
+    # four bodies with an eighth to spare each, and pieces on their way; held twice they are nine
+    assert memory(process, "VmHWM") - before < 7 * len(long)
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions"])
