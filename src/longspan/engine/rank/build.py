@@ -216,11 +216,13 @@ def _load(setup: EngineSetup, store: TensorStore, context: LayerContext, shardin
 def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     """The graphs of a rank, none of them recorded yet; None if decode steps are not recorded."""
     backend, config = parts.attention.ops.backend, setup.config
-    if setup.records_calls:
-        return _recorded_calls(setup, parts)
-    if not setup.records_decode or not isinstance(backend, RecordableBackend):
+    if not isinstance(backend, RecordableBackend):
         return None
     sizes = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)
+    if setup.records_calls:
+        return _recorded_calls(setup, parts, backend, sizes[-1])
+    if not setup.records_decode:
+        return None
     recorder, short = CudaRecorder(parts.device), None
     if setup.records_short_steps and backend.causal_runs:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
@@ -228,15 +230,11 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
 
 
-def _recorded_calls(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
-    """The decode steps of a rank on a CPU: one recording, which computes only the rows that a step has.
+def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBackend, most: int) -> GraphRunner | None:
+    """The decode steps of a rank on a CPU: one recording for up to `most` rows, which computes those that a step has.
 
     None if something in them is not computed by compiled kernels.
     """
-    backend, config = parts.attention.ops.backend, setup.config
-    most = graph_sizes(config.scheduler.running_limit, config.cudagraph_capture_sizes)[-1]
-    if not isinstance(backend, RecordableBackend):
-        return None
     recorded = GraphRunner(parts.model, parts.attention, backend, KernelRecorder(most), setup.grid.pcp, (most,))
     try:
         recorded.record((None,))
