@@ -159,6 +159,10 @@ def test_a_peer_that_never_computes_a_prompt_is_given_up_after_prompt_seconds():
     assert_computed_elsewhere({"prompt_seconds": 0.5}, available=available, computes=False)
 
 
+def test_pages_of_a_prompt_that_its_peer_never_reports_as_computed_are_not_used():
+    assert_computed_elsewhere({"prompt_seconds": 0.5}, computes=False)
+
+
 @contextmanager
 def prefill_instance(token=""):
     """A prefill instance, and a socket on which a test sends it the messages of a decode instance, or others."""

@@ -210,15 +210,25 @@ class DecodeRole(Role):
                 self._core.begin(prefill.request, replace(connection.source, request=remote_id))
             case messages.Computed():
                 prefill.computed, prefill.progress_at = True, time.monotonic()
+                self._complete(prefill)
             case messages.PrefillFailed(_, reason):
                 self._retry(prefill, one_line(reason))
 
     def _rank_done(self, prefill: _RemotePrefill, rank: int, received: int) -> None:
-        """Record that a rank has received its part. When all ranks have, the request decodes."""
+        """Record that a rank has received its part."""
         prefill.ranks_done.add(rank)
         prefill.received += received
         prefill.progress_at = time.monotonic()
-        if len(prefill.ranks_done) < self._ranks or prefill.fetch is None or self._core is None:
+        self._complete(prefill)
+
+    def _complete(self, prefill: _RemotePrefill) -> None:
+        """Let the request decode, once all ranks have received their parts and the instance has reported the prompt.
+
+        The ranks may be first. What the instance sent about the prompt before its report has been read by then, so
+        that invalid messages among it are found whatever the order in which the two arrive.
+        """
+        done = prefill.computed and len(prefill.ranks_done) == self._ranks
+        if not done or prefill.fetch is None or self._core is None:
             return
         self.counters.fetched += 1
         self.counters.tokens += prefill.fetch.stop - prefill.fetch.start
