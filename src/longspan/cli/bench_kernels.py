@@ -75,8 +75,8 @@ Multiplied = Annotated[str, typer.Option("--rows", help="rows to multiply, a cas
 Forms = Annotated[
     str,
     typer.Option(
-        "--forms", help="forms of weights to compare with the first one, or all: plain, packed, panels, fp16, int8; "
-        "on a GPU bf16, fp16, fp8",
+        "--forms", help="forms of weights to compare with the first one, or all: plain, packed, panels, blocks, fp16, "
+        "int8; on a GPU bf16, fp16, fp8",
     ),
 ]  # fmt: skip
 Seconds = Annotated[float, typer.Option("--seconds", help="seconds for the repetitions of one case")]

@@ -9,6 +9,11 @@
 #include <cstring>
 #include <utility>
 #include <vector>
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define BYTES 64
@@ -31,11 +36,34 @@ typedef int32_t Integers __attribute__((vector_size(BYTES), aligned(4)));
 constexpr int LANES = BYTES / 4, PANEL = WIDE * LANES;
 constexpr int64_t ROW_BLOCK = 512;  // rows of x that are multiplied by a whole weight, so that x stays in the cache
 constexpr int64_t KEYS = 128;       // keys of a block in attention
+constexpr int64_t DEPTH = 32768 / PANEL;  // of a weight that is dequantised at a time: 128 KB
 constexpr int FEW = 8;              // rows of queries up to which keys are not copied
 using Index = int64_t;
 
 inline Vector load(const float *at) { return *(const Vector *)at; }
 inline void store(float *at, Vector value) { *(Vector *)at = value; }
+inline Vector spread(float x) { return x - Vector{}; }  // to all lanes; adding 0 would take an instruction
+// a . b + c, rounded once where the processor can: left to itself, a compiler decides differently from loop to loop
+inline Vector add_product_to(Vector c, Vector a, Vector b) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+// a + b, which no compiler makes part of a product that was rounded on purpose
+inline __attribute__((always_inline)) Vector sum_as_it_is(Vector a, Vector b) {
+#if defined(__x86_64__)
+  asm("" : "+x"(a));
+#elif defined(__aarch64__)
+  asm("" : "+w"(a));
+#endif
+  return a + b;
+}
 inline float sum_of(Vector v) {
   float lanes[LANES];
   store(lanes, v);
@@ -65,18 +93,40 @@ inline Vector exp_of(Vector x) {
 template <int R, int P, int N, bool ADD>
 inline __attribute__((always_inline)) void tile(
     const float *a, Index a_row, const float *b, Index b_row, Index apart, Index depth, Vector (&c)[R][P * N]) {
-  if (!ADD)
-    for (auto &row : c)
-      for (auto &one : row) one = Vector{};
+  // every loop over c is unrolled, or else the compiler keeps c in memory
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < P * N; j++)
+      if (!ADD) c[r][j] = Vector{};
   for (Index k = 0; k < depth; k++) {
     Vector held[P * N];
 #pragma GCC unroll 8
     for (int j = 0; j < P * N; j++) held[j] = load(b + j / N * apart + k * b_row + j % N * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
-      const float one = a[r * a_row + k];
+      const Vector one = spread(a[r * a_row + k]);
 #pragma GCC unroll 8
-      for (int j = 0; j < P * N; j++) c[r][j] += one * held[j];
+      for (int j = 0; j < P * N; j++) c[r][j] = add_product_to(c[r][j], one, held[j]);
+    }
+  }
+}
+
+// c, of columns from `first` on, and a bias if there is one -> y, which has no more than `columns`
+template <int R, int N>
+inline __attribute__((always_inline)) void store_tile(
+    const Vector (&c)[R][N], const float *bias, float *y, Index columns, Index first) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    float *out = y + r * columns + first;
+    if (first + N * LANES <= columns) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) store(out + j * LANES, bias ? c[r][j] + load(bias + first + j * LANES) : c[r][j]);
+    } else {
+      float lanes[N * LANES];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) store(lanes + j * LANES, c[r][j]);
+      for (Index n = first; n < columns; n++) out[n - first] = lanes[n - first] + (bias ? bias[n] : 0.0f);
     }
   }
 }
@@ -87,19 +137,7 @@ inline void product_tile(
     const float *x, const float *panels, const float *bias, float *y, Index columns, Index depth, Index first) {
   Vector c[R][P * WIDE];
   tile<R, P, WIDE, false>(x, depth, panels + first * depth, PANEL, PANEL * depth, depth, c);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    float *out = y + r * columns + first;
-    if (first + P * PANEL <= columns) {
-#pragma GCC unroll 8
-      for (int j = 0; j < P * WIDE; j++)
-        store(out + j * LANES, bias ? c[r][j] + load(bias + first + j * LANES) : c[r][j]);
-    } else {
-      float lanes[P * PANEL];
-      for (int j = 0; j < P * WIDE; j++) store(lanes + j * LANES, c[r][j]);
-      for (Index n = first; n < columns; n++) out[n - first] = lanes[n - first] + (bias ? bias[n] : 0.0f);
-    }
-  }
+  store_tile(c, bias, y, columns, first);
 }
 
 template <int R>
@@ -126,11 +164,15 @@ template <int R, int N, bool ADD>
 inline void block_tile(
     const float *a, Index a_row, const float *b, Index b_row, Index depth, float *c, Index c_row) {
   Vector held[R][N];
-  if (ADD)
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < N; j++) held[r][j] = load(c + r * c_row + j * LANES);
-  tile<R, 1, N, ADD>(a, a_row, b, b_row, 0, depth, held);
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++)
+      if (ADD) held[r][j] = load(c + r * c_row + j * LANES);
+  tile<R, 1, N, ADD>(a, a_row, b, b_row, 0, depth, held);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int j = 0; j < N; j++) store(c + r * c_row + j * LANES, held[r][j]);
 }
 
@@ -314,6 +356,8 @@ inline void each_row(Index rows, Index elements, One one) {
   for (Index r = 0; r < rows; r++) one(r);
 }
 
+#include "blocks.h"
+
 template <typename Argument>
 inline Argument argument_of(Index word) {
   Argument found;
@@ -383,6 +427,35 @@ void product(const float *x, const float *panels, const float *bias, float *y, I
         row += count;
       }
   }
+}
+
+// codes [columns, depth] of one byte each -> those of `Blocks`, with 4 or 8 bits of each byte
+void pack_blocks(const uint8_t *codes, int32_t *units, Index columns, Index depth, Index bits) {
+  pack_codes(codes, units, columns, depth, bits);
+}
+
+// as `product`, with a weight in blocks of `size` codes
+void product_blocks(
+    const float *x, const int32_t *codes, const float *scales, const float *offsets, const float *bias, float *y,
+    Index rows, Index columns, Index depth, Index bits, Index size) {
+  with_codes(bits, offsets, [=](auto kind) {
+    kind.product(x, Blocks{codes, scales, offsets, size}, bias, y, rows, columns, depth);
+  });
+}
+
+// as `lookup`, in a weight in blocks of `size` codes
+void lookup_blocks(
+    const Index *tokens, Index count, Index first, const int32_t *codes, const float *scales, const float *offsets,
+    Index rows, Index depth, Index bits, Index size, float *out) {
+  with_codes(bits, offsets, [=](auto kind) {
+    each_row(count, count * depth, [=](Index i) {
+      const Index row = tokens[i] - first;
+      if (row < 0 || row >= rows)
+        std::memset(out + i * depth, 0, depth * sizeof(float));
+      else
+        kind.row(Blocks{codes, scales, offsets, size}, row, depth, out + i * depth);
+    });
+  });
 }
 
 // out [T, heads, dim], lse [T, heads]: see `CompiledRuns`
@@ -516,6 +589,8 @@ void rope(
   void function##_by_words(const Index *words) { call_with(function, words); }
 BY_WORDS(product)
 BY_WORDS(lookup)
+BY_WORDS(product_blocks)
+BY_WORDS(lookup_blocks)
 BY_WORDS(attend)
 BY_WORDS(write)
 BY_WORDS(norm)

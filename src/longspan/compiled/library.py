@@ -25,6 +25,7 @@ from longspan.compiled.recording import TYPES, Kernels
 from longspan.errors import EngineError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_INCLUDED = ("blocks.h",)  # beside it
 _COMPILERS = ("g++", "c++")
 # kernels are as fast as with -O3, and are compiled in two thirds of the time
 _FLAGS = (
@@ -35,8 +36,9 @@ _FLAGS = (
 _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 _SECONDS = 120.0  # a compiler that takes longer is given up
 _ARGUMENTS = {  # of the functions that compute a step, as letters of `TYPES`
-    "product": "pppprii", "lookup": "pripiiip", "attend": "piippiippiiiifp", "write": "piipiippiiiip",
-    "norm": "pipipppirif", "swiglu": "pipri", "rope": "piipppfriii", "rope_table": "ppfppri",
+    "product": "pppprii", "product_blocks": "ppppppriiii", "lookup": "pripiiip", "lookup_blocks": "pripppiiiip",
+    "attend": "piippiippiiiifp", "write": "piipiippiiiip", "norm": "pipipppirif", "swiglu": "pipri",
+    "rope": "piipppfriii", "rope_table": "ppfppri",
 }  # fmt: skip
 
 
@@ -110,7 +112,8 @@ def fingerprint() -> str:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         processor += "".join(line for line in lines if line.startswith(("model", "flags", "Features", "CPU part")))
-    parts = (_SOURCE.read_text(), " ".join((*_FLAGS, *_LINK_FLAGS)), _compiler() or "", processor, torch.__version__)
+    sources = [file.read_text() for file in (_SOURCE, *map(_SOURCE.with_name, _INCLUDED))]
+    parts = (*sources, " ".join((*_FLAGS, *_LINK_FLAGS)), _compiler() or "", processor, torch.__version__)
     return sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -146,7 +149,7 @@ def _compile(folder: Path) -> Path:
 def _open(file: Path) -> Kernels:
     try:
         found = ctypes.CDLL(str(file))
-        for name, types in {**_ARGUMENTS, "pack": "ppii", "replay": "pipip"}.items():
+        for name, types in {**_ARGUMENTS, "pack": "ppii", "pack_blocks": "ppiii", "replay": "pipip"}.items():
             getattr(found, name).argtypes = [TYPES[one] for one in types]
         return Kernels(found, _ARGUMENTS)
     except (OSError, AttributeError) as error:

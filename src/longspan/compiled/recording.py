@@ -44,7 +44,9 @@ class Kernels:
 
     # products: see `kernels.cpp` for what each of them does
     product: Call
+    product_blocks: Call
     lookup: Call
+    lookup_blocks: Call
     # attention
     attend: Call
     write: Call
@@ -55,6 +57,7 @@ class Kernels:
     rope_table: Call
     # what no step calls
     pack: Call
+    pack_blocks: Call
     panel_width: Callable[[], int]
     lanes: Callable[[], int]
 
@@ -64,7 +67,8 @@ class Kernels:
         self._replay = opened.replay
         for name, types in arguments.items():
             setattr(self, name, self._call(getattr(opened, name), getattr(opened, f"{name}_by_words"), types))
-        self.pack, self.panel_width, self.lanes = opened.pack, opened.panel_width, opened.lanes
+        self.pack, self.pack_blocks = opened.pack, opened.pack_blocks
+        self.panel_width, self.lanes = opened.panel_width, opened.lanes
 
     def _call(self, run: Call, by_words: Any, types: str) -> Call:
         function, current = ctypes.cast(by_words, ctypes.c_void_p).value, self._current

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EXACT_FORMS = ("plain", "panels")
+EXACT_FORMS = ("plain", "panels", "blocks")
 QUANTISED_FORMS = ("fp16", "int8")
 PRODUCT_FORMS = (*EXACT_FORMS, *QUANTISED_FORMS)
-"""`plain`: PyTorch's; `panels`: by the compiled kernel, for fp32; `fp16`, `int8`: see `models/quantised.py`."""
+"""`plain`: PyTorch's; `panels`: by the compiled kernel, for fp32; `blocks`: likewise, with weights in 4 or 8 bits where
+their file has them so; `fp16`, `int8`: see `models/quantised.py`."""
 
 
 @dataclass(frozen=True)

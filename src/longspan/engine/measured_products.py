@@ -29,7 +29,7 @@ from longspan.errors import WeightError
 from longspan.models.context import Linear
 from longspan.models.params import Param
 from longspan.models.quantised import largest_error, linear_in_form, problem_of_form
-from longspan.weights.checkpoint import Checkpoint
+from longspan.weights.checkpoint import BlockCheckpoint, Checkpoint
 
 FEW_ROWS, MANY_ROWS = (1, 8, 32), 128
 _SMALL_BYTES = 4 << 20  # of all weights in fp32, up to which exact forms are not compared
@@ -76,6 +76,12 @@ class Products:
     checkpoint: Checkpoint
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether the files have weights in blocks of 4- or 8-bit codes that are multiplied as they are."""
+        files = self.checkpoint
+        return isinstance(files, BlockCheckpoint) and any(files.block_width(param.name) for param in self.params)
+
+    @property
     def is_small(self) -> bool:
         """Whether the weights are so few that a measurement costs more than it can gain."""
         return 4 * sum(prod(param.shape) for param in self.params) <= _SMALL_BYTES
@@ -119,11 +125,14 @@ def _choose(
     problems = {form: problem_of_form(form) for form in wanted}
     notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
     forms = [form for form, problem in problems.items() if not problem]
-    if not forms or compares:
-        forms = [*(EXACT_FORMS if compiled else EXACT_FORMS[:1]), *forms]
+    exact = not forms or compares
+    if exact and not compiled:
+        forms.insert(0, "plain")
     if forms == ["plain"]:
         return ProductChoice(notes=tuple(notes))
     products = products_of_model()
+    if exact and compiled:
+        forms = [*(EXACT_FORMS if products.in_blocks else EXACT_FORMS[:-1]), *forms]
     form = forms[-1]
     if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
         form, line = _fastest_of(tuple(forms), products, kept)

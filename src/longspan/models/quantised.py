@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longspan.config.products import EXACT_FORMS
+from longspan.compiled.blocks import quantised
+from longspan.models.blocks import BlockLinear
 from longspan.models.context import Linear
 from longspan.models.layers import DenseLinear, PanelLinear
 
@@ -74,8 +75,13 @@ def linear_in_form(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
 
     `is_whole` says that its inputs are not split over ranks under any layout, and that it may have 8 bits.
     """
-    if form in EXACT_FORMS:
-        return PanelLinear(weight) if form == "panels" else DenseLinear(weight)
+    match form:
+        case "plain":
+            return DenseLinear(weight)
+        case "panels":
+            return PanelLinear(weight)
+        case "blocks":  # of 4 bits, for what is measured: weights of a file are never rounded
+            return BlockLinear(quantised(weight))
     return Int8Linear(weight) if form == "int8" and is_whole else HalfLinear(weight)
 
 

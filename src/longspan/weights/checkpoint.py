@@ -6,12 +6,13 @@ It owns the interface; it must not know formats, architectures or ranks.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from longspan.compiled.blocks import QuantisedBlocks
 from longspan.errors import WeightError
 
 _SMALL = 1e-3
@@ -32,6 +33,17 @@ class Checkpoint(Protocol):
         `index` has one slice with start and stop for each dimension. Where the format permits, only the slice is read
         from the file, and at most one block of it is held in memory besides `out`.
         """
+
+
+@runtime_checkable
+class BlockCheckpoint(Protocol):
+    """A checkpoint of which some tensors can be read without computing the numbers that their codes stand for."""
+
+    def block_width(self, name: str) -> int | None:
+        """Adjacent elements of a row that share a scale; None if the tensor has no such form."""
+
+    def read_blocks(self, name: str, index: tuple[slice, ...]) -> QuantisedBlocks:
+        """`tensor[index]` of a matrix [out, in] that has a block width, whose columns begin and end between blocks."""
 
 
 def missing_tensor(name: str, names: frozenset[str]) -> WeightError:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from longspan.compiled.blocks import QuantisedBlocks, joined
 from longspan.errors import UnsupportedModel, WeightError
 from longspan.weights.checkpoint import missing_tensor
+from longspan.weights.gguf_blocks import block_width_of, unpacked
 
 _MAX_ARRAY = 1 << 21  # elements of a metadata field; vocabularies have up to 2^18 tokens, and twice as many merges
 _MAX_ENTRIES = 1 << 16  # metadata fields, and tensors
@@ -177,14 +180,28 @@ class GGUFCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...], out: Tensor) -> None:
         """See `Checkpoint.read`."""
-        tensor = self._tensor(name)
-        rows = self._stored_rows(name)(np.arange(index[0].start, index[0].stop))
+        kind, done = self._tensor(name).tensor_type, 0
+        for packed in self._packed(name, index[0]):
+            block = gguf.quants.dequantize(packed, kind)
+            out[done : done + len(packed)].copy_(torch.from_numpy(block[(slice(None), *index[1:])]))
+            done += len(packed)
+
+    def block_width(self, name: str) -> int | None:
+        """See `BlockCheckpoint.block_width`."""
+        return block_width_of(self._tensor(name).tensor_type)
+
+    def read_blocks(self, name: str, index: tuple[slice, ...]) -> QuantisedBlocks:
+        """See `BlockCheckpoint.read_blocks`."""
+        kind = self._tensor(name).tensor_type
+        return joined([unpacked(packed, kind).columns(index[1]) for packed in self._packed(name, index[0])])
+
+    def _packed(self, name: str, wanted: slice) -> Iterator[NDArray[np.uint8]]:
+        """The wanted rows as they are stored, some at a time so that few are held twice."""
+        rows = self._stored_rows(name)(np.arange(wanted.start, wanted.stop))
         per_row = max(1, int(np.prod(self.shape(name)[1:], dtype=np.int64)))
         step = max(1, _BLOCK_ELEMENTS // per_row)
         for first in range(0, len(rows), step):
-            packed = np.ascontiguousarray(tensor.data[rows[first : first + step]])
-            block = gguf.quants.dequantize(packed, tensor.tensor_type)
-            out[first : first + step].copy_(torch.from_numpy(block[(slice(None), *index[1:])]))
+            yield np.ascontiguousarray(self._tensor(name).data[rows[first : first + step]])
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:

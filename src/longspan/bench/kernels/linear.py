@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan.bench.kernels.harness import Harness, KernelRow
+from longspan.compiled.blocks import BLOCK as BLOCK_COLUMNS
 from longspan.compiled.library import problem_of_kernels
 from longspan.models.context import Linear
 from longspan.models.layers import DenseLinear, can_pack
@@ -59,6 +60,11 @@ def _problem_of_blocks(weight: Tensor) -> str | None:
     return problem_of_kernel(weight.device)
 
 
+def _problem_of_columns(weight: Tensor) -> str | None:
+    ragged = weight.shape[1] % BLOCK_COLUMNS
+    return f"has columns that are no multiple of {BLOCK_COLUMNS}" if ragged else None
+
+
 def _quantised(name: str) -> Form:
     return Form(
         {"fp16": 2, "int8": 1}[name], partial(linear_in_form, form=name, is_whole=True),
@@ -76,6 +82,10 @@ FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType({
         "packed": Form(4, DenseLinear, problem=_packing_problem),
         "panels": Form(
             4, partial(linear_in_form, form="panels", is_whole=True), problem=lambda weight: problem_of_kernels()
+        ),
+        "blocks": Form(
+            4 / 8 + 8 / BLOCK_COLUMNS, partial(linear_in_form, form="blocks", is_whole=True),
+            problem=lambda weight: problem_of_kernels() or _problem_of_columns(weight),
         ),
         "fp16": _quantised("fp16"),
         "int8": _quantised("int8"),

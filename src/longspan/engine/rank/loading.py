@@ -14,9 +14,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from longspan.compiled.blocks import QuantisedBlocks, joined
+from longspan.config.products import EXACT_FORMS
 from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.engine.rank.upload import CudaCopying, Upload
 from longspan.engine.setup import EngineSetup
+from longspan.models.blocks import BlockLinear
 from longspan.models.context import Linear, LinearStack
 from longspan.models.layers import DenseLinear, PanelLinear, TableLinear, can_pack
 from longspan.models.ops.base import Table
@@ -24,7 +27,7 @@ from longspan.models.params import Bounds, Param, loaded_shape
 from longspan.models.quantised import linear_in_form
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
-from longspan.weights.checkpoint import Checkpoint
+from longspan.weights.checkpoint import BlockCheckpoint, Checkpoint
 
 T = TypeVar("T")
 _Key = tuple["WeightPiece", ...]
@@ -55,6 +58,10 @@ class WeightPiece(NamedTuple):
         """Whether the slice begins and ends at boundaries of FP8 scale blocks."""
         return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
 
+    def is_in_blocks_of(self, width: int | None) -> bool:
+        """Whether the slice is a matrix whose columns begin and end between blocks of `width`, if there are any."""
+        return width is not None and not self.stacked and all(bound % width == 0 for bound in self.bounds[-1])
+
     def rows(self, start: int, stop: int) -> WeightPiece:
         """The part of the slice that is loaded as its rows [start, stop)."""
         dim = len(self.bounds) - 1 if self.stacked else 0
@@ -84,6 +91,7 @@ class TensorStore:
         self._dtype = dtype
         self._scaled = scaled
         self._form = form
+        self._blocks = checkpoint if form == "blocks" and isinstance(checkpoint, BlockCheckpoint) else None
         self._upload = Upload(CudaCopying()) if device.type == "cuda" else None
         self.drafts: TensorStore | None = None  # of a checkpoint of its own that drafts
         self.on_read: Callable[[], None] = _nothing  # called after each slice, for a progress bar
@@ -123,8 +131,9 @@ class TensorStore:
 
     def table(self, pieces: Sequence[WeightPiece], is_multiplied: bool) -> Table:
         """See `Loader.table`: the panels of the product if there are any, else the tensor."""
-        product = self.table_linear(pieces) if is_multiplied and self._form == "panels" else None
-        return product.panels if isinstance(product, PanelLinear) else self.tensor(pieces)
+        in_panels = (is_multiplied and self._form in EXACT_FORMS[1:]) or self._keeps_blocks(pieces)
+        product = self.table_linear(pieces) if in_panels else None
+        return product.panels if isinstance(product, PanelLinear | BlockLinear) else self.tensor(pieces)
 
     def linear_stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool = False) -> LinearStack:
         """The linear layers of several weights of one shape, each as in `linear`.
@@ -149,7 +158,11 @@ class TensorStore:
     def _linear(self, pieces: Sequence[WeightPiece], is_whole: bool = False) -> Linear:
         if self._scaled and self._keeps_scaled(pieces):
             return BlockScaledLinear(self._read_scaled(self._scaled, pieces), self._scaled.fused)
+        if self._blocks and self._keeps_blocks(pieces):
+            return BlockLinear(joined([self._read_blocks(self._blocks, piece) for piece in pieces]))
         weight = self._read(pieces, self._dtype)
+        if self._form == "blocks":
+            return PanelLinear(weight)
         return linear_in_form(weight, self._form, is_whole=is_whole)
 
     def _keeps_scaled(self, pieces: Sequence[WeightPiece]) -> bool:
@@ -158,6 +171,16 @@ class TensorStore:
         return kept is not None and all(
             piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces
         )
+
+    def _keeps_blocks(self, pieces: Sequence[WeightPiece]) -> bool:
+        """Whether the weight stays in the blocks of its file."""
+        kept = self._blocks
+        return kept is not None and all(piece.is_in_blocks_of(kept.block_width(piece.name)) for piece in pieces)
+
+    def _read_blocks(self, kept: BlockCheckpoint, piece: WeightPiece) -> QuantisedBlocks:
+        found = kept.read_blocks(piece.name, piece.slices)
+        self.on_read()
+        return found
 
     def _read(self, pieces: Sequence[WeightPiece], dtype: torch.dtype) -> Tensor:
         rows = sum(piece.shape[0] for piece in pieces)

@@ -32,13 +32,39 @@ class Panels:
     rows: int
 
 
-Table = Tensor | Panels
+@dataclass(frozen=True)
+class BlockPanels:
+    """Likewise a weight [rows, width] in blocks of `block_width` codes: see `QuantisedBlocks`."""
+
+    # int32 [panels, width / codes of an integer, rows of a panel]
+    codes: Tensor
+    # fp32 [panels, width / block_width, rows of a panel]
+    scales: Tensor
+    # as `scales`; None if there are none
+    offsets: Tensor | None
+    # of the weight
+    rows: int
+    # of the weight
+    width: int
+    # of a code
+    bits: int
+    # columns of a block
+    block_width: int
+
+    @property
+    def addresses(self) -> tuple[int, int, int | None]:
+        """Of codes, scales and offsets, as kernels take them."""
+        offsets = None if self.offsets is None else self.offsets.data_ptr()
+        return self.codes.data_ptr(), self.scales.data_ptr(), offsets
+
+
+Table = Tensor | Panels | BlockPanels
 """A part of an embedding table [rows, hidden]."""
 
 
 def plain_table(table: Table) -> Tensor:
     """The table as a tensor. Raises `TypeError` for panels, which only compiled operations read."""
-    if isinstance(table, Panels):
+    if not isinstance(table, Tensor):
         raise TypeError("an embedding table in panels is for compiled operations")
     return table
 

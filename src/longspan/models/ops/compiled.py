@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.compiled.library import address, library
-from longspan.models.ops.base import Panels, RopeTable, Table
+from longspan.models.ops.base import BlockPanels, Panels, RopeTable, Table
 from longspan.models.ops.plain import PlainOps
 
 
@@ -52,6 +52,8 @@ class CompiledOps(PlainOps):
 
     def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
         """See `LayerOps.embed`."""
+        if isinstance(table, BlockPanels):
+            return self._embed_blocks(token_ids, table, first)
         values, rows = (table.values, table.rows) if isinstance(table, Panels) else (table, table.shape[0])
         width = values.shape[2] if isinstance(table, Panels) else 1
         token_ids = token_ids.contiguous()
@@ -59,6 +61,15 @@ class CompiledOps(PlainOps):
         self._library.lookup(
             token_ids.data_ptr(), len(token_ids), first or 0, address(values), rows, values.shape[1], width,
             out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def _embed_blocks(self, token_ids: Tensor, table: BlockPanels, first: int | None) -> Tensor:
+        token_ids = token_ids.contiguous()
+        out = table.scales.new_empty(len(token_ids), table.width)
+        self._library.lookup_blocks(
+            token_ids.data_ptr(), len(token_ids), first or 0, *table.addresses, table.rows, table.width, table.bits,
+            table.block_width, out.data_ptr(),
         )  # fmt: skip
         return out
 
