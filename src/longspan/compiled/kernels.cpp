@@ -37,6 +37,7 @@ constexpr int LANES = BYTES / 4, PANEL = WIDE * LANES;
 constexpr int64_t ROW_BLOCK = 512;  // rows of x that are multiplied by a whole weight, so that x stays in the cache
 constexpr int64_t KEYS = 128;       // keys of a block in attention
 constexpr int64_t DEPTH = 32768 / PANEL;  // of a weight that is dequantised at a time: 128 KB
+constexpr int FETCHED = 512;        // elements of a panel that are fetched before they are used
 constexpr int FEW = 8;              // rows of queries up to which keys are not copied
 using Index = int64_t;
 
@@ -90,7 +91,7 @@ inline Vector exp_of(Vector x) {
 }
 
 // c [R, N vectors of each of P panels] (+)= a [R, depth] . b [depth, ...]; a panel is `apart` from the one before it
-template <int R, int P, int N, bool ADD>
+template <int R, int P, int N, bool ADD, int AHEAD = 0>
 inline __attribute__((always_inline)) void tile(
     const float *a, Index a_row, const float *b, Index b_row, Index apart, Index depth, Vector (&c)[R][P * N]) {
   // every loop over c is unrolled, or else the compiler keeps c in memory
@@ -101,6 +102,7 @@ inline __attribute__((always_inline)) void tile(
       if (!ADD) c[r][j] = Vector{};
   for (Index k = 0; k < depth; k++) {
     Vector held[P * N];
+    if (AHEAD) __builtin_prefetch(b + k * b_row + AHEAD);  // of one stream, which does not fill the memory's pipe alone
 #pragma GCC unroll 8
     for (int j = 0; j < P * N; j++) held[j] = load(b + j / N * apart + k * b_row + j % N * LANES);
 #pragma GCC unroll 16
@@ -136,7 +138,7 @@ template <int R, int P>
 inline void product_tile(
     const float *x, const float *panels, const float *bias, float *y, Index columns, Index depth, Index first) {
   Vector c[R][P * WIDE];
-  tile<R, P, WIDE, false>(x, depth, panels + first * depth, PANEL, PANEL * depth, depth, c);
+  tile<R, P, WIDE, false, (P == 1 ? FETCHED : 0)>(x, depth, panels + first * depth, PANEL, PANEL * depth, depth, c);
   store_tile(c, bias, y, columns, first);
 }
 
