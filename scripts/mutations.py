@@ -541,6 +541,15 @@ REQUESTS = (
         "signed = torch.cat((-sin, sin), dim=-1)", "signed = torch.cat((sin, -sin), dim=-1)",
         (f"{_FAMILIES}[llama-one rank]",),
     ),
+    Fault(
+        "a part of a weight begins within a block and is taken as it is", "engine/rank/loading.py",
+        " and all(bound % width == 0 for bound in self.bounds[-1])", "",
+        ("tests/unit/test_block_products.py",),
+    ),
+    Fault(
+        "weights with and without offsets are joined in 4 bits", "compiled/blocks.py",
+        " if len(has_offsets) == 1 else 8", "", ("tests/unit/test_block_products.py",),
+    ),
 )  # fmt: skip
 
 FAULTS = (*ATTENTION, *RANKS, *PLACEMENT, *REQUESTS)
