@@ -96,9 +96,11 @@ def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
             yield from _prefill(setup, length, schedule, scattered=True)
         return
     positions = setup.model.max_position_embeddings
-    room = min(_longest(setup) // 2, positions // 2)
-    before, expansion = min(_LONG_ENOUGH, room), setup.attention_shape.expansion
-    if before <= setup.config.cache.page_size:
+    room, page = min(_longest(setup) // 2, positions // 2), setup.config.cache.page_size
+    # two requests of a step have so many tokens before it, which came in several steps if one is too small
+    before = min(_LONG_ENOUGH, positions // 2, _tokens_of_pcp(setup) // 2 - room - page)
+    expansion = setup.attention_shape.expansion
+    if before <= page:
         return
     if _longest(setup) > positions // 2:  # `_prefill` has divided it
         yield from _later_chunks(setup, min(_longest(setup), positions - 2), (1,), scattered=False)
@@ -153,9 +155,14 @@ def _numbers_of_drafts(setup: EngineSetup) -> list[int]:
 
 def _longest(setup: EngineSetup) -> int:
     """The most tokens of one pcp index in a step: its share of a step's tokens, if there are pages for two of them."""
-    room = min(setup.pages_per_shard) * len(setup.grid.shards_of_pcp[0]) * setup.config.cache.page_size
+    room = _tokens_of_pcp(setup)
     share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
     return max(1, min(share, room // 2 - setup.config.cache.page_size))
+
+
+def _tokens_of_pcp(setup: EngineSetup) -> int:
+    """Tokens for which the ranks of a pcp index have pages."""
+    return min(setup.pages_per_shard) * len(setup.grid.shards_of_pcp[0]) * setup.config.cache.page_size
 
 
 def _lengths(setup: EngineSetup, every: bool) -> list[int]:
@@ -201,7 +208,7 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
 def _later_chunks(
     setup: EngineSetup, before: int, lengths: Sequence[int], scattered: bool, decode: bool = False
 ) -> Iterator[StepPlan]:
-    """A chunk of `before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
+    """`before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
 
     Every pcp index has requests of its own. With `decode` a decode row of the same context follows, beside a prompt.
     """
@@ -209,7 +216,11 @@ def _later_chunks(
     named = [(f"{n} of {pcp}", pcp, length) for n, length in enumerate(lengths) for pcp in range(setup.grid.pcp)]
     requests = [_Request(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
 
-    steps = [[_segment(setup, name, pcp, 0, before, _LOCAL, prefill=True) for name, pcp, _ in named]]
+    most = max(1, _longest(setup) // len(lengths))
+    steps = [
+        [_segment(setup, name, pcp, start, min(start + most, before), _LOCAL, prefill=True) for name, pcp, _ in named]
+        for start in range(0, before, most)
+    ]
     steps.append([
         _segment(setup, name, pcp, before, before + length, _LOCAL, prefill=True) for name, pcp, length in named
     ])  # fmt: skip
