@@ -13,6 +13,7 @@ import pytest
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.graphs import graph_sizes, padded_rows
+from longspan.engine.rank.recorder import CountedRecorder, EagerRecorder
 from longspan.engine.rank.warmup import largest_plans, warmup_plans
 from longspan.engine.setup import resolve
 from tests.engine.test_recorded_decode import expected_of, record, tokens_of
@@ -25,15 +26,20 @@ LAYOUTS = [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}]
 
 def make_all_ready(llm):
     """On all ranks at once, because they send to each other."""
+    on_all_ranks(llm, lambda runner: make_ready(runner, llm.engine.setup, shown=False))
+
+
+def on_all_ranks(llm, call):
+    """Call with every runner, each in a thread of its own."""
     failures = []
 
-    def ready(runner):
+    def tried(runner):
         try:
-            make_ready(runner, llm.engine.setup, shown=False)
+            call(runner)
         except BaseException as error:
             failures.append(error)
 
-    threads = [Thread(target=ready, args=(runner,)) for runner in llm.engine.executor.runners]
+    threads = [Thread(target=tried, args=(runner,)) for runner in llm.engine.executor.runners]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -129,3 +135,42 @@ def test_the_logits_of_all_sizes_are_rows_of_one_buffer(tiny):
     make_all_ready(llm)
     assert recorder.recorded == 4
     assert len({result.data_ptr() for result in recorder.results}) == 1
+
+
+class Silent(EagerRecorder):
+    """What is run again counts nothing, as in a CUDA graph."""
+
+    def __init__(self, traffic):
+        self.traffic = traffic
+
+    def record(self, work, rows=None):
+        replay = super().record(work)
+
+        def silent():
+            before = self.traffic.counts()
+            result = replay()
+            self.traffic.replace(before)
+            return result
+
+        return silent
+
+
+@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
+def test_a_replay_counts_what_the_step_sends_and_a_recording_counts_nothing(tiny, layout):
+    found = []
+    for silent in (False, True):
+        llm = tiny(schedule="gather_q", **layout)
+        recorder = record(llm)
+        traffics = [runner._groups.context.traffic for runner in llm.engine.executor.runners]
+        for runner, traffic in zip(llm.engine.executor.runners, traffics, strict=True):
+            if silent:
+                runner.cuda_graphs._recorder = CountedRecorder(Silent(traffic), traffic)
+        on_all_ranks(llm, lambda runner, llm=llm: runner.cuda_graphs.record(llm.engine.setup.recorded_schedules))
+        assert not silent or not llm.stats().traffic.bytes_by_label
+        for traffic in traffics:
+            traffic.reset()
+        assert tokens_of(llm) == expected_of("llama")
+        assert silent or recorder.replayed
+        found.append(llm.stats().traffic)
+    assert found[0].bytes_by_label["gather_q"] > 0
+    assert (found[0].bytes_by_label, found[0].calls_by_label) == (found[1].bytes_by_label, found[1].calls_by_label)

@@ -51,6 +51,14 @@ class Traffic:
         self.calls_by_label.clear()
         self.trace.clear()
 
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Copies of the bytes and the calls by label."""
+        return self.bytes_by_label.copy(), self.calls_by_label.copy()
+
+    def replace(self, counts: tuple[dict[str, int], dict[str, int]]) -> None:
+        """Set all counts."""
+        self.bytes_by_label, self.calls_by_label = counts[0].copy(), counts[1].copy()
+
     def add(self, other: Traffic) -> None:
         """Add another rank's counts to these. A collective counts once for each rank that joined it."""
         for label, sent in other.bytes_by_label.copy().items():  # a copy: the other rank's thread may be counting

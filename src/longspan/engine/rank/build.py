@@ -36,7 +36,7 @@ from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
 from longspan.engine.rank.progress import progress_bar
-from longspan.engine.rank.recorder import CudaRecorder, KernelRecorder
+from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
@@ -223,7 +223,7 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
         return _recorded_calls(setup, parts, backend, sizes[-1])
     if not setup.records_decode:
         return None
-    recorder, short = CudaRecorder(parts.device), None
+    recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
     if setup.records_short_steps and backend.causal_runs:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
     draw = batch_draw(parts.device.type)
