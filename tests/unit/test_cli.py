@@ -45,7 +45,7 @@ ENGINE_OPTIONS = {
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--cpu-kernels", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory",
     "--kv-offload-disk", "--scheduling-policy", "--tokenizer", "--revision", "--load-format",
-    "--cudagraph-capture-sizes",
+    "--cudagraph-capture-sizes", "--disable-custom-all-reduce",
 }  # fmt: skip
 LISTEN_OPTIONS = {
     "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",

@@ -141,6 +141,13 @@ class Collectives(ABC):
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
         return _sum(self.all_gather(x, [x.shape[0]] * self.size, label))
 
+    def open_fast_sums(self) -> str | None:
+        """Prepare a faster `all_reduce`, where the transport has one; all members must do so together.
+
+        Returns what sums from now on and why, for people; None if there is no choice.
+        """
+        return None
+
     def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
         """The sum over members of a part of x, which has one shape on all: member i gets part i, of `rows[i]` rows."""
         shape = (rows[self.rank], *x.shape[1:])
