@@ -6,10 +6,12 @@ hand, with a recorder that only notes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Thread
 
 import pytest
 
+from longspan.cache.pages import PageTable
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.graphs import graph_sizes, padded_rows
@@ -174,3 +176,28 @@ def test_a_replay_counts_what_the_step_sends_and_a_recording_counts_nothing(tiny
         found.append(llm.stats().traffic)
     assert found[0].bytes_by_label["gather_q"] > 0
     assert (found[0].bytes_by_label, found[0].calls_by_label) == (found[1].bytes_by_label, found[1].calls_by_label)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
+def test_warm_up_runs_the_long_steps_of_a_backend_over_adjacent_pages_and_over_runs_of_pages(tiny, layout):
+    """Those that fit: up to 16 tokens a pcp index, and as many positions as the model has."""
+    schedule = "gather_q" if layout else "auto"
+    llm = tiny(schedule=schedule, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 21, **layout)
+    setup = llm.engine.setup
+    long_steps = [(16, 128, False), (16, 64, True), (64, 64, False), (16, 4096, False)]
+    record = replace(setup.backend.record, long_steps=tuple(long_steps))
+    setup = replace(setup, backend=replace(setup.backend, record=record))
+    found = set()
+    for plan in warmup_plans(setup):
+        for each in plan.admitted:
+            table = PageTable(setup.config.cache.page_size, setup.grid.num_shards)
+            table.extend(each.pages)
+            for segment in plan.segments:
+                if segment.request_id == each.request_id and segment.start >= 64:
+                    shard = table.shard_of(segment.start)
+                    assert shard in setup.grid.shards_of_pcp[segment.pcp]  # so its tokens are written
+                    held = table.visible(shard, segment.start)
+                    found.add((segment.length, held, len(table.spans(shard, segment.start)) > 1))
+        llm.engine.executor.submit(plan)
+        llm.engine.executor.collect(lambda: None)
+    assert found == set(long_steps[:2])

@@ -245,6 +245,7 @@ def test_explain_for_named_hardware_accepts_more_ranks_than_gpus(run, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--hardware", "h100")
     assert code == 0
     assert "gather_kv" in out
