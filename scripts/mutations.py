@@ -119,8 +119,19 @@ ATTENTION = (
     ),
     Fault(
         "a decode row does not see its own token", "plan/decode.py",
-        "pages.visible(start + 1, size)", "pages.visible(start, size)",
+        "before + start + 1 - first", "before + start - first",
         ("tests/unit/test_decode_view.py::test_the_quick_view_of_a_decode_step_is_the_view_of_any_step",),
+    ),
+    Fault(
+        "a decode row is written to the page that the request had before", "plan/decode.py",
+        "if not first <= start < stop:", "if not first <= start:",
+        ("tests/unit/test_decode_view.py::test_the_quick_view_of_a_decode_step_is_the_view_of_any_step",),
+    ),
+    Fault(
+        "decode work that grows ends with the column that it was planned for",
+        "attention/backends/triton/plan.py",
+        "items[last, _STOP] = stops", "items[last, _STOP] = items[last, _STOP]",
+        ("tests/gpu/test_triton_decode.py::test_work_that_grows_with_its_contexts_covers_what_rows_see",),
     ),
     Fault(
         "a new page is not put into the index of slots", "attention/backends/triton/columns.py",
@@ -280,7 +291,7 @@ PLACEMENT = (
     ),
     Fault(
         "a row that is no number gets a token", "engine/rank/sampling/sampler.py",
-        "if i not in problems and row.request_id not in errors", "if True",
+        "if i not in problems and name not in errors", "if True",
         ("tests/unit/test_sampler.py::test_nan_logits_end_their_request_and_no_other",),
     ),
     Fault(

@@ -74,6 +74,7 @@ COMMUNICATE = {
     "parallel/collectives.py": "defines them",
     "parallel/experts.py": "rows go to their experts",
     "parallel/nccl.py": "a transport",
+    "parallel/symmetric.py": "a faster sum of the same",
     "parallel/pipeline.py": "hands hidden states on",
     "parallel/threaded.py": "a transport",
 }

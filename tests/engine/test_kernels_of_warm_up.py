@@ -57,8 +57,11 @@ class Keys:
 
 
 def started(tiny, model):
-    """An engine whose attention is Triton's, as on one GPU; its steps are recorded as far as they are there."""
-    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=512, kv_cache_memory_bytes=1 << 21, debug=False)
+    """An engine whose attention is Triton's, as on one GPU; its steps are recorded as far as they are there.
+
+    Its steps are shorter than the contexts whose columns are divided among programs.
+    """
+    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=320, kv_cache_memory_bytes=1 << 21, debug=False)
     (runner,) = llm.engine.executor.runners
     attention = runner.attention
     backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132)

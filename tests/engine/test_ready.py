@@ -6,13 +6,16 @@ hand, with a recorder that only notes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Thread
 
 import pytest
 
+from longspan.cache.pages import PageTable
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.graphs import graph_sizes, padded_rows
+from longspan.engine.rank.recorder import CountedRecorder, EagerRecorder
 from longspan.engine.rank.warmup import largest_plans, warmup_plans
 from longspan.engine.setup import resolve
 from tests.engine.test_recorded_decode import expected_of, record, tokens_of
@@ -25,15 +28,20 @@ LAYOUTS = [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}]
 
 def make_all_ready(llm):
     """On all ranks at once, because they send to each other."""
+    on_all_ranks(llm, lambda runner: make_ready(runner, llm.engine.setup, shown=False))
+
+
+def on_all_ranks(llm, call):
+    """Call with every runner, each in a thread of its own."""
     failures = []
 
-    def ready(runner):
+    def tried(runner):
         try:
-            make_ready(runner, llm.engine.setup, shown=False)
+            call(runner)
         except BaseException as error:
             failures.append(error)
 
-    threads = [Thread(target=ready, args=(runner,)) for runner in llm.engine.executor.runners]
+    threads = [Thread(target=tried, args=(runner,)) for runner in llm.engine.executor.runners]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -129,3 +137,67 @@ def test_the_logits_of_all_sizes_are_rows_of_one_buffer(tiny):
     make_all_ready(llm)
     assert recorder.recorded == 4
     assert len({result.data_ptr() for result in recorder.results}) == 1
+
+
+class Silent(EagerRecorder):
+    """What is run again counts nothing, as in a CUDA graph."""
+
+    def __init__(self, traffic):
+        self.traffic = traffic
+
+    def record(self, work, rows=None):
+        replay = super().record(work)
+
+        def silent():
+            before = self.traffic.counts()
+            result = replay()
+            self.traffic.replace(before)
+            return result
+
+        return silent
+
+
+@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
+def test_a_replay_counts_what_the_step_sends_and_a_recording_counts_nothing(tiny, layout):
+    found = []
+    for silent in (False, True):
+        llm = tiny(schedule="gather_q", **layout)
+        recorder = record(llm)
+        traffics = [runner._groups.context.traffic for runner in llm.engine.executor.runners]
+        for runner, traffic in zip(llm.engine.executor.runners, traffics, strict=True):
+            if silent:
+                runner.cuda_graphs._recorder = CountedRecorder(Silent(traffic), traffic)
+        on_all_ranks(llm, lambda runner, llm=llm: runner.cuda_graphs.record(llm.engine.setup.recorded_schedules))
+        assert not silent or not llm.stats().traffic.bytes_by_label
+        for traffic in traffics:
+            traffic.reset()
+        assert tokens_of(llm) == expected_of("llama")
+        assert silent or recorder.replayed
+        found.append(llm.stats().traffic)
+    assert found[0].bytes_by_label["gather_q"] > 0
+    assert (found[0].bytes_by_label, found[0].calls_by_label) == (found[1].bytes_by_label, found[1].calls_by_label)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
+def test_warm_up_runs_the_long_steps_of_a_backend_over_adjacent_pages_and_over_runs_of_pages(tiny, layout):
+    """Those that fit: up to 16 tokens a pcp index, and as many positions as the model has."""
+    schedule = "gather_q" if layout else "auto"
+    llm = tiny(schedule=schedule, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 21, **layout)
+    setup = llm.engine.setup
+    long_steps = [(16, 128, False), (16, 64, True), (64, 64, False), (16, 4096, False)]
+    record = replace(setup.backend.record, long_steps=tuple(long_steps))
+    setup = replace(setup, backend=replace(setup.backend, record=record))
+    found = set()
+    for plan in warmup_plans(setup):
+        for each in plan.admitted:
+            table = PageTable(setup.config.cache.page_size, setup.grid.num_shards)
+            table.extend(each.pages)
+            for segment in plan.segments:
+                if segment.request_id == each.request_id and segment.start >= 64:
+                    shard = table.shard_of(segment.start)
+                    assert shard in setup.grid.shards_of_pcp[segment.pcp]  # so its tokens are written
+                    held = table.visible(shard, segment.start)
+                    found.add((segment.length, held, len(table.spans(shard, segment.start)) > 1))
+        llm.engine.executor.submit(plan)
+        llm.engine.executor.collect(lambda: None)
+    assert found == set(long_steps[:2])

@@ -77,3 +77,16 @@ def test_rows_whose_logits_change_are_drawn_without_it_and_the_next_ones_with_it
     assert not drawn
     assert outputs_of(llm, KINDS[1:3]) == outputs_of(plain, KINDS[1:3])
     assert drawn
+
+
+FORBIDDING = [{"temperature": 1, "allowed_token_ids": tuple(range(9))}, {"temperature": 0, "min_tokens": 3}]
+
+
+@pytest.mark.parametrize("options", [{}, {"async_scheduling": True}], ids=str)
+def test_rows_with_forbidden_tokens_are_drawn_beside_others_as_in_a_step_that_is_not_recorded(tiny, options):
+    kinds = [KINDS[1], FORBIDDING[0], PENALISED, KINDS[0], FORBIDDING[1], KINDS[5]]
+    llm, eager = engine(tiny, draw_plainly, **options), engine(tiny, **options)
+    eager.engine.executor.runners[0].cuda_graphs = None
+    found = outputs_of(llm, kinds)
+    assert found == outputs_of(eager, kinds)
+    assert set(found[1][0]) <= set(range(9))

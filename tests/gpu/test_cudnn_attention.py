@@ -21,9 +21,9 @@ SCALE = 0.1
 RUNS = {
     "adjacent": QueryRun(0, 2048, (Span(100, 20000),)),
     "two spans": QueryRun(0, 2048, (Span(9000, 5000), Span(100, 5000))),
-    "rows are padded": QueryRun(1, 2100, (Span(100, 9000),)),
+    "rows are left over": QueryRun(1, 2100, (Span(100, 9000),)),
     "causal": QueryRun(0, 2048, (Span(100, 12000),), causal=True),
-    "causal, rows are padded": QueryRun(3, 2100, (Span(100, 12000),), causal=True),
+    "causal, some rows are computed twice": QueryRun(3, 4000, (Span(100, 16000),), causal=True),
 }
 
 

@@ -261,6 +261,7 @@ def test_a_cpu_has_the_plain_operations():
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from longspan.models.fused_rounding import round_kernel
 from longspan.models.ops import kernels
 
 def build(kernel, warps, arguments, constants):
@@ -277,6 +278,10 @@ build(kernels.swiglu_kernel, 4, [x, x, "i32", "i32"], {"EXACT": True, "BLOCK": 1
 build(kernels.clamped_swiglu_kernel, 4, [x, x, "i32", "i32", "fp32", "fp32"], {"EXACT": True, "BLOCK": 1024})
 build(kernels.rope_table_kernel, 1, ["*i64", "*fp32", x, x, "fp32"], {"HALF": 40, "BLOCK": 64, "EXACT": True})
 build(kernels.embed_kernel, 4, ["*i64", x, x, "i32", "i32", "i32"], {"BLOCK": 1024})
+build(
+    round_kernel, 4, [x, "*fp8e4nv", "*fp32", *["i32"] * 4],
+    {"LARGEST": 448.0, "LEAST": 1.1754943508222875e-38, "WIDTH": 128, "ROWS": 16},
+)
 for dim, interleaved, norm in ((64, True, False), (32, False, True)):
     build(
         kernels.rope_kernel, 4, [x] * 6 + [two, two, "i32", "i32", "fp32"],

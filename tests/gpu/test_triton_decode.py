@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from longspan.attention.backends.triton import plan as plans
 from longspan.attention.backends.triton.columns import ColumnTable, DecodeColumns
 from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
+from longspan.attention.backends.triton.plan import ITEM_FIELDS, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.work import Slots, Stretch, Tiling, VisibleColumns, Work, plan_work
 from longspan.cache.pages import ShardPages
 from longspan.plan.decode import DecodeRuns
@@ -91,10 +93,10 @@ def grown(pick: random.Random, steps: int):
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_row_sees_the_slots_of_its_context_at_every_step(seed, window):
-    table = ColumnTable(200_000, torch.device("cpu"))
+    table, columns = ColumnTable(200_000, torch.device("cpu")), None
     for contexts in grown(random.Random(seed), 60):
         runs = contexts.runs(window)
-        columns = table.of(runs)
+        columns = table.of(runs, columns)
         index = table.index.tolist()
         for seen, expected in zip(visible(columns), slots_of(runs), strict=True):
             slots = [
@@ -114,6 +116,59 @@ def test_the_work_is_that_of_the_planner(seed, window, tiling):
         columns = table.of(contexts.runs(window))
         for rows in (8, 16):
             assert in_lists(plan_decode(columns, rows, tiling)) == plan_work(visible(columns), Slots(), rows, tiling)
+
+
+def covered(plan: WorkPlan, tiling: Tiling) -> dict[tuple[int, int], list[tuple[int, ...]]]:
+    """For each row and first packed row, the joined ranges of its items: (gathered, place, start, stop)."""
+    found: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    items = [
+        (gathered, *item)
+        for gathered, table in enumerate((plan.adjacent, plan.gathered))
+        for item in table.view(-1)[: len(table) // ITEM_FIELDS * ITEM_FIELDS].view(-1, ITEM_FIELDS).tolist()
+    ]
+    for gathered, row, first, size, place, start, full_start, full_stop, stop, _ in sorted(items, key=lambda i: i[5]):
+        if not size:
+            continue
+        assert (full_start, full_stop) == (start, start + (stop - start) // tiling.block_n * tiling.block_n)
+        ranges = found.setdefault((row, first), [])
+        if ranges and ranges[-1][:2] == (gathered, place) and ranges[-1][3] == start:
+            start = ranges.pop()[2]
+        ranges.append((gathered, place, start, stop))
+    return found
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_work_that_grows_with_its_contexts_covers_what_rows_see(seed, window, tiling):
+    """It is that of a plan made for this step alone."""
+    table = ColumnTable(200_000, torch.device("cpu"))
+    kept = RefillablePlans(8, 1, 0, torch.device("cpu"), table)
+    plan = kept.plan(tiling)
+    for contexts in grown(random.Random(seed), 90):
+        runs = contexts.runs(window)
+        assert kept.fill(runs)
+        anew = RefillablePlans(8, 1, 0, torch.device("cpu"), table)
+        expected = anew.plan(tiling)
+        anew.fill(runs)
+        assert torch.equal(plan.bounds, expected.bounds)
+        assert covered(plan, tiling) == covered(expected, tiling)
+
+
+def test_contexts_that_get_a_token_each_are_planned_once_in_a_tile_of_tokens(monkeypatch):
+    planned = []
+    monkeypatch.setattr(plans, "plan_decode", lambda *given: planned.append(1) or plan_decode(*given))
+    contexts = Contexts(random.Random(0), 3)
+    for number, tokens in enumerate((40, 600, 3000)):
+        contexts.grow(number, tokens + 100)  # adjacent pages, ahead of the tokens
+        contexts.tokens[number] = tokens
+    kept = RefillablePlans(8, 1, 0, torch.device("cpu"), ColumnTable(200_000, torch.device("cpu")))
+    kept.plan(TILINGS[0])
+    for _ in range(TILINGS[0].block_n + 1):
+        assert len(planned) <= 1
+        assert kept.fill(contexts.runs(None))
+        contexts.tokens = [tokens + 1 for tokens in contexts.tokens]
+    assert len(planned) == 2
 
 
 def test_no_row_is_no_work():
@@ -161,9 +216,14 @@ def test_a_full_index_is_begun_anew():
     for _ in range(10):
         for number in range(7):
             contexts.grow(number, PAGE)
+    few, other = (
+        DecodeRuns([0], contexts.pages[number : number + 1], [0], contexts.tokens[number : number + 1], PAGE)
+        for number in range(2)
+    )
+    before = table.of(few)
     assert table.of(contexts.runs(None)) is None
-    few = DecodeRuns([0], contexts.pages[:1], [0], contexts.tokens[:1], PAGE)
-    columns = table.of(few)
+    table.of(other)  # which has the place of the first one now
+    columns = table.of(few, before)
     (seen,) = visible(columns)
     (stretch,) = seen.stretches
     assert table.index[stretch.place : stretch.place + 160].tolist() == slots_of(few)[0]

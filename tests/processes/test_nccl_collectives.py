@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longspan.attention.schedules.ring import circulate
 from longspan.bench.ranks import run_on_ranks
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.nccl import NcclCollectives
+from longspan.parallel.symmetric import SymmetricSum
 
 CPU = torch.device("cpu")
 SIZE = 3
+DTYPES = (torch.bfloat16, torch.float32)  # symmetric memory takes the first
 
 
 def _tensor(member: int, *shape: int) -> torch.Tensor:
@@ -76,6 +79,19 @@ OPERATIONS: dict[str, Callable[[Collectives], list[torch.Tensor]]] = {
 }
 
 
+class _Shared:
+    """`torch.ops.symm_mem`, by the backend of torch.distributed."""
+
+    def __init__(self, members: Any) -> None:
+        self._members, self.called = members, 0
+
+    def one_shot_all_reduce_copy(self, shared: torch.Tensor, x: torch.Tensor, how: str, name: str) -> torch.Tensor:
+        self.called += 1
+        found = x.clone()
+        dist.all_reduce(found, group=self._members)
+        return found
+
+
 def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -> dict[str, Any]:
     """The results and bytes of every operation, on a group of three and one of two, with both kinds of collectives."""
     found: dict[str, Any] = {}
@@ -92,6 +108,13 @@ def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -
                 [x.tolist() for x in ours], [x.tolist() for x in expected],
                 dict(counted.bytes_by_label), dict(traffic.bytes_by_label),
             )  # fmt: skip
+        found[f"how {len(members)} sum"] = grouped.open_fast_sums()
+        shared = torch.zeros(64, dtype=torch.bfloat16)
+        kernels = _Shared(grouped._members)
+        grouped._sum = SymmetricSum(shared, "name", 2, False, kernels)
+        counted.reset()
+        sums = [grouped.all_reduce(torch.full((8,), rank + 1.0, dtype=dtype), "x") for dtype in DTYPES]
+        found[f"sums of {len(members)}"] = [x.tolist() for x in sums], dict(counted.bytes_by_label), kernels.called
     make_group((0, 1, 2)).all_reduce(torch.zeros(1), "barrier")  # no rank may leave before all are done
     return found
 
@@ -112,6 +135,17 @@ def test_an_operation_gives_the_results_and_bytes_of_the_gloo_collectives(result
         else:
             assert ours == expected
         assert sent == counted
+
+
+@pytest.mark.parametrize("members", [(0, 1, 2), (0, 2)])
+def test_sums_through_symmetric_memory_are_counted_as_others_and_its_lack_is_said(results, members):
+    total, peers = sum(rank + 1.0 for rank in members), len(members) - 1
+    for rank in members:
+        sums, sent, called = results[rank][f"sums of {len(members)}"]
+        assert called == 1
+        assert sums == [[total] * 8] * 2
+        assert sent == {"x": peers * 8 * (2 + 4)}
+        assert results[rank][f"how {len(members)} sum"] == "NCCL: symmetric memory is for GPUs"
 
 
 def test_a_group_of_one_sends_nothing():

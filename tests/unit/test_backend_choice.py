@@ -50,7 +50,7 @@ def test_auto_falls_back_for_quantised_latents_whose_rank_is_no_power_of_two():
 
 def test_auto_says_why_it_falls_back():
     choice = choose_backend("auto", "cuda", GQA, is_installed=nothing)
-    assert choice.reason == "triton needs the package triton, which is not installed"
+    assert choice.reason.endswith("triton needs the package triton, which is not installed")
 
 
 @pytest.mark.parametrize("head_dim, kv_factor", [(320, 2), (512, 2), (640, 1)])

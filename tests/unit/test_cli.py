@@ -45,7 +45,7 @@ ENGINE_OPTIONS = {
     "--kv-cache-dtype", "--device", "--async-scheduling", "--no-async-scheduling", "--gpu-memory-utilization",
     "--attention-backend", "--cpu-kernels", "--quantization", "-q", "--enforce-eager", "--kv-offload-memory",
     "--kv-offload-disk", "--scheduling-policy", "--tokenizer", "--revision", "--load-format",
-    "--cudagraph-capture-sizes",
+    "--cudagraph-capture-sizes", "--disable-custom-all-reduce",
 }  # fmt: skip
 LISTEN_OPTIONS = {
     "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--log-level", "--disable-uvicorn-access-log",
@@ -245,6 +245,7 @@ def test_explain_for_named_hardware_accepts_more_ranks_than_gpus(run, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "4", "--hardware", "h100")
     assert code == 0
     assert "gather_kv" in out

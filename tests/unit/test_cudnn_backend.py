@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from inspect import signature
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from longspan.attention.backends.base import BackendShape
+from longspan.attention.backends import cudnn
+from longspan.attention.backends.base import Backend, BackendShape, RecordableBackend
 from longspan.attention.backends.choice import choose_backend
-from longspan.attention.backends.cudnn import CudnnBackend, LibraryUse, divide
+from longspan.attention.backends.cudnn import BACKEND, CudnnBackend, LibraryUse, divide, row_blocks
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
@@ -17,7 +22,10 @@ from longspan.errors import ConfigError
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 
-SMALL = LibraryUse(rows=8, row_multiple=4, columns=16, most_columns=32, spans=3)
+pytest.importorskip("triton")
+from longspan.attention.backends.triton.backend import TritonBackend
+
+SMALL = LibraryUse(rows=(8, 16), columns=(16, 32), spans=3)
 ONE_BLOCK = (HeadBlock(0, 4, 0, 2),)
 TWO_BLOCKS = (HeadBlock(0, 1, 0, 1), HeadBlock(1, 4, 1, 2))
 
@@ -54,17 +62,42 @@ def close(found, expected):
 RUNS = {  # runs, and the calls (rows, columns, causal) that the library gets
     "one run": ([QueryRun(0, 8, (Span(5, 48),))], [(8, 32, False), (8, 16, False)]),
     "columns left over": ([QueryRun(0, 8, (Span(5, 53),))], [(8, 32, False), (8, 16, False)]),
-    "rows are padded": ([QueryRun(0, 10, (Span(5, 40),))], [(12, 32, False)]),
+    "rows left over": ([QueryRun(0, 10, (Span(5, 40),))], [(8, 32, False)]),
+    "rows of two sizes": ([QueryRun(2, 25, (Span(5, 40),))], [(16, 32, False), (8, 32, False)]),
+    "some rows are computed twice": ([QueryRun(1, 15, (Span(5, 40),))], [(8, 32, False)] * 2),
     "scattered": ([QueryRun(0, 8, (Span(70, 9), Span(5, 9)))], [(8, 16, False)]),
+    "scattered: few columns are copied at a time": (
+        [QueryRun(0, 8, (Span(50, 20), Span(5, 40)))], [(8, 16, False), (8, 16, False), (8, 16, False)],
+    ),
     "causal": ([QueryRun(0, 8, (Span(3, 27),), causal=True)], [(8, 16, False), (8, 8, True)]),
     "causal, nothing before": ([QueryRun(0, 8, (Span(3, 8),), causal=True)], [(8, 8, True)]),
-    "causal with padding": ([QueryRun(0, 9, (Span(3, 30),), causal=True)], [(12, 16, False)]),
+    "causal, rows left over": ([QueryRun(0, 9, (Span(3, 30),), causal=True)], [(8, 16, False), (8, 8, True)]),
+    "causal in two blocks": (
+        [QueryRun(0, 24, (Span(3, 27),), causal=True)], [(16, 16, True), (8, 16, False), (8, 8, True)],
+    ),
+    "causal, some rows are computed twice": (
+        [QueryRun(1, 31, (Span(3, 60),), causal=True)],
+        [(16, 16, False), (16, 16, True), (8, 32, False), (8, 8, True), (8, 32, False), (8, 16, False), (8, 8, True)],
+    ),
+    "causal, too scattered for its own tokens": (
+        [QueryRun(0, 16, (Span(3, 40), *(Span(50 + 5 * n, 4) for n in range(4))), causal=True)], [(16, 32, False)],
+    ),
     "causal beside a decode row": (
         [QueryRun(0, 1, (Span(80, 9),)), QueryRun(1, 8, (Span(3, 24),), causal=True), QueryRun(10, 2, (Span(50, 5),))],
         [(8, 16, False), (8, 8, True)],
     ),
     "more than one long run": ([QueryRun(0, 8, (Span(3, 16),)), QueryRun(9, 8, (Span(40, 17),))], [(8, 16, False)] * 2),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", range(1, 60))
+def test_every_row_is_used_from_one_block_and_all_blocks_are_of_the_sizes(rows):
+    blocks = list(row_blocks(rows, (8, 16)))
+    used = [row for start, size, first in blocks for row in range(first, start + size)]
+    assert used == list(range(len(used))) and len(used) <= rows
+    assert {size for _, size, _ in blocks} <= {8, 16}
+    assert rows - len(used) < 6 or rows < 8
+    assert all(first - start <= size / 4 for start, size, first in blocks)
 
 
 @pytest.mark.parametrize("blocks", [ONE_BLOCK, TWO_BLOCKS])
@@ -92,7 +125,7 @@ def test_what_does_not_pay_is_left_as_it_is(name):
     assert divide([LEFT[name]], SMALL) == ([], [LEFT[name]])
 
 
-@pytest.mark.parametrize("segments", [[(0, 8)], [(0, 8), (8, 3)], [(1, 5), (7, 12)], [(2, 8)]], ids=str)
+@pytest.mark.parametrize("segments", [[(0, 8)], [(0, 8), (8, 3)], [(1, 5), (7, 16)], [(2, 8)], [(0, 12)]], ids=str)
 def test_diagonals_of_long_segments_are_the_librarys(segments):
     rows = segments[-1][0] + segments[-1][1]
     q, k, v = rand(rows, 4, 16), rand(rows, 2, 16, 1)[..., 0], rand(rows, 2, 16)
@@ -100,7 +133,7 @@ def test_diagonals_of_long_segments_are_the_librarys(segments):
     backend = CudnnBackend(Inner(q.device), library, SMALL)
     found = backend.prepare_diagonal(segments, rows, None).attend(q, k, v, ONE_BLOCK, 0.3)
     close(found, TorchBackend(q.device).prepare_diagonal(segments, rows, None).attend(q, k, v, ONE_BLOCK, 0.3))
-    assert library.calls == [(length, length, True) for _, length in segments if length in (8, 12)]
+    assert library.calls == [(length, length, True) for _, length in segments if length in (8, 16)]
 
 
 def test_a_diagonal_with_a_window_is_not_the_librarys():
@@ -108,6 +141,17 @@ def test_a_diagonal_with_a_window_is_not_the_librarys():
     backend = CudnnBackend(Inner(q.device), Library(), SMALL)
     found = backend.prepare_diagonal([(0, 8)], 8, 3).attend(q, k, k, ONE_BLOCK, 0.3)
     close(found, TorchBackend(q.device).prepare_diagonal([(0, 8)], 8, 3).attend(q, k, k, ONE_BLOCK, 0.3))
+
+
+def test_what_the_inner_backend_offers_besides_is_offered_too():
+    """Recorded drafts need what a backend need not have."""
+    inner = Mock(TritonBackend)
+    backend = CudnnBackend(inner, Library())
+    for name in ("refillable", "indexed", "slot_writer", "writer", "merge"):
+        assert getattr(backend, name)(*range(len(signature(getattr(backend, name)).parameters))) is not None
+        getattr(inner, name).assert_called_once()
+    defaults = {name for name in vars(Backend) | vars(RecordableBackend) if not name.startswith("_")}
+    assert defaults - vars(CudnnBackend).keys() == {"attend", "causal"}  # made of the others
 
 
 GQA = {"head_dim": 128, "value_dim": 128, "kv_factor": 2, "quantised": False, "dtype": torch.bfloat16}
@@ -129,6 +173,20 @@ def test_what_the_library_cannot_compute_is_said(changes, problem, monkeypatch):
         choose_backend("cudnn", "cuda", BackendShape(**{**GQA, **changes}), is_installed=lambda package: True)
 
 
-def test_auto_does_not_choose_it_yet(monkeypatch):
+@pytest.mark.parametrize(("capability", "name"), [(8, "triton"), (9, "cudnn"), (10, "triton")])
+def test_auto_chooses_it_on_hopper_where_it_was_measured_and_says_why(capability, name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert choose_backend("auto", "cuda", BackendShape(**GQA), is_installed=lambda package: True).name == "triton"
+    shape = BackendShape(**GQA, capability=capability)
+    choice = choose_backend("auto", "cuda", shape, is_installed=lambda package: True)
+    assert choice.name == name
+    assert ("TFLOP/s on an H100" if name == "cudnn" else f"this GPU's is {capability}.x") in choice.reason
+    assert choose_backend("cudnn", "cuda", shape, is_installed=lambda package: True).record is BACKEND
+
+
+def test_a_rank_whose_trial_call_fails_says_so_and_computes_with_triton(monkeypatch, caplog):
+    inner = Inner(torch.device("cpu"))
+    monkeypatch.setattr(cudnn.triton, "BACKEND", replace(cudnn.triton.BACKEND, build=lambda device, shape: inner))
+    monkeypatch.setattr(cudnn, "problem_of_library", lambda device, shape: "cuDNN's attention is off by 5.0%")
+    with caplog.at_level("WARNING", "longspan.engine"):
+        assert BACKEND.build(torch.device("cpu"), BackendShape(**GQA)) is inner
+    assert "Triton computes long prefills too: cuDNN's attention is off by 5.0%" in caplog.text

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.cache.pages import PageTable
 from longspan.engine.rank.sampling.gumbel import draw_plainly
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
-from longspan.engine.rank.sampling.rows import SampleRow, token_bits
+from longspan.engine.rank.sampling.rows import SampleRow, SampleRows, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
+from longspan.plan.decode import DecodeSamples
+from longspan.plan.mirror import KnownRequest
 from longspan.request import SampledToken, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -598,3 +601,16 @@ def test_the_most_likely_tokens_of_a_batch_are_those_of_each_row_with_ties_by_id
     logits[0, ::2], logits[1, 7] = -math.inf, -0.0
     expected = torch.stack([best(one, 30)[:30] for one in logits])
     assert torch.equal(most_likely(logits, 30), expected)
+
+
+def test_the_rows_of_a_decode_step_are_those_of_its_requests_but_for_the_ones_that_were_made():
+    params = [SamplingParams(top_p=0.5), SamplingParams(top_k=3), GREEDY]
+    known = [KnownRequest(PageTable(4, 1), 2, seed, each, [7, 8, 9]) for seed, each in enumerate(params)]
+    made = SampleRow("b", GREEDY, 0, 5, error="no token is left")
+    rows = SampleRows.of_decode(DecodeSamples(["a", "b", "c"], known, [1, 5, 9]), {1: made})
+    expected = [SampleRow("a", params[0], 0, 1, [7, 8, 9], 2), made, SampleRow("c", params[2], 2, 9, [7, 8, 9], 2)]
+    assert [rows[number] for number in range(3)] == expected
+    whole = SampleRows.of(expected)
+    assert (rows.names, rows.params, rows.seeds, rows.positions) == (
+        whole.names, whole.params, whole.seeds, whole.positions,
+    )  # fmt: skip

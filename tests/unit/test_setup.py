@@ -29,6 +29,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(nvml, "free_bytes", lambda: 80 << 30)
+        monkeypatch.setattr(nvml, "capability", lambda: (9, 0))
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
         return current
 

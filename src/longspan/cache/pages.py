@@ -94,12 +94,26 @@ class PagePool:
             self._start_of[stop] = start
 
 
+class PageOnShard(NamedTuple):
+    """What a shard has of the positions [first, stop) of one page."""
+
+    # first position of the page
+    first: int
+    # position after its last
+    stop: int
+    # position p is at slot `slot` + p; None if the page is on another shard
+    slot: int | None
+    # the request's tokens on the shard in earlier pages
+    before: int
+
+
 class ShardPages:
     """One request's pages on one shard, in position order. Pages that are adjacent in the pool form runs."""
 
-    __slots__ = ("last", "ordinals", "run_first", "run_index")
+    __slots__ = ("last", "ordinals", "page", "run_first", "run_index")
 
     def __init__(self) -> None:
+        self.page = PageOnShard(0, 0, None, 0)  # the last that was asked for: see `PageTable.page_on`
         self.ordinals: list[int] = []  # each page's number in the request's page table
         self.run_first: list[int] = []  # for each run, how many of these pages come before it
         self.run_index: list[int] = []  # for each run, the pool index of its first page
@@ -173,6 +187,14 @@ class PageTable:
         """Pool index of this request's last page on `shard`; None if it has none there."""
         pages = self._shards[shard]
         return pages.last if pages.ordinals else None
+
+    def page_on(self, shard: int, position: int) -> PageOnShard:
+        """The page of `position`, as `shard` sees it. It is kept as `on(shard).page`: the next token has the same."""
+        number, pages = position // self.page_size, self._shards[shard]
+        first, found = number * self.page_size, self.pages[number]
+        slot = found.index * self.page_size - first if found.shard == shard else None
+        pages.page = PageOnShard(first, first + self.page_size, slot, pages.visible(first, self.page_size))
+        return pages.page
 
     def shard_of(self, position: int) -> int:
         """The shard that stores `position`."""

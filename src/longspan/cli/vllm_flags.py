@@ -178,7 +178,6 @@ _FLAGS = (
     _unused("--all2all-backend", "how rows reach experts follows from the devices"),
     _unused("--max-log-len", "prompts are not logged"),
     _unused("--enable-log-requests", "prompts are not logged", False),
-    _unused("--disable-custom-all-reduce", "all-reduces are NCCL's or gloo's", False),
     _unused("--max-parallel-loading-workers", "one tensor is loaded at a time"),
     _unused("--guided-decoding-backend", "there is one library for grammars"),
     _unused("--structured-outputs-config", "there is one library for grammars"),

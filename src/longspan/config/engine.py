@@ -53,6 +53,7 @@ class ParallelConfig:
     pipeline_parallel_size: int = option(1, "stages over which the layers are split", short="-pp")
     _: KW_ONLY
     enable_expert_parallel: bool = option(False, "split a mixture's experts over tp x pcp ranks, not tp alone")
+    disable_custom_all_reduce: bool = option(False, "sum over GPUs by NCCL alone, not through symmetric memory")
     ranks_per_node: int | None = option(None, "ranks per machine, for tree_q; default: all ranks")
     node_of_rank: tuple[int, ...] = ()  # machine of every rank, set by the executor; (): as ranks_per_node says
 

@@ -20,6 +20,7 @@ class EngineOptions(TypedDict, total=False):
     decode_context_parallel_size: int
     pipeline_parallel_size: int
     enable_expert_parallel: bool
+    disable_custom_all_reduce: bool
     ranks_per_node: int | None
     page_size: int
     kv_cache_memory_bytes: int | None

@@ -70,6 +70,15 @@ def _times_float32(dtype: torch.dtype, threads: int) -> float:
     return best[0] / best[1]
 
 
+def gpu_generation(device_type: str) -> int:
+    """Major number of the compute capability of this machine's first GPU; 0 if it is not to be used."""
+    if device_type != "cuda":
+        return 0
+    from longspan.engine.nvml import capability
+
+    return capability()[0]
+
+
 def check_cache_dtype(config: EngineConfig, device_type: str) -> None:
     """Raise `ConfigError` if the GPU does not support the cache's dtype."""
     if device_type != "cuda":

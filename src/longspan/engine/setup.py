@@ -27,7 +27,7 @@ from longspan.engine.capacity import (
 from longspan.engine.computation import decide_computation, prepare_kernels
 from longspan.engine.devices import choose_executor, resolve_device
 from longspan.engine.draft_setup import DraftCheckpoint, DraftSetup
-from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, model_dtype
+from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, gpu_generation, model_dtype
 from longspan.engine.extensions import NONE_ADDED, Extensions
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
@@ -336,7 +336,7 @@ def _backend_shape(config: EngineConfig, model: ModelConfig, device_type: str) -
     """What an attention backend must support for a model under a configuration whose kernels are decided."""
     return BackendShape(
         model.head_dim, model.cached_value_dim, model.kv_factor, config.cache.dtype in QUANTISED,
-        model_dtype(config, device_type), config.cpu_kernels == "compiled",
+        model_dtype(config, device_type), config.cpu_kernels == "compiled", gpu_generation(device_type),
     )  # fmt: skip
 
 

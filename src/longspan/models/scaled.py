@@ -6,6 +6,7 @@ come from, nor which slice of a weight it holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class BlockScaledLinear:
         self._weight = weight
         padding = -weight.scales.shape[1] % _ROWS_TOGETHER
         self._inner_first = F.pad(weight.scales, (0, padding)).t() if fused else None
+        self._round = choose_rounding(weight.values.device)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → [T, out], in the dtype of x."""
@@ -57,12 +59,12 @@ class BlockScaledLinear:
     def _fused(self, x: Tensor, weight_scales: Tensor) -> Tensor:
         """x [T, in] → [T, out], with `scaled_mm`. Rows are padded to a multiple of 4."""
         rows = x.shape[0]
-        values, scales = rounded(F.pad(x, (0, 0, 0, -rows % _ROWS_TOGETHER)))
+        values, scales = self._round(x, rows + -rows % _ROWS_TOGETHER)
         torch_functional: Any = F  # its type stubs may be older than scaled_mm
         kinds = torch_functional.ScalingType
         product: Tensor = torch_functional.scaled_mm(
             values, self._weight.values.t(),
-            scales.t().contiguous().t(), kinds.BlockWise1x128,
+            scales, kinds.BlockWise1x128,
             weight_scales, kinds.BlockWise128x128,
             output_dtype=torch.bfloat16,
         )  # fmt: skip
@@ -77,6 +79,23 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     scales = (groups.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     return (groups / scales[..., None]).flatten(1).to(_FP8), scales
+
+
+def round_plainly(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """`rounded` x [T, in] with zeros behind it up to `rows` rows. The scales of a column are adjacent."""
+    values, scales = rounded(F.pad(x, (0, 0, 0, rows - len(x))))
+    return values, scales.t().contiguous().t()
+
+
+def choose_rounding(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """`round_plainly`, or on a GPU its kernel."""
+    if device.type != "cuda":
+        return round_plainly
+    try:
+        from longspan.models.fused_rounding import round_rows
+    except ImportError:  # no Triton
+        return round_plainly
+    return round_rows
 
 
 def dequantised(weight: BlockScaled) -> Tensor:

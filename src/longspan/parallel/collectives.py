@@ -51,6 +51,14 @@ class Traffic:
         self.calls_by_label.clear()
         self.trace.clear()
 
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Copies of the bytes and the calls by label."""
+        return self.bytes_by_label.copy(), self.calls_by_label.copy()
+
+    def replace(self, counts: tuple[dict[str, int], dict[str, int]]) -> None:
+        """Set all counts."""
+        self.bytes_by_label, self.calls_by_label = counts[0].copy(), counts[1].copy()
+
     def add(self, other: Traffic) -> None:
         """Add another rank's counts to these. A collective counts once for each rank that joined it."""
         for label, sent in other.bytes_by_label.copy().items():  # a copy: the other rank's thread may be counting
@@ -132,6 +140,13 @@ class Collectives(ABC):
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
         return _sum(self.all_gather(x, [x.shape[0]] * self.size, label))
+
+    def open_fast_sums(self) -> str | None:
+        """Prepare a faster `all_reduce`, where the transport has one; all members must do so together.
+
+        Returns what sums from now on and why, for people; None if there is no choice.
+        """
+        return None
 
     def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
         """The sum over members of a part of x, which has one shape on all: member i gets part i, of `rows[i]` rows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.parallel.collectives import Arrival, Traffic
 from longspan.parallel.distributed import DistributedCollectives, Transfer
+from longspan.parallel.symmetric import SymmetricSum, open_symmetric_sum
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
 
@@ -28,6 +29,14 @@ class NcclCollectives(DistributedCollectives):
         self._members = dist.new_group(list(group), use_local_synchronization=True) if len(group) > 1 else None
         if self._members is not None:  # point-to-point transfers need a communicator, which all members must create
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
+        self._sum: SymmetricSum | None = None
+
+    def open_fast_sums(self) -> str | None:
+        """See `Collectives.open_fast_sums`."""
+        if self._members is None:
+            return None
+        self._sum, how = open_symmetric_sum(self._members, self._device)
+        return how
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
         """See `Collectives.start_shift`. Both directions start in one NCCL group; two sends first would deadlock."""
@@ -54,10 +63,12 @@ class NcclCollectives(DistributedCollectives):
         return list(gathered.view(self.size, *x.shape))
 
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
-        """See `Collectives.all_reduce`. In place, and in NCCL's order; all members get the same bits."""
+        """See `Collectives.all_reduce`. By NCCL in place, and in its order; all members get the same bits."""
         if self._members is None or not x.numel():
             return x
         self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
+        if self._sum is not None and self._sum.takes(x):
+            return self._sum(x)
         with self._lost_peers():
             dist.all_reduce(x, group=self._members)
         return x

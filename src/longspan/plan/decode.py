@@ -5,9 +5,10 @@ It owns the shortcuts that such a step allows. It computes with plain integers a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 from longspan.cache.pages import ShardPages, clip_spans
 from longspan.plan.mirror import KnownRequest
@@ -15,10 +16,34 @@ from longspan.plan.plan import Segment, StepPlan, window_start
 from longspan.plan.reach import Place, QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView, SampleRequest, WriteRun
 
+T = TypeVar("T")
+
+
+class _Lazy(Sequence[T], Generic[T]):
+    """Records in lists: one is only made when it is asked for; who needs less reads the lists."""
+
+    @abstractmethod
+    def _made(self, number: int) -> T:
+        """The record of this number."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._made(number) for number in range(*index.indices(len(self)))]
+        return self._made(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._made, range(len(self)))
+
 
 @dataclass(frozen=True)
-class DecodeRuns(Sequence[QueryRun]):
-    """Runs of one row each. A `QueryRun` is only made when one is asked for; who needs less reads the lists."""
+class DecodeRuns(_Lazy[QueryRun]):
+    """Runs of one row each."""
 
     # the row of each run
     rows: list[int]
@@ -34,24 +59,44 @@ class DecodeRuns(Sequence[QueryRun]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> QueryRun: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[QueryRun]: ...
-
-    def __getitem__(self, index: int | slice) -> QueryRun | list[QueryRun]:
-        if isinstance(index, slice):
-            return [self._run(number) for number in range(*index.indices(len(self)))]
-        return self._run(range(len(self))[index])
-
-    def __iter__(self) -> Iterator[QueryRun]:
-        return map(self._run, range(len(self)))
-
-    def _run(self, number: int) -> QueryRun:
+    def _made(self, number: int) -> QueryRun:
         first, stop = self.firsts[number], self.stops[number]
         spans = self.pages[number].spans(stop, self.page_size)
         return QueryRun(self.rows[number], 1, tuple(clip_spans(spans, first, stop)) if first else spans)
+
+
+@dataclass(frozen=True)
+class DecodeWrites(_Lazy[WriteRun]):
+    """Writes of one row each."""
+
+    # the rows
+    rows: list[int]
+    # the slot of each
+    slots: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _made(self, number: int) -> WriteRun:
+        return WriteRun(self.rows[number], self.slots[number], 1)
+
+
+@dataclass(frozen=True)
+class DecodeSamples(_Lazy[SampleRequest]):
+    """Every row is sampled."""
+
+    # the request of each row
+    names: list[str]
+    # the same as the rank knows them
+    requests: list[KnownRequest]
+    # index of the sampled token in each request's output
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _made(self, number: int) -> SampleRequest:
+        return SampleRequest(number, self.names[number], self.positions[number])
 
 
 def decode_view(
@@ -69,56 +114,77 @@ def decode_view(
     for segment in plan.segments:
         by_pcp[segment.pcp].append(segment)
     mine = by_pcp[place.pcp]
-    known = [requests[segment.request_id] for segment in mine]
+    names = [segment.request_id for segment in mine]
+    known = [requests[name] for name in names]
     starts = [segment.start for segment in mine]
+    seen = [_seen(block, requests, place.shard) for block in (by_pcp if schedule else [mine])]
     groups: list[Reach] = []
     for local, window in zip(plan.decode_schedules, windows, strict=True):
+        runs = [each.runs(window) for each in seen]
         if schedule is None:
-            own, blocks = _runs(mine, window, requests, place.shard), (QueryBlock(0, ()),) * len(by_pcp)
-            groups.append(Reach(local, len(mine), own, blocks, (), ()))
+            groups.append(Reach(local, len(mine), runs[0], (QueryBlock(0, ()),) * len(by_pcp), (), ()))
         else:
-            blocks = tuple(QueryBlock(len(block), _runs(block, window, requests, place.shard)) for block in by_pcp)
+            blocks = tuple(QueryBlock(len(block), own) for block, own in zip(by_pcp, runs, strict=True))
             groups.append(Reach(schedule, 0, (), blocks, (), ()))
     return RankView(
-        token_ids=tuple([segment.token_ids[0] if segment.token_ids else 0 for segment in mine]),
-        positions=tuple(starts),
-        writes=_writes(starts, known, place.shard),
+        token_ids=[segment.token_ids[0] if segment.token_ids else 0 for segment in mine],
+        positions=starts,
+        writes=seen[place.pcp if schedule else 0].writes,
         phases=(PhaseView(0, len(mine), (), tuple(groups)),),
-        samples=tuple(
-            [
-                SampleRequest(row, segment.request_id, segment.start + 1 - request.num_prompt)
-                for row, (segment, request) in enumerate(zip(mine, known, strict=True))
-            ]
+        samples=DecodeSamples(
+            names, known, [start + 1 - request.num_prompt for start, request in zip(starts, known, strict=True)]
         ),
         scored=(),
-        pending=tuple([(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending]),
+        pending=[(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending],
     )
 
 
-def _runs(
-    segments: Sequence[Segment], window: int | None, requests: Mapping[str, KnownRequest], shard: int
-) -> DecodeRuns:
-    """What the rows of segments see of this shard. A row that sees nothing has no run."""
-    size = requests[segments[0].request_id].table.page_size if segments else 1
-    found = DecodeRuns([], [], [], [], size)
-    for row, segment in enumerate(segments):
-        pages, start = requests[segment.request_id].table.on(shard), segment.start
-        stop = pages.visible(start + 1, size)
-        first = 0 if window is None else pages.visible(window_start(start, window), size)
-        if first < stop:
-            found.rows.append(row)
-            found.pages.append(pages)
-            found.firsts.append(first)
-            found.stops.append(stop)
-    return found
+@dataclass(frozen=True)
+class _Seen:
+    """What rows see of one shard without a window, and where those whose page is on it are written."""
+
+    # position of each row
+    starts: list[int]
+    # its request's pages on the shard
+    pages: list[ShardPages]
+    # number of the request's tokens there, up to the row's own
+    stops: list[int]
+    # tokens of a page
+    page_size: int
+    # the rows whose page is on the shard
+    writes: DecodeWrites
+
+    def runs(self, window: int | None) -> DecodeRuns:
+        """What the rows see with this window. A row that sees nothing has no run."""
+        firsts, pages, stops, size = [0] * len(self.stops), self.pages, self.stops, self.page_size
+        if window is not None:
+            firsts = [
+                each.visible(window_start(start, window), size) for each, start in zip(pages, self.starts, strict=True)
+            ]
+        elif all(stops):
+            return DecodeRuns(list(range(len(stops))), pages, firsts, stops, size)
+        rows = [row for row, (first, stop) in enumerate(zip(firsts, stops, strict=True)) if first < stop]
+        return DecodeRuns(
+            rows, [pages[row] for row in rows], [firsts[row] for row in rows], [stops[row] for row in rows], size
+        )
 
 
-def _writes(starts: Sequence[int], known: Sequence[KnownRequest], shard: int) -> tuple[WriteRun, ...]:
-    writes: list[WriteRun] = []
-    for row, (start, request) in enumerate(zip(starts, known, strict=True)):
-        table = request.table
-        number, offset = divmod(start, table.page_size)
-        page = table.pages[number]
-        if page.shard == shard:
-            writes.append(WriteRun(row, page.index * table.page_size + offset, 1))
-    return tuple(writes)
+def _seen(segments: Sequence[Segment], requests: Mapping[str, KnownRequest], shard: int) -> _Seen:
+    """What the rows of segments see of a shard."""
+    starts = [segment.start for segment in segments]
+    tables = [requests[segment.request_id].table for segment in segments]
+    pages = [table.on(shard) for table in tables]
+    rows: list[int] = []
+    slots: list[int] = []
+    stops: list[int] = []
+    for row, start in enumerate(starts):  # a plain loop, because there are hundreds
+        first, stop, slot, before = pages[row].page
+        if not first <= start < stop:
+            first, stop, slot, before = tables[row].page_on(shard, start)
+        if slot is None:
+            stops.append(before)
+        else:
+            rows.append(row)
+            slots.append(slot + start)
+            stops.append(before + start + 1 - first)
+    return _Seen(starts, pages, stops, tables[0].page_size if tables else 1, DecodeWrites(rows, slots))

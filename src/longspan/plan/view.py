@@ -77,20 +77,20 @@ class RankView:
     """
 
     # token of each row
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     # position of each row
-    positions: tuple[int, ...]
+    positions: Sequence[int]
     # where the rows' KV goes in this rank's pool
-    writes: tuple[WriteRun, ...]
+    writes: Sequence[WriteRun]
     # phases with segments in this step, on any rank
     phases: tuple[PhaseView, ...]
     # rows that are sampled
-    samples: tuple[SampleRequest, ...]
+    samples: Sequence[SampleRequest]
     # rows that score prompt tokens
     scored: tuple[ScoredRows, ...]
     # (row, request id) of each row whose token this rank sampled in the step before; its entry in `token_ids` is 0 and
     # is replaced on the device
-    pending: tuple[tuple[int, str], ...] = ()
+    pending: Sequence[tuple[int, str]] = ()
     # (row, token) of each segment's last row whose next token is in the plan
     following: tuple[tuple[int, int], ...] = ()
 

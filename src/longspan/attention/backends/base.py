@@ -37,6 +37,8 @@ class BackendShape:
     dtype: torch.dtype
     # whether kernels that are compiled on this machine may be used
     compiled: bool = False
+    # major number of the GPU's compute capability; 0 without one
+    capability: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class AttentionBackend:
     package: str | None = None
     # whether `auto` may choose it; `auto` takes the first suitable one in the order of the table
     automatic: bool = True
+    # returns why `auto` does not take it for a shape that it supports, or None if it does
+    unwanted: Callable[[BackendShape], str | None] = lambda shape: None
+    # why `auto` takes it, for people
+    reason: str = "serves this model on this device"
+    # (new tokens, tokens of each shard before them, whether these are in several runs) of prefills for which it
+    # prepares something on first use
+    long_steps: tuple[tuple[int, int, bool], ...] = ()
 
 
 def half_precision_problem(shape: BackendShape) -> str | None:

@@ -57,9 +57,9 @@ def choose_backend(
     for backend in backends.values():
         if not backend.automatic or not _runs_on(backend, device_type):
             continue
-        problem = _problem(backend, device_type, shape, is_installed)
+        problem = _problem(backend, device_type, shape, is_installed) or backend.unwanted(shape)
         if problem is None:
-            return Choice(backend, "; ".join(lacking) or "serves this model on this device")
+            return Choice(backend, "; ".join(lacking) or backend.reason)
         lacking.append(f"{backend.name} {problem}")
     raise ConfigError("attention_backend", requested, "; ".join(lacking) or f"none runs on {device_type}", "name one")
 

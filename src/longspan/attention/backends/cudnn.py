@@ -1,17 +1,17 @@
 """Long prefills by cuDNN's attention, through PyTorch; all other work by the Triton backend.
 
 It owns which parts of a step are large enough for a call of the library, and the call. cuDNN plans once for each shape,
-so pieces have few sizes: columns are cut into powers of two, and rows are padded to a multiple.
+so calls have few sizes, of rows and of columns, and warm-up runs all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longspan.attention.backends import triton
 from longspan.attention.backends.base import (
@@ -23,6 +23,7 @@ from longspan.attention.backends.base import (
     RecordableBackend,
     RefillableRuns,
     RefillableWriter,
+    Writer,
     half_precision_problem,
 )
 from longspan.attention.rows import CacheRows
@@ -33,10 +34,13 @@ from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
 
+_LOG = logging.getLogger("longspan.engine")
 _CAPABILITY = 8  # Ampere; the library has no such kernels for older GPUs
 _WIDEST = 128  # most elements of a head
 _ALIGNMENT = 8  # elements of 16 bits in 16 bytes, of which a head must be a multiple
 _REACHABLE = 2**31  # elements that a call may have to step over between its first and its last
+_LEAST_NEW = 0.75  # of the rows of a block that begins within the one before
+_FASTER = 9  # the generation on which the library was measured to be faster: Hopper
 _TOLERANCE = 0.02  # largest error of the trial call, relative to the largest element of the expected result
 Product = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 """(q [1, Hq, T, D], k and v [1, Hkv, S, D], causal, scale) → (out [1, Hq, T, D], natural lse of Hq · T elements).
@@ -47,71 +51,116 @@ With `causal` T and S are equal, and a row sees the keys up to its own.
 
 @dataclass(frozen=True)
 class LibraryUse:
-    """When a call of the library pays: its result is written and read again to be merged."""
+    """The sizes of calls of the library. They are few, because it plans each of them, for 0.05 to 3.7 s on an H100."""
 
-    # fewest rows of a run
-    rows: int = 2048
-    # rows of a call are padded to a multiple of this
-    row_multiple: int = 512
-    # fewest columns of a piece, a power of two
-    columns: int = 8192
-    # most columns of a piece, a power of two
-    most_columns: int = 131072
+    # rows of a call, ascending
+    rows: tuple[int, ...] = (2048, 4096, 8192)
+    # columns of a call that all rows see, ascending; fewer do not pay, as its result is written and merged
+    columns: tuple[int, ...] = (8192, 32768, 131072)
     # most spans of a piece: several are copied together, one after the other
     spans: int = 64
+
+    @property
+    def steps(self) -> tuple[tuple[int, int, bool], ...]:
+        """See `AttentionBackend.long_steps`: steps that take all sizes."""
+        adjacent = [(rows, columns, False) for rows in self.rows for columns in self.columns]
+        return (*adjacent, *((rows, self.columns[0], True) for rows in self.rows))
 
 
 @dataclass(frozen=True)
 class LibraryPiece:
-    """Rows and columns for one call: all rows see all columns, or with `causal` those up to their own."""
+    """Columns for one call: all rows of its block see all of them, or with `causal` those up to their own."""
 
-    # first row
-    row: int
-    # number of rows
-    length: int
     # the columns
     spans: tuple[Span, ...]
     # whether the columns are the rows' own tokens
     causal: bool = False
 
+
+@dataclass(frozen=True)
+class LibraryBlock:
+    """Rows [row, row + length) of one run for the library, as many as a call has."""
+
+    # first row
+    row: int
+    # number of rows
+    length: int
+    # first row whose result is used: those before it are in the block before
+    first: int
+    # what they see by calls of the library
+    pieces: tuple[LibraryPiece, ...]
+
     @property
-    def rows(self) -> slice:
-        """The rows as a slice."""
-        return slice(self.row, self.row + self.length)
+    def used(self) -> slice:
+        """The rows whose results are used."""
+        return slice(self.first, self.row + self.length)
 
 
-def divide(runs: Sequence[QueryRun], use: LibraryUse) -> tuple[list[list[LibraryPiece]], list[QueryRun]]:
-    """(the pieces of each run that has some, the runs over everything else)."""
-    pieces: list[list[LibraryPiece]] = []
+def divide(runs: Sequence[QueryRun], use: LibraryUse) -> tuple[list[LibraryBlock], list[QueryRun]]:
+    """(the blocks of rows for the library, the runs over everything else). No row is in two of the runs."""
+    blocks: list[LibraryBlock] = []
     rest: list[QueryRun] = []
     for run in runs:
-        mine = list(_pieces(run, use)) if run.length >= use.rows and run.window_starts is None else []
-        if mine:
-            pieces.append(mine)
-        taken = sum(span.length for piece in mine if not piece.causal for span in piece.spans)
-        causal = run.causal and not any(piece.causal for piece in mine)
-        left = tuple(clip_spans(run.spans, taken, run.tokens if causal or not run.causal else run.tokens - run.length))
-        if left or not mine:
-            rest.append(QueryRun(run.row, run.length, left, run.window_starts, causal))
-    return pieces, rest
+        mine = list(_blocks_of(run, use)) if run.window_starts is None else []
+        if not any(block.pieces for block in mine):
+            rest.append(run)
+            continue
+        for block in mine:
+            blocks += [block] if block.pieces else []
+            rest += _left_of(run, block)
+        stop = mine[-1].row + mine[-1].length
+        if stop < run.row + run.length:
+            rest.append(QueryRun(stop, run.row + run.length - stop, run.spans, None, run.causal))
+    return blocks, rest
 
 
-def _pieces(run: QueryRun, use: LibraryUse) -> list[LibraryPiece]:
-    """The pieces of one run without window starts: from the first column on, and the diagonal."""
-    common = run.tokens - (run.length if run.causal else 0)  # columns that every row sees
-    found: list[LibraryPiece] = []
-    start = 0
-    while common - start >= use.columns:
-        size = min(1 << ((common - start).bit_length() - 1), use.most_columns)
-        spans = tuple(clip_spans(run.spans, start, start + size))
-        if len(spans) > use.spans:
-            break
-        found.append(LibraryPiece(run.row, run.length, spans))
-        start += size
-    own = tuple(clip_spans(run.spans, common, run.tokens))
-    if run.causal and run.length % use.row_multiple == 0 and len(own) <= use.spans:
-        found.append(LibraryPiece(run.row, run.length, own, causal=True))
-    return found
+def _left_of(run: QueryRun, block: LibraryBlock) -> Iterator[QueryRun]:
+    """What the rows of a block see beside its pieces."""
+    taken = sum(span.length for piece in block.pieces if not piece.causal for span in piece.spans)
+    causal = run.causal and not any(piece.causal for piece in block.pieces)
+    stop = run.tokens
+    if run.causal:  # up to the tokens of the block, or to those of its last row
+        stop += block.row - run.row - run.length + (block.length if causal else 0)
+    spans = tuple(clip_spans(run.spans, taken, stop))
+    if spans or not block.pieces:
+        yield QueryRun(block.first, block.row + block.length - block.first, spans, None, causal)
+
+
+def _blocks_of(run: QueryRun, use: LibraryUse) -> Iterator[LibraryBlock]:
+    """The blocks of a run without window starts, with their pieces."""
+    for start, length, first in row_blocks(run.length, use.rows):
+        common = run.tokens - (run.length - start if run.causal else 0)  # columns that every row sees
+        pieces: list[LibraryPiece] = []
+        at = 0
+        while (size := max((size for size in use.columns if size <= common - at), default=0)) > 0:
+            spans = tuple(clip_spans(run.spans, at, at + size))
+            if len(spans) > 1:  # they are copied: only a few columns at a time
+                size = use.columns[0]
+                spans = tuple(clip_spans(run.spans, at, at + size))
+            if len(spans) > use.spans:
+                break
+            pieces.append(LibraryPiece(spans))
+            at += size
+        own = tuple(clip_spans(run.spans, common, common + length)) if run.causal else ()
+        if 0 < len(own) <= use.spans:
+            pieces.append(LibraryPiece(own, causal=True))
+        yield LibraryBlock(run.row + start, length, run.row + first, tuple(pieces))
+
+
+def row_blocks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first row, number of rows, first row that is not in a block before) of blocks of some of `sizes`, ascending.
+
+    The last one may begin before the end of the one before, so that no row is padded; rows for which that does not pay
+    are in none.
+    """
+    at = 0
+    while (size := max((size for size in sizes if size <= rows - at), default=0)) > 0:
+        yield at, size, at
+        at += size
+    left = rows - at
+    size = next((size for size in sizes if left < size <= rows), 0)
+    if left and left >= size * _LEAST_NEW > 0:
+        yield rows - size, size, at
 
 
 class CudnnBackend(RecordableBackend):
@@ -129,16 +178,15 @@ class CudnnBackend(RecordableBackend):
 
     def prepare(self, runs: Sequence[QueryRun], rows: int) -> PreparedRuns:
         """See `Backend.prepare`."""
-        pieces, rest = divide(runs, self._use)
-        if not pieces:
+        blocks, rest = divide(runs, self._use)
+        if not blocks:
             return self._inner.prepare(runs, rows)
         left = self._inner.prepare(rest, rows) if rest else None
-        return _Runs(self._inner, self._product, self._use.row_multiple, rows, pieces, rest, left)
+        return _Runs(self._inner, self._product, rows, blocks, rest, left)
 
     def prepare_diagonal(self, segments: Sequence[tuple[int, int]], rows: int, window: int | None) -> PreparedDiagonal:
         """See `Backend.prepare_diagonal`."""
-        use = self._use
-        large = [each for each in segments if each[1] >= use.rows and each[1] % use.row_multiple == 0]
+        large = [each for each in segments if each[1] in self._use.rows]
         if window is not None or not large:
             return self._inner.prepare_diagonal(segments, rows, window)
         rest = [each for each in segments if each not in large]
@@ -156,6 +204,10 @@ class CudnnBackend(RecordableBackend):
         """See `RecordableBackend.writer`."""
         return self._inner.writer(writes, rows, buffer)
 
+    def slot_writer(self, slots: Tensor) -> Writer | None:
+        """See `Backend.slot_writer`."""
+        return self._inner.slot_writer(slots)
+
     def merge(self, parts: Sequence[AttentionState], dtype: torch.dtype | None = None) -> AttentionState:
         """See `Backend.merge`."""
         return self._inner.merge(parts, dtype)
@@ -169,12 +221,10 @@ class _Runs:
     inner: Backend
     # the library
     product: Product
-    # as in `LibraryUse`
-    row_multiple: int
     # query rows
     rows: int
-    # for each run that has some, its pieces
-    pieces: Sequence[Sequence[LibraryPiece]]
+    # the rows for the library
+    blocks: Sequence[LibraryBlock]
     # the runs over everything else
     rest: Sequence[QueryRun]
     # these, prepared; None without any
@@ -189,32 +239,31 @@ class _Runs:
         dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """See `PreparedRuns.attend`."""
-        whole = None if self.left is None else self.left.attend(q, kv, blocks, scale)
+        whole = _empty(q, kv.width) if self.left is None else self.left.attend(q, kv, blocks, scale)
         seen = {run.row for run in self.rest}
-        for mine in self.pieces:
-            rows = mine[0].rows
-            parts = [self._piece(piece, q[rows], kv, blocks, scale) for piece in mine]
-            if whole is not None and rows.start in seen:
-                parts.append(AttentionState(whole.out[rows], whole.lse[rows]))
-            if mine[0].length == self.rows:
+        for block in self.blocks:
+            used = block.used
+            parts = [self._piece(block, piece, q, kv, blocks, scale) for piece in block.pieces]
+            if block.first in seen:
+                parts.append(AttentionState(whole.out[used], whole.lse[used]))
+            if block.length == self.rows:
                 return self.inner.merge(parts, dtype)
-            if whole is None:
-                whole = _empty(q, kv.width)
             merged = self.inner.merge(parts)
-            whole.out[rows], whole.lse[rows] = merged.out, merged.lse
-        return _empty(q, kv.width) if whole is None else whole
+            whole.out[used], whole.lse[used] = merged.out, merged.lse
+        return whole
 
     def _piece(
-        self, piece: LibraryPiece, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock], scale: float
-    ) -> AttentionState:
-        """The state of one piece, of its rows q [T, Hq, D]."""
+        self, block: LibraryBlock, piece: LibraryPiece, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock],
+        scale: float,
+    ) -> AttentionState:  # fmt: skip
+        """The state of one piece, of those rows of its block whose results are used. q [T, Hq, D] are all rows."""
         values = kv.take(piece.spans).values
         if values.stride(1) * values.shape[1] >= _REACHABLE:
             values = values.contiguous()
-        padding = -len(q) % self.row_multiple
-        rows = F.pad(q, (0, 0, 0, 0, 0, padding)) if padding else q
+        rows = q[block.row : block.row + block.length]
         state = _call(self.product, rows, values[0], values[1], blocks, scale, piece.causal)
-        return AttentionState(state.out[: len(q)], state.lse[: len(q)])
+        known = block.first - block.row
+        return AttentionState(state.out[known:], state.lse[known:])
 
 
 @dataclass(frozen=True)
@@ -319,14 +368,22 @@ def _supports(shape: BackendShape) -> str | None:
     return half_precision_problem(shape) or triton.BACKEND.supports(shape)
 
 
+def _unwanted(shape: BackendShape) -> str | None:
+    """See `AttentionBackend.unwanted`."""
+    if shape.capability == _FASTER:
+        return None
+    return f"was measured to be faster on compute capability {_FASTER}.x only, this GPU's is {shape.capability}.x"
+
+
 def _build(device: torch.device, shape: BackendShape) -> Backend:
-    inner = triton.BACKEND.build(device, shape)
-    if not isinstance(inner, RecordableBackend) or problem_of_library(device, shape):
-        return inner
-    return CudnnBackend(inner, cudnn_product)
+    inner, problem = triton.BACKEND.build(device, shape), problem_of_library(device, shape)
+    if problem is not None:
+        _LOG.warning("attention: Triton computes long prefills too: %s", problem)
+    return CudnnBackend(inner, cudnn_product) if isinstance(inner, RecordableBackend) and not problem else inner
 
 
-# `auto` does not choose it: on first use cuDNN plans each shape, for 0.05 to 3.7 s on an H100, and nothing warms it up
 BACKEND = AttentionBackend(
-    "cudnn", devices=("cuda",), supports=_supports, build=_build, package="triton", automatic=False
-)
+    "cudnn", devices=("cuda",), supports=_supports, build=_build, package="triton", unwanted=_unwanted,
+    reason="long prefills by cuDNN, with 600 to 640 TFLOP/s on an H100 where Triton has 430 to 510; the rest by Triton",
+    long_steps=LibraryUse().steps,
+)  # fmt: skip

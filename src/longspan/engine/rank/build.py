@@ -36,7 +36,7 @@ from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
 from longspan.engine.rank.progress import progress_bar
-from longspan.engine.rank.recorder import CudaRecorder, KernelRecorder
+from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
@@ -138,8 +138,7 @@ def build_runner(
     at_start = device_memory.free() if device_memory else 0
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
     sharding = shardings[rank]
-    stages = make_group(grid.pipeline_group(rank))
-    groups = Groups(make_group(grid.tp_group(rank)), make_group(grid.context_group(rank)), Pipeline(stages))
+    groups, stages = _open_groups(setup, rank, make_group)
     tp = _tensor_parallel(groups.tp, [shardings[peer] for peer in grid.tp_group(rank)], model_config.vocab_size)
     experts = _expert_group(setup, rank, shardings, make_group)
     context = LayerContext(RankLoader(store, sharding), tp, experts, _layer_ops(setup, store))
@@ -183,6 +182,18 @@ def build_runner(
     return BuiltRank(runner, constants, memory)
 
 
+def _open_groups(
+    setup: EngineSetup, rank: int, make_group: Callable[[Sequence[int]], Collectives]
+) -> tuple[Groups, Collectives]:
+    """The groups of a rank, and the one of its stages, which is in `Groups.pipeline`. Says how the TP group sums."""
+    stages = make_group(setup.grid.pipeline_group(rank))
+    tp, context = make_group(setup.grid.tp_group(rank)), make_group(setup.grid.context_group(rank))
+    how = None if setup.config.parallel.disable_custom_all_reduce else tp.open_fast_sums()
+    if how and rank == 0:
+        _LOG.info("sums over the TP group: %s", how)
+    return Groups(tp, context, Pipeline(stages)), stages
+
+
 def _layer_ops(setup: EngineSetup, store: TensorStore) -> LayerOps:
     """The operations between matrix products, as the driver has decided."""
     return choose_ops(store.device, setup.config.cpu_kernels == "compiled")
@@ -223,7 +234,7 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
         return _recorded_calls(setup, parts, backend, sizes[-1])
     if not setup.records_decode:
         return None
-    recorder, short = CudaRecorder(parts.device), None
+    recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
     if setup.records_short_steps and backend.causal_runs:
         short = ShortSteps(parts.model, parts.attention, backend, recorder)
     draw = batch_draw(parts.device.type)

@@ -10,7 +10,6 @@ the plan alone, so all ranks record and replay the same graphs.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -172,9 +171,9 @@ class GraphRunner:
                     self._graph(size := StepSize(rows, name, self._pcp))
                 yield size
 
-    def has_room(self, plan: StepPlan) -> bool:
+    def has_room(self, rows_of_pcp: Sequence[int]) -> bool:
         """Whether some size has room for the rows of every pcp index of a decode step."""
-        return padded_rows(max(Counter(segment.pcp for segment in plan.segments).values()), self.sizes) is not None
+        return padded_rows(max(rows_of_pcp), self.sizes) is not None
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor) -> Tensor:
         """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.compiled.library import library
+from longspan.parallel.collectives import Traffic
 
 
 class Recorder(Protocol):
@@ -57,6 +58,40 @@ class CudaRecorder:
             return result
 
         return replay
+
+
+class CountedRecorder:
+    """Records with `inner`, and counts what the work sends at every replay: a CUDA graph runs no code that counts.
+
+    A recording is no step, so what it sends is not counted. `traffic` has the counts of the rank.
+    """
+
+    def __init__(self, inner: Recorder, traffic: Traffic) -> None:
+        self._inner = inner
+        self._traffic = traffic
+
+    def record(self, work: Callable[[], Tensor], rows: Tensor | None = None) -> Callable[[], Tensor]:
+        """See `Recorder.record`."""
+        traffic, sent = self._traffic, Traffic()
+
+        def counted_work() -> Tensor:
+            traffic.replace(({}, {}))
+            result = work()
+            sent.replace(traffic.counts())
+            return result
+
+        before = traffic.counts()
+        replay = self._inner.record(counted_work, rows)
+        traffic.replace(before)
+
+        def counted_replay() -> Tensor:
+            before = traffic.counts()
+            result = replay()
+            traffic.replace(before)
+            traffic.add(sent)
+            return result
+
+        return counted_replay
 
 
 class KernelRecorder:

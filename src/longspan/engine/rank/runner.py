@@ -23,7 +23,7 @@ from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.recorded import RecordedDraw
-from longspan.engine.rank.sampling.rows import SampleRow
+from longspan.engine.rank.sampling.rows import SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
@@ -32,7 +32,7 @@ from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan.decode import decode_view
+from longspan.plan.decode import DecodeSamples, decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -175,8 +175,11 @@ class Runner:
             return StepResult
         schedules = self._attention.schedules
         graphs, attention = self.cuda_graphs, self._attention
-        if graphs is not None and recordable(plan, schedules) and graphs.has_room(plan):
-            return self._replay(plan, graphs)
+        if graphs is not None and recordable(plan, schedules):
+            pcps = [segment.pcp for segment in plan.segments]
+            rows = [pcps.count(pcp) for pcp in range(self._grid.pcp)]
+            if graphs.has_room(rows):
+                return self._replay(plan, graphs, rows)
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
         )
@@ -207,10 +210,9 @@ class Runner:
             self._experts.expect(self._rows_of_pcp(plan))
         return self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
 
-    def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner) -> Finish:
-        """Run a decode step as a CUDA graph. Every row is sampled."""
+    def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner, rows: Sequence[int]) -> Finish:
+        """Run a decode step as a CUDA graph, with `rows` rows of each pcp index. Every row is sampled."""
         view = self._uniform_view(plan)
-        rows = self._rows_of_pcp(plan)
         if self._experts is not None:
             self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view))
@@ -295,14 +297,27 @@ class Runner:
     def _integers(self, values: Sequence[int]) -> Tensor:
         return integers(values, self._device)
 
-    def _sample(self, logits: Tensor, samples: tuple[SampleRequest, ...], recorded: RecordedDraw | None) -> Sampling:
+    def _sample(self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None) -> Sampling:
         """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be."""
-        rows = [self._row(wanted) for wanted in samples]
+        rows = self._rows(samples)
         sampling = self._sampler.start(logits, rows, recorded)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
-            self._sampled_rows = {row.request_id: number for number, row in enumerate(rows)}
+            self._sampled_rows = {name: number for number, name in enumerate(rows.names)}
         return sampling
+
+    def _rows(self, samples: Sequence[SampleRequest]) -> SampleRows:
+        """The rows to sample."""
+        if not isinstance(samples, DecodeSamples):
+            return SampleRows.of([self._row(wanted) for wanted in samples])
+        special: dict[int, SampleRow] = {}
+        if self._constraints or self._failed:
+            named = [
+                number for number, name in enumerate(samples.names)
+                if name in self._constraints or name in self._failed
+            ]  # fmt: skip
+            special = {number: self._row(samples[number]) for number in named}
+        return SampleRows.of_decode(samples, special)
 
     def _row(self, wanted: SampleRequest) -> SampleRow:
         """The row to sample. One for which no token may be sampled has an error, and is greedy."""

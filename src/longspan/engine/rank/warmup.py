@@ -22,6 +22,7 @@ _DENSE_UNTIL = 512  # lengths below this are tried closely: kernels and their va
 _FEW, _SEVERAL = 3, 17  # numbers of decode rows in a step
 _SHORT = tuple(1 << n for n in range(7))  # lengths of later chunks: one for each kind of tile for a few rows
 _LONG_ENOUGH = 640  # tokens before a later chunk, so that several programs share its rows
+_RUNS = 32  # of adjacent pages of a request on a shard, in long steps over several
 _TOKEN = 0
 _SAMPLING = (
     SamplingParams(temperature=0),
@@ -48,14 +49,15 @@ class _Request:
 
 
 class _Pages:
-    """Hands out pages of every shard, first to last, and the next warm-up's from the first again.
+    """Hands out pages of every shard, and the next warm-up's from the first again.
 
-    If they are `scattered`, last to first: then no two pages of a request are adjacent, as in a pool in use.
+    They are adjacent, or with `run` in runs of so many adjacent ones, as in a pool in use: of every two runs the second
+    comes first.
     """
 
-    def __init__(self, setup: EngineSetup, scattered: bool) -> None:
+    def __init__(self, setup: EngineSetup, run: int) -> None:
         self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
-        self._free = [iter(range(pages)[:: -1 if scattered else 1]) for pages in setup.pages_per_shard]
+        self._free = [_in_runs(pages, run) if run else iter(range(pages)) for pages in setup.pages_per_shard]
 
     def take(self, pcp: int) -> PageRef:
         """A page on a rank of a pcp index. Raises `StopIteration` if its shard has no more."""
@@ -76,6 +78,8 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
         for length in _lengths(setup, every=schedule == _LOCAL):
             yield from _prefill(setup, length, schedule)
         yield from _scattered(setup, schedule)
+        for length, before, scattered in setup.backend.record.long_steps:
+            yield from _long(setup, length, before, schedule, scattered)
         for rows in sorted({1, min(_FEW, most_rows(setup)), min(_SEVERAL, most_rows(setup)), most_rows(setup)}):
             yield from _decode(setup, rows, schedule, prefill=True)
             yield from _decode(setup, rows, schedule, prefill=False)
@@ -96,9 +100,11 @@ def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
             yield from _prefill(setup, length, schedule, scattered=True)
         return
     positions = setup.model.max_position_embeddings
-    room = min(_longest(setup) // 2, positions // 2)
-    before, expansion = min(_LONG_ENOUGH, room), setup.attention_shape.expansion
-    if before <= setup.config.cache.page_size:
+    room, page = min(_longest(setup) // 2, positions // 2), setup.config.cache.page_size
+    # two requests of a step have so many tokens before it, which came in several steps if one is too small
+    before = min(_LONG_ENOUGH, positions // 2, _tokens_of_pcp(setup) // 2 - room - page)
+    expansion = setup.attention_shape.expansion
+    if before <= page:
         return
     if _longest(setup) > positions // 2:  # `_prefill` has divided it
         yield from _later_chunks(setup, min(_longest(setup), positions - 2), (1,), scattered=False)
@@ -153,9 +159,14 @@ def _numbers_of_drafts(setup: EngineSetup) -> list[int]:
 
 def _longest(setup: EngineSetup) -> int:
     """The most tokens of one pcp index in a step: its share of a step's tokens, if there are pages for two of them."""
-    room = min(setup.pages_per_shard) * len(setup.grid.shards_of_pcp[0]) * setup.config.cache.page_size
+    room = _tokens_of_pcp(setup)
     share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
     return max(1, min(share, room // 2 - setup.config.cache.page_size))
+
+
+def _tokens_of_pcp(setup: EngineSetup) -> int:
+    """Tokens for which the ranks of a pcp index have pages."""
+    return min(setup.pages_per_shard) * len(setup.grid.shards_of_pcp[0]) * setup.config.cache.page_size
 
 
 def _lengths(setup: EngineSetup, every: bool) -> list[int]:
@@ -195,13 +206,46 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
             chunk, pcp = divmod(place, len(pcps))
             pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
     steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
-    yield from _plans(setup, requests, steps, schedule, scattered)
+    yield from _plans(setup, requests, steps, schedule, int(scattered))
+
+
+def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
+    """A chunk of `length` tokens a pcp index, behind `before` tokens on every shard, which no step computes.
+
+    Nothing if no step or no request is as long. Pages are adjacent, or if `scattered` in several runs. Under `local`
+    every pcp index has a request of its own, else one request is spread over all of them.
+    """
+    page, pcps, shards = setup.config.cache.page_size, range(setup.grid.pcp), len(setup.grid.shards_of_pcp[0])
+    local = schedule == _LOCAL
+    held = before * shards // page  # pages of a pcp index
+    most = -(-length // page)
+    total = (held + most) * page * (1 if local else len(pcps))
+    share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
+    if length > share or length % page or total > setup.max_model_len or (held + most) * page > _tokens_of_pcp(setup):
+        return
+    if local:
+        requests = [_Request(f"{pcp}", [pcp] * (held + most), _SAMPLING[0]) for pcp in pcps]
+        places = [(f"{pcp}", pcp, held * page) for pcp in pcps]
+    else:
+        order = [pcp for count in (held, most) for pcp in pcps for _ in range(count)]
+        requests = [_Request("0", order, _SAMPLING[0])]
+        places = [("0", pcp, (held * len(pcps) + pcp * most) * page) for pcp in pcps]
+    step = [_segment(setup, name, pcp, at, at + length, schedule, prefill=True) for name, pcp, at in places]
+    run = -(-(held + most) // shards // _RUNS) if scattered else 0
+    yield from _plans(setup, requests, [step], schedule, run)
+
+
+def _in_runs(pages: int, run: int) -> Iterator[int]:
+    """The numbers below `pages` in runs of `run`, of every two the second first."""
+    for first in range(0, pages, 2 * run):
+        yield from range(first + run, min(first + 2 * run, pages))
+        yield from range(first, min(first + run, pages))
 
 
 def _later_chunks(
     setup: EngineSetup, before: int, lengths: Sequence[int], scattered: bool, decode: bool = False
 ) -> Iterator[StepPlan]:
-    """A chunk of `before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
+    """`before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
 
     Every pcp index has requests of its own. With `decode` a decode row of the same context follows, beside a prompt.
     """
@@ -209,7 +253,11 @@ def _later_chunks(
     named = [(f"{n} of {pcp}", pcp, length) for n, length in enumerate(lengths) for pcp in range(setup.grid.pcp)]
     requests = [_Request(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
 
-    steps = [[_segment(setup, name, pcp, 0, before, _LOCAL, prefill=True) for name, pcp, _ in named]]
+    most = max(1, _longest(setup) // len(lengths))
+    steps = [
+        [_segment(setup, name, pcp, start, min(start + most, before), _LOCAL, prefill=True) for name, pcp, _ in named]
+        for start in range(0, before, most)
+    ]
     steps.append([
         _segment(setup, name, pcp, before, before + length, _LOCAL, prefill=True) for name, pcp, length in named
     ])  # fmt: skip
@@ -220,7 +268,7 @@ def _later_chunks(
             for name, pcp, length in named
         ]
         steps.append([*rows, _segment(setup, "prompt", 0, 0, 1, _LOCAL, prefill=True)])
-    yield from _plans(setup, requests, steps, _LOCAL, scattered)
+    yield from _plans(setup, requests, steps, _LOCAL, int(scattered))
 
 
 def _parts(length: int, most: int) -> list[int]:
@@ -269,10 +317,10 @@ def _segment(
 
 def _plans(
     setup: EngineSetup, requests: Sequence[_Request], steps: Sequence[Sequence[Segment]], schedule: str,
-    scattered: bool = False,
+    run: int = 0,
 ) -> Iterator[StepPlan]:  # fmt: skip
-    """A plan for each step's segments, and one that ends the requests."""
-    pages = _Pages(setup, scattered)
+    """A plan for each step's segments, and one that ends the requests. For `run` see `_Pages`."""
+    pages = _Pages(setup, run)
     admitted = tuple(
         Admission(
             each.name, 1, 0, each.params, tuple(pages.take(pcp) for pcp in each.pcp_of_page),

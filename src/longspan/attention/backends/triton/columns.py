@@ -6,7 +6,7 @@ It owns the ranges of columns of each request, and an index of slots on the devi
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class DecodeColumns:
     starts: Integers
     places: Integers
     gathered: Integers
+    # what is kept of each run's request; later steps may need more columns than this covers
+    requests: list[_Request]
+    # the pages of each run's request
+    pages: list[ShardPages]
+    # `above` and `until` of the requests, [runs]
+    above: Integers
+    until: Integers
+    # how often the table had forgotten everything
+    age: int
 
 
 @dataclass(slots=True)
@@ -76,35 +85,71 @@ class ColumnTable:
         self._requests: dict[ShardPages, _Request] = {}
         self._places: list[Integers] = []  # entries of the index that have changed, and their slots
         self._slots: list[Integers] = []
+        self._age = 0
 
-    def of(self, runs: DecodeRuns) -> DecodeColumns | None:
+    def of(self, runs: DecodeRuns, before: DecodeColumns | None = None) -> DecodeColumns | None:
         """The columns of `runs`, after the index was brought up to date in the order of the current stream.
+
+        If they are those of `before`, from an earlier step, with nothing but more tokens in the last ranges, the arrays
+        of the ranges are the same objects.
 
         None if the index is full, or too many requests are remembered; then everything is forgotten, and the next call
         begins anew. What an earlier call of the same step returned is not valid any more.
         """
+        if before is not None and before.age == self._age and before.pages == runs.pages:
+            moved = self._moved(runs, before)
+            if moved is not None:
+                return moved
         starts: list[int] = []
         places: list[int] = []
         gathered: list[int] = []
-        counts: list[int] = []
+        requests: list[_Request] = []
         if len(self._requests) > len(runs) + _FORGET:
             self._forget()
             return None
-        get = self._requests.get
         for pages, stop in zip(runs.pages, runs.stops, strict=True):
-            known = get(pages)
-            if known is None or known.pages != len(pages.ordinals) or not known.above < stop <= known.until:
-                known = self._update(pages, stop, known, runs.page_size)
-                if known is None:
-                    self._forget()
-                    return None
+            known = self._known(pages, stop, runs.page_size)
+            if known is None:
+                self._forget()
+                return None
             starts += known.starts
             places += known.places
             gathered += known.gathered
-            counts.append(len(known.starts))
+            requests.append(known)
         self._send()
-        whole = (runs.rows, runs.firsts, runs.stops, counts, starts, places, gathered)
-        return DecodeColumns(*(np.array(values, dtype=np.int64) for values in whole))
+        return DecodeColumns(
+            rows=_array(runs.rows), lows=_array(runs.firsts), highs=_array(runs.stops),
+            counts=_array([len(known.starts) for known in requests]),
+            starts=_array(starts), places=_array(places), gathered=_array(gathered),
+            requests=requests, pages=runs.pages,
+            above=_array([known.above for known in requests]), until=_array([known.until for known in requests]),
+            age=self._age,
+        )  # fmt: skip
+
+    def _moved(self, runs: DecodeRuns, before: DecodeColumns) -> DecodeColumns | None:
+        """The columns of the same requests in a later step; None if a row or the ranges of one are not the same."""
+        rows, lows, highs = map(_array, (runs.rows, runs.firsts, runs.stops))
+        if not np.array_equal(rows, before.rows):
+            return None
+        moved = replace(before, lows=lows, highs=highs)
+        beyond = np.flatnonzero((highs <= before.above) | (highs > before.until)).tolist()
+        if not beyond:
+            return moved
+        requests, above, until = before.requests.copy(), before.above.copy(), before.until.copy()
+        for run in beyond:
+            old, known = requests[run], self._known(runs.pages[run], runs.stops[run], runs.page_size)
+            if known is None or (known.starts, known.places, known.gathered) != (old.starts, old.places, old.gathered):
+                return None
+            requests[run], above[run], until[run] = known, known.above, known.until
+        self._send()
+        return replace(moved, requests=requests, above=above, until=until)
+
+    def _known(self, pages: ShardPages, stop: int, page_size: int) -> _Request | None:
+        """What is kept of a request, right for a row that sees `stop` tokens. None if the index is full."""
+        known = self._requests.get(pages)
+        if known is None or known.pages != len(pages.ordinals) or not known.above < stop <= known.until:
+            known = self._update(pages, stop, known, page_size)
+        return known
 
     def _update(self, pages: ShardPages, stop: int, known: _Request | None, page_size: int) -> _Request | None:
         """Find a request's ranges anew, and put new columns into the index. None if the index is full."""
@@ -150,6 +195,11 @@ class ColumnTable:
     def _forget(self) -> None:
         self._requests.clear()
         self._places, self._slots, self._end = [], [], 0
+        self._age += 1
+
+
+def _array(values: list[int]) -> Integers:
+    return np.array(values, dtype=np.int64)
 
 
 def _found(pages: ShardPages, stop: int, page_size: int) -> _Request:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.triton.columns import ColumnTable
+from longspan.attention.backends.triton.columns import ColumnTable, DecodeColumns, Integers
 from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
 from longspan.attention.backends.triton.work import (
     Item,
@@ -33,6 +34,7 @@ from longspan.plan.decode import DecodeRuns
 from longspan.plan.reach import QueryRun
 
 ITEM_FIELDS = len(Item._fields)
+_ROW, _START, _FULL_STOP, _STOP = map(Item._fields.index, ("row", "start", "full_stop", "stop"))
 SPLIT_FIELDS = len(Split._fields)
 _ALIGNED = 4  # int32 in 16 bytes: Triton compiles a kernel again for pointers that are not aligned to 16 bytes
 
@@ -87,6 +89,7 @@ class WorkPlan:
         self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
         self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table.device, self._sizes)
         self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device) if index is None else index
+        self._decode: _GrowingWork | None = None  # what `fill_decode` was given last, unless `fill` came after it
         if not self.fill(work):
             raise ValueError(f"work of size {Capacity.of(work)} in a plan of {room}")
 
@@ -94,6 +97,7 @@ class WorkPlan:
         """Replace the work, in the order of the current stream. False, and nothing is changed, if it does not fit."""
         if not self.capacity.holds(Capacity.of(work)):
             return False
+        self._decode = None
         table = array("i")
         records: tuple[Sequence[tuple[int, ...]], ...] = work.adjacent, work.gathered, work.splits, work.bounds
         for size, some in zip(self._sizes, records, strict=True):
@@ -106,13 +110,74 @@ class WorkPlan:
             copy_to(self.index[: len(slots)], slots)
         return True
 
-    def fill_decode(self, work: DecodeWork) -> None:
-        """Replace the work, which must fit, once the buffer is sent. The index is not touched."""
+    def fill_decode(self, work: DecodeWork, columns: DecodeColumns, tile: int) -> None:
+        """Replace the work, which must fit, once the buffer is sent. The index is not touched.
+
+        The work is that of `columns`, in tiles of `tile` columns.
+        """
+        self._decode = _GrowingWork(columns, tile, self._table.host, self._sizes, work)
         at = 0
         for size, records in zip(self._sizes, (work.adjacent, work.gathered, work.splits, work.bounds), strict=True):
             self._table.host[at : at + records.size] = records.reshape(-1)
             self._table.host[at + records.size : at + size] = 0  # an item of size 0 is no work
             at += size
+
+    def grow(self, columns: DecodeColumns) -> bool:
+        """Let the last items of rows end with the last of `columns`, once the buffer is sent.
+
+        False, and nothing is changed, if the work is not that of `columns` with a few columns less.
+        """
+        return self._decode is not None and self._decode.grow(columns)
+
+
+class _GrowingWork:
+    """The work of decode rows in a table on the host, whose contexts get a column in every step.
+
+    To plan them anew takes many times as long. It is done after a tile of columns, so that pieces stay about as long as
+    planned.
+    """
+
+    def __init__(
+        self, columns: DecodeColumns, tile: int, table: Integers, sizes: Sequence[int], work: DecodeWork
+    ) -> None:
+        self._columns = columns  # when it was planned
+        self._tile = tile
+        self._table = table
+        self._sizes = sizes
+        self._counts = len(work.adjacent), len(work.gathered)
+        self._ends: list[tuple[Integers, Integers]] | None = None  # see `_found_ends`
+
+    def grow(self, columns: DecodeColumns) -> bool:
+        """See `WorkPlan.grow`."""
+        before = self._columns
+        same = columns.starts is before.starts and np.array_equal(columns.lows, before.lows)
+        more = columns.highs - before.highs if same else np.array([-1])
+        if not ((more >= 0) & (more < self._tile)).all():
+            return False
+        bounds = self._bounds
+        if self._ends is None:
+            self._ends = self._found_ends(bounds)
+        bounds[columns.rows, 1] = columns.highs
+        for items, last in self._ends:
+            starts, stops = items[last, _START], bounds[items[last, _ROW], 1]
+            items[last, _FULL_STOP] = starts + (stops - starts) // self._tile * self._tile
+            items[last, _STOP] = stops
+        return True
+
+    @property
+    def _bounds(self) -> Integers:
+        at = sum(self._sizes[:3])
+        return self._table[at : at + self._sizes[3] // 2 * 2].reshape(-1, 2)
+
+    def _found_ends(self, bounds: Integers) -> list[tuple[Integers, Integers]]:
+        """(items, which of them end with the last column of their row), of adjacent and of gathered slots."""
+        found, at = [], 0
+        for size, count in zip(self._sizes, self._counts, strict=False):
+            items = self._table[at : at + count * ITEM_FIELDS].reshape(-1, ITEM_FIELDS)
+            last = (items[:, _STOP] == bounds[items[:, _ROW], 1]) & (items[:, _STOP] > items[:, _START])
+            found.append((items, np.flatnonzero(last)))
+            at += size
+        return found
 
 
 class Plans:
@@ -169,6 +234,7 @@ class RefillablePlans(Plans):
         self._index = index
         self._table = table
         self._buffer = buffer
+        self._columns: DecodeColumns | None = None  # of the last step
 
     @property
     def plans(self) -> tuple[WorkPlan, ...]:
@@ -190,14 +256,15 @@ class RefillablePlans(Plans):
 
     def _fill_decode(self, runs: DecodeRuns, table: ColumnTable) -> bool:
         """`fill` with arrays, through the index of `table`."""
-        columns = table.of(runs)
+        self._columns = columns = table.of(runs, self._columns)
         if columns is None:
             return False
-        works = [(plan, plan_decode(columns, self.rows, tiling)) for tiling, plan in self._plans.items()]
-        if not all(plan.capacity.holds(_capacity_of(work)) for plan, work in works):
+        plans = [(tiling, plan) for tiling, plan in self._plans.items() if not plan.grow(columns)]
+        works = [(tiling.block_n, plan, plan_decode(columns, self.rows, tiling)) for tiling, plan in plans]
+        if not all(plan.capacity.holds(_capacity_of(work)) for _, plan, work in works):
             return False
-        for plan, work in works:
-            plan.fill_decode(work)
+        for tile, plan, work in works:
+            plan.fill_decode(work, columns, tile)
         return True
 
     def _make(self, tiling: Tiling) -> WorkPlan:

@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.rows import LARGEST, CacheRows, unit_stride
 from longspan.attention.step_buffer import StepBuffer
+from longspan.plan.decode import DecodeWrites
 from longspan.plan.view import WriteRun
 
 _ELEMENTS = 2048  # elements that one program writes: 16 for each thread
@@ -62,6 +63,9 @@ class TritonWriter(TritonSlotWriter):
         """See `RefillableWriter.refill`. Rows of no run are not written."""
         slots = self._field.host
         slots[:] = -1
+        if isinstance(writes, DecodeWrites):
+            slots[writes.rows] = writes.slots
+            return
         for run in writes:
             if run.length == 1:
                 slots[run.row] = run.slot

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.attention.host_copy import to_device
-from longspan.engine.rank.sampling.rows import SampleRow, every_token, unpacked
+from longspan.engine.rank.sampling.rows import SampleRow, SampleRows, every_token, unpacked
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
 
@@ -150,7 +150,7 @@ class LogitChanges:
 
     @staticmethod
     def of(
-        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
+        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
     ) -> LogitChanges:
         """The changes of the rows `chosen` to `logits` fp32 [R, vocab]."""
         changed, vocabulary = [rows[i] for i in chosen], logits.shape[1]
@@ -215,7 +215,7 @@ class _Penalties:
 
     @staticmethod
     def of(
-        rows: Sequence[SampleRow], chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
+        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
     ) -> _Penalties:
         lacking: list[tuple[int, int]] = []
         drafts: list[tuple[int, int]] = []

@@ -5,12 +5,14 @@ It owns these records; it must not know how a row is sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longspan.plan.decode import DecodeSamples
 from longspan.request import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -54,6 +56,51 @@ class SampleRow(NamedTuple):
     def output(self, first: int, stop: int) -> Sequence[int]:
         """Tokens [first, stop) of the output, as far as they are known."""
         return self.history[self.num_prompt + first : self.num_prompt + stop]
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The rows of a batch, in lists: of most rows of a decode step no `SampleRow` is ever made."""
+
+    # the completions' ids
+    names: Sequence[str]
+    # their sampling parameters
+    params: list[SamplingParams]
+    # their seeds
+    seeds: list[int]
+    # indices of the wanted tokens in the outputs
+    positions: Sequence[int]
+    # by row, those that are not only these: with drafts, forbidden tokens, or errors
+    special: Mapping[int, SampleRow]
+    # where the others come from
+    decode: DecodeSamples | None = None
+
+    @staticmethod
+    def of(rows: Sequence[SampleRow]) -> SampleRows:
+        """Rows that have been made."""
+        return SampleRows(
+            [row.request_id for row in rows], [row.params for row in rows], [row.seed for row in rows],
+            [row.position for row in rows], dict(enumerate(rows)),
+        )  # fmt: skip
+
+    @staticmethod
+    def of_decode(samples: DecodeSamples, special: Mapping[int, SampleRow]) -> SampleRows:
+        """The rows of a step that only decodes, of which some are `special`."""
+        params, seeds = [known.params for known in samples.requests], [known.seed for known in samples.requests]
+        for number, row in special.items():
+            params[number], seeds[number] = row.params, row.seed
+        return SampleRows(samples.names, params, seeds, samples.positions, special, samples)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> SampleRow:
+        if self.decode is None or number in self.special:
+            return self.special[number]
+        known = self.decode.requests[number]
+        return SampleRow(
+            self.names[number], known.params, known.seed, self.positions[number], known.history, known.num_prompt
+        )
 
 
 def token_bits(tokens: Iterable[int], size: int) -> bytes:

@@ -20,7 +20,7 @@ from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCou
 from longspan.engine.rank.sampling.logprobs import best, describe, on_host
 from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
 from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
-from longspan.engine.rank.sampling.rows import SampleRow
+from longspan.engine.rank.sampling.rows import GREEDY_BELOW, SampleRow, SampleRows
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
@@ -60,35 +60,30 @@ class Sampled:
 class _Batch:
     """What is the same in every step of the same rows."""
 
-    # their sampling parameters, compared by identity
-    params: tuple[SamplingParams, ...]
+    # their sampling parameters
+    params: list[SamplingParams]
     # their seeds
-    seeds: tuple[int, ...]
+    seeds: list[int]
     # the same on the device; None if all rows are greedy, or are sampled one by one
     draw: DrawParameters | None
-    # whether all rows are greedy
-    greedy: bool
     # rows whose logits change in every step; others do where tokens are forbidden
     changing: frozenset[int]
     # rows that want log probabilities
     described: tuple[int, ...]
 
     @staticmethod
-    def of(rows: Sequence[SampleRow], device: torch.device | None) -> _Batch:
+    def of(rows: SampleRows, device: torch.device | None) -> _Batch:
         """`device` is where rows are drawn together; None: one by one."""
-        params, seeds = tuple(row.params for row in rows), tuple(row.seed for row in rows)
-        greedy = all(row.is_greedy for row in rows)
+        params, seeds = rows.params, rows.seeds
+        greedy = all(one.temperature < GREEDY_BELOW for one in params)
         draw = None if device is None or greedy else DrawParameters.of(params, seeds, device)
         changing = frozenset(i for i, one in enumerate(params) if one.penalises or one.logit_bias)
         described = tuple(i for i, one in enumerate(params) if one.logprobs is not None)
-        return _Batch(params, seeds, draw, greedy, changing, described)
+        return _Batch(params, seeds, draw, changing, described)
 
-    def is_of(self, rows: Sequence[SampleRow]) -> bool:
-        """Whether these are its rows."""
-        return len(rows) == len(self.params) and all(
-            row.params is params and row.seed == seed
-            for row, params, seed in zip(rows, self.params, self.seeds, strict=True)
-        )
+    def is_of(self, rows: SampleRows) -> bool:
+        """Whether these are its rows. Of parameters that are the same objects, as in most steps, no field is read."""
+        return rows.params == self.params and rows.seeds == self.seeds
 
 
 class Sampler:
@@ -101,13 +96,15 @@ class Sampler:
     def __init__(self, draw: Draw | None = None) -> None:
         self._draw = draw
         self._counts = PenaltyCounts()
-        self._batch = _Batch((), (), None, True, frozenset(), ())
+        self._batch = _Batch([], [], None, frozenset(), ())
 
     def forget(self, request_id: str) -> None:
         """The request has ended; its id may be used again."""
         self._counts.forget(request_id)
 
-    def start(self, logits: Tensor, rows: Sequence[SampleRow], recorded: RecordedDraw | None = None) -> Sampling:
+    def start(
+        self, logits: Tensor, rows: SampleRows | Sequence[SampleRow], recorded: RecordedDraw | None = None
+    ) -> Sampling:
         """Start sampling one token for each row of `logits` fp32 [R, vocab], which are not changed.
 
         `recorded` draws from the same logits, if nothing changes them first.
@@ -128,27 +125,27 @@ class Sampler:
             )
         if not rows:
             return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
+        rows = rows if isinstance(rows, SampleRows) else SampleRows.of(rows)
         draw = self._draw or batch_draw(logits.device.type)
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
         batch, upload = self._batch, OneCopy()
-        chosen = [
-            i for i, row in enumerate(rows) if row.allowed is not None or row.banned or i in batch.changing
-        ]  # fmt: skip
+        forbidding = (i for i, row in rows.special.items() if row.allowed is not None or row.banned)
+        chosen = sorted(batch.changing.union(forbidding))
         if draw is None and len(rows) > _ROWS_AT_ONCE and (chosen or batch.described):
             return self._start_in_parts(logits, rows)
         some = 0 < len(batch.described) < len(rows)
         wanted = upload.integers(batch.described) if some else None
         recorded = None if chosen or draw is None else recorded
         of_step = batch.draw is not None and recorded is None
-        positions = upload.integers(row.position for row in rows) if of_step else None
+        positions = upload.integers(rows.positions) if of_step else None
         changes = LogitChanges.of(rows, chosen, self._counts, logits, upload) if chosen else None
         sent = upload.send(logits.device)
         changed = None if changes is None else changes.apply(logits, self._counts, sent)
         if draw is None:
             drawn = _draw_rows(logits, changed, chosen, rows)
         elif recorded is not None:
-            drawn = recorded.draw(batch.draw, [row.position for row in rows])
+            drawn = recorded.draw(batch.draw, rows.positions)
         else:
             full = logits if changes is None or changed is None else changes.put(changed, logits, sent)
             drawn = draw(full, batch.draw, None if positions is None else sent[positions])
@@ -156,24 +153,25 @@ class Sampler:
         token_ids = drawn[0]
         if changes is not None:
             changes.sampled(token_ids, self._counts, sent)
-        results, counts = [drawn], [rows[i].params.logprobs or 0 for i in batch.described]
+        results, counts = [drawn], [rows.params[i].logprobs or 0 for i in batch.described]
         if counts:
             about = [logits, token_ids]
             if wanted is not None:
                 about = [tensor.index_select(0, sent[wanted]) for tensor in about]
             results += describe(about[0], about[1], max(counts))
-        return Sampling(token_ids, _finish(start_reading(results), tuple(rows), batch.described, counts))
+        return Sampling(token_ids, _finish(start_reading(results), rows, batch.described, counts))
 
-    def _start_in_parts(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampling:
+    def _start_in_parts(self, logits: Tensor, rows: SampleRows) -> Sampling:
         """See `start`. What it makes from the logits is as large as they are, so it is made for some rows at a time."""
         steps = range(0, len(rows), _ROWS_AT_ONCE)
-        parts = [self.start(logits[at : at + _ROWS_AT_ONCE], rows[at : at + _ROWS_AT_ONCE]) for at in steps]
+        whole = [rows[i] for i in range(len(rows))]
+        parts = [self.start(logits[at : at + _ROWS_AT_ONCE], whole[at : at + _ROWS_AT_ONCE]) for at in steps]
         token_ids = torch.cat([part.token_ids for part in parts])
         return Sampling(token_ids, lambda: Sampled.joined([part.finish() for part in parts]))
 
 
 def _finish(
-    read: Callable[[], list[Tensor]], rows: Sequence[SampleRow], described: Sequence[int], counts: Sequence[int]
+    read: Callable[[], list[Tensor]], rows: SampleRows, described: Sequence[int], counts: Sequence[int]
 ) -> Callable[[], Sampled]:
     """What turns the tensors of a batch into records."""
 
@@ -181,11 +179,11 @@ def _finish(
         (tokens, bits), *logprobs = read()
         found = dict(zip(described, on_host(logprobs, counts), strict=True)) if described else {}
         problems = _problems(bits.int().view(torch.float32), rows)
-        errors = {rows[i].request_id: problem for i, problem in problems.items() if not rows[i].drafts}
+        errors = {rows.names[i]: problem for i, problem in problems.items() if not rows[i].drafts}
         good = [
-            SampledToken(row.request_id, token, found.get(i), row.position)
-            for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True))
-            if i not in problems and row.request_id not in errors
+            SampledToken(name, token, found.get(i), position)
+            for i, (name, position, token) in enumerate(zip(rows.names, rows.positions, tokens.tolist(), strict=True))
+            if i not in problems and name not in errors
         ]
         return Sampled(good, errors)
 
@@ -228,7 +226,7 @@ def _keep(ids: Tensor | None, scaled: Tensor, kept: Tensor) -> tuple[Tensor, Ten
     return kept if ids is None else ids[kept], scaled[kept]
 
 
-def _draw_rows(logits: Tensor, changed: Tensor | None, chosen: Sequence[int], rows: Sequence[SampleRow]) -> Tensor:
+def _draw_rows(logits: Tensor, changed: Tensor | None, chosen: Sequence[int], rows: SampleRows) -> Tensor:
     """See `Draw`: on a CPU, row by row. `changed` [C, vocab] are the rows `chosen` of `logits` with their changes.
 
     Rows that are not finite get any token: their requests end.
@@ -236,7 +234,7 @@ def _draw_rows(logits: Tensor, changed: Tensor | None, chosen: Sequence[int], ro
     peaks = logits.max(dim=-1)
     token_ids = peaks.indices
     of_row = {} if changed is None else dict(zip(chosen, changed, strict=True))
-    others = [i for i, row in enumerate(rows) if i in of_row or not row.is_greedy]
+    others = [i for i, one in enumerate(rows.params) if i in of_row or one.temperature >= GREEDY_BELOW]
     if others:
         usable = peaks.values.isfinite().tolist()
         drawn = [_sample_row(of_row.get(i, logits[i]), rows[i]) if usable[i] else 0 for i in others]
@@ -271,15 +269,16 @@ def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     return ids[: int((mass < top_p).sum()) + 1]
 
 
-def _problems(peaks: Tensor, rows: Sequence[SampleRow]) -> dict[int, str]:
+def _problems(peaks: Tensor, rows: SampleRows) -> dict[int, str]:
     """Why rows cannot be sampled, by their index, given the maximum of each row, `peaks` fp32 [R].
 
     The maximum of a row with NaN is NaN, so it shows every such row.
     """
-    return {
-        i: row.error
-        or f"logits at output position {row.position} have maximum {peak}: no token can be sampled; check the weights, "
-        "or use a wider dtype (float32) if activations overflow"
-        for i, (row, peak) in enumerate(zip(rows, peaks.tolist(), strict=True))
-        if row.error or not math.isfinite(peak)
-    }
+    found = {i: row.error for i, row in rows.special.items() if row.error}
+    for i, peak in enumerate(peaks.tolist()):
+        if i not in found and not math.isfinite(peak):
+            found[i] = (
+                f"logits at output position {rows.positions[i]} have maximum {peak}: no token can be sampled; check "
+                "the weights, or use a wider dtype (float32) if activations overflow"
+            )
+    return found
