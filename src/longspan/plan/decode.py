@@ -13,7 +13,7 @@ from longspan.cache.pages import ShardPages, clip_spans
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan, window_start
 from longspan.plan.reach import Place, QueryBlock, QueryRun, Reach
-from longspan.plan.view import PhaseView, RankView, SampleRequest, WriteRun
+from longspan.plan.view import PendingRow, PhaseView, RankView, SampleRequest, WriteRun
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def decode_view(
             ]
         ),
         scored=(),
-        pending=tuple([(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending]),
+        pending=tuple([PendingRow(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending]),
     )
 
 

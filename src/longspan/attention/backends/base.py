@@ -55,6 +55,8 @@ class AttentionBackend:
     package: str | None = None
     # whether `auto` may choose it; `auto` takes the first suitable one in the order of the table
     automatic: bool = True
+    # whether it has causal runs, and writers to slots that only the device knows
+    device_slots: bool = False
 
 
 def half_precision_problem(shape: BackendShape) -> str | None:
