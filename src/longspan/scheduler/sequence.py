@@ -29,6 +29,7 @@ class DraftGrammar(Protocol):
 
 Grammars = Callable[[str], DraftGrammar]
 """Begins to follow a grammar."""
+_NO_DRAFTS = DraftCounts()
 
 
 class SequenceState:
@@ -156,7 +157,7 @@ class SequenceState:
         self.pending = max(0, self.pending - (self.is_void or bool(right)))
         if self.computed and (self.is_void or done.num_drafts):  # it is 0 if the request was preempted meanwhile
             self.computed += len(right) - 1  # slots of wrong drafts are overwritten
-        counts = DraftCounts()
+        counts = _NO_DRAFTS
         if verified and not self.is_void:
             accepted = max(0, len(right) - 1)
             counts = DraftCounts.of_step(len(verified), accepted)
