@@ -33,6 +33,7 @@ _CONSTRAINTS = "tests/engine/test_constraints.py"
 _CONSTRAINED = f"{_CONSTRAINTS}::test_constrained_tokens_are_those_of_transformers_under_the_same_rules"
 _MODULE = "tests/engine/test_multi_token_prediction.py"
 _UNDER = "tests/engine/test_drafts_under_constraints.py"
+_AHEAD = "tests/engine/test_drafts_ahead.py"
 _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
 
 ATTENTION = (
@@ -351,7 +352,7 @@ REQUESTS = (
     ),
     Fault(
         "a chunk is sampled before its prompt ends", "scheduler/step.py",
-        "sample=min(length, max(0, piece.stop + 1 - sequence.length))", "sample=1", (_ANY_LOAD,),
+        "sample=min(length, max(0, piece.start + length + 1 - sequence.length))", "sample=1", (_ANY_LOAD,),
     ),
     Fault(
         "a preempted request loses its last token", "scheduler/sequence.py",
@@ -530,16 +531,59 @@ REQUESTS = (
     ),
     Fault(
         "a further run reads what was never written", "engine/rank/draft_chain.py",
-        "            if run == 1:\n", "            if False:\n", ("tests/engine/test_recorded_drafts.py",),
+        "numbers >= place[:, None] if run == 1 else ", "", ("tests/engine/test_recorded_drafts.py",),
     ),
     Fault(
         "a further run writes to the first slot that it may have", "engine/rank/draft_chain.py",
-        "inputs.slots.gather(1, place[:, None])[:, 0]", "inputs.slots[:, 0]",
+        "else numbers == place[:, None]", "else numbers == 0 * place[:, None]",
         ("tests/engine/test_recorded_drafts.py",),
     ),
     Fault(
+        "rows are at the positions of the plan, wherever their drafts begin", "engine/rank/settled_rows.py",
+        "self.positions + shifts,", "self.positions,",
+        (_AHEAD,),
+    ),
+    Fault(
+        "rows see what they would if all drafts before them were wrong", "engine/rank/settled_rows.py",
+        "places = self.places + shifts[: len(self.places)]", "places = self.places",
+        (_AHEAD,),
+    ),
+    Fault(
+        "noise follows from the positions of the plan, wherever drafts begin", "engine/rank/sampling/sampler.py",
+        "_draw_rows(logits, changed, chosen, rows if shifts is None else _shifted(rows, shifts))",
+        "_draw_rows(logits, changed, chosen, rows)",
+        (_AHEAD,),
+    ),
+    Fault(
+        "a place behind the rows keeps what was never written", "engine/rank/settled_rows.py",
+        "self.slots.where(begun, _NO_SLOT).int()",
+        "self.slots.where(torch.zeros_like(begun).index_fill(0, places, value=True), _NO_SLOT).int()",
+        (_AHEAD,),
+    ),
+    Fault(
+        "what follows a row that could not be sampled is kept", "scheduler/sequence.py",
+        "self.is_void = found is None and", "self.is_void = False and",
+        (f"{_AHEAD}::test_what_follows_a_row_that_could_not_be_sampled_is_computed_again",),
+    ),
+    Fault(
+        "an error behind such a row ends the request", "scheduler/scheduler.py",
+        " and request_id not in void", "",
+        (f"{_AHEAD}::test_what_follows_a_row_that_could_not_be_sampled_is_computed_again",),
+    ),
+    Fault(
+        "the driver does not correct where a request is", "scheduler/sequence.py",
+        "self.computed += len(right) - 1", "pass",
+        (_AHEAD,),
+    ),
+    Fault(
+        "a step that is planned ahead may be behind the end of its request", "scheduler/sequence.py",
+        "self.max_stored - self.length - self.slack)", "self.max_stored - self.length)",
+        (f"{_AHEAD}::"
+         "test_no_row_can_be_behind_the_last_position_of_its_request_however_many_drafts_are_right",),
+    ),
+    Fault(
         "attention of a checkpoint that drafts is not prepared", "engine/rank/drafting.py",
-        "        if self.has_own_attention:\n", "        if False:\n",
+        "own = self._view(widened(step.plan), requests) if self.has_own_attention else None", "own = None",
         ("tests/engine/test_small_model_drafts.py::test_a_model_that_drafts_for_itself_is_nearly_always_right",),
     ),
     Fault(

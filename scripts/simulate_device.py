@@ -1,7 +1,7 @@
 """How much a device idles between decode steps: the real core and rank loop over a device that only takes time.
 
     python scripts/simulate_device.py [--device-ms 20] [--ratios 0.1,0.2,0.4,0.6,0.8] [--requests 4] [--steps 60]
-                                      [--drafts 0] [--caller-ms 0]
+                                      [--drafts 0] [--drafts-by prompt-lookup|model] [--caller-ms 0]
 
 The device is a thread that works through a queue of steps. Starting a step takes host time, which is a ratio of the
 device's. The caller takes time with the outputs of each step. With drafts, all of them are right. No GPU is needed.
@@ -30,7 +30,7 @@ from longspan.engine.driver.executors import threads
 from longspan.engine.rank.build import BuiltRank
 from longspan.engine.setup import resolve
 from longspan.plan.plan import StepPlan
-from longspan.plan.result import StepResult
+from longspan.plan.result import DraftTokens, StepResult
 from longspan.request import CoreRequest, SampledToken, SamplingParams
 
 MODEL = {
@@ -79,23 +79,26 @@ class SimulatedRunner:
     is_asynchronous = True
     device = torch.device("cpu")
 
-    def __init__(self, device: SimulatedDevice, host_seconds: float) -> None:
+    def __init__(self, device: SimulatedDevice, host_seconds: float, drafts: int) -> None:
         self._device = device
         self._host_seconds = host_seconds
+        self._drafts = drafts
 
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
         """See `Runner.start`."""
         time.sleep(self._host_seconds)
         done = self._device.launch()
+        sampled = [segment for segment in plan.segments if segment.sample]
         tokens = tuple(
             SampledToken(segment.request_id, 1, None, position)
-            for segment in plan.segments
+            for segment in sampled
             for position in range(segment.stop - segment.sample, segment.stop)
         )
+        drafts = tuple(DraftTokens(each.request_id, each.stop - 1, (1,) * self._drafts) for each in sampled)
 
         def finish() -> StepResult:
             done.wait()
-            return StepResult(tokens)
+            return StepResult(tokens, drafts=drafts)
 
         return finish
 
@@ -108,13 +111,14 @@ def measure(folder: str, host: float, device: float, options: argparse.Namespace
     requests, drafts = options.requests, options.drafts
     tokens = (options.steps + 2 * SETTLING) * (1 + drafts)
     simulated = SimulatedDevice(device)
-    runner: Any = SimulatedRunner(simulated, host)
+    runner: Any = SimulatedRunner(simulated, host, drafts)
+    how = f"draft:{drafts}:{folder}" if options.drafts_by == "model" else f"prompt-lookup:{drafts}"
     threads.build_runner = lambda *_: BuiltRank(runner, None, None)  # type: ignore[assignment]
     config = EngineConfig(
         folder, device="cpu", load_format="dummy", executor="threads",
         cache=CacheConfig(pages_per_shard=(requests * (tokens // 16 + 3),), page_size=16),
         scheduler=SchedulerConfig(
-            async_scheduling=True, speculative=Speculation("prompt-lookup", drafts) if drafts else None
+            async_scheduling=True, speculative=Speculation.parse("speculative", how) if drafts else None
         ),
     )  # fmt: skip
     core = build_core(resolve(config))
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--drafts-by", choices=("prompt-lookup", "model"), default="prompt-lookup")
     parser.add_argument("--caller-ms", type=float, default=0.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

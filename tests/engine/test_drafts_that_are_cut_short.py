@@ -71,9 +71,13 @@ def ends(count):
     ]
 
 
-def test_an_output_ends_at_the_same_token_wherever_that_is_among_right_drafts(engine):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_output_ends_at_the_same_token_wherever_that_is_among_right_drafts(engine, ahead):
     """A step has five tokens, all right, so the ends are at each place of a step, and on both sides of one."""
-    llm = engine("right", speculative="mtp:4", max_num_seqs=32, max_num_batched_tokens=128)
+    llm = engine(
+        "right", speculative="mtp:4", max_num_seqs=32, max_num_batched_tokens=128, attention_backend="torch",
+        async_scheduling=ahead,
+    )  # fmt: skip
     cases = [(count, *case) for count in range(4, 9) for case in ends(count)]
     outputs = llm.generate([PROMPT] * len(cases), [params for _, params, _, _ in cases])
     for (count, _, text, reason), output in zip(cases, outputs, strict=True):
@@ -97,8 +101,13 @@ def test_the_models_own_end_among_right_drafts_ends_the_output_there(engine):
         assert output.outputs[0].token_ids == letters(12 if ignored else 7)
 
 
-def test_a_request_that_is_aborted_with_drafts_in_flight_leaves_nothing_behind(engine):
-    llm = engine("right", pp=2, pcp=2, local_context=0, speculative="mtp:3")
+@pytest.mark.parametrize(
+    "options",
+    [{"pp": 2, "pcp": 2, "local_context": 0}, {"attention_backend": "torch", "async_scheduling": True}],
+    ids=["stages", "ahead"],
+)
+def test_a_request_that_is_aborted_with_drafts_in_flight_leaves_nothing_behind(engine, options):
+    llm = engine("right", speculative="mtp:3", **options)
     prompts = (PROMPT, prompt_of(33), prompt_of(9))
     core, scheduler = llm.engine.core, llm.engine.scheduler
     for name, prompt in zip("abc", prompts, strict=True):
@@ -107,8 +116,8 @@ def test_a_request_that_is_aborted_with_drafts_in_flight_leaves_nothing_behind(e
     while llm.engine.has_unfinished:
         outputs |= {output.request_id: output.outputs[0].token_ids for output in llm.engine.step()}
         flying = {
-            request_id for step in core._in_flight for request_id, (_, drafts) in progress(step.plan.segments).items()
-            if drafts and request_id.startswith("a.")
+            request_id for step in core._in_flight for request_id, done in progress(step.plan.segments).items()
+            if done.num_drafts and request_id.startswith("a.")
         }  # fmt: skip
         if flying and not aborted:
             llm.engine.abort("a")
@@ -121,14 +130,16 @@ def test_a_request_that_is_aborted_with_drafts_in_flight_leaves_nothing_behind(e
     scheduler.check_integrity()
 
 
-def test_a_request_that_gives_way_with_drafts_in_flight_has_all_its_tokens(engine):
-    llm = engine("right", pp=2, pages_per_shard=(22,), speculative="mtp:3")
+@pytest.mark.parametrize("options", [{"pp": 2}, {"attention_backend": "torch", "async_scheduling": True}], ids=str)
+def test_a_request_that_gives_way_with_drafts_in_flight_has_all_its_tokens(engine, options):
+    llm = engine("right", pages_per_shard=(22,), speculative="mtp:3", **options)
     scheduler, core, flying = llm.engine.scheduler, llm.engine.core, []
     preempt = scheduler._preempt
 
     def watched(sequence):
         for step in core._in_flight:
-            flying.append(progress(step.plan.segments).get(sequence.request_id, (0, ()))[1])
+            done = progress(step.plan.segments).get(sequence.request_id)
+            flying.append(done is not None and done.num_drafts > 0)
         preempt(sequence)
 
     scheduler._preempt = watched

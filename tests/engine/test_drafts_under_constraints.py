@@ -73,10 +73,10 @@ def watch_drafts(llm):
     scheduler, found, submit = llm.engine.scheduler, [], llm.engine.executor.submit
 
     def watched(plan):
-        for request_id, (_, drafts) in progress(plan.segments).items():
+        for request_id, done in progress(plan.segments).items():
             sequence = scheduler._sequences[request_id]
-            if drafts:
-                found.append((sequence.params.grammar, sequence.tokens[sequence.num_prompt :], list(drafts)))
+            if done.drafts:
+                found.append((sequence.params.grammar, sequence.tokens[sequence.num_prompt :], list(done.drafts)))
         submit(plan)
 
     llm.engine.executor.submit = watched

@@ -73,11 +73,11 @@ def started(tiny, model):
     return llm
 
 
-def started_with_drafts(tiny):
-    """The same where a small model drafts."""
+def started_with_drafts(tiny, ahead):
+    """The same where a small model drafts, and its drafts may be verified ahead."""
     llm = tiny(
         "llama", dtype="bfloat16", max_num_batched_tokens=512, kv_cache_memory_bytes=1 << 22, debug=False,
-        attention_backend="torch", speculative=f"draft:3:{tiny_folder('llama')}",
+        attention_backend="torch", speculative=f"draft:3:{tiny_folder('llama')}", async_scheduling=ahead,
     )  # fmt: skip
     (runner,) = llm.engine.executor.runners
     attentions = runner.attention, runner.drafter.attention
@@ -90,11 +90,12 @@ def started_with_drafts(tiny):
     return llm
 
 
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "drafts"])
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "drafts", "drafts ahead"])
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
-    llm = started_with_drafts(tiny) if model == "drafts" else started(tiny, model)
+    drafts = model.startswith("drafts")
+    llm = started_with_drafts(tiny, model.endswith("ahead")) if drafts else started(tiny, model)
     (runner,) = llm.engine.executor.runners
     make_ready(runner, llm.engine.setup, shown=False)
     warm = set(keys.found)

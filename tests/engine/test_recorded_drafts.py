@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def test_a_step_is_two_replays_and_gives_the_tokens_and_drafts_of_one_that_is_no
     assert (counters.accepted_tokens > 0) == (case.get("kind") != "wrong")
 
 
+@cache
 def mixed_without_drafts(folder):
     with start(folder) as llm:
         return mixed(llm)
@@ -161,11 +163,11 @@ def test_sizes_end_with_the_first_that_has_room():
 def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():
     """Requests with three drafts, of which the second is wrong; with two; and without drafts."""
     inputs = ChainInputs(
-        **{name: torch.empty(0) for name in ("next_ids", "sample_rows", "first_rows", "positions", "slots")},
-        first_samples=torch.tensor([0, 4, 7]),
-        drafted=torch.tensor([[5, 6, 7], [8, 9, -1], [-1, -1, -1]]),
-    )
-    assert inputs.accepted(torch.tensor([5, 1, 7, 2, 8, 9, 3, 4])).tolist() == [1, 2, 0]
+        **{name: torch.empty(0) for name in ("next_ids", "sample_rows", "slots")},
+        first_samples=torch.tensor([0, 4, 7]), first_rows=torch.tensor([0, 4, 8]), drafts=torch.tensor([3, 2, 0]),
+    )  # fmt: skip
+    token_ids = torch.tensor([0, 5, 6, 7, 0, 8, 9, 3, 4])  # before the last one is a row of a prompt
+    assert inputs.accepted(torch.tensor([5, 1, 7, 2, 8, 9, 3, 4]), token_ids, 3).tolist() == [1, 2, 0]
 
 
 def poison(*pools):
@@ -181,11 +183,14 @@ class Forced:
     def __init__(self, drafter):
         self.drafter, self.compared = drafter, 0
 
-    def hidden(self, view, token_ids):
+    def hidden(self, *step):
+        return None
+
+    def settle(self, *step):
         return None
 
     def draft(self, step, requests):
-        rows = sampled_rows(step.view, requests)
+        rows = sampled_rows(step.plan, step.view, requests)
         for right in range(self.drafter.tokens + 1):
             forced = step.sampled.clone()
             for each in rows:

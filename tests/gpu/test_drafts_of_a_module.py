@@ -21,13 +21,16 @@ PROMPTS = [prompt_of(33), prompt_of(50, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek-v3", pytest.param("glm4-moe", marks=pytest.mark.exhaustive)])
-def test_refilled_plans_of_triton_give_the_drafts_of_plain_operations(name) -> None:
+@pytest.mark.parametrize(
+    ("name", "ahead"),
+    [("deepseek-v3", False), ("deepseek-v3", True), pytest.param("glm4-moe", True, marks=pytest.mark.exhaustive)],
+)
+def test_refilled_plans_of_triton_give_the_drafts_of_plain_operations(name, ahead) -> None:
     """Kernels run in Triton's interpreter. Latents, and keys and values."""
     folder, drafts = folder_with_module(name, "near"), []
     prompts, params = [prompt_of(9)], SamplingParams(temperature=0, max_tokens=4)
     for recorded in (False, True):
-        with start(folder, speculative="mtp:2", attention_backend="torch") as llm:
+        with start(folder, speculative="mtp:2", attention_backend="torch", async_scheduling=ahead) as llm:
             (runner,) = llm.engine.executor.runners
             attention, drafter, recorder = runner.attention, runner.drafter, Counting()
             if recorded:
@@ -46,10 +49,12 @@ def test_refilled_plans_of_triton_give_the_drafts_of_plain_operations(name) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eager", [True, False])
-def test_tokens_are_those_without_drafts_and_some_drafts_are_right(eager: bool) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_tokens_are_those_without_drafts_and_some_drafts_are_right(eager: bool, ahead: bool) -> None:
     found, params = [], SamplingParams(temperature=0, max_tokens=14)
     for drafts in ({}, {"speculative": f"eagle3:3:{eagle3_folder('near')}"}):
         options = {**THREADS, "device": "cuda", "dtype": "float32", "enforce_eager": eager, **drafts}
+        options["async_scheduling"] = ahead
         with LLM(predictable_folder("llama-seven"), **options) as llm:
             (runner,) = llm.engine.executor.runners
             found.append([output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longspan.engine.rank.runner import Runner
-from longspan.plan.view import RankView
+from longspan.plan.view import PendingRow, RankView
 
 SAMPLED = {"a": 0, "b": 1, "c": 2}
 
@@ -27,5 +27,5 @@ def test_a_pending_row_takes_the_token_that_its_request_sampled(known, pending, 
     runner = SimpleNamespace(
         _sampled=torch.tensor([10, 11, 12]), _sampled_rows=SAMPLED, _integers=lambda values: torch.tensor(values)
     )
-    view = RankView(known, known, (), (), (), (), pending)
+    view = RankView(known, known, (), (), (), (), tuple(PendingRow(*each) for each in pending))
     assert Runner._token_ids(runner, view).tolist() == expected

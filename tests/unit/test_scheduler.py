@@ -209,6 +209,17 @@ def test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_fille
         rig.run()
 
 
+def test_a_page_whose_last_token_is_sampled_and_not_computed_is_not_found():
+    rig = Rig(page_size=4)
+    rig.add("0", [7] * 6, max_tokens=9)
+    for _ in range(2):
+        rig.step()
+    assert len(rig.tokens["0"]) == 8
+    rig.scheduler.finish("0")
+    rig.add("1", [*rig.tokens["0"], 5], max_tokens=1)
+    assert rig.step().segments[0].start == 4
+
+
 def test_aborting_a_waiting_and_a_running_request_frees_their_pages():
     rig = Rig(max_num_seqs=1)
     rig.add("0", [1] * 20)

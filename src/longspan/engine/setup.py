@@ -171,9 +171,19 @@ class EngineSetup:
         return alone and self.device_type == "cpu" and self.config.cpu_kernels == "compiled"
 
     @property
-    def has_one_shard(self) -> bool:
-        """Whether one rank of each head shard has all pages, and so knows alone which drafts are accepted."""
-        return self.grid.num_shards == 1
+    def drafts_on_device(self) -> bool:
+        """Whether a rank's device finds out which drafts are accepted.
+
+        It needs all pages of a head shard on one rank, and backends that can write to slots that only it knows.
+        """
+        choices = (self.backend, *([self.drafts.backend] if self.drafts else ()))
+        return self.grid.num_shards == 1 and all(choice.record.device_slots for choice in choices)
+
+    @property
+    def drafts_ahead(self) -> bool:
+        """Whether drafts are verified before the driver knows them, and where they begin: see `Segment.slack`."""
+        asked = bool(self.config.scheduler.async_scheduling) and self.drafts_of_model > 0
+        return asked and self.drafts_on_device and self.grid.pp == 1 and self.config.executor != "dry"
 
     @property
     def records_drafts(self) -> bool:

@@ -14,7 +14,7 @@ from longspan.cache.pages import ShardPages, clip_spans
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan, window_start
 from longspan.plan.reach import Place, QueryBlock, QueryRun, Reach
-from longspan.plan.view import PhaseView, RankView, SampleRequest, WriteRun
+from longspan.plan.view import PendingRow, PhaseView, RankView, SampleRequest, WriteRun
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def decode_view(
             names, known, [start + 1 - request.num_prompt for start, request in zip(starts, known, strict=True)]
         ),
         scored=(),
-        pending=[(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending],
+        pending=[PendingRow(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending],
     )
 
 

@@ -16,7 +16,7 @@ from longspan.cache.pages import PageTable
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, StepPlan, window_start
 from longspan.plan.reach import Place
-from longspan.plan.view import RankView, rows_in_order
+from longspan.plan.view import RankView, segments_in_order
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class AcceptedRow:
 
 def sampled_segments(plan: StepPlan, pcp: int) -> list[Segment]:
     """The segments of a pcp index with sampled rows, in the order of its rows."""
-    phases = ([s for s in plan.segments if s.prefill == prefill] for prefill in (False, True))
-    return [segment for members in phases for segment in rows_in_order(members, pcp) if segment.sample]
+    return [segment for segment in segments_in_order(plan, pcp) if segment.sample]
 
 
 def accepted_rows(plan: StepPlan, sampled: Sequence[Sequence[int]]) -> dict[str, AcceptedRow]:
@@ -108,6 +107,11 @@ def next_token_ids(view: RankView) -> list[int]:
     return known
 
 
+def drafted_behind(position: int, table: PageTable, tokens: int) -> int:
+    """How many of `tokens` drafts are made behind the token at `position`: those that need no page beyond the table."""
+    return min(tokens, len(table.pages) * table.page_size - position)
+
+
 class SampledRows(NamedTuple):
     """The rows of one request that a step samples, on the only rank of a context group: they are adjacent."""
 
@@ -119,34 +123,41 @@ class SampledRows(NamedTuple):
     sample: int
     # number of the rows
     rows: int
-    # position of the first row
+    # position of the first row, if all drafts of the step before were wrong
     position: int
+    # how many positions later it may be
+    slack: int
     # index in the request's output of the token that is sampled there
     output: int
     # positions behind that of the first row for which there are pages
     room: int
 
     def later(self, tokens: int) -> int:
-        """How many positions behind the first row the further runs of a module may compute.
+        """How many positions behind `position` the further runs of a module may compute.
 
         A run computes one, which depends on the accepted row; with `tokens` drafts there are `tokens` - 1 runs.
         """
-        return min(self.rows + tokens - 2, self.room) if tokens > 1 else 0
+        return min(self.slack + self.rows + tokens - 2, self.room) if tokens > 1 else 0
 
     def drafted(self, accepted: int, tokens: int) -> int:
         """How many of `tokens` drafts behind accepted row number `accepted` have been computed: others had no page."""
-        return min(tokens, 1 + self.room - accepted)
+        return min(tokens, 1 + self.room - self.slack - accepted)
 
 
-def sampled_rows(view: RankView, requests: Mapping[str, KnownRequest]) -> list[SampledRows]:
+def sampled_rows(plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest]) -> list[SampledRows]:
     """The sampled rows by request, in the order of the rows."""
     found: list[SampledRows] = []
+    slack = {segment.request_id: segment.slack for segment in plan.segments}
     number = 0
     for request_id, group in groupby(view.samples, lambda sample: sample.request_id):
         samples, table = tuple(group), requests[request_id].table
         first, position = samples[0], view.positions[samples[0].row]
         room = len(table.pages) * table.page_size - position - 1
-        found.append(SampledRows(request_id, first.row, number, len(samples), position, first.position, room))
+        found.append(
+            SampledRows(
+                request_id, first.row, number, len(samples), position, slack[request_id], first.position, room
+            )
+        )  # fmt: skip
         number += len(samples)
     return found
 

@@ -74,7 +74,7 @@ class Segment:
     request_id: str
     # position of the first token
     start: int
-    # the tokens that the scheduler knows: all of them, unless the last one is pending
+    # the tokens that the scheduler knows: all of them, unless the last ones are pending
     token_ids: tuple[int, ...]
     # index of the TP group that computes the segment
     pcp: int
@@ -87,20 +87,23 @@ class Segment:
     sample: int
     # whether the rows give log-probabilities of the prompt tokens that follow them
     scores: bool = False
-    # whether one more token follows `token_ids`: it is sampled by the same ranks in the step before, and its id is not
-    # known to the scheduler yet
-    pending: bool = False
+    # how many tokens follow `token_ids` whose ids are not known to the scheduler yet: one that the same ranks sample in
+    # the step before, and what they draft behind it
+    pending: int = 0
+    # how many positions later than `start` the segment may begin. Each draft of the step before that proves right moves
+    # it by one; ranks find out how many do
+    slack: int = 0
     # the token after the segment, where the scheduler knows it and the ranks draft with layers of the model
     next_token: int | None = None
 
     @property
     def length(self) -> int:
-        """Number of tokens, the pending one included."""
+        """Number of tokens, the pending ones included."""
         return len(self.token_ids) + self.pending
 
     @property
     def stop(self) -> int:
-        """Position after the last token."""
+        """Position after the last token, if the segment begins at `start`."""
         return self.start + len(self.token_ids) + self.pending  # not `length`: this is read for every row of a step
 
     @property

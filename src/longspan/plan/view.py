@@ -54,6 +54,17 @@ class SampleRequest(NamedTuple):
     drafts: int = 0
 
 
+class PendingRow(NamedTuple):
+    """A row whose token this rank sampled or drafted in the step before."""
+
+    # the row
+    row: int
+    # its request
+    request_id: str
+    # 0 for the token that was sampled last, else the number of the draft behind it, counted from 1
+    draft: int = 0
+
+
 @dataclass(frozen=True)
 class ScoredRows:
     """Rows [row, row + length) whose logits score the prompt's tokens [position, position + length)."""
@@ -88,9 +99,8 @@ class RankView:
     samples: Sequence[SampleRequest]
     # rows that score prompt tokens
     scored: tuple[ScoredRows, ...]
-    # (row, request id) of each row whose token this rank sampled in the step before; its entry in `token_ids` is 0 and
-    # is replaced on the device
-    pending: Sequence[tuple[int, str]] = ()
+    # rows whose tokens only this rank knows; their entries in `token_ids` are 0 and are replaced on the device
+    pending: Sequence[PendingRow] = ()
     # (row, token) of each segment's last row whose next token is in the plan
     following: tuple[tuple[int, int], ...] = ()
 
@@ -98,6 +108,12 @@ class RankView:
 def rows_in_order(segments: Iterable[Segment], pcp: int) -> list[Segment]:
     """Those segments of one phase that a pcp index computes, in the order of its rows."""
     return sorted((s for s in segments if s.pcp == pcp), key=lambda s: s.num_remote_groups)
+
+
+def segments_in_order(plan: StepPlan, pcp: int) -> list[Segment]:
+    """Those segments that a pcp index computes, in the order of its rows."""
+    phases = ([s for s in plan.segments if s.prefill == prefill] for prefill in (False, True))
+    return [segment for members in phases for segment in rows_in_order(members, pcp)]
 
 
 def _first_starts(plan: StepPlan) -> dict[str, int]:
@@ -149,15 +165,15 @@ def rank_view(
     writes: list[WriteRun] = []
     samples: list[SampleRequest] = []
     scored: list[ScoredRows] = []
-    pending: list[tuple[int, str]] = []
+    pending: list[PendingRow] = []
     starts = _first_starts(plan)
     for segment in ordered:
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
             writes.append(WriteRun(row + offset, span.slot, span.length))
         token_ids += segment.token_ids
-        if segment.pending:
-            pending.append((len(token_ids), segment.request_id))
+        for draft in range(segment.pending):
+            pending.append(PendingRow(len(token_ids), segment.request_id, draft))
             token_ids.append(0)  # a placeholder
         positions += range(segment.start, segment.stop)
         prompt = requests[segment.request_id].num_prompt

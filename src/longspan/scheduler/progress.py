@@ -6,21 +6,38 @@ It owns these rules; it must not know the requests' states.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from longspan.plan.plan import Segment
 from longspan.request import SampledToken
 
 
-def progress(segments: Sequence[Segment]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """For each request of a step, the position up to which it is then computed, and its drafts in the step."""
-    found: dict[str, tuple[int, tuple[int, ...]]] = {}
+class Progress(NamedTuple):
+    """What a step does for one request."""
+
+    # whether it decodes
+    decodes: bool
+    # the position up to which it is then computed, at least: no draft may be right
+    stop: int
+    # number of its drafts in the step
+    num_drafts: int
+    # the drafts; empty if only the ranks know them
+    drafts: tuple[int, ...]
+
+
+def progress(segments: Sequence[Segment]) -> dict[str, Progress]:
+    """What a step does for each of its requests."""
+    found: dict[str, Progress] = {}
     for segment in segments:
-        request_id, stop = segment.request_id, segment.stop
-        drafts = () if segment.prefill else segment.token_ids[1:]
-        if request_id in found:  # pieces of one request, in order: only the first decoded token is no draft
-            before, earlier = found[request_id]
-            stop, drafts = max(before, stop), earlier if segment.prefill else (*earlier, *segment.token_ids)
-        found[request_id] = stop, drafts
+        request_id, before = segment.request_id, found.get(segment.request_id)
+        if segment.prefill:
+            stop = segment.stop if before is None else max(before.stop, segment.stop)
+            found[request_id] = Progress(False, stop, 0, ())
+        elif before is None:
+            found[request_id] = Progress(True, segment.start + 1, segment.length - 1, segment.token_ids[1:])
+        else:  # pieces of one request, in order: only the first decoded token is no draft
+            drafts = (*before.drafts, *segment.token_ids)
+            found[request_id] = before._replace(num_drafts=before.num_drafts + segment.length, drafts=drafts)
     return found
 
 

@@ -24,7 +24,7 @@ from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.counters import SchedulerCounters
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.preemption import Preemption
-from longspan.scheduler.progress import progress, right_tokens
+from longspan.scheduler.progress import progress
 from longspan.scheduler.sequence import Grammars, SequenceState
 from longspan.scheduler.step import StepBuilder
 from longspan.scheduler.waiting import WaitingQueue
@@ -58,6 +58,7 @@ class Scheduler:
         root_key: Key,
         windows: Sequence[int | None] = (None,),
         grammars: Grammars | None = None,
+        drafts_ahead: bool = False,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -79,9 +80,15 @@ class Scheduler:
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
         self._no_room = False  # whether a waiting request found no pages in the last step
+        # whether ranks verify drafts before the driver knows them, and where they begin
+        self._drafts_ahead = drafts_ahead
         # whether a token may be computed before its id is known
-        self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and config.speculative is None
+        alone = config.speculative is None or drafts_ahead
+        self.plans_ahead = bool(config.async_scheduling) and grid.pp == 1 and alone
         self.steps_at_once = 2 if self.plans_ahead else grid.pp
+        # the same for steps that only decode. A GPU computes such a step faster than a result reaches the driver and
+        # the next plan the rank; with drafts a step takes longer
+        self.decodes_at_once = self.steps_at_once + (self.plans_ahead and not drafts_ahead)
 
     def add(self, request: CoreRequest, source: Source | None = None) -> None:
         """Queue a request that `Limits.check` has accepted.
@@ -141,14 +148,16 @@ class Scheduler:
             self._preempt(self._preemption().victim(self.running))
         if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
-        for request_id, (stop, _) in progress(step.segments).items():
+        for request_id, done in progress(step.segments).items():
             sequence = self._sequences[request_id]
-            sequence.computed = stop
+            sequence.computed = done.stop
             sequence.in_flight += 1
         for segment in step.segments if self.plans_ahead else ():
             sequence = self._sequences[segment.request_id]
-            if segment.sample and sequence.may_be_planned_ahead:
+            if segment.sample and sequence.may_be_planned_ahead(self._drafts_ahead):
                 sequence.pending, sequence.sampled_on = sequence.pending + 1, segment.pcp
+                sequence.verifying = segment.sample - 1
+                sequence.drafting = step.drafted_behind(segment.stop - 1 + segment.slack, sequence.table)
         self._step += 1
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
@@ -160,32 +169,26 @@ class Scheduler:
         """
         self.cache.settle(plan.saves, plan.loads, set(result.failed_loads), set(result.failed_saves))
         accepted: list[SampledToken] = []
+        void: set[str] = set()
         tokens_of: dict[str, list[SampledToken]] = {}
         expected = {(draft.request_id, draft.position): draft.token_ids for draft in result.drafts}
         for token in result.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
-        for request_id, (stop, drafts) in progress(plan.segments).items():
+        for request_id, done in progress(plan.segments).items():
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 continue
-            sequence.in_flight -= 1
-            right = right_tokens(tokens_of.get(request_id, []), drafts)
-            if sequence.for_peer and not sequence.table.pages:  # preempted meanwhile: its pages are what is wanted
-                right = []
+            if sequence.is_void:
+                void.add(request_id)
+            right, counts = sequence.take(done, tokens_of.get(request_id, ()), expected)
             accepted += right
-            sequence.tokens += [token.token_id for token in right]
-            sequence.pending = max(0, sequence.pending - len(right))
-            if right:
-                sequence.expected = expected.get((request_id, right[-1].position), ())
-            if drafts:  # tokens of wrong drafts are not computed: later tokens overwrite their slots
-                stop -= len(drafts) + 1 - len(right)
-                sequence.computed = min(sequence.computed, stop)  # 0 if it was preempted meanwhile
-                accepted_drafts = max(0, len(right) - 1)
-                self.drafts = self.drafts.plus(DraftCounts.of_step(len(drafts), accepted_drafts))
-                sequence.draft_length.add(len(drafts), accepted_drafts)
-            self._publish(sequence, stop)
+            self.drafts = self.drafts.plus(counts) if counts.drafted else self.drafts
+            self._publish(sequence, len(sequence.tokens) - 1 if done.decodes else done.stop)
         scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
-        errors = {request_id: error for request_id, error in result.errors.items() if request_id in self._sequences}
+        errors = {
+            request_id: error for request_id, error in result.errors.items()
+            if request_id in self._sequences and request_id not in void
+        }  # fmt: skip
         return StepResult(tuple(accepted), scores, errors)
 
     def awaits(self, plan: StepPlan) -> bool:

@@ -5,16 +5,19 @@ It owns this state between steps; it must not know about budgets or other reques
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
 from longspan.config import SchedulerConfig
 from longspan.plan.source import Source
-from longspan.request import CoreRequest
+from longspan.request import CoreRequest, SampledToken
+from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.draft_length import DraftLength
 from longspan.scheduler.lookup import PromptLookup
+from longspan.scheduler.progress import Progress, right_tokens
 
 
 class DraftGrammar(Protocol):
@@ -26,6 +29,7 @@ class DraftGrammar(Protocol):
 
 Grammars = Callable[[str], DraftGrammar]
 """Begins to follow a grammar."""
+_NO_DRAFTS = DraftCounts()
 
 
 class SequenceState:
@@ -41,7 +45,7 @@ class SequenceState:
         self.params = request.params
         self.seed = request.seed
         self.table = table
-        # number of tokens whose KV is stored, or will be when the steps in flight are done
+        # number of tokens whose KV is stored, or will be when the steps in flight are done: without drafts in these
         self.computed = 0
         # tokens of its prefix hit when it was first admitted; None before
         self.cached_tokens: int | None = None
@@ -59,6 +63,12 @@ class SequenceState:
         self.pending = 0
         # pcp index on which the last of them is sampled
         self.sampled_on = 0
+        # number of drafts in the last step that it was in
+        self.verifying = 0
+        # number of tokens that the ranks draft in that step
+        self.drafting = 0
+        # whether what the step in flight computes of it follows a token that was not accepted
+        self.is_void = False
         # the shard that holds a short context whole; None if it is spread
         self.home: int | None = None
         self.lookup = PromptLookup()
@@ -75,6 +85,11 @@ class SequenceState:
     def length(self) -> int:
         """Number of tokens, the pending ones included."""
         return len(self.tokens) + self.pending
+
+    @property
+    def slack(self) -> int:
+        """How many positions later than `computed` its next token may be: as many as drafts in flight may be right."""
+        return self.verifying if self.pending else 0
 
     @property
     def remaining(self) -> int:
@@ -94,15 +109,18 @@ class SequenceState:
     def draft(self, config: SchedulerConfig, most: int, rows: int, grammars: Grammars | None) -> Sequence[int]:
         """Up to `most` draft tokens, as many as are worth computing beside `rows`: see `DraftLength.choose`.
 
-        The first one that the request's grammar does not allow, and those behind it, are left out.
+        The first one that the request's grammar does not allow, and those behind it, are left out. Where only the ranks
+        know the drafts, zeros stand for them.
         """
         how = config.speculative
         if how is None:
             return ()
-        room = min(most, how.tokens, self.max_stored - len(self.tokens))
+        room = min(most, self.drafting if self.pending else how.tokens, self.max_stored - self.length - self.slack)
         if room <= 0:
             return ()
         count = self.draft_length.choose(room, rows, config.fixed_rows)
+        if self.pending:
+            return (0,) * count
         drafts = self.expected[:count] if how.by_model else self.lookup.draft(self.tokens, count)
         if not drafts or self.params.grammar is None or grammars is None:
             return drafts
@@ -110,13 +128,51 @@ class SequenceState:
             self._grammar = grammars(self.params.grammar)
         return drafts[: self._grammar.count_allowed(self.tokens[self.num_prompt :], drafts)]
 
-    @property
-    def may_be_planned_ahead(self) -> bool:
+    def may_be_planned_ahead(self, with_drafts: bool) -> bool:
         """Whether the token that it samples next may be computed before its id is known.
 
-        Not if a grammar or bad words need the id, nor if the length ends the request with this token.
+        Not if a grammar or bad words need the id, nor if the length ends the request with this token. With drafts not
+        if the host needs to know its position, or the drafts before it.
         """
-        return not self.params.needs_output and self.length < self.max_stored
+        needs_host = self.params.constrains or self.params.penalises if with_drafts else self.params.needs_output
+        return not needs_host and self.length < self.max_stored
+
+    def take(
+        self, done: Progress, sampled: Sequence[SampledToken], drafts: Mapping[tuple[str, int], Sequence[int]]
+    ) -> tuple[list[SampledToken], DraftCounts]:
+        """Take the oldest step in flight: append the tokens that are right, and return them and its drafts, counted.
+
+        Where the step was planned before it was known where it begins, positions in its result are those of the plan:
+        too small by as many drafts of the step before as were right.
+
+        Args:
+            done: what the step does for the request.
+            sampled: the tokens that it has sampled.
+            drafts: by request and position of a sampled token, what the ranks draft behind it.
+        """
+        self.in_flight -= 1
+        verified = done.drafts or self.expected[: done.num_drafts]
+        given_up = self.for_peer and not self.table.pages  # preempted meanwhile: its pages are what is wanted
+        right = [] if self.is_void or given_up else right_tokens(sampled, verified)
+        self.pending = max(0, self.pending - (self.is_void or bool(right)))
+        if self.computed and (self.is_void or done.num_drafts):  # it is 0 if the request was preempted meanwhile
+            self.computed += len(right) - 1  # slots of wrong drafts are overwritten
+        counts = _NO_DRAFTS
+        if verified and not self.is_void:
+            accepted = max(0, len(right) - 1)
+            counts = DraftCounts.of_step(len(verified), accepted)
+            self.draft_length.add(len(verified), accepted)
+        self.is_void = False
+        if right:
+            found = drafts.get((self.request_id, right[-1].position))
+            # the ranks go on behind another token if a row behind drafts could not be sampled, which they do not see
+            self.is_void = found is None and self.in_flight > 0 and self.drafting > 0
+            self.expected = found or ()
+        if self.drafting:
+            first = len(self.tokens) - self.num_prompt
+            right = [replace(token, position=number) for number, token in enumerate(right, first)]
+        self.tokens += [token.token_id for token in right]
+        return right, counts
 
     def restart(self, new_table: Callable[[], PageTable]) -> None:
         """Start again with an empty page table; the caller has released the pages. Tokens are kept."""

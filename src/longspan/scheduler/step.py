@@ -15,6 +15,7 @@ from longspan.cache.placement import home_shard, shard_for_decode, shard_for_pag
 from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
+from longspan.plan.drafts import drafted_behind
 from longspan.plan.plan import Admission, Fetch, NewPages, Segment, StepPlan, unmasked_until, window_start
 from longspan.plan.source import Source
 from longspan.scheduler.segments import Piece, join, room_for_chunk, split_chunk
@@ -65,11 +66,12 @@ class StepBuilder:
     def add_decode(self, sequence: SequenceState, drafts: Sequence[int] = ()) -> bool:
         """Compute the request's one remaining token, and as many of its drafts as there are pages for.
 
-        Each token is computed on the rank of its page. False if there is no page for the first token.
+        Each token is computed on the rank of its page. False if there is no page for the first token. There are pages
+        for all positions that the tokens may have.
         """
         table, start = sequence.table, sequence.computed
         pieces: list[Piece] = []
-        for position in range(start, start + 1 + len(drafts)):
+        for position in range(start, start + sequence.slack + 1 + len(drafts)):
             if position == len(table.pages) * table.page_size:
                 shard = self._decode_shard(sequence)
                 if shard is None:
@@ -87,8 +89,14 @@ class StepBuilder:
         """Whether a pending token is sampled by the ranks that will compute it, so that nobody has to send it.
 
         False if the token needs a new page, which may be placed on any shard, and with penalties, which need every
-        token of the output where the next one is sampled.
+        token of the output where the next one is sampled. With drafts, of which there is one shard: False if there is
+        no page for the last position that the token may have, or if that is behind the request's end.
         """
+        if sequence.pending and self._drafts_of_model:
+            last = sequence.computed + sequence.slack
+            missing = last // self._cache.page_size + 1 - len(sequence.table.pages)
+            known = sequence.pending == 1 and not sequence.is_void
+            return known and last < sequence.max_stored and missing <= self._cache.available(0)
         if not sequence.pending or self._grid.pcp == 1:
             return True
         if sequence.params.penalises:
@@ -111,6 +119,10 @@ class StepBuilder:
         stop = len(sequence.tokens) - 1
         self._place_until(stop, sequence, range(self._cache.num_shards))
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
+
+    def drafted_behind(self, position: int, table: PageTable) -> int:
+        """How many tokens the ranks draft behind the token at `position`, which this step samples."""
+        return drafted_behind(position, table, self._drafts_of_model)
 
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
         """The plan, with a schedule chosen for each phase and layer group."""
@@ -186,7 +198,8 @@ class StepBuilder:
         self._new_pages.setdefault(sequence.request_id, []).append(page)
 
     def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool, drafts: Sequence[int] = ()) -> None:
-        length = piece.stop - piece.start
+        slack = 0 if prefill else sequence.slack
+        length = piece.stop - piece.start - slack
         num_remote_groups = 0
         # windows are in descending order: what needs no other shard here needs none in the groups that follow
         for window, workload in zip(self._windows, self._workloads[prefill], strict=True):
@@ -199,17 +212,21 @@ class StepBuilder:
             workload.add(key, piece.pcp, length, visible)
             num_remote_groups += 1
         follows = self._drafts_of_model > 0 and piece.stop < len(sequence.tokens)
+        pending = length if sequence.pending else 0
         self.segments.append(
             Segment(
                 request_id=sequence.request_id,
                 start=piece.start,
-                token_ids=(*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
+                token_ids=()
+                if pending
+                else (*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
                 pcp=piece.pcp,
                 prefill=prefill,
                 num_remote_groups=num_remote_groups,
-                sample=min(length, max(0, piece.stop + 1 - sequence.length)),
+                sample=min(length, max(0, piece.start + length + 1 - sequence.length)),
                 scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
-                pending=sequence.pending > 0,
+                pending=pending,
+                slack=slack,
                 next_token=sequence.tokens[piece.stop] if follows else None,
             )
         )

@@ -64,6 +64,8 @@ class AttentionBackend:
     # (new tokens, tokens of each shard before them, whether these are in several runs) of prefills for which it
     # prepares something on first use
     long_steps: tuple[tuple[int, int, bool], ...] = ()
+    # whether it has causal runs, and writers to slots that only the device knows
+    device_slots: bool = False
 
 
 def half_precision_problem(shape: BackendShape) -> str | None:

@@ -193,4 +193,5 @@ BACKEND = AttentionBackend(
     devices=("cpu",),
     supports=_problem,
     build=lambda device, shape: CompiledBackend(),
+    device_slots=True,
 )

@@ -151,4 +151,5 @@ BACKEND = AttentionBackend(
     devices=(),
     supports=lambda shape: None,
     build=lambda device, shape: TorchBackend(device),
+    device_slots=True,
 )

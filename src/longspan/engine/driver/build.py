@@ -53,7 +53,9 @@ def build_core(setup: EngineSetup) -> EngineCore:
         constants = config.cost or executor.constants or CostConstants()
         chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, setup.records_decode)
         grammars = _grammars(setup, executor)
-        scheduler = Scheduler(config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups, grammars)
+        scheduler = Scheduler(
+            config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups, grammars, setup.drafts_ahead
+        )  # fmt: skip
         core = EngineCore(setup, executor, cache, scheduler, constants, role, offload)
         undo.pop_all()
     return core

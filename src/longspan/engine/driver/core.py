@@ -145,8 +145,9 @@ class EngineCore:
         self._scheduled_at: dict[str, float] = {}
         self._schedules = {"prefill": "local", "decode": "local"}
         self._peak = [0] * cache.num_shards
-        # whether steps wait for tokens although the caller expects steps in flight
-        self._submits_early = bool(setup.config.scheduler.async_scheduling) and not scheduler.plans_ahead
+        # whether steps may wait for tokens although the caller expects steps in flight
+        asynchronous, drafts = setup.config.scheduler.async_scheduling, setup.config.scheduler.speculative is not None
+        self._submits_early = bool(asynchronous) and (drafts or not scheduler.plans_ahead)
         if role:
             role.start(self, setup.grid.world_size)
 
@@ -253,14 +254,10 @@ class EngineCore:
     def _has_room(self) -> bool:
         """Whether another step may be submitted.
 
-        Where tokens are planned ahead, steps that only decode may be one more than `steps_at_once`: a GPU computes such
-        a step faster than a result reaches the driver and the next plan the rank. Not while a request waits for its
-        token: it would miss one step more.
+        Steps that only decode may be more, but not while a request waits for its token: it would miss one step more.
         """
-        most = self.scheduler.steps_at_once
-        if self.scheduler.plans_ahead and not any(step.prefill_tokens or step.is_awaited for step in self._in_flight):
-            most += 1
-        return len(self._in_flight) < most
+        others = any(step.prefill_tokens or step.is_awaited for step in self._in_flight)
+        return len(self._in_flight) < (self.scheduler.steps_at_once if others else self.scheduler.decodes_at_once)
 
     def _tokens_in_flight(self) -> int:
         """Number of tokens computed or loaded by the steps in flight."""

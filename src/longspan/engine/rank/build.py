@@ -40,6 +40,7 @@ from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelR
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
+from longspan.engine.rank.settled_rows import Carried
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
@@ -345,12 +346,14 @@ def _drafter(
         experts = None
     model, module = models
     here = Place(place.pcp, place.shard, setup.grid.shards_of_pcp)
-    chain = DraftChain(module, attention, here, tokens)
+    # steps of a warm-up have one request more than may run
+    carried = Carried(tokens, setup.config.scheduler.running_limit + 1, device) if setup.drafts_ahead else None
+    chain = DraftChain(module, attention, here, tokens, carried)
     return ModuleDrafter(
         module, tokens, attention, here, group.collectives, _draft_schedule(setup), experts, device,
         has_own_attention=drafts is not None,
         observed=(lambda: model.observed) if isinstance(model, DecoderModel) else (lambda: None),
-        chain=chain if setup.has_one_shard and chain.is_possible else None,
+        chain=chain if setup.drafts_on_device else None,
     )  # fmt: skip
 
 

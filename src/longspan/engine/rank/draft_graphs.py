@@ -20,10 +20,12 @@ from longspan.attention.refillable import RefillableLocalRuns, RefillableLocalSt
 from longspan.attention.step_buffer import Field, StepBuffer
 from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
 from longspan.engine.rank.recorder import Recorder
+from longspan.engine.rank.settled_rows import StepRows
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortGraph, ShortSteps
 from longspan.models.context import Model
 from longspan.plan.drafts import SampledRows
 from longspan.plan.mirror import KnownRequest
+from longspan.plan.places import RowPlaces
 from longspan.plan.view import RankView
 
 _VERIFICATION_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -68,13 +70,13 @@ class DraftGraphs:
         self._recorder = recorder
         self._taken: Tensor | None = None  # what the module takes after a recorded step [rows, width]
         self._most = max((*sizes, *prompt_sizes))
-        common = parts.model, parts.attention, parts.backend, recorder
+        common, carried = (parts.model, parts.attention, parts.backend, recorder), parts.chain.carried
+        longest = parts.chain.tokens * (1 if carried is None else 2) + 1
         self._steps = (
-            ShortSteps(*common, sizes, parts.chain.tokens + 1, self._keep),
-            ShortSteps(*common, prompt_sizes, None, self._keep),
+            ShortSteps(*common, sizes, longest, self._keep, carried),
+            ShortSteps(*common, prompt_sizes, None, self._keep, carried),
         )
         self._made: dict[tuple[ShortGraph, int], _DraftGraph] = {}
-        self._last: ShortGraph | None = None  # the graph of the step in `hidden`; None if it was not recorded
 
     @property
     def count(self) -> int:
@@ -91,15 +93,22 @@ class DraftGraphs:
                         self._draft_graph(graph, requests)
                 yield rows
 
-    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+    @property
+    def most(self) -> int:
+        """The most rows of a step that is recorded."""
+        return self._most
+
+    @property
+    def rows(self) -> StepRows | None:
+        """The rows of the step in `hidden`, and others; None if it was not recorded."""
+        return None if self._last is None else self._last.rows
+
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor], places: RowPlaces | None = None) -> Tensor | None:
         """See `ShortSteps.hidden`."""
-        self._last = None
         for steps in self._steps:
-            found = steps.hidden(view, token_ids)
-            if found is not None:
-                self._last = steps.last
-                return found
-        return None
+            steps.last = None
+        found = (steps.hidden(view, token_ids, places) for steps in self._steps)
+        return next((hidden for hidden in found if hidden is not None), None)
 
     def taken(self, rows: int) -> Tensor | None:
         """What the module takes [rows, width] after the step in `hidden`; None if that was not recorded."""
@@ -114,15 +123,21 @@ class DraftGraphs:
         None if the step in `hidden` was not recorded, or contexts are in too many pieces for a graph's buffers.
 
         Args:
-            views: the step, and the same for the module's attention if that is its own.
+            views: the step, and the same for the module's attention if that is its own: with a row for each place.
             sampled: the sampled rows by request.
             token_ids: the sampled tokens, int64 [S].
             requests: all requests by id.
         """
-        if self._last is None:
+        graph = self._last
+        if graph is None:
             return None
-        room = next(room for room in self._requests(self._last.rows) if room >= len(sampled))
-        return self._draft_graph(self._last, room).run(views, sampled, token_ids, requests)
+        room = next(room for room in self._requests(graph.size) if room >= len(sampled))
+        return self._draft_graph(graph, room).run(views, sampled, token_ids, requests)
+
+    @property
+    def _last(self) -> ShortGraph | None:
+        """The graph of the step in `hidden`; None if it was not recorded."""
+        return next((steps.last for steps in self._steps if steps.last is not None), None)
 
     def _requests(self, rows: int) -> tuple[int, ...]:
         """Numbers of requests for which there are graphs behind steps of `rows` rows: all with every draft, or none."""
@@ -133,7 +148,7 @@ class DraftGraphs:
         if (graph, requests) not in self._made:
             if self._taken is None:
                 raise RuntimeError("no step has been recorded before drafting")
-            made = _DraftGraph(self._parts, graph, requests, self._taken[: graph.rows])
+            made = _DraftGraph(self._parts, graph, requests, self._taken[: graph.size])
             made.record(self._recorder)
             self._made[graph, requests] = made
         return self._made[graph, requests]
@@ -153,18 +168,18 @@ class _DraftGraph:
         self._chain = chain = parts.chain
         self._graph = graph
         self._taken = taken
-        attention, rows, width = chain.attention, graph.rows, chain.width
+        attention, rows, width = chain.attention, graph.size, chain.width
         self._buffer = buffer = StepBuffer(attention.pool.device)
         self._own: RefillableLocalStep | None = None  # of the first run, where the module's attention is its own
         if attention is not parts.attention:
-            self._own = RefillableLocalStep(attention.preparer, parts.draft_backend, rows, buffer, graph.longest)
+            self._own = graph.refillable(attention, parts.draft_backend, buffer)
         self._later: RefillableLocalRuns | None = None
         if width:
             self._later = RefillableLocalRuns(attention.preparer, parts.draft_backend, requests * width, width)
-        self._padding = {"sample_rows": rows, "drafted": -1, "slots": -1}
+        self._padding = {"sample_rows": rows, "slots": -1}
         sizes = {
             "next_ids": rows + 1, "sample_rows": rows, "first_samples": requests, "first_rows": requests,
-            "positions": requests, "drafted": requests * chain.tokens, "slots": requests * width,
+            "drafts": requests, "slots": requests * width,
         }  # fmt: skip
         self._fields: dict[str, Field] = {name: buffer.reserve(size, torch.int64) for name, size in sizes.items()}
         self._inputs = inputs_of({name: field.device for name, field in self._fields.items()}, requests)
@@ -188,7 +203,7 @@ class _DraftGraph:
             return None
         if self._own is not None and (own is None or not self._own.fill(own)):
             return None
-        self._fill(chain_values(view, sampled, later, self._chain.tokens, self._chain.width))
+        self._fill(chain_values(view, sampled, later, self._chain.width))
         self._sampled[: len(token_ids)] = token_ids
         self._buffer.send()
         return self._replay()
@@ -200,8 +215,8 @@ class _DraftGraph:
             field.host[len(found) :] = self._padding.get(name, 0)
 
     def _compute(self) -> Tensor:
-        chain, prepared = self._chain, self._graph.prepared if self._own is None else self._own.prepared
-        chain.attention.begin(prepared)
-        hidden = chain.first_run(self._inputs, self._sampled, self._taken, self._graph.positions)
+        chain, rows = self._chain, self._graph.rows
+        attend = self._graph.attend(chain.attention, self._own)
+        hidden = chain.first_run(self._inputs, self._sampled, self._taken, rows.positions, attend)
         later = PreparedPhase(0, 0, ()) if self._later is None else self._later.phase
-        return chain.tokens_after(self._inputs, self._sampled, hidden, later)
+        return chain.tokens_after(self._inputs, self._sampled, rows, hidden, later)

@@ -20,11 +20,13 @@ from longspan.engine.rank.draft_chain import DraftChain, read_chain
 from longspan.engine.rank.draft_graphs import DraftGraphs
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.sampling.transfer import start_reading
-from longspan.models.context import DraftModule
+from longspan.engine.rank.settled_rows import Carried, RowInputs, SettledRows, SettledStep, StepRows
+from longspan.models.context import Attend, DraftModule
 from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import GatheredExperts
 from longspan.plan.drafts import SampledRows, accepted_rows, draft_run, next_token_ids, sampled_rows
 from longspan.plan.mirror import KnownRequest
+from longspan.plan.places import row_places, widened
 from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.result import DraftTokens
@@ -47,6 +49,8 @@ class SampledStep:
     hidden: Tensor
     # the tokens of this rank's sampled rows, int64 [samples]
     sampled: Tensor
+    # its rows where the device found them; None where they are those of the plan
+    settled: SettledStep | None = None
 
 
 class Drafter(Protocol):
@@ -62,11 +66,16 @@ class Drafter(Protocol):
     def record(self, shown: bool) -> None:
         """Record what is recorded. With `shown` there is a progress bar."""
 
-    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+    def hidden(
+        self, plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest], token_ids: Callable[[], Tensor]
+    ) -> tuple[Tensor, SettledStep | None] | None:
         """The model's hidden states [T, hidden] of a step, if it is recorded so that `draft` may be; None if it is not.
 
         `token_ids` gives int64 [T] on the device. Called for every step, before `draft`.
         """
+
+    def settle(self, plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest]) -> SettledStep | None:
+        """The rows of a step that is not recorded; None if they are those of the plan."""
 
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """Start drafting. The attention of a step that was not recorded is still prepared.
@@ -138,9 +147,36 @@ class ModuleDrafter:
             for _ in with_progress("recording steps with drafts", self.graphs.record(), self.graphs.count, shown):
                 pass
 
-    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+    def hidden(
+        self, plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest], token_ids: Callable[[], Tensor]
+    ) -> tuple[Tensor, SettledStep | None] | None:
         """See `Drafter.hidden`."""
-        return None if self.graphs is None else self.graphs.hidden(view, token_ids)
+        graphs, carried = self.graphs, self.carried
+        if graphs is None:
+            return None
+        if carried is None or len(view.positions) > graphs.most:
+            found = graphs.hidden(view, token_ids)
+            return None if found is None else (found, None)
+        wide = self._view(widened(plan), requests)
+        places = row_places(plan, view, wide, self.place.pcp, carried.columns, carried.none)
+        found, rows = graphs.hidden(wide, token_ids, places), graphs.rows
+        if found is None or not isinstance(rows, SettledRows):
+            return None
+        return found, SettledStep(rows.first(len(view.positions), len(wide.positions)), wide)
+
+    def settle(self, plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest]) -> SettledStep | None:
+        """See `Drafter.settle`."""
+        carried = self.carried
+        if carried is None or not view.pending:
+            return None
+        wide = self._view(widened(plan, prefill=False), requests)
+        places = row_places(plan, view, wide, self.place.pcp, carried.columns, carried.none)
+        return SettledStep(RowInputs.of(places, self.device).settle(carried.table), wide)
+
+    @property
+    def carried(self) -> Carried | None:
+        """What a step leaves for the next one; None if that is planned when the drafts are known."""
+        return None if self.chain is None else self.chain.carried
 
     def first_input(self, hidden: Tensor) -> Tensor:
         """What the first run takes [T, width], from the hidden states [T, hidden] of the step that was just run."""
@@ -148,34 +184,42 @@ class ModuleDrafter:
 
     def draft(self, step: SampledStep, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """See `Drafter.draft`."""
-        view, attention, graphs, own = step.view, self.attention, self.graphs, None
-        if self.has_own_attention:
-            own = self._view(step.plan, requests)
-        sampled = [] if self.chain is None else sampled_rows(view, requests)
+        view, graphs, chain = step.view, self.graphs, self.chain
+        own = self._view(widened(step.plan), requests) if self.has_own_attention else None
         recorded = None if graphs is None else graphs.taken(len(view.positions))
+        sampled = [] if chain is None else sampled_rows(step.plan, view, requests)
         found = None if graphs is None else graphs.draft((view, own), sampled, step.sampled, requests)
-        if found is not None:
-            return read_chain(found, sampled)
-        if own is not None or recorded is not None:
-            attention.begin(attention.preparer.step(own or view))
-        taken = self.first_input(step.hidden) if recorded is None else recorded
-        if self.chain is not None:
-            return self._follow(self.chain, step, taken, sampled, requests)
-        return self._draft_with_others(step, taken, requests)
+        if found is None and step.settled is None and (own is not None or recorded is not None):
+            self.attention.begin(self.attention.preparer.step(own or view))
+        if chain is None:
+            return self._draft_with_others(step, self.first_input(step.hidden), requests)
+        if found is None:
+            taken = self.first_input(step.hidden) if recorded is None else recorded
+            found = self._follow(chain, step, taken, sampled, requests)
+        if chain.carried is not None:
+            chain.carried.keep(found, [each.request_id for each in sampled])
+        return read_chain(found, sampled)
 
     def _follow(
         self, chain: DraftChain, step: SampledStep, taken: Tensor, sampled: Sequence[SampledRows],
         requests: Mapping[str, KnownRequest],
-    ) -> ReadDrafts:  # fmt: skip
-        """`draft` on the only rank of a context group, without a graph. The attention of the first run is prepared."""
+    ) -> Tensor:  # fmt: skip
+        """The result of `DraftChain.tokens_after`, without a graph. The attention of rows of the plan is prepared."""
+        view, settled = step.view, step.settled
+        if settled is None:
+            attend: Attend = self.attention
+            positions = self._integers(view.positions)
+            rows = StepRows(self._integers(view.token_ids), positions, torch.zeros_like(positions))
+        else:
+            attend, rows = settled.attend(self.attention, view), settled.rows
         later = chain.later_runs(sampled, requests)
-        inputs = chain.inputs(step.view, sampled, later)
-        hidden = chain.first_run(inputs, step.sampled, taken, self._integers(step.view.positions))
+        inputs = chain.inputs(view, sampled, later)
+        hidden = chain.first_run(inputs, step.sampled, taken, rows.positions, attend)
         if not sampled:
-            return tuple
+            return hidden.new_empty(2 + self.tokens, 0, dtype=torch.int64)
         if self.experts is not None:
             self.experts.expect([len(sampled)])
-        return read_chain(chain.tokens_after(inputs, step.sampled, hidden, chain.prepare(later)), sampled)
+        return chain.tokens_after(inputs, step.sampled, rows, hidden, chain.prepare(later))
 
     def _draft_with_others(self, step: SampledStep, taken: Tensor, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """`draft` where ranks tell each other what they have sampled. The attention of the first run is prepared."""

@@ -25,6 +25,7 @@ from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.recorded import RecordedDraw
 from longspan.engine.rank.sampling.rows import SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
+from longspan.engine.rank.settled_rows import SettledStep
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
 from longspan.parallel.collectives import Collectives
@@ -183,32 +184,46 @@ class Runner:
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
         )
-        hidden = self._hidden(plan, view)
+        hidden, settled = self._hidden(plan, view)
         if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
             return StepResult
         returns = self._grid.returns_tokens(self._rank)
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
-        draft = None if self.drafter is None else partial(self._draft, self.drafter, plan, view, hidden)
+        draft = None
+        if self.drafter is not None:
+            step = SampledStep(plan, view, hidden, hidden[:0], settled)
+            draft = partial(self._draft, self.drafter, step)
         if not view.samples:
             return self._finish(view, hidden, scores, draft)
-        logits = self._model.head(hidden[self._integers([wanted.row for wanted in view.samples])])
-        return self._finish(view, logits, scores, draft)
+        sampled = self._integers([wanted.row for wanted in view.samples])
+        shifts = None if settled is None else settled.rows.shifts[sampled]
+        return self._finish(view, self._model.head(hidden[sampled]), scores, draft, shifts=shifts)
 
-    def _draft(self, drafter: Drafter, plan: StepPlan, view: RankView, hidden: Tensor, sampled: Tensor) -> ReadDrafts:
-        """Start drafting after the tokens `sampled` int64 [samples], from the rows' `hidden` [T, hidden]."""
+    def _draft(self, drafter: Drafter, step: SampledStep, sampled: Tensor) -> ReadDrafts:
+        """Start drafting after the tokens `sampled` int64 [samples]."""
         with self._groups.context.traffic.within("drafts"):
-            return drafter.draft(SampledStep(plan, view, hidden, sampled), self._mirror.requests)
+            return drafter.draft(replace(step, sampled=sampled), self._mirror.requests)
 
-    def _hidden(self, plan: StepPlan, view: RankView) -> Tensor:
-        """Hidden states [T, hidden] after the layers of this stage."""
-        recorded = self.cuda_graphs.short if self.drafter is None and self.cuda_graphs else self.drafter
-        if recorded is not None and (found := recorded.hidden(view, partial(self._token_ids, view))) is not None:
-            return found
-        self._attention.begin(self._attention.preparer.step(view))
+    def _hidden(self, plan: StepPlan, view: RankView) -> tuple[Tensor, SettledStep | None]:
+        """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
+        token_ids, requests, settled = partial(self._token_ids, view), self._mirror.requests, None
+        if self.drafter is not None:
+            recorded = self.drafter.hidden(plan, view, requests, token_ids)
+            if recorded is not None:
+                return recorded
+            settled = self.drafter.settle(plan, view, requests)
+        elif self.cuda_graphs is not None and self.cuda_graphs.short is not None:
+            found = self.cuda_graphs.short.hidden(view, token_ids)
+            if found is not None:
+                return found, None
         if self._experts is not None:
             self._experts.expect(self._rows_of_pcp(plan))
-        return self._model.layers(self._enter(view), self._integers(view.positions), self._attention)
+        if settled is not None and self._model.embedding is not None:
+            attend, rows = settled.attend(self._attention, view), settled.rows
+            return self._model.layers(self._model.embedding(rows.token_ids), rows.positions, attend), settled
+        self._attention.begin(self._attention.preparer.step(view))
+        return self._model.layers(self._enter(view), self._integers(view.positions), self._attention), None
 
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner, rows: Sequence[int]) -> Finish:
         """Run a decode step as a CUDA graph, with `rows` rows of each pcp index. Every row is sampled."""
@@ -235,8 +250,9 @@ class Runner:
     def _finish(
         self, view: RankView, logits: Tensor, scores: Sequence[Scores],
         draft: Callable[[Tensor], ReadDrafts] | None = None, recorded: RecordedDraw | None = None,
+        shifts: Tensor | None = None,
     ) -> Finish:  # fmt: skip
-        """Start sampling from `logits` fp32 [samples, vocab], and then drafting.
+        """Start sampling from `logits` fp32 [samples, vocab], and then drafting. `shifts` are those of `Sampler.start`.
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
         where they draft from them.
@@ -247,7 +263,7 @@ class Runner:
             if draft:
                 draft(self._integers(()))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        sampling = self._sample(logits, view.samples, recorded)
+        sampling = self._sample(logits, view.samples, recorded, shifts)
         drafts = draft(sampling.token_ids) if draft else tuple
 
         def finish() -> StepResult:
@@ -285,22 +301,24 @@ class Runner:
 
     def _token_ids(self, view: RankView) -> Tensor:
         """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
-        sources = [self._sampled_rows[request] for _, request in view.pending]
+        sources = [self._sampled_rows[pending.request_id] for pending in view.pending]
         if len(sources) == len(view.token_ids) == len(self._sampled) and sources == list(range(len(sources))):
             return self._sampled  # the same requests as in the step before
         known = self._integers(view.token_ids)
         if sources:
-            rows = self._integers([row for row, _ in view.pending])
+            rows = self._integers([pending.row for pending in view.pending])
             known.index_copy_(0, rows, self._sampled.index_select(0, self._integers(sources)))
         return known
 
     def _integers(self, values: Sequence[int]) -> Tensor:
         return integers(values, self._device)
 
-    def _sample(self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None) -> Sampling:
+    def _sample(
+        self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None, shifts: Tensor | None
+    ) -> Sampling:
         """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be."""
         rows = self._rows(samples)
-        sampling = self._sampler.start(logits, rows, recorded)
+        sampling = self._sampler.start(logits, rows, recorded, shifts)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
             self._sampled_rows = {name: number for number, name in enumerate(rows.names)}

@@ -14,26 +14,33 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import RecordableBackend
+from longspan.attention.prepared import PreparedStep
 from longspan.attention.refillable import RefillableLocalStep
 from longspan.attention.step_buffer import StepBuffer
 from longspan.engine.rank.recorder import Recorder
-from longspan.models.context import Model
+from longspan.engine.rank.settled_rows import Carried, RefillableRows, SpreadRows, StepRows, slot_writer
+from longspan.models.context import Attend, Model
+from longspan.plan.places import RowPlaces
 from longspan.plan.view import RankView
 
 SHORT_SIZES = (16, 32, 64, 128)
 """Rows of the graphs. Above them a GPU takes longer than the host."""
+
+_PLACES_OF_ROW = 2  # a step of 1 + K rows of each request has 1 + 2 K places of it
 
 
 class ShortSteps:
     """The graphs of all sizes (ascending). One that `record` has not made is recorded in the first step of its size.
 
     With `longest` they are of steps whose segments have so many rows at most, and tiles of attention are chosen for
-    these. `then` is recorded behind the layers: it is given the hidden states [rows, hidden].
+    these. `then` is recorded behind the layers: it is given the hidden states [rows, hidden]. With `carried` rows are
+    found on the device, and a graph has room for twice as many places: see `plan/places.py`.
     """
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
         sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
+        carried: Carried | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
@@ -42,6 +49,7 @@ class ShortSteps:
         self.sizes = tuple(sizes)
         self.longest = longest
         self._then = then
+        self._carried = carried
         self._made: dict[int, ShortGraph] = {}
         self.last: ShortGraph | None = None  # the graph of the step in `hidden`; None if it was not recorded
 
@@ -57,29 +65,32 @@ class ShortSteps:
         """Number of graphs."""
         return len(self.sizes)
 
-    def hidden(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
+    def hidden(self, view: RankView, token_ids: Callable[[], Tensor], places: RowPlaces | None = None) -> Tensor | None:
         """Hidden states [T, hidden] of a step, before the head. `token_ids` gives int64 [T] on the device.
+
+        Where rows are found on the device `places` are those of the step, and `view` has a row for each of them.
 
         None if the step has too many rows, or something in it is not local or has no room in the graph's buffers. The
         next step overwrites the result.
         """
         self.last = None
         count = len(view.positions)
+        if places is not None:
+            count = max(len(places.token_ids), -(-count // _PLACES_OF_ROW))
         rows = next((rows for rows in self.sizes if rows >= count), None)
         runs = (run.length for phase in view.phases for run in phase.groups[0].own)
         if rows is None or (self.longest is not None and max(runs, default=0) > self.longest):
             return None
         graph = self.graph(rows)
-        found = graph.run(view, token_ids)
+        found = graph.run(view, token_ids) if places is None else graph.run_places(view, places)
         self.last = None if found is None else graph
         return found
 
     def graph(self, rows: int) -> ShortGraph:
         """The graph of one of the sizes, recorded now if it has not been."""
         if rows not in self._made:
-            buffer = StepBuffer(self._attention.pool.device)
-            step = RefillableLocalStep(self._attention.preparer, self._backend, rows, buffer, self.longest)
-            graph = ShortGraph(self._model, self._attention, step, (rows, self.longest), buffer, self._then)
+            parts = self._model, self._attention, self._backend
+            graph = ShortGraph(parts, (rows, self.longest), self._then, self._carried)
             graph.record(self._recorder)
             self._made[rows] = graph
         return self._made[rows]
@@ -89,28 +100,45 @@ class ShortGraph:
     """The graph of one size: of so many rows, in segments of up to `longest`, or of any length if it is None."""
 
     def __init__(
-        self, model: Model, attention: Attention, step: RefillableLocalStep, size: tuple[int, int | None],
-        buffer: StepBuffer, then: Callable[[Tensor], None] | None,
+        self, parts: tuple[Model, Attention, RecordableBackend], size: tuple[int, int | None],
+        then: Callable[[Tensor], None] | None, carried: Carried | None,
     ) -> None:  # fmt: skip
-        rows, self.longest = size
-        self.rows = rows
-        self.prepared = step.prepared
-        self._model = model
-        self._attention = attention
-        self._step = step
-        self._buffer = buffer
+        self._model, self._attention, self._backend = parts
+        self.size, self.longest = size
         self._then = then
-        self._token_ids = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
-        self._positions = buffer.reserve(rows, torch.int64)
+        device = self._attention.pool.device
+        self._buffer = StepBuffer(device)
+        # where rows are found on the device
+        self._settled = None
+        if carried is not None:
+            self._settled = RefillableRows(self.size, self.size * _PLACES_OF_ROW + 1, carried, self._buffer)
+        self._step = self.refillable(self._attention, self._backend, self._buffer)
+        self._token_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
+        self._positions = self._buffer.reserve(self.size, torch.int64)
+        # the rows of the last step, at fixed addresses
+        self.rows = StepRows(self._token_ids, self._positions.device, torch.zeros_like(self._token_ids))
+        if self._settled is not None:
+            self.rows = self._settled.rows
         self._replay: Callable[[], Tensor] = self._compute
 
-    @property
-    def positions(self) -> Tensor:
-        """Positions of the rows of the last step, int64 [rows], at a fixed address."""
-        return self._positions.device
+    def refillable(self, attention: Attention, backend: RecordableBackend, buffer: StepBuffer) -> RefillableLocalStep:
+        """The attention of such steps, in the layers of `attention`."""
+        rows = self.size if self._settled is None else self._settled.places
+        return RefillableLocalStep(attention.preparer, backend, rows, buffer, self.longest)
+
+    def attend(self, attention: Attention, step: RefillableLocalStep | None = None) -> Attend:
+        """The attention of the last step in the layers of `attention`, as `refillable` has prepared it."""
+        prepared = (step or self._step).prepared
+        if self._settled is None:
+            attention.begin(prepared)
+            return attention
+        places, slots = self._settled.rows.places, self._settled.rows.slots
+        prepared = PreparedStep(prepared.phases, slot_writer(attention.ops.backend, slots))
+        return SpreadRows(attention, prepared, places, len(slots))
 
     def record(self, recorder: Recorder) -> None:
         """Record the graph."""
+        self._buffer.send()
         self._replay = recorder.record(self._compute)
 
     def run(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
@@ -123,12 +151,22 @@ class ShortGraph:
         self._buffer.send()
         return self._replay()[:count]
 
+    def run_places(self, wide: RankView, places: RowPlaces) -> Tensor | None:
+        """See `ShortSteps.hidden`."""
+        if self._settled is None or not self._step.fill(wide):
+            return None
+        self._settled.fill(places)
+        self._buffer.send()
+        return self._replay()[: len(places.token_ids)]
+
     def _compute(self) -> Tensor:
         model = self._model
         if model.embedding is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
-        self._attention.begin(self.prepared)
-        hidden = model.layers(model.embedding(self._token_ids), self._positions.device, self._attention)
+        if self._settled is not None:
+            self._settled.settle()
+        x = model.embedding(self.rows.token_ids)
+        hidden = model.layers(x, self.rows.positions, self.attend(self._attention))
         if self._then is not None:
             self._then(hidden)
         return hidden

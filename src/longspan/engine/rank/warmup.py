@@ -70,6 +70,11 @@ def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
     plans = list(warmup_plans(setup))
     for plan in with_progress("compiling kernels", plans, len(plans), shown):
         runner.step(plan)
+    if runner.drafter is not None and setup.drafts_on_device:  # short chunks in steps with too many rows for a graph
+        recorded, runner.drafter = runner.drafter, runner.drafter.with_graphs(None)
+        for plan in _scattered(setup, _LOCAL):
+            runner.step(plan)
+        runner.drafter = recorded
 
 
 def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
@@ -109,8 +114,10 @@ def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
     if _longest(setup) > positions // 2:  # `_prefill` has divided it
         yield from _later_chunks(setup, min(_longest(setup), positions - 2), (1,), scattered=False)
     expanded = expansion.per_token // expansion.saved_per_pair + 1 if expansion.saved_per_pair else None
+    for drafts in _numbers_of_drafts(setup) if setup.drafts_ahead else ():
+        yield from _later_chunks(setup, before, (1,), decode=1 + drafts, scattered=True)
     for length in (length for length in _SHORT if length <= room):
-        yield from _later_chunks(setup, before, (length,), decode=length == 1, scattered=True)
+        yield from _later_chunks(setup, before, (length,), decode=int(length == 1), scattered=True)
         if expanded is not None and expanded <= room:
             for scattered in (False, True):
                 yield from _later_chunks(setup, before, (expanded, length), scattered=scattered)
@@ -146,8 +153,11 @@ def _rows_of_step(setup: EngineSetup, drafts: int) -> int:
 
 
 def _pages_of_row(setup: EngineSetup, drafts: int) -> int:
-    """Pages of a request in `_decode`: for two tokens, its drafts, and as many more that are drafted behind these."""
-    return -(-(2 + 2 * drafts) // setup.config.cache.page_size)
+    """Pages of a request in `_decode`: for two tokens, its drafts, and as many more that are drafted behind these.
+
+    Drafts that are verified ahead may begin as many positions later.
+    """
+    return -(-(2 + (3 if setup.drafts_ahead else 2) * drafts) // setup.config.cache.page_size)
 
 
 def _numbers_of_drafts(setup: EngineSetup) -> list[int]:
@@ -243,13 +253,14 @@ def _in_runs(pages: int, run: int) -> Iterator[int]:
 
 
 def _later_chunks(
-    setup: EngineSetup, before: int, lengths: Sequence[int], scattered: bool, decode: bool = False
+    setup: EngineSetup, before: int, lengths: Sequence[int], scattered: bool, decode: int = 0
 ) -> Iterator[StepPlan]:
     """`before` tokens of a request for each of `lengths`, and then chunks of these lengths in one step.
 
-    Every pcp index has requests of its own. With `decode` a decode row of the same context follows, beside a prompt.
+    Every pcp index has requests of its own. With `decode` so many decode rows of the same context follow, beside a
+    prompt: all but one of them are drafts that are verified ahead.
     """
-    pages = -(-(before + max(lengths) + decode) // setup.config.cache.page_size)
+    pages = -(-(before + max(lengths) + 3 * decode) // setup.config.cache.page_size)
     named = [(f"{n} of {pcp}", pcp, length) for n, length in enumerate(lengths) for pcp in range(setup.grid.pcp)]
     requests = [_Request(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
 
@@ -264,9 +275,12 @@ def _later_chunks(
     if decode:
         requests.append(_Request("prompt", [0], _SAMPLING[0]))
         rows = [
-            _segment(setup, name, pcp, before + length, before + length + 1, _LOCAL, prefill=False)
+            _segment(
+                setup, name, pcp, before + length, before + length + decode, _LOCAL, prefill=False,
+                pending=decode if decode > 1 else 0, sample=decode,
+            )
             for name, pcp, length in named
-        ]
+        ]  # fmt: skip
         steps.append([*rows, _segment(setup, "prompt", 0, 0, 1, _LOCAL, prefill=True)])
     yield from _plans(setup, requests, steps, _LOCAL, int(scattered))
 
@@ -281,7 +295,8 @@ def _decode(
     setup: EngineSetup, rows: int, schedule: str, prefill: bool, kinds: Sequence[SamplingParams] = _SAMPLING,
     drafts: int = 0,
 ) -> Iterator[StepPlan]:  # fmt: skip
-    """Two decode steps of `rows` requests, the second with `drafts` each, or pending tokens under async scheduling.
+    """Two decode steps of `rows` requests, the second with `drafts` each; its tokens are pending where it may be
+    planned ahead.
 
     With `prefill` there is a short prompt in each step, so that it is not recorded.
     """
@@ -290,11 +305,11 @@ def _decode(
     steps = []
     for position in range(2):
         sample = 1 + drafts * position
-        pending = bool(position and setup.config.scheduler.async_scheduling and not drafts)
+        ahead = setup.drafts_ahead if drafts else setup.config.scheduler.async_scheduling
         steps.append([
             _segment(
-                setup, f"{row}", row % pcp, position, position + sample, schedule, prefill=False, pending=pending,
-                sample=sample,
+                setup, f"{row}", row % pcp, position, position + sample, schedule, prefill=False,
+                pending=sample if position and ahead else 0, sample=sample,
             )
             for row in range(rows)
         ])  # fmt: skip
@@ -306,13 +321,18 @@ def _decode(
 
 
 def _segment(
-    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: bool = False,
+    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: int = 0,
     sample: int = 1,
 ) -> Segment:  # fmt: skip
-    """A segment whose last `sample` rows are sampled. It needs pages of other ranks unless the schedule is `local`."""
+    """A segment whose last `sample` rows are sampled. It needs pages of other ranks unless the schedule is `local`.
+
+    One with pending drafts has as much slack.
+    """
     remote = 0 if schedule == _LOCAL else len(setup.model.layer_groups)
     tokens = (_TOKEN,) * (stop - start - pending)
-    return Segment(name, start, tokens, pcp, prefill, remote, sample=sample, pending=pending)
+    return Segment(
+        name, start, tokens, pcp, prefill, remote, sample=sample, pending=pending, slack=max(0, pending - 1)
+    )  # fmt: skip
 
 
 def _plans(

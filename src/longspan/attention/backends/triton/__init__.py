@@ -25,4 +25,6 @@ def _build(device: torch.device, shape: BackendShape) -> Backend:
     return TritonBackend(device, shape.value_dim)
 
 
-BACKEND = AttentionBackend("triton", devices=("cuda",), supports=_supports, build=_build, package="triton")
+BACKEND = AttentionBackend(
+    "triton", devices=("cuda",), supports=_supports, build=_build, package="triton", device_slots=True
+)

@@ -103,11 +103,13 @@ class Sampler:
         self._counts.forget(request_id)
 
     def start(
-        self, logits: Tensor, rows: SampleRows | Sequence[SampleRow], recorded: RecordedDraw | None = None
-    ) -> Sampling:
+        self, logits: Tensor, rows: SampleRows | Sequence[SampleRow], recorded: RecordedDraw | None = None,
+        shifts: Tensor | None = None,
+    ) -> Sampling:  # fmt: skip
         """Start sampling one token for each row of `logits` fp32 [R, vocab], which are not changed.
 
-        `recorded` draws from the same logits, if nothing changes them first.
+        `recorded` draws from the same logits, if nothing changes them first. `shifts` int64 [R] is how much later the
+        rows are than their positions say, where only the device knows; then nothing but noise depends on it.
 
         The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
         probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
@@ -133,7 +135,7 @@ class Sampler:
         forbidding = (i for i, row in rows.special.items() if row.allowed is not None or row.banned)
         chosen = sorted(batch.changing.union(forbidding))
         if draw is None and len(rows) > _ROWS_AT_ONCE and (chosen or batch.described):
-            return self._start_in_parts(logits, rows)
+            return self._start_in_parts(logits, rows, shifts)
         some = 0 < len(batch.described) < len(rows)
         wanted = upload.integers(batch.described) if some else None
         recorded = None if chosen or draw is None else recorded
@@ -143,12 +145,13 @@ class Sampler:
         sent = upload.send(logits.device)
         changed = None if changes is None else changes.apply(logits, self._counts, sent)
         if draw is None:
-            drawn = _draw_rows(logits, changed, chosen, rows)
+            drawn = _draw_rows(logits, changed, chosen, rows if shifts is None else _shifted(rows, shifts))
         elif recorded is not None:
             drawn = recorded.draw(batch.draw, rows.positions)
         else:
             full = logits if changes is None or changed is None else changes.put(changed, logits, sent)
-            drawn = draw(full, batch.draw, None if positions is None else sent[positions])
+            at = None if positions is None else sent[positions]
+            drawn = draw(full, batch.draw, at if at is None or shifts is None else at + shifts)
             drawn = drawn if changes is None else outcome(drawn[0], logits.amax(-1))
         token_ids = drawn[0]
         if changes is not None:
@@ -161,11 +164,11 @@ class Sampler:
             results += describe(about[0], about[1], max(counts))
         return Sampling(token_ids, _finish(start_reading(results), rows, batch.described, counts))
 
-    def _start_in_parts(self, logits: Tensor, rows: SampleRows) -> Sampling:
+    def _start_in_parts(self, logits: Tensor, rows: SampleRows, shifts: Tensor | None) -> Sampling:
         """See `start`. What it makes from the logits is as large as they are, so it is made for some rows at a time."""
-        steps = range(0, len(rows), _ROWS_AT_ONCE)
+        some = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(rows), _ROWS_AT_ONCE)]
         whole = [rows[i] for i in range(len(rows))]
-        parts = [self.start(logits[at : at + _ROWS_AT_ONCE], whole[at : at + _ROWS_AT_ONCE]) for at in steps]
+        parts = [self.start(logits[at], whole[at], None, None if shifts is None else shifts[at]) for at in some]
         token_ids = torch.cat([part.token_ids for part in parts])
         return Sampling(token_ids, lambda: Sampled.joined([part.finish() for part in parts]))
 
@@ -240,6 +243,12 @@ def _draw_rows(logits: Tensor, changed: Tensor | None, chosen: Sequence[int], ro
         drawn = [_sample_row(of_row.get(i, logits[i]), rows[i]) if usable[i] else 0 for i in others]
         token_ids[torch.tensor(others)] = torch.tensor(drawn)
     return outcome(token_ids, peaks.values)
+
+
+def _shifted(rows: SampleRows, shifts: Tensor) -> SampleRows:
+    """The rows at their positions, on a CPU."""
+    at = enumerate(shifts.tolist())
+    return SampleRows.of([rows[i]._replace(position=rows.positions[i] + shift) for i, shift in at])
 
 
 def _sample_row(logits: Tensor, row: SampleRow) -> int:
