@@ -35,7 +35,7 @@ _FLAGS = (
 _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 _SECONDS = 120.0  # a compiler that takes longer is given up
 _ARGUMENTS = {  # of the functions that compute a step, as letters of `TYPES`
-    "product": "pppprii", "lookup": "pripiiip", "attend": "piippiippiiiifp", "write": "piipiippiiiip",
+    "product": "pppprii", "lookup": "pripiiip", "attend": "piippiippiiiifppii", "write": "piipiippiiiip",
     "norm": "pipipppirif", "swiglu": "pipri", "rope": "piipppfriii", "rope_table": "ppfppri",
 }  # fmt: skip
 

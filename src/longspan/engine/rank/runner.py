@@ -107,7 +107,8 @@ class Runner:
         grid, rank = parts.grid, parts.rank
         self._grid = grid
         self._rank = rank
-        self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
+        first_slots = parts.attention.pool.first_slots
+        self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp, first_slots)
         self._model = parts.model
         self._attention = parts.attention
         self._groups = parts.groups
@@ -175,7 +176,7 @@ class Runner:
             return StepResult
         schedules = self._attention.schedules
         graphs, attention = self.cuda_graphs, self._attention
-        if graphs is not None and recordable(plan, schedules) and graphs.has_room(plan):
+        if graphs is not None and recordable(plan, schedules, graphs.sends) and graphs.has_room(plan):
             return self._replay(plan, graphs)
         view = rank_view(
             plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
