@@ -34,6 +34,7 @@ _CONSTRAINED = f"{_CONSTRAINTS}::test_constrained_tokens_are_those_of_transforme
 _MODULE = "tests/engine/test_multi_token_prediction.py"
 _UNDER = "tests/engine/test_drafts_under_constraints.py"
 _AHEAD = "tests/engine/test_drafts_ahead.py"
+_MAPPED = "tests/engine/test_mapped_pages.py"
 _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
 
 ATTENTION = (
@@ -190,6 +191,21 @@ ATTENTION = (
 )  # fmt: skip
 
 RANKS = (
+    Fault(
+        "keys of the same step are read before they are written", "attention/schedules/mapped_kv.py",
+        "join.group.collectives.await_writes(", "(lambda *_: None)(",
+        (f"{_MAPPED}::test_a_layer_reads_what_a_late_rank_has_yet_to_write_in_the_same_step",),
+    ),
+    Fault(
+        "a step starts while another rank reads the pages of the one before it", "engine/driver/executors/threads.py",
+        "self._step_starts[rank].wait()", "pass",
+        (f"{_MAPPED}::test_steps_that_are_submitted_at_once_read_each_others_pages_in_order[reader]",),
+    ),
+    Fault(
+        "a rank's own slots come last among those that it reads in place", "plan/reach.py",
+        "    after = slots[own]\n", "    after = 0\n",
+        (f"{_RANKS}::test_several_requests_travel_in_one_step[(1, 2, 1)-mapped_kv]",),
+    ),
     Fault(
         "ring neighbours are swapped", "attention/schedules/ring.py",
         "group.start_shift(current, ring[-1], shapes[following], ring[1], label)",

@@ -67,6 +67,7 @@ WITHIN_ENGINE = ("transport", "rank", "driver")
 
 COMMUNICATE = {
     "attention/calibrate.py": "times the collectives",
+    "attention/pool.py": "finds the pools of ranks that share memory",
     "bench/schedules.py": "ranks wait for each other before a measurement",
     "engine/rank/runner.py": "hands hidden states on, and compares digests",
     "engine/rank/drafting.py": "tells the other ranks what it has sampled",

@@ -159,7 +159,9 @@ def test_where_steps_are_recorded_decode_takes_a_schedule_that_can_be(tiny):
     tokens_of(llm)
     assert "gather_q" not in schedules_that_moved(llm)
     scheduler = llm.engine.scheduler
-    scheduler.chooser = replace(scheduler.chooser, records_decode=True)
+    model = scheduler.chooser.model
+    of_gpus = replace(model, group=replace(model.group, maps_pools=False))
+    scheduler.chooser = replace(scheduler.chooser, model=of_gpus, records_decode=True)
     recorder = record(llm)
     assert tokens_of(llm) == expected_of("llama")
     assert recorder.replayed >= 8

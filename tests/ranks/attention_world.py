@@ -105,7 +105,8 @@ class World:
         self.cache = CacheManager(at.page_size, pages, enable_prefix_caching=True)
         kv_heads = max_kv_heads(self.grid, at.q_heads, at.kv_heads)
         shape = AttentionShape(at.q_heads // at.tp, kv_heads, at.head_dim, self.dtype.itemsize)
-        group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)))
+        maps = SCHEDULES.get(at.schedule, SCHEDULES["local"]).moves == "signals"
+        group = GroupShape(self.grid.shards_of_pcp, self.grid.nodes(self.grid.context_group(0)), maps_pools=maps)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=at.budget, max_num_seqs=min(at.budget, 64), local_context=at.local_context,
@@ -118,6 +119,9 @@ class World:
         self.traffic = [Traffic() for _ in range(self.grid.world_size)]
         self.shardings = [Sharding(self.grid, rank, at.q_heads, at.kv_heads) for rank in range(self.grid.world_size)]
         self.attentions = [self._attention(rank, fabric, pages) for rank in range(self.grid.world_size)]
+        if maps:
+            with self._threads() as threads:
+                list(threads.map(Attention.map_peers, self.attentions))
         self.mirrors = [Mirror(at.page_size, shards) for _ in range(self.grid.world_size)]
         self.plans: list[StepPlan] = []
         self.left: dict[str, int] = {}  # tokens that a request still wants
@@ -148,6 +152,9 @@ class World:
             at.windows,
         )
 
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.grid.world_size, initializer=torch.set_num_threads, initargs=(1,))
+
     def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """Queue a request whose q, k, v at each position depend on the tokens up to it."""
         params = SamplingParams(max_tokens=max_tokens, temperature=0)
@@ -166,9 +173,14 @@ class World:
         """The schedules under which a rank has sent bytes to another."""
         return {label for traffic in self.traffic for label, sent in traffic.bytes_by_label.items() if sent}
 
+    @property
+    def planned(self) -> set[str]:
+        """The schedules of all plans."""
+        return {name for plan in self.plans for name in (*plan.decode_schedules, *plan.prefill_schedules)}
+
     def run(self, steps: int = 1 << 30) -> None:
         """Step until everything is finished, checking every row of every step."""
-        with ThreadPoolExecutor(self.grid.world_size, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with self._threads() as pool:
             while len(self.plans) < steps and (plan := self.scheduler.schedule()) is not None:
                 self.plans.append(plan)
                 list(pool.map(lambda rank: self._step(rank, plan), range(self.grid.world_size)))
@@ -192,8 +204,8 @@ class World:
     def _compute(self, rank: int, plan: StepPlan) -> None:
         place, mirror = self.grid.ranks[rank], self.mirrors[rank]
         mirror.apply(plan)
-        where = Place(place.pcp, place.shard, self.grid.shards_of_pcp)
         attention = self.attentions[rank]
+        where = Place(place.pcp, place.shard, self.grid.shards_of_pcp, attention.pool.first_slots)
         view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves, attention.causal_runs)
         attention.begin(attention.preparer.step(view))
         rows = self._rows(plan, place.pcp)

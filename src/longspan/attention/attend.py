@@ -53,6 +53,10 @@ class Attention:
         """Whether segments read their own tokens from the cache, where they are local: see `rank_view`."""
         return self.ops.backend.causal_runs
 
+    def map_peers(self) -> None:
+        """Read the pages of all members of the context group in place from now on: see `KVPool.map_peers`."""
+        self.pool.map_peers(self._group.collectives)
+
     def begin(self, step: PreparedStep) -> None:
         """Use this step in all following calls."""
         self._step = step
@@ -63,6 +67,7 @@ class Attention:
         k and v are also written to the pool.
         """
         kv = self.pool.layers[layer.index]
+        whole_kv = self.pool.mapped.get(layer.index, kv)
         # writing comes first: local segments find their own tokens in the cache
         self._step.writer.write(kv, k, v)
         variant, group = self.ops.variant(layer), self._group_of[layer.window]
@@ -70,7 +75,9 @@ class Attention:
         parts: list[AttentionState] = []
         for each in self._step.phases:
             rows = slice(each.start, each.stop)
-            parts += self._phase(each.groups[group], variant, kv, (q[rows], k[rows], v[rows]), dtype)
+            reached = each.groups[group]
+            seen = whole_kv if reached.reach.in_place else kv
+            parts += self._phase(reached, variant, seen, (q[rows], k[rows], v[rows]), dtype)
         if not parts:
             return q.new_zeros(*q.shape[:-1], variant.value_dim)
         whole = concatenate(parts)

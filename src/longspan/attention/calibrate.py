@@ -6,7 +6,7 @@ It owns what is run and timed. All ranks measure at the same time, because they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from statistics import median
 
 import torch
@@ -121,7 +121,12 @@ class Calibration:
             shares=tuple(KeyShare((one,), 1) for _ in shards),
             key_runs=tuple(KeyRun(shard, 0, 1, one) for shard in shards) if busy_here else (),
         )
-        kv, q = self._rows(1), self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
+        kv = self._rows(1)
+        if schedule.moves == "signals":
+            seen = QueryRun(0, 1, tuple(Span(shard, 1) for shard in shards))
+            reach = replace(reach, own=(seen,) if busy_here else (), in_place=True)
+            kv = replace(kv, peers=tuple(self._rows(1) for _ in shards[1:]))
+        q = self._random(int(busy_here), self.shape.q_heads, self.shape.head_dim)
         prepared = Preparer(self.ops.backend, ExpansionCost(), (None,)).reach(reach, len(q))
         join = Join(q, kv, prepared, GroupedQueryVariant(self.ops), self.context)
         return self._together(lambda: schedule.run(join), _SCHEDULE_REPEATS)

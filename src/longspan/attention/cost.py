@@ -104,8 +104,9 @@ class CostModel:
 
     @cached_property
     def moving(self) -> tuple[Priced, ...]:
-        """The schedules under which something travels."""
-        return tuple(schedule for schedule in self.schedules.values() if schedule.moves is not None)
+        """The schedules under which something travels, of those that this group can have."""
+        unable = (None,) if self.group.maps_pools else (None, "signals")
+        return tuple(schedule for schedule in self.schedules.values() if schedule.moves not in unable)
 
     def estimates(self, workload: PhaseWorkload) -> list[Estimate]:
         """The cost of every schedule under which something travels."""
@@ -258,7 +259,7 @@ class ScheduleChooser:
     model: CostModel
     # name of the schedule that the user chose, or `auto`
     forced: str = "auto"
-    # whether decode steps are recorded as CUDA graphs
+    # whether decode steps are recorded
     records_decode: bool = False
 
     def __post_init__(self) -> None:
@@ -269,9 +270,12 @@ class ScheduleChooser:
         """The schedules among which one is chosen for decode, where that is recorded.
 
         A step under another schedule is not recorded, and its launches cost several times what any schedule can save.
-        The constants cannot show this, because they are measured without recording.
+        The constants cannot show this, because they are measured without recording. Where pools are mapped, calls of
+        a CPU's kernels are recorded, between which nothing can be sent.
         """
-        return tuple(schedule for schedule in self.model.moving if schedule.recordable)
+        found = [schedule for schedule in self.model.moving if schedule.recordable]
+        in_place = [schedule for schedule in found if schedule.moves == "signals"]
+        return tuple(in_place or found)
 
     def choose(self, workload: PhaseWorkload, decode: bool = False) -> str:
         """`local` if no row travels; else the schedule that the user chose, or the cheapest."""

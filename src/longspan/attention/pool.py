@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.layout import KVLayout
+from longspan.parallel.collectives import Collectives
+from longspan.plan.reach import first_slots
 from longspan.plan.view import WriteRun
 
 _FEW_RUNS = 4  # up to this many runs are written as slices, more with an index tensor
@@ -95,3 +98,21 @@ class KVPool:
         self.device = device
         self.slots = num_pages * page_size
         self.layers = {layer: rows() for layer in layers}
+        # the same layers with the rows of other ranks as peers; empty if this rank cannot read these in place
+        self.mapped: dict[int, CacheRows] = {}
+        self.first_slots: tuple[int, ...] = ()  # see `Place.first_slots`
+
+    def map_peers(self, group: Collectives) -> None:
+        """Make the rows of the other members readable in place. All members must call this at the same time.
+
+        Needs a group whose members share memory.
+        """
+        slots: list[int] = []
+        for layer, rows in self.layers.items():
+            values = group.in_place(rows.values)
+            scales = [None] * group.size if rows.scales is None else group.in_place(rows.scales)
+            pools = [CacheRows(one, its, rows.groups) for one, its in zip(values, scales, strict=True)]
+            slots = [pool.tokens for pool in pools]
+            del pools[group.rank]
+            self.mapped[layer] = replace(rows, peers=tuple(pools))
+        self.first_slots = first_slots(slots, group.rank) if slots else ()

@@ -58,7 +58,8 @@ class PreparedReach:
 
     # the same in plain integers
     reach: Reach
-    # local rows against this rank's pages; None if they see none, off the diagonal
+    # local rows against this rank's pages, or all rows against the pages of all ranks; None if they see none, off the
+    # diagonal
     own: OwnRuns | None
     # for each pcp index, its travelling rows against this rank's pages; without runs where keys travel
     received: tuple[PreparedRuns, ...]
@@ -145,14 +146,14 @@ class Preparer:
         """
         received = tuple(self.backend.prepare(block.runs, block.rows) for block in reach.blocks)
         runs, travel = reach.own, reach.travel
-        local = [segment for segment in segments if segment[0] < travel]
         if any(run.causal and self._expands(run) for run in runs):
-            local = sorted([*local, *((run.row, run.length) for run in runs if _divisible(run))])
+            segments = sorted([*segments, *((run.row, run.length) for run in runs if _divisible(run))])
             runs = [_off_diagonal(run) if _divisible(run) else run for run in runs]
+        local = [segment for segment in segments if segment[0] < travel]
         moving = [(row - travel, length) for row, length in segments if row >= travel]
         return PreparedReach(
             reach,
-            self.own(runs, travel),
+            self.own(runs, travel or travelling),  # rows that travel have runs here if they are read in place
             received,
             self,
             self._diagonals(local, travel, window),

@@ -32,13 +32,16 @@ class StepSize:
 class RefillableStep:
     """A prepared decode step whose runs and slots can be replaced in place.
 
-    Rows that pad a step write nothing and see nothing. `slots` is the number of slots of the pool.
+    Rows that pad a step write nothing and see nothing. `slots` is the number of slots of the pool. With `in_place`
+    local rows may see the slots of other ranks too.
     """
 
     def __init__(
-        self, preparer: Preparer, backend: RecordableBackend, size: StepSize, slots: int, buffer: StepBuffer
-    ) -> None:
+        self, preparer: Preparer, backend: RecordableBackend, size: StepSize, slots: int, buffer: StepBuffer,
+        in_place: bool = False,
+    ) -> None:  # fmt: skip
         self._preparer = preparer
+        self._in_place = in_place
         self._size = size
         blocks = 1 if size.schedule is None else size.pcp
         self._runs = [[backend.refillable(size.rows, slots, buffer) for _ in range(blocks)] for _ in preparer.windows]
@@ -78,7 +81,7 @@ class RefillableStep:
         """A reach of padded rows, from the runs of each block."""
         rows, schedule = self._size.rows, self._size.schedule
         if schedule is None:
-            return Reach("local", rows, runs[0], (), (), ())
+            return Reach("local", rows, runs[0], (), (), (), self._in_place)
         return Reach(schedule, 0, (), tuple(QueryBlock(rows, of_block) for of_block in runs), (), ())
 
 

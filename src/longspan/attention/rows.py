@@ -6,8 +6,10 @@ requests the rows belong to.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,10 +30,12 @@ class CacheRows:
     scales: Tensor | None = None
     # widths of the G groups of adjacent elements that share a scale
     groups: tuple[int, ...] = ()
+    # the same layer's rows in the pools of other ranks, where they can be read in place. Their slots follow these
+    peers: tuple[CacheRows, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Number of slots, S."""
+        """Number of slots, S, without those of peers."""
         return self.values.shape[2]
 
     @property
@@ -39,11 +43,26 @@ class CacheRows:
         """Elements of a row, D."""
         return self.values.shape[3]
 
+    @cached_property
+    def peer_words(self) -> array[int]:
+        """For kernels in C, of each peer: its first slot, the addresses of keys and values, and the stride of heads."""
+        words, first = array("q"), self.tokens
+        for peer in self.peers:
+            keys, values = peer.values[0], peer.values[-1]
+            words.extend((first, keys.data_ptr(), values.data_ptr(), keys.stride(0)))
+            first += peer.tokens
+        return words
+
     def at(self, span: Span) -> CacheRows:
         """The rows of a span, as views."""
-        stop = span.slot + span.length
-        scales = None if self.scales is None else self.scales[:, :, span.slot : stop]
-        return CacheRows(self.values[:, :, span.slot : stop], scales, self.groups)
+        held, start = self, span.slot
+        for peer in self.peers:
+            if start < held.tokens:
+                break
+            held, start = peer, start - held.tokens
+        stop = start + span.length
+        scales = None if held.scales is None else held.scales[:, :, start:stop]
+        return CacheRows(held.values[:, :, start:stop], scales, self.groups)
 
     def take(self, spans: Sequence[Span]) -> CacheRows:
         """The rows of `spans`, concatenated; views if there is one span, else a copy."""
@@ -72,8 +91,8 @@ class CacheRows:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the values are contiguous: those of a whole pool, not of a part of one."""
-        return self.values.is_contiguous()
+        """Whether the values are contiguous: those of one whole pool, not of a part of one, nor of several."""
+        return self.values.is_contiguous() and not self.peers
 
     def packed(self) -> Tensor:
         """The rows as one tensor, to be sent: [kv_factor, Hkv, S, D], or bytes [kv_factor, Hkv, S, D + 4 · G]."""

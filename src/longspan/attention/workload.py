@@ -102,6 +102,8 @@ class GroupShape:
     shares_memory: bool = False
     # whether members that compute in a step have the cores of those that do not
     shares_cores: bool = False
+    # whether members can read each other's pools in place
+    maps_pools: bool = False
 
     @property
     def members(self) -> int:

@@ -36,7 +36,9 @@ from longspan.plan.reach import Place
 from longspan.plan.view import rank_view
 
 _MOVES = {name: schedule.moves for name, schedule in SCHEDULES.items()}
-_MEASURED = [name for name, moves in _MOVES.items() if moves is not None]
+# not where pages are read in place, which only ranks of one kind can do
+_COMPARED = {name: schedule for name, schedule in SCHEDULES.items() if schedule.moves != "signals"}
+_MEASURED = [name for name, schedule in _COMPARED.items() if schedule.moves is not None]
 _ELEMENT_BYTES = 4  # queries and cached rows are fp32
 
 
@@ -204,7 +206,7 @@ class MeasureCells:
         grid = first.grid
         context = ContextGroup(group, grid.shards_of_pcp, grid.nodes(grid.context_group(rank)), WORKSPACE_TOKENS)
         place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-        constants = Calibration(ops, context, place, shape, SCHEDULES, torch.float32).measure()
+        constants = Calibration(ops, context, place, shape, _COMPARED, torch.float32).measure()
         spans = tuple(_measure(cell, rank, ops, group, everyone, traffic, self.iterations) for cell in self.cells)
         return _Measured(constants, spans)
 

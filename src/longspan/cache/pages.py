@@ -211,6 +211,25 @@ class PageTable:
         """The slots of the positions below `until` on `shard`, in position order."""
         return self._shards[shard].spans(self.visible(shard, until), self.page_size)
 
+    def spans_of_all(self, start: int, stop: int, first_slots: Sequence[int]) -> list[Span]:
+        """The slots of positions [start, stop) on all shards, in position order.
+
+        Slots of shard s are counted from `first_slots[s]`.
+        """
+        found: list[Span] = []
+        position = start
+        while position < stop:
+            number, offset = divmod(position, self.page_size)
+            page = self.pages[number]
+            length = min(self.page_size - offset, stop - position)
+            slot = first_slots[page.shard] + page.index * self.page_size + offset
+            if found and found[-1].slot + found[-1].length == slot:
+                found[-1] = Span(found[-1].slot, found[-1].length + length)
+            else:
+                found.append(Span(slot, length))
+            position += length
+        return found
+
     def slots(self, shard: int, start: int, stop: int) -> list[tuple[int, Span]]:
         """The slots of those positions in [start, stop) that are on `shard`, as (offset from `start`, slots)."""
         found: list[tuple[int, Span]] = []

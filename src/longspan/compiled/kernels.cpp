@@ -237,6 +237,11 @@ struct Runs {
   const Span *spans;
   const Index *starts, *stops;  // by row of a step, what it sees of its run's tokens
 };
+struct Peer {  // the same layer's rows in another pool of this process, whose slots are counted from `first`
+  Index first;
+  const float *keys, *values;
+  Index kv_head;
+};
 struct Writes {  // rows and the slots to which they go, likewise
   const Index *rows, *slots;
   Index count;
@@ -251,6 +256,8 @@ struct Attend {
   const Runs &runs;
   Index dim, group, heads;  // heads: of out
   float scale;
+  const Peer *peers;  // in order of their slots
+  Index peer_count, first_head;  // first_head: which of a peer's heads `keys` begins with
 
   void run(const Tile &tile, Index head, float *out, Index out_token, float *lse, Index lse_token) const {
     static thread_local std::vector<float> memory;
@@ -269,17 +276,24 @@ struct Attend {
     Index before = 0;  // tokens of the run before a span
     for (Index s = tile.first_span; s < tile.first_span + tile.spans; before += spans[s].length, s++) {
       const Index stop = before + spans[s].length < tile.stop ? before + spans[s].length : tile.stop;
+      Index slot = spans[s].slot, start = head * kv_head;
+      const float *held_keys = keys, *held_values = values;
+      for (Index p = 0; p < peer_count && spans[s].slot >= peers[p].first; p++) {
+        slot = spans[s].slot - peers[p].first;
+        start = (first_head + head) * peers[p].kv_head;
+        held_keys = peers[p].keys, held_values = peers[p].values;
+      }
       for (Index at = before > tile.start ? before : tile.start; at < stop; at += KEYS) {
         const Index count = stop - at < KEYS ? stop - at : KEYS;
-        const Index offset = head * kv_head + (spans[s].slot + at - before) * kv_slot;
+        const Index offset = start + (slot + at - before) * kv_slot;
         if (rows <= FEW) {
           for (Index r = 0; r < rows; r += 4)
-            dot_rows<4>(rows - r, queries + r * dim, dim, keys + offset, kv_slot, count, scores + r * KEYS, KEYS);
+            dot_rows<4>(rows - r, queries + r * dim, dim, held_keys + offset, kv_slot, count, scores + r * KEYS, KEYS);
         } else {
-          score_by_panels(rows, queries, keys + offset, count, turned, scores);
+          score_by_panels(rows, queries, held_keys + offset, count, turned, scores);
         }
         soften(tile, rows, at, count, scores, most, total, sum);
-        add_product(rows, dim, scores, KEYS, values + offset, kv_slot, count, sum, dim);
+        add_product(rows, dim, scores, KEYS, held_values + offset, kv_slot, count, sum, dim);
       }
     }
     for (Index i = 0; i < rows; i++) {
@@ -463,8 +477,10 @@ void lookup_blocks(
 // out [T, heads, dim], lse [T, heads]: see `CompiledRuns`
 void attend(
     const float *q, Index q_token, Index q_head, const float *keys, const float *values, Index kv_head, Index kv_slot,
-    float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale, const Runs *runs) {
-  const Attend call{q, q_token, q_head, keys, values, kv_head, kv_slot, *runs, dim, group, heads, scale};
+    float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale, const Runs *runs,
+    const Peer *peers, Index peer_count, Index first_head) {
+  const Attend call{q,     q_token, q_head, keys,  values, kv_head,    kv_slot,   *runs,
+                    dim,   group,   heads,  scale, peers,  peer_count, first_head};
   const Index state = group * (dim + 1);  // of a divided row in one KV head: its outs and its lses
   static thread_local std::vector<float> memory;
   memory.resize(runs->states * kv_heads * state);

@@ -37,7 +37,7 @@ _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 _SECONDS = 120.0  # a compiler that takes longer is given up
 _ARGUMENTS = {  # of the functions that compute a step, as letters of `TYPES`
     "product": "pppprii", "product_blocks": "ppppppriiii", "lookup": "pripiiip", "lookup_blocks": "pripppiiiip",
-    "attend": "piippiippiiiifp", "write": "piipiippiiiip", "norm": "pipipppirif", "swiglu": "pipri",
+    "attend": "piippiippiiiifppii", "write": "piipiippiiiip", "norm": "pipipppirif", "swiglu": "pipri",
     "rope": "piipppfriii", "rope_table": "ppfppri",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from longspan.attention.backends import BACKENDS, AttentionBackend
 from longspan.attention.schedules import SCHEDULES, Schedule
-from longspan.config import require
+from longspan.config import EngineConfig, require
 from longspan.models.registry import BUILT_IN, Family
 
 
@@ -40,6 +40,24 @@ class Extensions:
         """These families and the built-in ones. Raises `ConfigError` if the executor's ranks cannot use them."""
         _require_ranks_here("families", [name for family in self.families for name in family.architectures], executor)
         return (*self.families, *BUILT_IN)
+
+
+def carried_out(schedules: Mapping[str, Schedule], config: EngineConfig, device_type: str) -> Mapping[str, Schedule]:
+    """Those of the schedules that ranks can carry out. Raises `ConfigError` if the user has chosen another one.
+
+    Pages are read in place by ranks that share memory. Not where they draft with layers of a model: a draft sees keys
+    that another rank has written in the same step.
+    """
+    drafts = config.scheduler.speculative
+    chosen = schedules.get(config.scheduler.schedule)
+    if device_type == "cpu" and config.executor == "threads" and not (drafts and drafts.by_model):
+        return schedules
+    require(
+        chosen is None or chosen.moves != "signals", "schedule", config.scheduler.schedule,
+        "needs ranks that are threads on a CPU, and do not draft with a model",
+        "use --executor threads --device cpu without such drafts, or --schedule auto",
+    )  # fmt: skip
+    return MappingProxyType({name: one for name, one in schedules.items() if one.moves != "signals"})
 
 
 def _require_new(

@@ -28,7 +28,7 @@ from longspan.engine.computation import decide_computation, prepare_kernels
 from longspan.engine.devices import choose_executor, resolve_device
 from longspan.engine.draft_setup import DraftCheckpoint, DraftSetup
 from longspan.engine.dtypes import QUANTISED, cache_dtype, check_cache_dtype, gpu_generation, model_dtype
-from longspan.engine.extensions import NONE_ADDED, Extensions
+from longspan.engine.extensions import NONE_ADDED, Extensions, carried_out
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.engine.speculation import DraftTarget, check_tokens, check_weights, find_checkpoint, with_draft_layers
@@ -165,10 +165,17 @@ class EngineSetup:
     def records_calls(self) -> bool:
         """Whether decode steps are recorded as calls of a CPU's kernels, if the model computes by these alone.
 
-        They are not on several ranks, between whose kernels tensors are sent.
+        Nothing is sent between the kernels of such a step. So they are with several ranks only where each has all heads
+        and layers, and reads the pages of all in place.
         """
-        alone = self.grid.world_size == 1 and not self.drafts_of_model and not self.config.enforce_eager
-        return alone and self.device_type == "cpu" and self.config.cpu_kernels == "compiled"
+        whole = self.grid.tp == 1 and self.grid.pp == 1 and (self.maps_pools or self.grid.num_shards == 1)
+        plain = not self.drafts_of_model and not self.config.enforce_eager
+        return whole and plain and self.device_type == "cpu" and self.config.cpu_kernels == "compiled"
+
+    @property
+    def maps_pools(self) -> bool:
+        """Whether ranks can read each other's pages in place."""
+        return any(self.schedules[name].moves == "signals" for name in self.possible_schedules)
 
     @property
     def drafts_on_device(self) -> bool:
@@ -256,7 +263,7 @@ class EngineSetup:
         """The cost model of attention under this layout."""
         threads, grid = self.config.executor == "threads", self.grid
         lends = threads and self.device_type == "cpu" and self.config.num_threads is None
-        group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)), threads, lends)
+        group = GroupShape(grid.shards_of_pcp, grid.nodes(grid.context_group(0)), threads, lends, self.maps_pools)
         return CostModel(self.attention_shape, group, self.schedules, constants, WORKSPACE_TOKENS)
 
 
@@ -274,7 +281,7 @@ def resolve(
     if device_type == "cuda":
         config = replace(config, scheduler=config.scheduler.on_gpus(config.parallel.prefill_context_parallel_size))
     families = extensions.all_families(executor)
-    schedules = extensions.all_schedules(executor)
+    schedules = carried_out(extensions.all_schedules(executor), config, device_type)
     require_choice("schedule", config.scheduler.schedule, ("auto", *schedules))
     needs_weights = executor != "dry" if needs_weights is None else needs_weights
     if needs_weights:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longspan.errors import EngineError
 from longspan.parallel.trace import TRANSFER, Trace
 
 
@@ -136,6 +137,23 @@ class Collectives(ABC):
             return [x]
         shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in rows]
         return self.all_to_all([x] * self.size, shapes, label)
+
+    def in_place(self, x: Tensor) -> list[Tensor]:
+        """Every member's tensor, in member order: the tensors themselves, where members see what others write later.
+
+        Members may pass different shapes. Raises `EngineError` if they share no memory.
+        """
+        raise EngineError("the members of this group share no memory")
+
+    def await_writes(self, among: Sequence[int], label: str) -> None:
+        """Tell these members that what this one has written may be read, and wait until all of them have told it.
+
+        Other members tell nobody anything.
+        """
+        told = [int(member in among and self.rank in among) for member in range(self.size)]
+        if told[self.rank]:
+            note = torch.ones(1, dtype=torch.bool)
+            self.all_to_all([note[:count] for count in told], [(count,) for count in told], label)
 
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""

@@ -55,6 +55,13 @@ class ThreadedCollectives(Collectives):
         self._group = tuple(group)
         self._me = rank
 
+    def in_place(self, x: Tensor) -> list[Tensor]:
+        """See `Collectives.in_place`: tensors are passed by reference."""
+        for peer in self._group:
+            if peer != self._me:
+                self._fabric.send(self._me, peer, x)
+        return [x if peer == self._me else self._fabric.receive(peer, self._me) for peer in self._group]
+
     def _send(self, x: Tensor, member: int) -> None:
         self._fabric.send(self._me, self._group[member], x)
 

@@ -14,8 +14,11 @@ from longspan.cache.pages import PageTable, Span, clip_spans
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.plan import Segment, window_start
 
-Moves = Literal["queries", "keys"]
-"""What travels under a schedule. A schedule under which nothing travels has None."""
+Moves = Literal["queries", "keys", "signals"]
+"""What travels under a schedule. A schedule under which nothing travels has None.
+
+Signals tell that keys are written: each rank then reads the pages of all in place, as if they were its own.
+"""
 
 _WINDOW_ROWS = 256  # most rows of one run in a layer with a window; bounds the height of the mask
 
@@ -89,13 +92,16 @@ class Reach:
 
     The first rows are local: all pages they see are on this rank. The others are called travelling rows, because
     either their queries or the keys they see are sent between ranks. Runs that are causal have the diagonal in them.
+
+    Where ranks read the pages of all in place, all rows are local, unless the keys of some are written in the same
+    step: then all rows travel, and wait for these keys.
     """
 
     # name of the schedule
     schedule: str
     # number of local rows, so the index of the first travelling row in the phase
     travel: int
-    # what the local rows attend to
+    # what the local rows attend to; if `in_place` what all rows of the phase attend to
     own: Sequence[QueryRun]
     # for each pcp index its travelling rows, counted from 0; their runs are empty where keys travel
     blocks: tuple[QueryBlock, ...]
@@ -103,6 +109,8 @@ class Reach:
     shares: tuple[KeyShare, ...]
     # what this rank's travelling rows attend to in the shares; empty unless keys travel
     key_runs: tuple[KeyRun, ...]
+    # whether `own` has slots of all shards: see `Place.first_slots`
+    in_place: bool = False
 
     @property
     def block_rows(self) -> tuple[int, ...]:
@@ -120,6 +128,20 @@ class Place:
     shard: int
     # for every pcp index, the shards that its ranks store
     shards_of_pcp: tuple[tuple[int, ...], ...]
+    # for every shard, the number of its first slot among the slots that this rank reads in place: its own come first,
+    # then those of the others. Empty if it reads its own only
+    first_slots: tuple[int, ...] = ()
+
+
+def first_slots(slots: Sequence[int], own: int) -> tuple[int, ...]:
+    """See `Place.first_slots`, of shards with these numbers of slots, for a rank that stores shard `own`."""
+    found = [0] * len(slots)
+    after = slots[own]
+    for shard, count in enumerate(slots):
+        if shard != own:
+            found[shard] = after
+            after += count
+    return tuple(found)
 
 
 class _VisibleTokens(NamedTuple):
@@ -145,7 +167,7 @@ def reach(
     mine: Sequence[Segment],
     requests: Mapping[str, KnownRequest],
     place: Place,
-    moves: Moves | None,
+    moves: Mapping[str, Moves | None],
     causal_runs: bool = False,
 ) -> Reach:
     """What this rank's segments of one phase see off the diagonal, in the layers of one group.
@@ -158,15 +180,18 @@ def reach(
         mine: those of them that this rank computes, in the order of its rows.
         requests: the page tables.
         place: the position of this rank.
-        moves: what travels under `schedule`.
-        causal_runs: whether segments read their own tokens from the cache where all of these are on this shard.
+        moves: what travels under each schedule, by its name.
+        causal_runs: whether segments read their own tokens from the cache, where all of these are on this shard or
+            ranks read the pages of all in place.
     """
+    if moves[schedule] == "signals":
+        return _reach_in_place(schedule, window, members, mine, requests, place, causal_runs)
     local = [segment for segment in mine if segment.num_remote_groups <= group]
     moving = sorted(
         (s for s in members if s.num_remote_groups > group), key=lambda s: s.num_remote_groups
     )  # as the ranks that compute them order their rows
     by_pcp = [[s for s in moving if s.pcp == pcp] for pcp in range(len(place.shards_of_pcp))]
-    keys_travel = moves == "keys"
+    keys_travel = moves[schedule] == "keys"
     shares, key_runs = _keys(moving, by_pcp[place.pcp], window, requests, place) if keys_travel else ((), ())
     return Reach(
         schedule=schedule,
@@ -179,6 +204,66 @@ def reach(
         shares=shares,
         key_runs=key_runs,
     )
+
+
+def _reach_in_place(
+    schedule: str,
+    window: int | None,
+    members: Sequence[Segment],
+    mine: Sequence[Segment],
+    requests: Mapping[str, KnownRequest],
+    place: Place,
+    causal_runs: bool = False,
+) -> Reach:
+    """What `reach` gives where ranks read the pages of all in place. Arguments are as there."""
+    runs: list[QueryRun] = []
+    row = 0
+    for segment in mine:
+        runs += _runs_in_place(row, segment, window, requests[segment.request_id].table, place.first_slots, causal_runs)
+        row += segment.length
+    waits = waits_for_keys(members, place)
+    rows = [sum(s.length for s in members if s.pcp == pcp) if waits else 0 for pcp in range(len(place.shards_of_pcp))]
+    blocks = tuple(QueryBlock(count, ()) for count in rows)
+    return Reach(schedule, 0 if waits else row, tuple(runs), blocks, (), (), in_place=True)
+
+
+def waits_for_keys(members: Sequence[Segment], place: Place) -> bool:
+    """Whether some segment of a phase sees keys that another rank writes in the same step.
+
+    Members of one DCP group store each other's tokens, and the segments of one request see those before them.
+    """
+    if len(place.shards_of_pcp[0]) > 1:
+        return True
+    pcp_of: dict[str, int] = {}
+    return any(pcp_of.setdefault(segment.request_id, segment.pcp) != segment.pcp for segment in members)
+
+
+def _runs_in_place(
+    first_row: int, segment: Segment, window: int | None, table: PageTable, first_slots: Sequence[int], causal: bool
+) -> Iterator[QueryRun]:
+    """What a segment sees of all shards. Without a window its earlier tokens are in order of shards: fewer spans."""
+    until = segment.unmasked_until
+    causal = causal and until < segment.stop
+    if window is None:
+        spans = [
+            Span(first + span.slot, span.length)
+            for shard, first in enumerate(first_slots)
+            for span in table.spans(shard, until)
+        ]
+        if causal:
+            spans += table.spans_of_all(segment.start, segment.stop, first_slots)
+        if spans:
+            yield QueryRun(first_row, segment.length, tuple(spans), None, causal)
+        return
+    for row in range(0, segment.length, _WINDOW_ROWS):
+        positions = range(segment.start + row, min(segment.start + row + _WINDOW_ROWS, segment.stop))
+        starts = [window_start(position, window) for position in positions]
+        stop = positions[-1] + 1 if causal else until
+        seeing = tuple(start - starts[0] for start in starts if start < stop)
+        if not seeing:
+            return
+        spans = table.spans_of_all(starts[0], stop, first_slots)
+        yield QueryRun(first_row + row, len(seeing), tuple(spans), seeing if seeing[-1] else None, causal)
 
 
 def reads_itself(segment: Segment, table: PageTable, shard: int) -> bool:

@@ -105,6 +105,11 @@ class RankView:
     following: tuple[tuple[int, int], ...] = ()
 
 
+def schedule_in_place(schedules: Sequence[str], moves: Mapping[str, Moves | None]) -> str | None:
+    """The one of a phase's schedules under which ranks read the pages of all in place: then all layer groups do."""
+    return next((schedule for schedule in schedules if moves[schedule] == "signals"), None)
+
+
 def rows_in_order(segments: Iterable[Segment], pcp: int) -> list[Segment]:
     """Those segments of one phase that a pcp index computes, in the order of its rows."""
     return sorted((s for s in segments if s.pcp == pcp), key=lambda s: s.num_remote_groups)
@@ -147,17 +152,17 @@ def rank_view(
     phases: list[PhaseView] = []
     row = 0
     for prefill, schedules in ((False, plan.decode_schedules), (True, plan.prefill_schedules)):
-        members = [segment for segment in plan.segments if segment.prefill == prefill]
-        if not members:
+        if not (members := [segment for segment in plan.segments if segment.prefill == prefill]):
             continue
         mine = rows_in_order(members, place.pcp)
+        in_place = schedule_in_place(schedules, moves)
         groups = [
-            reach(schedule, group, window, members, mine, requests, place, moves[schedule], causal_runs)
+            reach(in_place or schedule, group, window, members, mine, requests, place, moves, causal_runs)
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        read = [causal_runs and reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
-        phases.append(PhaseView(row, stop, _diagonal(mine, read), tuple(groups)))
+        itself = [in_place is not None or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
+        phases.append(PhaseView(row, stop, _diagonal(mine, itself if causal_runs else ()), tuple(groups)))
         ordered += mine
         row = stop
     token_ids: list[int] = []
@@ -201,11 +206,14 @@ def _following(ordered: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
     return tuple((stop - 1, token) for stop, token in pairs if token is not None)
 
 
-def _diagonal(mine: Sequence[Segment], read: Sequence[bool]) -> tuple[tuple[int, int], ...]:
-    """(first row, length) of each segment with a diagonal: not a lone token, nor one that is `read` from the cache."""
+def _diagonal(mine: Sequence[Segment], itself: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """(first row, length) of each segment with a diagonal: not a lone token, nor one that reads `itself`.
+
+    If `itself` is empty, no segment reads its own tokens from the cache.
+    """
     found: list[tuple[int, int]] = []
     row = 0
-    for segment, whole in zip(mine, read, strict=True):
+    for segment, whole in zip(mine, itself or (False,) * len(mine), strict=True):
         if segment.length > 1 and not whole:
             found.append((row, segment.length))
         row += segment.length

@@ -112,6 +112,7 @@ class CompiledRuns:
                 address(values[block.kv_start :]), keys.stride(0), keys.stride(1),
                 address(whole.out[:, block.q_start :]), whole.lse[:, block.q_start :].data_ptr(), heads,
                 block.kv_heads, block.group, dim, scale, self._record_of(block.group).address,
+                kv.peer_words.buffer_info()[0], len(kv.peers), block.kv_start,
             )  # fmt: skip
         return whole
 

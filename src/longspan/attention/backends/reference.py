@@ -49,14 +49,13 @@ class _Runs:
     ) -> AttentionState:
         """See `PreparedRuns.attend`."""
         whole = AttentionState.empty(q.shape[0], q.shape[1], kv.width, q)
-        values = kv.read(q.dtype)
         for run in self.runs:
-            slots = [slot for span in run.spans for slot in range(span.slot, span.slot + span.length)]
+            values = kv.take(run.spans).read(q.dtype)
             rows = slice(run.row, run.row + run.length)
             window_starts = torch.tensor(run.window_starts or (0,) * run.length)
-            number = torch.arange(len(slots))
+            number = torch.arange(run.tokens)
             mask = (number >= window_starts[:, None]) & (number < torch.tensor(run.ends)[:, None])
-            part = _attend(q[rows], values[0][:, slots], values[-1][:, slots], blocks, scale, mask)
+            part = _attend(q[rows], values[0], values[-1], blocks, scale, mask)
             whole.out[rows], whole.lse[rows] = part.out, part.lse
         return whole
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from longspan.attention.schedules import gather_kv, gather_q, gather_q_rs, local, ring_kv, ring_q, tree_q
+from longspan.attention.schedules import gather_kv, gather_q, gather_q_rs, local, mapped_kv, ring_kv, ring_q, tree_q
 from longspan.attention.schedules.base import ContextGroup, Join, Schedule
 
 _BUILT_IN = (
@@ -14,6 +14,7 @@ _BUILT_IN = (
     tree_q.SCHEDULE,
     gather_kv.SCHEDULE,
     ring_kv.SCHEDULE,
+    mapped_kv.SCHEDULE,
 )
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType({schedule.name: schedule for schedule in _BUILT_IN})
 SCHEDULE_NAMES = ("auto", *SCHEDULES)

@@ -41,7 +41,7 @@ class Join:
 
     # [T, Hq, Dq]: queries of this rank's travelling rows, as the model passes them
     q: Tensor
-    # cached rows of the layer in this rank's pool
+    # cached rows of the layer in this rank's pool; with those of its peers if they are read in place
     kv: CacheRows
     # what the rows attend to
     prepared: PreparedReach
@@ -124,7 +124,7 @@ class Schedule:
     bytes: Callable[[StepTotals], int]
     # time of one layer
     seconds: Callable[[StepTotals], LayerTime]
-    # whether the shapes that it sends depend on the number of rows only, so that a CUDA graph can contain it
+    # whether the shapes that it sends depend on the number of rows only, so that a recorded decode step can contain it
     recordable: bool = field(default=False, kw_only=True)
     # colour of its bars and boxes in figures, as #rrggbb; white text must be readable on it
     colour: str

@@ -51,7 +51,8 @@ def build_core(setup: EngineSetup) -> EngineCore:
         config = setup.config
         cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         constants = config.cost or executor.constants or CostConstants()
-        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, setup.records_decode)
+        records = setup.records_decode or setup.records_calls
+        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, records)
         grammars = _grammars(setup, executor)
         scheduler = Scheduler(
             config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups, grammars, setup.drafts_ahead

@@ -247,7 +247,8 @@ def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBac
 
     None if something in them is not computed by compiled kernels.
     """
-    recorded = GraphRunner(parts.model, parts.attention, backend, KernelRecorder(most), setup.grid.pcp, (most,))
+    recorder, pcp = KernelRecorder(most), setup.grid.pcp
+    recorded = GraphRunner(parts.model, parts.attention, backend, recorder, pcp, (most,), sends=False)
     try:
         recorded.record((None,))
     except NotRecordable as reason:
@@ -315,7 +316,10 @@ def _attention(
         setup.cache_dtype,
         device,
     )
-    return Attention(pool, _ops(cached, sharding, device), context, setup.model.layer_groups, setup.schedules)
+    attention = Attention(pool, _ops(cached, sharding, device), context, setup.model.layer_groups, setup.schedules)
+    if setup.maps_pools:
+        attention.map_peers()
+    return attention
 
 
 def _draft_module(

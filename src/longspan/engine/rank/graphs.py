@@ -63,12 +63,16 @@ def padded_rows(rows: int, sizes: Sequence[int] = ALL_SIZES) -> int | None:
     return sizes[place] if place < len(sizes) else None
 
 
-def recordable(plan: StepPlan, schedules: Mapping[str, Schedule]) -> bool:
-    """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed."""
+def recordable(plan: StepPlan, schedules: Mapping[str, Schedule], sends: bool = True) -> bool:
+    """Whether a step only decodes, one token of each request, with schedules whose shapes are fixed.
+
+    Without `sends` only if nothing is sent between ranks.
+    """
     for segment in plan.segments:  # a plain loop, because there are hundreds
         if segment.prefill or segment.sample != 1 or len(segment.token_ids) + segment.pending != 1:
             return False
-    fixed = all(schedules[name].recordable for name in plan.decode_schedules)
+    chosen = [schedules[name] for name in plan.decode_schedules]
+    fixed = all(one.recordable and (sends or one.moves in (None, "signals")) for one in chosen)
     return bool(plan.segments) and fixed and len(_moving(plan, schedules)) <= 1
 
 
@@ -131,7 +135,7 @@ class GraphRunner:
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder, pcp: int,
-        sizes: Sequence[int] = ALL_SIZES, short: ShortSteps | None = None, draw: Draw | None = None,
+        sizes: Sequence[int] = ALL_SIZES, short: ShortSteps | None = None, draw: Draw | None = None, sends: bool = True,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
@@ -142,6 +146,7 @@ class GraphRunner:
         self.short = short  # graphs of short steps with prompt tokens; None if they are not recorded
         self._logits = _LogitsBuffer(self.sizes[-1])
         self._made: dict[StepSize, _Graph] = {}
+        self.sends = sends  # whether what is recorded may send tensors between ranks
         self._draw = draw  # draws tokens from logits; None if this is not recorded
         self._draws: dict[int, RecordedDraw] = {}  # by rows
 
@@ -196,7 +201,8 @@ class GraphRunner:
         """The graph of a size, recorded now if it has not been."""
         if size not in self._made:
             pool, buffer = self._attention.pool, StepBuffer(self._attention.pool.device)
-            step = RefillableStep(self._attention.preparer, self._backend, size, pool.slots, buffer)
+            in_place = bool(pool.mapped)
+            step = RefillableStep(self._attention.preparer, self._backend, size, pool.slots, buffer, in_place)
             graph = _Graph(self._model, self._attention, step, size.rows, buffer, self._logits)
             graph.record(self._recorder)
             self._made[size] = graph

@@ -108,7 +108,8 @@ class Runner:
         grid, rank = parts.grid, parts.rank
         self._grid = grid
         self._rank = rank
-        self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
+        first_slots = parts.attention.pool.first_slots
+        self._place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp, first_slots)
         self._model = parts.model
         self._attention = parts.attention
         self._groups = parts.groups
@@ -176,7 +177,7 @@ class Runner:
             return StepResult
         schedules = self._attention.schedules
         graphs, attention = self.cuda_graphs, self._attention
-        if graphs is not None and recordable(plan, schedules):
+        if graphs is not None and recordable(plan, schedules, graphs.sends):
             pcps = [segment.pcp for segment in plan.segments]
             rows = [pcps.count(pcp) for pcp in range(self._grid.pcp)]
             if graphs.has_room(rows):
