@@ -59,6 +59,17 @@ def test_recorded_steps_give_the_bits_of_eager_ones(tiny, model):
     assert any(cached for *_, cached in found)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
+def test_recorded_steps_on_a_quantised_cache_give_the_tokens_of_plain_kernels(tiny, dtype):
+    llm = tiny("llama-wide", pages_per_shard=[18], kv_cache_dtype=dtype)
+    rows = watch(llm)
+    found = generated(llm)
+    assert found == generated(tiny("llama-wide", pages_per_shard=[18], kv_cache_dtype=dtype, enforce_eager=True))
+    plain = tiny("llama-wide", pages_per_shard=[18], kv_cache_dtype=dtype, cpu_kernels="plain")
+    assert [tokens for tokens, *_ in found] == [tokens for tokens, *_ in generated(plain)]
+    assert {1, 2, 3, 4} <= set(rows)
+
+
 def test_a_step_with_more_rows_than_were_recorded_is_computed_all_the_same(tiny):
     llm = tiny("llama-wide", cudagraph_capture_sizes=(2,))
     rows = watch(llm)

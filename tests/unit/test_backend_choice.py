@@ -63,7 +63,8 @@ def test_auto_falls_back_when_triton_cannot_hold_the_rows(head_dim, kv_factor):
 
 @pytest.mark.parametrize(
     "changes, name",
-    [({}, "compiled"), ({"compiled": False}, "cpu"), ({"quantised": True}, "cpu"), ({"dtype": torch.bfloat16}, "cpu"),
+    [({}, "compiled"), ({"compiled": False}, "cpu"), ({"quantised": True}, "compiled"),
+     ({"quantised": True, "kv_factor": 1}, "cpu"), ({"dtype": torch.bfloat16}, "cpu"),
      ({"head_dim": 65}, "cpu")],
 )  # fmt: skip
 def test_on_a_cpu_auto_takes_compiled_kernels_in_fp32_for_rows_that_fill_vectors(changes, name):

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from longspan.attention.backends.compiled import CompiledBackend
+from longspan.attention.backends.cpu import CpuBackend
 from longspan.attention.backends.reference import ReferenceBackend
-from longspan.attention.rows import CacheRows
+from longspan.attention.rows import CacheRows, quantise
 from longspan.cache.pages import Span
 from longspan.compiled import library
 from longspan.compiled.folder import KeptFiles
@@ -32,6 +33,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.heads import HeadBlock
 from longspan.parallel.sharding import Sharding
 from longspan.plan.reach import QueryRun
+from longspan.plan.view import WriteRun
 from longspan.weights.checkpoint import RandomWeights
 
 compiled = pytest.mark.skipif(problem_of_kernels() is not None, reason=f"no kernels: {problem_of_kernels()}")
@@ -154,6 +156,45 @@ def test_attention_over_runs_of_all_kinds_equals_the_reference(blocks, dim, kv_f
     expected = ReferenceBackend().attend(q, RUNS, kv, blocks, 0.3)
     assert_same(found.out, expected.out.float())
     assert_same(found.lse, expected.lse.float())
+
+
+def pool_of(dtype, heads=3, slots=1400, dim=16):
+    """Keys and values in 8 bits, of rows whose sizes differ much."""
+    sizes = torch.logspace(-3, 0.5, slots)[:, None]
+    values, scales = quantise(normal(2, heads, slots, dim) * sizes, dtype, (dim,))
+    return CacheRows(values, scales, (dim,))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_attention_over_quantised_rows_equals_the_reference(dtype):
+    q, kv = normal(370, 9, 16), pool_of(dtype)
+    blocks = (HeadBlock(0, 8, 0, 2), HeadBlock(8, 9, 2, 3))
+    found = CompiledBackend().attend(q, RUNS, kv, blocks, 0.3)
+    expected = ReferenceBackend().attend(q, RUNS, kv, blocks, 0.3)
+    assert_same(found.out, expected.out.float())
+    assert_same(found.lse, expected.lse.float())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
+def test_rows_are_written_as_plainly(dtype):
+    rows = torch.cat((torch.randn(40, 3, 16), torch.zeros(1, 3, 16), 1e-40 * torch.randn(1, 3, 16)))
+    rows[0, 0, 0] = float("nan")
+    k, v = rows * torch.logspace(-6, 4, 16), rows.flip(0)
+    writes = (WriteRun(0, 7, 30), WriteRun(35, 50, 7))
+
+    def pool():
+        if dtype == torch.float32:
+            return CacheRows(torch.zeros(2, 3, 60, 16))
+        return CacheRows(torch.zeros(2, 3, 60, 16, dtype=dtype), torch.zeros(2, 3, 60, 1), (16,))
+
+    found, expected = pool(), pool()
+    CompiledBackend().writer(writes, len(rows)).write(found, k, v)
+    CpuBackend().writer(writes, len(rows)).write(expected, k, v)
+    if dtype != torch.float32:
+        torch.testing.assert_close(found.scales, expected.scales, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found.read(torch.float32), expected.read(torch.float32), rtol=0, atol=0, equal_nan=True)
 
 
 @compiled

@@ -44,13 +44,15 @@ class CacheRows:
         return self.values.shape[3]
 
     @cached_property
-    def peer_words(self) -> array[int]:
-        """For kernels in C, of each peer: its first slot, the addresses of keys and values, and the stride of heads."""
-        words, first = array("q"), self.tokens
-        for peer in self.peers:
-            keys, values = peer.values[0], peer.values[-1]
-            words.extend((first, keys.data_ptr(), values.data_ptr(), keys.stride(0)))
-            first += peer.tokens
+    def pool_words(self) -> array[int]:
+        """These rows and those of peers for kernels in C: each as the words of `Pool` in `cache_rows.h`."""
+        words, first = array("q"), 0
+        for held in (self, *self.peers):
+            planes = [held.values[plane].data_ptr() for plane in (0, -1)]
+            scales = [0, 0] if held.scales is None else [held.scales[plane].data_ptr() for plane in (0, -1)]
+            scale_head = 0 if held.scales is None else held.scales.stride(1)
+            words.extend((first, *planes, *scales, held.values.stride(1), scale_head))
+            first += held.tokens
         return words
 
     def at(self, span: Span) -> CacheRows:

@@ -237,34 +237,30 @@ struct Runs {
   const Span *spans;
   const Index *starts, *stops;  // by row of a step, what it sees of its run's tokens
 };
-struct Peer {  // the same layer's rows in another pool of this process, whose slots are counted from `first`
-  Index first;
-  const float *keys, *values;
-  Index kv_head;
-};
 struct Writes {  // rows and the slots to which they go, likewise
   const Index *rows, *slots;
   Index count;
 };
 
+#include "cache_rows.h"
+
 // one tile of one KV head: rows are (token, query head of the group) pairs
 struct Attend {
   const float *q;
   Index q_token, q_head;  // strides
-  const float *keys, *values;
-  Index kv_head, kv_slot;  // strides
+  const Pool *pools;      // in order of their slots
+  Index pool_count, first_head, slot;  // the pools' head that is head 0 here, and the stride of slots
+  Format format;
   const Runs &runs;
   Index dim, group, heads;  // heads: of out
   float scale;
-  const Peer *peers;  // in order of their slots
-  Index peer_count, first_head;  // first_head: which of a peer's heads `keys` begins with
 
   void run(const Tile &tile, Index head, float *out, Index out_token, float *lse, Index lse_token) const {
     static thread_local std::vector<float> memory;
     const Index rows = tile.rows * group, kept = rows * dim;
-    memory.resize(2 * kept + rows * (KEYS + 2) + 2 * KEYS * dim + PANEL * dim);
+    memory.resize(2 * kept + rows * (KEYS + 2) + 4 * KEYS * dim + PANEL * dim);
     float *queries = memory.data(), *sum = queries + kept, *scores = sum + kept, *most = scores + rows * KEYS;
-    float *total = most + rows, *copied = total + rows, *turned = copied + KEYS * dim;
+    float *total = most + rows, *copied = total + rows, *turned = copied + 2 * KEYS * dim;
     for (Index i = 0; i < rows; i++) {
       const float *from = q + (tile.row + i / group) * q_token + (head * group + i % group) * q_head;
       for (Index d = 0; d < dim; d++) queries[i * dim + d] = from[d] * scale;
@@ -276,24 +272,19 @@ struct Attend {
     Index before = 0;  // tokens of the run before a span
     for (Index s = tile.first_span; s < tile.first_span + tile.spans; before += spans[s].length, s++) {
       const Index stop = before + spans[s].length < tile.stop ? before + spans[s].length : tile.stop;
-      Index slot = spans[s].slot, start = head * kv_head;
-      const float *held_keys = keys, *held_values = values;
-      for (Index p = 0; p < peer_count && spans[s].slot >= peers[p].first; p++) {
-        slot = spans[s].slot - peers[p].first;
-        start = (first_head + head) * peers[p].kv_head;
-        held_keys = peers[p].keys, held_values = peers[p].values;
-      }
+      const Pool *pool = pools;
+      while (pool + 1 < pools + pool_count && spans[s].slot >= pool[1].first) pool++;
       for (Index at = before > tile.start ? before : tile.start; at < stop; at += KEYS) {
         const Index count = stop - at < KEYS ? stop - at : KEYS;
-        const Index offset = start + (slot + at - before) * kv_slot;
+        const Held held = rows_of(*pool, first_head + head, spans[s].slot - pool->first + at - before, count, copied);
         if (rows <= FEW) {
           for (Index r = 0; r < rows; r += 4)
-            dot_rows<4>(rows - r, queries + r * dim, dim, held_keys + offset, kv_slot, count, scores + r * KEYS, KEYS);
+            dot_rows<4>(rows - r, queries + r * dim, dim, held.keys, held.row, count, scores + r * KEYS, KEYS);
         } else {
-          score_by_panels(rows, queries, held_keys + offset, count, turned, scores);
+          score_by_panels(rows, queries, held.keys, held.row, count, turned, scores);
         }
         soften(tile, rows, at, count, scores, most, total, sum);
-        add_product(rows, dim, scores, KEYS, held_values + offset, kv_slot, count, sum, dim);
+        add_product(rows, dim, scores, KEYS, held.values, held.row, count, sum, dim);
       }
     }
     for (Index i = 0; i < rows; i++) {
@@ -304,12 +295,27 @@ struct Attend {
     }
   }
 
+  struct Held {
+    const float *keys, *values;
+    Index row;  // stride
+  };
+
+  // keys and values of `count` slots of a head: in place, or dequantised into `copied` [2, KEYS, dim]
+  Held rows_of(const Pool &pool, Index head, Index first, Index count, float *copied) const {
+    const Index start = head * pool.head + first * slot, scales = head * pool.scale_head + first;
+    if (format == FP32) return {(const float *)pool.keys + start, (const float *)pool.values + start, slot};
+    dequantise(format, pool.keys + start, pool.key_scales + scales, count, dim, copied);
+    dequantise(format, pool.values + start, pool.value_scales + scales, count, dim, copied + KEYS * dim);
+    return {copied, copied + KEYS * dim, dim};
+  }
+
   // many rows: keys are transposed, so that a product has no sums across lanes
   void score_by_panels(
-      Index rows, const float *queries, const float *from, Index count, float *turned, float *scores) const {
+      Index rows, const float *queries, const float *from, Index from_row, Index count, float *turned,
+      float *scores) const {
     for (Index t = 0; t < count; t += PANEL) {
       for (Index d = 0; d < dim; d++)
-        for (Index i = 0; i < PANEL; i++) turned[d * PANEL + i] = t + i < count ? from[(t + i) * kv_slot + d] : 0.0f;
+        for (Index i = 0; i < PANEL; i++) turned[d * PANEL + i] = t + i < count ? from[(t + i) * from_row + d] : 0.0f;
       block_column<WIDE, false>(rows, queries, dim, turned, PANEL, dim, scores + t, KEYS);
     }
   }
@@ -476,11 +482,11 @@ void lookup_blocks(
 
 // out [T, heads, dim], lse [T, heads]: see `CompiledRuns`
 void attend(
-    const float *q, Index q_token, Index q_head, const float *keys, const float *values, Index kv_head, Index kv_slot,
-    float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale, const Runs *runs,
-    const Peer *peers, Index peer_count, Index first_head) {
-  const Attend call{q,     q_token, q_head, keys,  values, kv_head,    kv_slot,   *runs,
-                    dim,   group,   heads,  scale, peers,  peer_count, first_head};
+    const float *q, Index q_token, Index q_head, const Pool *pools, Index pool_count, Index first_head, Index slot,
+    Index format, float *out, float *lse, Index heads, Index kv_heads, Index group, Index dim, float scale,
+    const Runs *runs) {
+  const Attend call{
+      q, q_token, q_head, pools, pool_count, first_head, slot, (Format)format, *runs, dim, group, heads, scale};
   const Index state = group * (dim + 1);  // of a divided row in one KV head: its outs and its lses
   static thread_local std::vector<float> memory;
   memory.resize(runs->states * kv_heads * state);
@@ -523,15 +529,22 @@ void attend(
   }
 }
 
-// rows of k [T, heads, dim] to slots of the keys [heads, slots, dim]; those of v, if there are any, to the values
+// rows of k [T, heads, dim] to slots of the keys [heads, slots, dim] of a pool; those of v, if there are any, to the values
 void write(
-    const float *k, Index k_token, Index k_head, const float *v, Index v_token, Index v_head, float *keys, float *values,
-    Index cache_head, Index cache_slot, Index heads, Index dim, const Writes *writes) {
+    const float *k, Index k_token, Index k_head, const float *v, Index v_token, Index v_head, const Pool *pool,
+    Index slot, Index format, Index heads, Index dim, const Writes *writes) {
   each_row(writes->count, writes->count * heads * dim, [=](Index i) {
-    const Index row = writes->rows[i], slot = writes->slots[i] * cache_slot;
     for (Index h = 0; h < heads; h++) {
-      std::memcpy(keys + h * cache_head + slot, k + row * k_token + h * k_head, dim * sizeof(float));
-      if (v) std::memcpy(values + h * cache_head + slot, v + row * v_token + h * v_head, dim * sizeof(float));
+      const Index to = h * pool->head + writes->slots[i] * slot, scale = h * pool->scale_head + writes->slots[i];
+      const float *key = k + writes->rows[i] * k_token + h * k_head;
+      const float *value = v + writes->rows[i] * v_token + h * v_head;
+      if (format == FP32) {
+        std::memcpy((float *)pool->keys + to, key, dim * sizeof(float));
+        if (v) std::memcpy((float *)pool->values + to, value, dim * sizeof(float));
+      } else {
+        quantise((Format)format, key, dim, pool->keys + to, pool->key_scales + scale);
+        quantise((Format)format, value, dim, pool->values + to, pool->value_scales + scale);
+      }
     }
   });
 }

@@ -25,7 +25,7 @@ from longspan.compiled.recording import TYPES, Kernels
 from longspan.errors import EngineError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_INCLUDED = ("blocks.h",)  # beside it
+_INCLUDED = ("blocks.h", "cache_rows.h")  # beside it
 _COMPILERS = ("g++", "c++")
 # kernels are as fast as with -O3, and are compiled in two thirds of the time
 _FLAGS = (
@@ -37,7 +37,7 @@ _LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 _SECONDS = 120.0  # a compiler that takes longer is given up
 _ARGUMENTS = {  # of the functions that compute a step, as letters of `TYPES`
     "product": "pppprii", "product_blocks": "ppppppriiii", "lookup": "pripiiip", "lookup_blocks": "pripppiiiip",
-    "attend": "piippiippiiiifppii", "write": "piipiippiiiip", "norm": "pipipppirif", "swiglu": "pipri",
+    "attend": "piipiiiippiiiifp", "write": "piipiipiiiip", "norm": "pipipppirif", "swiglu": "pipri",
     "rope": "piipppfriii", "rope_table": "ppfppri",
 }  # fmt: skip
 

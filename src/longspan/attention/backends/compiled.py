@@ -1,4 +1,4 @@
-"""Attention on a CPU with compiled kernels, in fp32 on pages that are not quantised.
+"""Attention on a CPU with compiled kernels, in fp32, on pages in fp32 or with quantised keys and values.
 
 It owns how a step's runs are cut into tiles for the kernels; it must not know about ranks or schedules, nor of pages
 more than the spans of a run.
@@ -27,6 +27,7 @@ from longspan.plan.view import WriteRun
 _TILE_ROWS = 192  # pairs of token and query head in a tile, which read a key once
 _FEW_ROWS = 8  # such pairs up to which a tile's tokens are divided, so that one long context occupies several cores
 _TOKENS = 256  # tokens of such a division
+_FORMATS = {torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # `Format` in `cache_rows.h`
 _RUNS_WORDS, _WRITES_WORDS, _PART_WORDS = 8, 3, 4  # of `Runs`, `Writes` and `Part` in `kernels.cpp`
 
 
@@ -104,15 +105,12 @@ class CompiledRuns:
         else:
             whole = AttentionState.empty(rows, heads, dim, q)
         q = unit_stride(q)
-        keys, values = kv.values[0], kv.values[-1]
         for block in blocks:
             # heads of a block are adjacent, so pointers to its first ones are enough
             self._library.attend(
-                address(q[:, block.q_start :]), q.stride(0), q.stride(1), address(keys[block.kv_start :]),
-                address(values[block.kv_start :]), keys.stride(0), keys.stride(1),
+                address(q[:, block.q_start :]), q.stride(0), q.stride(1), *_pools_of(kv, block.kv_start),
                 address(whole.out[:, block.q_start :]), whole.lse[:, block.q_start :].data_ptr(), heads,
                 block.kv_heads, block.group, dim, scale, self._record_of(block.group).address,
-                kv.peer_words.buffer_info()[0], len(kv.peers), block.kv_start,
             )  # fmt: skip
         return whole
 
@@ -169,20 +167,30 @@ class CompiledWriter:
 
     def write(self, cache: CacheRows, k: Tensor, v: Tensor) -> None:
         """See `Writer.write`."""
-        k, v, (keys, *values) = unit_stride(k), unit_stride(v), cache.values
+        k, v, has_values = unit_stride(k), unit_stride(v), len(cache.values) > 1
+        words, _, _, slot, kind = _pools_of(cache, 0)
         self._library.write(
-            address(k), k.stride(0), k.stride(1), address(v) if values else None, v.stride(0), v.stride(1),
-            address(keys), address(values[0]) if values else None, keys.stride(0), keys.stride(1), *k.shape[1:],
-            self._record.address,
+            address(k), k.stride(0), k.stride(1), address(v) if has_values else None, v.stride(0), v.stride(1),
+            words, slot, kind, *k.shape[1:], self._record.address,
         )  # fmt: skip
+
+
+def _pools_of(kv: CacheRows, head: int) -> tuple[int, int, int, int, int]:
+    """How the kernels read rows from a head on: address and number of pools, the head, stride of slots, format."""
+    kind = _FORMATS.get(kv.values.dtype)
+    if kind is None or kv.values.stride(-1) != 1 or len(kv.groups) > 1:
+        raise TypeError(f"a compiled kernel does not read rows in {kv.values.dtype} with scales for {kv.groups}")
+    return kv.pool_words.buffer_info()[0], 1 + len(kv.peers), head, kv.values.stride(2), kind
 
 
 def _problem(shape: BackendShape) -> str | None:
     """See `AttentionBackend.supports`."""
     if not shape.compiled:
         return "is left out (--cpu-kernels)"
-    if shape.quantised or shape.dtype != torch.float32:
-        return "computes in fp32, on a cache in fp32"
+    if shape.dtype != torch.float32:
+        return "computes in fp32"
+    if shape.quantised and shape.kv_factor == 1:
+        return "reads quantised keys and values, not quantised latents"
     if problem := problem_of_kernels():
         return f"has no kernels: {problem}"
     lanes = library().lanes()
