@@ -120,11 +120,7 @@ class Sampler:
         Raises:
             EngineError: the shape does not fit the rows.
         """
-        if logits.dim() != 2 or logits.shape[0] != len(rows):
-            raise EngineError(
-                f"logits have shape {tuple(logits.shape)} for {len(rows)} tokens to sample; "
-                f"give shape [{len(rows)}, vocabulary]"
-            )
+        _check_shape(logits, len(rows))
         if not rows:
             return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
         rows = rows if isinstance(rows, SampleRows) else SampleRows.of(rows)
@@ -243,6 +239,13 @@ def _draw_rows(logits: Tensor, changed: Tensor | None, chosen: Sequence[int], ro
         drawn = [_sample_row(of_row.get(i, logits[i]), rows[i]) if usable[i] else 0 for i in others]
         token_ids[torch.tensor(others)] = torch.tensor(drawn)
     return outcome(token_ids, peaks.values)
+
+
+def _check_shape(logits: Tensor, rows: int) -> None:
+    if logits.dim() != 2 or logits.shape[0] != rows:
+        raise EngineError(
+            f"logits have shape {tuple(logits.shape)} for {rows} tokens to sample; give shape [{rows}, vocabulary]"
+        )
 
 
 def _shifted(rows: SampleRows, shifts: Tensor) -> SampleRows:
