@@ -155,9 +155,13 @@ def test_the_largest_steps_have_all_drafts_of_all_requests():
 
 
 def test_sizes_end_with_the_first_that_has_room():
-    assert verification_sizes(1) == (8,)
-    assert verification_sizes(33) == (8, 16, 24, 32, 48)
-    assert verification_sizes(2048)[-1] == 256
+    assert verification_sizes(1, 3) == (8,)
+    assert verification_sizes(33, 3) == (8, 16, 24, 32, 48)
+    assert verification_sizes(2048, 3)[-1] == 256
+
+
+def test_the_user_chooses_for_how_many_requests_with_drafts_steps_are_recorded():
+    assert verification_sizes(33, 3, (16, 1, 10)) == (4, 40)
 
 
 def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():

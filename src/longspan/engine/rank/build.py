@@ -370,7 +370,8 @@ def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
     if not isinstance(backend, RecordableBackend) or not isinstance(own, RecordableBackend) or not backend.causal_runs:
         return None
     found = RecordedParts(parts.model, parts.attention, backend, drafter.chain, own, drafter.first_input)
-    sizes = verification_sizes(min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens))
+    most = min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens)
+    sizes = verification_sizes(most, drafter.tokens, setup.config.cudagraph_capture_sizes)
     prompts = () if setup.model.mla else SHORT_SIZES  # latents have two forms
     return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
 

@@ -19,6 +19,7 @@ from longspan.attention.prepared import PreparedPhase
 from longspan.attention.refillable import RefillableLocalRuns, RefillableLocalStep
 from longspan.attention.step_buffer import Field, StepBuffer
 from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
+from longspan.engine.rank.graphs import graph_sizes
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.settled_rows import StepRows
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortGraph, ShortSteps
@@ -32,10 +33,13 @@ _VERIFICATION_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of steps with drafts. Above them a GPU takes longer than the host."""
 
 
-def verification_sizes(most: int) -> tuple[int, ...]:
-    """The sizes that are recorded where a step with drafts has `most` rows at most."""
-    found = _VERIFICATION_SIZES
-    return tuple(size for number, size in enumerate(found) if not number or found[number - 1] < most)
+def verification_sizes(most: int, drafts: int, requests: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The sizes that are recorded where a step with drafts has `most` rows at most.
+
+    If the user has chosen numbers of `requests`, they are those of so many requests with all their `drafts`.
+    """
+    chosen = _VERIFICATION_SIZES if requests is None else [count * (1 + drafts) for count in requests]
+    return graph_sizes(most, chosen)
 
 
 @dataclass(frozen=True)
