@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.cache.pages import PageTable
-from longspan.engine.rank.sampling.gumbel import draw_plainly
+from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
@@ -591,8 +591,8 @@ def test_noise_of_a_token_does_not_depend_on_which_others_are_asked_for():
 
 
 def test_positions_mixed_on_the_device_are_those_mixed_on_the_host():
-    pairs = [(0, 0), (5, 7), ((1 << 63) - 1, 1 << 40), (123456789, 3)]
-    hashes, positions = (torch.tensor(values) for values in zip(*((hashed(s), p) for s, p in pairs), strict=True))
+    pairs = [(0, 0), (5, 7), ((1 << 63) - 1, 1 << 40), (123456789, 3), (-4, 9), ((1 << 64) - 1, 2)]
+    hashes, positions = torch.from_numpy(hashed([seed for seed, _ in pairs])), torch.tensor([at for _, at in pairs])
     assert torch.equal(mixed(hashes, positions), seeds([mix(*pair) for pair in pairs]))
 
 
@@ -614,3 +614,18 @@ def test_the_rows_of_a_decode_step_are_those_of_its_requests_but_for_the_ones_th
     assert (rows.names, rows.params, rows.seeds, rows.positions) == (
         whole.names, whole.params, whole.seeds, whole.positions,
     )  # fmt: skip
+
+
+def test_parameters_on_the_device_say_which_rows_are_greedy_and_which_filters_keep_all():
+    greedy = SamplingParams(temperature=1e-6, top_p=0.5, top_k=3)
+    of = [DrawParameters.of([greedy, one], [1, 2], torch.device("cpu")) for one in (
+        SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, min_p=0.1), SamplingParams(top_p=0.25),
+        SamplingParams(top_k=7),
+    )]  # fmt: skip
+    assert [parameters.filters for parameters in of] == [False, True, True, True]
+    plain, floor, share, few = of
+    assert plain.temperature.tolist() == [0.0, 0.5]
+    assert (plain.top_p.tolist(), share.top_p.tolist()) == ([0.5, 2.0], [0.5, 0.25])
+    assert (plain.top_k.tolist(), few.top_k.tolist()) == ([3, 1 << 31], [3, 7])
+    assert plain.floor.tolist() == [-math.inf] * 2
+    assert floor.floor.tolist() == [-math.inf, pytest.approx(math.log(0.1))]

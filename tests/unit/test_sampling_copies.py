@@ -5,6 +5,7 @@ Such tensors have no numbers, so whatever reads one raises. Copies are seen in t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,14 @@ from longspan.engine.rank.sampling import transfer
 from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.rows import SampleRow, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler
+from longspan.models import moe
+from longspan.models.context import LayerContext, LinearStack
+from longspan.models.decoder import DecoderModel
+from longspan.models.grouped import sum_grouped
+from longspan.models.layers import DenseLinear
+from longspan.models.params import Param
+from longspan.models.shapes import ShapeLoader
+from longspan.planner.models import find_model
 from longspan.request import SamplingParams
 
 VOCABULARY = 1000
@@ -134,3 +143,40 @@ def test_a_prompt_is_scored_without_reading_its_scores(copies: Copies) -> None:
     with torch.inference_mode(), copies, literals:
         start_scoring(torch.empty(3, VOCABULARY, device="meta"), "7", 1, [4, 5, 6], 2)
     assert not copies.waiting and not literals.seen and copies.sent == 1
+
+
+class MetaLoader(ShapeLoader):
+    """A loader of a whole model in bfloat16, without memory."""
+
+    def load(self, *params: Param) -> Tensor:
+        found = super().load(*params)
+        return found if params[0].exact else found.to(torch.bfloat16)
+
+    def linear(self, *params: Param) -> DenseLinear:
+        return DenseLinear(self.load(*params), pack=False)
+
+    def linear_stack(self, *entries: Any) -> LinearStack:
+        weight = torch.stack([self.load(*entry) for entry in entries])
+        return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
+
+
+def attend(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In place of attention, whose work is planned on the host before the step."""
+    return q.new_empty(*q.shape[:2], layer.latent.value_dim if layer.latent else v.shape[-1])
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-235b-a22b", "deepseek-v3"])
+def test_a_whole_step_of_a_model_waits_for_nothing(model: str, name: str, copies: Copies, monkeypatch: Any) -> None:
+    """Of a few layers with the sizes of real models, dense ones and mixtures; then its logits are sampled."""
+    monkeypatch.setattr(moe, "choose_sum", lambda held: sum_grouped)
+    config = find_model(model)[0]
+    config = replace(config, num_layers=4, vocab_size=VOCABULARY)
+    built = DecoderModel(config, LayerContext(MetaLoader(lambda axis, size: (0, size))), torch.bfloat16)
+    sampler, literals = Sampler(), Literals()
+    token_ids = positions = torch.zeros(2, dtype=torch.int64, device="meta")
+    with torch.inference_mode(), copies, literals:
+        logits = built.head(built.layers(built.embedding(token_ids), positions, attend))
+        sampler.start(logits, rows_of(name, 0))
+    assert logits.shape == (2, VOCABULARY)
+    assert not copies.waiting and not literals.seen

@@ -159,10 +159,10 @@ class Collectives(ABC):
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
         return _sum(self.all_gather(x, [x.shape[0]] * self.size, label))
 
-    def open_fast_sums(self) -> str | None:
+    def open_fast_sums(self) -> tuple[bool, str] | None:
         """Prepare a faster `all_reduce`, where the transport has one; all members must do so together.
 
-        Returns what sums from now on and why, for people; None if there is no choice.
+        Returns whether it is used, and what sums from now on and why, for people; None if there is no choice.
         """
         return None
 

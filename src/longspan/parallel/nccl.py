@@ -31,12 +31,12 @@ class NcclCollectives(DistributedCollectives):
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
         self._sum: SymmetricSum | None = None
 
-    def open_fast_sums(self) -> str | None:
+    def open_fast_sums(self) -> tuple[bool, str] | None:
         """See `Collectives.open_fast_sums`."""
         if self._members is None:
             return None
         self._sum, how = open_symmetric_sum(self._members, self._device)
-        return how
+        return self._sum is not None, how
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
         """See `Collectives.start_shift`. Both directions start in one NCCL group; two sends first would deadlock."""

@@ -17,7 +17,7 @@ from torch import Tensor
 _DTYPE = torch.bfloat16
 _ELEMENTS = 4 << 20  # of the memory: 8 MiB. NCCL is as fast for more
 _ALIGNMENT = 16  # bytes, of which a tensor must be a multiple
-# most bytes that every member reads whole, by size of group; the sum has another order on each member of other sizes
+# most bytes that every member reads whole, by size of group. Other sizes may add in another order on each member
 _READ_WHOLE = {2: 2 * _ELEMENTS, 4: 512 << 10, 8: 256 << 10}
 _CAPABILITY, _MOST_MEMBERS = 8, 8
 _TOLERANCE = 0.02  # largest error of the trial sums, relative to the largest element

@@ -189,9 +189,10 @@ def _open_groups(
     """The groups of a rank, and the one of its stages, which is in `Groups.pipeline`. Says how the TP group sums."""
     stages = make_group(setup.grid.pipeline_group(rank))
     tp, context = make_group(setup.grid.tp_group(rank)), make_group(setup.grid.context_group(rank))
-    how = None if setup.config.parallel.disable_custom_all_reduce else tp.open_fast_sums()
-    if how and rank == 0:
-        _LOG.info("sums over the TP group: %s", how)
+    found = None if setup.config.parallel.disable_custom_all_reduce else tp.open_fast_sums()
+    if found is not None and rank == 0:
+        fast, how = found
+        _LOG.log(logging.INFO if fast else logging.WARNING, "sums over the TP group: %s", how)
     return Groups(tp, context, Pipeline(stages)), stages
 
 

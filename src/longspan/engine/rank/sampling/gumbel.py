@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.attention.host_copy import to_device
 from longspan.engine.rank.sampling.random_numbers import hashed, mixed, uniform
 from longspan.engine.rank.sampling.rows import GREEDY_BELOW
-from longspan.engine.rank.sampling.transfer import OneCopy, float_bits
 from longspan.request import SamplingParams
 
 _EVERYTHING = 1 << 31  # a top-k that keeps every token
@@ -33,17 +34,17 @@ class DrawParameters:
     @staticmethod
     def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> DrawParameters:
         """The parameters of rows with these sampling parameters and seeds, in one copy to the device."""
-        upload = OneCopy()
-        whole = [hashed(seed) for seed in seeds]
-        whole += (one.top_k if one.top_k > 0 else _EVERYTHING for one in params)
-        temperatures = [0.0 if one.temperature < GREEDY_BELOW else one.temperature for one in params]
-        # 2.0 is no filter: the mass may exceed 1 by rounding
-        shares = [one.top_p if one.top_p < 1.0 else 2.0 for one in params]
-        floors = [math.log(one.min_p) if one.min_p > 0.0 else -math.inf for one in params]
-        upload.integers((*whole, *float_bits((*temperatures, *shares, *floors))))
-        drawn = [one for one in params if one.temperature >= GREEDY_BELOW]
-        filters = any(one.top_k > 0 or one.top_p < 1.0 or one.min_p > 0.0 for one in drawn)
-        return DrawParameters(upload.send(device)[0].view(5, -1), filters)
+        temperatures = np.array([one.temperature for one in params])
+        shares = np.array([one.top_p for one in params])
+        lowest = [one.min_p for one in params]
+        kept = [one.top_k if one.top_k > 0 else _EVERYTHING for one in params]
+        drawn, table = temperatures >= GREEDY_BELOW, np.empty((5, len(params)), dtype=np.int64)
+        table[0], table[1] = hashed(seeds), kept
+        table[2] = np.where(drawn, temperatures, 0.0).view(np.int64)
+        table[3] = np.where(shares < 1.0, shares, 2.0).view(np.int64)  # no filter: the mass may exceed 1 by rounding
+        table[4] = np.array([math.log(x) if x > 0.0 else -math.inf for x in lowest]).view(np.int64)
+        filtered = (table[1] != _EVERYTHING) | (shares < 1.0) | (np.array(lowest) > 0.0)
+        return DrawParameters(to_device(torch.from_numpy(table), device), bool((filtered & drawn).any()))
 
     @property
     def hashes(self) -> Tensor:

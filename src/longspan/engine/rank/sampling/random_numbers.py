@@ -5,16 +5,23 @@ It owns the hash; it must not know what is sampled with it. The kernel in `kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def hashed(seed: int) -> int:
-    """splitmix64 of `seed`, as a signed integer."""
-    return _signed(_splitmix64(seed & _MASK64))
+def hashed(seeds: Sequence[int]) -> NDArray[np.int64]:
+    """splitmix64 of R seeds, int64 [R]: computed together, because rows may change in every step."""
+    state = np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64) + np.uint64(GAMMA)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(FIRST)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(SECOND)
+    return (state ^ (state >> np.uint64(31))).view(np.int64)
 
 
 def mix(seed: int, position: int) -> int:
