@@ -32,7 +32,7 @@ from longspan.version import __version__
 from longspan.weights.builtin import builtin_config, builtin_names
 from longspan.weights.source import resolve_model
 from tests.oracle import greedy, oracle, prompt_of, tiny_folder
-from tests.traffic import TRAVELLING
+from tests.traffic import IN_PLACE, TRAVELLING
 
 IDS = ",".join(map(str, prompt_of(33)))
 ENGINE_OPTIONS = {
@@ -255,7 +255,7 @@ def test_constants_printed_by_explain_are_accepted_as_cost_constants(run, genera
     code, out, _ = run("explain", tiny_folder("llama"), "-pcp", "2", "--new", "8", "--cached", "64", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {s["schedule"] for s in report["kinds"][0]["schedules"]} == set(TRAVELLING)
+    assert {s["schedule"] for s in report["kinds"][0]["schedules"]} == {*TRAVELLING, *IN_PLACE}
     (tmp_path / "cost.json").write_text(json.dumps(report["constants"]))
     code, out, err = generate("--prompt-ids", IDS, "--max-tokens", "2", "-pcp", "2", "--local-context", "8",
                               "--cost-constants", str(tmp_path / "cost.json"))  # fmt: skip
