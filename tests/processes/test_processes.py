@@ -30,7 +30,7 @@ def alive(process_id: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("layout", [{"pcp": 2, "schedule": "gather_kv"}, {"tp": 2, "dcp": 2}])
+@pytest.mark.parametrize("layout", [{"pcp": 2, "schedule": "gather_kv"}, {"tp": 2, "dcp": 2, "schedule": "gather_q"}])
 def test_tokens_and_bytes_equal_those_of_threads(layout):
     prompts = [prompt_of(length) for length in (1, 16, 100)]
     params = SamplingParams(temperature=0, max_tokens=8)

@@ -22,7 +22,7 @@ from tests.oracle import prompt_of, tiny_folder
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 PATIENCE = 20.0
 CPUS = 4
-LAYOUT = {"pcp": 2}
+LAYOUT = {"pcp": 2, "schedule": "gather_q"}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 DRIVER = """
 import sys
