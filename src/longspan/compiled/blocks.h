@@ -5,6 +5,7 @@
 // A lane of 32 bits has 8 or 4 codes of one output, so that shifts make vectors of codes and nothing is moved between
 // lanes. Included by kernels.cpp.
 
+constexpr Index DEPTH = 32768 / PANEL;  // of a weight that is dequantised at a time: 128 KB
 typedef uint32_t Unsigned __attribute__((vector_size(BYTES), aligned(4)));
 
 constexpr int DIRECT = 4;  // rows up to which elements are used as they are dequantised; more would not stay in registers

@@ -17,7 +17,7 @@ inline Vector from_int8(const int8_t *at) {
 #elif defined(__AVX2__)
   return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
 #else
-  Vector found;
+  Vector found = {};
   for (int lane = 0; lane < LANES; lane++) found[lane] = at[lane];
   return found;
 #endif
@@ -25,7 +25,7 @@ inline Vector from_int8(const int8_t *at) {
 
 // Bits of sign, exponent and fraction are put where fp32 has them; the factor is that between the two exponents.
 inline Vector from_fp8(const int8_t *at) {
-  Integers bits;
+  Integers bits = {};
 #if defined(__AVX512F__)
   bits = (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at));
 #elif defined(__AVX2__)

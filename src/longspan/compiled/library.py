@@ -25,7 +25,7 @@ from longspan.compiled.recording import TYPES, Kernels
 from longspan.errors import EngineError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_INCLUDED = ("blocks.h", "cache_rows.h")  # beside it
+_INCLUDED = ("vectors.h", "products.h", "cache_rows.h", "attention.h", "blocks.h")  # beside it
 _COMPILERS = ("g++", "c++")
 # kernels are as fast as with -O3, and are compiled in two thirds of the time
 _FLAGS = (

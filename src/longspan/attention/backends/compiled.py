@@ -28,7 +28,7 @@ _TILE_ROWS = 192  # pairs of token and query head in a tile, which read a key on
 _FEW_ROWS = 8  # such pairs up to which a tile's tokens are divided, so that one long context occupies several cores
 _TOKENS = 256  # tokens of such a division
 _FORMATS = {torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # `Format` in `cache_rows.h`
-_RUNS_WORDS, _WRITES_WORDS, _PART_WORDS = 8, 3, 4  # of `Runs`, `Writes` and `Part` in `kernels.cpp`
+_RUNS_WORDS, _WRITES_WORDS, _PART_WORDS = 8, 3, 4  # of `Runs`, `Writes` and `Part` in `attention.h`
 
 
 class CompiledBackend(CpuBackend, RecordableBackend):
@@ -50,7 +50,7 @@ class CompiledBackend(CpuBackend, RecordableBackend):
 
 
 class _Record:
-    """Integers and addresses at a fixed address, where a kernel reads them: `Runs` or `Writes` in `kernels.cpp`."""
+    """Integers and addresses at a fixed address, where a kernel reads them: `Runs` or `Writes` in `attention.h`."""
 
     def __init__(self, words: int) -> None:
         self._words = (ctypes.c_int64 * words)()
