@@ -28,9 +28,10 @@ QUESTION = "What is the name of this license? Answer in one sentence."
 """A model of 135 million parameters finds a name; it cannot explain or summarise."""
 SENTENCE_ENDS = (". ", ".\n")
 RANKS = 2
-WHY_SLOW = (
-    "Slow here: prefill, because the text takes some 2 trillion operations and a CPU does them; "
-    "decode, because every token reads 0.5 GB of weights and both ranks share one memory bus."
+REMARKS = (
+    "Prefill is slow here, because the text takes some 2 trillion operations and a CPU does them. Under mapped_kv only "
+    "signals travel: the ranks are threads of one process, and read each other's pages where they lie. Ranks in "
+    "processes of their own (--executor processes) send queries, or keys and values."
 )
 COLOURS = ("cyan", "magenta", "yellow", "green")
 CHART_WIDTH = 56
@@ -111,7 +112,7 @@ def main() -> None:
         console.print(chart(measured.pages))
         console.print(journey(measured, llm.stats()))
         if not torch.cuda.is_available():
-            console.print(WHY_SLOW, soft_wrap=True)
+            console.print(REMARKS, soft_wrap=True)
 
 
 if __name__ == "__main__":
