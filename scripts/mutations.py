@@ -572,8 +572,8 @@ REQUESTS = (
     ),
     Fault(
         "a place behind the rows keeps what was never written", "engine/rank/settled_rows.py",
-        "self.slots.where(begun, _NO_SLOT).int()",
-        "self.slots.where(torch.zeros_like(begun).index_fill(0, places, value=True), _NO_SLOT).int()",
+        "self.slots.where(begun, NO_SLOT).int()",
+        "self.slots.where(torch.zeros_like(begun).index_fill(0, places, value=True), NO_SLOT).int()",
         (_AHEAD,),
     ),
     Fault(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-EXACT_FORMS = ("plain", "panels", "blocks")
+COMPILED_FORMS = ("panels", "blocks")
+EXACT_FORMS = ("plain", *COMPILED_FORMS)
 QUANTISED_FORMS = ("fp16", "int8")
 PRODUCT_FORMS = (*EXACT_FORMS, *QUANTISED_FORMS)
 """`plain`: PyTorch's; `panels`: by the compiled kernel, for fp32; `blocks`: likewise, with weights in 4 or 8 bits where

@@ -23,7 +23,7 @@ from torch import Tensor
 from longspan.clock import seconds
 from longspan.compiled.folder import NOTHING_KEPT, KeptFiles
 from longspan.compiled.library import fingerprint
-from longspan.config.products import EXACT_FORMS, QUANTISED_FORMS, ProductChoice
+from longspan.config.products import COMPILED_FORMS, EXACT_FORMS, QUANTISED_FORMS, ProductChoice
 from longspan.engine.free_memory import return_free_memory
 from longspan.errors import WeightError
 from longspan.models.context import Linear
@@ -126,13 +126,13 @@ def _choose(
     notes = [f"quantization {form}: not used ({problem})" for form, problem in problems.items() if problem]
     forms = [form for form, problem in problems.items() if not problem]
     exact = not forms or compares
-    if exact and not compiled:
+    if exact:
         forms.insert(0, "plain")
-    if forms == ["plain"]:
+    if forms == ["plain"] and not compiled:
         return ProductChoice(notes=tuple(notes))
     products = products_of_model()
     if exact and compiled:
-        forms = [*(EXACT_FORMS if products.in_blocks else EXACT_FORMS[:-1]), *forms]
+        forms[1:1] = [form for form in COMPILED_FORMS if form != "blocks" or products.in_blocks]
     form = forms[-1]
     if len(forms) > 1 and not (form in EXACT_FORMS and products.is_small):
         form, line = _fastest_of(tuple(forms), products, kept)

@@ -16,15 +16,13 @@ from longspan.attention.attend import Attention
 from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import local_phase
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
-from longspan.engine.rank.settled_rows import Carried, SpreadRows, StepRows, slot_writer
+from longspan.engine.rank.settled_rows import NO_SLOT, Carried, SpreadRows, StepRows, slot_writer
 from longspan.models.context import Attend, DraftModule
 from longspan.plan.drafts import SampledRows, later_plan, next_token_ids
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.reach import Place, QueryRun
 from longspan.plan.result import DraftTokens
 from longspan.plan.view import RankView, rank_view
-
-_NO_SLOT = -1
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class DraftChain:
             place = shifts + accepted + (run - 1)
             # the first one also writes zeros behind its row: see `SettledRows.slots`
             written = numbers >= place[:, None] if run == 1 else numbers == place[:, None]
-            writer = slot_writer(self.attention.ops.backend, inputs.slots.where(written, _NO_SLOT).flatten().int())
+            writer = slot_writer(self.attention.ops.backend, inputs.slots.where(written, NO_SLOT).flatten().int())
             attend = SpreadRows(self.attention, PreparedStep((later,), writer), first + place, width)
             chain = self.module.layers(found[-1], chain, positions + run, attend)
             found.append(self._best(chain))
@@ -172,7 +170,7 @@ def chain_values(view: RankView, sampled: Sequence[SampledRows], later: LaterRun
     """The content of the fields of `ChainInputs`, row after row, for a step whose rows are not padded."""
     slots: list[int] = []
     for found in later.slots:
-        slots += [*found, *(_NO_SLOT,) * (width - len(found))]
+        slots += [*found, *(NO_SLOT,) * (width - len(found))]
     return {
         "next_ids": [*next_token_ids(view), 0],
         "sample_rows": [wanted.row for wanted in view.samples],

@@ -26,7 +26,7 @@ from longspan.parallel.collectives import Collectives
 from longspan.parallel.experts import GatheredExperts
 from longspan.plan.drafts import SampledRows, accepted_rows, draft_run, next_token_ids, sampled_rows
 from longspan.plan.mirror import KnownRequest
-from longspan.plan.places import row_places, widened
+from longspan.plan.places import RowPlaces, row_places, widened
 from longspan.plan.plan import Segment, StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.result import DraftTokens
@@ -157,8 +157,7 @@ class ModuleDrafter:
         if carried is None or len(view.positions) > graphs.most:
             found = graphs.hidden(view, token_ids)
             return None if found is None else (found, None)
-        wide = self._view(widened(plan), requests)
-        places = row_places(plan, view, wide, self.place.pcp, carried.columns, carried.none)
+        wide, places = self._places(carried, plan, view, requests)
         found, rows = graphs.hidden(wide, token_ids, places), graphs.rows
         if found is None or not isinstance(rows, SettledRows):
             return None
@@ -169,9 +168,16 @@ class ModuleDrafter:
         carried = self.carried
         if carried is None or not view.pending:
             return None
-        wide = self._view(widened(plan, prefill=False), requests)
-        places = row_places(plan, view, wide, self.place.pcp, carried.columns, carried.none)
+        wide, places = self._places(carried, plan, view, requests, prefill=False)
         return SettledStep(RowInputs.of(places, self.device).settle(carried.table), wide)
+
+    def _places(
+        self, carried: Carried, plan: StepPlan, view: RankView, requests: Mapping[str, KnownRequest],
+        prefill: bool = True,
+    ) -> tuple[RankView, RowPlaces]:  # fmt: skip
+        """The share of the plan with a row for each place, and the places of its rows: see `plan/places.py`."""
+        wide = self._view(widened(plan, prefill), requests)
+        return wide, row_places(plan, view, wide, self.place.pcp, carried.columns, carried.none)
 
     @property
     def carried(self) -> Carried | None:

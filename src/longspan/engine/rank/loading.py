@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.compiled.blocks import QuantisedBlocks, joined
-from longspan.config.products import EXACT_FORMS
+from longspan.config.products import COMPILED_FORMS
 from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.engine.rank.upload import CudaCopying, Upload
 from longspan.engine.setup import EngineSetup
@@ -131,7 +131,7 @@ class TensorStore:
 
     def table(self, pieces: Sequence[WeightPiece], is_multiplied: bool) -> Table:
         """See `Loader.table`: the panels of the product if there are any, else the tensor."""
-        in_panels = (is_multiplied and self._form in EXACT_FORMS[1:]) or self._keeps_blocks(pieces)
+        in_panels = (is_multiplied and self._form in COMPILED_FORMS) or self._keeps_blocks(pieces)
         product = self.table_linear(pieces) if in_panels else None
         return product.panels if isinstance(product, PanelLinear | BlockLinear) else self.tensor(pieces)
 
@@ -161,9 +161,8 @@ class TensorStore:
         if self._blocks and self._keeps_blocks(pieces):
             return BlockLinear(joined([self._read_blocks(self._blocks, piece) for piece in pieces]))
         weight = self._read(pieces, self._dtype)
-        if self._form == "blocks":
-            return PanelLinear(weight)
-        return linear_in_form(weight, self._form, is_whole=is_whole)
+        form = "panels" if self._form == "blocks" else self._form  # a weight that is not in blocks is not rounded
+        return linear_in_form(weight, form, is_whole=is_whole)
 
     def _keeps_scaled(self, pieces: Sequence[WeightPiece]) -> bool:
         """Whether the weight stays in FP8."""

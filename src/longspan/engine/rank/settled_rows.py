@@ -23,7 +23,8 @@ from longspan.models.context import Attend
 from longspan.plan.places import RowPlaces
 from longspan.plan.view import RankView
 
-_NO_SLOT = -1
+NO_SLOT = -1
+"""In place of the slot of a row that is not written."""
 
 
 class Carried:
@@ -112,7 +113,7 @@ class RowInputs:
             self.positions + shifts,
             shifts,
             places,
-            self.slots.where(begun, _NO_SLOT).int(),
+            self.slots.where(begun, NO_SLOT).int(),
         )
 
 
@@ -128,7 +129,7 @@ class RefillableRows:
         self._fields: dict[str, Field] = {
             field.name: buffer.reserve(sizes.get(field.name, rows), torch.int64) for field in fields(RowInputs)
         }
-        self._padding = {"columns": carried.none, "places": places - 1, "slots": _NO_SLOT}
+        self._padding = {"columns": carried.none, "places": places - 1, "slots": NO_SLOT}
         self._inputs = RowInputs(**{name: field.device for name, field in self._fields.items()})
         self.fill(None)
         self.rows = self._inputs.settle(carried.table)

@@ -134,11 +134,10 @@ def largest_plans(setup: EngineSetup) -> Iterator[StepPlan]:
 
 def pages_for_largest(setup: EngineSetup) -> int:
     """Pages of each shard with which `largest_plans` has all tokens and all requests of a step."""
-    page, shards, scheduler = setup.config.cache.page_size, len(setup.grid.shards_of_pcp[0]), setup.config.scheduler
-    share = -(-scheduler.step_tokens // setup.grid.pcp)
+    page, shards = setup.config.cache.page_size, len(setup.grid.shards_of_pcp[0])
     most = max(_numbers_of_drafts(setup), default=0)
     decode = max(_pages_of_row(setup, drafts) * (_rows_of_step(setup, drafts) + 2) for drafts in (0, most))
-    return max(-(-2 * (share + page) // (shards * page)) + 1, decode)
+    return max(-(-2 * (_share_of_step(setup) + page) // (shards * page)) + 1, decode)
 
 
 def most_rows(setup: EngineSetup, drafts: int = 0) -> int:
@@ -169,9 +168,12 @@ def _numbers_of_drafts(setup: EngineSetup) -> list[int]:
 
 def _longest(setup: EngineSetup) -> int:
     """The most tokens of one pcp index in a step: its share of a step's tokens, if there are pages for two of them."""
-    room = _tokens_of_pcp(setup)
-    share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
-    return max(1, min(share, room // 2 - setup.config.cache.page_size))
+    return max(1, min(_share_of_step(setup), _tokens_of_pcp(setup) // 2 - setup.config.cache.page_size))
+
+
+def _share_of_step(setup: EngineSetup) -> int:
+    """A pcp index's share of a step's tokens."""
+    return -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
 
 
 def _tokens_of_pcp(setup: EngineSetup) -> int:
@@ -230,8 +232,8 @@ def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered
     held = before * shards // page  # pages of a pcp index
     most = -(-length // page)
     total = (held + most) * page * (1 if local else len(pcps))
-    share = -(-setup.config.scheduler.step_tokens // setup.grid.pcp)
-    if length > share or length % page or total > setup.max_model_len or (held + most) * page > _tokens_of_pcp(setup):
+    too_long = length > _share_of_step(setup) or total > setup.max_model_len
+    if too_long or length % page or (held + most) * page > _tokens_of_pcp(setup):
         return
     if local:
         requests = [_Request(f"{pcp}", [pcp] * (held + most), _SAMPLING[0]) for pcp in pcps]

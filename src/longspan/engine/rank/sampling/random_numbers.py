@@ -6,6 +6,7 @@ It owns the hash; it must not know what is sampled with it. The kernel in `kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,15 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
+_Bits = TypeVar("_Bits", int, NDArray[Any])
 GAMMA, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def hashed(seeds: Sequence[int]) -> NDArray[np.int64]:
     """splitmix64 of R seeds, int64 [R]: computed together, because rows may change in every step."""
-    state = np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64) + np.uint64(GAMMA)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(FIRST)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(SECOND)
-    return (state ^ (state >> np.uint64(31))).view(np.int64)
+    return _splitmix64(np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64)).view(np.int64)
 
 
 def mix(seed: int, position: int) -> int:
@@ -59,7 +58,8 @@ def _finalised(state: Tensor) -> Tensor:
     return state ^ _shifted(state, 31)
 
 
-def _splitmix64(state: int) -> int:
+def _splitmix64(state: _Bits) -> _Bits:
+    """The number behind each counter. Arrays wrap by themselves, and integers by the masks."""
     z = (state + GAMMA) & _MASK64
     z = ((z ^ (z >> 30)) * FIRST) & _MASK64
     z = ((z ^ (z >> 27)) * SECOND) & _MASK64
