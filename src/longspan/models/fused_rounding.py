@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WIDTH = 128  # columns with one scale
+from longspan.models.scaled import BLOCK
+
 _ROWS = 16  # of a program
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _LEAST = torch.finfo(torch.float32).tiny
@@ -22,12 +23,12 @@ def round_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     Rows from T on are 0.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
-    groups = x.shape[1] // _WIDTH
+    groups = x.shape[1] // BLOCK
     values = torch.empty(rows, x.shape[1], dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
     round_kernel[(triton.cdiv(rows, _ROWS), groups)](
         x, values, scales, x.stride(0), len(x), rows, x.shape[1],
-        LARGEST=_LARGEST, LEAST=_LEAST, WIDTH=_WIDTH, ROWS=_ROWS, num_warps=4,
+        LARGEST=_LARGEST, LEAST=_LEAST, WIDTH=BLOCK, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return values, scales.t()
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView, segments_in_order
 
-_NO_SLOT = -1
+NO_SLOT = -1
+"""In place of the slot of a row that is not written."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def row_places(
         row, place = len(places), len(first_rows)
         places += range(place, place + segment.length)
         first_rows += [row] * (segment.length + segment.slack)
-    slots = [_NO_SLOT] * len(first_rows)
+    slots = [NO_SLOT] * len(first_rows)
     for run in wide.writes:
         slots[run.row : run.row + run.length] = range(run.slot, run.slot + run.length)
     return RowPlaces(view.token_ids, view.positions, of_row, numbers, places, first_rows, slots)

@@ -16,10 +16,11 @@ from longspan.attention.attend import Attention
 from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import local_phase
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
-from longspan.engine.rank.settled_rows import NO_SLOT, Carried, SpreadRows, StepRows, slot_writer
+from longspan.engine.rank.settled_rows import Carried, SpreadRows, StepRows, slot_writer
 from longspan.models.context import Attend, DraftModule
 from longspan.plan.drafts import SampledRows, later_plan, next_token_ids
 from longspan.plan.mirror import KnownRequest
+from longspan.plan.places import NO_SLOT
 from longspan.plan.reach import Place, QueryRun
 from longspan.plan.result import DraftTokens
 from longspan.plan.view import RankView, rank_view

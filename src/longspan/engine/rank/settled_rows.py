@@ -20,11 +20,8 @@ from longspan.attention.step_buffer import Field, StepBuffer
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
 from longspan.models.context import Attend
-from longspan.plan.places import RowPlaces
+from longspan.plan.places import NO_SLOT, RowPlaces
 from longspan.plan.view import RankView
-
-NO_SLOT = -1
-"""In place of the slot of a row that is not written."""
 
 
 class Carried:
