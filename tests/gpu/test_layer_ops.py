@@ -261,20 +261,25 @@ def test_a_cpu_has_the_plain_operations():
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from longspan.models.few_rows import product_kernel
 from longspan.models.fused_rounding import round_kernel
 from longspan.models.ops import kernels
 
 def build(kernel, warps, arguments, constants):
-    names = kernel.arg_names
-    signature = dict(zip(names, [*arguments, *["constexpr"] * len(constants)], strict=True))
+    names, early = kernel.arg_names, constants.get("EARLY", False)
+    given = [name for name in names if name in constants]
+    signature = dict(zip([name for name in names if name not in given], arguments, strict=True))
+    signature = {name: signature.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32)
-    made = compile(source, target=target, options={"num_warps": warps})
+    made = compile(source, target=target, options={"num_warps": warps, "launch_pdl": early})
     assert made.metadata.shared <= 232448, kernel
+    assert ("griddepcontrol.wait" in made.asm["ptx"]) == early, kernel
 
 x, two = "*bf16", ("i32", "i32")
-build(kernels.norm_kernel, 8, [x] * 5 + [("i32",) * 3, "fp32"], {"WIDTH": 7168, "BLOCK": 8192, "ADD": True})
-build(kernels.swiglu_kernel, 4, [x, x, "i32", "i32"], {"EXACT": True, "BLOCK": 1024})
+norm = {"WIDTH": 7168, "BLOCK": 8192, "ADD": True, "EARLY": True}
+build(kernels.norm_kernel, 8, [x] * 5 + [("i32",) * 3, "fp32"], norm)
+build(kernels.swiglu_kernel, 4, [x, x, "i32", "i32"], {"EXACT": True, "BLOCK": 1024, "EARLY": True})
 build(kernels.clamped_swiglu_kernel, 4, [x, x, "i32", "i32", "fp32", "fp32"], {"EXACT": True, "BLOCK": 1024})
 build(kernels.rope_table_kernel, 1, ["*i64", "*fp32", x, x, "fp32"], {"HALF": 40, "BLOCK": 64, "EXACT": True})
 build(kernels.embed_kernel, 4, ["*i64", x, x, "i32", "i32", "i32"], {"BLOCK": 1024})
@@ -286,7 +291,13 @@ for dim, interleaved, norm in ((64, True, False), (32, False, True)):
     build(
         kernels.rope_kernel, 4, [x] * 6 + [two, two, "i32", "i32", "fp32"],
         {"WIDTH": max(dim, 96), "DIM": dim, "INTERLEAVED": interleaved, "NORM": norm, "HEADS": 1024 // (dim // 2),
-         "HALF": dim // 2, "REST": 64 if dim < 96 else 1},
+         "HALF": dim // 2, "REST": 64 if dim < 96 else 1, "EARLY": True},
+    )
+for inputs, pieces, together, gated in ((2048, 1, 8, False), (14336, 7, 2, False), (2048, 1, 4, True)):
+    build(
+        product_kernel, 8, [x] * (4 if inputs > 2048 else 3) + ["i32", "i32"],
+        {**({} if inputs > 2048 else {"bias": None}), "INPUTS": inputs, "ROWS": 4, "OUTPUTS": together, "PIECE": 2048,
+         "PIECES": pieces, "TOGETHER": 8, "GATED": gated, "EXACT": True, "EARLY": True},
     )
 """
 

@@ -39,7 +39,8 @@ for parts in (2, 16):
 for stored, widths, largest in (("bf16", (512, 64), 0.0), ("i8", (128,), 127.0), ("fp8e4nv", (512, 64), 448.0)):
     scales = "*fp32" if largest else "*bf16"
     arguments = ["*i32", "*bf16", "*bf16", "*" + stored, scales, ints(4), ints(3), ints(3), "i32", "i32"]
-    build(_write_kernel, arguments, {"WIDTHS": widths, "LARGEST": largest, "ROUND": stored == "i8", "ROWS": 4})
+    constants = {"WIDTHS": widths, "LARGEST": largest, "ROUND": stored == "i8", "ROWS": 4, "EARLY": True}
+    build(_write_kernel, arguments, constants)
 """
 WRITES = (WriteRun(0, 7, 4), WriteRun(5, 30, 1), WriteRun(8, 1, 3))
 

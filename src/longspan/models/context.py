@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,14 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → x · weight [out, in]ᵀ + bias [out]."""
+
+
+@runtime_checkable
+class GatedLinear(Protocol):
+    """A product with gate and up, of which some numbers of rows can be computed together with their SwiGLU."""
+
+    def swiglu(self, x: Tensor) -> Tensor | None:
+        """x [T, in] → `LayerOps.swiglu` of the product without a bias [T, out / 2]; None: it is an operation apart."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ It owns how they are computed on each device; it must not know which slice of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.nn import functional as F
 
 from longspan.compiled.library import address, library
 from longspan.models.ops.base import LayerOps, Panels
+
+if TYPE_CHECKING:
+    from longspan.models.few_rows import FewRowsLinear
 
 _FEW_ROWS = 128  # up to these a table's product is transposed
 
@@ -65,6 +70,16 @@ class PanelLinear:
             self.out_features, self._depth,
         )  # fmt: skip
         return out
+
+
+def dense_linear(weight: Tensor) -> DenseLinear | FewRowsLinear:
+    """The product with a weight [out, in] as it is: on GPUs that launch kernels early by a kernel for few rows."""
+    if weight.device.type == "cuda" and find_spec("triton"):
+        from longspan.models.few_rows import FewRowsLinear, problem_of_few_rows
+
+        if problem_of_few_rows(weight) is None:
+            return FewRowsLinear(weight)
+    return DenseLinear(weight)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longspan.models.config import ModelConfig
-from longspan.models.context import LayerContext
+from longspan.models.context import GatedLinear, LayerContext
 from longspan.models.params import Param
 
 
@@ -28,8 +28,16 @@ class GatedMLP:
         if config.mlp_bias:
             self._gate_up_bias = load(*(Param(f"{name}.bias", (wide,), ("ffn",)) for name in inner))
             self._down_bias = load(Param(f"{prefix}.down_proj.bias", (hidden,), (None,)))
+        self._gated: GatedLinear | None = None
+        if isinstance(self._gate_up, GatedLinear) and self._gate_up_bias is None:
+            self._gated = self._gate_up
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, hidden] → [T, hidden], summed over the TP group."""
-        summed = self._tp.all_reduce(self._down(self._ops.swiglu(self._gate_up(x, self._gate_up_bias))))
+        summed = self._tp.all_reduce(self._down(self._inner(x)))
         return summed if self._down_bias is None else summed + self._down_bias
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """x [T, hidden] → silu(gate(x)) · up(x) [T, width]."""
+        found = None if self._gated is None else self._gated.swiglu(x)
+        return self._ops.swiglu(self._gate_up(x, self._gate_up_bias)) if found is None else found

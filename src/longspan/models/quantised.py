@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from longspan.compiled.blocks import quantised
 from longspan.models.blocks import BlockLinear
 from longspan.models.context import Linear
-from longspan.models.layers import DenseLinear, PanelLinear
+from longspan.models.layers import PanelLinear, dense_linear
 
 _WEIGHT_LEVELS = 127
 # activations have 7 bits: without VNNI a processor adds pairs of 8-bit products in 16 bits, which more would overflow
@@ -77,7 +77,7 @@ def linear_in_form(weight: Tensor, form: str, *, is_whole: bool) -> Linear:
     """
     match form:
         case "plain":
-            return DenseLinear(weight)
+            return dense_linear(weight)
         case "panels":
             return PanelLinear(weight)
         case "blocks":  # of 4 bits, for what is measured: weights of a file are never rounded

@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from longspan.early_launch import wait_for_inputs
+
 
 @triton.jit
 def norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
-    x, residual, weight, total, out, strides, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
-):
+    x, residual, weight, total, out, strides, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Program (row): the norm of x, or with `ADD` that of total = residual + x.
 
     `strides` are those of rows, of x, residual and out.
@@ -24,6 +27,8 @@ def norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotatio
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     kind = out.dtype.element_ty
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(EARLY)
     values = tl.load(x + row * strides[0] + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         values += tl.load(residual + row * strides[1] + column, mask=inside, other=0.0).to(tl.float32)
@@ -31,23 +36,23 @@ def norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotatio
         values = values.to(kind).to(tl.float32)
     scale = tl.rsqrt(tl.div_rn(tl.sum(values * values, axis=0), WIDTH * 1.0) + eps)
     normed = (values * scale).to(kind).to(tl.float32)
-    scaled = normed * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.debug_barrier()  # out may be x, and a thread may store where another one has to load first
-    tl.store(out + row * strides[2] + column, scaled.to(kind), mask=inside)
+    tl.store(out + row * strides[2] + column, (normed * factor).to(kind), mask=inside)
 
 
 @triton.jit
 def swiglu_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, stride, width, EXACT: tl.constexpr, BLOCK: tl.constexpr
+    gate_up, out, stride, width, EXACT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
     """Program (row, block of columns): silu(gate) · up."""
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     kind = out.dtype.element_ty
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + _exp(-gate, EXACT)).to(kind).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + exp(-gate, EXACT)).to(kind).to(tl.float32)
     tl.store(out + row * width + column, (silu * up).to(kind), mask=inside)
 
 
@@ -65,13 +70,13 @@ def clamped_swiglu_kernel(  # type: ignore[no-untyped-def]
     gate = tl.where(gate > limit, limit, gate)  # comparisons keep NaN, as PyTorch's clamp does
     up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     sloped = (gate * slope).to(kind).to(tl.float32)
-    sigmoid = tl.div_rn(1.0, 1.0 + _exp(-sloped, EXACT)).to(kind).to(tl.float32)
+    sigmoid = tl.div_rn(1.0, 1.0 + exp(-sloped, EXACT)).to(kind).to(tl.float32)
     swish = (gate * sigmoid).to(kind).to(tl.float32)
     tl.store(out + row * width + column, (swish * (up + 1.0).to(kind).to(tl.float32)).to(kind), mask=inside)
 
 
 @triton.jit
-def _exp(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def exp(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
     if EXACT:
         return libdevice.exp(x)
     return tl.exp(x)
@@ -106,13 +111,14 @@ def rope_table_kernel(  # type: ignore[no-untyped-def]
 def rope_kernel(  # type: ignore[no-untyped-def]
     q, k, q_weight, k_weight, cos, sin, q_strides, k_strides, q_heads, k_heads, eps,
     WIDTH: tl.constexpr, DIM: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block of `HEADS` heads, those of q before those of k): rotate heads in place.
 
     `WIDTH` are the elements of a head, `DIM` those that are rotated; `HALF` and `REST` are powers of two with room for
     half of these, and for the others.
     """
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(q_heads, HEADS)
     block = tl.program_id(1)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from longspan.early_launch import early_options
 from longspan.models.ops.base import RopeTable, Table, plain_table
 from longspan.models.ops.kernels import (
     clamped_swiglu_kernel,
@@ -50,8 +51,9 @@ class TritonOps:
         out = gate_up.new_empty(rows, width)
         if rows:
             swiglu_kernel[(rows, triton.cdiv(width, _COLUMNS))](
-                gate_up, out, gate_up.stride(0), width, EXACT=gate_up.is_cuda, BLOCK=_COLUMNS, num_warps=_WARPS
-            )
+                gate_up, out, gate_up.stride(0), width,
+                EXACT=gate_up.is_cuda, BLOCK=_COLUMNS, num_warps=_WARPS, **early_options(gate_up.device),
+            )  # fmt: skip
         return out
 
     def clamped_swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
@@ -98,6 +100,7 @@ class TritonOps:
             q, k, weights[0], weights[-1], table.cos, table.sin, q.stride()[:2], k.stride()[:2], q_heads, k_heads, eps,
             WIDTH=width, DIM=dim, INTERLEAVED=interleaved, NORM=bool(norms),
             HEADS=together, HALF=half, REST=triton.next_power_of_2(max(1, width - dim)), num_warps=_WARPS,
+            **early_options(q.device),
         )  # fmt: skip
 
     def embed(self, token_ids: Tensor, table: Table, first: int | None) -> Tensor:
@@ -134,4 +137,5 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, total: Tensor, out
         norm_kernel[(rows,)](
             x, other, weight, total, out, (x.stride(0), other.stride(0), out.stride(0)), eps,
             WIDTH=width, BLOCK=block, ADD=residual is not None, num_warps=min(16, max(_WARPS, block // 1024)),
+            **early_options(x.device),
         )  # fmt: skip

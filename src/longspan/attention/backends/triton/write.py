@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.rows import LARGEST, CacheRows, unit_stride
 from longspan.attention.step_buffer import StepBuffer
+from longspan.early_launch import early_options, wait_for_inputs
 from longspan.plan.decode import DecodeWrites
 from longspan.plan.view import WriteRun
 
@@ -45,6 +46,7 @@ class TritonSlotWriter:
             cache.values.stride()[:3], scales.stride()[:3], len(k) * heads, heads,
             WIDTHS=widths, LARGEST=LARGEST[cache.values.dtype] if quantised else 0.0,
             ROUND=cache.values.dtype == torch.int8, ROWS=rows, num_warps=_WARPS, enable_fp_fusion=FUSED,
+            **early_options(k.device),
         )  # fmt: skip
 
 
@@ -82,13 +84,14 @@ def _power_and_rest(width: int) -> tuple[int, ...]:
 @triton.jit
 def _write_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
     slots, k, v, values, scales, source_strides, value_strides, scale_strides, units, heads,
-    WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr,
+    WIDTHS: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (block, keys or values): write `ROWS` pairs of (row, head), of `units` in all.
 
     `WIDTHS` are the widths of the scale groups, `LARGEST` is the largest quantised number, or 0 without quantisation.
     With `ROUND` values are rounded to integers.
     """
+    wait_for_inputs(EARLY)  # slots too may be found by a kernel before this one
     unit = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, head = unit // heads, (unit % heads).to(tl.int64)
     slot = tl.load(slots + row, mask=unit < units, other=-1).to(tl.int64)
