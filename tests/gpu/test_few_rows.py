@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from longspan.early_launch import launches_early
 from longspan.models.context import LayerContext
 from longspan.models.decoder import DecoderModel
-from longspan.models.few_rows import MOST_ROWS, FewRowsLinear, problem_of_few_rows
+from longspan.models.few_rows import MOST_ROWS, FewRowsLinear, problem_of_kernel
 from longspan.models.layers import DenseLinear, dense_linear
 from longspan.models.ops.triton import TritonOps
 from tests.gpu.launches import META, MetaLoader, counted
@@ -83,7 +83,7 @@ def test_a_dense_layer_is_ten_launches_all_of_them_launched_early():
 
 def test_devices_that_do_not_launch_early_keep_pytorchs_product():
     weight = torch.empty(8, 8, dtype=torch.bfloat16)
-    assert "not launched early" in problem_of_few_rows(weight)
+    assert "not launched early" in problem_of_kernel(weight)
     assert isinstance(dense_linear(weight), DenseLinear)
 
 
@@ -93,8 +93,8 @@ def test_devices_that_do_take_the_kernel_for_16_bits():
         pytest.skip("this GPU does not launch kernels early")
     weight = rand(64, 64)
     assert isinstance(dense_linear(weight), FewRowsLinear)
-    assert "16 bits" in problem_of_few_rows(weight.float())
-    assert "multiple of 8" in problem_of_few_rows(weight[:, :60].contiguous())
+    assert "16 bits" in problem_of_kernel(weight.float())
+    assert "multiple of 8" in problem_of_kernel(weight[:, :60].contiguous())
 
 
 @pytest.mark.gpu

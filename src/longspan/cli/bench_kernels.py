@@ -76,7 +76,7 @@ Forms = Annotated[
     str,
     typer.Option(
         "--forms", help="forms of weights to compare with the first one, or all: plain, packed, panels, blocks, fp16, "
-        "int8; on a GPU bf16, fp16, fp8",
+        "int8; on a GPU bf16, few-rows, fp16, fp8",
     ),
 ]  # fmt: skip
 Seconds = Annotated[float, typer.Option("--seconds", help="seconds for the repetitions of one case")]

@@ -48,14 +48,10 @@ class FewRowsLinear:
         return out
 
 
-def problem_of_few_rows(weight: Tensor) -> str | None:
+def problem_of_kernel(weight: Tensor) -> str | None:
     """Why the kernel is of no use for a weight [out, in]; None if it is."""
     if not launches_early(weight.device):
         return f"kernels are not launched early on {weight.device}, and without that PyTorch's product is as fast"
-    return _problem_of_shape(weight)
-
-
-def _problem_of_shape(weight: Tensor) -> str | None:
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel is for 16 bits, not {weight.dtype}".replace("torch.", "")
     if weight.shape[1] > _MOST_COLUMNS or weight.shape[1] % _TOGETHER or not weight.is_contiguous():

@@ -74,12 +74,20 @@ class PanelLinear:
 
 def dense_linear(weight: Tensor) -> DenseLinear | FewRowsLinear:
     """The product with a weight [out, in] as it is: on GPUs that launch kernels early by a kernel for few rows."""
-    if weight.device.type == "cuda" and find_spec("triton"):
-        from longspan.models.few_rows import FewRowsLinear, problem_of_few_rows
+    if problem_of_few_rows(weight) is not None:
+        return DenseLinear(weight)
+    from longspan.models.few_rows import FewRowsLinear
 
-        if problem_of_few_rows(weight) is None:
-            return FewRowsLinear(weight)
-    return DenseLinear(weight)
+    return FewRowsLinear(weight)
+
+
+def problem_of_few_rows(weight: Tensor) -> str | None:
+    """Why a weight [out, in] is not multiplied by the kernel for few rows; None if it is."""
+    if weight.device.type != "cuda" or find_spec("triton") is None:
+        return "the kernel for few rows is written in Triton, for GPUs"
+    from longspan.models.few_rows import problem_of_kernel
+
+    return problem_of_kernel(weight)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from longspan.clock import Run
 from longspan.models.config import ModelConfig
 from longspan.models.context import LayerContext, Linear, LinearStack
 from longspan.models.decoder import DecoderModel
-from longspan.models.layers import DenseLinear, table_product
+from longspan.models.layers import dense_linear, table_product
 from longspan.models.ops import choose_ops
 from longspan.models.params import Extent, Param
 from longspan.models.shapes import requests_of
@@ -66,7 +66,7 @@ class _RandomWeights:
 
     def linear(self, *params: Param) -> Linear:
         """A product with such a weight."""
-        return DenseLinear(self.load(*params))
+        return dense_linear(self.load(*params))
 
     def linear_stack(self, *entries: Sequence[Param]) -> LinearStack:
         """Products with such weights."""
@@ -165,7 +165,7 @@ class LayerBench:
     def _products(self, rows: int) -> Run:
         """A function that computes the products of all layers, and nothing else."""
         layers = range(self._count(rows))
-        weights = [[DenseLinear(self._bench.tensor(*size)) for size in self.sizes] for _ in layers]
+        weights = [[dense_linear(self._bench.tensor(*size)) for size in self.sizes] for _ in layers]
         inputs = [self._bench.tensor(rows, into) for _, into in self.sizes]
 
         def run() -> None:

@@ -19,7 +19,7 @@ from longspan.bench.kernels.harness import Harness, KernelRow
 from longspan.compiled.blocks import BLOCK as BLOCK_COLUMNS
 from longspan.compiled.library import problem_of_kernels
 from longspan.models.context import Linear
-from longspan.models.layers import DenseLinear, can_pack
+from longspan.models.layers import DenseLinear, can_pack, dense_linear, problem_of_few_rows
 from longspan.models.quantised import linear_in_form, problem_of_form
 from longspan.models.registry import find_family
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, problem_of_kernel
@@ -92,6 +92,7 @@ FORMS: Mapping[str, Mapping[str, Form]] = MappingProxyType({
     },
     "cuda": {
         "bf16": Form(2, DenseLinear),
+        "few-rows": Form(2, dense_linear, problem=problem_of_few_rows),
         "fp16": Form(2, lambda weight: DenseLinear(weight.half()), torch.float16),
         "fp8": Form(1 + 4 / BLOCK**2, _scaled, problem=_problem_of_blocks),
     },
