@@ -63,6 +63,7 @@ HEADS = {
     for heads in (
         KernelHeads("gqa", 64, 8, 128, 128, 2),
         KernelHeads("mla", 128, 1, 576, 512, 1),
+        KernelHeads("mla16", 16, 1, 576, 512, 1),
         KernelHeads("mha", 16, 16, 128, 128, 2),
     )
 }
