@@ -38,7 +38,9 @@ _SIZES = {  # default sizes by device
 _UNITS = {"cpu": ("GB/s", "GFLOP/s", 1e9), "cuda": ("TB/s", "TFLOP/s", 1e12)}
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
 Backends = Annotated[str, typer.Option("--backends", help="attention backends to compare with the first one, or all")]
-HeadNames = Annotated[str, typer.Option("--heads", help="gqa (64/8 x 128), mla (128 over a latent of 576), mla16 (16), mha")]
+HeadNames = Annotated[
+    str, typer.Option("--heads", help="gqa (64/8 x 128), mla (128 over a latent of 576), mla16 (16 over it), mha")
+]
 Formats = Annotated[str, typer.Option("--kv-cache-dtype", help="data types of the cache: auto, fp8, int8")]
 Batch = Annotated[
     str | None, typer.Option("--batch", help="decoding requests, a case for each number, as in 1,64; empty: no decode")

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from longspan.early_launch import early_options, launches_early, wait_for_inputs
 from longspan.models.ops.kernels import exp
 
-MOST_ROWS = 4  # rows of x; from there on PyTorch's product is as fast
+MOST_ROWS = 2  # rows of x; from there on PyTorch's product is as fast: see docs/LOG.md
 _PIECE = 2048  # columns of a weight that are loaded together, at most
-_HELD = 128  # elements of a weight that a thread holds: 64 registers
+_HELD = 64  # elements of a weight that a thread holds: few, so that many programs on a processor read at a time
 _MOST_COLUMNS = 32768  # of a weight: a program holds whole rows
 _TOGETHER = 8  # adjacent elements of a thread: 16 bytes
 
