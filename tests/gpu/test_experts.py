@@ -110,9 +110,9 @@ def test_logits_that_are_no_numbers_choose_experts_all_the_same():
     assert ((experts >= 0) & (experts < 20)).all()
 
 
-def compiled(*models):
+def compiled(*models, module="tests.gpu.compile_experts"):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.gpu.compile_experts", *models]
+    command = [sys.executable, "-m", module, *models]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
