@@ -17,12 +17,14 @@ from longspan.models.context import LinearStack
 from longspan.models.experts import RoutedExperts
 from longspan.models.fused_experts import few_enough, sum_fused
 from longspan.models.grouped import choose_sum, sum_one_by_one
+from longspan.models.sorted_experts import sum_sorted
 from longspan.models.sorted_pairs import sort_pairs
 from longspan.models.tiled_experts import Tile, Tiles, sum_tiled
 from tests.gpu.launches import META, counted
 from tests.gpu.stored_experts import DEVICE, in_bfloat16, part, plain_sum, routing, stored_layer
 from tests.gpu.test_experts import compiled, moved
 from tests.unit.test_experts import expected, layer
+from tests.unit.test_experts import part as plain_part
 from tests.unit.test_experts import routing as plain_routing
 
 SMALL = {  # as the real ones, but small, so that a few rows have several of them
@@ -104,6 +106,14 @@ def test_tiles_are_as_large_as_experts_have_rows_and_processors_have_memory(monk
     assert choose("fp8", 1000, device) is few
 
 
+@pytest.mark.parametrize("cut", [(0, 6), (1, 3)], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_sorted_and_gathered_rows_give_the_sum_of_each_row_and_choice(rows, cut):
+    held, given = plain_part(layer(), *cut), plain_routing(rows)
+    found = sum_sorted(moved(held), *(x.to(DEVICE) for x in given)).cpu()
+    torch.testing.assert_close(found, sum_one_by_one(held, *given), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("clamped", [False, True], ids=["swiglu", "clamped with biases"])
 @pytest.mark.parametrize("rows", [0, 1, 33])
 def test_tiles_of_plain_weights_give_the_sum_of_each_row_and_choice(rows, clamped):
@@ -142,7 +152,7 @@ def test_pairs_are_sorted_by_expert_and_cut_into_tiles(rows, cut):
     assert found.pairs[: len(order)].tolist() == order
     assert found.stops.tolist() == torch.tensor([len(pairs) for pairs in each]).cumsum(0).tolist()
     places = {pair: place for place, pair in enumerate(order)}
-    assert found.places.tolist() == [places.get(pair, len(chosen)) for pair in range(len(chosen))]
+    assert found.places.tolist() == [places.get(pair, len(chosen) - 1) for pair in range(len(chosen))]
     tiles, start = [], 0
     for expert, pairs in enumerate(each):
         tiles += [(expert, start + at, min(start + at + 16, start + len(pairs))) for at in range(0, len(pairs), 16)]

@@ -14,7 +14,7 @@ from longspan.models.experts import RoutedExperts, activate
 
 _CAPABILITIES = (9, 10)  # Hopper and Blackwell: elsewhere PyTorch reads the offsets back and loops
 _LEAST_CAPABILITY = 8  # Ampere: the first with products of bfloat16
-_MANY = "grouped"  # products of many rows in bfloat16: PyTorch's `grouped`, or `tiled`
+_MANY = "sorted"  # products of many rows in bfloat16: PyTorch's, with pairs `sorted` in a kernel, or `tiled`
 _ALIGNMENT = 8  # elements of bf16 in 16 bytes, of which rows must be multiples
 ExpertSum = Callable[[RoutedExperts, Tensor, Tensor, Tensor], Tensor]
 """(held, x [T, hidden], experts [T, k] int64, weights [T, k] fp32) → [T, hidden]: the weighted sum over those held."""
@@ -116,17 +116,20 @@ def choose_sum(held: RoutedExperts) -> ExpertSum:
         return _choose_by_rows("tiled") if alike and not problem else sum_one_by_one
     _, hidden, width = down.weight.shape
     problem = problem_of_grouped(down.weight.device, down.weight.dtype, hidden, width)
-    return sum_one_by_one if problem else _choose_by_rows(_MANY)
+    has_biases = held.gate_up_bias is not None or held.down_bias is not None
+    many = "grouped" if _MANY == "sorted" and has_biases else _MANY
+    return sum_one_by_one if problem else _choose_by_rows(many)
 
 
 def _choose_by_rows(many: str) -> ExpertSum:
-    """The fused kernels for few rows, whose cost are launches and bytes; for many `grouped` or `tiled` products."""
+    """The fused kernels for few rows, whose cost are launches and bytes; for many one of three forms of products."""
     try:
         from longspan.models.fused_experts import few_enough, sum_fused
+        from longspan.models.sorted_experts import sum_sorted
         from longspan.models.tiled_experts import sum_tiled
     except ImportError:  # no Triton
         return sum_grouped
-    of_many = sum_tiled if many == "tiled" else sum_grouped
+    of_many = {"grouped": sum_grouped, "sorted": sum_sorted, "tiled": sum_tiled}[many]
 
     def by_rows(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         form = sum_fused if few_enough(held, experts.numel()) else of_many

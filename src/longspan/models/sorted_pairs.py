@@ -21,7 +21,7 @@ class SortedPairs(NamedTuple):
 
     # int32 [P]: the pair at each place; places from the last of `stops` on are not written
     pairs: Tensor
-    # int64 [P]: the place of each pair, P for one of another expert
+    # int64 [P]: the place of each pair; of one of another expert the last, which is then in no group
     places: Tensor
     # int32 [E]: where each expert's places end
     stops: Tensor
@@ -107,7 +107,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         place = tl.gather(stop - total, expert, 0) + tl.sum(earlier.to(tl.int32), 1)
         place += tl.load(before + expert * blocks + program, mask=held, other=0)
         tl.store(sorted_pairs + place, pair, mask=held)
-        tl.store(places + pair, tl.where(held, place, pairs).to(tl.int64), mask=pair < pairs)
+        tl.store(places + pair, tl.where(held, place, pairs - 1).to(tl.int64), mask=pair < pairs)
     if program < tiles:
         each = (total + ROWS - 1) // ROWS
         mine = tl.sum(((tl.cumsum(each, 0) <= program) & (number < EXPERTS)).to(tl.int32), 0)
