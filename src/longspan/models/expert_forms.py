@@ -3,6 +3,7 @@
 It owns the forms and their decoding in registers, for the kernels of a mixture's experts. A form is one of
 
 - `plain`: weight [rows, K] in the dtype of the activations;
+- `described`: the same, through a descriptor of blocks [C, INNER], for rows that are adjacent;
 - `fp8`: values [rows, K] float8_e4m3fn and fp32 scales [rows / 128, K / 128]. Activations are rounded to FP8 with a
   scale for each 128 columns of a row, as `scaled.rounded` does, and multiplied in FP8 (compute capability 8.9);
 - `fp8_bytes`: the same weights as bytes, decoded for a processor without FP8; activations are not rounded;
@@ -99,7 +100,8 @@ def _decoded(packed, power, kind: tl.constexpr):  # type: ignore[no-untyped-def]
     """MXFP4 uint8 [C, n / 2] with uint8 scales [C, n / 32] → [C, n], 2^-63 times the numbers.
 
     The bits of a value, put where fp32 has them, are those of 2^-126 times the value, also where it is 0 or 1/2. The
-    other half of this exponent is left to `finished`, since with all of it a scale could be too large.
+    other half of this exponent is left to `finished`, since with all of it a scale could be too large. Numbers are
+    exact from 2^-84 on.
     """
     columns: tl.constexpr = packed.shape[0]
     halves: tl.constexpr = packed.shape[1]

@@ -60,6 +60,7 @@ class Tiles:
     flip: bool = False
 
 
+_DESCRIBED = False  # whether plain weights are read through descriptors
 _LARGE = 160 << 10  # bytes of shared memory that the larger tiles need
 TILES = {  # of each form for few rows of an expert, and for many
     "plain": (
@@ -91,6 +92,8 @@ def sum_tiled(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) 
         return torch.zeros_like(x)
     form, x, experts, weights = form_of(held.down.stored), x.contiguous(), experts.contiguous(), weights.contiguous()
     tiles = _tiles_of(form, experts.numel() / held.total, x.device)
+    if _DESCRIBED and form == "plain" and held.limit is None:  # a clamped activation interleaves gate and up
+        form = "described"
     order = sort_pairs(experts, held.first, len(held), tiles.rows)
     inner, scales = gate_up_of_tiles(held, x, order, experts.shape[1], form, tiles)
     outer = down_of_tiles(held, inner, scales, order, weights, x, form, tiles)
