@@ -115,10 +115,8 @@ def test_sorted_and_gathered_rows_give_the_sum_of_each_row_and_choice(rows, cut)
 
 
 @pytest.mark.parametrize("clamped", [False, True], ids=["swiglu", "clamped with biases"])
-@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("rows", [0, 1, 33])
-def test_tiles_of_plain_weights_give_the_sum_of_each_row_and_choice(monkeypatch, rows, described, clamped):
-    monkeypatch.setattr(tiled_experts, "_DESCRIBED", described)
+def test_tiles_of_plain_weights_give_the_sum_of_each_row_and_choice(rows, clamped):
     whole, given = layer(clamped=clamped), plain_routing(rows)
     found = sum_tiled(moved(whole), *(x.to(DEVICE) for x in given)).cpu()
     torch.testing.assert_close(found.double(), expected(whole, *given), atol=1e-5, rtol=1e-5)

@@ -3,7 +3,6 @@
 It owns the forms and their decoding in registers, for the kernels of a mixture's experts. A form is one of
 
 - `plain`: weight [rows, K] in the dtype of the activations;
-- `described`: the same, through a descriptor of blocks [C, INNER], for rows that are adjacent;
 - `fp8`: values [rows, K] float8_e4m3fn and fp32 scales [rows / 128, K / 128]. Activations are rounded to FP8 with a
   scale for each 128 columns of a row, as `scaled.rounded` does, and multiplied in FP8 (compute capability 8.9);
 - `fp8_bytes`: the same weights as bytes, decoded for a processor without FP8; activations are not rounded;
@@ -76,9 +75,6 @@ def step(  # type: ignore[no-untyped-def]  # the compiler reads annotations as i
             power = tl.load(powers, mask=(block < K // 32)[None, :], other=0)
         right = _decoded(packed, power, left.dtype)
         found = tl.dot(right, tl.trans(left), found) if FLIP else tl.dot(left, tl.trans(right), found)
-    elif FORM == "described":
-        right = weight.load([first.to(tl.int32), start])
-        found = tl.dot(left, tl.trans(right), found)
     elif FORM == "plain":
         values = weight + rows[None, :] * K + at[:, None]
         right = tl.load(values) if K % INNER == 0 else tl.load(values, mask=(at < K)[:, None], other=0.0)

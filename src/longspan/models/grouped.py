@@ -14,7 +14,6 @@ from longspan.models.experts import RoutedExperts, activate
 
 _CAPABILITIES = (9, 10)  # Hopper and Blackwell: elsewhere PyTorch reads the offsets back and loops
 _LEAST_CAPABILITY = 8  # Ampere: the first with products of bfloat16
-_MANY = "sorted"  # products of many rows in bfloat16: PyTorch's, with pairs `sorted` in a kernel, or `tiled`
 _ALIGNMENT = 8  # elements of bf16 in 16 bytes, of which rows must be multiples
 ExpertSum = Callable[[RoutedExperts, Tensor, Tensor, Tensor], Tensor]
 """(held, x [T, hidden], experts [T, k] int64, weights [T, k] fp32) → [T, hidden]: the weighted sum over those held."""
@@ -114,15 +113,18 @@ def choose_sum(held: RoutedExperts) -> ExpertSum:
         alike = gate_up.weight.dtype == down.weight.dtype
         problem = problem_of_kernels(down.weight.device, torch.bfloat16)
         return _choose_by_rows("tiled") if alike and not problem else sum_one_by_one
-    _, hidden, width = down.weight.shape
-    problem = problem_of_grouped(down.weight.device, down.weight.dtype, hidden, width)
-    has_biases = held.gate_up_bias is not None or held.down_bias is not None
-    many = "grouped" if _MANY == "sorted" and has_biases else _MANY
-    return sum_one_by_one if problem else _choose_by_rows(many)
+    device, dtype, (_, hidden, width) = down.weight.device, down.weight.dtype, down.weight.shape
+    if not problem_of_grouped(device, dtype, hidden, width):
+        has_biases = held.gate_up_bias is not None or held.down_bias is not None
+        return _choose_by_rows("grouped" if has_biases else "sorted")
+    return _choose_by_rows("tiled") if not problem_of_kernels(device, dtype) else sum_one_by_one
 
 
 def _choose_by_rows(many: str) -> ExpertSum:
-    """The fused kernels for few rows, whose cost are launches and bytes; for many one of three forms of products."""
+    """The fused kernels for few rows, whose cost are launches and bytes; for many one of three forms of products.
+
+    PyTorch's are the fastest in 16 bits, with pairs sorted by a kernel where there are no biases.
+    """
     try:
         from longspan.models.fused_experts import few_enough, sum_fused
         from longspan.models.sorted_experts import sum_sorted

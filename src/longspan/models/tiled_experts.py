@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longspan.models.expert_forms import (
     LARGEST,
@@ -60,7 +59,6 @@ class Tiles:
     flip: bool = False
 
 
-_DESCRIBED = False  # whether plain weights are read through descriptors
 _LARGE = 160 << 10  # bytes of shared memory that the larger tiles need
 TILES = {  # of each form for few rows of an expert, and for many
     "plain": (
@@ -92,8 +90,6 @@ def sum_tiled(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) 
         return torch.zeros_like(x)
     form, x, experts, weights = form_of(held.down.stored), x.contiguous(), experts.contiguous(), weights.contiguous()
     tiles = _tiles_of(form, experts.numel() / held.total, x.device)
-    if _DESCRIBED and form == "plain" and held.limit is None:  # a clamped activation interleaves gate and up
-        form = "described"
     order = sort_pairs(experts, held.first, len(held), tiles.rows)
     inner, scales = gate_up_of_tiles(held, x, order, experts.shape[1], form, tiles)
     outer = down_of_tiles(held, inner, scales, order, weights, x, form, tiles)
@@ -126,9 +122,8 @@ def gate_up_of_tiles(
         scales = scales.t()
         inner = torch.empty(inner.shape, dtype=x.dtype, device=x.device)
         inner_scales = scales.new_empty(width // BLOCK, len(inner))
-    given = described(weight, tile.columns, tile.inner) if form == "described" else pointers(weight, form)
     _gate_up_tiles[(triton.cdiv(width, tile.columns), len(order.tiles))](
-        x, scales, given, held.gate_up.scales, held.gate_up_bias, inner, inner_scales,
+        x, scales, pointers(weight, form), held.gate_up.scales, held.gate_up_bias, inner, inner_scales,
         order.pairs, order.tiles, len(inner), rows, held.limit or 0.0,
         CHOSEN=chosen, HIDDEN=hidden, WIDTH=width, CLAMPED=held.limit is not None, FORM=form, FLIP=tiles.flip,
         ROWS=tiles.rows, COLUMNS=tile.columns, INNER=inner_size(form, tile.inner), LARGEST=LARGEST, LEAST=LEAST,
@@ -145,21 +140,14 @@ def down_of_tiles(
     weight, tile = held.down.stored, tiles.down
     (pairs, width), hidden = inner.shape, x.shape[1]
     outer = x.new_empty(pairs, hidden)
-    left = described(inner[None], tiles.rows, tile.inner) if form == "described" else inner
-    given = described(weight, tile.columns, tile.inner) if form == "described" else pointers(weight, form)
     _down_tiles[(triton.cdiv(hidden, tile.columns), len(order.tiles))](
-        left, scales, given, held.down.scales, held.down_bias, weights, outer,
+        inner, scales, pointers(weight, form), held.down.scales, held.down_bias, weights, outer,
         order.pairs, order.tiles, pairs,
         HIDDEN=hidden, WIDTH=width, FORM=form, FLIP=tiles.flip,
         ROWS=tiles.rows, COLUMNS=tile.columns, INNER=inner_size(form, tile.inner),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return outer
-
-
-def described(weight: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Stacked weights [E, out, K] as one matrix for the processor's copies of blocks [rows, columns]."""
-    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [rows, columns])
 
 
 @triton.jit(do_not_specialize=("pairs", "tokens"))
@@ -224,11 +212,10 @@ def _down_tiles(  # type: ignore[no-untyped-def]
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         first = expert * HIDDEN + tl.program_id(0) * COLUMNS
         row = expert * HIDDEN + tl.minimum(column, HIDDEN - 1)
-        if FORM != "described":
-            rows = inner + place.to(tl.int64)[:, None] * WIDTH
+        rows = inner + place.to(tl.int64)[:, None] * WIDTH
         found = tl.zeros((COLUMNS, ROWS) if FLIP else (ROWS, COLUMNS), tl.float32)
         for at in range(0, WIDTH, INNER):
-            left = inner.load([start, at]) if FORM == "described" else _loaded(rows, at, WIDTH, INNER)
+            left = _loaded(rows, at, WIDTH, INNER)
             scale = 1.0
             if FORM == "fp8":
                 scale = tl.load(inner_scales + at // INNER * pairs + place)
