@@ -29,14 +29,17 @@ SHAPES = {  # experts held, hidden, width, choices of a row, gpt-oss's activatio
     "gpt-oss-120b": (128, 2880, 2880, 4, True),
 }
 KERNELS = ("_tiles_kernel", "_gate_up_kernel", "_down_kernel", "_sum_kernel")
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
 
 
 class Launches:
     """In place of a kernel: compiles it for what a launch passes."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.compiled = kernel, None
+    def __init__(self, kernel: Any, arch: int = 90) -> None:
+        self.kernel, self.arch, self.compiled = kernel, arch, None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._compile
@@ -58,7 +61,7 @@ class Launches:
             aligned,
         )
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        self.compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        self.compiled = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options)
 
 
 def compiled(shape: tuple[int, int, int, int, bool], rows: int = 8) -> dict[str, dict[str, int]]:

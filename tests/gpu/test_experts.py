@@ -20,6 +20,8 @@ from longspan.models.grouped import choose_sum, sum_grouped, sum_one_by_one
 from longspan.models.moe import route
 from longspan.models.ops import PlainOps, choose_ops
 from longspan.models.ops.triton import TritonOps
+from longspan.models.sorted_experts import sum_sorted
+from longspan.models.tiled_experts import sum_tiled
 from tests.unit.test_experts import TOTAL, expected, layer, part, routing, stack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,9 +112,9 @@ def test_logits_that_are_no_numbers_choose_experts_all_the_same():
     assert ((experts >= 0) & (experts < 20)).all()
 
 
-def compiled(*models):
+def compiled(*models, module="tests.gpu.compile_experts"):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.gpu.compile_experts", *models]
+    command = [sys.executable, "-m", module, *models]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -164,13 +166,14 @@ def test_fused_and_grouped_sums_are_the_loops_in_bfloat16(rows, cut, clamped):
     held, given = part(large(clamped), *cut), routed(rows)
     reference = sum_one_by_one(held, *given)
     assert_near(sum_grouped(held, *given), reference)
+    assert_near(sum_tiled(held, *given), reference)
     assert_near(choose_sum(held)(held, *given), reference)
     if few_enough(held, 4 * rows):
         assert_near(sum_fused(held, *given), reference)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", [sum_fused, sum_grouped])
+@pytest.mark.parametrize("form", [sum_fused, sum_grouped, sum_sorted, sum_tiled])
 def test_a_graph_takes_other_rows_that_choose_other_experts(form):
     held, given = part(large(), 0, 8), routed(32)
     form(held, *given)  # compiles, and allocates workspaces

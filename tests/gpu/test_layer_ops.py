@@ -88,6 +88,12 @@ def test_swiglu(dtype, width):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_of_many_rows(dtype):
+    gate_up = random(1029, 2 * 136, dtype=dtype, scale=4)[:, 16:]
+    assert_equal(TRITON.swiglu(gate_up), PLAIN.swiglu(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_clamped_swiglu(dtype):
     gate_up = random(5, 2 * 1088, dtype=dtype, scale=5)
     gate_up[0, :2] = float("nan")
@@ -279,7 +285,7 @@ def build(kernel, warps, arguments, constants):
 x, two = "*bf16", ("i32", "i32")
 norm = {"WIDTH": 7168, "BLOCK": 8192, "ADD": True, "EARLY": True}
 build(kernels.norm_kernel, 8, [x] * 5 + [("i32",) * 3, "fp32"], norm)
-build(kernels.swiglu_kernel, 4, [x, x, "i32", "i32"], {"EXACT": True, "BLOCK": 1024, "EARLY": True})
+build(kernels.swiglu_kernel, 4, [x, x, "i32", "i32", "i32"], {"EXACT": True, "ROWS": 16, "BLOCK": 128, "EARLY": True})
 build(kernels.clamped_swiglu_kernel, 4, [x, x, "i32", "i32", "fp32", "fp32"], {"EXACT": True, "BLOCK": 1024})
 build(kernels.rope_table_kernel, 1, ["*i64", "*fp32", x, x, "fp32"], {"HALF": 40, "BLOCK": 64, "EXACT": True})
 build(kernels.embed_kernel, 4, ["*i64", x, x, "i32", "i32", "i32"], {"BLOCK": 1024})

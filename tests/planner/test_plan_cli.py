@@ -74,6 +74,7 @@ PLANNED = {
     **{f"{name} as it is": ["plan", name, "--gpus", "16"] for name in builtin_names()[::3]},
     "one device": ["plan", "qwen3-8b", "--gpus", "1", "--context", "20000"],
     "FP8 weights dequantised": ["plan", "qwen3-235b-a22b-fp8", "--weight-dtype", "bf16"],
+    "4-bit weights kept": ["plan", "gpt-oss"],
     "4-bit weights dequantised": ["plan", "gpt-oss", "--weight-dtype", "bf16"],
     "an FP8 cache": [*LLAMA, "--kv-cache-dtype", "fp8"],
     "experts in parallel": ["plan", "qwen3-235b", "--enable-expert-parallel"],
@@ -81,7 +82,7 @@ PLANNED = {
     "a small max_num_batched_tokens": [*LLAMA, "--max-num-batched-tokens", "128"],
 }
 # models whose weights on the hub cannot be served
-NOT_SERVED = {"gpt-oss-120b", "kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}
+NOT_SERVED = {"kimi-k2-thinking", "llama-3-405b", "qwq-32b-fp8"}
 
 
 @pytest.mark.parametrize("case", PLANNED)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
@@ -14,9 +15,12 @@ from longspan.engine import nvml
 from longspan.engine.devices import choose_executor
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
+from longspan.engine.rank.scaled_weights import ScaledChoice, ScaledWeights
 from longspan.engine.setup import resolve
 from longspan.engine.transport.messages import Begin
 from longspan.errors import ConfigError
+from longspan.weights.mxfp4 import Mxfp4Checkpoint
+from longspan.weights.safetensors import SafetensorsCheckpoint
 from tests.oracle import tiny_folder
 
 
@@ -139,10 +143,10 @@ def test_a_rank_takes_its_gpu_before_anything_can_open_a_context_on_another(gpus
     assert seen == [[5]]
 
 
-def records(gpu=True, dtype="auto", **parallel):
+def records(gpu=True, dtype="auto", scaled=None, **parallel):
     """Whether DeepSeek-V2-Lite's decode steps are recorded on GPUs."""
     found = resolve(EngineConfig("deepseek-v2-lite", executor="dry", dtype=dtype, parallel=ParallelConfig(**parallel)))
-    return replace(found, device_type="cuda" if gpu else "cpu").records_decode
+    return replace(found, device_type="cuda" if gpu else "cpu", scaled=scaled or ScaledChoice()).records_decode
 
 
 def test_a_mixtures_decode_steps_are_recorded_where_all_its_experts_are_in_one_product(monkeypatch):
@@ -152,6 +156,20 @@ def test_a_mixtures_decode_steps_are_recorded_where_all_its_experts_are_in_one_p
     assert not records(gpu=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert not records()
+
+
+def test_so_are_those_of_experts_that_stay_in_fp8_or_mxfp4(monkeypatch, tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    files = SafetensorsCheckpoint(tmp_path)
+    fp8, mxfp4 = ScaledChoice(ScaledWeights(files, fused=True)), ScaledChoice(packed=Mxfp4Checkpoint(files))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert records(scaled=fp8) and records(scaled=mxfp4)
+    assert not records(scaled=mxfp4, dtype="float16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert records(scaled=mxfp4)
+    assert not records(scaled=fp8)  # a slice of an expert that cuts a block is in bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not records(scaled=mxfp4)
 
 
 def test_they_are_recorded_over_ranks_of_one_machine_that_all_get_the_same_rows(monkeypatch):

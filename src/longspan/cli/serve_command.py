@@ -48,13 +48,13 @@ def served(model: str, values: Mapping[str, Any], planned: WeightFormat, dtype: 
     method = (values.get("quantization_config") or {}).get("quant_method")
     as_stored = planned == WeightFormat.of(values, dtype)
     dequantised = method in _DEQUANTISED and planned == WeightFormat.named(dtype, dtype)
-    if as_stored and method == "mxfp4":
-        return Served(name, problem=f"MXFP4 weights are dequantised at load: plan with --weight-dtype {dtype}")
+    if as_stored and method == "mxfp4" and dtype == "fp16":
+        return Served(name, problem="MXFP4 weights are dequantised at load in fp16: plan with --weight-dtype fp16")
     if not (as_stored or dequantised):
         return Served(
             name, problem=f"the weights of {name} have another format: give a folder with weights of the planned format"
         )
-    return Served(name, "none" if dequantised and method == "fp8" else "")
+    return Served(name, "none" if dequantised else "")
 
 
 def serve_command(model: Served, base: Deployment, one: Forecast, dtype: str, kv_dtype: str, tokens: int) -> str | None:

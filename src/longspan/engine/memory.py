@@ -37,9 +37,9 @@ class _Device:
 
 
 def weight_format(values: Mapping[str, Any], dtype: torch.dtype, scaled: ScaledChoice) -> WeightFormat:
-    """The format in which weights are held: that of config.json (`values`) if FP8 is kept, else `dtype`."""
+    """The format in which weights are held: that of config.json (`values`) if it is kept, else `dtype`."""
     name = _FORMATS[dtype]
-    return WeightFormat.named(name, name) if scaled.weights is None else WeightFormat.of(values, name)
+    return WeightFormat.of(values, name) if scaled.keeps else WeightFormat.named(name, name)
 
 
 def cache_bytes(

@@ -33,7 +33,7 @@ from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.scaled_weights import ScaledChoice, choose_scaled
 from longspan.engine.speculation import DraftTarget, check_tokens, check_weights, find_checkpoint, with_draft_layers
 from longspan.models.config import ModelConfig
-from longspan.models.grouped import problem_of_grouped
+from longspan.models.grouped import problem_of_grouped, problem_of_kernels
 from longspan.models.registry import Family, find_family
 from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import check_heads, check_layers
@@ -223,9 +223,11 @@ class EngineSetup:
         moe, exchanges = self.model.moe, self.config.parallel.enable_expert_parallel
         if moe is None:
             return True
-        sizes = self.model.hidden_size, moe.intermediate_size
-        grouped = problem_of_grouped(torch.device(self.device_type), self.dtype, *sizes) is None
-        return grouped and self.scaled.weights is None and (self.gathers_rows or not exchanges)
+        device, sizes = torch.device(self.device_type), (self.model.hidden_size, moe.intermediate_size)
+        problems = [problem_of_kernels(device, self.dtype)] if self.scaled.keeps else []
+        if self.scaled.packed is None:  # experts in FP8 too may have slices that are dequantised
+            problems.append(problem_of_grouped(device, self.dtype, *sizes))
+        return not any(problems) and (self.gathers_rows or not exchanges)
 
     @property
     def gathers_rows(self) -> bool:
@@ -303,7 +305,7 @@ def resolve(
     check_heads(grid, model.num_q_heads)
     check_layers(grid, model.num_layers)
     _check_experts(config, model)
-    device, how = torch.device(device_type), config.scheduler.speculative
+    device, kind, how = torch.device(device_type), model_dtype(config, device_type), config.scheduler.speculative
     target, length = DraftTarget(family, model, grid), _longest(config, model)
     own = find_checkpoint(config, target, families, opens_weights)
     if needs_weights and config.products is None:  # once, in the first process
@@ -312,7 +314,7 @@ def resolve(
         config = decide_computation(config, source, family, model, device_type)
     backends = extensions.all_backends(executor)
     drafts = None if own is None else _cached_drafts(config, own, grid, device_type, backends)
-    scaled = choose_scaled(config.quantization, source.block_scaled, device) if opens_weights else ScaledChoice()
+    scaled = choose_scaled(config.quantization, source, device, kind) if opens_weights else ScaledChoice()
     config = _with_cache_bytes(config, source, target, scaled, device_type, drafts)
     quantised, shape = config.cache.dtype in QUANTISED, _backend_shape(config, model, device_type)
     backend = choose_backend(config.attention_backend, device_type, shape, backends)

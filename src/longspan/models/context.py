@@ -71,8 +71,18 @@ class LinearStack:
 
     # the products, in the order of the weights
     linears: tuple[Linear, ...]
-    # all weights [weights, out, in] in one tensor; None if their format only serves products one by one
+    # all weights in one tensor: [weights, out, in], in MXFP4 [weights, out, in / 2]; None if their format only serves
+    # products one by one
     weight: Tensor | None = None
+    # their scales: of FP8 fp32 [weights, out / 128, in / 128], of MXFP4 uint8 [weights, out, in / 32]
+    scales: Tensor | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        """`weight`. Raises `TypeError` if there is none."""
+        if self.weight is None:
+            raise TypeError("these weights are stored one by one")
+        return self.weight
 
 
 class Loader(Protocol):

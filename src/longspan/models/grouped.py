@@ -13,6 +13,7 @@ from torch import Tensor
 from longspan.models.experts import RoutedExperts, activate
 
 _CAPABILITIES = (9, 10)  # Hopper and Blackwell: elsewhere PyTorch reads the offsets back and loops
+_LEAST_CAPABILITY = 8  # Ampere: the first with products of bfloat16
 _ALIGNMENT = 8  # elements of bf16 in 16 bytes, of which rows must be multiples
 ExpertSum = Callable[[RoutedExperts, Tensor, Tensor, Tensor], Tensor]
 """(held, x [T, hidden], experts [T, k] int64, weights [T, k] fp32) → [T, hidden]: the weighted sum over those held."""
@@ -47,8 +48,8 @@ def sum_grouped(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor
     numbers = torch.arange(len(held), dtype=torch.int16, device=x.device)
     stops = torch.searchsorted(local, numbers, right=True, out_int32=True)
     product = _Products(held, local, stops)
-    inner = activate(product(held.gate_up.weight, x[pairs // chosen], held.gate_up_bias), held.limit, held.ops)
-    found = product(held.down.weight, inner, held.down_bias)
+    inner = activate(product(held.gate_up.stored, x[pairs // chosen], held.gate_up_bias), held.limit, held.ops)
+    found = product(held.down.stored, inner, held.down_bias)
     places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=x.device))
     return held.ops.sum_of_places(found, places.view_as(experts), weights, stops)
 
@@ -61,10 +62,8 @@ class _Products:
         self._local = local
         self._stops = stops
 
-    def __call__(self, weight: Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [P, in], weight [E, out, in], bias [E, out] → [P, out]; rows in no group are not written."""
-        if weight is None:
-            raise TypeError("these experts are stored one by one")
         # torch.nn.functional.grouped_mm calls it, and is missing from older releases
         out: Tensor = torch._grouped_mm(x, weight.mT, offs=self._stops)
         return out if bias is None else out.add_(bias[self._local.clamp_max(self._last).long()])
@@ -84,26 +83,58 @@ def problem_of_grouped(device: torch.device, dtype: torch.dtype, hidden: int, wi
     return None
 
 
+def problem_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why experts cannot be computed by kernels that take weights in FP8 or MXFP4; None if they can.
+
+    `dtype` is that of activations.
+    """
+    if device.type != "cuda":
+        return "its kernels are for GPUs"
+    if dtype == torch.float16:
+        return "its kernels take bfloat16 or float32 activations, not float16"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < _LEAST_CAPABILITY:
+        return f"its kernels need compute capability {_LEAST_CAPABILITY}.0, this GPU's is {major}.{minor}"
+    try:
+        import longspan.models.fused_experts  # noqa: F401
+    except ImportError:
+        return "its kernels need Triton, which is not installed"
+    return None
+
+
 def choose_sum(held: RoutedExperts) -> ExpertSum:
     """The form for experts as they are stored: products if their weights are in one tensor that such products take."""
     if not len(held):
         return sum_of_none
-    if held.gate_up.weight is None or held.down.weight is None:
+    gate_up, down = held.gate_up, held.down
+    if gate_up.weight is None or down.weight is None:
         return sum_one_by_one
-    _, hidden, width = held.down.weight.shape
-    problem = problem_of_grouped(held.down.weight.device, held.down.weight.dtype, hidden, width)
-    return sum_one_by_one if problem else _choose_by_rows()
+    if gate_up.scales is not None or down.scales is not None:
+        alike = gate_up.weight.dtype == down.weight.dtype
+        problem = problem_of_kernels(down.weight.device, torch.bfloat16)
+        return _choose_by_rows("tiled") if alike and not problem else sum_one_by_one
+    device, dtype, (_, hidden, width) = down.weight.device, down.weight.dtype, down.weight.shape
+    if not problem_of_grouped(device, dtype, hidden, width):
+        has_biases = held.gate_up_bias is not None or held.down_bias is not None
+        return _choose_by_rows("grouped" if has_biases else "sorted")
+    return _choose_by_rows("tiled") if not problem_of_kernels(device, dtype) else sum_one_by_one
 
 
-def _choose_by_rows() -> ExpertSum:
-    """The fused kernels for few rows, whose cost are launches and bytes; grouped products for many."""
+def _choose_by_rows(many: str) -> ExpertSum:
+    """The fused kernels for few rows, whose cost are launches and bytes; for many one of three forms of products.
+
+    PyTorch's are the fastest in 16 bits, with pairs sorted by a kernel where there are no biases.
+    """
     try:
         from longspan.models.fused_experts import few_enough, sum_fused
+        from longspan.models.sorted_experts import sum_sorted
+        from longspan.models.tiled_experts import sum_tiled
     except ImportError:  # no Triton
         return sum_grouped
+    of_many = {"grouped": sum_grouped, "sorted": sum_sorted, "tiled": sum_tiled}[many]
 
     def by_rows(held: RoutedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        form = sum_fused if few_enough(held, experts.numel()) else sum_grouped
+        form = sum_fused if few_enough(held, experts.numel()) else of_many
         return form(held, x, experts, weights)
 
     return by_rows

@@ -104,8 +104,10 @@ def _forms(held: RoutedExperts, pairs: int) -> dict[str, ExpertSum]:
     if choose_sum(held) is sum_one_by_one:
         return found
     from longspan.models.fused_experts import few_enough, sum_fused  # imports Triton
+    from longspan.models.sorted_experts import sum_sorted
+    from longspan.models.tiled_experts import sum_tiled
 
-    found["grouped"] = sum_grouped
+    found |= {"grouped": sum_grouped, "sorted": sum_sorted, "tiled": sum_tiled}
     if few_enough(held, pairs):
         found["fused"] = sum_fused
     return found

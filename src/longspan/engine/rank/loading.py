@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.compiled.blocks import QuantisedBlocks, joined
+from longspan.compiled.mxfp4 import BLOCK as PACKED_BLOCK
 from longspan.config.products import COMPILED_FORMS
 from longspan.engine.rank.scaled_weights import ScaledWeights
 from longspan.engine.rank.upload import CudaCopying, Upload
@@ -23,11 +24,13 @@ from longspan.models.blocks import BlockLinear
 from longspan.models.context import Linear, LinearStack
 from longspan.models.layers import DenseLinear, PanelLinear, TableLinear, can_pack
 from longspan.models.ops.base import Table
+from longspan.models.packed import PackedLinear
 from longspan.models.params import Bounds, Param, loaded_shape
 from longspan.models.quantised import linear_in_form
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear
 from longspan.parallel.sharding import Sharding
 from longspan.weights.checkpoint import BlockCheckpoint, Checkpoint
+from longspan.weights.mxfp4 import Mxfp4Checkpoint
 
 T = TypeVar("T")
 _Key = tuple["WeightPiece", ...]
@@ -58,6 +61,11 @@ class WeightPiece(NamedTuple):
         """Whether the slice begins and ends at boundaries of FP8 scale blocks."""
         return not self.stacked and all(bound % BLOCK == 0 for bounds in self.bounds for bound in bounds)
 
+    @property
+    def has_whole_blocks_of_inputs(self) -> bool:
+        """Whether the slice of a stacked tensor has inputs that begin and end between blocks of MXFP4."""
+        return self.stacked and len(self.bounds) == 3 and all(bound % PACKED_BLOCK == 0 for bound in self.bounds[1])
+
     def is_in_blocks_of(self, width: int | None) -> bool:
         """Whether the slice is a matrix whose columns begin and end between blocks of `width`, if there are any."""
         return width is not None and not self.stacked and all(bound % width == 0 for bound in self.bounds[-1])
@@ -79,17 +87,18 @@ class TensorStore:
     """Loaded tensors by name and slice. Ranks of one process that need the same slice share one tensor.
 
     One tensor is loaded at a time, which bounds the memory that conversion takes. Weights that `scaled` holds in FP8
-    are kept in FP8 if their slice is made of whole blocks.
+    are kept in FP8 if their slice is made of whole blocks, and stacked weights that `packed` holds are kept in MXFP4.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu"),
-        scaled: ScaledWeights | None = None, form: str = "plain",
+        scaled: ScaledWeights | None = None, form: str = "plain", packed: Mxfp4Checkpoint | None = None,
     ) -> None:  # fmt: skip
         self.device = device
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._scaled = scaled
+        self._packed = packed
         self._form = form
         self._blocks = checkpoint if form == "blocks" and isinstance(checkpoint, BlockCheckpoint) else None
         self._upload = Upload(CudaCopying()) if device.type == "cuda" else None
@@ -104,7 +113,7 @@ class TensorStore:
     def of(cls, setup: EngineSetup, device: torch.device) -> TensorStore:
         """The store of a resolved configuration."""
         form = setup.config.products.form if setup.config.products else "plain"
-        found = cls(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights, form)
+        found = cls(setup.source.checkpoint, setup.dtype, device, setup.scaled.weights, form, setup.scaled.packed)
         if setup.drafts:
             found.drafts = cls(setup.drafts.checkpoint.source.checkpoint, setup.dtype, device, None, form)
         return found
@@ -138,13 +147,17 @@ class TensorStore:
     def linear_stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool = False) -> LinearStack:
         """The linear layers of several weights of one shape, each as in `linear`.
 
-        They are read one by one into one tensor [weights, out, in], unless the layers pack them or keep them in FP8.
+        They are read one by one into one tensor, in the form in which they are kept, unless the layers pack them.
         """
         pieces = [piece for entry in entries for piece in entry]
         with self._lock:
             return _once(self._stacks, pieces, lambda _: self._stack(entries, is_whole))
 
     def _stack(self, entries: Sequence[Sequence[WeightPiece]], is_whole: bool) -> LinearStack:
+        if self._scaled and entries and all(self._keeps_scaled(entry) for entry in entries):
+            return self._scaled_stack(self._scaled, entries)
+        if self._packed and entries and all(self._keeps_packed(entry) for entry in entries):
+            return self._packed_stack(self._packed, [piece for entry in entries for piece in entry])
         one = torch.empty(0, dtype=self._dtype, device=self.device)
         packs = self._form != "plain" or can_pack(one)
         if not entries or packs or any(self._keeps_scaled(entry) for entry in entries):
@@ -154,6 +167,30 @@ class TensorStore:
         for entry, out in zip(entries, weight, strict=True):
             self._fill(out, entry)
         return LinearStack(tuple(DenseLinear(each, pack=False) for each in weight), weight)
+
+    def _scaled_stack(self, kept: ScaledWeights, entries: Sequence[Sequence[WeightPiece]]) -> LinearStack:
+        rows, columns = sum(piece.shape[0] for piece in entries[0]), entries[0][0].shape[1]
+        values = torch.empty(len(entries), rows, columns, dtype=torch.float8_e4m3fn, device=self.device)
+        scales = torch.empty(len(entries), rows // BLOCK, columns // BLOCK, device=self.device)
+        stacked = [BlockScaled(*each) for each in zip(values, scales, strict=True)]
+        for entry, out in zip(entries, stacked, strict=True):
+            for part, found in zip(out, self._read_scaled(kept, entry), strict=True):
+                part.copy_(found)
+        return LinearStack(tuple(BlockScaledLinear(each, kept.fused) for each in stacked), values, scales)
+
+    def _packed_stack(self, kept: Mxfp4Checkpoint, pieces: Sequence[WeightPiece]) -> LinearStack:
+        """The stack of weights that are one slice each."""
+        rows, columns = pieces[0].shape
+        sizes = (len(pieces), rows, columns // 2), (len(pieces), rows, columns // PACKED_BLOCK)
+        values, scales = (torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes)
+        pinned = self.device.type == "cuda"
+        for piece, *out in zip(pieces, values, scales, strict=True):
+            read = [torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned) for part in out]
+            kept.read_packed(piece.name, piece.slices, *read)
+            for part, found in zip(out, read, strict=True):  # the allocator keeps page-locked memory until it is copied
+                part.copy_(found, non_blocking=pinned)
+            self.on_read()
+        return LinearStack(tuple(map(PackedLinear, values, scales)), values, scales)
 
     def _linear(self, pieces: Sequence[WeightPiece], is_whole: bool = False) -> Linear:
         if self._scaled and self._keeps_scaled(pieces):
@@ -169,6 +206,15 @@ class TensorStore:
         kept = self._scaled
         return kept is not None and all(
             piece.is_whole_blocks and kept.checkpoint.has_scales(piece.name) for piece in pieces
+        )
+
+    def _keeps_packed(self, pieces: Sequence[WeightPiece]) -> bool:
+        """Whether the weight of a stack stays in MXFP4."""
+        kept = self._packed
+        return (
+            kept is not None
+            and len(pieces) == 1
+            and (kept.is_packed(pieces[0].name) and pieces[0].has_whole_blocks_of_inputs)
         )
 
     def _keeps_blocks(self, pieces: Sequence[WeightPiece]) -> bool:

@@ -40,15 +40,15 @@ def norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotatio
     tl.store(out + row * strides[2] + column, (normed * factor).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def swiglu_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, stride, width, EXACT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+    gate_up, out, rows, stride, width, EXACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
-    """Program (row, block of columns): silu(gate) · up."""
+    """Program (block of rows, block of columns): silu(gate) · up."""
     wait_for_inputs(EARLY)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < rows) & (column < width)
     kind = out.dtype.element_ty
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)

@@ -26,6 +26,8 @@ from longspan.models.ops.kernels import (
 from longspan.models.ops.plain import SWISH_SLOPE
 
 _COLUMNS = 1024  # elements of a row that one program of a pointwise kernel computes
+_MANY_ROWS = 1024
+_TILES = (1, 1024), (16, 128)  # rows and columns that one program activates, for few rows and for many
 _PAIRS = 1024  # pairs of elements that one program of `rope_kernel` rotates
 _WARPS = 4
 
@@ -50,9 +52,11 @@ class TritonOps:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
         if rows:
-            swiglu_kernel[(rows, triton.cdiv(width, _COLUMNS))](
-                gate_up, out, gate_up.stride(0), width,
-                EXACT=gate_up.is_cuda, BLOCK=_COLUMNS, num_warps=_WARPS, **early_options(gate_up.device),
+            block = _TILES[rows >= _MANY_ROWS]
+            swiglu_kernel[(triton.cdiv(rows, block[0]), triton.cdiv(width, block[1]))](
+                gate_up, out, rows, gate_up.stride(0), width,
+                EXACT=gate_up.is_cuda, ROWS=block[0], BLOCK=block[1], num_warps=_WARPS,
+                **early_options(gate_up.device),
             )  # fmt: skip
         return out
 
