@@ -258,20 +258,20 @@ def _winner_kernel(  # type: ignore[no-untyped-def]
             others = scores + (rows.to(tl.int64) + row) * splits + column
             other = tl.max(tl.load(others, mask=column < splits, other=float("-inf")), 0)
             if (other >= score) & (other > float("-inf")):
-                token = _try_listed(
-                    logits, stride, vocabulary, table, positions, rows, row, peak, temperature, histogram, ends,
-                    listed, score, token, SHIFT, LISTED,
-                )  # fmt: skip
+                total = tl.load(histogram + row * _WIDTH + _TOTAL)
+                source = (logits, stride, vocabulary, peak, temperature, listed, total)
+                token = _try_listed(row, source, table, positions, rows, ends, score, token, SHIFT, LISTED)
     tl.store(result + row, tl.minimum(token, vocabulary - 1).to(tl.int64))
     _store_peak(result, rows, row, found, peak)
 
 
 @triton.jit
-def _entries(  # type: ignore[no-untyped-def]
-    logits, stride, vocabulary, row, peak, temperature, listed, total, start,
-    SHIFT: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """Tokens number `start` to `start` + BLOCK of the list, packed; if it is too long, of the row. Others are _ALL."""
+def _entries(row, source, start, SHIFT: tl.constexpr, LISTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens number `start` to `start` + BLOCK of the list, packed; if it is too long, of the row. Others are _ALL.
+
+    `source` is (logits, their stride, vocabulary, largest logit, temperature, list, tokens that it should hold).
+    """
+    logits, stride, vocabulary, peak, temperature, listed, total = source
     place = start + tl.arange(0, BLOCK)
     if total <= LISTED:
         packed = tl.load(listed + row * LISTED + place, mask=place < total, other=_ALL)
@@ -284,13 +284,12 @@ def _entries(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _summed(  # type: ignore[no-untyped-def]
-    logits, stride, vocabulary, row, peak, temperature, listed, total, low, stop,
-    COUNTED: tl.constexpr, SHIFT: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
+    row, source, number, low, stop, COUNTED: tl.constexpr, SHIFT: tl.constexpr, LISTED: tl.constexpr
+):
     """Of the listed tokens from `low` to before `stop`, both packed: their number, or their probability."""
     found = tl.full((), 0, tl.int64)
-    for start in range(0, tl.where(total <= LISTED, total, vocabulary), BLOCK):
-        packed = _entries(logits, stride, vocabulary, row, peak, temperature, listed, total, start, SHIFT, LISTED)
+    for start in range(0, number, BLOCK):
+        packed = _entries(row, source, start, SHIFT, LISTED)
         inside = (packed >= low) & (packed < stop)
         amount = tl.full((BLOCK,), 1, tl.int64) if COUNTED else weight_of((packed >> SHIFT) & 0x7FFFFFFF)
         found += tl.sum(tl.where(inside, amount, 0), 0)
@@ -298,72 +297,73 @@ def _summed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _mass_of_top_k(  # type: ignore[no-untyped-def]
+    row, source, number, k_bin, wanted, SHIFT: tl.constexpr, LISTED: tl.constexpr
+):
+    """The probability in the bin of the k-th token that top-k keeps, which is `wanted` tokens behind its beginning."""
+    low = first_key(k_bin)
+    least, most = low, first_key(k_bin + 1) - 1
+    while least < most:
+        middle = (least + most) >> 1
+        count = _summed(row, source, number, low << SHIFT, (middle + 1) << SHIFT, True, SHIFT, LISTED)
+        most = tl.where(count >= wanted, middle, most)
+        least = tl.where(count >= wanted, least, middle + 1)
+    return _summed(row, source, number, low << SHIFT, (least + 1) << SHIFT, False, SHIFT, LISTED)
+
+
+@triton.jit
+def _best_listed(  # type: ignore[no-untyped-def]
+    row, source, number, low, stop, table, positions, rows, SHIFT: tl.constexpr, LISTED: tl.constexpr
+):
+    """Of the listed tokens from `low` to before `stop` that min-p keeps: the best score, and its token, packed."""
+    floor = parameter(table, 4, rows, row).to(tl.float32)
+    best, token = tl.full((), float("-inf"), tl.float64), tl.full((), _ALL, tl.int64)
+    for start in range(0, number, BLOCK):
+        packed = _entries(row, source, start, SHIFT, LISTED)
+        scaled = -((packed >> SHIFT) & 0x7FFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        ids = (packed & ((1 << SHIFT) - 1)).to(tl.int32)
+        inside = (packed >= low) & (packed < stop) & (scaled >= floor)
+        found = tl.where(inside, score_of(scaled, ids, table, positions, row), float("-inf"))
+        highest = tl.max(found, 0)
+        if highest > best:
+            best = highest
+            token = tl.min(tl.where(inside & (found == highest), packed, _ALL), 0)
+    return best, token
+
+
+@triton.jit
 def _try_listed(  # type: ignore[no-untyped-def]
-    logits, stride, vocabulary, table, positions, rows, row, peak, temperature, histogram, ends, listed, score, token,
-    SHIFT: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
+    row, source, table, positions, rows, ends, score, token, SHIFT: tl.constexpr, LISTED: tl.constexpr
+):
     """The best of `token`, which has this score, and of those listed tokens that are kept.
 
     Top-k keeps all tokens of the k-th's key; top-p ends between two tokens of one key too, and keeps the lower ids.
     """
-    top_k, top_p, floor = tl.load(table + rows + row), parameter(table, 3, rows, row), parameter(table, 4, rows, row)
-    limited = top_k < vocabulary
+    top_k, top_p, vocabulary = tl.load(table + rows + row), parameter(table, 3, rows, row), source[2]
+    limited, total = top_k < vocabulary, source[6]
+    number = tl.where(total <= LISTED, total, vocabulary)
     end = ends + row * _ENDS
     k_bin, first, last = tl.load(end).to(tl.int32), tl.load(end + 1).to(tl.int32), tl.load(end + 2).to(tl.int32)
-    count_before, mass_k, mass_p = tl.load(end + 3), tl.load(end + 4), tl.load(end + 5)
-    total = tl.load(histogram + row * _WIDTH + _TOTAL)
-    number = tl.where(total <= LISTED, total, vocabulary)
-    k_low, p_low = first_key(k_bin) << SHIFT, first_key(first) << SHIFT
+    count_before, kept_mass, mass_before = tl.load(end + 3), tl.load(end + 4), tl.load(end + 5)
     # where tokens that may be kept begin and end
-    low, stop = p_low, first_key(last + 1) << SHIFT
+    low, stop = first_key(first) << SHIFT, first_key(last + 1) << SHIFT
     if top_p > 1.0:
-        low, stop = k_low, first_key(k_bin + 1) << SHIFT
-    kept_mass = mass_k
-    if limited & (k_bin < BINS) & (top_p < 1.0):
-        least, most = first_key(k_bin), first_key(k_bin + 1) - 1
-        while least < most:
-            middle = (least + most) >> 1
-            count = _summed(
-                logits, stride, vocabulary, row, peak, temperature, listed, total, k_low, (middle + 1) << SHIFT,
-                True, SHIFT, LISTED,
-            )  # fmt: skip
-            enough = count_before + count >= top_k
-            most = tl.where(enough, middle, most)
-            least = tl.where(enough, least, middle + 1)
-        kept_mass += _summed(
-            logits, stride, vocabulary, row, peak, temperature, listed, total, k_low, (least + 1) << SHIFT,
-            False, SHIFT, LISTED,
-        )  # fmt: skip
+        low, stop = first_key(k_bin) << SHIFT, first_key(k_bin + 1) << SHIFT
+    elif limited & (k_bin < BINS):
+        kept_mass += _mass_of_top_k(row, source, number, k_bin, top_k - count_before, SHIFT, LISTED)
     target = top_p * kept_mass.to(tl.float64)
     trying = True
     while trying:
-        best, tried = tl.full((), float("-inf"), tl.float64), tl.full((), _ALL, tl.int64)
-        for start in range(0, number, BLOCK):
-            packed = _entries(logits, stride, vocabulary, row, peak, temperature, listed, total, start, SHIFT, LISTED)
-            scaled = -((packed >> SHIFT) & 0x7FFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-            ids = (packed & ((1 << SHIFT) - 1)).to(tl.int32)
-            inside = (packed >= low) & (packed < stop) & (scaled >= floor.to(tl.float32))
-            found = tl.where(inside, score_of(scaled, ids, table, positions, row), float("-inf"))
-            highest = tl.max(found, 0)
-            if highest > best:
-                best = highest
-                tried = tl.min(tl.where(inside & (found == highest), packed, _ALL), 0)
-        trying = (best > score) & (best > float("-inf"))
+        best, tried = _best_listed(row, source, number, low, stop, table, positions, rows, SHIFT, LISTED)
+        trying = best > score
         if trying:
-            kept = True
-            if top_p < 1.0:
-                mass = _summed(
-                    logits, stride, vocabulary, row, peak, temperature, listed, total, p_low, tried,
-                    False, SHIFT, LISTED,
-                )  # fmt: skip
-                kept = (mass_p + mass).to(tl.float64) < target
-            elif limited:
-                count = _summed(
-                    logits, stride, vocabulary, row, peak, temperature, listed, total, k_low, (tried >> SHIFT) << SHIFT,
-                    True, SHIFT, LISTED,
-                )  # fmt: skip
-                kept = count_before + count < top_k
+            if top_p > 1.0:
+                before = _summed(row, source, number, low, (tried >> SHIFT) << SHIFT, True, SHIFT, LISTED)
+                kept = count_before + before < top_k
+            else:
+                before = _summed(row, source, number, low, tried, False, SHIFT, LISTED)
+                kept = (mass_before + before).to(tl.float64) < target
             token = tl.where(kept, (tried & ((1 << SHIFT) - 1)).to(tl.int32), token)
-            trying = kept == False  # noqa: E712
+            trying = kept == False  # noqa: E712  # `not` needs a constant
             stop = tried
     return token
