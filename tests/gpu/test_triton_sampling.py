@@ -163,7 +163,7 @@ def test_greedy_rows_alone_take_the_lowest_of_the_most_likely_tokens():
 
 @pytest.mark.slow
 def test_the_kernels_fit_an_h100():
-    """Compiled for it, which needs no GPU: only the program that looks at the edge of a row's filters spills a little."""
+    """Compiled for it, which needs no GPU: the program that looks at the edge of filters spills a little."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu.compile_sampling"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
