@@ -20,6 +20,7 @@ from longspan.request import SamplingParams
 from tests.gpu.compile_attend import resources
 
 TYPES = {
+    torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
@@ -58,7 +59,7 @@ class Recorded:
 def compile_all(vocabulary: int) -> None:
     """Compile what a batch with filters launches, then what one with temperatures does, and a greedy one."""
     cpu = torch.device("cpu")
-    logits, positions = torch.zeros(3, vocabulary), torch.zeros(3, dtype=torch.int64)
+    logits, positions = torch.zeros(3, vocabulary, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
     with patch.multiple(kernels, **{name: Recorded(getattr(kernels, name)) for name in names}):
         for params in (SamplingParams(top_p=0.9, top_k=4), SamplingParams()):

@@ -40,10 +40,10 @@ def test_recorded_steps_of_scattered_contexts_give_the_tokens_of_the_oracle_and_
         (runner,) = llm.engine.executor.runners
         replay = runner._replay
 
-        def watched(plan, graphs):
+        def watched(*step):
             torch.cuda.set_sync_debug_mode("error")
             try:
-                return replay(plan, graphs)
+                return replay(*step)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

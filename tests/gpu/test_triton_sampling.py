@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from longspan.engine.rank.sampling.gumbel import draw_plainly
+from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly
 from longspan.engine.rank.sampling.rows import SampleRow, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler
 from longspan.request import SamplingParams
@@ -20,6 +20,7 @@ from longspan.request import SamplingParams
 pytest.importorskip("triton")
 
 from longspan.engine.rank.sampling.kernels import draw
+from tests.gpu.launches import META, counted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
@@ -116,6 +117,42 @@ def test_rows_that_hold_no_number_end_alone():
     assert all(0 <= token < 1100 for token in sampling.token_ids.tolist())
 
 
+def test_a_best_token_that_is_not_kept_gives_way_to_one_before_it():
+    """All tokens are in one bin, and few are kept: those that are tried first are not, in most rows."""
+    rows = 4 if DEVICE == "cpu" else 200
+    logits = -torch.rand(rows, 300, generator=torch.Generator().manual_seed(3)) / 256
+    filters = [{"top_p": 0.02}, {"top_k": 4}, {"top_k": 9, "top_p": 0.4}, {"top_p": 0.9, "min_p": 0.9999}]
+    drawn = assert_same(logits, filters)
+    for i, row in enumerate(logits):
+        order = row.argsort(descending=True).tolist()
+        few = [order.index(token) for token in drawn[4 * i : 4 * i + 3]]
+        assert few[0] < 7 and few[1] < 4 and few[2] < 4
+        assert row[drawn[4 * i + 3]] >= row.max() + math.log(0.9999)
+
+
+def test_top_p_is_of_what_top_k_keeps_where_the_kth_token_is_one_of_many_in_its_bin():
+    logits = torch.cat((-0.1 * torch.arange(10), -1.0 - 1e-5 * torch.arange(40)))
+    rows = 20 if DEVICE == "cpu" else 400
+    assert max(assert_same(logits.expand(rows, -1), [{"top_k": 11, "top_p": 0.8}])) < 8
+
+
+def test_narrower_logits_give_the_tokens_of_the_same_logits_in_fp32():
+    logits = normal(6, 1100, 3.0).bfloat16()
+    rows = [SampleRow(str(i), SamplingParams(**one), i, 0) for i, one in enumerate(FILTERS[:6])]
+    assert tokens(Sampler(SMALL), logits.to(DEVICE), rows) == tokens(Sampler(), logits.float(), rows)
+
+
+@pytest.mark.parametrize(
+    ("params", "most"), [({"temperature": 0}, 2), ({}, 3), ({"top_p": 0.9, "top_k": 7}, 5)], ids=str
+)
+def test_a_batch_takes_few_launches_and_nothing_beside_them(params, most):
+    parameters = DrawParameters.of([SamplingParams(**params)], [0], META) if params.get("temperature", 1) else None
+    logits, positions = torch.empty(1, 128_256, dtype=torch.bfloat16, device=META), torch.empty(1, device=META)
+    with counted() as launches:
+        draw(logits, parameters, positions)
+    assert len(launches.names) == most and all(name.endswith("_kernel") for name in launches.names)
+
+
 def test_greedy_rows_alone_take_the_lowest_of_the_most_likely_tokens():
     logits = torch.zeros(3, 2050)
     logits[1, [1500, 2049]] = 2.0
@@ -126,16 +163,16 @@ def test_greedy_rows_alone_take_the_lowest_of_the_most_likely_tokens():
 
 @pytest.mark.slow
 def test_the_kernels_fit_an_h100():
-    """Compiled for it, which needs no GPU: only the program that finds a row's last token spills."""
+    """Compiled for it, which needs no GPU: the program that looks at the edge of filters spills a little."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu.compile_sampling"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 11
+    assert len(found) == 10
     for kernel in found:
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536
-        assert kernel["stack"] == 0 or kernel["kernel"] == "limit_kernel"
+        assert kernel["stack"] <= 32 * (kernel["kernel"] == "winner_kernel"), kernel
 
 
 def assorted(vocabulary):
@@ -188,7 +225,7 @@ def test_steps_on_a_gpu_are_those_on_the_cpu(vocabulary):
 @pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
 def test_filters_of_a_large_vocabulary_on_a_gpu(spread, coarse):
     logits = normal(4, 128_256, spread)
-    assert_same(logits.bfloat16().float() if coarse else logits, FILTERS, 8192)
+    assert_same(logits.bfloat16() if coarse else logits, FILTERS, 8192)
 
 
 @pytest.mark.gpu

@@ -116,7 +116,9 @@ def quantise(x: Tensor, dtype: torch.dtype, groups: tuple[int, ...]) -> tuple[Te
     The largest magnitude of each group is mapped to the largest number of `dtype`.
     """
     parts = torch.split(x.float(), list(groups), dim=-1)
-    scales = torch.stack([part.abs().amax(-1) for part in parts], dim=-1) / LARGEST[dtype]
+    peaks = torch.stack([part.abs().amax(-1) for part in parts], dim=-1)
+    # divided by a tensor, because by a number PyTorch multiplies with its rounded reciprocal on a GPU
+    scales = peaks / peaks.new_full((), LARGEST[dtype])
     scaled = x.float() / _spread(scales.clamp_min(torch.finfo(torch.float32).tiny), groups)
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scales
 

@@ -169,7 +169,7 @@ class DraftModule(Protocol):
         """
 
     def head(self, hidden: Tensor) -> Tensor:
-        """What `layers` returned, or rows of it, [T, hidden] → fp32 logits [T, vocab]."""
+        """What `layers` returned, or rows of it, [T, hidden] → logits [T, vocab], of any float dtype."""
 
 
 class Model(Protocol):
@@ -189,7 +189,10 @@ class Model(Protocol):
 
     @property
     def head(self) -> Callable[[Tensor], Tensor] | None:
-        """What `layers` returned, or rows of it, [T, hidden] → fp32 logits [T, vocab]; None before the last stage."""
+        """What `layers` returned, or rows of it, [T, hidden] → logits [T, vocab], of any float dtype.
+
+        None before the last stage.
+        """
 
     @property
     def draft_module(self) -> DraftModule | None:

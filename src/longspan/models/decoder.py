@@ -79,8 +79,8 @@ class Head:
         self._product = context.loader.linear(_table(config, name))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [T, hidden] → fp32 logits [T, vocab], of the whole vocabulary."""
-        return self._tp.all_gather_last(self._product(hidden)).float()
+        """hidden [T, hidden] → logits [T, vocab] of the whole vocabulary, in the same dtype."""
+        return self._tp.all_gather_last(self._product(hidden))
 
 
 class DecoderModel:

@@ -77,7 +77,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     A scale maps the largest magnitude of its 128 elements to the largest FP8 number.
     """
     groups = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
-    scales = (groups.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    # divided by a tensor, because by a number PyTorch multiplies with its rounded reciprocal on a GPU
+    scales = (groups.abs().amax(-1) / groups.new_full((), _LARGEST)).clamp_min(torch.finfo(torch.float32).tiny)
     return (groups / scales[..., None]).flatten(1).to(_FP8), scales
 
 

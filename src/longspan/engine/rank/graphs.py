@@ -109,13 +109,13 @@ class _LogitsBuffer:
         self._whole: Tensor | None = None
 
     def first(self, rows: int) -> Tensor:
-        """The first rows of the buffer, fp32 [rows, vocab]. Something must have been stored."""
+        """The first rows of the buffer, [rows, vocab]. Something must have been stored."""
         if self._whole is None:
             raise RuntimeError("no logits have been stored")
         return self._whole[:rows]
 
     def store(self, logits: Tensor) -> Tensor:
-        """Copy logits fp32 [T, vocab] to the first rows of the buffer, and return these.
+        """Copy logits [T, vocab] to the first rows of the buffer, and return these.
 
         If the first logits have as many rows as the buffer, they become the buffer.
         """
@@ -181,7 +181,7 @@ class GraphRunner:
         return padded_rows(max(rows_of_pcp), self.sizes) is not None
 
     def logits(self, view: RankView, rows_of_pcp: Sequence[int], token_ids: Tensor) -> Tensor:
-        """Logits fp32 [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
+        """Logits [T, vocab] of this rank's rows, in a step that is `recordable` and `uniform`.
 
         `token_ids` are int64 [T], on the device. `rows_of_pcp` has the rows of every pcp index: the largest of them
         decides the size on all ranks. The next step overwrites the result.
@@ -238,7 +238,7 @@ class _Graph:
         self._replay = recorder.record(self._compute, self._rows.device)
 
     def run(self, view: RankView, token_ids: Tensor) -> Tensor:
-        """Logits fp32 [rows, vocab] for int64 [T] ids, T <= rows. The next run overwrites them.
+        """Logits [rows, vocab] for int64 [T] ids, T <= rows. The next run overwrites them.
 
         A step whose contexts do not fit the graph's buffers is computed without the graph, in the same shapes.
         """

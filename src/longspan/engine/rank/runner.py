@@ -253,7 +253,7 @@ class Runner:
         draft: Callable[[Tensor], ReadDrafts] | None = None, recorded: RecordedDraw | None = None,
         shifts: Tensor | None = None,
     ) -> Finish:  # fmt: skip
-        """Start sampling from `logits` fp32 [samples, vocab], and then drafting. `shifts` are those of `Sampler.start`.
+        """Start sampling from `logits` [samples, vocab], and then drafting. `shifts` are those of `Sampler.start`.
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
         where they draft from them.
@@ -317,7 +317,7 @@ class Runner:
     def _sample(
         self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None, shifts: Tensor | None
     ) -> Sampling:
-        """Start sampling from `logits` fp32 [samples, vocab], with `recorded` if it can be."""
+        """Start sampling from `logits` [samples, vocab], with `recorded` if it can be."""
         rows = self._rows(samples)
         sampling = self._sampler.start(logits, rows, recorded, shifts)
         if self._async_scheduling:

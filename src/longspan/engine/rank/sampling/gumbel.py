@@ -81,7 +81,8 @@ def outcome(token_ids: Tensor, peaks: Tensor) -> Tensor:
 
 
 def draw_plainly(logits: Tensor, parameters: DrawParameters | None, positions: Tensor | None) -> Tensor:
-    """Draw a token for each of R rows of `logits` fp32 [R, vocab]; see `outcome`. Without parameters all are greedy."""
+    """Draw a token for each of R rows of `logits` [R, vocab]; see `outcome`. Without parameters all are greedy."""
+    logits = logits.float()
     if parameters is None or positions is None:
         return outcome(logits.argmax(-1), logits.amax(-1))
     return outcome(sample_together(logits, parameters, positions), logits.amax(-1))

@@ -152,7 +152,7 @@ class LogitChanges:
     def of(
         rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
     ) -> LogitChanges:
-        """The changes of the rows `chosen` to `logits` fp32 [R, vocab]."""
+        """The changes of the rows `chosen` to `logits` [R, vocab]."""
         changed, vocabulary = [rows[i] for i in chosen], logits.shape[1]
         bias = [(at * vocabulary + i, x) for at, row in enumerate(changed) for i, x in row.params.logit_bias]
         banned = [at * vocabulary + token for at, row in enumerate(changed) for token in row.banned]
@@ -166,13 +166,14 @@ class LogitChanges:
         )
 
     def apply(self, logits: Tensor, counts: PenaltyCounts, sent: Sequence[Tensor]) -> Tensor:
-        """The C rows of `logits` fp32 [R, vocab] with their changes; tokens that must not be sampled have -inf.
+        """The C rows of `logits` [R, vocab] with their changes, fp32; tokens that must not be sampled have -inf.
 
         Penalties are vLLM's, which follow OpenAI and CTRL. The repetition penalty divides the positive and multiplies
         the negative logits of each distinct token in prompt and output. The frequency penalty is subtracted for each
         occurrence in the output, the presence penalty once for each distinct token of the output.
         """
-        result = logits.clone() if self.indices is None else logits.index_select(0, sent[self.indices])
+        chosen = logits.clone() if self.indices is None else logits.index_select(0, sent[self.indices])
+        result = chosen.float()
         if self.bias is not None:
             places, values = (sent[number] for number in self.bias)
             result.view(-1).index_add_(0, places, values.view(torch.float64).float())
@@ -188,7 +189,7 @@ class LogitChanges:
 
     def put(self, changed: Tensor, logits: Tensor, sent: Sequence[Tensor]) -> Tensor:
         """All rows fp32 [R, vocab]: those of `logits`, and in their places the C of `changed`."""
-        return changed if self.indices is None else logits.index_copy(0, sent[self.indices], changed)
+        return changed if self.indices is None else logits.float().index_copy(0, sent[self.indices], changed)
 
     def sampled(self, token_ids: Tensor, counts: PenaltyCounts, sent: Sequence[Tensor]) -> None:
         """Count the sampled tokens, int64 [R], of rows with penalties."""

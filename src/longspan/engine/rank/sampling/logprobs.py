@@ -30,11 +30,12 @@ def best(values: Tensor, k: int) -> Tensor:
 
 
 def describe(logits: Tensor, token_ids: Tensor, count: int) -> list[Tensor]:
-    """Log probabilities under `logits` fp32 [L, vocab] of `token_ids` int64 [L], and of the `count` most likely tokens.
+    """Log probabilities under `logits` [L, vocab] of `token_ids` int64 [L], and of the `count` most likely tokens.
 
     Returns [fp32 [L], int64 [L, count], fp32 [L, count]]: the tokens', the ids of the most likely ones, best first and
     ties by id, and theirs. A vocabulary smaller than `count` gives all its tokens.
     """
+    logits = logits.float()
     normaliser = logits.logsumexp(-1, keepdim=True)
     sampled = (logits.gather(1, token_ids[:, None]) - normaliser)[:, 0]
     count = min(count, logits.shape[1])
@@ -68,7 +69,7 @@ def on_host(described: Sequence[Tensor], counts: Sequence[int]) -> list[TokenLog
 def start_scoring(
     logits: Tensor, request_id: str, position: int, tokens: Sequence[int], count: int
 ) -> Callable[[], list[PromptScore]]:
-    """Start scoring `tokens`, R adjacent tokens of a prompt from `position` on, under `logits` fp32 [R, vocab].
+    """Start scoring `tokens`, R adjacent tokens of a prompt from `position` on, under `logits` [R, vocab].
 
     `count` is the number of alternatives for each token. The returned function waits for the device.
     """

@@ -1,4 +1,4 @@
-"""Sampling after a recorded decode step, by a graph of its own: one launch in place of up to six.
+"""Sampling after a recorded decode step, by a graph of its own: one launch in place of up to five.
 
 It owns the buffers that these graphs read: each row's parameters and position. Rows whose logits are changed first, by
 penalties or a grammar, are sampled without it.
@@ -19,12 +19,12 @@ from longspan.request import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0)
 Draw = Callable[[Tensor, DrawParameters | None, Tensor | None], Tensor]
-"""Draws a batch from logits fp32 [R, vocab], at positions int64 [R]: int64 [2, R], see `gumbel.outcome`. Without
-parameters all rows are greedy, and positions are not needed."""
+"""Draws a batch from logits [R, vocab], of any float dtype, at positions int64 [R]: int64 [2, R], see `gumbel.outcome`.
+Without parameters all rows are greedy, and positions are not needed."""
 
 
 class RecordedDraw:
-    """Draws a token for each of up to R rows of `logits` fp32 [R, vocab], whose address does not change.
+    """Draws a token for each of up to R rows of `logits` [R, vocab], whose address does not change.
 
     There are three graphs: for greedy rows, for rows without top-k, top-p and min-p, and for all others. Each is
     recorded when this is made.

@@ -106,7 +106,7 @@ class Sampler:
         self, logits: Tensor, rows: SampleRows | Sequence[SampleRow], recorded: RecordedDraw | None = None,
         shifts: Tensor | None = None,
     ) -> Sampling:  # fmt: skip
-        """Start sampling one token for each row of `logits` fp32 [R, vocab], which are not changed.
+        """Start sampling one token for each row of `logits` [R, vocab], of any float dtype, which are not changed.
 
         `recorded` draws from the same logits, if nothing changes them first. `shifts` int64 [R] is how much later the
         rows are than their positions say, where only the device knows; then nothing but noise depends on it.
@@ -125,6 +125,7 @@ class Sampler:
             return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
         rows = rows if isinstance(rows, SampleRows) else SampleRows.of(rows)
         draw = self._draw or batch_draw(logits.device.type)
+        logits = logits if draw else logits.float()
         if not self._batch.is_of(rows):
             self._batch = _Batch.of(rows, None if draw is None else logits.device)
         batch, upload = self._batch, OneCopy()
@@ -148,7 +149,7 @@ class Sampler:
             full = logits if changes is None or changed is None else changes.put(changed, logits, sent)
             at = None if positions is None else sent[positions]
             drawn = draw(full, batch.draw, at if at is None or shifts is None else at + shifts)
-            drawn = drawn if changes is None else outcome(drawn[0], logits.amax(-1))
+            drawn = drawn if changes is None else outcome(drawn[0], logits.amax(-1).float())
         token_ids = drawn[0]
         if changes is not None:
             changes.sampled(token_ids, self._counts, sent)
