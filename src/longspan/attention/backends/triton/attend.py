@@ -47,8 +47,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
                 item, by_index = item_of(items, gathered, program // heads, here // heads, FIELDS, GATHERED)
                 kv_head = (first_heads[1] + program % heads).to(tl.int64)
                 fetch(
-                    item, by_index, index, kv_head, kv, head_strides, KEY, VALUE, SHARED, STRIDES, GATHERED, 2 * BLOCK_N
-                )
+                    item, by_index, index, kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
+                    KEY, VALUE, STRIDES, GATHERED, 2 * BLOCK_N,
+                )  # fmt: skip
         wait_for_inputs(EARLY)
         # every other round is in reverse, because items are in order of length
         last = tl.where(total // places % 2 == 0, program, places - 1 - program)

@@ -13,8 +13,8 @@ from enum import Enum
 FUSED = True
 # partial results that a program merges at once
 PARTS = 32
-# elements of these: 64 for each of 128 threads
-_MERGED = 8192
+# elements of these: 32 for each of 128 threads
+_MERGED = 4096
 # elements of a row's main part, width of its tile (a power of two), elements of the rest, width of its tile
 Parts = tuple[int, int, int, int]
 

@@ -1,12 +1,14 @@
 """What a program of the attention kernel does before it may read what the kernels before it store: it finds its item.
 
-It owns the order of items, and what is brought into the cache meanwhile; it computes nothing.
+It owns where an item is, and what of its columns is brought into the L2 cache meanwhile; it computes nothing.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+_LANES = tl.constexpr(128)  # each brings adjacent columns, the first half of keys and the other of values
 
 
 @triton.jit
@@ -23,29 +25,39 @@ def item_of(  # type: ignore[no-untyped-def]  # the compiler reads annotations a
 
 @triton.jit
 def fetch(  # type: ignore[no-untyped-def]
-    item, by_index, index, kv_head, kv, head_strides, KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr,
-    STRIDES: tl.constexpr, GATHERED: tl.constexpr, COUNT: tl.constexpr,
+    item, by_index, index, keys, values, KEY: tl.constexpr, VALUE: tl.constexpr, STRIDES: tl.constexpr,
+    GATHERED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Bring the first `COUNT` columns of an item into the L2 cache. What is stored there later is seen all the same."""
-    start, stop = tl.load(item + 4), tl.load(item + 7)
-    if start < stop:
-        place = tl.load(item + 3) + tl.minimum(start + tl.arange(0, COUNT), stop - 1)
-        slot = place
-        if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
-            if by_index:
-                slot = tl.load(index + place)
-        slot = slot.to(tl.int64)
-        _fetch_rows(kv[0] + kv_head * head_strides[0] + slot * STRIDES[0], KEY[0] + KEY[2])
-        if not SHARED:
-            _fetch_rows(kv[1] + kv_head * head_strides[1] + slot * STRIDES[1], VALUE[0] + VALUE[2])
+    """Bring the first columns of an item into the L2 cache, up to `COLUMNS`: those of one KV head.
+
+    What is stored there later is seen all the same. Only rows that follow each other without a gap, of a multiple of 16
+    bytes, are brought.
+    """
+    SIZE: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth // 8
+    KEY_BYTES: tl.constexpr = (KEY[0] + KEY[2]) * SIZE
+    VALUE_BYTES: tl.constexpr = (VALUE[0] + VALUE[2]) * SIZE
+    EACH: tl.constexpr = COLUMNS * 2 // _LANES
+    WITHOUT_GAPS: tl.constexpr = (STRIDES[0] * SIZE == KEY_BYTES) & (STRIDES[1] * SIZE == VALUE_BYTES)
+    if WITHOUT_GAPS and (KEY_BYTES | VALUE_BYTES) % 16 == 0:
+        lane = tl.arange(0, _LANES)
+        of_keys = lane < _LANES // 2
+        base = tl.where(of_keys, keys.to(tl.int64), values.to(tl.int64))
+        size = tl.where(of_keys, KEY_BYTES, VALUE_BYTES)
+        place, stop = tl.load(item + 3), tl.load(item + 7)
+        column = tl.load(item + 4) + lane % (_LANES // 2) * EACH
+        if GATHERED and by_index:
+            for number in tl.static_range(EACH):
+                there = column + number < stop
+                slot = tl.load(index + place + column + number, mask=there, other=0)
+                _fetch_bytes(base + slot.to(tl.int64) * size, tl.where(there, size, 0))
+        else:
+            _fetch_bytes(base + (place + column).to(tl.int64) * size, tl.minimum(stop - column, EACH) * size)
 
 
 @triton.jit
-def _fetch_rows(at, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring rows of `WIDTH` elements at pointers `at` into the L2 cache, if the instruction can: by 16 bytes."""
-    SIZE: tl.constexpr = WIDTH * (at.dtype.element_ty.primitive_bitwidth // 8)
-    if SIZE % 16 == 0:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [at.to(tl.int64), SIZE],
-            tl.int32, False, 1,
-        )  # fmt: skip
+def _fetch_bytes(at, count):  # type: ignore[no-untyped-def]
+    """Bring `count` bytes at each address into the L2 cache, none if it is not positive."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred %p; setp.gt.s32 %p, $2, 0; @%p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [at, count], tl.int32, False, 1,
+    )  # fmt: skip

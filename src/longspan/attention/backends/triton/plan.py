@@ -92,7 +92,8 @@ class WorkPlan:
         self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
         parts = torch.split(self._table.device, self._sizes)
         self.adjacent, self.gathered, self.splits, self.bounds, self.counts = parts
-        self.arrived = torch.zeros(max(room.partials * heads, 1), dtype=torch.int32, device=device)
+        waiting, made = room.partials * heads, torch.zeros if room.partials else torch.empty
+        self.arrived = made(max(waiting, 1), dtype=torch.int32, device=device)
         self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device) if index is None else index
         self._decode: _GrowingWork | None = None  # what `fill_decode` was given last, unless `fill` came after it
         if not self.fill(work):
