@@ -102,11 +102,12 @@ def test_no_more_programs_are_launched_than_run_at_a_time(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("processors", [None, 40], ids=["all processors", "several turns"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_replays_of_a_graph_give_the_same_bits(dim):
+def test_replays_of_a_graph_give_the_same_bits(dim, processors):
     """Layers share the buffers of parts, so that a part that is read too early is one of another layer."""
     blocks = head_blocks((0, 32), 0, 4)
-    backend = TritonBackend(DEVICE, dim)
+    backend = TritonBackend(DEVICE, dim, processors)
     shapes = (3, 32, dim), (2, 8, 20_000, dim)
     made = [[torch.randn(*shape, device=DEVICE).bfloat16() for shape in shapes] for _ in range(4)]
     layers = [(q, CacheRows(kv)) for q, kv in made]
@@ -127,4 +128,6 @@ def test_replays_of_a_graph_give_the_same_bits(dim):
             part.out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(part.out, out) for part, out in zip(parts, first, strict=True))
-    assert not any(plan.arrived.any() or plan.counts[2] for plan in refillable.plans.plans)
+    (plan,) = refillable.plans.plans
+    assert processors is None or 8 * plan.counts[:2].sum() > 2 * processors  # pairs, and programs
+    assert not plan.arrived.any() and plan.counts[2] == 0
