@@ -29,7 +29,7 @@ from tests.oracle import prompt_of, tiny_folder
 LENGTHS = (30, 1, 7, 100, 47)
 MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5)]
 PARAMS = [SamplingParams(max_tokens=3, temperature=0), SamplingParams(max_tokens=3, temperature=0.8, top_p=0.9)]
-WRITTEN = {"attend_kernel": (7, 8), "_merge_kernel": (3, 4)}  # arguments that hold a kernel's result
+WRITTEN = {"attend_kernel": (9, 10), "_merge_kernel": (3, 4)}  # arguments that hold a kernel's result
 
 
 class Keys:

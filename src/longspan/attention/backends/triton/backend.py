@@ -10,20 +10,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from longspan.attention.backends.base import RecordableBackend
-from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
+from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel
 from longspan.attention.backends.triton.columns import ColumnTable
-from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.config import (
+    FUSED,
+    PARTS,
+    Chip,
+    Config,
+    Shape,
+    config_for,
+    rows_at_once,
+    shape_of,
+)
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
+from longspan.attention.backends.triton.reduce import reduce_kernel
 from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonSlotWriter, TritonWriter
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
 from longspan.attention.step_buffer import StepBuffer
+from longspan.early_launch import early_options
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -206,7 +216,7 @@ class _Launcher:
             config = config_for(keys.shape, rows, self.chip)
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
-            _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
+            _launch(q, keys, block, scale, config, plans.plan(tiling), programs, whole, rows)
         return whole
 
 
@@ -217,34 +227,37 @@ def _launch(
     scale: float,
     config: Config,
     plan: WorkPlan,
+    programs: int,
     whole: AttentionState,
     rows: int,
 ) -> None:
     """Compute the heads of one block of `whole`.
 
-    The launches are: the items, and the reduction of rows that several items share. `rows` is the most packed rows of a
-    run.
+    The launches are: the items, and the reduction of rows that several items share, if they do not merge them. `rows`
+    is the most packed rows of a run.
     """
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
     shape, out_strides = keys.shape, (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0))
-    attend_kernel[(room.adjacent + room.gathered, heads)](
-        plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q,
+    items, early = room.adjacent + room.gathered, early_options(q.device)
+    attend_kernel[(min(programs, items * heads),) if config.turns else (items, heads)](
+        plan.adjacent, plan.gathered, room.adjacent, plan.counts, plan.arrived, plan.bounds, plan.index, q,
         (keys.keys, keys.values, keys.key_scales, keys.value_scales),
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
         tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
         (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
-        FLIP=config.flip, SPLIT=config.split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
+        FLIP=config.flip, SPLIT=config.split, TURNS=config.turns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        FIELDS=ITEM_FIELDS, PARTS=PARTS, ROWS=rows_at_once(config, width), **early,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip
-    if room.splits:
+    if room.splits and not config.turns:
         reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
             plan.splits, whole.out, whole.lse, part_out, part_lse, out_strides, block.q_start, block.group, heads,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
-            FIELDS=SPLIT_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
+            WIDTH=width, BLOCK_M=config.block_m, PARTS=16, FIELDS=SPLIT_FIELDS, **early, num_warps=4,
+            enable_fp_fusion=FUSED,
         )  # fmt: skip
 
 

@@ -11,6 +11,10 @@ from enum import Enum
 
 # whether a product and a sum are rounded once, as one instruction. Said at each launch: Triton 3.10 has another default
 FUSED = True
+# partial results that a program merges at once
+PARTS = 32
+# elements of these: 32 for each of 128 threads
+_MERGED = 4096
 # elements of a row's main part, width of its tile (a power of two), elements of the rest, width of its tile
 Parts = tuple[int, int, int, int]
 
@@ -70,6 +74,9 @@ class Config:
     flip: bool
     # whether two warp groups with 64 rows divide the columns of a tile. Otherwise both compute all scores
     split: bool = False
+    # whether there are no more programs than run at a time, which take items in turn, and the last one that has
+    # computed a part of some rows merges the parts: for rows so few that one program merges them quickly
+    turns: bool = False
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
@@ -102,8 +109,13 @@ def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE) -> Config:
     if rows <= 32 and not shape.groups:
         return _decode(width, 16 if rows <= 16 else 32, chip)
     if rows <= 16:
-        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False)
+        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False, turns=True)
     return _middle(width, chip) if rows <= 64 else _prefill(shape, width, chip)
+
+
+def rows_at_once(config: Config, width: int) -> int:
+    """How many rows of `width` values a program merges at once."""
+    return min(config.block_m, max(1, _MERGED // (PARTS << (width - 1).bit_length())))
 
 
 def _decode(width: int, block_m: int, chip: Chip) -> Config:
@@ -114,7 +126,7 @@ def _decode(width: int, block_m: int, chip: Chip) -> Config:
         columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 3, 1)
     else:
         columns, stages, resident = (64, 3, 2) if width <= 64 else (32, 3, 2) if width <= 128 else (32, 3, 1)
-    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE)
+    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE, turns=True)
 
 
 def _middle(width: int, chip: Chip) -> Config:
