@@ -97,13 +97,6 @@ class DecodePending(_Lazy[PendingRow]):
         return PendingRow(self.rows[number], self.names[number])
 
 
-def pending_rows(pending: Sequence[PendingRow]) -> tuple[Sequence[int], Sequence[str]]:
-    """The rows, and the request of each."""
-    if isinstance(pending, DecodePending):
-        return pending.rows, pending.names
-    return [one.row for one in pending], [one.request_id for one in pending]
-
-
 @dataclass(frozen=True)
 class DecodeSamples(_Lazy[SampleRequest]):
     """Every row is sampled."""

@@ -34,7 +34,7 @@ from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan.decode import DecodeSamples, decode_view, pending_rows
+from longspan.plan.decode import DecodePending, DecodeSamples, decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -216,6 +216,8 @@ class Runner:
                 return recorded
             settled = self.drafter.settle(plan, view, requests)
         elif self.cuda_graphs is not None and self.cuda_graphs.short is not None:
+            if self._experts is not None:
+                self._experts.expect(None)  # padded: equally many everywhere
             found = self.cuda_graphs.short.hidden(view, token_ids)
             if found is not None:
                 return found, None
@@ -303,9 +305,13 @@ class Runner:
 
     def _token_ids(self, view: RankView) -> Tensor:
         """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
-        rows, names = pending_rows(view.pending)
-        if not names:
+        pending = view.pending
+        if not pending:
             return self._integers(view.token_ids)
+        if isinstance(pending, DecodePending):
+            rows, names = list(pending.rows), pending.names
+        else:
+            rows, names = [one.row for one in pending], [one.request_id for one in pending]
         sources, rows_before = [self._sampled_rows[name] for name in names], len(self._sampled)
         if len(sources) == len(view.token_ids) == rows_before and sources == list(range(rows_before)):
             return self._sampled  # the same requests as in the step before

@@ -23,6 +23,7 @@ Integers = NDArray[np.int64]
 _SLACK = 8  # a request is given room in the index for 1/8 more columns than it has
 _LEAST_SLACK = 64  # columns
 FEW_ROWS = 4  # for so few, numbers one by one take less time than arrays
+_FEW_REQUESTS = 32  # so few are looked up, not moved
 _FORGET = 4096  # requests that are remembered although no step has used them since
 _NEW = -2  # in place of a run's number in an earlier step: no number follows it
 _Ranges = tuple[Integers, Integers, Integers, Integers, Integers, Integers]
@@ -149,9 +150,14 @@ class ColumnTable:
         self, runs: DecodeRuns, before: DecodeColumns, anew: Sequence[int]
     ) -> tuple[list[_Ranges], list[_Request]] | None:
         """The ranges of `runs` in parts, and the requests: see `_arranged`."""
-        number_of = {} if len(runs) <= FEW_ROWS else {pages: number for number, pages in enumerate(before.pages)}
+        if len(runs) <= _FEW_REQUESTS:
+            found = [self._known(*one, runs.page_size) for one in zip(runs.pages, runs.stops, strict=True)]
+            known_ones = [one for one in found if one is not None]
+            return ([_ranges_of(known_ones)], known_ones) if len(known_ones) == len(found) else None
+        number_of = {pages: number for number, pages in enumerate(before.pages)}
         old = _array([number_of.get(pages, _NEW) for pages in runs.pages])
-        old[anew] = _NEW
+        if anew:
+            old[anew] = _NEW
         cuts = [0, *(np.flatnonzero(np.diff(old) != 1) + 1).tolist(), len(old)]
         ends = np.cumsum(before.counts)
         parts: list[_Ranges] = []
