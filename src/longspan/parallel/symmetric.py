@@ -148,9 +148,9 @@ class _Agreement:
     def said(self, text: str) -> list[str]:
         """What all members say, in their order; of long texts the beginning."""
         mine = text.encode(errors="replace")[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
-        sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self.device)
-        received = [torch.empty_like(sent) for _ in range(self.members.size())]
-        dist.all_gather(received, sent, group=self.members)
+        received = torch.zeros(self.members.size(), _REASON_BYTES, dtype=torch.uint8, device=self.device)
+        received[self.members.rank()] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        dist.all_reduce(received, group=self.members)
         return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in received]
 
     def in_time(self, step: Callable[[], T]) -> T:
