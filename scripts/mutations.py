@@ -344,8 +344,8 @@ PLACEMENT = (
     ),
     Fault(
         "a half-full page is published", "scheduler/scheduler.py",
-        "whole = min(stop // self.cache.page_size, len(sequence.table.pages))",
-        "whole = min(-(-stop // self.cache.page_size), len(sequence.table.pages))",
+        "whole := min(stop // self.cache.page_size, len(sequence.table.pages))",
+        "whole := min(-(-stop // self.cache.page_size), len(sequence.table.pages))",
         (f"{_SCHEDULER}::test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_filled_is",),
     ),
     Fault(
@@ -380,7 +380,7 @@ REQUESTS = (
     ),
     Fault(
         "a chunk is sampled before its prompt ends", "scheduler/step.py",
-        "sample=min(length, max(0, piece.start + length + 1 - sequence.length))", "sample=1", (_ANY_LOAD,),
+        "sample=min(length, max(0, start + length + 1 - known - sequence.pending))", "sample=1", (_ANY_LOAD,),
     ),
     Fault(
         "a preempted request loses its last token", "scheduler/sequence.py",

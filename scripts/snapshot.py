@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -205,7 +206,7 @@ def _class(place: str, found: type) -> Iterator[str]:
         for parameter in list(inspect.signature(found).parameters.values()):
             yield f"{place}({parameter.kind.description}) {_unquoted(parameter)}"
     for name, member in vars(found).items():
-        if isinstance(member, property) and not name.startswith("_"):
+        if isinstance(member, property | cached_property) and not name.startswith("_"):
             yield f"{place}.{name}, a property"
         elif callable(getattr(found, name)) and not name.startswith("_"):
             yield f"{place}.{name}{_unquoted(inspect.signature(getattr(found, name)))}"

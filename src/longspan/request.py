@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+
+import msgspec
 
 from longspan.errors import RequestError
 
@@ -128,23 +131,23 @@ class SamplingParams:
         _check(all(map(str.strip, words)), "bad_words", words, "must not hold an empty string")
         _check(() not in self.bad_word_ids, "bad_word_ids", list(self.bad_word_ids), "must not hold an empty list")
 
-    @property
+    @cached_property
     def constrains(self) -> bool:
         """Whether some tokens may not be sampled."""
         lists = (self.grammar is not None, self.allowed_token_ids, self.bad_word_ids, self.min_tokens)
         return any(map(bool, lists))
 
-    @property
+    @cached_property
     def needs_history(self) -> bool:
         """Whether ranks must be told the tokens that the request has when it is admitted."""
         return self.penalises or self.needs_output or self.prompt_logprobs is not None
 
-    @property
+    @cached_property
     def needs_output(self) -> bool:
         """Whether the host must know every earlier token of the output before it can say what may be sampled."""
         return self.grammar is not None or any(len(word) > 1 for word in self.bad_word_ids)
 
-    @property
+    @cached_property
     def penalises(self) -> bool:
         """Whether earlier tokens change the logits."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
@@ -167,9 +170,8 @@ class TokenLogprobs:
     top_values: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class SampledToken:
-    """One token of one request, as a rank sampled it."""
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One token of one request, as a rank sampled it. A struct, because a step has hundreds."""
 
     # the completion's id, as in `CoreRequest`
     request_id: str
@@ -178,7 +180,7 @@ class SampledToken:
     # None if they were not asked for
     logprobs: TokenLogprobs | None = None
     # its index in the output
-    position: int = field(default=0, compare=False)
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,8 @@ class CoreRequest:
     parent_id: str = ""
 
 
-@dataclass(frozen=True)
-class TokenOutput:
-    """The result of one step for one completion."""
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The result of one step for one completion. A struct, because a step has hundreds."""
 
     # the completion's id
     request_id: str

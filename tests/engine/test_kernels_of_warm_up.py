@@ -19,11 +19,12 @@ from triton.runtime.jit import JITFunction
 
 from longspan import SamplingParams
 from longspan.attention.backends.triton.backend import TritonBackend
+from longspan.attention.workload import ExpansionCost
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.recorder import EagerRecorder
-from longspan.engine.rank.short_steps import ShortSteps
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
 from tests.oracle import prompt_of, tiny_folder
 
 LENGTHS = (30, 1, 7, 100, 47)
@@ -66,7 +67,7 @@ def started(tiny, model):
     attention = runner.attention
     backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132)
     attention.ops = replace(attention.ops, backend=backend)
-    if llm.engine.setup.model.moe is None:
+    if not attention.preparer.expansion.pays(SHORT_SIZES[-1], 1):
         recorder = EagerRecorder()
         short = ShortSteps(runner.model, attention, backend, recorder)
         runner.cuda_graphs = GraphRunner(runner.model, attention, backend, recorder, 1, graph_sizes(8), short)
@@ -90,12 +91,14 @@ def started_with_drafts(tiny, ahead):
     return llm
 
 
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "drafts", "drafts ahead"])
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "deepseek-v3 recorded", "drafts", "drafts ahead"])
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
+    if model == "deepseek-v3 recorded":  # as with DeepSeek's own widths no short step has expanded latents
+        monkeypatch.setattr(ExpansionCost, "of", staticmethod(lambda *_: ExpansionCost(1, 170)))
     drafts = model.startswith("drafts")
-    llm = started_with_drafts(tiny, model.endswith("ahead")) if drafts else started(tiny, model)
+    llm = started_with_drafts(tiny, model.endswith("ahead")) if drafts else started(tiny, model.split()[0])
     (runner,) = llm.engine.executor.runners
     make_ready(runner, llm.engine.setup, shown=False)
     warm = set(keys.found)

@@ -74,12 +74,13 @@ class RefillableTorch(TorchBackend, RecordableBackend):
     """Plain operations over runs of several rows that are refilled."""
 
     causal_runs = True
+    has_room = True
 
     def refillable(self, rows, slots, buffer):
         return Runs(self, rows, True)
 
     def indexed(self, rows, longest, index):
-        return Runs(self, rows, True)
+        return Runs(self, rows, self.has_room)
 
     def writer(self, writes, rows, buffer=None):
         return Writer(writes, rows)
@@ -213,26 +214,67 @@ def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspac
     assert captured == streams * 3
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt-oss"])
-def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(tiny, model):
+def record_short_steps(llm, has_room=lambda rank: True):
+    """Let every rank record short steps of up to 32 rows: (rows, phases, whether it was one) of each step, and what
+    counts their runs without a graph."""
+    steps, recorders = [], []
+
+    def watched(hidden):
+        def of_step(view, token_ids):
+            found = hidden(view, token_ids)
+            steps.append((len(view.positions), len(view.phases), found is not None))
+            return found
+
+        return of_step
+
+    for rank, runner in enumerate(llm.engine.executor.runners):
+        backend = RefillableTorch(torch.device("cpu"))
+        backend.has_room = has_room(rank)
+        runner.attention.ops = replace(runner.attention.ops, backend=backend)
+        recorders.append(Counting())
+        short = ShortSteps(runner.model, runner.attention, backend, recorders[-1], (16, 32))
+        short.hidden = watched(short.hidden)
+        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
+    return steps, recorders
+
+
+CHUNKS, LENGTHS = [prompt_of(11), prompt_of(5, 3), prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
+
+
+def tokens_of_chunks(llm):
+    params = [SamplingParams(temperature=0, max_tokens=length) for length in LENGTHS]
+    return [output.outputs[0].token_ids for output in llm.generate(CHUNKS, params)]
+
+
+def expected_of_chunks(model):
+    return [greedy(oracle(model), *each)[0] for each in zip(CHUNKS, LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("model", ["llama", "gpt-oss", "deepseek-v3"])
+def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(tiny, model, layout):
     """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
-    prompts, lengths = [prompt_of(11), prompt_of(5, 3), prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
-    params = [SamplingParams(temperature=0, max_tokens=length) for length in lengths]
-    llm = tiny(model, max_num_seqs=2)
-    (runner,) = llm.engine.executor.runners
-    backend = RefillableTorch(torch.device("cpu"))
-    runner.attention.ops = replace(runner.attention.ops, backend=backend)
-    short = ShortSteps(runner.model, runner.attention, backend, EagerRecorder(), (16, 32))
-    runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
-    hidden, rows = short.hidden, []
+    llm = tiny(model, max_num_seqs=2, **layout)
+    steps, recorders = record_short_steps(llm)
+    assert tokens_of_chunks(llm) == expected_of_chunks(model)
+    assert all(recorded == (count <= 32) for count, _, recorded in steps)
+    assert {phases for _, phases, recorded in steps if recorded} == {1, 2}
+    assert all(recorder.replayed for recorder in recorders)
 
-    def watched(view, token_ids):
-        found = hidden(view, token_ids)
-        rows.append((len(view.positions), len(view.phases), found is not None))
-        return found
 
-    short.hidden = watched
-    found = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-    assert found == [greedy(oracle(model), *each)[0] for each in zip(prompts, lengths, strict=True)]
-    assert all(recorded == (count <= 32) for count, _, recorded in rows)
-    assert {phases for _, phases, recorded in rows if recorded} == {1, 2}
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
+def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model):
+    """Or their sums would have other shapes."""
+    llm = tiny(model, max_num_seqs=2, tp=2)
+    _, (with_room, without) = record_short_steps(llm, has_room=lambda rank: rank == 0)
+    assert tokens_of_chunks(llm) == expected_of_chunks(model)
+    assert with_room.replayed > 0
+    assert without.replayed == 0
+
+
+def test_short_steps_of_a_mixture_are_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch):
+    monkeypatch.setattr(EngineSetup, "gathers_rows", True)
+    llm = tiny("deepseek-v3", max_num_seqs=2, tp=2, enable_expert_parallel=True)
+    _, recorders = record_short_steps(llm)
+    assert tokens_of_chunks(llm) == expected_of_chunks("deepseek-v3")
+    assert all(recorder.replayed for recorder in recorders)

@@ -90,6 +90,29 @@ def grown(pick: random.Random, steps: int):
                 contexts.grow(number, 1 if pick.random() < 0.95 else pick.choice([16, 300, 1500]))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_that_end_begin_and_move_to_other_rows_take_their_columns_along(seed):
+    pick = random.Random(seed)
+    contexts, running, columns = Contexts(pick, 60), list(range(9)), None
+    table = ColumnTable(200_000, torch.device("cpu"))
+    for step in range(60):
+        for number in running:
+            contexts.grow(number, 1 if contexts.tokens[number] else pick.choice([1, 40, 1010, 3000]))
+        pages, stops = [contexts.pages[n] for n in running], [contexts.tokens[n] for n in running]
+        runs = DecodeRuns(list(range(len(running))), pages, [0] * len(running), stops, PAGE)
+        columns, alone = table.of(runs, columns), table.of(runs)
+        for name in ("rows", "lows", "highs", "counts", "starts", "places", "gathered", "above", "until"):
+            assert np.array_equal(getattr(columns, name), getattr(alone, name)), (step, name)
+        assert columns.requests == alone.requests
+        if pick.random() < 0.5:
+            running.remove(pick.choice(running))
+        if len(running) < 6 or pick.random() < 0.3:
+            running.insert(pick.randrange(len(running) + 1), step % 50 + 9)
+        running = list(dict.fromkeys(running))
+        if pick.random() < 0.1:
+            pick.shuffle(running)
+
+
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_row_sees_the_slots_of_its_context_at_every_step(seed, window):
@@ -113,9 +136,12 @@ def test_every_row_sees_the_slots_of_its_context_at_every_step(seed, window):
 def test_the_work_is_that_of_the_planner(seed, window, tiling):
     table = ColumnTable(200_000, torch.device("cpu"))
     for contexts in grown(random.Random(seed), 15):
-        columns = table.of(contexts.runs(window))
-        for rows in (8, 16):
-            assert in_lists(plan_decode(columns, rows, tiling)) == plan_work(visible(columns), Slots(), rows, tiling)
+        runs = contexts.runs(window)
+        few = DecodeRuns(runs.rows[:3], runs.pages[:3], runs.firsts[:3], runs.stops[:3], PAGE)  # one by one
+        for columns in (table.of(runs), table.of(few)):
+            for rows in (8, 16):
+                expected = plan_work(visible(columns), Slots(), rows, tiling)
+                assert in_lists(plan_decode(columns, rows, tiling)) == expected
 
 
 def covered(plan: WorkPlan, tiling: Tiling) -> dict[tuple[int, int], list[tuple[int, ...]]]:

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from longspan.attention.schedules import SCHEDULES
 from longspan.cache.pages import PageRef
@@ -58,7 +59,7 @@ def next_plan(pick: random.Random, plan: StepPlan, mirror: Mirror, shards: tuple
         held = {shard, *(page.shard for page in table.pages)}
         pcp = next(pcp for pcp, mine in enumerate(shards) if shard in mine)
         remote = len(plan.decode_schedules) * (len(held) > 1)
-        segments.append(replace(segment, start=start, pcp=pcp, num_remote_groups=remote))
+        segments.append(structs.replace(segment, start=start, pcp=pcp, num_remote_groups=remote))
     moving = any(segment.num_remote_groups for segment in segments)
     return replace(
         plan, admitted=(), finished=(gone,) if gone else (), new_pages=tuple(new), segments=tuple(segments),

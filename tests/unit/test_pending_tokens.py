@@ -25,7 +25,7 @@ SAMPLED = {"a": 0, "b": 1, "c": 2}
 )
 def test_a_pending_row_takes_the_token_that_its_request_sampled(known, pending, expected):
     runner = SimpleNamespace(
-        _sampled=torch.tensor([10, 11, 12]), _sampled_rows=SAMPLED, _integers=lambda values: torch.tensor(values)
+        _sampled=torch.tensor([10, 11, 12]), _sampled_rows=SAMPLED, _integers=torch.tensor, _device=torch.device("cpu")
     )
     view = RankView(known, known, (), (), (), (), tuple(PendingRow(*each) for each in pending))
     assert Runner._token_ids(runner, view).tolist() == expected

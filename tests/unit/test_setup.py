@@ -143,10 +143,15 @@ def test_a_rank_takes_its_gpu_before_anything_can_open_a_context_on_another(gpus
     assert seen == [[5]]
 
 
-def records(gpu=True, dtype="auto", scaled=None, **parallel):
-    """Whether DeepSeek-V2-Lite's decode steps are recorded on GPUs."""
+def on_gpus(gpu=True, dtype="auto", scaled=None, **parallel):
+    """The setup of DeepSeek-V2-Lite."""
     found = resolve(EngineConfig("deepseek-v2-lite", executor="dry", dtype=dtype, parallel=ParallelConfig(**parallel)))
-    return replace(found, device_type="cuda" if gpu else "cpu", scaled=scaled or ScaledChoice()).records_decode
+    return replace(found, device_type="cuda" if gpu else "cpu", scaled=scaled or ScaledChoice())
+
+
+def records(**options):
+    """Whether decode steps are recorded."""
+    return on_gpus(**options).records_decode
 
 
 def test_a_mixtures_decode_steps_are_recorded_where_all_its_experts_are_in_one_product(monkeypatch):
@@ -177,3 +182,12 @@ def test_they_are_recorded_over_ranks_of_one_machine_that_all_get_the_same_rows(
     two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
     assert records(**two)
     assert not records(**two, ranks_per_node=1)
+
+
+def test_short_steps_with_prompt_tokens_are_recorded_where_contexts_are_not_sharded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert on_gpus().records_short_steps
+    assert on_gpus(tensor_parallel_size=2).records_short_steps
+    assert not on_gpus(tensor_parallel_size=2, decode_context_parallel_size=2).records_short_steps
+    two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
+    assert on_gpus(**two).records_decode and not on_gpus(**two).records_short_steps

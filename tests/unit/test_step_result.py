@@ -2,8 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+
+from longspan.cache.pages import PageTable
 from longspan.plan.result import StepResult
-from longspan.request import PromptScore, SampledToken, TokenLogprobs
+from longspan.request import CoreRequest, PromptScore, SampledToken, SamplingParams, TokenLogprobs
+from longspan.scheduler.progress import Progress
+from longspan.scheduler.sequence import SequenceState
 from tests.unit.test_scheduler import Rig
 
 LIKELY = TokenLogprobs(-0.1, (), ())
@@ -49,3 +54,16 @@ def test_a_request_that_cannot_go_on_gets_no_token():
     counted = rig.scheduler.commit(rig.scheduler.schedule(), StepResult(errors={"a": "broken"}))
     assert counted == StepResult(errors={"a": "broken"})
     assert len(rig.scheduler.running[0].tokens) == 8
+
+
+@pytest.mark.parametrize("pending", [0, 1, 2])
+@pytest.mark.parametrize("sampled", [(), (SampledToken("a", 5, None, 0),)], ids=["no token", "a token"])
+def test_a_token_behind_which_nothing_is_drafted_is_taken_as_one_beside_drafts_of_others(sampled, pending):
+    states = []
+    for drafts in ({}, {("b", 0): (3,)}):
+        sequence = SequenceState(CoreRequest("a", [1, 2, 3], SamplingParams(), 0, 8), PageTable(4, 1))
+        sequence.computed, sequence.in_flight, sequence.pending = 3, 1, pending
+        taken = sequence.take(Progress(True, 3, 0, ()), sampled, drafts)
+        states.append((taken, sequence.tokens, sequence.computed, sequence.pending, sequence.in_flight))
+        assert (sequence.expected, sequence.is_void) == ((), False)
+    assert states[0] == states[1]

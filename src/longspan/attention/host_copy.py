@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
     """The values as int64 [n] on `device`, in the order of the current stream."""
-    return to_device(torch.tensor(values, dtype=torch.int64), device)
+    # through an array: PyTorch takes three times as long to read a list
+    return to_device(torch.from_numpy(np.array(values, dtype=np.int64)), device)
 
 
 def copy_to(target: Tensor, source: Tensor) -> None:

@@ -105,7 +105,7 @@ class RefillableLocalRuns:
 
 
 class RefillableLocalStep:
-    """A prepared step of any segments, on a rank that computes alone, whose runs and slots can be replaced in place.
+    """A prepared step of any segments whose rows are all local, of which runs and slots can be replaced in place.
 
     Rows that pad a step write nothing and see nothing. `longest` and errors are as in `RefillableLocalRuns`.
     """
@@ -113,28 +113,31 @@ class RefillableLocalStep:
     def __init__(
         self, preparer: Preparer, backend: RecordableBackend, rows: int, buffer: StepBuffer, longest: int | None = None
     ) -> None:
+        self._preparer, self._rows = preparer, rows
         self._runs = RefillableLocalRuns(preparer, backend, rows, longest or rows)
         self._slots = backend.writer((), rows, buffer)
         self.prepared = PreparedStep((self._runs.phase,), self._slots)
 
-    def fill(self, view: RankView) -> bool:
-        """Refill `prepared` for this step. The caller sends the buffer.
+    def fill(self, view: RankView) -> PreparedStep | None:
+        """Refill `prepared` for this step, and return it. The caller sends the buffer.
 
-        False if rows travel, a segment does not read itself from the cache, or the runs do not fit: then the step must
-        be prepared anew.
+        None if rows travel, or a segment does not read itself from the cache: all ranks of a TP group find the same. If
+        the runs do not fit into the buffers, in which ranks may differ, returns a step of the same shapes that is
+        prepared anew, which must be run without the CUDA graph.
         """
         if any(phase.diagonal or any(sum(reach.block_rows) for reach in phase.groups) for phase in view.phases):
-            return False
+            return None
         groups = zip(*(phase.groups for phase in view.phases), strict=True)
         starts = [phase.start for phase in view.phases]
         wanted = [
             [replace(run, row=run.row + start) for start, reach in zip(starts, group, strict=True) for run in reach.own]
             for group in groups
         ]
-        if not self._runs.fill(wanted):
-            return False
         self._slots.refill(view.writes)
-        return True
+        if self._runs.fill(wanted):
+            return self.prepared
+        groups_anew = tuple(Reach("local", self._rows, runs, (), (), ()) for runs in wanted)
+        return PreparedStep((self._preparer.rows(PhaseView(0, self._rows, (), groups_anew)),), self._slots)
 
 
 def local_phase(preparer: Preparer, rows: int, runs: Sequence[PreparedRuns]) -> PreparedPhase:

@@ -213,9 +213,9 @@ class EngineSetup:
 
     @property
     def records_short_steps(self) -> bool:
-        """Whether short steps with prompt tokens are recorded too: not on several ranks, which would have to agree on
-        what has room in a graph's buffers, nor with latents, which have two forms."""
-        return self.records_decode and self.grid.world_size == 1 and self.model.mla is None
+        """Whether short steps with prompt tokens are recorded too: not where contexts are sharded, since the shapes of
+        what travels would depend on the step's segments."""
+        return self.records_decode and self.grid.num_shards == 1
 
     @property
     def _has_fixed_shapes(self) -> bool:

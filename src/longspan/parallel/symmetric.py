@@ -1,18 +1,24 @@
 """Sums over the GPUs of one machine through memory that all of them read: PyTorch's symmetric memory.
 
 It owns the memory, which kernel sums how many bytes, and the checks before any of it is used; NCCL sums what it does
-not take. All members decide alike, from the size of a group and of a tensor. No GPU has run it yet.
+not take. All members decide alike, from the size of a group and of a tensor. Before anything in which a member waits
+for others, all of them agree that they can do it, because one that fails alone would leave the others waiting. No GPU
+has run it yet.
 """
 
 from __future__ import annotations
 
 import socket
-from typing import Any
-from zlib import crc32
+from collections.abc import Callable
+from contextlib import nullcontext
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from longspan.errors import EngineError
 
 _DTYPE = torch.bfloat16
 _ELEMENTS = 4 << 20  # of the memory: 8 MiB. NCCL is as fast for more
@@ -21,6 +27,29 @@ _ALIGNMENT = 16  # bytes, of which a tensor must be a multiple
 _READ_WHOLE = {2: 2 * _ELEMENTS, 4: 512 << 10, 8: 256 << 10}
 _CAPABILITY, _MOST_MEMBERS = 8, 8
 _TOLERANCE = 0.02  # largest error of the trial sums, relative to the largest element
+_PATIENCE = 60.0  # seconds in which a member must have shared its memory, and have computed a trial sum
+_REASON_BYTES = 256  # of what a member tells the others
+
+T = TypeVar("T")
+
+
+class SharedMemory(Protocol):
+    """What PyTorch's symmetric memory does here. Tests replace it."""
+
+    # with the operations of `torch.ops.symm_mem`
+    kernels: Any
+
+    def problem(self, device: torch.device, size: int) -> str | None:
+        """Why this member cannot share memory with `size` - 1 others, as far as it can tell alone; None if it can."""
+        ...
+
+    def allocate(self, elements: int, device: torch.device) -> Tensor:
+        """Memory bf16 [elements] that can be shared. Waits for nobody."""
+        ...
+
+    def share(self, buffer: Tensor, members: dist.ProcessGroup) -> bool:
+        """Share it with the other members of a group; waits for them. Returns whether the switch can add."""
+        ...
 
 
 class SymmetricSum:
@@ -58,71 +87,151 @@ class SymmetricSum:
         return mine.clone().view(x.shape)  # the next sum overwrites the memory
 
 
-def open_symmetric_sum(members: dist.ProcessGroup, device: torch.device) -> tuple[SymmetricSum | None, str]:
-    """(what sums over a group, and why it is used), or (None, why NCCL sums). All members must call it together."""
-    problem, alone = _problem(device, members.size()), not _is_one_machine(members, device)
-    if not _all(members, device, problem is None and not alone):
-        return None, f"NCCL: {problem or 'a member is on another machine, or cannot read the memory of others'}"
-    found: SymmetricSum | None = None
+def open_symmetric_sum(
+    members: dist.ProcessGroup, device: torch.device, memory: SharedMemory | None = None, patience: float = _PATIENCE
+) -> tuple[SymmetricSum | None, str]:
+    """(what sums over a group, and why it is used), or (None, why NCCL sums). All members must call it together.
+
+    Raises `EngineError` if a trial sum has not ended after `patience` seconds, because then no other work would end on
+    this GPU. Memory that has not been shared by then is not used.
+    """
+    memory, agreement = memory or _TorchMemory(), _Agreement(members, device, patience)
     try:
-        found = _opened(members, device)
-        problem = _trial(found, members, device)
-    except (RuntimeError, AttributeError) as error:
-        problem = f"PyTorch's symmetric memory fails: {str(error).splitlines()[0]}"
-    if not _all(members, device, problem is None):
-        return None, f"NCCL: {problem or 'symmetric memory fails on another member'}"
-    return found, f"symmetric memory for up to {2 * _ELEMENTS >> 20} MiB, else NCCL"
+        agreement.require(lambda: memory.problem(device, members.size()))
+        if len(set(agreement.said(socket.gethostname()))) > 1:
+            return None, "NCCL: members are on different machines"
+        buffer = agreement.of(lambda: memory.allocate(_ELEMENTS, device))
+        multicast = agreement.of(lambda: agreement.in_time(lambda: memory.share(buffer, members)))
+        summing = SymmetricSum(buffer, members.group_name, members.size(), multicast, memory.kernels)
+        for count in (1 << 10, _ELEMENTS):  # few are read whole by every member
+            _try(summing, count, agreement)
+    except _Refused as reason:
+        return None, f"NCCL: {reason}"
+    return summing, f"symmetric memory for up to {2 * _ELEMENTS >> 20} MiB, else NCCL"
 
 
-def _opened(members: dist.ProcessGroup, device: torch.device) -> SymmetricSum:
-    """Share memory with the other members."""
-    from torch.distributed import _symmetric_memory as symmetric_memory  # not in every build
-
-    buffer = symmetric_memory.empty(_ELEMENTS, dtype=_DTYPE, device=device)
-    shared = symmetric_memory.rendezvous(buffer, members.group_name)
-    return SymmetricSum(buffer, members.group_name, members.size(), bool(shared.multicast_ptr))
+class _Refused(Exception):
+    """A step has failed on some member; all of them raise this together."""
 
 
-def _problem(device: torch.device, size: int) -> str | None:
-    """Why this member cannot use symmetric memory; None as far as it can tell alone."""
-    if device.type != "cuda":
-        return "symmetric memory is for GPUs"
-    major, _ = torch.cuda.get_device_capability(device)
-    if major < _CAPABILITY:
-        return f"symmetric memory needs compute capability {_CAPABILITY}.0, this GPU's is {major}.x"
-    if size > _MOST_MEMBERS:
-        return f"symmetric memory serves up to {_MOST_MEMBERS} GPUs, not {size}"
-    return None
+class _Late(Exception):
+    """Something has not ended in time."""
 
 
-def _is_one_machine(members: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether all members have one host name."""
-    mine = crc32(socket.gethostname().encode())
-    ends = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MIN, group=members)
-    return ends.tolist() == [mine, -mine]
+class _Agreement:
+    """Steps that all members take, or none. Each method must be called by all members, in the same order."""
+
+    def __init__(self, members: dist.ProcessGroup, device: torch.device, patience: float) -> None:
+        self.members = members
+        self.device = device
+        self._patience = patience
+
+    def of(self, step: Callable[[], T]) -> T:
+        """What `step` returns, if it succeeds on all members; else `_Refused`."""
+        found: list[T] = []
+        problem = ""
+        try:
+            found.append(step())
+        except (RuntimeError, AttributeError, ImportError, OSError, _Late) as error:
+            problem = f"PyTorch's symmetric memory fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        self.require(lambda: problem or None)
+        return found[0]
+
+    def require(self, check: Callable[[], str | None]) -> None:
+        """Raise `_Refused` with the first member's problem, if `check` returns one on any."""
+        reasons = self.said(check() or "")
+        member = next((number for number, reason in enumerate(reasons) if reason), None)
+        if member is not None:
+            whose = "" if len(set(reasons)) == 1 else f" (member {member} of {len(reasons)})"
+            raise _Refused(reasons[member] + whose)
+
+    def said(self, text: str) -> list[str]:
+        """What all members say, in their order; of long texts the beginning."""
+        mine = text.encode(errors="replace")[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
+        received = torch.zeros(self.members.size(), _REASON_BYTES, dtype=torch.uint8, device=self.device)
+        received[self.members.rank()] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        dist.all_reduce(received, group=self.members)
+        return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in received]
+
+    def in_time(self, step: Callable[[], T]) -> T:
+        """What `step` returns. Raises `_Late` if it has not ended in time; then its thread is left behind."""
+        found: list[T] = []
+        failed: list[Exception] = []
+        inference = torch.is_inference_mode_enabled()  # of this thread only
+
+        def work() -> None:
+            on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+            try:
+                with on_device, torch.inference_mode(inference):
+                    found.append(step())
+            except Exception as error:
+                failed.append(error)
+
+        thread = Thread(target=work, name="symmetric memory", daemon=True)
+        thread.start()
+        thread.join(self._patience)
+        if failed:
+            raise failed[0]
+        if not found:
+            raise _Late(f"nothing happens for {self._patience:.0f} s, because another member failed or hangs")
+        return found[0]
 
 
-def _all(members: dist.ProcessGroup, device: torch.device, fine: bool) -> bool:
-    """Whether it is fine on all members."""
-    least = torch.tensor([int(fine)], device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=members)
-    return bool(least.item())
+class _TorchMemory:
+    """`SharedMemory` of PyTorch."""
+
+    kernels = torch.ops.symm_mem
+
+    def problem(self, device: torch.device, size: int) -> str | None:
+        """See `SharedMemory.problem`."""
+        if device.type != "cuda":
+            return "symmetric memory is for GPUs"
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < _CAPABILITY:
+            return f"symmetric memory needs compute capability {_CAPABILITY}.0, this GPU's is {major}.x"
+        if size > _MOST_MEMBERS:
+            return f"symmetric memory serves up to {_MOST_MEMBERS} GPUs, not {size}"
+        return None
+
+    def allocate(self, elements: int, device: torch.device) -> Tensor:
+        """See `SharedMemory.allocate`."""
+        from torch.distributed import _symmetric_memory as symmetric_memory  # not in every build
+
+        return symmetric_memory.empty(elements, dtype=_DTYPE, device=device)
+
+    def share(self, buffer: Tensor, members: dist.ProcessGroup) -> bool:
+        """See `SharedMemory.share`. First by an operator, because waiting in it leaves Python's lock to others."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        if hasattr(self.kernels, "get_remote_tensors"):
+            self.kernels.get_remote_tensors(buffer, members.group_name)
+        return bool(symmetric_memory.rendezvous(buffer, members.group_name).multicast_ptr)
 
 
-def _trial(summing: SymmetricSum, members: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Why its sums cannot be used; None if they are right and the same on all members. Of few and of many elements."""
-    for count in (1 << 10, _ELEMENTS):
-        generator = torch.Generator(device).manual_seed(members.rank())
-        x = torch.randn(count, device=device, generator=generator).to(_DTYPE)
-        expected = x.float()
-        dist.all_reduce(expected, group=members)
+def _try(summing: SymmetricSum, count: int, agreement: _Agreement) -> None:
+    """Sum `count` numbers. `_Refused` unless the sums are right, and the same on all members."""
+    members, device = agreement.members, agreement.device
+    generator = torch.Generator(device).manual_seed(members.rank())
+    x = torch.randn(count, device=device, generator=generator).to(_DTYPE)
+    expected = x.float()
+    dist.all_reduce(expected, group=members)
+
+    def computed() -> Tensor:
         found = summing(x).float()
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if not error < _TOLERANCE:
-            return f"sums through symmetric memory are off by {error:.1%}"
-        ends = torch.stack([found, -found])
-        dist.all_reduce(ends, dist.ReduceOp.MIN, group=members)
-        if not torch.equal(ends, torch.stack([found, -found])):
-            return "sums through symmetric memory differ between members"
-    return None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+
+    def tried() -> Tensor:
+        try:
+            return agreement.in_time(computed)
+        except _Late as error:
+            raise EngineError(f"sums through symmetric memory: {error}; use --disable-custom-all-reduce") from None
+
+    found = agreement.of(tried)
+    ends = torch.stack([found, -found])
+    dist.all_reduce(ends, dist.ReduceOp.MIN, group=members)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    same = torch.equal(ends, torch.stack([found, -found]))
+    wrong = None if error < _TOLERANCE else f"sums through symmetric memory are off by {error:.1%}"
+    agreement.require(lambda: wrong or (None if same else "sums through symmetric memory differ between members"))

@@ -82,6 +82,22 @@ class DecodeWrites(_Lazy[WriteRun]):
 
 
 @dataclass(frozen=True)
+class DecodePending(_Lazy[PendingRow]):
+    """Rows whose tokens the scheduler does not know."""
+
+    # the rows
+    rows: Sequence[int]
+    # the request of each
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _made(self, number: int) -> PendingRow:
+        return PendingRow(self.rows[number], self.names[number])
+
+
+@dataclass(frozen=True)
 class DecodeSamples(_Lazy[SampleRequest]):
     """Every row is sampled."""
 
@@ -115,6 +131,9 @@ def decode_view(
         by_pcp[segment.pcp].append(segment)
     mine = by_pcp[place.pcp]
     names = [segment.request_id for segment in mine]
+    rows: Sequence[int] = range(len(mine))
+    if not all(segment.pending for segment in mine):
+        rows = [row for row, segment in enumerate(mine) if segment.pending]
     known = [requests[name] for name in names]
     starts = [segment.start for segment in mine]
     seen = [_seen(block, requests, place.shard) for block in (by_pcp if schedule else [mine])]
@@ -135,7 +154,7 @@ def decode_view(
             names, known, [start + 1 - request.num_prompt for start, request in zip(starts, known, strict=True)]
         ),
         scored=(),
-        pending=[PendingRow(row, segment.request_id) for row, segment in enumerate(mine) if segment.pending],
+        pending=DecodePending(rows, names if len(rows) == len(names) else [names[row] for row in rows]),
     )
 
 

@@ -47,6 +47,7 @@ class Mirror:
         self._page_size = page_size
         self._num_shards = num_shards
         self.requests: dict[str, KnownRequest] = {}
+        self._remembering: set[str] = set()  # requests whose tokens are kept
 
     def apply(self, plan: StepPlan) -> None:
         """Update the requests from a plan.
@@ -55,14 +56,16 @@ class Mirror:
         """
         for request_id in plan.finished:
             del self.requests[request_id]
+            self._remembering.discard(request_id)
         for admission in plan.admitted:
             self.requests[admission.request_id] = self._known(admission)
+            if admission.history:
+                self._remembering.add(admission.request_id)
         for new in plan.new_pages:
             self.requests[new.request_id].table.extend(new.pages)
-        for segment in plan.segments:
-            known = self.requests[segment.request_id]
-            if known.history:
-                known.remember(segment)
+        for segment in plan.segments if self._remembering else ():
+            if segment.request_id in self._remembering:
+                self.requests[segment.request_id].remember(segment)
 
     def table(self, request_id: str) -> PageTable:
         """The page table of a request."""

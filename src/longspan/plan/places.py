@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from msgspec import structs
+
 from longspan.plan.plan import StepPlan
 from longspan.plan.view import RankView, segments_in_order
 
@@ -41,7 +43,7 @@ def widened(plan: StepPlan, prefill: bool = True) -> StepPlan:
     """The plan with a row for each place; without `prefill` only its decode phase."""
     segments = (segment for segment in plan.segments if prefill or not segment.prefill)
     return replace(plan, segments=tuple(
-        replace(segment, pending=segment.pending + segment.slack, slack=0) if segment.slack else segment
+        structs.replace(segment, pending=segment.pending + segment.slack, slack=0) if segment.slack else segment
         for segment in segments
     ))  # fmt: skip
 

@@ -66,9 +66,11 @@ class Fetch:
     source: Source
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Adjacent new tokens of one request, computed in this step by the TP group of one pcp index."""
+class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Adjacent new tokens of one request, computed in this step by the TP group of one pcp index.
+
+    A step has hundreds: a struct is made, sent as a list and read in a fraction of a dataclass's time.
+    """
 
     # the request
     request_id: str

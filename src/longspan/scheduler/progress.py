@@ -29,7 +29,8 @@ def progress(segments: Sequence[Segment]) -> dict[str, Progress]:
     """What a step does for each of its requests."""
     found: dict[str, Progress] = {}
     for segment in segments:
-        request_id, before = segment.request_id, found.get(segment.request_id)
+        request_id = segment.request_id
+        before = found.get(request_id)
         if segment.prefill:
             stop = segment.stop if before is None else max(before.stop, segment.stop)
             found[request_id] = Progress(False, stop, 0, ())

@@ -24,7 +24,7 @@ from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.counters import SchedulerCounters
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.preemption import Preemption
-from longspan.scheduler.progress import progress
+from longspan.scheduler.progress import Progress, progress
 from longspan.scheduler.sequence import Grammars, SequenceState
 from longspan.scheduler.step import StepBuilder
 from longspan.scheduler.waiting import WaitingQueue
@@ -79,6 +79,7 @@ class Scheduler:
         self._readers: set[str] = set()  # ids of unfinished requests whose every token is read before the next
         self._finished: list[str] = []  # ids that the next plan reports as finished
         self._step = 0  # number of the last step
+        self._progress: dict[int, dict[str, Progress]] = {}  # what each step in flight does, by its number
         self._no_room = False  # whether a waiting request found no pages in the last step
         # whether ranks verify drafts before the driver knows them, and where they begin
         self._drafts_ahead = drafts_ahead
@@ -148,17 +149,8 @@ class Scheduler:
             self._preempt(self._preemption().victim(self.running))
         if not (step.segments or step.fetches or self.cache.copies_waiting):
             return None
-        for request_id, done in progress(step.segments).items():
-            sequence = self._sequences[request_id]
-            sequence.computed = done.stop
-            sequence.in_flight += 1
-        for segment in step.segments if self.plans_ahead else ():
-            sequence = self._sequences[segment.request_id]
-            if segment.sample and sequence.may_be_planned_ahead(self._drafts_ahead):
-                sequence.pending, sequence.sampled_on = sequence.pending + 1, segment.pcp
-                sequence.verifying = segment.sample - 1
-                sequence.drafting = step.drafted_behind(segment.stop - 1 + segment.slack, sequence.table)
         self._step += 1
+        self._advance(step)
         finished, self._finished = tuple(self._finished), []
         return step.build(self._step, finished, self.chooser)
 
@@ -174,7 +166,7 @@ class Scheduler:
         expected = {(draft.request_id, draft.position): draft.token_ids for draft in result.drafts}
         for token in result.tokens:
             tokens_of.setdefault(token.request_id, []).append(token)
-        for request_id, done in progress(plan.segments).items():
+        for request_id, done in self._progress.pop(plan.step).items():
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 continue
@@ -209,6 +201,18 @@ class Scheduler:
         """Raise `EngineError` unless every page is free, idle, or held as often as page tables and loads say."""
         holding = (*self.running, *self._fetching.values(), *self._held.values())
         self.cache.check_integrity(sequence.table for sequence in holding)
+
+    def _advance(self, step: StepBuilder) -> None:
+        """Note what the step will have computed when the next one begins."""
+        found = self._progress[self._step] = progress(step.segments)
+        for request_id, done in found.items():
+            sequence = self._sequences[request_id]
+            sequence.computed = done.stop
+            sequence.in_flight += 1
+        for segment in step.segments if self.plans_ahead else ():
+            sequence = self._sequences[segment.request_id]
+            if segment.sample and sequence.may_be_planned_ahead(self._drafts_ahead):
+                sequence.await_token(segment, step.drafted_behind(segment, sequence.table))
 
     def _micro_batch(self, amount: int) -> int:
         """One step's share of `amount`, when each pipeline stage works on a step of its own."""
@@ -368,8 +372,7 @@ class Scheduler:
 
     def _publish(self, sequence: SequenceState, stop: int) -> None:
         """Enter the pages before position `stop`, which is computed, into the prefix cache, as far as they are full."""
-        whole = min(stop // self.cache.page_size, len(sequence.table.pages))
-        if whole > sequence.published:
+        if (whole := min(stop // self.cache.page_size, len(sequence.table.pages))) > sequence.published:
             keys = sequence.page_keys(sequence.published, whole, self.root_key)
             for key, page in zip(keys, sequence.table.pages[sequence.published : whole], strict=True):
                 self.cache.publish(key, page)

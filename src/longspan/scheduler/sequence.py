@@ -6,12 +6,14 @@ It owns this state between steps; it must not know about budgets or other reques
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
+
+from msgspec import structs
 
 from longspan.cache.pages import PageTable
 from longspan.cache.prefix import Key, page_key, root_key
 from longspan.config import SchedulerConfig
+from longspan.plan.plan import Segment
 from longspan.plan.source import Source
 from longspan.request import CoreRequest, SampledToken
 from longspan.scheduler.acceptance import DraftCounts
@@ -94,7 +96,7 @@ class SequenceState:
     @property
     def remaining(self) -> int:
         """Number of tokens not computed yet: 1 for a decoding request, 0 while its next token is in flight."""
-        return self.length - self.computed
+        return len(self.tokens) + self.pending - self.computed  # not `length`: read for every request of every step
 
     @property
     def pages_missing(self) -> int:
@@ -137,6 +139,11 @@ class SequenceState:
         needs_host = self.params.constrains or self.params.penalises if with_drafts else self.params.needs_output
         return not needs_host and self.length < self.max_stored
 
+    def await_token(self, segment: Segment, drafting: int) -> None:
+        """Its last segment samples a token that may be computed before its id is known; ranks draft `drafting` more."""
+        self.pending += 1
+        self.sampled_on, self.verifying, self.drafting = segment.pcp, segment.sample - 1, drafting
+
     def take(
         self, done: Progress, sampled: Sequence[SampledToken], drafts: Mapping[tuple[str, int], Sequence[int]]
     ) -> tuple[list[SampledToken], DraftCounts]:
@@ -151,6 +158,11 @@ class SequenceState:
             drafts: by request and position of a sampled token, what the ranks draft behind it.
         """
         self.in_flight -= 1
+        if not (done.num_drafts or self.drafting or drafts or self.is_void or self.for_peer):
+            right = list(sampled[:1])  # nothing is drafted: what follows comes to the same
+            self.pending = max(0, self.pending - len(right))
+            self.tokens += [token.token_id for token in right]
+            return right, _NO_DRAFTS
         verified = done.drafts or self.expected[: done.num_drafts]
         given_up = self.for_peer and not self.table.pages  # preempted meanwhile: its pages are what is wanted
         right = [] if self.is_void or given_up else right_tokens(sampled, verified)
@@ -170,7 +182,7 @@ class SequenceState:
             self.expected = found or ()
         if self.drafting:
             first = len(self.tokens) - self.num_prompt
-            right = [replace(token, position=number) for number, token in enumerate(right, first)]
+            right = [structs.replace(token, position=number) for number, token in enumerate(right, first)]
         self.tokens += [token.token_id for token in right]
         return right, counts
 

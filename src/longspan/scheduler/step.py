@@ -72,13 +72,14 @@ class StepBuilder:
         table, start = sequence.table, sequence.computed
         pieces: list[Piece] = []
         for position in range(start, start + sequence.slack + 1 + len(drafts)):
-            if position == len(table.pages) * table.page_size:
+            number = position // table.page_size
+            if number == len(table.pages):
                 shard = self._decode_shard(sequence)
                 if shard is None:
                     break
                 self._place(sequence, shard)
-            pieces.append(Piece(position, position + 1, self._grid.pcp_of_shard[table.shard_of(position)]))
-        if pieces:
+            pieces.append(Piece(position, position + 1, self._grid.pcp_of_shard[table.pages[number].shard]))
+        if pieces and self._drafts_of_model > 1:
             self._place_ahead(sequence, start + len(pieces) + self._drafts_of_model - 1)
         for piece in join(pieces) if len(pieces) > 1 else pieces:
             self._rows[piece.pcp] += piece.stop - piece.start
@@ -120,9 +121,11 @@ class StepBuilder:
         self._place_until(stop, sequence, range(self._cache.num_shards))
         self.fetches.append(Fetch(number, sequence.request_id, sequence.computed, stop, source))
 
-    def drafted_behind(self, position: int, table: PageTable) -> int:
-        """How many tokens the ranks draft behind the token at `position`, which this step samples."""
-        return drafted_behind(position, table, self._drafts_of_model)
+    def drafted_behind(self, segment: Segment, table: PageTable) -> int:
+        """How many tokens the ranks draft behind the last token of a segment, which this step samples."""
+        if not self._drafts_of_model:
+            return 0
+        return drafted_behind(segment.stop - 1 + segment.slack, table, self._drafts_of_model)
 
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
         """The plan, with a schedule chosen for each phase and layer group."""
@@ -186,7 +189,7 @@ class StepBuilder:
         Where a page is missing fewer tokens are drafted.
         """
         table = sequence.table
-        while self._drafts_of_model > 1 and len(table.pages) * table.page_size < min(stop, sequence.max_stored):
+        while len(table.pages) * table.page_size < min(stop, sequence.max_stored):
             shard = self._decode_shard(sequence)
             if shard is None:
                 return
@@ -198,40 +201,44 @@ class StepBuilder:
         self._new_pages.setdefault(sequence.request_id, []).append(page)
 
     def _add_segment(self, sequence: SequenceState, piece: Piece, prefill: bool, drafts: Sequence[int] = ()) -> None:
+        start, stop, pcp = piece
         slack = 0 if prefill else sequence.slack
-        length = piece.stop - piece.start - slack
-        num_remote_groups = 0
+        length, known = stop - start - slack, len(sequence.tokens)
+        token_ids: tuple[int, ...] = ()
+        if not sequence.pending:
+            behind = _cut(drafts, piece, known) if drafts else ()
+            token_ids = (*sequence.tokens[start:stop], *behind)
+        follows = self._drafts_of_model > 0 and stop < known
+        self.segments.append(
+            Segment(
+                request_id=sequence.request_id,
+                start=start,
+                token_ids=token_ids,
+                pcp=pcp,
+                prefill=prefill,
+                num_remote_groups=self._remote_groups(sequence, piece, length, prefill) if self._others[pcp] else 0,
+                sample=min(length, max(0, start + length + 1 - known - sequence.pending)),
+                scores=start < sequence.num_prompt and sequence.params.prompt_logprobs is not None,
+                pending=length if sequence.pending else 0,
+                slack=slack,
+                next_token=sequence.tokens[stop] if follows else None,
+            )
+        )
+        self._load[pcp] += length
+        self.budget -= length
+
+    def _remote_groups(self, sequence: SequenceState, piece: Piece, length: int, prefill: bool) -> int:
+        """See `Segment.num_remote_groups`. Adds the segment to the workloads of these groups."""
+        found = 0
         # windows are in descending order: what needs no other shard here needs none in the groups that follow
         for window, workload in zip(self._windows, self._workloads[prefill], strict=True):
-            if not self._others[piece.pcp]:
-                break
             visible = self._visible(sequence.table, piece, window)
             if not self._reaches_out(piece.pcp, visible):
                 break
             key = sequence.request_id if window is None else (sequence.request_id, piece.start)
             workload.add(key, piece.pcp, length, visible)
-            num_remote_groups += 1
-        follows = self._drafts_of_model > 0 and piece.stop < len(sequence.tokens)
-        pending = length if sequence.pending else 0
-        self.segments.append(
-            Segment(
-                request_id=sequence.request_id,
-                start=piece.start,
-                token_ids=()
-                if pending
-                else (*sequence.tokens[piece.start : piece.stop], *_cut(drafts, piece, len(sequence.tokens))),
-                pcp=piece.pcp,
-                prefill=prefill,
-                num_remote_groups=num_remote_groups,
-                sample=min(length, max(0, piece.start + length + 1 - sequence.length)),
-                scores=sequence.params.prompt_logprobs is not None and piece.start < sequence.num_prompt,
-                pending=pending,
-                slack=slack,
-                next_token=sequence.tokens[piece.stop] if follows else None,
-            )
-        )
-        self._load[piece.pcp] += length
-        self.budget -= length
+            found += 1
+        return found
 
     def _visible(self, table: PageTable, piece: Piece, window: int | None) -> dict[int, int]:
         """Number of tokens that a segment's unmasked attention sees on each shard, without shards that have none."""

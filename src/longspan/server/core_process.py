@@ -5,6 +5,7 @@ It owns the loop between messages and steps; it must not know of users, text or 
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ def _serve(config: EngineConfig, inbox: zmq.Socket[bytes], tell: Tell, vitals: _
     core = vitals.core = build_core(resolve(config))
     try:
         workers = core.executor.process_ids if isinstance(core.executor, ProcessExecutor) else []
+        gc.collect()
+        gc.freeze()  # later collections do not walk the objects that exist now
         tell(messages.CoreReady(workers, core.role.info if core.role else None, core.setup.memory))
         told, last = _load(core), None
         while _obey(core, inbox, tell):

@@ -271,7 +271,10 @@ class EngineCore:
         counted = self.scheduler.commit(plan, result)
         tokens_of: dict[str, list[SampledToken]] = {}
         for token in counted.tokens:
-            tokens_of.setdefault(token.request_id, []).append(token)
+            if (found := tokens_of.get(token.request_id)) is None:
+                tokens_of[token.request_id] = [token]
+            else:
+                found.append(token)
         scores_of: dict[str, list[PromptScore]] = {}
         for score in counted.prompt_scores:
             scores_of.setdefault(score.request_id, []).append(score)

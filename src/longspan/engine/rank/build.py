@@ -237,8 +237,10 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     if not setup.records_decode:
         return None
     recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
-    if setup.records_short_steps and backend.causal_runs:
-        short = ShortSteps(parts.model, parts.attention, backend, recorder)
+    expansion = parts.attention.preparer.expansion
+    short_sizes = [rows for rows in SHORT_SIZES if not expansion.pays(rows, 1)]  # latents are read as they are
+    if setup.records_short_steps and backend.causal_runs and short_sizes:
+        short = ShortSteps(parts.model, parts.attention, backend, recorder, short_sizes)
     draw = batch_draw(parts.device.type)
     return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
 

@@ -205,7 +205,7 @@ class _DraftGraph:
         later = self._chain.later_runs(sampled, requests)
         if self._later is not None and not self._later.fill(later.runs):
             return None
-        if self._own is not None and (own is None or not self._own.fill(own)):
+        if self._own is not None and (own is None or self._own.fill(own) is not self._own.prepared):
             return None
         self._fill(chain_values(view, sampled, later, self._chain.width))
         self._sampled[: len(token_ids)] = token_ids

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from longspan.attention.attend import Attention
@@ -84,7 +85,7 @@ def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
     groups, schedule = len(plan.decode_schedules), travelling(plan, schedules)
     if schedule is None:
         return plan
-    segments = tuple(replace(segment, num_remote_groups=groups) for segment in plan.segments)
+    segments = tuple(structs.replace(segment, num_remote_groups=groups) for segment in plan.segments)
     return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
 
 

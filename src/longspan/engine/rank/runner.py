@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.host_copy import integers
+from longspan.attention.host_copy import integers, to_device
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.drafting import Drafter, ReadDrafts, SampledStep
 from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
@@ -33,7 +34,7 @@ from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan.decode import DecodeSamples, decode_view
+from longspan.plan.decode import DecodePending, DecodeSamples, decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -215,6 +216,8 @@ class Runner:
                 return recorded
             settled = self.drafter.settle(plan, view, requests)
         elif self.cuda_graphs is not None and self.cuda_graphs.short is not None:
+            if self._experts is not None:
+                self._experts.expect(None)  # padded: equally many everywhere
             found = self.cuda_graphs.short.hidden(view, token_ids)
             if found is not None:
                 return found, None
@@ -302,14 +305,21 @@ class Runner:
 
     def _token_ids(self, view: RankView) -> Tensor:
         """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
-        sources = [self._sampled_rows[pending.request_id] for pending in view.pending]
-        if len(sources) == len(view.token_ids) == len(self._sampled) and sources == list(range(len(sources))):
+        pending = view.pending
+        if not pending:
+            return self._integers(view.token_ids)
+        if isinstance(pending, DecodePending):
+            rows, names = list(pending.rows), pending.names
+        else:
+            rows, names = [one.row for one in pending], [one.request_id for one in pending]
+        sources, rows_before = [self._sampled_rows[name] for name in names], len(self._sampled)
+        if len(sources) == len(view.token_ids) == rows_before and sources == list(range(rows_before)):
             return self._sampled  # the same requests as in the step before
-        known = self._integers(view.token_ids)
-        if sources:
-            rows = self._integers([pending.row for pending in view.pending])
-            known.index_copy_(0, rows, self._sampled.index_select(0, self._integers(sources)))
-        return known
+        # of each row its place in the tokens of the step before and, behind them, those of the plan
+        places, count = np.arange(rows_before, rows_before + len(view.token_ids)), len(view.token_ids)
+        places[rows] = sources
+        sent = to_device(torch.from_numpy(np.concatenate((places, view.token_ids))), self._device)
+        return torch.cat((self._sampled, sent[count:])).index_select(0, sent[:count])
 
     def _integers(self, values: Sequence[int]) -> Tensor:
         return integers(values, self._device)

@@ -5,6 +5,7 @@ It owns the order of these steps; it must not know who started the process, nor 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -155,6 +156,8 @@ def _serve(
     built = build_runner(setup, rank, store, build_vocabulary(setup), make_group)
     runner = built.runner
     traffic.reset()  # the calibration's traffic does not count
+    gc.collect()
+    gc.freeze()  # later collections do not walk the objects that exist now
     reply(messages.RankReady(rank, built.constants, built.memory))
     carry_out_plans(runner, rank, traffic, socket, answers)
     runner.close()

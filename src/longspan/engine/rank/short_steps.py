@@ -1,8 +1,9 @@
-"""CUDA graphs of short steps with prompt tokens, or with drafts, on a rank that computes alone.
+"""CUDA graphs of short steps with prompt tokens, or with drafts, whose rows are all local.
 
 The host needs longer to launch the kernels of such a step one by one than a GPU to compute it, and the first token of a
 short prompt waits for both, as do all tokens of a step that verifies drafts. It owns the sizes and the tensors that
-these graphs read; a step that fits none is run without a graph.
+these graphs read; a step that fits none is run without a graph. Which step fits follows from the plan alone, so that
+all ranks of a TP group decide alike.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class ShortSteps:
 
         Where rows are found on the device `places` are those of the step, and `view` has a row for each of them.
 
-        None if the step has too many rows, or something in it is not local or has no room in the graph's buffers. The
-        next step overwrites the result.
+        None if the step has too many rows, or something in it is not local; where rows are found on the device, also if
+        it has no room in the graph's buffers. Without these it is then computed without the graph, in the same shapes.
+        The next step overwrites the result.
         """
         self.last = None
         count = len(view.positions)
@@ -128,7 +130,9 @@ class ShortGraph:
 
     def attend(self, attention: Attention, step: RefillableLocalStep | None = None) -> Attend:
         """The attention of the last step in the layers of `attention`, as `refillable` has prepared it."""
-        prepared = (step or self._step).prepared
+        return self._attend(attention, (step or self._step).prepared)
+
+    def _attend(self, attention: Attention, prepared: PreparedStep) -> Attend:
         if self._settled is None:
             attention.begin(prepared)
             return attention
@@ -143,30 +147,34 @@ class ShortGraph:
 
     def run(self, view: RankView, token_ids: Callable[[], Tensor]) -> Tensor | None:
         """See `ShortSteps.hidden`."""
-        count = len(view.positions)
-        if not self._step.fill(view):
+        count, prepared = len(view.positions), self._step.fill(view)
+        if prepared is None:
             return None
         self._token_ids[:count] = token_ids()
         self._positions.host[:count] = view.positions
         self._buffer.send()
-        return self._replay()[:count]
+        found = self._replay() if prepared is self._step.prepared else self._compute_with(prepared)
+        return found[:count]
 
     def run_places(self, wide: RankView, places: RowPlaces) -> Tensor | None:
         """See `ShortSteps.hidden`."""
-        if self._settled is None or not self._step.fill(wide):
+        if self._settled is None or self._step.fill(wide) is not self._step.prepared:
             return None
         self._settled.fill(places)
         self._buffer.send()
         return self._replay()[: len(places.token_ids)]
 
     def _compute(self) -> Tensor:
+        return self._compute_with(self._step.prepared)
+
+    def _compute_with(self, prepared: PreparedStep) -> Tensor:
         model = self._model
         if model.embedding is None:
             raise TypeError("a stage of a pipeline cannot be recorded")
         if self._settled is not None:
             self._settled.settle()
         x = model.embedding(self.rows.token_ids)
-        hidden = model.layers(x, self.rows.positions, self.attend(self._attention))
+        hidden = model.layers(x, self.rows.positions, self._attend(self._attention, prepared))
         if self._then is not None:
             self._then(hidden)
         return hidden

@@ -6,7 +6,9 @@ It owns the ranges of columns of each request, and an index of slots on the devi
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +22,12 @@ from longspan.plan.decode import DecodeRuns
 Integers = NDArray[np.int64]
 _SLACK = 8  # a request is given room in the index for 1/8 more columns than it has
 _LEAST_SLACK = 64  # columns
+FEW_ROWS = 4  # for so few, numbers one by one take less time than arrays
+_FEW_REQUESTS = 32  # so few are looked up, not moved
 _FORGET = 4096  # requests that are remembered although no step has used them since
+_NEW = -2  # in place of a run's number in an earlier step: no number follows it
+_Ranges = tuple[Integers, Integers, Integers, Integers, Integers, Integers]
+"""Counts, starts, places, whether gathered, above and until, as in `DecodeColumns`."""
 
 
 @dataclass(frozen=True)
@@ -96,53 +103,96 @@ class ColumnTable:
         None if the index is full, or too many requests are remembered; then everything is forgotten, and the next call
         begins anew. What an earlier call of the same step returned is not valid any more.
         """
-        if before is not None and before.age == self._age and before.pages == runs.pages:
-            moved = self._moved(runs, before)
-            if moved is not None:
-                return moved
-        starts: list[int] = []
-        places: list[int] = []
-        gathered: list[int] = []
-        requests: list[_Request] = []
-        if len(self._requests) > len(runs) + _FORGET:
+        if before is None or before.age != self._age:
+            before = _no_columns(self._age)
+        if before.pages != runs.pages and len(self._requests) > len(runs) + _FORGET:
             self._forget()
             return None
-        for pages, stop in zip(runs.pages, runs.stops, strict=True):
-            known = self._known(pages, stop, runs.page_size)
-            if known is None:
-                self._forget()
-                return None
-            starts += known.starts
-            places += known.places
-            gathered += known.gathered
-            requests.append(known)
-        self._send()
-        return DecodeColumns(
-            rows=_array(runs.rows), lows=_array(runs.firsts), highs=_array(runs.stops),
-            counts=_array([len(known.starts) for known in requests]),
-            starts=_array(starts), places=_array(places), gathered=_array(gathered),
-            requests=requests, pages=runs.pages,
-            above=_array([known.above for known in requests]), until=_array([known.until for known in requests]),
-            age=self._age,
-        )  # fmt: skip
+        missed: list[int] | None = []
+        for _ in range(2):  # those that are missed are found now, so nothing is missed the second time
+            found = None if missed is None else self._arranged(runs, before, missed)
+            missed = None if found is None else self._missed(runs, found)
+            if found is not None and missed == []:
+                self._send()
+                return found
+        self._forget()
+        return None
 
-    def _moved(self, runs: DecodeRuns, before: DecodeColumns) -> DecodeColumns | None:
-        """The columns of the same requests in a later step; None if a row or the ranges of one are not the same."""
+    def _arranged(self, runs: DecodeRuns, before: DecodeColumns, anew: Sequence[int]) -> DecodeColumns | None:
+        """The columns of `before` in the order of `runs`; those of others, and of the runs `anew`, are found now.
+
+        None if the index is full.
+        """
         rows, lows, highs = map(_array, (runs.rows, runs.firsts, runs.stops))
-        if not np.array_equal(rows, before.rows):
+        if not runs.pages:
+            before = _no_columns(self._age)
+        if before.pages == runs.pages and not anew:
+            same = np.array_equal(rows, before.rows)
+            # without the same rows the ranges are others: those who compare must see it
+            starts = before.starts if same else before.starts.copy()
+            return replace(
+                before, rows=rows, lows=lows, highs=highs, starts=starts, requests=before.requests.copy(),
+                above=before.above.copy(), until=before.until.copy(),
+            )  # fmt: skip
+        found = self._parts(runs, before, anew)
+        if found is None:
             return None
-        moved = replace(before, lows=lows, highs=highs)
-        beyond = np.flatnonzero((highs <= before.above) | (highs > before.until)).tolist()
-        if not beyond:
-            return moved
-        requests, above, until = before.requests.copy(), before.above.copy(), before.until.copy()
-        for run in beyond:
-            old, known = requests[run], self._known(runs.pages[run], runs.stops[run], runs.page_size)
-            if known is None or (known.starts, known.places, known.gathered) != (old.starts, old.places, old.gathered):
+        parts, requests = found
+        one = len(parts) == 1
+        counts, starts, places, gathered, above, until = (
+            parts[0] if one else (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        )
+        return DecodeColumns(
+            rows, lows, highs, counts, starts, places, gathered, requests, runs.pages, above, until, self._age
+        )
+
+    def _parts(
+        self, runs: DecodeRuns, before: DecodeColumns, anew: Sequence[int]
+    ) -> tuple[list[_Ranges], list[_Request]] | None:
+        """The ranges of `runs` in parts, and the requests: see `_arranged`."""
+        if len(runs) <= _FEW_REQUESTS:
+            found = [self._known(*one, runs.page_size) for one in zip(runs.pages, runs.stops, strict=True)]
+            known_ones = [one for one in found if one is not None]
+            return ([_ranges_of(known_ones)], known_ones) if len(known_ones) == len(found) else None
+        number_of = {pages: number for number, pages in enumerate(before.pages)}
+        old = _array([number_of.get(pages, _NEW) for pages in runs.pages])
+        if anew:
+            old[anew] = _NEW
+        cuts = [0, *(np.flatnonzero(np.diff(old) != 1) + 1).tolist(), len(old)]
+        ends = np.cumsum(before.counts)
+        parts: list[_Ranges] = []
+        requests: list[_Request] = []
+        fresh: list[_Request] = []
+        for run, stop in pairwise(cuts):
+            first = int(old[run])
+            if first == _NEW:
+                known = self._known(runs.pages[run], runs.stops[run], runs.page_size)
+                if known is None:
+                    return None
+                fresh.append(known)
+            if fresh and (first != _NEW or stop == len(old)):
+                parts.append(_ranges_of(fresh))
+                requests += fresh
+                fresh = []
+            if first != _NEW:
+                parts.append(_part(before, first, first + stop - run, ends))
+                requests += before.requests[first : first + stop - run]
+        return parts, requests
+
+    def _missed(self, runs: DecodeRuns, found: DecodeColumns) -> list[int] | None:
+        """The runs whose ranges are others than in `found` now, which is changed where nothing but its bounds have.
+
+        None if the index is full.
+        """
+        missed: list[int] = []
+        for run in np.flatnonzero((found.highs <= found.above) | (found.highs > found.until)).tolist():
+            old, known = found.requests[run], self._known(runs.pages[run], runs.stops[run], runs.page_size)
+            if known is None:
                 return None
-            requests[run], above[run], until[run] = known, known.above, known.until
-        self._send()
-        return replace(moved, requests=requests, above=above, until=until)
+            if (known.starts, known.places, known.gathered) != (old.starts, old.places, old.gathered):
+                missed.append(run)
+            found.requests[run], found.above[run], found.until[run] = known, known.above, known.until
+        return missed
 
     def _known(self, pages: ShardPages, stop: int, page_size: int) -> _Request | None:
         """What is kept of a request, right for a row that sees `stop` tokens. None if the index is full."""
@@ -198,7 +248,33 @@ class ColumnTable:
         self._age += 1
 
 
-def _array(values: list[int]) -> Integers:
+def _no_columns(age: int) -> DecodeColumns:
+    none = _array([])
+    return DecodeColumns(none, none, none, none, none, none, none, [], [], none, none, age)
+
+
+def _part(columns: DecodeColumns, first: int, stop: int, ends: Integers) -> _Ranges:
+    """Those of the runs [first, stop); `ends` [runs] are the numbers of ranges up to the end of each run."""
+    low, high = int(ends[first] - columns.counts[first]), int(ends[stop - 1])
+    of_run, of_range = slice(first, stop), slice(low, high)
+    return (
+        columns.counts[of_run], columns.starts[of_range], columns.places[of_range], columns.gathered[of_range],
+        columns.above[of_run], columns.until[of_run],
+    )  # fmt: skip
+
+
+def _ranges_of(requests: Sequence[_Request]) -> _Ranges:
+    return (
+        _array([len(one.starts) for one in requests]),
+        _array([x for one in requests for x in one.starts]),
+        _array([x for one in requests for x in one.places]),
+        _array([x for one in requests for x in one.gathered]),
+        _array([one.above for one in requests]),
+        _array([one.until for one in requests]),
+    )
+
+
+def _array(values: Sequence[int]) -> Integers:
     return np.array(values, dtype=np.int64)
 
 

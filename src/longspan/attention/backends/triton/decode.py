@@ -10,8 +10,19 @@ from itertools import pairwise
 
 import numpy as np
 
-from longspan.attention.backends.triton.columns import DecodeColumns, Integers
-from longspan.attention.backends.triton.work import FIXED_COST, WAVES, Item, Tiling, least_piece
+from longspan.attention.backends.triton.columns import FEW_ROWS, DecodeColumns, Integers
+from longspan.attention.backends.triton.work import (
+    FIXED_COST,
+    WAVES,
+    Item,
+    Slots,
+    Split,
+    Stretch,
+    Tiling,
+    VisibleColumns,
+    least_piece,
+    plan_work,
+)
 
 _NO_PARTIAL = -1
 
@@ -34,11 +45,12 @@ class DecodeWork:
 
 def plan_decode(columns: DecodeColumns, rows: int, tiling: Tiling) -> DecodeWork:
     """The work of one launch over `rows` rows (tokens)."""
+    if len(columns.rows) <= FEW_ROWS:
+        return _one_by_one(columns, rows, tiling)
     bounds = np.zeros((rows, 2), dtype=np.int64)
     bounds[columns.rows, 0], bounds[columns.rows, 1] = columns.lows, columns.highs
-    tile, blocks = tiling.block_n, -(-tiling.group // tiling.block_m)
-    owner, starts, stops, places, gathered = _visible(columns)
-    counts = np.bincount(owner, minlength=len(columns.rows))
+    tile, runs, blocks = tiling.block_n, len(columns.rows), -(-tiling.group // tiling.block_m)
+    counts, starts, stops, places, gathered = _visible(columns)
 
     # every block of a row meets all ranges of the row: order by row, block, range
     block, within = _ragged(np.repeat(counts, blocks))
@@ -47,48 +59,70 @@ def plan_decode(columns: DecodeColumns, rows: int, tiling: Tiling) -> DecodeWork
     longest = _piece_length(lengths, tiling)
     size = _up(_per(lengths, np.maximum(_per(lengths, longest), 1)), tile)
     piece, number = _ragged(_per(lengths, size))
-    start = starts[ranges][piece] + number * size[piece]
-    stop = np.minimum(start + size[piece], stops[ranges][piece])
+    of_range, of = ranges[piece], block[piece]  # the range and the block of each piece
+    start = starts[of_range] + number * size[piece]
+    stop = np.minimum(start + size[piece], stops[of_range])
 
-    of = block[piece]  # the block of each piece
-    pieces = np.bincount(of, minlength=len(columns.rows) * blocks)
+    pieces = np.bincount(of, minlength=runs * blocks)
     shared = pieces > 1
-    last = np.cumsum(np.where(shared, pieces, 0))
+    last = np.cumsum(pieces * shared)
+    part = last - pieces  # its first partial result, where a block is shared
     ordinal = np.arange(len(of)) - (np.cumsum(pieces) - pieces)[of]
-    part, after = (np.where(shared[of], at[of], _NO_PARTIAL) for at in (last - pieces, last))
-    partial = np.where(shared[of], part + ordinal, _NO_PARTIAL)
-    row = np.repeat(columns.rows, blocks)
-    first = np.tile(np.arange(blocks) * tiling.block_m, len(columns.rows))
-    packed = np.minimum(tiling.block_m, tiling.group - first)
-    full_stop = start + (stop - start) // tile * tile
-    place = places[ranges][piece]
-    fields = row[of], first[of], packed[of], place, start, start, full_stop, stop, partial, part, after
-    items = np.stack(fields, axis=1)
-    through_index = gathered[ranges][piece] != 0
-    splits = np.stack([row, first, packed, last - pieces, last], axis=1)[shared]
+    head = np.empty((runs * blocks, 3), dtype=np.int64)  # row, first and size: see `Item`
+    head[:, 0], head[:, 1] = np.repeat(columns.rows, blocks), np.tile(np.arange(blocks) * tiling.block_m, runs)
+    head[:, 2] = np.minimum(tiling.block_m, tiling.group - head[:, 1])
+    items = np.empty((len(of), len(Item._fields)), dtype=np.int64)
+    items[:, :3], items[:, 3], items[:, 4], items[:, 5] = head[of], places[of_range], start, start
+    items[:, 6], items[:, 7] = start + (stop - start) // tile * tile, stop
+    items[:, 8] = np.where(shared[of], part[of] + ordinal, _NO_PARTIAL)
+    items[:, 9], items[:, 10] = (np.where(shared[of], each[of], _NO_PARTIAL) for each in (part, last))
+    of_split = np.flatnonzero(shared)
+    splits = np.concatenate([head[of_split], part[of_split, None], last[of_split, None]], axis=1)
+    through_index = gathered[of_range] != 0
     adjacent = np.concatenate([items[~through_index], _without_columns(columns.rows, rows, tiling)])
     partials = int(last[-1]) if len(last) else 0
     return DecodeWork(_ordered(adjacent), _ordered(items[through_index]), splits, bounds, partials)
 
 
+def _one_by_one(columns: DecodeColumns, rows: int, tiling: Tiling) -> DecodeWork:
+    """The same for few rows, whose arrays would take longer than what they hold."""
+    visible: list[VisibleColumns] = []
+    at = 0
+    starts, places, gathered = columns.starts.tolist(), columns.places.tolist(), columns.gathered.tolist()
+    of_runs = (each.tolist() for each in (columns.rows, columns.lows, columns.highs, columns.counts))
+    for row, low, high, count in zip(*of_runs, strict=True):
+        stops = [*starts[at + 1 : at + count], high]
+        ranges = zip(starts[at : at + count], stops, places[at : at + count], gathered[at : at + count], strict=True)
+        found = tuple(Stretch(first, stop, place, bool(through)) for first, stop, place, through in ranges)
+        visible.append(VisibleColumns(row, found, (low,), (high,)))
+        at += count
+    work = plan_work(visible, Slots(), rows, tiling)
+    adjacent, gathered_items, splits = (
+        np.array(records, dtype=np.int64).reshape(-1, len(kind._fields))
+        for records, kind in ((work.adjacent, Item), (work.gathered, Item), (work.splits, Split))
+    )
+    bounds = np.array(work.bounds, dtype=np.int64).reshape(-1, 2)
+    return DecodeWork(adjacent, gathered_items, splits, bounds, work.partials)
+
+
 def _visible(columns: DecodeColumns) -> tuple[Integers, Integers, Integers, Integers, Integers]:
-    """(run, first column, column after the last, place, whether it is gathered) of each range that its row sees."""
+    """Number of ranges that each row sees; of these (first column, column after the last, place, whether gathered)."""
     owner = np.repeat(np.arange(len(columns.rows)), columns.counts)
     stops = np.empty_like(columns.starts)
     stops[:-1] = columns.starts[1:]
-    ends = np.cumsum(columns.counts) - 1
-    stops[ends] = columns.highs
+    stops[np.cumsum(columns.counts) - 1] = columns.highs
     starts = np.maximum(columns.starts, columns.lows[owner])
     seen = starts < stops
-    return owner[seen], starts[seen], stops[seen], columns.places[seen], columns.gathered[seen]
+    if seen.all():
+        return columns.counts, starts, stops, columns.places, columns.gathered
+    counts = np.bincount(owner[seen], minlength=len(columns.rows))
+    return counts, starts[seen], stops[seen], columns.places[seen], columns.gathered[seen]
 
 
 def _without_columns(seeing: Integers, rows: int, tiling: Tiling) -> Integers:
     """Items without columns for the other rows, int64 [items, fields of `Item`]."""
     found: list[Item] = []
-    edges = [-1, *seeing.tolist(), rows]
-    if len(edges) == rows + 2:
-        return np.empty((0, len(Item._fields)), dtype=np.int64)
+    edges = [-1, *seeing.tolist(), rows] if len(seeing) < rows else ()
     for before, after in pairwise(edges):
         for first in range(0, (after - before - 1) * tiling.group, tiling.block_m):
             size = min(tiling.block_m, (after - before - 1) * tiling.group - first)
@@ -105,14 +139,16 @@ def _piece_length(lengths: Integers, tiling: Tiling) -> int:
     for waves in WAVES:
         length = -(-total // (tiling.programs * waves))
         candidates.add(min(longest, max(least_piece(tiling), -(-length // tiling.block_n) * tiling.block_n)))
+    ordered = sorted(candidates, reverse=True)
+    pieces = _per(lengths, np.array(ordered)[:, None]).sum(1).tolist()
 
-    def ends(candidate: int) -> float:
-        items = int(_per(lengths, candidate).sum()) * tiling.kv_heads
+    def ends(number: int) -> float:
+        candidate, items = ordered[number], pieces[number] * tiling.kv_heads
         if items <= tiling.programs:
             return candidate + FIXED_COST
-        return (total + items * FIXED_COST) / tiling.programs + candidate / 2
+        return float((total + items * FIXED_COST) / tiling.programs + candidate / 2)
 
-    return min(sorted(candidates, reverse=True), key=ends)
+    return ordered[min(range(len(ordered)), key=ends)]
 
 
 def _ragged(counts: Integers) -> tuple[Integers, Integers]:
@@ -123,6 +159,8 @@ def _ragged(counts: Integers) -> tuple[Integers, Integers]:
 
 def _ordered(items: Integers) -> Integers:
     """Longest first, then by place and first column, as in `plan_work`."""
+    if len(items) < 2:
+        return items
     return items[np.lexsort((items[:, 4], items[:, 3], items[:, 4] - items[:, 7]))]
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
 from itertools import chain
+from operator import ge
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ SPLIT_FIELDS = len(Split._fields)
 _ALIGNED = 4  # int32 in 16 bytes: Triton compiles a kernel again for pointers that are not aligned to 16 bytes
 
 
-@dataclass(frozen=True)
-class Capacity:
+class Capacity(NamedTuple):
     """The size of the buffers of one launch."""
 
     # items over adjacent slots
@@ -54,7 +54,7 @@ class Capacity:
     # query rows (tokens)
     rows: int
     # slots in the index
-    index: int
+    index: int  # type: ignore[assignment]
 
     @staticmethod
     def of(work: Work) -> Capacity:
@@ -64,7 +64,7 @@ class Capacity:
 
     def holds(self, other: Capacity) -> bool:
         """Whether work that needs `other` fits."""
-        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        return all(map(ge, self, other))
 
 
 class WorkPlan:

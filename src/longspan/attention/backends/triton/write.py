@@ -66,7 +66,10 @@ class TritonWriter(TritonSlotWriter):
         slots = self._field.host
         slots[:] = -1
         if isinstance(writes, DecodeWrites):
-            slots[writes.rows] = writes.slots
+            if len(writes) and len(writes) == writes.rows[-1] + 1:  # every row of the first ones
+                slots[: len(writes)] = writes.slots
+            else:
+                slots[writes.rows] = writes.slots
             return
         for run in writes:
             if run.length == 1:

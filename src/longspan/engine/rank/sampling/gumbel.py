@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longspan.attention.host_copy import to_device
@@ -34,17 +35,8 @@ class DrawParameters:
     @staticmethod
     def of(params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device) -> DrawParameters:
         """The parameters of rows with these sampling parameters and seeds, in one copy to the device."""
-        temperatures = np.array([one.temperature for one in params])
-        shares = np.array([one.top_p for one in params])
-        lowest = [one.min_p for one in params]
-        kept = [one.top_k if one.top_k > 0 else _EVERYTHING for one in params]
-        drawn, table = temperatures >= GREEDY_BELOW, np.empty((5, len(params)), dtype=np.int64)
-        table[0], table[1] = hashed(seeds), kept
-        table[2] = np.where(drawn, temperatures, 0.0).view(np.int64)
-        table[3] = np.where(shares < 1.0, shares, 2.0).view(np.int64)  # no filter: the mass may exceed 1 by rounding
-        table[4] = np.array([math.log(x) if x > 0.0 else -math.inf for x in lowest]).view(np.int64)
-        filtered = (table[1] != _EVERYTHING) | (shares < 1.0) | (np.array(lowest) > 0.0)
-        return DrawParameters(to_device(torch.from_numpy(table), device), bool((filtered & drawn).any()))
+        table, filtered = draw_table(params, seeds)
+        return DrawParameters(to_device(torch.from_numpy(table), device), bool(filtered.any()))
 
     @property
     def hashes(self) -> Tensor:
@@ -70,6 +62,21 @@ class DrawParameters:
     def floor(self) -> Tensor:
         """Fp32 [R]: the logarithm of min-p."""
         return self.table[4].view(torch.float64).float()
+
+
+def draw_table(params: Sequence[SamplingParams], seeds: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(`DrawParameters.table` [5, R], whether a row is drawn with top-k, top-p or min-p [R]), on the host."""
+    temperatures = np.array([one.temperature for one in params])
+    shares = np.array([one.top_p for one in params])
+    lowest = [one.min_p for one in params]
+    kept = [one.top_k if one.top_k > 0 else _EVERYTHING for one in params]
+    drawn, table = temperatures >= GREEDY_BELOW, np.empty((5, len(params)), dtype=np.int64)
+    table[0], table[1] = hashed(seeds), kept
+    table[2] = np.where(drawn, temperatures, 0.0).view(np.int64)
+    table[3] = np.where(shares < 1.0, shares, 2.0).view(np.int64)  # no filter: the mass may exceed 1 by rounding
+    table[4] = np.array([math.log(x) if x > 0.0 else -math.inf for x in lowest]).view(np.int64)
+    filtered = (table[1] != _EVERYTHING) | (shares < 1.0) | (np.array(lowest) > 0.0)
+    return table, filtered & drawn
 
 
 def outcome(token_ids: Tensor, peaks: Tensor) -> Tensor:

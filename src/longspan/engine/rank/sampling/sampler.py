@@ -15,9 +15,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly, outcome
+from longspan.engine.rank.sampling.gumbel import draw_plainly, outcome
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, describe, on_host
+from longspan.engine.rank.sampling.parameters import ParameterTable, RowParameters
 from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
 from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
 from longspan.engine.rank.sampling.rows import GREEDY_BELOW, SampleRow, SampleRows
@@ -56,36 +57,6 @@ class Sampled:
         )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What is the same in every step of the same rows."""
-
-    # their sampling parameters
-    params: list[SamplingParams]
-    # their seeds
-    seeds: list[int]
-    # the same on the device; None if all rows are greedy, or are sampled one by one
-    draw: DrawParameters | None
-    # rows whose logits change in every step; others do where tokens are forbidden
-    changing: frozenset[int]
-    # rows that want log probabilities
-    described: tuple[int, ...]
-
-    @staticmethod
-    def of(rows: SampleRows, device: torch.device | None) -> _Batch:
-        """`device` is where rows are drawn together; None: one by one."""
-        params, seeds = rows.params, rows.seeds
-        greedy = all(one.temperature < GREEDY_BELOW for one in params)
-        draw = None if device is None or greedy else DrawParameters.of(params, seeds, device)
-        changing = frozenset(i for i, one in enumerate(params) if one.penalises or one.logit_bias)
-        described = tuple(i for i, one in enumerate(params) if one.logprobs is not None)
-        return _Batch(params, seeds, draw, changing, described)
-
-    def is_of(self, rows: SampleRows) -> bool:
-        """Whether these are its rows. Of parameters that are the same objects, as in most steps, no field is read."""
-        return rows.params == self.params and rows.seeds == self.seeds
-
-
 class Sampler:
     """Samples the steps of one rank, in order.
 
@@ -96,7 +67,10 @@ class Sampler:
     def __init__(self, draw: Draw | None = None) -> None:
         self._draw = draw
         self._counts = PenaltyCounts()
-        self._batch = _Batch([], [], None, frozenset(), ())
+        self._known = ParameterTable()
+        # parameters and seeds of the last rows, and what they come to
+        self._rows: tuple[Sequence[SamplingParams], Sequence[int]] = (), ()
+        self._batch = RowParameters(None, frozenset(), ())
 
     def forget(self, request_id: str) -> None:
         """The request has ended; its id may be used again."""
@@ -126,8 +100,9 @@ class Sampler:
         rows = rows if isinstance(rows, SampleRows) else SampleRows.of(rows)
         draw = self._draw or batch_draw(logits.device.type)
         logits = logits if draw else logits.float()
-        if not self._batch.is_of(rows):
-            self._batch = _Batch.of(rows, None if draw is None else logits.device)
+        if self._rows != (rows.params, rows.seeds):  # of parameters that are the same objects no field is read
+            self._rows = rows.params, rows.seeds
+            self._batch = self._known.of(rows.params, rows.seeds, None if draw is None else logits.device)
         batch, upload = self._batch, OneCopy()
         forbidding = (i for i, row in rows.special.items() if row.allowed is not None or row.banned)
         chosen = sorted(batch.changing.union(forbidding))
