@@ -23,12 +23,16 @@ WIDEST = (  # of each row of the table of tiles: what takes most shared memory
 REGISTERS = 65536  # of a processor
 
 
-def compiled(*variants):
+def lines_of(module, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.gpu.compile_attend", *variants]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled(*variants):
+    found = lines_of("tests.gpu.compile_attend", *variants)
     assert len(found) == len(variants)
     return found
 
@@ -64,6 +68,23 @@ def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group
     for variant in variants:
         if variant["arch"] == 90 and not any(word in variant["variant"] for word in ("int8", "fp8", "fp32")):
             assert variant["wgmma"] and not variant["mma"], variant
+
+
+def keeps_results_in_registers(*variants):
+    for variant in lines_of("tests.gpu.compile_latents", *variants):
+        assert variant["shared"] <= compile_attend.Chip.LARGE.value, variant
+        assert variant["stack"] <= 128, variant  # none with Triton 3.6; results of one tile are 512 bytes a thread
+        assert variant["wgmma"] and not variant["mma"], variant
+
+
+def test_groups_of_warps_that_take_turns_over_latents_keep_results_in_registers():
+    keeps_results_in_registers("gathered")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
+def test_groups_of_warps_that_take_turns_keep_results_in_registers_in_every_variant():
+    keeps_results_in_registers()
 
 
 @pytest.mark.exhaustive

@@ -52,14 +52,16 @@ class _Keys:
 class TritonBackend(RecordableBackend):
     """Decode, the off-diagonal of a prefill and the diagonal are one kernel with different work.
 
-    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. To capture a CUDA graph, attend with
-    runs from `refillable` once before the capture, which allocates buffers, and once in it. `fill` them before each
-    replay.
+    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. With `turns` many rows of latents
+    are computed by `latent.py`, which needs Hopper. To capture a CUDA graph, attend with runs from `refillable` once
+    before the capture, which allocates buffers, and once in it. `fill` them before each replay.
     """
 
-    def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
+    def __init__(
+        self, device: torch.device, value_dim: int, processors: int | None = None, turns: bool = False
+    ) -> None:
         self._device = device
-        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device))
+        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device), turns)
         self._table: ColumnTable | None = None  # of all refillable runs
 
     causal_runs = True
@@ -160,6 +162,8 @@ class _Launcher:
     processors: int
     # decides the tiles
     chip: Chip
+    # as in `config_for`
+    turns: bool
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
         """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
@@ -203,7 +207,7 @@ class _Launcher:
         )
         for block in blocks if tokens else ():
             rows = plans.longest * block.group
-            config = config_for(keys.shape, rows, self.chip)
+            config = config_for(keys.shape, rows, self.chip, self.turns and _can_take_turns(q, keys, block))
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
             _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
@@ -228,24 +232,64 @@ def _launch(
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
-    shape, out_strides = keys.shape, (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0))
+    if config.turns:
+        # imported where it is used: Gluon is experimental, and only one kind of device needs it
+        from longspan.attention.backends.triton.latent_launch import launch_latents
+
+        launch_latents(q, keys.keys[block.kv_start], block, scale * LOG2_E, plan, whole, part_out, part_lse)
+    else:
+        _launch_any(q, keys, block, scale * LOG2_E, config, plan, whole, part_out, part_lse)
+    if room.splits:
+        reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
+            plan.splits, whole.out, whole.lse, part_out, part_lse, _strides(whole), block.q_start, block.group, heads,
+            WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
+            FIELDS=SPLIT_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
+        )  # fmt: skip
+
+
+def _launch_any(
+    q: Tensor,
+    keys: _Keys,
+    block: HeadBlock,
+    scale: float,
+    config: Config,
+    plan: WorkPlan,
+    whole: AttentionState,
+    part_out: Tensor,
+    part_lse: Tensor,
+) -> None:
+    """Compute the items of one block with `attend_kernel`. `scale` is that of scores times log2(e)."""
+    shape, heads, room = keys.shape, block.kv_heads, plan.capacity
     attend_kernel[(room.adjacent + room.gathered, heads)](
         plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q,
         (keys.keys, keys.values, keys.key_scales, keys.value_scales),
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
-        tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
-        (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
+        tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), _strides(whole),
+        (block.q_start, block.kv_start), block.group, heads, scale,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
         FLIP=config.flip, SPLIT=config.split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip
-    if room.splits:
-        reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
-            plan.splits, whole.out, whole.lse, part_out, part_lse, out_strides, block.q_start, block.group, heads,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
-            FIELDS=SPLIT_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
-        )  # fmt: skip
+
+
+def _can_take_turns(q: Tensor, keys: _Keys, block: HeadBlock) -> bool:
+    """Whether `latent.py` can read these tensors: 16 bits, one KV head, and rows at multiples of 32 bytes.
+
+    Half of that would do, but only of multiples of 16 elements does the compiler know that they are multiples.
+    """
+    strides = (*q.stride()[:2], *keys.keys.stride()[:2])
+    return (
+        q.dtype == keys.keys.dtype
+        and block.kv_heads == 1
+        and len(keys.keys[0]) > 0
+        and not any(stride % 16 for stride in strides)
+    )
+
+
+def _strides(whole: AttentionState) -> tuple[int, int, int]:
+    """Of out from token to token and from head to head, and of lse from token to token."""
+    return whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0)
 
 
 def _processors(device: torch.device) -> int:

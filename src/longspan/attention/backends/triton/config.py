@@ -34,6 +34,10 @@ class Shape:
     wide: bool
 
 
+# what `latent.py` computes
+TURNS_SHAPE = Shape((512, 512, 64, 64), (512, 512, 0, 0), 0, True, False)
+
+
 class Chip(Enum):
     """A kind of device, by the bytes of shared memory that one program can have."""
 
@@ -70,6 +74,8 @@ class Config:
     flip: bool
     # whether two warp groups with 64 rows divide the columns of a tile. Otherwise both compute all scores
     split: bool = False
+    # whether groups of warps take turns, as `latent.py` says; `warps` are then those of a group
+    turns: bool = False
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
@@ -91,13 +97,18 @@ def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool
     return Shape(key, value, len(groups), shared, wide)
 
 
-def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE) -> Config:
-    """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head."""
+def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE, turns: bool = False) -> Config:
+    """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head.
+
+    `turns` if groups of warps may take turns where `latent.py` can compute the shape.
+    """
     width = max(shape.key[0] + shape.key[2], shape.value[0] + shape.value[2])
     if shape.wide:
         stages = 1 if chip is Chip.SMALL and width > 256 else 2
         return Config(16, 32 if width <= 64 else 16, 4, stages, 1, False)
     if width > 256:
+        if turns and rows >= 64 and shape == TURNS_SHAPE:
+            return Config(64, 64, 4, 1, 1, False, turns=True)
         return _latent(shape, rows, chip)
     if rows <= 32 and not shape.groups:
         return _decode(width, 16 if rows <= 16 else 32, chip)
