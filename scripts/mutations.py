@@ -136,6 +136,12 @@ ATTENTION = (
         ("tests/gpu/test_triton_decode.py::test_work_that_grows_with_its_contexts_covers_what_rows_see",),
     ),
     Fault(
+        "the counter of stored parts is not set back", "attention/backends/triton/attend.py",
+        "tl.store(arrived + part * heads + head, 0)", "tl.store(arrived + part * heads + head, others + 1)",
+        ("tests/gpu/test_triton_turns.py::"
+         "test_counters_are_at_0_after_each_launch_so_that_the_next_one_merges_too",),
+    ),
+    Fault(
         "a new page is not put into the index of slots", "attention/backends/triton/columns.py",
         "if made.filled < columns:", "if not made.filled:",
         ("tests/gpu/test_triton_decode.py::test_every_row_sees_the_slots_of_its_context_at_every_step",),

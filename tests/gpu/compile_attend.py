@@ -23,7 +23,16 @@ from triton.compiler import ASTSource
 from longspan.attention.backends.triton import backend
 from longspan.attention.backends.triton.attend import attend_kernel
 from longspan.attention.backends.triton.backend import TritonBackend
-from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.config import (
+    FUSED,
+    PARTS,
+    Chip,
+    Config,
+    Shape,
+    config_for,
+    rows_at_once,
+    shape_of,
+)
 from longspan.attention.backends.triton.plan import ITEM_FIELDS
 from longspan.attention.prepared import DiagonalRows
 from longspan.attention.variants import AttentionOps, Heads, MultiHeadLatentVariant
@@ -97,10 +106,11 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool, a
         "KEY": shape.key, "VALUE": shape.value, "SHARED": shape.shared, "GROUPS": shape.groups,
         "STRIDES": (key, key if shape.shared else value, max(1, shape.groups)), "GATHERED": gathered,
         "FLIP": config.flip, "SPLIT": config.split, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "FIELDS": ITEM_FIELDS,
+        "FIELDS": ITEM_FIELDS, "TURNS": config.turns, "PARTS": PARTS, "ROWS": rows_at_once(config, value),
+        "EARLY": arch >= H100,
     }  # fmt: skip
     types: dict[str, object] = {
-        **dict.fromkeys(("items", "gathered", "bounds", "index"), "*i32"),
+        **dict.fromkeys(("items", "gathered", "counts", "arrived", "bounds", "index"), "*i32"),
         "adjacent": "i32",
         "q": "*fp32" if shape.wide else "*bf16",
         "kv": (f"*{cached}", f"*{cached}", scales, scales),
@@ -111,7 +121,7 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool, a
         **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     names = attend_kernel.arg_names
-    plain = ["items", "gathered", "bounds", "index", "q", "out", "lse", "part_out", "part_lse"]
+    plain = ["items", "gathered", "counts", "arrived", "bounds", "index", "q", "out", "lse", "part_out", "part_lse"]
     aligned = [(names.index(name),) for name in plain]
     tuples = {"kv": 4, "q_strides": 2, "head_strides": 2 if shape.groups else 3, "out_strides": 2}
     aligned += [(names.index(name), at) for name, count in tuples.items() for at in range(count)]
@@ -139,6 +149,8 @@ def resources(kernel) -> dict[str, int]:
     return {
         "registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"),
+        "waits": ptx.count("griddepcontrol.wait"),
+        "stores_before_it": len(re.findall(r"st\.global|atom\.global", ptx.partition("griddepcontrol.wait")[0])),
     }  # fmt: skip
 
 

@@ -25,10 +25,11 @@ from tests.gpu.compile_attend import H100, resources
 
 ADJACENT = (Span(5, 1000),)
 GATHERED = Span(5, 100), Span(200, 300), Span(700, 40)
-VARIANTS = {
-    "adjacent": (ADJACENT, torch.bfloat16),
-    "gathered": (GATHERED, torch.bfloat16),
-    "adjacent fp16": (ADJACENT, torch.float16),
+VARIANTS = {  # the spans, the dtype of queries and latents, that of results
+    "adjacent": (ADJACENT, torch.bfloat16, torch.bfloat16),
+    "gathered": (GATHERED, torch.bfloat16, torch.bfloat16),
+    "adjacent fp16": (ADJACENT, torch.float16, torch.float16),
+    "gathered, to be merged": (GATHERED, torch.bfloat16, torch.float32),
 }
 
 
@@ -56,18 +57,19 @@ class Compiled:
         return lambda *args, **options: self.found.append(self._kernel.warmup(*args, grid=grid, **options))
 
 
-def compiled(spans: tuple[Span, ...], dtype: torch.dtype):
+def compiled(spans: tuple[Span, ...], dtype: torch.dtype, out: torch.dtype):
     """The kernel for a token of 128 query heads that sees these spans."""
     q, cache = torch.zeros(1, 128, 576, dtype=dtype), torch.zeros(1, 1, 1024, 576, dtype=dtype)
     blocks = (HeadBlock(0, 128, 0, 1),)
     kernel, reduction = Compiled(latent_launch.latent_kernel), Compiled(backend_module.reduce_kernel)
-    prepared = TritonBackend(torch.device("cpu"), 512, turns=True).prepare((QueryRun(0, 1, spans),), 1)
+    prepared = TritonBackend(torch.device("cpu"), 512, specialised=True).prepare((QueryRun(0, 1, spans),), 1)
     with (
         patch.object(latent_launch, "latent_kernel", kernel),
         patch.object(backend_module, "reduce_kernel", reduction),
+        patch.object(latent_launch, "early_options", lambda device: {"EARLY": True, "launch_pdl": True}),
         patch.object(torch.Tensor, "is_cuda", True),
     ):
-        prepared.attend(q, CacheRows(cache), blocks, 0.1, dtype)
+        prepared.attend(q, CacheRows(cache), blocks, 0.1, out)
     (found,) = kernel.found
     return found
 

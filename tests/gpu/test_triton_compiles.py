@@ -11,6 +11,9 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
+from longspan.attention.backends.triton import hopper
 from tests.gpu import compile_attend
 
 VARIANTS = (  # a sample: each takes 2 to 10 s where nothing is in Triton's cache
@@ -61,7 +64,7 @@ def test_only_rows_of_512_values_and_the_largest_tiles_spill(variants):
 def test_a_launch_for_adjacent_and_gathered_slots_takes_what_one_for_adjacent_slots_takes(variants):
     adjacent, both = (next(v for v in variants if v["variant"] == f"decode 128{which}") for which in ("", " gathered"))
     assert both["shared"] == adjacent["shared"]
-    assert both["registers"] <= adjacent["registers"] + 16
+    assert both["registers"] <= adjacent["registers"] + 40
 
 
 def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group(variants):
@@ -70,21 +73,30 @@ def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group
             assert variant["wgmma"] and not variant["mma"], variant
 
 
-def keeps_results_in_registers(*variants):
+def latents_keep_results_in_registers(*variants):
     for variant in lines_of("tests.gpu.compile_latents", *variants):
         assert variant["shared"] <= compile_attend.Chip.LARGE.value, variant
-        assert variant["stack"] <= 128, variant  # none with Triton 3.6; results of one tile are 512 bytes a thread
+        # none by versions that it is used with; results of one tile are 512 bytes a thread
+        assert variant["stack"] <= (0 if triton.__version__[:3] in hopper.VERSIONS else 128), variant
         assert variant["wgmma"] and not variant["mma"], variant
+        assert variant["waits"] and not variant["stores_before_it"], variant
 
 
-def test_groups_of_warps_that_take_turns_over_latents_keep_results_in_registers():
-    keeps_results_in_registers("gathered")
+def test_the_kernel_of_latents_keeps_results_in_registers():
+    latents_keep_results_in_registers("gathered")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
-def test_groups_of_warps_that_take_turns_keep_results_in_registers_in_every_variant():
-    keeps_results_in_registers()
+def test_the_kernel_of_latents_keeps_results_in_registers_in_every_variant():
+    latents_keep_results_in_registers()
+
+
+def test_kernels_that_are_launched_early_wait_before_they_store(variants):
+    """Without the wait a kernel could store where the kernels before it still read."""
+    for variant in variants:
+        assert variant["waits"] == (variant["arch"] >= compile_attend.H100), variant
+        assert not variant["waits"] or not variant["stores_before_it"], variant
 
 
 @pytest.mark.exhaustive

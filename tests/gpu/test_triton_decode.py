@@ -126,7 +126,7 @@ def covered(plan: WorkPlan, tiling: Tiling) -> dict[tuple[int, int], list[tuple[
         for gathered, table in enumerate((plan.adjacent, plan.gathered))
         for item in table.view(-1)[: len(table) // ITEM_FIELDS * ITEM_FIELDS].view(-1, ITEM_FIELDS).tolist()
     ]
-    for gathered, row, first, size, place, start, full_start, full_stop, stop, _ in sorted(items, key=lambda i: i[5]):
+    for gathered, row, first, size, place, start, full_start, full_stop, stop, *_ in sorted(items, key=lambda i: i[5]):
         if not size:
             continue
         assert (full_start, full_stop) == (start, start + (stop - start) // tiling.block_n * tiling.block_n)

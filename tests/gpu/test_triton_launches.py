@@ -146,13 +146,13 @@ def test_diagonals_and_earlier_keys_are_merged_into_the_models_dtype(monkeypatch
     assert out.dtype == torch.bfloat16
 
 
-def test_a_recorded_decode_layer_is_three_launches(monkeypatch):
+def test_a_recorded_decode_layer_is_two_launches(monkeypatch):
     of = attention()
     buffer = StepBuffer(META)
     step = RefillableStep(of.preparer, of.ops.backend, StepSize(4, None, 1), of.pool.slots, buffer)
     of.begin(step.fill(view(of, DECODE, False)))
     kernels, others, _ = launched(of, 4, monkeypatch)
-    assert kernels == ["_write_kernel", "attend_kernel", "reduce_kernel"]
+    assert kernels == ["_write_kernel", "attend_kernel"]
     assert not others - Counter({"_to_copy": 1}), others
 
 

@@ -104,8 +104,9 @@ def test_partial_results_of_a_split_block_are_adjacent_and_used_once():
     items = [*work.adjacent, *work.gathered]
     assert sorted(item.partial for item in items if item.partial >= 0) == list(range(work.partials))
     for split in work.splits:
-        owners = {(item.row, item.first) for item in items if split.part <= item.partial < split.last}
-        assert owners == {(split.row, split.first)}
+        owners = {item for item in items if split.part <= item.partial < split.last}
+        assert {(item.row, item.first) for item in owners} == {(split.row, split.first)}
+        assert {(item.part, item.last) for item in owners} == {(split.part, split.last)}
 
 
 def decode(*tokens: int) -> list[VisibleColumns]:

@@ -1,4 +1,4 @@
-"""The attention kernels: one work item against its columns, and the reduction of rows that several items share.
+"""The attention kernel: work items against their columns.
 
 It owns the computation on the device; `work.py` decides which rows are computed against which columns.
 """
@@ -8,45 +8,92 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longspan.attention.backends.triton.items import fetch, item_of
+from longspan.attention.backends.triton.reduce import merge_rows
+from longspan.early_launch import wait_for_inputs
+
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["adjacent"])
 def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
-    items, gathered, adjacent, bounds, index, q, kv, out, lse, part_out, part_lse,
+    items, gathered, adjacent, counts, arrived, bounds, index, q, kv, out, lse, part_out, part_lse,
     q_strides, head_strides, out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    FIELDS: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, FIELDS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, KV head): one item of work by online softmax (Milakov & Gimelshein 2018; FlashAttention).
+    """One item of work and KV head by online softmax (Milakov & Gimelshein 2018; FlashAttention), or several in turn.
 
-    `items`, `gathered`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are those of `Item`, in
-    order. The first `adjacent` programs take `items`; with `GATHERED` the others take `gathered`. `kv` is (keys,
-    values, key scales, value scales). `scale` is that of scores times log2(e), because exp2 is used. `KEY` and `VALUE`
-    are `Parts`. `STRIDES` of slots in keys, values and scales are constants, so that offsets within a tile are. `FLIP`
-    is `Config.flip`, `SPLIT` is `Config.split`; `SHARED` and `GROUPS` are those of `Shape`.
+    `items`, `gathered`, `counts`, `arrived`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are
+    those of `Item`, in order. `kv` is (keys, values, key scales, value scales). `scale` is that of scores times
+    log2(e), because exp2 is used. `KEY` and `VALUE` are `Parts`. `STRIDES` of slots in keys, values and scales are
+    constants, so that offsets within a tile are. `FLIP`, `SPLIT` and `TURNS` are of `Config`; `SHARED` and `GROUPS` are
+    those of `Shape`.
+
+    Without `TURNS` there is a program for each (item, KV head): the first `adjacent` take `items`, and with `GATHERED`
+    the others take `gathered`. With it any number of programs take all pairs in turn, and the last program that has
+    computed a part of some rows merges their parts, `ROWS` rows and `PARTS` parts at a time.
     """
-    program = tl.program_id(0)
-    item = items + program * FIELDS
-    if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
-        if program >= adjacent:
-            item = gathered + (program - adjacent) * FIELDS
-    count = tl.load(item + 2)
-    if count == 0:
-        return
-    head = tl.program_id(1)
-    flat = tl.load(item + 1) + tl.arange(0, BLOCK_M)
-    valid = tl.arange(0, BLOCK_M) < count
-    token = tl.load(item) + flat // group
+    if TURNS:
+        here = tl.load(counts) * heads
+        total = here
+        if GATHERED:
+            total += tl.load(counts + 1) * heads
+        places, program = tl.num_programs(0), tl.program_id(0)
+        if EARLY:  # noqa: SIM102  # one test is of the compiler, the other of the device
+            if program < total:  # the first tiles, while the kernels before this one end
+                item, by_index = item_of(items, gathered, program // heads, here // heads, FIELDS, GATHERED)
+                kv_head = (first_heads[1] + program % heads).to(tl.int64)
+                fetch(
+                    item, by_index, index, kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
+                    KEY, VALUE, STRIDES, GATHERED, 2 * BLOCK_N,
+                )  # fmt: skip
+        wait_for_inputs(EARLY)
+        # every other round is in reverse, because items are in order of length
+        last = tl.where(total // places % 2 == 0, program, places - 1 - program)
+        rounds = total // places + (last < total % places).to(tl.int32)
+        for turn in tl.range(0, rounds, num_stages=1):
+            pair = turn * places + tl.where(turn % 2 == 0, program, places - 1 - program)
+            item, by_index = item_of(items, gathered, pair // heads, here // heads, FIELDS, GATHERED)
+            _attend(
+                item, by_index, pair % heads, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides,
+                head_strides, out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS, STRIDES,
+                GATHERED, FLIP, SPLIT, TURNS, BLOCK_M, BLOCK_N, PARTS, ROWS,
+            )  # fmt: skip
+    else:
+        item, by_index = item_of(items, gathered, tl.program_id(0), adjacent, FIELDS, GATHERED)
+        size = tl.load(item + 2)
+        wait_for_inputs(EARLY)
+        if size > 0:
+            _attend(
+                item, by_index, tl.program_id(1), arrived, bounds, index, q, kv, out, lse, part_out, part_lse,
+                q_strides, head_strides, out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS,
+                STRIDES, GATHERED, FLIP, SPLIT, TURNS, BLOCK_M, BLOCK_N, PARTS, ROWS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    item, by_index, head, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides, head_strides,
+    out_strides, first_heads, group, heads, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One item for one KV head. `by_index` says whether its columns are gathered."""
+    row, first, size, place = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    flat = first + tl.arange(0, BLOCK_M)
+    columns = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    partial, part, last = tl.load(item + 8), tl.load(item + 9), tl.load(item + 10)
+    valid = tl.arange(0, BLOCK_M) < size
+    token = row + flat // group
     q_head = first_heads[0] + head * group + flat % group
     q_rows = token.to(tl.int64) * q_strides[0] + q_head * q_strides[1]
     queries, queries_rest = _queries(q, q_rows, valid, KEY, FLIP)
     low = tl.load(bounds + token * 2, mask=valid, other=0)
     high = tl.load(bounds + token * 2 + 1, mask=valid, other=0)
-    place = tl.load(item + 3)
-    columns = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
 
     kv_head = (first_heads[1] + head).to(tl.int64)
     kv = (
@@ -56,21 +103,31 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     top, total, mixed, mixed_rest = _nothing(VALUE, FLIP, BLOCK_M)
     in_place = columns
     if GATHERED:  # loops that follow each other share memory for their tiles; the branches of an `if` may not
-        in_place = _if_wanted(program < adjacent, columns)
+        in_place = _if_wanted(by_index == 0, columns)
     top, total, mixed, mixed_rest = _columns(
         top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
-        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, SPLIT, BLOCK_N,
+        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, SPLIT, TURNS, BLOCK_N,
     )  # fmt: skip
     if GATHERED:
-        by_index = _if_wanted(program >= adjacent, columns)
         top, total, mixed, mixed_rest = _columns(
-            top, total, mixed, mixed_rest, queries, queries_rest, low, high, by_index, index, place, kv, scale,
-            KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, SPLIT, BLOCK_N,
+            top, total, mixed, mixed_rest, queries, queries_rest, low, high, _if_wanted(by_index, columns), index,
+            place, kv, scale, KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, SPLIT, TURNS, BLOCK_N,
         )  # fmt: skip
     _finish(
-        tl.load(item + 8), top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse,
-        out_strides, head, heads, VALUE, FLIP, BLOCK_M,
+        partial, top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse, out_strides, head,
+        heads, VALUE, FLIP, BLOCK_M,
     )  # fmt: skip
+    if TURNS:  # noqa: SIM102  # one test is of the compiler, the other of the device
+        if partial >= 0:
+            tl.debug_barrier()  # what one thread adds is seen after what all threads have stored
+            others = tl.atomic_add(arrived + part * heads + head, 1, sem="acq_rel", scope="gpu")
+            if others == last - part - 1:
+                tl.store(arrived + part * heads + head, 0)  # for the next launch
+                for start in tl.range(0, size, ROWS, num_stages=1):
+                    merge_rows(
+                        row, first, start, size, part, last, out, lse, part_out, part_lse, out_strides, first_heads[0],
+                        head, group, heads, VALUE[0] + VALUE[2], BLOCK_M, PARTS, ROWS,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -108,19 +165,23 @@ def _queries(q, rows, valid, KEY: tl.constexpr, FLIP: tl.constexpr):  # type: ig
 def _columns(  # type: ignore[no-untyped-def]
     top, total, mixed, mixed_rest, queries, queries_rest, low, high, columns, index, place, kv, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Update the online softmax, as in `_step`, by all columns of an item.
 
     `columns` are its `start`, `full_start`, `full_stop` and `stop`. Whole tiles need no mask; the tiles before and
-    after them do.
+    after them do, in a loop of their own. With few rows masks cost less than the end of one loop and the start of
+    another, and `ONE_LOOP` masks all tiles.
     """
     start, full_start, full_stop, stop = columns
-    for column in tl.range(full_start, full_stop, BLOCK_N):
-        top, total, mixed, mixed_rest = _step(
-            top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
-            scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, SPLIT, BLOCK_N, False,
-        )  # fmt: skip
+    if ONE_LOOP:
+        full_start, full_stop = start, start
+    else:
+        for column in tl.range(full_start, full_stop, BLOCK_N):
+            top, total, mixed, mixed_rest = _step(
+                top, total, mixed, mixed_rest, queries, queries_rest, low, high, column, stop, index, place, kv,
+                scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, SPLIT, BLOCK_N, False,
+            )  # fmt: skip
     before = tl.cdiv(full_start - start, BLOCK_N)
     after = tl.cdiv(stop - full_stop, BLOCK_N)
     for number in tl.range(0, before + after):
@@ -304,42 +365,3 @@ def _store(lse, logs, out, rows, mixed, mixed_rest, valid, VALUE: tl.constexpr):
         element = tl.arange(0, VALUE[3])
         mask = valid[:, None] & (element < VALUE[2])[None, :]
         tl.store(out + rows[:, None] + (VALUE[0] + element)[None, :], mixed_rest, mask=mask)
-
-
-@triton.jit
-def reduce_kernel(  # type: ignore[no-untyped-def]
-    splits, out, lse, part_out, part_lse, out_strides, q_start, group, heads,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr,
-):  # fmt: skip
-    """Program (split, KV head, packed row): the merge of the row's partial results, `PARTS` at a time."""
-    split = splits + tl.program_id(0) * FIELDS
-    row = tl.program_id(2)
-    if row >= tl.load(split + 2):
-        return
-    head = tl.program_id(1)
-    flat = tl.load(split + 1) + row
-    token = (tl.load(split) + flat // group).to(tl.int64)
-    q_head = q_start + head * group + flat % group
-    element = tl.arange(0, COLUMNS)
-    inside = element < WIDTH
-    top = float("-inf")
-    total = 0.0
-    mixed = tl.zeros((COLUMNS,), tl.float32)
-    first, last = tl.load(split + 3), tl.load(split + 4)
-    for start in tl.range(first, last, PARTS):
-        part = start + tl.arange(0, PARTS)
-        at = (part.to(tl.int64) * heads + head) * BLOCK_M + row
-        seen = tl.load(part_lse + at, mask=part < last, other=float("-inf"))
-        wanted = (seen > float("-inf"))[:, None] & inside[None, :]
-        values = tl.load(part_out + at[:, None] * WIDTH + element[None, :], mask=wanted, other=0.0)
-        new_top = tl.maximum(top, tl.max(seen, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp(seen - base)
-        shrunk = tl.exp(top - base)
-        total = total * shrunk + tl.sum(weights, 0)
-        mixed = mixed * shrunk + tl.sum(weights[:, None] * values, 0)
-        top = new_top
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
-    tl.store(out + token * out_strides[0] + q_head * out_strides[1] + element, mixed / total, mask=inside)
-    tl.store(lse + token * out_strides[2] + q_head, tl.where(nothing, float("-inf"), top + tl.log(total)))

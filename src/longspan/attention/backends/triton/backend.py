@@ -10,20 +10,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from longspan.attention.backends.base import RecordableBackend
-from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel, reduce_kernel
+from longspan.attention.backends.triton.attend import LOG2_E, attend_kernel
 from longspan.attention.backends.triton.columns import ColumnTable
-from longspan.attention.backends.triton.config import FUSED, Chip, Config, Shape, config_for, shape_of
+from longspan.attention.backends.triton.config import (
+    FUSED,
+    PARTS,
+    Chip,
+    Config,
+    Shape,
+    config_for,
+    rows_at_once,
+    shape_of,
+)
+from longspan.attention.backends.triton.hopper import problem_of_latent_kernel
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
+from longspan.attention.backends.triton.reduce import reduce_kernel
 from longspan.attention.backends.triton.work import Tiling
 from longspan.attention.backends.triton.write import TritonSlotWriter, TritonWriter
 from longspan.attention.rows import CacheRows, unit_stride
 from longspan.attention.state import AttentionState
 from longspan.attention.step_buffer import StepBuffer
+from longspan.early_launch import early_options
 from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
@@ -52,16 +63,22 @@ class _Keys:
 class TritonBackend(RecordableBackend):
     """Decode, the off-diagonal of a prefill and the diagonal are one kernel with different work.
 
-    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. With `turns` many rows of latents
-    are computed by `latent.py`, which needs Hopper. To capture a CUDA graph, attend with runs from `refillable` once
-    before the capture, which allocates buffers, and once in it. `fill` them before each replay.
+    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. `specialised` says whether many rows
+    of latents are computed by `latent.py`, None to decide by the device. To capture a CUDA graph, attend with runs from
+    `refillable` once before the capture, which allocates buffers, and once in it. `fill` them before each replay.
     """
 
     def __init__(
-        self, device: torch.device, value_dim: int, processors: int | None = None, turns: bool = False
+        self,
+        device: torch.device,
+        value_dim: int,
+        processors: int | None = None,
+        specialised: bool | None = None,
     ) -> None:
         self._device = device
-        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device), turns)
+        if specialised is None:
+            specialised = _specialised(device)
+        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device), specialised)
         self._table: ColumnTable | None = None  # of all refillable runs
 
     causal_runs = True
@@ -162,8 +179,8 @@ class _Launcher:
     processors: int
     # decides the tiles
     chip: Chip
-    # as in `config_for`
-    turns: bool
+    # whether `latent.py` may be used
+    specialised: bool
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
         """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
@@ -207,10 +224,10 @@ class _Launcher:
         )
         for block in blocks if tokens else ():
             rows = plans.longest * block.group
-            config = config_for(keys.shape, rows, self.chip, self.turns and _can_take_turns(q, keys, block))
+            config = config_for(keys.shape, rows, self.chip, self.specialised and _suits_latent_kernel(q, keys, block))
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
-            _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
+            _launch(q, keys, block, scale, config, plans.plan(tiling), programs, whole, rows)
         return whole
 
 
@@ -221,29 +238,30 @@ def _launch(
     scale: float,
     config: Config,
     plan: WorkPlan,
+    programs: int,
     whole: AttentionState,
     rows: int,
 ) -> None:
     """Compute the heads of one block of `whole`.
 
-    The launches are: the items, and the reduction of rows that several items share. `rows` is the most packed rows of a
-    run.
+    The launches are: the items, and the reduction of rows that several items share, if they do not merge them. `rows`
+    is the most packed rows of a run.
     """
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
-    if config.turns:
+    if config.specialised:
         # imported where it is used: Gluon is experimental, and only one kind of device needs it
         from longspan.attention.backends.triton.latent_launch import launch_latents
 
         launch_latents(q, keys.keys[block.kv_start], block, scale * LOG2_E, plan, whole, part_out, part_lse)
     else:
-        _launch_any(q, keys, block, scale * LOG2_E, config, plan, whole, part_out, part_lse)
-    if room.splits:
+        _launch_any(q, keys, block, scale * LOG2_E, config, plan, programs, whole, part_out, part_lse)
+    if room.splits and not config.turns:
         reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
             plan.splits, whole.out, whole.lse, part_out, part_lse, _strides(whole), block.q_start, block.group, heads,
-            WIDTH=width, COLUMNS=triton.next_power_of_2(width), BLOCK_M=config.block_m, PARTS=16,
-            FIELDS=SPLIT_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
+            WIDTH=width, BLOCK_M=config.block_m, PARTS=16, FIELDS=SPLIT_FIELDS, **early_options(q.device), num_warps=4,
+            enable_fp_fusion=FUSED,
         )  # fmt: skip
 
 
@@ -254,36 +272,40 @@ def _launch_any(
     scale: float,
     config: Config,
     plan: WorkPlan,
+    programs: int,
     whole: AttentionState,
     part_out: Tensor,
     part_lse: Tensor,
 ) -> None:
     """Compute the items of one block with `attend_kernel`. `scale` is that of scores times log2(e)."""
-    shape, heads, room = keys.shape, block.kv_heads, plan.capacity
-    attend_kernel[(room.adjacent + room.gathered, heads)](
-        plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q,
+    shape, heads, room, width = keys.shape, block.kv_heads, plan.capacity, whole.out.shape[2]
+    items = room.adjacent + room.gathered
+    attend_kernel[(min(programs, items * heads),) if config.turns else (items, heads)](
+        plan.adjacent, plan.gathered, room.adjacent, plan.counts, plan.arrived, plan.bounds, plan.index, q,
         (keys.keys, keys.values, keys.key_scales, keys.value_scales),
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
         tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), _strides(whole),
         (block.q_start, block.kv_start), block.group, heads, scale,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
-        FLIP=config.flip, SPLIT=config.split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, FIELDS=ITEM_FIELDS,
+        FLIP=config.flip, SPLIT=config.split, TURNS=config.turns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        FIELDS=ITEM_FIELDS, PARTS=PARTS, ROWS=rows_at_once(config, width), **early_options(q.device),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip
 
 
-def _can_take_turns(q: Tensor, keys: _Keys, block: HeadBlock) -> bool:
-    """Whether `latent.py` can read these tensors: 16 bits, one KV head, and rows at multiples of 32 bytes.
+def _suits_latent_kernel(q: Tensor, keys: _Keys, block: HeadBlock) -> bool:
+    """Whether `latent.py` can read these tensors: one KV head, and rows that begin at multiples of 16 bytes.
 
-    Half of that would do, but only of multiples of 16 elements does the compiler know that they are multiples.
+    Of the strides of queries, which are no constants, the compiler knows only whether they are multiples of 16.
     """
-    strides = (*q.stride()[:2], *keys.keys.stride()[:2])
+    rows = keys.keys[block.kv_start]
     return (
-        q.dtype == keys.keys.dtype
+        q.dtype == rows.dtype
         and block.kv_heads == 1
-        and len(keys.keys[0]) > 0
-        and not any(stride % 16 for stride in strides)
+        and q.stride(0) % 16 == q.stride(1) % 16 == 0
+        and rows.stride(0) % 8 == 0
+        and rows.data_ptr() % 16 == 0
     )
 
 
@@ -305,6 +327,13 @@ def _chip(device: torch.device) -> Chip:
         return Chip.LARGE
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
     return Chip.with_shared(properties.shared_memory_per_block_optin)
+
+
+def _specialised(device: torch.device) -> bool:
+    """Whether `latent.py` can be used on the device."""
+    if device.type != "cuda":
+        return False
+    return problem_of_latent_kernel(torch.cuda.get_device_capability(device)[0]) is None
 
 
 def _stored(dtype: torch.dtype | None) -> torch.dtype:

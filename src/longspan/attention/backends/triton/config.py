@@ -11,6 +11,10 @@ from enum import Enum
 
 # whether a product and a sum are rounded once, as one instruction. Said at each launch: Triton 3.10 has another default
 FUSED = True
+# partial results that a program merges at once
+PARTS = 32
+# elements of these: 32 for each of 128 threads
+_MERGED = 4096
 # elements of a row's main part, width of its tile (a power of two), elements of the rest, width of its tile
 Parts = tuple[int, int, int, int]
 
@@ -34,8 +38,8 @@ class Shape:
     wide: bool
 
 
-# what `latent.py` computes
-TURNS_SHAPE = Shape((512, 512, 64, 64), (512, 512, 0, 0), 0, True, False)
+# what `latent.py` computes: DeepSeek's latents
+SPECIALISED = Shape((512, 512, 64, 64), (512, 512, 0, 0), 0, True, False)
 
 
 class Chip(Enum):
@@ -74,8 +78,11 @@ class Config:
     flip: bool
     # whether two warp groups with 64 rows divide the columns of a tile. Otherwise both compute all scores
     split: bool = False
-    # whether groups of warps take turns, as `latent.py` says; `warps` are then those of a group
+    # whether there are no more programs than run at a time, which take items in turn, and the last one that has
+    # computed a part of some rows merges the parts: for rows so few that one program merges them quickly
     turns: bool = False
+    # whether `latent.py` computes it, whose groups of warps do different things; `warps` are then those of a group
+    specialised: bool = False
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
@@ -97,24 +104,29 @@ def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool
     return Shape(key, value, len(groups), shared, wide)
 
 
-def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE, turns: bool = False) -> Config:
+def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE, specialised: bool = False) -> Config:
     """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head.
 
-    `turns` if groups of warps may take turns where `latent.py` can compute the shape.
+    `specialised` if `latent.py` may compute the shape that it is made for.
     """
     width = max(shape.key[0] + shape.key[2], shape.value[0] + shape.value[2])
     if shape.wide:
         stages = 1 if chip is Chip.SMALL and width > 256 else 2
         return Config(16, 32 if width <= 64 else 16, 4, stages, 1, False)
     if width > 256:
-        if turns and rows >= 64 and shape == TURNS_SHAPE:
-            return Config(64, 64, 4, 1, 1, False, turns=True)
+        if specialised and rows >= 64 and shape == SPECIALISED:
+            return Config(64, 64, 4, 1, 1, False, specialised=True)
         return _latent(shape, rows, chip)
     if rows <= 32 and not shape.groups:
         return _decode(width, 16 if rows <= 16 else 32, chip)
     if rows <= 16:
-        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False)
+        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False, turns=True)
     return _middle(width, chip) if rows <= 64 else _prefill(shape, width, chip)
+
+
+def rows_at_once(config: Config, width: int) -> int:
+    """How many rows of `width` values a program merges at once."""
+    return min(config.block_m, max(1, _MERGED // (PARTS << (width - 1).bit_length())))
 
 
 def _decode(width: int, block_m: int, chip: Chip) -> Config:
@@ -125,7 +137,7 @@ def _decode(width: int, block_m: int, chip: Chip) -> Config:
         columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 3, 1)
     else:
         columns, stages, resident = (64, 3, 2) if width <= 64 else (32, 3, 2) if width <= 128 else (32, 3, 1)
-    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE)
+    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE, turns=True)
 
 
 def _middle(width: int, chip: Chip) -> Config:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from longspan.attention.backends.triton.columns import DecodeColumns, Integers
-from longspan.attention.backends.triton.work import FIXED_COST, LEAST_PIECE, WAVES, Tiling
+from longspan.attention.backends.triton.work import FIXED_COST, WAVES, Item, Tiling, least_piece
 
 _NO_PARTIAL = -1
 
@@ -55,13 +55,15 @@ def plan_decode(columns: DecodeColumns, rows: int, tiling: Tiling) -> DecodeWork
     shared = pieces > 1
     last = np.cumsum(np.where(shared, pieces, 0))
     ordinal = np.arange(len(of)) - (np.cumsum(pieces) - pieces)[of]
-    partial = np.where(shared[of], (last - pieces)[of] + ordinal, _NO_PARTIAL)
+    part, after = (np.where(shared[of], at[of], _NO_PARTIAL) for at in (last - pieces, last))
+    partial = np.where(shared[of], part + ordinal, _NO_PARTIAL)
     row = np.repeat(columns.rows, blocks)
     first = np.tile(np.arange(blocks) * tiling.block_m, len(columns.rows))
     packed = np.minimum(tiling.block_m, tiling.group - first)
     full_stop = start + (stop - start) // tile * tile
     place = places[ranges][piece]
-    items = np.stack([row[of], first[of], packed[of], place, start, start, full_stop, stop, partial], axis=1)
+    fields = row[of], first[of], packed[of], place, start, start, full_stop, stop, partial, part, after
+    items = np.stack(fields, axis=1)
     through_index = gathered[ranges][piece] != 0
     splits = np.stack([row, first, packed, last - pieces, last], axis=1)[shared]
     adjacent = np.concatenate([items[~through_index], _without_columns(columns.rows, rows, tiling)])
@@ -83,15 +85,15 @@ def _visible(columns: DecodeColumns) -> tuple[Integers, Integers, Integers, Inte
 
 def _without_columns(seeing: Integers, rows: int, tiling: Tiling) -> Integers:
     """Items without columns for the other rows, int64 [items, fields of `Item`]."""
-    found: list[tuple[int, ...]] = []
+    found: list[Item] = []
     edges = [-1, *seeing.tolist(), rows]
     if len(edges) == rows + 2:
-        return np.empty((0, 9), dtype=np.int64)
+        return np.empty((0, len(Item._fields)), dtype=np.int64)
     for before, after in pairwise(edges):
         for first in range(0, (after - before - 1) * tiling.group, tiling.block_m):
             size = min(tiling.block_m, (after - before - 1) * tiling.group - first)
-            found.append((before + 1, first, size, 0, 0, 0, 0, 0, _NO_PARTIAL))
-    return np.array(found, dtype=np.int64).reshape(-1, 9)
+            found.append(Item(before + 1, first, size, 0, 0, 0, 0, 0, *(_NO_PARTIAL,) * 3))
+    return np.array(found, dtype=np.int64).reshape(-1, len(Item._fields))
 
 
 def _piece_length(lengths: Integers, tiling: Tiling) -> int:
@@ -102,7 +104,7 @@ def _piece_length(lengths: Integers, tiling: Tiling) -> int:
     candidates = {longest}
     for waves in WAVES:
         length = -(-total // (tiling.programs * waves))
-        candidates.add(min(longest, max(LEAST_PIECE, -(-length // tiling.block_n) * tiling.block_n)))
+        candidates.add(min(longest, max(least_piece(tiling), -(-length // tiling.block_n) * tiling.block_n)))
 
     def ends(candidate: int) -> float:
         items = int(_per(lengths, candidate).sum()) * tiling.kv_heads

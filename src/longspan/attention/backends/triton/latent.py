@@ -35,6 +35,7 @@ from longspan.attention.backends.triton.latent_tiles import (
     index_of,
     load_all,
 )
+from longspan.early_launch import wait_for_inputs
 
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 _MIXED = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
@@ -47,13 +48,14 @@ _NEVER = gl.constexpr(float("-inf"))
 
 @gluon.jit(do_not_specialize=["adjacent"])
 def latent_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotations as its own
-    items, gathered, adjacent, bounds, index, q, rows, halves, rests, out, lse, part_out, part_lse,
+    items, gathered, adjacent, bounds, index, q, rows, out, lse, part_out, part_lse,
     q_strides, out_strides, q_start, group, scale, STRIDE: gl.constexpr, GATHERED: gl.constexpr, FIELDS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """Program (item): one item of work of a block with one KV head, by online softmax, as `attend_kernel`.
 
-    `rows` are the latents, [S, 576] with `STRIDE` elements from one to the next, and `halves` and `rests` descriptors
-    of them for tiles of `HALF` and `REST` elements. Rows and queries begin at multiples of 16 bytes.
+    `rows` are the latents, [S, 576] with `STRIDE` elements from one to the next. Rows and queries begin at multiples of
+    16 bytes.
     """
     program = gl.program_id(0)
     item = items + program * FIELDS
@@ -63,11 +65,12 @@ def latent_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
         if by_index:
             item = gathered + (program - adjacent) * FIELDS
     size = gl.load(item + 2)
+    wait_for_inputs(EARLY)
     if size == 0:
         return
     block = LatentBlock(gl.load(item), gl.load(item + 1), size, q_start, group)
     columns = columns_of(gl.load(item + 4), gl.load(item + 5), gl.load(item + 6), gl.load(item + 7))
-    source = LatentSource(rows, gl.load(item + 3), by_index, index, halves, rests)
+    source = LatentSource(rows, gl.load(item + 3), by_index, index)
     results = LatentResults(out, lse, part_out, part_lse, out_strides, gl.load(item + 8))
     tiles = allocate(q.dtype.element_ty)
     gl.warp_specialize(

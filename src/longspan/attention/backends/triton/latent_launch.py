@@ -1,15 +1,14 @@
-"""Launches the kernel of `latent.py`: it owns the descriptors, by which tiles are loaded."""
+"""Launches the kernel of `latent.py`."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longspan.attention.backends.triton.config import FUSED
 from longspan.attention.backends.triton.latent import latent_kernel
-from longspan.attention.backends.triton.latent_tiles import COLUMNS, HALF, REST, SHARED
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, WorkPlan
 from longspan.attention.state import AttentionState
+from longspan.early_launch import early_options
 from longspan.parallel.heads import HeadBlock
 
 
@@ -28,13 +27,10 @@ def launch_latents(
     q is [T, Hq, 576], `rows` the latents [S, 576] of the block's KV head. `scale` is that of scores times log2(e).
     """
     room = plan.capacity
-    halves, rests = (
-        TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [COLUMNS.value, width], SHARED.value)
-        for width in (HALF.value, REST.value)
-    )
     latent_kernel[(room.adjacent + room.gathered,)](
-        plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q, rows, halves, rests,
+        plan.adjacent, plan.gathered, room.adjacent, plan.bounds, plan.index, q, rows,
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
         (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0)), block.q_start, block.group, scale,
-        STRIDE=rows.stride(0), GATHERED=room.gathered > 0, FIELDS=ITEM_FIELDS, num_warps=4, enable_fp_fusion=FUSED,
+        STRIDE=rows.stride(0), GATHERED=room.gathered > 0, FIELDS=ITEM_FIELDS, **early_options(q.device), num_warps=4,
+        enable_fp_fusion=FUSED,
     )  # fmt: skip

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-# Gluon of Triton 3.6, and of later versions
-_copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+# Gluon of later versions of Triton, or of 3.6
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 ROWS = gl.constexpr(64)  # query rows of a program
 COLUMNS = gl.constexpr(64)  # columns of a tile
@@ -61,9 +60,6 @@ class LatentSource(NamedTuple):
     # whether `place` counts in the index of slots, and the index
     by_index: object
     slots: object
-    # descriptors of the same rows, for tiles of `HALF` and of `REST` elements
-    halves: object
-    rests: object
 
 
 class LatentTiles(NamedTuple):
@@ -173,57 +169,43 @@ def load_all(  # type: ignore[no-untyped-def]
     valid = gl.expand_dims(row < block.first + block.size, 1)
     element = gl.expand_dims(gl.arange(0, HALF, _COPIES_ELEMENT), 0)
     for half in gl.static_range(2):
-        _copy_rows(tiles.queries[half].index(0), at + (half * HALF + element), valid & (element < HALF))
+        _copy(tiles.queries[half].index(0), at + (half * HALF + element), valid & (element < HALF))
     element = gl.expand_dims(gl.arange(0, REST, _COPIES_ELEMENT), 0)
-    _copy_rows(tiles.queries[2].index(0), at + (2 * HALF + element), valid & (element < REST))
+    _copy(tiles.queries[2].index(0), at + (2 * HALF + element), valid & (element < REST))
     async_copy.mbarrier_arrive(tiles.asked, increment_count=False)
     for pair in range(columns.pairs):
         for which in gl.static_range(2):
-            column = column_of(pair * 2 + which, columns)
-            by_tile = pair * 2 + which < columns.full
-            if GATHERED:
-                by_tile = by_tile & (source.by_index == 0)
+            place, inside = _rows_at(column_of(pair * 2 + which, columns), columns.stop, source, STRIDE, GATHERED)
             for half in gl.static_range(2):
                 mbarrier.wait(tiles.used[which * 2 + half], (pair & 1) ^ 1)
-                if by_tile:
-                    _load_tile(tiles, which * 2 + half, column, source)
-                else:
-                    _load_rows(tiles, which * 2 + half, column, columns.stop, source, STRIDE, GATHERED)
+                _load(tiles, which * 2 + half, place, inside)
+    place, inside = _rows_at(columns.stop, columns.stop, source, STRIDE, GATHERED)
     for half in gl.static_range(2):
         mbarrier.wait(tiles.used[half], (columns.pairs & 1) ^ 1)
-        _load_rows(tiles, half, columns.stop, columns.stop, source, STRIDE, GATHERED)
+        _load(tiles, half, place, inside)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _load_tile(tiles, PART: gl.constexpr, column, source):  # type: ignore[no-untyped-def]
-    """Load one part of `keys`, and with it the rest. All threads arrive at once, as in `_load_rows`."""
-    bar = tiles.there[PART]
-    with_rest: gl.constexpr = PART == 1 or PART == 2
-    size: gl.constexpr = (COLUMNS * HALF + (COLUMNS * REST if with_rest else 0)) * 2
-    mbarrier.expect(bar, size)
-    _copy_tile(source.halves, [source.place + column, PART % 2 * HALF], bar, tiles.keys[PART].index(0))
-    if with_rest:
-        _copy_tile(source.rests, [source.place + column, 2 * HALF], bar, tiles.rests[PART // 2].index(0))
-    mbarrier.arrive(bar, count=THREADS - 1)
+def _rows_at(column, stop, source, STRIDE: gl.constexpr, GATHERED: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(pointers to the rows of a tile, which of them are before `stop`)."""
+    column += gl.arange(0, COLUMNS, _COPIES_ROW)
+    inside = column < stop
+    slots = (source.place + column).to(gl.int64)
+    if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
+        if source.by_index:
+            slots = gl.load(source.slots + (source.place + column), mask=inside, other=0).to(gl.int64)
+    return source.rows + slots * STRIDE, inside
 
 
 @gluon.jit
-def _load_rows(  # type: ignore[no-untyped-def]
-    tiles, PART: gl.constexpr, column, stop, source, STRIDE: gl.constexpr, GATHERED: gl.constexpr
-):
-    """`_load_tile` for rows anywhere, with zeros for columns from `stop` on: memory there may be no numbers."""
-    place = source.place + column + gl.arange(0, COLUMNS, _COPIES_ROW)
-    inside = place < source.place + stop
-    slots = place.to(gl.int64)
-    if GATHERED:  # noqa: SIM102  # one test is of the compiler, the other of the device
-        if source.by_index:
-            slots = gl.load(source.slots + place, mask=inside, other=0).to(gl.int64)
-    at = gl.expand_dims(source.rows + slots * STRIDE, 1)
-    inside = gl.expand_dims(inside, 1)
+def _load(tiles, PART: gl.constexpr, at, inside):  # type: ignore[no-untyped-def]
+    """Load one part of `keys`, and with it the rest. There are zeros for rows that are not `inside`: memory there may
+    be no numbers."""
+    at, inside = gl.expand_dims(at, 1), gl.expand_dims(inside, 1)
     element = gl.expand_dims(gl.arange(0, HALF, _COPIES_ELEMENT), 0)
-    _copy_rows(tiles.keys[PART].index(0), at + (PART % 2 * HALF + element), inside & (element < HALF))
+    _copy(tiles.keys[PART].index(0), at + (PART % 2 * HALF + element), inside & (element < HALF))
     if PART == 1 or PART == 2:
         element = gl.expand_dims(gl.arange(0, REST, _COPIES_ELEMENT), 0)
-        _copy_rows(tiles.rests[PART // 2].index(0), at + (2 * HALF + element), inside & (element < REST))
+        _copy(tiles.rests[PART // 2].index(0), at + (2 * HALF + element), inside & (element < REST))
     async_copy.mbarrier_arrive(tiles.there[PART], increment_count=False)

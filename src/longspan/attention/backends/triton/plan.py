@@ -1,6 +1,6 @@
 """The work of a launch in device memory: made for one step, or with room to be refilled for a CUDA graph.
 
-It owns the buffers and the copies to them. `work.py` computes their content, and the kernels in `attend.py` read it.
+It owns the buffers and the copies to them. `work.py` computes their content, and the kernels read it.
 """
 
 from __future__ import annotations
@@ -70,24 +70,30 @@ class Capacity:
 class WorkPlan:
     """The work of one launch as int32 on the device: adjacent and gathered items, splits, bounds, index.
 
-    A launch has one program for each item that fits into the buffers; programs without work end at once. Raises
-    ValueError if the work does not fit into `capacity`. An `index` and a `buffer` that are passed belong to the caller,
-    who sends the buffer.
+    `counts` are the numbers of adjacent and of gathered items. `arrived` counts, for each first partial result of some
+    rows and each of `heads` KV heads, the programs that have stored such a result. The last one sets it to 0 again.
+
+    Raises ValueError if the work does not fit into `capacity`. An `index` and a `buffer` that are passed belong to the
+    caller, who sends the buffer.
     """
 
     def __init__(
         self,
         work: Work,
         device: torch.device,
+        heads: int,
         capacity: Capacity | None = None,
         index: Tensor | None = None,
         buffer: StepBuffer | None = None,
     ) -> None:
         self.capacity = room = capacity or Capacity.of(work)
-        counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2
+        counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2, 2
         self._sizes = [-(-count // _ALIGNED) * _ALIGNED for count in counts]
         self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
-        self.adjacent, self.gathered, self.splits, self.bounds = torch.split(self._table.device, self._sizes)
+        parts = torch.split(self._table.device, self._sizes)
+        self.adjacent, self.gathered, self.splits, self.bounds, self.counts = parts
+        waiting, made = room.partials * heads, torch.zeros if room.partials else torch.empty
+        self.arrived = made(max(waiting, 1), dtype=torch.int32, device=device)
         self.index = torch.empty(max(room.index, 1), dtype=torch.int32, device=device) if index is None else index
         self._decode: _GrowingWork | None = None  # what `fill_decode` was given last, unless `fill` came after it
         if not self.fill(work):
@@ -99,7 +105,8 @@ class WorkPlan:
             return False
         self._decode = None
         table = array("i")
-        records: tuple[Sequence[tuple[int, ...]], ...] = work.adjacent, work.gathered, work.splits, work.bounds
+        counts = len(work.adjacent), len(work.gathered)
+        records: list[Sequence[tuple[int, ...]]] = [work.adjacent, work.gathered, work.splits, work.bounds, [counts]]
         for size, some in zip(self._sizes, records, strict=True):
             part = array("i", chain.from_iterable(some))
             table.extend(part)
@@ -116,8 +123,9 @@ class WorkPlan:
         The work is that of `columns`, in tiles of `tile` columns.
         """
         self._decode = _GrowingWork(columns, tile, self._table.host, self._sizes, work)
-        at = 0
-        for size, records in zip(self._sizes, (work.adjacent, work.gathered, work.splits, work.bounds), strict=True):
+        at, counts = 0, np.array([len(work.adjacent), len(work.gathered)])
+        fields = work.adjacent, work.gathered, work.splits, work.bounds, counts
+        for size, records in zip(self._sizes, fields, strict=True):
             self._table.host[at : at + records.size] = records.reshape(-1)
             self._table.host[at + records.size : at + size] = 0  # an item of size 0 is no work
             at += size
@@ -210,7 +218,7 @@ class Plans:
         return self._plans[tiling]
 
     def _make(self, tiling: Tiling) -> WorkPlan:
-        return WorkPlan(self._work(tiling), self._device)
+        return WorkPlan(self._work(tiling), self._device, tiling.kv_heads)
 
 
 class RefillablePlans(Plans):
@@ -272,7 +280,8 @@ class RefillablePlans(Plans):
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("attend once with these runs before the capture: its buffers must outlive the graph")
         index = self._table.index if self._table else None
-        return WorkPlan(self._work(tiling), self._device, self._capacity(tiling), index, self._buffer)
+        room = self._capacity(tiling)
+        return WorkPlan(self._work(tiling), self._device, tiling.kv_heads, room, index, self._buffer)
 
     def _capacity(self, tiling: Tiling) -> Capacity:
         """The size of the buffers for decode rows with one range of slots each."""

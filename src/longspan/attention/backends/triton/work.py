@@ -15,6 +15,8 @@ from longspan.plan.reach import QueryRun
 
 SHORT_SPAN = 1024  # tokens; adjacent spans shorter than this are read as one range, through an index of slots
 LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
+LEAST_OF_FEW = 128  # the same for few rows, which are merged sooner
+FEW_ROWS = 32  # of a tile
 FIXED_COST = 96  # time to start and end a program, in columns that could be read meanwhile
 WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
 
@@ -43,6 +45,10 @@ class Item(NamedTuple):
     stop: int
     # where the result goes: a block of the partial results, or the final result if this is -1
     partial: int
+    # first partial result of the same rows, or -1
+    part: int
+    # partial result of the same rows after the last, or -1
+    last: int
 
 
 class Split(NamedTuple):
@@ -209,6 +215,11 @@ def plan_work(visible: Sequence[VisibleColumns], index: Slots, rows: int, tiling
     return Work(draft.items, draft.gathered, draft.splits, bounds, index, draft.partials)
 
 
+def least_piece(tiling: Tiling) -> int:
+    """Fewest columns of an item whose rows other items share."""
+    return LEAST_OF_FEW if tiling.block_m <= FEW_ROWS else LEAST_PIECE
+
+
 def most_blocks(rows: int, tiling: Tiling) -> int:
     """Most blocks for `rows` rows, in runs of any length."""
     return rows * -(-tiling.group // tiling.block_m)
@@ -279,7 +290,7 @@ def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
     candidates = {longest}
     for waves in WAVES:
         length = -(-total // (tiling.programs * waves))
-        candidates.add(min(longest, max(LEAST_PIECE, _up(length, tiling.block_n))))
+        candidates.add(min(longest, max(least_piece(tiling), _up(length, tiling.block_n))))
 
     def ends(candidate: int) -> float:
         """Estimated time of the launch, in columns that a program reads meanwhile."""
@@ -302,17 +313,18 @@ def _add(draft: _Draft, block: _Block, longest: int, tile: int) -> None:
         length = r.stop - r.start
         size = _up(-(-length // -(-length // longest)), tile)
         pieces += [Stretch(at, min(at + size, r.stop), r.place, r.gathered) for at in range(r.start, r.stop, size)]
-    part = draft.partials if len(pieces) > 1 else -1
+    part, last = -1, -1
     if len(pieces) > 1:
-        draft.partials += len(pieces)
-        draft.splits.append(Split(block.row, block.first, block.size, part, draft.partials))
+        part, last = draft.partials, draft.partials + len(pieces)
+        draft.partials = last
+        draft.splits.append(Split(block.row, block.first, block.size, part, last))
     for number, piece in enumerate(pieces or [Stretch(0, 0, 0, False)]):
         full_start = min(_up(max(block.full_low - piece.start, 0), tile), _up(piece.stop - piece.start, tile))
         full_start += piece.start
         whole = max(min(block.full_high, piece.stop) - full_start, 0) // tile * tile
         item = Item(
             block.row, block.first, block.size, piece.place, piece.start,
-            full_start, full_start + whole, piece.stop, part + number if part >= 0 else -1,
+            full_start, full_start + whole, piece.stop, part + number if part >= 0 else -1, part, last,
         )  # fmt: skip
         (draft.gathered if piece.gathered else draft.items).append(item)
 
