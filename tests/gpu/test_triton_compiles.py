@@ -64,7 +64,7 @@ def test_only_rows_of_512_values_and_the_largest_tiles_spill(variants):
 def test_a_launch_for_adjacent_and_gathered_slots_takes_what_one_for_adjacent_slots_takes(variants):
     adjacent, both = (next(v for v in variants if v["variant"] == f"decode 128{which}") for which in ("", " gathered"))
     assert both["shared"] == adjacent["shared"]
-    assert both["registers"] <= adjacent["registers"] + 40
+    assert both["registers"] <= adjacent["registers"] + 50
 
 
 def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group(variants):

@@ -81,7 +81,7 @@ def test_counters_are_at_0_after_each_launch_so_that_the_next_one_merges_too():
         for _ in range(2):  # as in two layers
             part, fresh = refillable.attend(q, kv, HEADS, 0.2), backend.attend(q, runs, kv, HEADS, 0.2)
             assert torch.equal(part.out, fresh.out) and torch.equal(part.lse, fresh.lse)
-            assert not plan.arrived.any()
+            assert not plan.arrived.any() and plan.counts.tolist()[2] == 0
 
 
 def test_no_more_programs_are_launched_than_run_at_a_time(monkeypatch):
@@ -102,11 +102,12 @@ def test_no_more_programs_are_launched_than_run_at_a_time(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("processors", [None, 40], ids=["all processors", "several turns"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_replays_of_a_graph_give_the_same_bits(dim):
+def test_replays_of_a_graph_give_the_same_bits(dim, processors):
     """Layers share the buffers of parts, so that a part that is read too early is one of another layer."""
     blocks = head_blocks((0, 32), 0, 4)
-    backend = TritonBackend(DEVICE, dim)
+    backend = TritonBackend(DEVICE, dim, processors)
     shapes = (3, 32, dim), (2, 8, 20_000, dim)
     made = [[torch.randn(*shape, device=DEVICE).bfloat16() for shape in shapes] for _ in range(4)]
     layers = [(q, CacheRows(kv)) for q, kv in made]
@@ -127,4 +128,6 @@ def test_replays_of_a_graph_give_the_same_bits(dim):
             part.out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(part.out, out) for part, out in zip(parts, first, strict=True))
-    assert not any(plan.arrived.any() for plan in refillable.plans.plans)
+    (plan,) = refillable.plans.plans
+    assert processors is None or 8 * plan.counts[:2].sum() > 2 * processors  # pairs, and programs
+    assert not plan.arrived.any() and plan.counts[2] == 0

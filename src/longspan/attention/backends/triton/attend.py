@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.attention.backends.triton.items import fetch, item_of
+from longspan.attention.backends.triton.items import ask_for_pair, fetch, item_of, number_of_pair
 from longspan.attention.backends.triton.reduce import merge_rows
 from longspan.early_launch import wait_for_inputs
 
@@ -33,8 +33,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     those of `Shape`.
 
     Without `TURNS` there is a program for each (item, KV head): the first `adjacent` take `items`, and with `GATHERED`
-    the others take `gathered`. With it any number of programs take all pairs in turn, and the last program that has
-    computed a part of some rows merges their parts, `ROWS` rows and `PARTS` parts at a time.
+    the others take `gathered`. With it any number of programs take all pairs in turn: the first by its own number,
+    others as it gets free. The last program that has computed a part of some rows merges their parts, `ROWS` rows and
+    `PARTS` parts at a time, in the same order whoever computed them.
     """
     if TURNS:
         here = tl.load(counts) * heads
@@ -51,17 +52,16 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
                     KEY, VALUE, STRIDES, GATHERED, 2 * BLOCK_N,
                 )  # fmt: skip
         wait_for_inputs(EARLY)
-        # every other round is in reverse, because items are in order of length
-        last = tl.where(total // places % 2 == 0, program, places - 1 - program)
-        rounds = total // places + (last < total % places).to(tl.int32)
-        for turn in tl.range(0, rounds, num_stages=1):
-            pair = turn * places + tl.where(turn % 2 == 0, program, places - 1 - program)
+        wanted, pair = (total > places).to(tl.int32), program  # no number is wanted where each program has one pair
+        while pair < total:
+            taken = ask_for_pair(counts, wanted)
             item, by_index = item_of(items, gathered, pair // heads, here // heads, FIELDS, GATHERED)
             _attend(
                 item, by_index, pair % heads, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides,
                 head_strides, out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS, STRIDES,
                 GATHERED, FLIP, SPLIT, TURNS, BLOCK_M, BLOCK_N, PARTS, ROWS,
             )  # fmt: skip
+            pair = places + number_of_pair(taken, counts, total, wanted)
     else:
         item, by_index = item_of(items, gathered, tl.program_id(0), adjacent, FIELDS, GATHERED)
         size = tl.load(item + 2)
