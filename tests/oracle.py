@@ -112,6 +112,18 @@ DEEP = [
     Family("llama-wide-biases", "llama", {"head_dim": 16, "attention_bias": True}),
     Family("mistral-wide", "mistral", {"head_dim": 16, "sliding_window": 8}),
     Family("qwen3-seven", "qwen3", {"num_hidden_layers": 7, "use_sliding_window": False}),
+    # latents as wide as the models', and heads enough for kernels that are made for them
+    Family(
+        "deepseek-v3-wide",
+        "deepseek_v3",
+        {
+            **BY_NAME["deepseek-v3"].fields,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 64,
+        },
+    ),
     Family("deepseek-v3-deep", "deepseek_v3", {**BY_NAME["deepseek-v3"].fields, "num_hidden_layers": 4}),
 ]
 BY_NAME |= {family.name: family for family in DEEP}

@@ -30,7 +30,11 @@ from tests.oracle import prompt_of, tiny_folder
 LENGTHS = (30, 1, 7, 100, 47)
 MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5)]
 PARAMS = [SamplingParams(max_tokens=3, temperature=0), SamplingParams(max_tokens=3, temperature=0.8, top_p=0.9)]
-WRITTEN = {"attend_kernel": (9, 10), "_merge_kernel": (3, 4)}  # arguments that hold a kernel's result
+WRITTEN = {
+    "attend_kernel": (9, 10),
+    "latent_kernel": (7, 8),
+    "_merge_kernel": (3, 4),
+}  # arguments that hold a kernel's result
 
 
 class Keys:
@@ -58,14 +62,14 @@ class Keys:
 
 
 def started(tiny, model):
-    """An engine whose attention is Triton's, as on one GPU; its steps are recorded as far as they are there.
+    """An engine whose attention is Triton's, as on one GPU of type Hopper; its steps are recorded as far as there.
 
     Its steps are shorter than the contexts whose columns are divided among programs.
     """
-    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=320, kv_cache_memory_bytes=1 << 21, debug=False)
+    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=320, kv_cache_memory_bytes=1 << 22, debug=False)
     (runner,) = llm.engine.executor.runners
     attention = runner.attention
-    backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132)
+    backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132, specialised=True)
     attention.ops = replace(attention.ops, backend=backend)
     if not attention.preparer.expansion.pays(SHORT_SIZES[-1], 1):
         recorder = EagerRecorder()
@@ -91,7 +95,7 @@ def started_with_drafts(tiny, ahead):
     return llm
 
 
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "deepseek-v3 recorded", "drafts", "drafts ahead"])
+@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "deepseek-v3 recorded", "deepseek-v3-wide", "drafts", "drafts ahead"])
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
@@ -102,7 +106,7 @@ def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch
     (runner,) = llm.engine.executor.runners
     make_ready(runner, llm.engine.setup, shown=False)
     warm = set(keys.found)
-    assert {name for name, _, _ in warm} >= {"attend_kernel", "_write_kernel"}
+    assert {name for name, _, _ in warm} >= {"latent_kernel" if "wide" in model else "attend_kernel", "_write_kernel"}
     for lengths in MIXTURES:
         for params in PARAMS:
             llm.generate([prompt_of(length, 9) for length in lengths], params)

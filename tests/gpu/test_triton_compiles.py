@@ -11,6 +11,9 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
+from longspan.attention.backends.triton import hopper
 from tests.gpu import compile_attend
 
 VARIANTS = (  # a sample: each takes 2 to 10 s where nothing is in Triton's cache
@@ -23,12 +26,16 @@ WIDEST = (  # of each row of the table of tiles: what takes most shared memory
 REGISTERS = 65536  # of a processor
 
 
-def compiled(*variants):
+def lines_of(module, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.gpu.compile_attend", *variants]
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled(*variants):
+    found = lines_of("tests.gpu.compile_attend", *variants)
     assert len(found) == len(variants)
     return found
 
@@ -64,6 +71,25 @@ def test_unquantised_half_precision_uses_the_matrix_instructions_of_a_warp_group
     for variant in variants:
         if variant["arch"] == 90 and not any(word in variant["variant"] for word in ("int8", "fp8", "fp32")):
             assert variant["wgmma"] and not variant["mma"], variant
+
+
+def latents_keep_results_in_registers(*variants):
+    for variant in lines_of("tests.gpu.compile_latents", *variants):
+        assert variant["shared"] <= compile_attend.Chip.LARGE.value, variant
+        # none by versions that it is used with; results of one tile are 512 bytes a thread
+        assert variant["stack"] <= (0 if triton.__version__[:3] in hopper.VERSIONS else 128), variant
+        assert variant["wgmma"] and not variant["mma"], variant
+        assert variant["waits"] and not variant["stores_before_it"], variant
+
+
+def test_the_kernel_of_latents_keeps_results_in_registers():
+    latents_keep_results_in_registers("gathered")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
+def test_the_kernel_of_latents_keeps_results_in_registers_in_every_variant():
+    latents_keep_results_in_registers()
 
 
 def test_kernels_that_are_launched_early_wait_before_they_store(variants):

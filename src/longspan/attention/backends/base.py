@@ -61,6 +61,8 @@ class AttentionBackend:
     unwanted: Callable[[BackendShape], str | None] = lambda shape: None
     # why `auto` takes it, for people
     reason: str = "serves this model on this device"
+    # returns which of its kernels computes a shape, for people, or None if there is nothing to say
+    detail: Callable[[BackendShape], str | None] = lambda shape: None
     # (new tokens, tokens of each shard before them, whether these are in several runs) of prefills for which it
     # prepares something on first use
     long_steps: tuple[tuple[int, int, bool], ...] = ()

@@ -52,16 +52,21 @@ def choose_backend(
         problem = _problem(backends[requested], device_type, shape, is_installed)
         if problem:
             raise ConfigError("attention_backend", requested, problem, "give another one, or auto")
-        return Choice(backends[requested], "asked for")
+        return _choice(backends[requested], "asked for", shape)
     lacking: list[str] = []
     for backend in backends.values():
         if not backend.automatic or not _runs_on(backend, device_type):
             continue
         problem = _problem(backend, device_type, shape, is_installed) or backend.unwanted(shape)
         if problem is None:
-            return Choice(backend, "; ".join(lacking) or backend.reason)
+            return _choice(backend, "; ".join(lacking) or backend.reason, shape)
         lacking.append(f"{backend.name} {problem}")
     raise ConfigError("attention_backend", requested, "; ".join(lacking) or f"none runs on {device_type}", "name one")
+
+
+def _choice(backend: AttentionBackend, reason: str, shape: BackendShape) -> Choice:
+    """The choice of a backend, with what it says of a shape."""
+    return Choice(backend, "; ".join(filter(None, (reason, backend.detail(shape)))))
 
 
 def _runs_on(backend: AttentionBackend, device_type: str) -> bool:

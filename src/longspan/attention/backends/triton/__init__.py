@@ -25,6 +25,13 @@ def _build(device: torch.device, shape: BackendShape) -> Backend:
     return TritonBackend(device, shape.value_dim)
 
 
+def _detail(shape: BackendShape) -> str | None:
+    """See `AttentionBackend.detail`."""
+    from longspan.attention.backends.triton.hopper import kernel_of_latents
+
+    return kernel_of_latents(shape)
+
+
 BACKEND = AttentionBackend(
-    "triton", devices=("cuda",), supports=_supports, build=_build, package="triton", device_slots=True
+    "triton", devices=("cuda",), supports=_supports, build=_build, package="triton", detail=_detail, device_slots=True
 )

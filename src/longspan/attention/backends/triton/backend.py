@@ -25,6 +25,7 @@ from longspan.attention.backends.triton.config import (
     rows_at_once,
     shape_of,
 )
+from longspan.attention.backends.triton.hopper import problem_of_latent_kernel
 from longspan.attention.backends.triton.merge import merge_parts
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, SPLIT_FIELDS, Plans, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.reduce import reduce_kernel
@@ -62,14 +63,22 @@ class _Keys:
 class TritonBackend(RecordableBackend):
     """Decode, the off-diagonal of a prefill and the diagonal are one kernel with different work.
 
-    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. To capture a CUDA graph, attend with
-    runs from `refillable` once before the capture, which allocates buffers, and once in it. `fill` them before each
-    replay.
+    `value_dim` is the number of elements of a value in a cache with `kv_factor` 1. `specialised` says whether many rows
+    of latents are computed by `latent.py`, None to decide by the device. To capture a CUDA graph, attend with runs from
+    `refillable` once before the capture, which allocates buffers, and once in it. `fill` them before each replay.
     """
 
-    def __init__(self, device: torch.device, value_dim: int, processors: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        value_dim: int,
+        processors: int | None = None,
+        specialised: bool | None = None,
+    ) -> None:
         self._device = device
-        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device))
+        if specialised is None:
+            specialised = _specialised(device)
+        self._launcher = _Launcher(value_dim, processors or _processors(device), _chip(device), specialised)
         self._table: ColumnTable | None = None  # of all refillable runs
 
     causal_runs = True
@@ -170,6 +179,8 @@ class _Launcher:
     processors: int
     # decides the tiles
     chip: Chip
+    # whether `latent.py` may be used
+    specialised: bool
 
     def fresh(self, k: Tensor, v: Tensor | None, wide: bool) -> _Keys:
         """The keys k [T, Hkv, D] and values v [T, Hkv, Dv] of new tokens; `wide` for fp32 queries."""
@@ -213,7 +224,7 @@ class _Launcher:
         )
         for block in blocks if tokens else ():
             rows = plans.longest * block.group
-            config = config_for(keys.shape, rows, self.chip)
+            config = config_for(keys.shape, rows, self.chip, self.specialised and _suits_latent_kernel(q, keys, block))
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
             _launch(q, keys, block, scale, config, plans.plan(tiling), programs, whole, rows)
@@ -239,26 +250,68 @@ def _launch(
     heads, width, room = block.kv_heads, whole.out.shape[2], plan.capacity
     part_out = q.new_empty((room.partials, heads, config.block_m, width), dtype=torch.float32)
     part_lse = q.new_empty((room.partials, heads, config.block_m), dtype=torch.float32)
-    shape, out_strides = keys.shape, (whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0))
-    items, early = room.adjacent + room.gathered, early_options(q.device)
+    if config.specialised:
+        # imported where it is used: Gluon is experimental, and only one kind of device needs it
+        from longspan.attention.backends.triton.latent_launch import launch_latents
+
+        launch_latents(q, keys.keys[block.kv_start], block, scale * LOG2_E, plan, whole, part_out, part_lse)
+    else:
+        _launch_any(q, keys, block, scale * LOG2_E, config, plan, programs, whole, part_out, part_lse)
+    if room.splits and not config.turns:
+        reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
+            plan.splits, whole.out, whole.lse, part_out, part_lse, _strides(whole), block.q_start, block.group, heads,
+            WIDTH=width, BLOCK_M=config.block_m, PARTS=16, FIELDS=SPLIT_FIELDS, **early_options(q.device), num_warps=4,
+            enable_fp_fusion=FUSED,
+        )  # fmt: skip
+
+
+def _launch_any(
+    q: Tensor,
+    keys: _Keys,
+    block: HeadBlock,
+    scale: float,
+    config: Config,
+    plan: WorkPlan,
+    programs: int,
+    whole: AttentionState,
+    part_out: Tensor,
+    part_lse: Tensor,
+) -> None:
+    """Compute the items of one block with `attend_kernel`. `scale` is that of scores times log2(e)."""
+    shape, heads, room, width = keys.shape, block.kv_heads, plan.capacity, whole.out.shape[2]
+    items = room.adjacent + room.gathered
     attend_kernel[(min(programs, items * heads),) if config.turns else (items, heads)](
         plan.adjacent, plan.gathered, room.adjacent, plan.counts, plan.arrived, plan.bounds, plan.index, q,
         (keys.keys, keys.values, keys.key_scales, keys.value_scales),
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
-        tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), out_strides,
-        (block.q_start, block.kv_start), block.group, heads, scale * LOG2_E,
+        tuple(x.stride(0) for x in (keys.keys, keys.values, keys.key_scales)), _strides(whole),
+        (block.q_start, block.kv_start), block.group, heads, scale,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
         FLIP=config.flip, SPLIT=config.split, TURNS=config.turns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        FIELDS=ITEM_FIELDS, PARTS=PARTS, ROWS=rows_at_once(config, width), **early,
+        FIELDS=ITEM_FIELDS, PARTS=PARTS, ROWS=rows_at_once(config, width), **early_options(q.device),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip
-    if room.splits and not config.turns:
-        reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
-            plan.splits, whole.out, whole.lse, part_out, part_lse, out_strides, block.q_start, block.group, heads,
-            WIDTH=width, BLOCK_M=config.block_m, PARTS=16, FIELDS=SPLIT_FIELDS, **early, num_warps=4,
-            enable_fp_fusion=FUSED,
-        )  # fmt: skip
+
+
+def _suits_latent_kernel(q: Tensor, keys: _Keys, block: HeadBlock) -> bool:
+    """Whether `latent.py` can read these tensors: one KV head, and rows that begin at multiples of 16 bytes.
+
+    Of the strides of queries, which are no constants, the compiler knows only whether they are multiples of 16.
+    """
+    rows = keys.keys[block.kv_start]
+    return (
+        q.dtype == rows.dtype
+        and block.kv_heads == 1
+        and q.stride(0) % 16 == q.stride(1) % 16 == 0
+        and rows.stride(0) % 8 == 0
+        and rows.data_ptr() % 16 == 0
+    )
+
+
+def _strides(whole: AttentionState) -> tuple[int, int, int]:
+    """Of out from token to token and from head to head, and of lse from token to token."""
+    return whole.out.stride(0), whole.out.stride(1), whole.lse.stride(0)
 
 
 def _processors(device: torch.device) -> int:
@@ -274,6 +327,13 @@ def _chip(device: torch.device) -> Chip:
         return Chip.LARGE
     properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the attribute
     return Chip.with_shared(properties.shared_memory_per_block_optin)
+
+
+def _specialised(device: torch.device) -> bool:
+    """Whether `latent.py` can be used on the device."""
+    if device.type != "cuda":
+        return False
+    return problem_of_latent_kernel(torch.cuda.get_device_capability(device)[0]) is None
 
 
 def _stored(dtype: torch.dtype | None) -> torch.dtype:

@@ -38,6 +38,10 @@ class Shape:
     wide: bool
 
 
+# what `latent.py` computes: DeepSeek's latents
+SPECIALISED = Shape((512, 512, 64, 64), (512, 512, 0, 0), 0, True, False)
+
+
 class Chip(Enum):
     """A kind of device, by the bytes of shared memory that one program can have."""
 
@@ -77,6 +81,8 @@ class Config:
     # whether there are no more programs than run at a time, which take items in turn, and the last one that has
     # computed a part of some rows merges the parts: for rows so few that one program merges them quickly
     turns: bool = False
+    # whether `latent.py` computes it, whose groups of warps do different things; `warps` are then those of a group
+    specialised: bool = False
 
 
 def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool, wide: bool) -> Shape:
@@ -98,13 +104,18 @@ def shape_of(key_dim: int, value_dim: int, groups: tuple[int, ...], shared: bool
     return Shape(key, value, len(groups), shared, wide)
 
 
-def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE) -> Config:
-    """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head."""
+def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE, specialised: bool = False) -> Config:
+    """The configuration for runs of up to `rows` rows, where rows are tokens · query heads of a KV head.
+
+    `specialised` if `latent.py` may compute the shape that it is made for.
+    """
     width = max(shape.key[0] + shape.key[2], shape.value[0] + shape.value[2])
     if shape.wide:
         stages = 1 if chip is Chip.SMALL and width > 256 else 2
         return Config(16, 32 if width <= 64 else 16, 4, stages, 1, False)
     if width > 256:
+        if specialised and rows >= 64 and shape == SPECIALISED:
+            return Config(64, 64, 4, 1, 1, False, specialised=True)
         return _latent(shape, rows, chip)
     if rows <= 32 and not shape.groups:
         return _decode(width, 16 if rows <= 16 else 32, chip)
