@@ -95,7 +95,10 @@ def started_with_drafts(tiny, ahead):
     return llm
 
 
-@pytest.mark.parametrize("model", ["llama", "deepseek-v3", "deepseek-v3 recorded", "deepseek-v3-wide", "drafts", "drafts ahead"])
+MODELS = ["llama", "deepseek-v3", "deepseek-v3 recorded", "deepseek-v3-wide", "drafts", "drafts ahead"]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
