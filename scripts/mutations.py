@@ -138,13 +138,7 @@ ATTENTION = (
     Fault(
         "the counter of stored parts is not set back", "attention/backends/triton/attend.py",
         "tl.store(arrived + part * heads + head, 0)", "tl.store(arrived + part * heads + head, others + 1)",
-        ("tests/gpu/test_triton_turns.py::"
-         "test_counters_are_at_0_after_each_launch_so_that_the_next_one_merges_too",),
-    ),
-    Fault(
-        "the counter of pairs that are taken is not set back", "attention/backends/triton/items.py",
-        "if number == total - 1:", "if number == total:",
-        ("tests/gpu/test_triton_turns.py::"
+        ("tests/gpu/test_triton_parts.py::"
          "test_counters_are_at_0_after_each_launch_so_that_the_next_one_merges_too",),
     ),
     Fault(

@@ -106,7 +106,7 @@ def compile_variant(shape: Shape, config: Config, cached: str, gathered: bool, a
         "KEY": shape.key, "VALUE": shape.value, "SHARED": shape.shared, "GROUPS": shape.groups,
         "STRIDES": (key, key if shape.shared else value, max(1, shape.groups)), "GATHERED": gathered,
         "FLIP": config.flip, "SPLIT": config.split, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "FIELDS": ITEM_FIELDS, "TURNS": config.turns, "PARTS": PARTS, "ROWS": rows_at_once(config, value),
+        "FIELDS": ITEM_FIELDS, "MERGES": config.merges, "PARTS": PARTS, "ROWS": rows_at_once(config, value),
         "EARLY": arch >= H100,
     }  # fmt: skip
     types: dict[str, object] = {

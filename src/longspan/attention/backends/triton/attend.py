@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longspan.attention.backends.triton.items import ask_for_pair, fetch, item_of, number_of_pair
+from longspan.attention.backends.triton.items import fetch, item_of
 from longspan.attention.backends.triton.reduce import merge_rows
 from longspan.early_launch import wait_for_inputs
 
@@ -21,57 +21,48 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotat
     items, gathered, adjacent, counts, arrived, bounds, index, q, kv, out, lse, part_out, part_lse,
     q_strides, head_strides, out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, MERGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, FIELDS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One item of work and KV head by online softmax (Milakov & Gimelshein 2018; FlashAttention), or several in turn.
+    """A program for each item of work and KV head: online softmax (Milakov & Gimelshein 2018; FlashAttention).
 
     `items`, `gathered`, `counts`, `arrived`, `bounds` and `index` are buffers of a `WorkPlan`; an item's fields are
     those of `Item`, in order. `kv` is (keys, values, key scales, value scales). `scale` is that of scores times
     log2(e), because exp2 is used. `KEY` and `VALUE` are `Parts`. `STRIDES` of slots in keys, values and scales are
-    constants, so that offsets within a tile are. `FLIP`, `SPLIT` and `TURNS` are of `Config`; `SHARED` and `GROUPS` are
-    those of `Shape`.
+    constants, so that offsets within a tile are. `FLIP`, `SPLIT` and `MERGES` are of `Config`; `SHARED` and `GROUPS`
+    are those of `Shape`.
 
-    Without `TURNS` there is a program for each (item, KV head): the first `adjacent` take `items`, and with `GATHERED`
-    the others take `gathered`. With it any number of programs take all pairs in turn: the first by its own number,
-    others as it gets free. The last program that has computed a part of some rows merges their parts, `ROWS` rows and
-    `PARTS` parts at a time, in the same order whoever computed them.
+    With `MERGES` the heads of an item follow each other, and gathered items the adjacent ones, so that programs without
+    work come last. The last program that has computed a part of some rows merges their parts, `ROWS` rows and `PARTS`
+    parts at a time, in the same order whoever computed them. Without it the first `adjacent` programs take `items`, and
+    with `GATHERED` the others take `gathered`.
     """
-    if TURNS:
-        here = tl.load(counts) * heads
+    if MERGES:
+        pair = tl.program_id(0)
+        here = tl.load(counts)
         total = here
         if GATHERED:
-            total += tl.load(counts + 1) * heads
-        places, program = tl.num_programs(0), tl.program_id(0)
-        if EARLY:  # noqa: SIM102  # one test is of the compiler, the other of the device
-            if program < total:  # the first tiles, while the kernels before this one end
-                item, by_index = item_of(items, gathered, program // heads, here // heads, FIELDS, GATHERED)
-                kv_head = (first_heads[1] + program % heads).to(tl.int64)
-                fetch(
-                    item, by_index, index, kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
-                    KEY, VALUE, STRIDES, GATHERED, 2 * BLOCK_N,
-                )  # fmt: skip
-        wait_for_inputs(EARLY)
-        wanted, pair = (total > places).to(tl.int32), program  # no number is wanted where each program has one pair
-        while pair < total:
-            taken = ask_for_pair(counts, wanted)
-            item, by_index = item_of(items, gathered, pair // heads, here // heads, FIELDS, GATHERED)
-            _attend(
-                item, by_index, pair % heads, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides,
-                head_strides, out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS, STRIDES,
-                GATHERED, FLIP, SPLIT, TURNS, BLOCK_M, BLOCK_N, PARTS, ROWS,
-            )  # fmt: skip
-            pair = places + number_of_pair(taken, counts, total, wanted)
+            total += tl.load(counts + 1)
+        number, head, there = pair // heads, pair % heads, here
     else:
-        item, by_index = item_of(items, gathered, tl.program_id(0), adjacent, FIELDS, GATHERED)
-        size = tl.load(item + 2)
-        wait_for_inputs(EARLY)
-        if size > 0:
-            _attend(
-                item, by_index, tl.program_id(1), arrived, bounds, index, q, kv, out, lse, part_out, part_lse,
-                q_strides, head_strides, out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS,
-                STRIDES, GATHERED, FLIP, SPLIT, TURNS, BLOCK_M, BLOCK_N, PARTS, ROWS,
+        number, head, there, total = tl.program_id(0), tl.program_id(1), adjacent, tl.num_programs(0)
+    item, by_index = item_of(items, gathered, number, there, FIELDS, GATHERED)
+    wanted = number < total
+    if MERGES and EARLY:  # noqa: SIM102  # one test is of the compiler, the other of the device
+        if wanted:  # the first tiles, while the kernels before this one end
+            kv_head = (first_heads[1] + head).to(tl.int64)
+            fetch(
+                item, by_index, index, kv[0] + kv_head * head_strides[0], kv[1] + kv_head * head_strides[1],
+                KEY, VALUE, STRIDES, GATHERED, 2 * BLOCK_N,
             )  # fmt: skip
+    size = tl.load(item + 2, mask=wanted, other=0)
+    wait_for_inputs(EARLY)
+    if size > 0:
+        _attend(
+            item, by_index, head, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides, head_strides,
+            out_strides, first_heads, group, heads, scale, KEY, VALUE, SHARED, GROUPS, STRIDES, GATHERED, FLIP, SPLIT,
+            MERGES, BLOCK_M, BLOCK_N, PARTS, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -79,7 +70,7 @@ def _attend(  # type: ignore[no-untyped-def]
     item, by_index, head, arrived, bounds, index, q, kv, out, lse, part_out, part_lse, q_strides, head_strides,
     out_strides, first_heads, group, heads, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SHARED: tl.constexpr, GROUPS: tl.constexpr, STRIDES: tl.constexpr,
-    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, TURNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    GATHERED: tl.constexpr, FLIP: tl.constexpr, SPLIT: tl.constexpr, MERGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One item for one KV head. `by_index` says whether its columns are gathered."""
@@ -106,18 +97,18 @@ def _attend(  # type: ignore[no-untyped-def]
         in_place = _if_wanted(by_index == 0, columns)
     top, total, mixed, mixed_rest = _columns(
         top, total, mixed, mixed_rest, queries, queries_rest, low, high, in_place, index, place, kv, scale,
-        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, SPLIT, TURNS, BLOCK_N,
+        KEY, VALUE, SHARED, GROUPS, STRIDES, False, FLIP, SPLIT, MERGES, BLOCK_N,
     )  # fmt: skip
     if GATHERED:
         top, total, mixed, mixed_rest = _columns(
             top, total, mixed, mixed_rest, queries, queries_rest, low, high, _if_wanted(by_index, columns), index,
-            place, kv, scale, KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, SPLIT, TURNS, BLOCK_N,
+            place, kv, scale, KEY, VALUE, SHARED, GROUPS, STRIDES, True, FLIP, SPLIT, MERGES, BLOCK_N,
         )  # fmt: skip
     _finish(
         partial, top, total, mixed, mixed_rest, token, q_head, valid, out, lse, part_out, part_lse, out_strides, head,
         heads, VALUE, FLIP, BLOCK_M,
     )  # fmt: skip
-    if TURNS:  # noqa: SIM102  # one test is of the compiler, the other of the device
+    if MERGES:  # noqa: SIM102  # one test is of the compiler, the other of the device
         if partial >= 0:
             tl.debug_barrier()  # what one thread adds is seen after what all threads have stored
             others = tl.atomic_add(arrived + part * heads + head, 1, sem="acq_rel", scope="gpu")

@@ -227,7 +227,7 @@ class _Launcher:
             config = config_for(keys.shape, rows, self.chip, self.specialised and _suits_latent_kernel(q, keys, block))
             programs = self.processors * config.resident
             tiling = Tiling(block.group, block.kv_heads, config.block_m, config.block_n, programs)
-            _launch(q, keys, block, scale, config, plans.plan(tiling), programs, whole, rows)
+            _launch(q, keys, block, scale, config, plans.plan(tiling), whole, rows)
         return whole
 
 
@@ -238,7 +238,6 @@ def _launch(
     scale: float,
     config: Config,
     plan: WorkPlan,
-    programs: int,
     whole: AttentionState,
     rows: int,
 ) -> None:
@@ -256,8 +255,8 @@ def _launch(
 
         launch_latents(q, keys.keys[block.kv_start], block, scale * LOG2_E, plan, whole, part_out, part_lse)
     else:
-        _launch_any(q, keys, block, scale * LOG2_E, config, plan, programs, whole, part_out, part_lse)
-    if room.splits and not config.turns:
+        _launch_any(q, keys, block, scale * LOG2_E, config, plan, whole, part_out, part_lse)
+    if room.splits and not config.merges:
         reduce_kernel[(room.splits, heads, min(rows, config.block_m))](
             plan.splits, whole.out, whole.lse, part_out, part_lse, _strides(whole), block.q_start, block.group, heads,
             WIDTH=width, BLOCK_M=config.block_m, PARTS=16, FIELDS=SPLIT_FIELDS, **early_options(q.device), num_warps=4,
@@ -272,7 +271,6 @@ def _launch_any(
     scale: float,
     config: Config,
     plan: WorkPlan,
-    programs: int,
     whole: AttentionState,
     part_out: Tensor,
     part_lse: Tensor,
@@ -280,7 +278,7 @@ def _launch_any(
     """Compute the items of one block with `attend_kernel`. `scale` is that of scores times log2(e)."""
     shape, heads, room, width = keys.shape, block.kv_heads, plan.capacity, whole.out.shape[2]
     items = room.adjacent + room.gathered
-    attend_kernel[(min(programs, items * heads),) if config.turns else (items, heads)](
+    attend_kernel[(items * heads,) if config.merges else (items, heads)](
         plan.adjacent, plan.gathered, room.adjacent, plan.counts, plan.arrived, plan.bounds, plan.index, q,
         (keys.keys, keys.values, keys.key_scales, keys.value_scales),
         whole.out, whole.lse, part_out, part_lse, q.stride()[:2],
@@ -288,7 +286,7 @@ def _launch_any(
         (block.q_start, block.kv_start), block.group, heads, scale,
         KEY=shape.key, VALUE=shape.value, SHARED=shape.shared, GROUPS=shape.groups,
         STRIDES=tuple(x.stride(1) for x in (keys.keys, keys.values, keys.key_scales)), GATHERED=room.gathered > 0,
-        FLIP=config.flip, SPLIT=config.split, TURNS=config.turns, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        FLIP=config.flip, SPLIT=config.split, MERGES=config.merges, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         FIELDS=ITEM_FIELDS, PARTS=PARTS, ROWS=rows_at_once(config, width), **early_options(q.device),
         num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=FUSED,
     )  # fmt: skip

@@ -78,9 +78,9 @@ class Config:
     flip: bool
     # whether two warp groups with 64 rows divide the columns of a tile. Otherwise both compute all scores
     split: bool = False
-    # whether there are no more programs than run at a time, which take items in turn, and the last one that has
-    # computed a part of some rows merges the parts: for rows so few that one program merges them quickly
-    turns: bool = False
+    # whether the last program that has computed a part of some rows merges the parts, in place of a reduction: for rows
+    # so few that one program merges them quickly
+    merges: bool = False
     # whether `latent.py` computes it, whose groups of warps do different things; `warps` are then those of a group
     specialised: bool = False
 
@@ -120,7 +120,7 @@ def config_for(shape: Shape, rows: int, chip: Chip = Chip.LARGE, specialised: bo
     if rows <= 32 and not shape.groups:
         return _decode(width, 16 if rows <= 16 else 32, chip)
     if rows <= 16:
-        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False, turns=True)
+        return Config(16, 64 if width <= 128 else 32, 4, 3, 2, False, merges=True)
     return _middle(width, chip) if rows <= 64 else _prefill(shape, width, chip)
 
 
@@ -137,7 +137,7 @@ def _decode(width: int, block_m: int, chip: Chip) -> Config:
         columns, stages, resident = (128, 3, 2) if width <= 64 else (64, 3, 2) if width <= 128 else (64, 3, 1)
     else:
         columns, stages, resident = (64, 3, 2) if width <= 64 else (32, 3, 2) if width <= 128 else (32, 3, 1)
-    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE, turns=True)
+    return Config(block_m, columns, 4, stages, resident, chip is Chip.LARGE, merges=True)
 
 
 def _middle(width: int, chip: Chip) -> Config:

@@ -12,7 +12,6 @@ import numpy as np
 
 from longspan.attention.backends.triton.columns import FEW_ROWS, DecodeColumns, Integers
 from longspan.attention.backends.triton.work import (
-    FIXED_COST,
     WAVES,
     Item,
     Slots,
@@ -22,6 +21,7 @@ from longspan.attention.backends.triton.work import (
     VisibleColumns,
     least_piece,
     plan_work,
+    time_of,
 )
 
 _NO_PARTIAL = -1
@@ -143,10 +143,7 @@ def _piece_length(lengths: Integers, tiling: Tiling) -> int:
     pieces = _per(lengths, np.array(ordered)[:, None]).sum(1).tolist()
 
     def ends(number: int) -> float:
-        candidate, items = ordered[number], pieces[number] * tiling.kv_heads
-        if items <= tiling.programs:
-            return candidate + FIXED_COST
-        return float((total + items * FIXED_COST) / tiling.programs + candidate / 2)
+        return time_of(ordered[number], pieces[number] * tiling.kv_heads, total, tiling)
 
     return ordered[min(range(len(ordered)), key=ends)]
 

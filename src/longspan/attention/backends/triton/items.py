@@ -1,7 +1,6 @@
-"""How a program of the attention kernel comes by its items: which ones it takes, and where they are.
+"""Which item a program of the attention kernel computes, and what of its columns is brought nearer beforehand.
 
-It owns the counter of pairs that are taken, and what of an item's columns is brought into the L2 cache before the
-kernels before this one have ended; it computes nothing.
+It computes nothing.
 """
 
 from __future__ import annotations
@@ -62,26 +61,3 @@ def _fetch_bytes(at, count):  # type: ignore[no-untyped-def]
         "{ .reg .pred %p; setp.gt.s32 %p, $2, 0; @%p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r", [at, count], tl.int32, False, 1,
     )  # fmt: skip
-
-
-@triton.jit
-def ask_for_pair(counts, wanted):  # type: ignore[no-untyped-def]
-    """Take the next number from the counter in `counts` if `wanted` is 1, and none if it is 0.
-
-    `number_of_pair` gives the number, and waits for it; work between the two hides the wait. (After the addition of a
-    scalar all threads would wait at once.)
-    """
-    lane = tl.arange(0, _LANES)
-    return tl.atomic_add(counts + 2 + lane * 0, 1, mask=lane < wanted, sem="relaxed")
-
-
-@triton.jit
-def number_of_pair(taken, counts, total, wanted):  # type: ignore[no-untyped-def]
-    """The number that `ask_for_pair` took, or `total` if none was `wanted`.
-
-    A number is taken for each of `total` pairs. Who took the last one sets the counter to 0, for the next launch.
-    """
-    number = tl.min(tl.where(tl.arange(0, _LANES) < wanted, taken, total), 0)
-    if number == total - 1:
-        tl.store(counts + 2, 0)
-    return number

@@ -70,8 +70,7 @@ class Capacity(NamedTuple):
 class WorkPlan:
     """The work of one launch as int32 on the device: adjacent and gathered items, splits, bounds, index.
 
-    `counts` are the numbers of adjacent and of gathered items, and 0: the kernel counts there the (item, KV head) pairs
-    that its programs have taken, and sets it to 0 again. `arrived` counts, for each first partial result of some
+    `counts` are the numbers of adjacent and of gathered items. `arrived` counts, for each first partial result of some
     rows and each of `heads` KV heads, the programs that have stored such a result. The last one sets it to 0 again.
 
     Raises ValueError if the work does not fit into `capacity`. An `index` and a `buffer` that are passed belong to the
@@ -88,7 +87,7 @@ class WorkPlan:
         buffer: StepBuffer | None = None,
     ) -> None:
         self.capacity = room = capacity or Capacity.of(work)
-        counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2, 3
+        counts = room.adjacent * ITEM_FIELDS, room.gathered * ITEM_FIELDS, room.splits * SPLIT_FIELDS, room.rows * 2, 2
         self._sizes = [-(-count // _ALIGNED) * _ALIGNED for count in counts]
         self._table = (buffer or StepBuffer(device)).reserve(sum(self._sizes))
         parts = torch.split(self._table.device, self._sizes)
@@ -106,7 +105,7 @@ class WorkPlan:
             return False
         self._decode = None
         table = array("i")
-        counts = len(work.adjacent), len(work.gathered), 0
+        counts = len(work.adjacent), len(work.gathered)
         records: list[Sequence[tuple[int, ...]]] = [work.adjacent, work.gathered, work.splits, work.bounds, [counts]]
         for size, some in zip(self._sizes, records, strict=True):
             part = array("i", chain.from_iterable(some))
@@ -124,7 +123,7 @@ class WorkPlan:
         The work is that of `columns`, in tiles of `tile` columns.
         """
         self._decode = _GrowingWork(columns, tile, self._table.host, self._sizes, work)
-        at, counts = 0, np.array([len(work.adjacent), len(work.gathered), 0])
+        at, counts = 0, np.array([len(work.adjacent), len(work.gathered)])
         fields = work.adjacent, work.gathered, work.splits, work.bounds, counts
         for size, records in zip(self._sizes, fields, strict=True):
             self._table.host[at : at + records.size] = records.reshape(-1)
