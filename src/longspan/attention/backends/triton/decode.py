@@ -12,14 +12,13 @@ import numpy as np
 
 from longspan.attention.backends.triton.columns import FEW_ROWS, DecodeColumns, Integers
 from longspan.attention.backends.triton.work import (
-    WAVES,
     Item,
     Slots,
     Split,
     Stretch,
     Tiling,
     VisibleColumns,
-    least_piece,
+    piece_lengths,
     plan_work,
     time_of,
 )
@@ -134,12 +133,8 @@ def _piece_length(lengths: Integers, tiling: Tiling) -> int:
     """See the function of the same name in `work.py`."""
     if not len(lengths):
         return tiling.block_n
-    total, longest = int(lengths.sum()) * tiling.kv_heads, int(lengths.max())
-    candidates = {longest}
-    for waves in WAVES:
-        length = -(-total // (tiling.programs * waves))
-        candidates.add(min(longest, max(least_piece(tiling), -(-length // tiling.block_n) * tiling.block_n)))
-    ordered = sorted(candidates, reverse=True)
+    total = int(lengths.sum()) * tiling.kv_heads
+    ordered = piece_lengths(total, int(lengths.max()), tiling)
     pieces = _per(lengths, np.array(ordered)[:, None]).sum(1).tolist()
 
     def ends(number: int) -> float:

@@ -19,9 +19,9 @@ SHORT_SPAN = 4096
 LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
 LEAST_OF_FEW = 128  # the same for few rows, which are merged sooner
 FEW_ROWS = 32  # of a tile
-FIXED_COST = 96  # time to start and end a program, in columns that could be read meanwhile
-MERGED_COST = 170  # the same for few rows, with the merge
+PIECE_COST = 170  # time to start and end an item and to merge its result, in columns that could be read meanwhile
 WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
+EQUAL_PARTS = (1, 2, 3, 4)  # candidates for the number of items that the longest range is cut into
 
 
 class Item(NamedTuple):
@@ -289,17 +289,25 @@ def _piece_length(blocks: Sequence[_Block], tiling: Tiling) -> int:
     if not lengths:
         return tiling.block_n
     total = sum(lengths) * tiling.kv_heads
-    longest = max(lengths)
-    candidates = {longest}
-    for waves in WAVES:
-        length = -(-total // (tiling.programs * waves))
-        candidates.add(min(longest, max(least_piece(tiling), _up(length, tiling.block_n))))
 
     def ends(candidate: int) -> float:
         items = sum(-(-length // candidate) for length in lengths) * tiling.kv_heads
         return time_of(candidate, items, total, tiling)
 
-    return min(sorted(candidates, reverse=True), key=ends)
+    return min(piece_lengths(total, max(lengths), tiling), key=ends)
+
+
+def piece_lengths(total: int, longest: int, tiling: Tiling) -> list[int]:
+    """Candidates for the most columns of an item, the longest first, for ranges of `total` columns in all KV heads.
+
+    They keep all programs busy a few times, or cut the longest range into equal parts, so that a few ranges of one
+    length fill whole rounds.
+    """
+    tile = tiling.block_n
+    shares = {max(least_piece(tiling), _up(-(-total // (tiling.programs * waves)), tile)) for waves in WAVES}
+    parts = {_up(-(-longest // count), tile) for count in EQUAL_PARTS}
+    shortest = min(shares)  # more items may not fit into a plan that is refilled
+    return sorted({min(longest, length) for length in shares | parts if length >= shortest}, reverse=True)
 
 
 def time_of(longest: int, items: int, total: int, tiling: Tiling) -> float:
@@ -310,9 +318,8 @@ def time_of(longest: int, items: int, total: int, tiling: Tiling) -> float:
     pieces of 640 took 65.
     """
     if items <= tiling.programs:
-        return longest + FIXED_COST
-    cost, end = (MERGED_COST, longest / 8) if tiling.block_m <= FEW_ROWS else (FIXED_COST, longest / 2)
-    return (total + items * cost) / tiling.programs + end
+        return longest + PIECE_COST
+    return (total + items * PIECE_COST) / tiling.programs + longest / 16
 
 
 def _add(draft: _Draft, block: _Block, longest: int, tile: int) -> None:
