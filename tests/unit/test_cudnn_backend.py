@@ -100,6 +100,24 @@ def test_every_row_is_used_from_one_block_and_all_blocks_are_of_the_sizes(rows):
     assert all(first - start <= size / 4 for start, size, first in blocks)
 
 
+def test_no_merge_has_more_parts_than_the_steps_of_a_warm_up():
+    """A merge is compiled for its number of parts: 2 and 3 pieces behind the rows' own tokens are such steps."""
+    counts = []
+
+    class Counting(Inner):
+        def merge(self, parts, dtype=None):
+            counts.append(len(parts))
+            return merge(parts)
+
+    q, kv = rand(8, 4, 16), CacheRows(rand(2, 2, 200, 16))
+    runs = [QueryRun(0, 8, (Span(3, 8 + 32 * 5 + 16 + 5),), causal=True)]  # six pieces, the rest and their own tokens
+    found = CudnnBackend(Counting(q.device), Library(), SMALL).attend(q, runs, kv, ONE_BLOCK, 0.3)
+    close(found, ReferenceBackend().attend(q, runs, kv, ONE_BLOCK, 0.3))
+    assert counts == [4, 4, 2]
+    rows, column = SMALL.rows[0], SMALL.columns[0]
+    assert {(rows, column, False), (rows, 2 * column, False), (rows, 3 * column, False)} <= set(SMALL.steps)
+
+
 @pytest.mark.parametrize("blocks", [ONE_BLOCK, TWO_BLOCKS])
 @pytest.mark.parametrize("name", RUNS)
 def test_pieces_and_the_rest_are_the_whole(name, blocks):

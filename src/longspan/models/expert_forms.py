@@ -74,7 +74,10 @@ def step(  # type: ignore[no-untyped-def]  # the compiler reads annotations as i
             packed = tl.load(values, mask=(half < K // 2)[None, :], other=0)
             power = tl.load(powers, mask=(block < K // 32)[None, :], other=0)
         right = _decoded(packed, power, left.dtype)
-        found = tl.dot(right, tl.trans(left), found) if FLIP else tl.dot(left, tl.trans(right), found)
+        if FLIP:
+            found = tl.dot(right, tl.trans(left), found, input_precision="ieee")
+        else:
+            found = tl.dot(left, tl.trans(right), found, input_precision="ieee")
     elif FORM == "plain":
         values = weight + rows[None, :] * K + at[:, None]
         right = tl.load(values) if K % INNER == 0 else tl.load(values, mask=(at < K)[:, None], other=0.0)

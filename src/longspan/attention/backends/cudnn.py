@@ -41,6 +41,7 @@ _ALIGNMENT = 8  # elements of 16 bits in 16 bytes, of which a head must be a mul
 _REACHABLE = 2**31  # elements that a call may have to step over between its first and its last
 _LEAST_NEW = 0.75  # of the rows of a block that begins within the one before
 _FASTER = 9  # the generation on which the library was measured to be faster: Hopper
+_MERGED = 4  # most parts of one merge: its kernel is compiled for each number of parts
 _TOLERANCE = 0.02  # largest error of the trial call, relative to the largest element of the expected result
 Product = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 """(q [1, Hq, T, D], k and v [1, Hkv, S, D], causal, scale) → (out [1, Hq, T, D], natural lse of Hq · T elements).
@@ -62,9 +63,10 @@ class LibraryUse:
 
     @property
     def steps(self) -> tuple[tuple[int, int, bool], ...]:
-        """See `AttentionBackend.long_steps`: steps that take all sizes."""
+        """See `AttentionBackend.long_steps`: steps that take all sizes, and merge all numbers of parts."""
         adjacent = [(rows, columns, False) for rows in self.rows for columns in self.columns]
-        return (*adjacent, *((rows, self.columns[0], True) for rows in self.rows))
+        merged = [(self.rows[0], count * self.columns[0], False) for count in range(2, _MERGED)]
+        return (*adjacent, *merged, *((rows, self.columns[0], True) for rows in self.rows))
 
 
 @dataclass(frozen=True)
@@ -239,18 +241,22 @@ class _Runs:
         dtype: torch.dtype | None = None,
     ) -> AttentionState:
         """See `PreparedRuns.attend`."""
-        whole = _empty(q, kv.width) if self.left is None else self.left.attend(q, kv, blocks, scale)
+        # parts are all in the dtype of q, as the library's are: there are few kinds of merges then
+        whole = _empty(q, kv.width) if self.left is None else self.left.attend(q, kv, blocks, scale, q.dtype)
         seen = {run.row for run in self.rest}
+        result = whole if dtype else AttentionState(whole.out.to(whole.lse.dtype), whole.lse)
         for block in self.blocks:
             used = block.used
             parts = [self._piece(block, piece, q, kv, blocks, scale) for piece in block.pieces]
             if block.first in seen:
                 parts.append(AttentionState(whole.out[used], whole.lse[used]))
+            while len(parts) > _MERGED:
+                parts = [self.inner.merge(parts[:_MERGED], q.dtype), *parts[_MERGED:]]
+            merged = self.inner.merge(parts, dtype)
             if block.length == self.rows:
-                return self.inner.merge(parts, dtype)
-            merged = self.inner.merge(parts)
-            whole.out[used], whole.lse[used] = merged.out, merged.lse
-        return whole
+                return merged
+            result.out[used], result.lse[used] = merged.out, merged.lse
+        return result
 
     def _piece(
         self, block: LibraryBlock, piece: LibraryPiece, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock],
