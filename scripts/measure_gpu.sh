@@ -56,6 +56,8 @@ bench decode 35 attention --heads gqa,mla,mla16 --backends triton --prefill "" -
     --cached 8192,131072
 bench prefill 35 attention --heads gqa --backends triton --batch "" --shared-context 0
 bench moe 30 moe
+bench moe-fp8 20 moe --weights fp8 --shape 64x6x2048x1408
+bench moe-mxfp4 25 moe --weights mxfp4 --shape 128x4x2880x2880 --rows 1,16,256
 bench merge 15 merge --heads gqa,mla
 bench kv-write 20 kv-write
 bench shards 25 attention --backends triton --batch "" --prefill ""

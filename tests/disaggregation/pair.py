@@ -26,7 +26,7 @@ SIZES = {
 
 def config_of(
     model: str = "llama", page_size: int = 4, executor: str = "threads", kv: str = "auto", budget: int = 48,
-    transfer: TransferConfig | None = None, memory: int = 1 << 20, dtype: str = "auto", **sizes: int,
+    transfer: TransferConfig | None = None, memory: int = 1 << 20, dtype: str = "float32", **sizes: int,
 ) -> EngineConfig:  # fmt: skip
     """A tiny engine; sizes are tp, pcp, dcp, pp."""
     return EngineConfig(

@@ -1,17 +1,20 @@
 """`longspan bench attention|merge|kv-write|moe|linear` on small cases: what is counted, and what cannot be measured."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
 import torch
 from scripts.summarise_kernels import main as summarise
 from scripts.summarise_kernels import targets
+from typer.testing import CliRunner
 
 from longspan.bench.kernels.attention import HEADS, AttentionCase, run_shards
 from longspan.bench.kernels.ceilings import Ceilings
 from longspan.bench.kernels.harness import Harness, as_json
 from longspan.cli import bench_kernels
+from longspan.cli.main import build_app
 from longspan.clock import Clock, Timing
 from longspan.errors import ConfigError
 from tests.oracle import tiny_folder
@@ -72,6 +75,21 @@ def test_attention_reads_quantised_caches_and_latents(capsys):
     assert [(row["format"], row["heads"]) for row in report(capsys)["rows"]] == [("fp8", "mla"), ("int8", "mla")]
 
 
+def test_a_row_of_attention_is_repeated_by_its_command(capsys):
+    """The arguments that the command gives measure the row again, and nothing else."""
+    bench_kernels.attention_kernel(
+        heads="mha", batch="1,2", cached="8", prefill="4x8", shared_context=0, backends="torch", seconds=0.001,
+        as_json=True,
+    )  # fmt: skip
+    for row in report(capsys)["rows"]:
+        given = shlex.split(row["command"])
+        assert given[:3] == ["longspan", "bench", "attention"]
+        done = CliRunner().invoke(build_app(), [*given[1:], "--seconds", "0.001", "--json"])
+        (again,) = json.loads(done.stdout)["rows"]
+        same = ("kernel", "heads", "format", "batch", "new", "cached", "backend", "bytes", "flops")
+        assert [again[name] for name in same] == [row[name] for name in same]
+
+
 def test_merge_measures_states_as_they_arrive_and_as_they_are_made(capsys):
     bench_kernels.merge(tokens="2", parts=3, backends="cpu,torch", **SMALL)
     rows = report(capsys)["rows"]
@@ -101,6 +119,16 @@ def test_moe_counts_the_chosen_experts_once_and_tells_the_error(capsys):
     assert [row["flops"] for row in found["rows"]] == [2 * rows * 4 * each for rows in (1, 3)]
     assert found["errors"].keys() == {"1 rows loop", "3 rows loop"}
     assert all(0 < error < 1e-5 for error in found["errors"].values())
+
+
+@pytest.mark.parametrize(("weights", "bits", "error"), [("fp8", 8 + 32 / 128**2, 0.1), ("mxfp4", 4.25, 1e-5)])
+def test_moe_counts_experts_as_they_are_stored_and_tells_how_to_repeat(capsys, weights, bits, error):
+    bench_kernels.moe(shape="2x2x128x128", rows="3", weights=weights, seconds=0.001, as_json=True)
+    found = report(capsys)
+    (row,) = found["rows"]
+    assert row["bytes"] == int(2 * 3 * 128 * 128 * bits / 8) + 4 * 2 * 3 * 128
+    assert 0 < found["errors"]["3 rows loop"] < error
+    assert row["command"] == f"longspan bench moe --device cpu --shape 2x2x128x128 --rows 3 --weights {weights}"
 
 
 def test_linear_measures_every_form_and_tells_bytes_operations_errors_and_how_to_repeat(capsys):
@@ -186,6 +214,11 @@ def test_the_clock_stays_within_its_budget_and_repeats_three_times_at_least():
         (bench_kernels.merge, {"seconds": 0.0}, "seconds=0.0: must be positive"),
         (bench_kernels.moe, {"shape": "8x2x64"}, "shape=8x2x64: is not experts x choices x hidden x width"),
         (bench_kernels.moe, {"shape": "2x4x64x64"}, "shape=2x4x64x64: lets a row choose 4 of 2 experts"),
+        (
+            bench_kernels.moe,
+            {"shape": "2x2x64x128", "weights": "fp8"},
+            "shape=2x2x64x128: has widths that are no multiple of 128, as fp8 needs",
+        ),
         (bench_kernels.linear, {"shapes": "64"}, "shapes=64: is not outputs x inputs"),
         (bench_kernels.linear, {"shapes": "0x64"}, "shapes=0x64: is not outputs x inputs"),
         (bench_kernels.linear, {"forms": "int4"}, "forms=int4: unknown choice"),

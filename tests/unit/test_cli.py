@@ -86,7 +86,7 @@ OPTIONS = {
         "--seconds", "--shards", "--shared-context",
     },
     ("bench", "merge"): {"--backends", "--device", "--heads", "--help", "--json", "--parts", "--seconds", "--tokens"},
-    ("bench", "moe"): {"--device", "--help", "--json", "--rows", "--seconds", "--shape"},
+    ("bench", "moe"): {"--device", "--help", "--json", "--rows", "--seconds", "--shape", "--weights"},
     ("bench", "kv-write"): {
         "--backends", "--device", "--heads", "--help", "--json", "--kv-cache-dtype", "--rows", "--seconds",
     },

@@ -65,6 +65,9 @@ Rows = Annotated[str | None, typer.Option("--rows", help="rows to write, a case 
 Shape = Annotated[
     str | None, typer.Option("--shape", help="experts x choices of a row x hidden size x width, as in 64x6x2048x1408")
 ]
+StoredWeights = Annotated[
+    str, typer.Option("--weights", help="how weights are stored: plain (the dtype of the device), fp8 or mxfp4")
+]
 Routed = Annotated[str | None, typer.Option("--rows", help="rows to route, a case for each number, as in 1,8192")]
 Model = Annotated[
     str | None, typer.Option("--model", help="a model whose products are measured: folder, GGUF file, hub id or name")
@@ -180,17 +183,23 @@ def moe(
     device: Device = "cpu",
     shape: Shape = None,
     rows: Routed = None,
+    weights: StoredWeights = "plain",
     seconds: Seconds = 0.3,
     as_json: Json = False,
 ) -> None:
     """Measure the weighted sum of a mixture's experts, in every form that the device has, and its error."""
     sizes = _sizes(device)
     counts, mixture = _integers("rows", rows, sizes["routed"]), _mixture(shape or sizes["mixture"])
-    from longspan.bench.kernels.mixture import MixtureShape, run_mixtures
+    from longspan.bench.kernels.mixture import BLOCKS, STORED, MixtureShape, run_mixtures
+
+    require_choice("weights", weights, tuple(STORED))
+    block, whole = BLOCKS.get(weights, 1), mixture[2:]
+    problem = f"has widths that are no multiple of {block}, as {weights} needs"
+    require(not any(size % block for size in whole), "shape", shape or sizes["mixture"], problem, "give other widths")
 
     def measure(harness: Harness) -> tuple[list[KernelRow], dict[str, Any]]:
-        found, errors = run_mixtures(harness, MixtureShape(*mixture), counts)
-        return found, {"shape": mixture, "errors": errors}
+        found, errors = run_mixtures(harness, MixtureShape(*mixture, stored=weights), counts)
+        return found, {"shape": mixture, "weights": weights, "errors": errors}
 
     _run(device, "all", seconds, as_json, "Mixture of {} experts, {} a row, {} x {}".format(*mixture), measure)
 

@@ -6,7 +6,7 @@ It owns the cases and the least bytes and operations that they need; it must not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -142,11 +142,22 @@ def run_scenes(harness: Harness, what: str, scenes: Iterable[AttentionCase]) -> 
         q, cache = scene.tensors(harness)
         runs = scene.runs()
         for name, backend in harness.contestants(scene.heads.shape(harness, cache.scales is not None)).items():
-            found.append(
-                harness.measure(scene.case(what), name, scene.size(harness), _attend(backend, q, runs, cache, scene))
-            )
+            work = _attend(backend, q, runs, cache, scene)
+            row = harness.measure(scene.case(what), name, scene.size(harness), work)
+            found.append(replace(row, command=_command(harness, scene, what, name)))
         del q, cache
     return found
+
+
+def _command(harness: Harness, scene: AttentionCase, what: str, backend: str) -> str:
+    """What repeats a case of decode or prefill."""
+    sizes = f'--batch {scene.batch} --cached {scene.cached} --prefill ""'
+    if what == "prefill":
+        sizes = f'--batch "" --prefill {scene.new}x{scene.cached}'
+    return (
+        f"longspan bench attention --device {harness.device.type} --heads {scene.heads.name} "
+        f"--kv-cache-dtype {scene.format} --backends {backend} {sizes} --shared-context 0"
+    )
 
 
 def _attend(

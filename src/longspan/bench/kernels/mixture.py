@@ -5,20 +5,29 @@ It owns the cases, the bytes and operations that they need, and the comparison w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from longspan.bench.kernels.harness import Harness, KernelRow
+from longspan.compiled.mxfp4 import mxfp4_numbers
 from longspan.models.context import LinearStack
 from longspan.models.experts import RoutedExperts
 from longspan.models.grouped import ExpertSum, choose_sum, sum_grouped, sum_one_by_one
 from longspan.models.layers import DenseLinear
 from longspan.models.ops import choose_ops
+from longspan.models.packed import PackedLinear
+from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, dequantised
 
 _CHECKED = 32  # rows whose sums are compared with fp64
+STORED: Mapping[str, float | None] = MappingProxyType({"plain": None, "fp8": 1 + 4 / BLOCK**2, "mxfp4": 1 / 2 + 1 / 32})
+"""Forms in which weights are stored, with the bytes of an element; None: those of the harness's dtype."""
+
+BLOCKS: Mapping[str, int] = MappingProxyType({"fp8": BLOCK, "mxfp4": 32})
+"""Of these forms the elements that share a scale, of which sizes must be multiples."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class MixtureShape:
     hidden: int
     # width of an expert
     width: int
+    # one of `STORED`
+    stored: str = "plain"
 
     @property
     def elements(self) -> int:
@@ -51,9 +62,19 @@ class MixtureShape:
         )
 
     def _stack(self, harness: Harness, out: int, into: int) -> LinearStack:
-        weight = torch.empty(self.experts, out, into, device=harness.device, dtype=harness.dtype)
+        shape, device = (self.experts, out, into), harness.device
+        if self.stored == "fp8":
+            values = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+            scales = torch.full((self.experts, out // BLOCK, into // BLOCK), into**-0.5, device=device)
+            scaled = map(BlockScaled, values, scales)
+            return LinearStack(tuple(BlockScaledLinear(each) for each in scaled), values, scales)
+        if self.stored == "mxfp4":
+            values = torch.randint(0, 256, (self.experts, out, into // 2), dtype=torch.uint8, device=device)
+            scales = torch.randint(118, 124, (self.experts, out, into // 32), dtype=torch.uint8, device=device)
+            return LinearStack(tuple(map(PackedLinear, values, scales)), values, scales)
+        weight = torch.empty(shape, device=device, dtype=harness.dtype)
         weight.normal_(std=into**-0.5)
-        packs = harness.device.type == "cpu"
+        packs = device.type == "cpu"
         return LinearStack(tuple(DenseLinear(each, pack=packs) for each in weight), weight)
 
     def route(self, harness: Harness, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,8 +89,15 @@ class MixtureShape:
         Every chosen expert is read once, and every row is read and written once.
         """
         rows = experts.shape[0]
-        moved = len(torch.unique(experts)) * self.elements + 2 * rows * self.hidden
-        return moved * harness.dtype.itemsize, 2 * rows * self.chosen * self.elements
+        each = STORED[self.stored] or harness.dtype.itemsize
+        moved = len(torch.unique(experts)) * self.elements * each + 2 * rows * self.hidden * harness.dtype.itemsize
+        return int(moved), 2 * rows * self.chosen * self.elements
+
+    def command(self, harness: Harness, rows: int) -> str:
+        """What repeats a case."""
+        sizes = f"{self.experts}x{self.chosen}x{self.hidden}x{self.width}"
+        stored = "" if self.stored == "plain" else f" --weights {self.stored}"
+        return f"longspan bench moe --device {harness.device.type} --shape {sizes} --rows {rows}{stored}"
 
 
 def run_mixtures(
@@ -79,7 +107,7 @@ def run_mixtures(
 
     An error is relative to the largest element of the sum in fp64.
     """
-    weights = shape.experts * shape.elements * harness.dtype.itemsize
+    weights = int(shape.experts * shape.elements * (STORED[shape.stored] or harness.dtype.itemsize))
     lacking = harness.lacks(3 * weights if harness.device.type == "cpu" else weights)
     if lacking:
         return [KernelRow({"kernel": "mixture"}, "-", weights, 0, None, lacking)], {}
@@ -91,7 +119,8 @@ def run_mixtures(
         exact = _exact(held, *(part[:_CHECKED] for part in given))
         for name, form in _forms(held, given[1].numel()).items():
             case: dict[str, str | int] = {"kernel": "mixture", "rows": count}
-            found.append(harness.measure(case, name, shape.size(harness, given[1]), _work(form, held, given)))
+            row = harness.measure(case, name, shape.size(harness, given[1]), _work(form, held, given))
+            found.append(replace(row, command=shape.command(harness, count)))
             if found[-1].timing is not None:
                 difference = form(held, *given)[:_CHECKED].double() - exact
                 errors[f"{count} rows {name}"] = float(difference.abs().max() / exact.abs().max())
@@ -107,7 +136,9 @@ def _forms(held: RoutedExperts, pairs: int) -> dict[str, ExpertSum]:
     from longspan.models.sorted_experts import sum_sorted
     from longspan.models.tiled_experts import sum_tiled
 
-    found |= {"grouped": sum_grouped, "sorted": sum_sorted, "tiled": sum_tiled}
+    if held.gate_up.scales is None:
+        found |= {"grouped": sum_grouped, "sorted": sum_sorted}
+    found["tiled"] = sum_tiled
     if few_enough(held, pairs):
         found["fused"] = sum_fused
     return found
@@ -135,6 +166,13 @@ class _WideLinear:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, in] → [T, out]."""
-        if self._stack.weight is None:
-            raise TypeError("the plain weights were not kept")
-        return torch.nn.functional.linear(x, self._stack.weight[self._number].double(), bias)
+        return torch.nn.functional.linear(x, _numbers(self._stack, self._number).double(), bias)
+
+
+def _numbers(stack: LinearStack, number: int) -> Tensor:
+    """One weight [out, in] of a stack, dequantised."""
+    weight = stack.stored[number]
+    if stack.scales is None:
+        return weight
+    scales = stack.scales[number]
+    return mxfp4_numbers(weight, scales) if weight.dtype == torch.uint8 else dequantised(BlockScaled(weight, scales))
