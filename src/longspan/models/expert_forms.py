@@ -19,8 +19,6 @@ from torch import Tensor
 
 from longspan.models.scaled import BLOCK
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
-LEAST = torch.finfo(torch.float32).tiny
 _FP8_CAPABILITY = (8, 9)
 
 

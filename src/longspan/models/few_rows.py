@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longspan.early_launch import early_options, launches_early, wait_for_inputs
-from longspan.models.ops.kernels import exp
+from longspan.models.ops.kernels import silu
 
 MOST_ROWS = 2  # rows of x; from there on PyTorch's product is as fast: see docs/LOG.md
 _PIECE = 2048  # columns of a weight that are loaded together, at most
@@ -105,7 +105,7 @@ def product_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annota
         if GATED:
             gate = total.to(kind).to(tl.float32)
             up = _sums(held_up, x + row * stride, INPUTS, OUTPUTS, PIECE, PIECES, TOGETHER).to(kind).to(tl.float32)
-            total = tl.div_rn(gate, 1.0 + exp(-gate, EXACT)).to(kind).to(tl.float32) * up
+            total = silu(gate, kind, EXACT) * up
         tl.store(out + row * outputs + number, total.to(kind), mask=wanted)
 
 

@@ -10,18 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.models.expert_forms import (
-    LARGEST,
-    LEAST,
-    activated,
-    finished,
-    form_of,
-    inner_size,
-    pointers,
-    rounded,
-    step,
-)
+from longspan.models.expert_forms import activated, finished, form_of, inner_size, pointers, rounded, step
 from longspan.models.experts import RoutedExperts
+from longspan.models.scaled import LARGEST, LEAST
 
 MAX_PAIRS = 1024  # pairs of row and choice that one program can sort into tiles
 TILE = 16  # pairs of one expert in a tile: the fewest rows of a matrix instruction

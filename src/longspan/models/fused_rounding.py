@@ -10,11 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.models.scaled import BLOCK
+from longspan.models.scaled import BLOCK, LARGEST, LEAST
 
 _ROWS = 16  # of a program
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_LEAST = torch.finfo(torch.float32).tiny
 
 
 def round_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +26,7 @@ def round_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     scales = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
     round_kernel[(triton.cdiv(rows, _ROWS), groups)](
         x, values, scales, x.stride(0), len(x), rows, x.shape[1],
-        LARGEST=_LARGEST, LEAST=_LEAST, WIDTH=BLOCK, ROWS=_ROWS, num_warps=4,
+        LARGEST=LARGEST, LEAST=LEAST, WIDTH=BLOCK, ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return values, scales.t()
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 BLOCK = 128  # rows and columns of a weight, and columns of an activation, with one scale (DeepSeek-V3, 2024, 3.3.2)
 _FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_FP8).max
+LARGEST = torch.finfo(_FP8).max  # what the largest magnitude of a group is mapped to
+LEAST = torch.finfo(torch.float32).tiny  # the least scale: that of a group of zeros
 _ROWS_TOGETHER = 4  # the kernel wants a multiple of 4 rows of activations, and of scales along the inner dimension
 _CAPABILITY = 9  # Hopper only; Blackwell wants scales in another format
 _TOLERANCE = 0.01  # largest error of the kernel, relative to the largest element of the expected result
@@ -78,7 +79,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = x.float().unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     # divided by a tensor, because by a number PyTorch multiplies with its rounded reciprocal on a GPU
-    scales = (groups.abs().amax(-1) / groups.new_full((), _LARGEST)).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = (groups.abs().amax(-1) / groups.new_full((), LARGEST)).clamp_min(LEAST)
     return (groups / scales[..., None]).flatten(1).to(_FP8), scales
 
 

@@ -102,8 +102,7 @@ def _place_kernel(  # type: ignore[no-untyped-def]
         pair = program * BLOCK + lane
         expert = _expert_of(experts, pair, pairs, first, EXPERTS)
         held = expert < EXPERTS
-        other = _expert_of(experts, program * BLOCK + lane, pairs, first, EXPERTS)
-        earlier = (expert[:, None] == other[None, :]) & (lane[None, :] < lane[:, None])
+        earlier = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         place = tl.gather(stop - total, expert, 0) + tl.sum(earlier.to(tl.int32), 1)
         place += tl.load(before + expert * blocks + program, mask=held, other=0)
         tl.store(sorted_pairs + place, pair, mask=held)

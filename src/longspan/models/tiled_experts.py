@@ -13,21 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longspan.models.expert_forms import (
-    LARGEST,
-    LEAST,
-    activated,
-    finished,
-    form_of,
-    inner_size,
-    pointers,
-    rounded,
-    step,
-)
+from longspan.models.expert_forms import activated, finished, form_of, inner_size, pointers, rounded, step
 from longspan.models.experts import RoutedExperts
 from longspan.models.fused_experts import sum_pairs
 from longspan.models.fused_rounding import round_rows
-from longspan.models.scaled import BLOCK
+from longspan.models.scaled import BLOCK, LARGEST, LEAST
 from longspan.models.sorted_pairs import SortedPairs, sort_pairs
 
 

@@ -2,8 +2,8 @@
 
 It owns the memory, which kernel sums how many bytes, and the checks before any of it is used; NCCL sums what it does
 not take. All members decide alike, from the size of a group and of a tensor. Before anything in which a member waits
-for others, all of them agree that they can do it, because one that fails alone would leave the others waiting. No GPU
-has run it yet.
+for others, all of them agree that they can do it, because one that fails alone would leave the others waiting. It has
+not run between GPUs yet.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.bench.kernels.harness import Harness, KernelRow
+from longspan.compiled.mxfp4 import BLOCK as PACKED_BLOCK
 from longspan.compiled.mxfp4 import mxfp4_numbers
 from longspan.models.context import LinearStack
 from longspan.models.experts import RoutedExperts
@@ -23,10 +24,12 @@ from longspan.models.packed import PackedLinear
 from longspan.models.scaled import BLOCK, BlockScaled, BlockScaledLinear, dequantised
 
 _CHECKED = 32  # rows whose sums are compared with fp64
-STORED: Mapping[str, float | None] = MappingProxyType({"plain": None, "fp8": 1 + 4 / BLOCK**2, "mxfp4": 1 / 2 + 1 / 32})
+STORED: Mapping[str, float | None] = MappingProxyType(
+    {"plain": None, "fp8": 1 + 4 / BLOCK**2, "mxfp4": 1 / 2 + 1 / PACKED_BLOCK}
+)
 """Forms in which weights are stored, with the bytes of an element; None: those of the harness's dtype."""
 
-BLOCKS: Mapping[str, int] = MappingProxyType({"fp8": BLOCK, "mxfp4": 32})
+BLOCKS: Mapping[str, int] = MappingProxyType({"fp8": BLOCK, "mxfp4": PACKED_BLOCK})
 """Of these forms the elements that share a scale, of which sizes must be multiples."""
 
 
@@ -70,7 +73,9 @@ class MixtureShape:
             return LinearStack(tuple(BlockScaledLinear(each) for each in scaled), values, scales)
         if self.stored == "mxfp4":
             values = torch.randint(0, 256, (self.experts, out, into // 2), dtype=torch.uint8, device=device)
-            scales = torch.randint(118, 124, (self.experts, out, into // 32), dtype=torch.uint8, device=device)
+            scales = torch.randint(
+                118, 124, (*values.shape[:2], into // PACKED_BLOCK), dtype=torch.uint8, device=device
+            )
             return LinearStack(tuple(map(PackedLinear, values, scales)), values, scales)
         weight = torch.empty(shape, device=device, dtype=harness.dtype)
         weight.normal_(std=into**-0.5)

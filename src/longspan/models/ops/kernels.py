@@ -52,8 +52,7 @@ def swiglu_kernel(  # type: ignore[no-untyped-def]
     kind = out.dtype.element_ty
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=inside, other=0.0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + exp(-gate, EXACT)).to(kind).to(tl.float32)
-    tl.store(out + row * width + column, (silu * up).to(kind), mask=inside)
+    tl.store(out + row * width + column, (silu(gate, kind, EXACT) * up).to(kind), mask=inside)
 
 
 @triton.jit
@@ -73,6 +72,12 @@ def clamped_swiglu_kernel(  # type: ignore[no-untyped-def]
     sigmoid = tl.div_rn(1.0, 1.0 + exp(-sloped, EXACT)).to(kind).to(tl.float32)
     swish = (gate * sigmoid).to(kind).to(tl.float32)
     tl.store(out + row * width + column, (swish * (up + 1.0).to(kind).to(tl.float32)).to(kind), mask=inside)
+
+
+@triton.jit
+def silu(x, kind: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x · sigmoid(x) of fp32 x, rounded to `kind`, in fp32."""
+    return tl.div_rn(x, 1.0 + exp(-x, EXACT)).to(kind).to(tl.float32)
 
 
 @triton.jit

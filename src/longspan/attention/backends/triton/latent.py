@@ -1,4 +1,4 @@
-"""Attention of many query rows to latents on Hopper: groups of warps take turns, so that matrix units stay busy.
+"""Attention of many query rows to latents on Hopper: groups of warps alternate, so that matrix units stay busy.
 
 A latent is a key of 512 + 64 elements, and its first 512 are the value. Results of 64 rows take half of all registers,
 so no program computes two blocks of rows in turn, and no other program runs beside it. Therefore two groups of four

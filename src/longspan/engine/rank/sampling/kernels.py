@@ -219,7 +219,7 @@ def _noise_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _best_of_blocks(values, ids, splits, row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest value of a row's blocks, and its id; the first of equal ones."""
+    """(the largest value of a row's blocks, all of them, the id of the largest: the first of equal ones)."""
     column = tl.arange(0, COLUMNS)
     found = tl.load(values + row * splits + column, mask=column < splits, other=float("-inf"))
     value, at = tl.max(found, 0, return_indices=True)
@@ -228,6 +228,7 @@ def _best_of_blocks(values, ids, splits, row, COLUMNS: tl.constexpr):  # type: i
 
 @triton.jit
 def _store_peak(result, rows, row, found, peak):  # type: ignore[no-untyped-def]
+    """Store the bits of a row's largest logit, or of NaN if one of `found` is."""
     unordered = tl.max((found != found).to(tl.int32), 0) > 0
     bits = tl.where(unordered, float("nan"), peak).to(tl.int32, bitcast=True)
     tl.store(result + rows + row, bits.to(tl.int64))

@@ -13,7 +13,6 @@ import torch
 
 from longspan.attention.host_copy import to_device
 from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_table
-from longspan.engine.rank.sampling.rows import GREEDY_BELOW
 from longspan.request import SamplingParams
 
 _FORGET = 1024  # requests that are remembered beyond four times those of a step
@@ -78,7 +77,6 @@ class ParameterTable:
     def _add(self, new: dict[tuple[int, int], SamplingParams]) -> None:
         params = list(new.values())
         table, filtered = draw_table(params, [seed for _, seed in new])
-        drawn = [one.temperature >= GREEDY_BELOW for one in params]
         for number, (key, one) in enumerate(new.items(), len(self._params)):
             self._numbers[key] = number
             if one.penalises or one.logit_bias:
@@ -87,4 +85,4 @@ class ParameterTable:
                 self._described.add(number)
         self._params += params
         self._table = np.concatenate((self._table, table.T))
-        self._drawn = np.concatenate((self._drawn, np.array((drawn, filtered), dtype=np.bool_).T))
+        self._drawn = np.concatenate((self._drawn, np.array((table[2] != 0, filtered)).T))
