@@ -34,21 +34,18 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.double(), expected, rtol=2e-2 if GPU else 1e-5, atol=2e-2 if GPU else 1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS])
+@pytest.mark.parametrize("rows", [1, MOST_ROWS])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_product_is_that_in_fp64_with_a_bias_and_for_rows_of_a_wider_tensor(shape, rows):
     weight, x, bias = rand(*shape) / shape[1] ** 0.5, rand(rows, shape[1] + 16)[:, 16:], rand(shape[0])
     assert close(FewRowsLinear(weight)(x, bias), F.linear(x.double(), weight.double(), bias.double()))
 
 
-@pytest.mark.parametrize("rows", [1, MOST_ROWS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_its_swiglu_is_that_of_the_two_operations_up_to_the_order_of_sums(shape, rows):
-    weight, x = rand(2 * shape[0], shape[1]) / shape[1] ** 0.5, rand(rows, shape[1])
-    linear = FewRowsLinear(weight)
-    assert close(linear.swiglu(x), TritonOps().swiglu(linear(x)).double())
+def test_its_swiglu_is_that_in_fp64(shape):
+    weight, x = rand(2 * shape[0], shape[1]) / shape[1] ** 0.5, rand(MOST_ROWS, shape[1])
     gate, up = F.linear(x.double(), weight.double()).chunk(2, 1)
-    assert close(linear.swiglu(x), F.silu(gate) * up)
+    assert close(FewRowsLinear(weight).swiglu(x), F.silu(gate) * up)
 
 
 def test_more_rows_are_pytorchs_product_and_their_swiglu_an_operation_of_its_own():
@@ -63,7 +60,7 @@ class FewRowsLoader(MetaLoader):
         return FewRowsLinear(self.load(*params))
 
 
-def test_a_dense_layer_is_ten_launches_all_of_them_launched_early():
+def test_a_dense_layer_is_seven_launches_beside_those_of_attention_and_its_write():
     def step(layers: int, rows: int) -> list[str]:
         model = DecoderModel(
             replace(LLAMA, num_layers=layers), LayerContext(FewRowsLoader(), ops=TritonOps()), torch.bfloat16

@@ -267,7 +267,7 @@ def test_a_cpu_has_the_plain_operations():
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from longspan.models.few_rows import product_kernel
+from longspan.models.few_rows import MOST_ROWS, product_kernel
 from longspan.models.fused_rounding import round_kernel
 from longspan.models.ops import kernels
 
@@ -299,11 +299,11 @@ for dim, interleaved, norm in ((64, True, False), (32, False, True)):
         {"WIDTH": max(dim, 96), "DIM": dim, "INTERLEAVED": interleaved, "NORM": norm, "HEADS": 1024 // (dim // 2),
          "HALF": dim // 2, "REST": 64 if dim < 96 else 1, "EARLY": True},
     )
-for inputs, pieces, together, gated in ((2048, 1, 8, False), (14336, 7, 2, False), (2048, 1, 4, True)):
+for inputs, pieces, together, warps, gated in ((2048, 1, 4, 4, False), (14336, 7, 1, 8, False), (2048, 1, 2, 4, True)):
     build(
-        product_kernel, 8, [x] * (4 if inputs > 2048 else 3) + ["i32", "i32"],
-        {**({} if inputs > 2048 else {"bias": None}), "INPUTS": inputs, "ROWS": 4, "OUTPUTS": together, "PIECE": 2048,
-         "PIECES": pieces, "TOGETHER": 8, "GATED": gated, "EXACT": True, "EARLY": True},
+        product_kernel, warps, [x] * (4 if inputs > 2048 else 3) + ["i32", "i32"],
+        {**({} if inputs > 2048 else {"bias": None}), "INPUTS": inputs, "ROWS": MOST_ROWS, "OUTPUTS": together,
+         "PIECE": 2048, "PIECES": pieces, "TOGETHER": 8, "GATED": gated, "EXACT": True, "EARLY": True},
     )
 """
 
