@@ -135,7 +135,7 @@ def test_one_context_much_longer_than_the_others_is_cut():
     assert len(work.splits) == 1
 
 
-def test_decode_of_any_lengths_fits_the_capacity_of_static_runs():
+def test_decode_of_any_lengths_fits_the_capacity_of_refillable_runs():
     tiling = Tiling(group=8, kv_heads=8, block_m=16, block_n=64, programs=264)
     for seed in range(30):
         pick = random.Random(seed)

@@ -22,7 +22,6 @@ from longspan.plan.decode import DecodeRuns
 Integers = NDArray[np.int64]
 _SLACK = 8  # a request is given room in the index for 1/8 more columns than it has
 _LEAST_SLACK = 64  # columns
-FEW_ROWS = 4  # for so few, numbers one by one take less time than arrays
 _FEW_REQUESTS = 32  # so few are looked up, not moved
 _FORGET = 4096  # requests that are remembered although no step has used them since
 _NEW = -2  # in place of a run's number in an earlier step: no number follows it

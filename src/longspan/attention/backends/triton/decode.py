@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from longspan.attention.backends.triton.columns import FEW_ROWS, DecodeColumns, Integers
+from longspan.attention.backends.triton.columns import DecodeColumns, Integers
 from longspan.attention.backends.triton.work import (
     Item,
     Slots,
@@ -24,6 +24,7 @@ from longspan.attention.backends.triton.work import (
 )
 
 _NO_PARTIAL = -1
+_FEW_RUNS = 4  # for so few, numbers one by one take less time than arrays
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DecodeWork:
 
 def plan_decode(columns: DecodeColumns, rows: int, tiling: Tiling) -> DecodeWork:
     """The work of one launch over `rows` rows (tokens)."""
-    if len(columns.rows) <= FEW_ROWS:
+    if len(columns.rows) <= _FEW_RUNS:
         return _one_by_one(columns, rows, tiling)
     bounds = np.zeros((rows, 2), dtype=np.int64)
     bounds[columns.rows, 0], bounds[columns.rows, 1] = columns.lows, columns.highs

@@ -16,12 +16,12 @@ from longspan.plan.reach import QueryRun
 # tokens; adjacent spans shorter than this are read as one range, through an index of slots. Contexts that grow beside
 # each other have their last pages apart, and two ranges of a row cost more than an index
 SHORT_SPAN = 4096
-LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
-LEAST_OF_FEW = 128  # the same for few rows, which are merged sooner
-FEW_ROWS = 32  # of a tile
-PIECE_COST = 170  # time to start and end an item and to merge its result, in columns that could be read meanwhile
-WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
-EQUAL_PARTS = (1, 2, 3, 4)  # candidates for the number of items that the longest range is cut into
+_LEAST_PIECE = 256  # fewest columns of an item whose rows other items share
+_LEAST_OF_FEW = 128  # the same for few rows, which are merged sooner
+_FEW_ROWS = 32  # of a tile
+_PIECE_COST = 170  # time to start and end an item and to merge its result, in columns that could be read meanwhile
+_WAVES = (1, 2, 4)  # candidates for the number of items that each processor computes in turn
+_EQUAL_PARTS = (1, 2, 3, 4)  # candidates for the number of items that the longest range is cut into
 
 
 class Item(NamedTuple):
@@ -220,7 +220,7 @@ def plan_work(visible: Sequence[VisibleColumns], index: Slots, rows: int, tiling
 
 def least_piece(tiling: Tiling) -> int:
     """Fewest columns of an item whose rows other items share."""
-    return LEAST_OF_FEW if tiling.block_m <= FEW_ROWS else LEAST_PIECE
+    return _LEAST_OF_FEW if tiling.block_m <= _FEW_ROWS else _LEAST_PIECE
 
 
 def most_blocks(rows: int, tiling: Tiling) -> int:
@@ -230,7 +230,7 @@ def most_blocks(rows: int, tiling: Tiling) -> int:
 
 def most_items(rows: int, tiling: Tiling) -> int:
     """Most items for `rows` decode rows with one range of slots each: the capacity of a plan that is refilled."""
-    return most_blocks(rows, tiling) + max(WAVES) * -(-tiling.programs // tiling.kv_heads)
+    return most_blocks(rows, tiling) + max(_WAVES) * -(-tiling.programs // tiling.kv_heads)
 
 
 def stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
@@ -304,8 +304,8 @@ def piece_lengths(total: int, longest: int, tiling: Tiling) -> list[int]:
     length fill whole rounds.
     """
     tile = tiling.block_n
-    shares = {max(least_piece(tiling), _up(-(-total // (tiling.programs * waves)), tile)) for waves in WAVES}
-    parts = {_up(-(-longest // count), tile) for count in EQUAL_PARTS}
+    shares = {max(least_piece(tiling), _up(-(-total // (tiling.programs * waves)), tile)) for waves in _WAVES}
+    parts = {_up(-(-longest // count), tile) for count in _EQUAL_PARTS}
     shortest = min(shares)  # more items may not fit into a plan that is refilled
     return sorted({min(longest, length) for length in shares | parts if length >= shortest}, reverse=True)
 
@@ -318,8 +318,8 @@ def time_of(longest: int, items: int, total: int, tiling: Tiling) -> float:
     pieces of 640 took 65.
     """
     if items <= tiling.programs:
-        return longest + PIECE_COST
-    return (total + items * PIECE_COST) / tiling.programs + longest / 16
+        return longest + _PIECE_COST
+    return (total + items * _PIECE_COST) / tiling.programs + longest / 16
 
 
 def _add(draft: _Draft, block: _Block, longest: int, tile: int) -> None:

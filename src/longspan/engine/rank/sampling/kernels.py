@@ -43,8 +43,8 @@ from longspan.engine.rank.sampling.gumbel import DrawParameters
 
 BLOCK = tl.constexpr(1024)  # tokens of a program
 LISTED = 8192  # tokens that fit the list of the fourth kernel; of a row with more the whole vocabulary is read instead
-_TOTAL = tl.constexpr(2 * 2048)  # behind masses and counts of bins: how many tokens are listed
-_WIDTH = tl.constexpr(2 * 2048 + 1)  # of a row's histogram
+_TOTAL = tl.constexpr(2 * BINS.value)  # behind masses and counts of bins: how many tokens are listed
+_WIDTH = tl.constexpr(_TOTAL.value + 1)  # of a row's histogram
 _ENDS = tl.constexpr(6)  # numbers that `_ends_kernel` stores of a row
 _ALL = tl.constexpr((1 << 63) - 1)
 _WARPS, _ROW_WARPS = 4, 8
