@@ -15,6 +15,7 @@ from longspan.attention.backends.triton.config import Config  # noqa: E402
 from longspan.attention.backends.triton.work import plan_work  # noqa: E402
 from longspan.attention.rows import CacheRows, quantise  # noqa: E402
 from longspan.attention.state import AttentionState  # noqa: E402
+from longspan.attention.step_buffer import StepBuffer  # noqa: E402
 from longspan.cache.pages import Span  # noqa: E402
 from longspan.parallel.heads import HeadBlock, head_blocks  # noqa: E402
 from longspan.plan.reach import QueryRun  # noqa: E402
@@ -328,6 +329,20 @@ def test_refillable_runs_refuse_what_they_have_no_room_for_and_stay_as_they_are(
     before = refillable.attend(q, kv, heads(2, 1), 0.25)
     assert not refillable.fill(DECODES[1])  # needs an index of slots
     assert torch.equal(refillable.attend(q, kv, heads(2, 1), 0.25).out, before.out)
+
+
+def test_runs_over_the_pages_of_several_ranks_need_no_room_in_an_index():
+    """A recorded step reads them in place, so that short contexts too are replayed."""
+    q, kv = decode_rows()
+    engine, buffer = backend(), StepBuffer(DEVICE)
+    refillable = engine.refillable(4, 500, buffer)
+    refillable.attend(q, kv, heads(2, 1), 0.25)
+    runs = (run(0, 1, (50, 40), (190, 40), (310, 30)), run(2, 1, (5, 20), (400, 21)))
+    assert refillable.fill(runs)
+    buffer.send()
+    part, whole = (some.attend(q, kv, heads(2, 1), 0.25) for some in (refillable, engine.prepare(runs, 4)))
+    torch.testing.assert_close(part.out, whole.out)
+    torch.testing.assert_close(part.lse, whole.lse)
 
 
 def test_prepared_runs_are_for_one_number_of_rows():

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from longspan.attention.backends.triton import plan as plans
+from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.attention.backends.triton.columns import ColumnTable, DecodeColumns
 from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
 from longspan.attention.backends.triton.plan import ITEM_FIELDS, RefillablePlans, WorkPlan
 from longspan.attention.backends.triton.work import Slots, Stretch, Tiling, VisibleColumns, Work, plan_work
+from longspan.attention.step_buffer import StepBuffer
 from longspan.cache.pages import ShardPages
 from longspan.plan.decode import DecodeRuns
 
@@ -253,3 +255,15 @@ def test_a_full_index_is_begun_anew():
     (seen,) = visible(columns)
     (stretch,) = seen.stretches
     assert table.index[stretch.place : stretch.place + 160].tolist() == slots_of(few)[0]
+
+
+def test_the_index_has_room_for_many_requests_that_share_a_system_prompt():
+    """Else each of their steps would find it full, and none would be replayed."""
+    shared, own, requests = 3072 // PAGE, 128 // PAGE, 64
+    every = [ShardPages() for _ in range(requests)]
+    for number, pages in enumerate(every):
+        for ordinal in range(shared + own):
+            pages.append(ordinal, ordinal if ordinal < shared else ordinal + number * own)
+    slots, device = (shared + requests * own) * PAGE, torch.device("cpu")
+    runs = TritonBackend(device, 16).refillable(requests, slots, StepBuffer(device))
+    assert runs.fill(DecodeRuns(list(range(requests)), every, [0] * requests, [(shared + own) * PAGE] * requests, PAGE))

@@ -118,6 +118,23 @@ def test_no_merge_has_more_parts_than_the_steps_of_a_warm_up():
     assert {(rows, column, False), (rows, 2 * column, False), (rows, 3 * column, False)} <= set(SMALL.steps)
 
 
+def test_no_piece_is_rounded_in_more_merges_than_a_tree_of_merges_has():
+    """Merges round to 16 bits, and a long context whose pages are apart has a hundred pieces."""
+    depths = {}
+
+    class Counting(Inner):
+        def merge(self, parts, dtype=None):
+            found = merge(parts)
+            depths[id(found)] = found, 1 + max(depths[id(part)][1] if id(part) in depths else 0 for part in parts)
+            return found
+
+    q, kv = rand(8, 4, 16), CacheRows(rand(2, 2, 900, 16))
+    runs = [QueryRun(0, 8, (Span(3, 32 * 16), Span(600, 32 * 8)))]  # 24 pieces
+    found = CudnnBackend(Counting(q.device), Library(), SMALL).attend(q, runs, kv, ONE_BLOCK, 0.3)
+    close(found, ReferenceBackend().attend(q, runs, kv, ONE_BLOCK, 0.3))
+    assert max(depth for _, depth in depths.values()) == 3
+
+
 @pytest.mark.parametrize("blocks", [ONE_BLOCK, TWO_BLOCKS])
 @pytest.mark.parametrize("name", RUNS)
 def test_pieces_and_the_rest_are_the_whole(name, blocks):

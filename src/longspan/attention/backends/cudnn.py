@@ -250,8 +250,8 @@ class _Runs:
             parts = [self._piece(block, piece, q, kv, blocks, scale) for piece in block.pieces]
             if block.first in seen:
                 parts.append(AttentionState(whole.out[used], whole.lse[used]))
-            while len(parts) > _MERGED:
-                parts = [self.inner.merge(parts[:_MERGED], q.dtype), *parts[_MERGED:]]
+            while len(parts) > _MERGED:  # merged ones go to the end: each part is rounded in few merges
+                parts = [*parts[_MERGED:], self.inner.merge(parts[:_MERGED], q.dtype)]
             merged = self.inner.merge(parts, dtype)
             if block.length == self.rows:
                 return merged

@@ -40,7 +40,7 @@ from longspan.plan.reach import QueryRun
 from longspan.plan.view import WriteRun
 
 _INDEX_SLOTS = 65536  # slots for which the index of decode rows has room besides those of the pool
-_SHARERS = 4  # contexts, on average, that share a slot of the pool
+_SHARERS = 16  # contexts, on average, that share a slot of the pool: many share a system prompt
 _INTERPRETED_PROCESSORS = 4  # used with Triton's interpreter, which has no device
 
 

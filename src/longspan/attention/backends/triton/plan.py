@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan.attention.backends.triton.columns import ColumnTable, DecodeColumns, Integers
 from longspan.attention.backends.triton.decode import DecodeWork, plan_decode
 from longspan.attention.backends.triton.work import (
+    SHORT_SPAN,
     Item,
     Slots,
     Split,
@@ -253,7 +254,8 @@ class RefillablePlans(Plans):
         """Replace the runs in all plans. Returns False, and changes nothing, if they do not fit into some plan."""
         if self._table is not None and isinstance(runs, DecodeRuns):
             return self._fill_decode(runs, self._table)
-        work_of = _work_of_runs(runs, self.rows)
+        # the index of a table is only for `DecodeRuns`: others, over the pages of several ranks, are read in place
+        work_of = _work_of_runs(runs, self.rows, 0 if self._table else SHORT_SPAN)
         works = {tiling: work_of(tiling) for tiling in self._plans}
         if not all(self._plans[tiling].capacity.holds(Capacity.of(work)) for tiling, work in works.items()):
             return False
@@ -295,9 +297,9 @@ def _capacity_of(work: DecodeWork) -> Capacity:
     return Capacity(*counts, work.partials, len(work.bounds), 0)
 
 
-def _work_of_runs(runs: Sequence[QueryRun], rows: int) -> Callable[[Tiling], Work]:
-    """A function that plans the work of these runs for a tiling."""
-    visible, index = visible_in_runs(runs)
+def _work_of_runs(runs: Sequence[QueryRun], rows: int, short: int = SHORT_SPAN) -> Callable[[Tiling], Work]:
+    """A function that plans the work of these runs for a tiling, with an index of their spans of less than `short`."""
+    visible, index = visible_in_runs(runs, short)
     return lambda tiling: plan_work(visible, index, rows, tiling)
 
 

@@ -178,14 +178,14 @@ class _Draft:
     partials: int = 0
 
 
-def visible_in_runs(runs: Sequence[QueryRun]) -> tuple[list[VisibleColumns], Slots]:
-    """(what runs see, the index of slots of their short spans)."""
+def visible_in_runs(runs: Sequence[QueryRun], short: int = SHORT_SPAN) -> tuple[list[VisibleColumns], Slots]:
+    """(what runs see, the index of slots of their spans of less than `short` tokens)."""
     index = Slots()
     seen: dict[tuple[Span, ...], tuple[Stretch, ...]] = {}  # segments of one request may see the same
     visible: list[VisibleColumns] = []
     for run in runs:
         if run.spans not in seen:
-            seen[run.spans] = tuple(stretches(run.spans, index))
+            seen[run.spans] = tuple(stretches(run.spans, index, short))
         lows = (0,) * run.length if run.window_starts is None else run.window_starts
         visible.append(VisibleColumns(run.row, seen[run.spans], lows, run.ends))
     return visible, index
@@ -233,24 +233,24 @@ def most_items(rows: int, tiling: Tiling) -> int:
     return most_blocks(rows, tiling) + max(_WAVES) * -(-tiling.programs // tiling.kv_heads)
 
 
-def stretches(spans: Sequence[Span], index: Slots) -> Iterator[Stretch]:
-    """The stretches of a run's spans: long spans are read in place, adjacent short ones are added to the index.
+def stretches(spans: Sequence[Span], index: Slots, short: int = SHORT_SPAN) -> Iterator[Stretch]:
+    """The stretches of a run's spans: long spans are read in place, adjacent ones below `short` are added to the index.
 
     A short span between long ones is read in place too.
     """
     column = 0
-    short: list[Span] = []
+    few: list[Span] = []
     for span in [*spans, None]:
-        if span is not None and span.length < SHORT_SPAN:
-            short.append(span)
+        if span is not None and span.length < short:
+            few.append(span)
             continue
-        if len(short) == 1:
-            yield Stretch(column, column + short[0].length, short[0].slot - column, False)
-        elif short:
-            place = index.add(short) - column
+        if len(few) == 1:
+            yield Stretch(column, column + few[0].length, few[0].slot - column, False)
+        elif few:
+            place = index.add(few) - column
             yield Stretch(column, index.length - place, place, True)
-        column += sum(piece.length for piece in short)
-        short = []
+        column += sum(piece.length for piece in few)
+        few = []
         if span is not None:
             yield Stretch(column, column + span.length, span.slot - column, False)
             column += span.length
