@@ -41,6 +41,8 @@ from longspan.plan.view import WriteRun
 
 _INDEX_SLOTS = 65536  # slots for which the index of decode rows has room besides those of the pool
 _SHARERS = 16  # contexts, on average, that share a slot of the pool: many share a system prompt
+_LEAST_SHARERS = 4  # the same where more would take over a quarter of a gigabyte
+_MOST_INDEXED = 1 << 26  # entries of the index, of 4 bytes, for more sharers than these
 _INTERPRETED_PROCESSORS = 4  # used with Triton's interpreter, which has no device
 
 
@@ -97,7 +99,8 @@ class TritonBackend(RecordableBackend):
         It has room for every slot of the pool, and for requests that grow or share pages.
         """
         if self._table is None:
-            self._table = ColumnTable(_SHARERS * slots + _INDEX_SLOTS, self._device)
+            shared = max(_LEAST_SHARERS * slots, min(_SHARERS * slots, _MOST_INDEXED))
+            self._table = ColumnTable(shared + _INDEX_SLOTS, self._device)
         return RefillableTritonRuns(self._launcher, RefillablePlans(rows, 1, 0, self._device, self._table, buffer))
 
     def indexed(self, rows: int, longest: int = 1, index: int = 0) -> RefillableTritonRuns:
