@@ -156,9 +156,14 @@ def test_nothing_is_quantised_unasked(quantization):
     assert choose_products(quantization, "cpu", lambda: PRODUCTS) == measured_products.ProductChoice()
 
 
-@pytest.mark.parametrize(("multiplies", "name"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_is_bfloat16_where_the_processor_multiplies_it_and_the_reason_is_printed(monkeypatch, multiplies, name):
+@pytest.mark.parametrize(
+    ("multiplies", "tiles", "name"), [(True, True, "bfloat16"), (True, False, "float32"), (False, False, "float32")]
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_tiles_of_it_and_the_reason_is_printed(
+    monkeypatch, multiplies, tiles, name
+):
     monkeypatch.setattr(dtypes, "multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(dtypes, "multiplies_bf16_tiles", lambda: tiles)
     setup = resolve(EngineConfig(tiny_folder("llama"), num_threads=1))
     assert setup.config.dtype == name  # what ranks in other processes get, whatever processors they have
     assert setup.notes[0] == f"dtype: {name} ({choose_dtype('auto', 'cpu')[1]})"

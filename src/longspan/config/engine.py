@@ -322,7 +322,7 @@ class EngineConfig:
         "auto", "auto, or dummy: random weights for config.json's sizes, to measure speed without a download"
     )
     dtype: str = option(
-        "auto", "auto (bfloat16 on GPUs and on CPUs that multiply it, else float32), float32, bfloat16 or float16"
+        "auto", "auto (bfloat16 on GPUs and on CPUs with AMX, else float32), float32, bfloat16 or float16"
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu or cuda")
     attention_backend: str = option("auto", "attention kernels")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from longspan.clock import repeated
 from longspan.config import EngineConfig, require
-from longspan.models.layers import multiplies_bf16
+from longspan.models.layers import multiplies_bf16, multiplies_bf16_tiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
@@ -38,8 +38,10 @@ def choose_dtype(wanted: str, device_type: str) -> tuple[str, str]:
         return wanted, ""
     if device_type == "cuda":
         return "bfloat16", ""
-    if multiplies_bf16():
-        return "bfloat16", "this processor multiplies it; --dtype float32 is more exact and slower"
+    if multiplies_bf16_tiles():
+        return "bfloat16", "this processor multiplies tiles of it; --dtype float32 is more exact"
+    if multiplies_bf16():  # measured: see docs/LOG.md
+        return "float32", "the kernels for it decode faster; --dtype bfloat16 takes half of the memory"
     return "float32", "this processor has no instructions that multiply bfloat16"
 
 

@@ -103,8 +103,12 @@ def can_pack(weight: Tensor) -> bool:
 
 def multiplies_bf16() -> bool:
     """Whether this processor has instructions that multiply bfloat16 (AVX512_BF16 or AMX)."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()) or multiplies_bf16_tiles()
+
+
+def multiplies_bf16_tiles() -> bool:
+    """Whether this processor multiplies whole tiles of bfloat16 (AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 class TableLinear:
