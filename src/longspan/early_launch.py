@@ -8,6 +8,7 @@ tables of work, and they store nothing.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _LEAST_MAJOR = 9  # compute capability of the first devices with it
 
 
+@cache
 def launches_early(device: torch.device) -> bool:
-    """Whether kernels on `device` are launched early. Never in Triton's interpreter."""
+    """Whether kernels on `device` are launched early. Never in Triton's interpreter.
+
+    Asked once for each device: every launch needs the answer, and a step has hundreds.
+    """
     if device.type != "cuda" or torch.version.hip or triton.knobs.runtime.interpret:
         return False
     return torch.cuda.get_device_capability(device)[0] >= _LEAST_MAJOR

@@ -14,6 +14,14 @@ from longspan.early_launch import early_options, launches_early  # noqa: E402
 CUDA = torch.device("cuda", 0)
 
 
+@pytest.fixture(autouse=True)
+def ask_anew():
+    """What is known of a device does not stay from test to test."""
+    launches_early.cache_clear()
+    yield
+    launches_early.cache_clear()
+
+
 def capability(monkeypatch, major: int, interpret: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(triton, "knobs", SimpleNamespace(runtime=SimpleNamespace(interpret=interpret)))
