@@ -243,20 +243,25 @@ class _Runs:
         """See `PreparedRuns.attend`."""
         # parts are all in the dtype of q, as the library's are: there are few kinds of merges then
         whole = _empty(q, kv.width) if self.left is None else self.left.attend(q, kv, blocks, scale, q.dtype)
-        seen = {run.row for run in self.rest}
+        if self.blocks[0].length == self.rows:  # then it is the only one
+            return self._merged(self.blocks[0], whole, q, kv, blocks, scale, dtype)
         result = whole if dtype else AttentionState(whole.out.to(whole.lse.dtype), whole.lse)
         for block in self.blocks:
-            used = block.used
-            parts = [self._piece(block, piece, q, kv, blocks, scale) for piece in block.pieces]
-            if block.first in seen:
-                parts.append(AttentionState(whole.out[used], whole.lse[used]))
-            while len(parts) > _MERGED:  # merged ones go to the end: each part is rounded in few merges
-                parts = [*parts[_MERGED:], self.inner.merge(parts[:_MERGED], q.dtype)]
-            merged = self.inner.merge(parts, dtype)
-            if block.length == self.rows:
-                return merged
-            result.out[used], result.lse[used] = merged.out, merged.lse
+            merged = self._merged(block, whole, q, kv, blocks, scale, dtype)
+            result.out[block.used], result.lse[block.used] = merged.out, merged.lse
         return result
+
+    def _merged(
+        self, block: LibraryBlock, whole: AttentionState, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock],
+        scale: float, dtype: torch.dtype | None,
+    ) -> AttentionState:  # fmt: skip
+        """The state of the used rows of a block: its pieces, and what `whole` has of the rest."""
+        parts = [self._piece(block, piece, q, kv, blocks, scale) for piece in block.pieces]
+        if any(run.row == block.first for run in self.rest):
+            parts.append(AttentionState(whole.out[block.used], whole.lse[block.used]))
+        while len(parts) > _MERGED:  # merged ones go to the end: each part is rounded in few merges
+            parts = [*parts[_MERGED:], self.inner.merge(parts[:_MERGED], q.dtype)]
+        return self.inner.merge(parts, dtype)
 
     def _piece(
         self, block: LibraryBlock, piece: LibraryPiece, q: Tensor, kv: CacheRows, blocks: Sequence[HeadBlock],
