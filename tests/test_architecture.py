@@ -82,7 +82,7 @@ COMMUNICATE = {
 """Files that call a collective beside schedules."""
 
 DIVIDE = {
-    "config/engine.py": "tp must be a multiple of dcp",
+    "config/parallel.py": "tp must be a multiple of dcp",
     "engine/driver/executors/ray_cluster.py": "how many replicas fit into a cluster",
     "engine/rank/warmup.py": "how made-up rows are spread over pcp indices",
     "parallel/grid.py": "tp is head shards times dcp",

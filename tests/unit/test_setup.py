@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from longspan import LLM
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
-from longspan.config.engine import GPU_FIXED_ROWS
+from longspan.config.scheduling import GPU_FIXED_ROWS
 from longspan.engine import nvml
 from longspan.engine.devices import choose_executor
 from longspan.engine.rank import process_rank as process_worker
