@@ -12,7 +12,8 @@ import torch
 from longspan.attention.backends import cudnn
 from longspan.attention.backends.base import Backend, BackendShape, RecordableBackend
 from longspan.attention.backends.choice import choose_backend
-from longspan.attention.backends.cudnn import BACKEND, CudnnBackend, LibraryUse, divide, row_blocks
+from longspan.attention.backends.cudnn import BACKEND, CudnnBackend
+from longspan.attention.backends.cudnn_blocks import LibraryUse, divide, row_blocks
 from longspan.attention.backends.dense import TorchBackend
 from longspan.attention.backends.reference import ReferenceBackend
 from longspan.attention.rows import CacheRows
