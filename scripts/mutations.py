@@ -342,9 +342,9 @@ PLACEMENT = (
         (f"{_PAGES}::test_the_page_that_nobody_has_held_for_longest_is_evicted_first",),
     ),
     Fault(
-        "a half-full page is published", "scheduler/scheduler.py",
-        "whole := min(stop // self.cache.page_size, len(sequence.table.pages))",
-        "whole := min(-(-stop // self.cache.page_size), len(sequence.table.pages))",
+        "a half-full page is published", "scheduler/prefix_hits.py",
+        "whole := min(stop // self._cache.page_size, len(sequence.table.pages))",
+        "whole := min(-(-stop // self._cache.page_size), len(sequence.table.pages))",
         (f"{_SCHEDULER}::test_a_half_full_page_is_not_found_by_others_and_a_page_that_two_steps_filled_is",),
     ),
     Fault(

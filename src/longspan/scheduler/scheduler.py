@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from bisect import insort_right
 from collections.abc import Sequence
-from itertools import islice, takewhile
+from itertools import islice
 
 from longspan.attention.cost import ScheduleChooser
 from longspan.cache.manager import CacheManager
-from longspan.cache.pages import PageRef
 from longspan.cache.prefix import Key
 from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
@@ -24,6 +23,7 @@ from longspan.scheduler.acceptance import DraftCounts
 from longspan.scheduler.counters import SchedulerCounters
 from longspan.scheduler.loading import PageLoader
 from longspan.scheduler.preemption import Preemption
+from longspan.scheduler.prefix_hits import PrefixHits
 from longspan.scheduler.progress import Progress, progress
 from longspan.scheduler.sequence import Grammars, SequenceState
 from longspan.scheduler.step import StepBuilder
@@ -64,10 +64,10 @@ class Scheduler:
         self.cache = cache
         self.grid = grid
         self.chooser = chooser
-        self.root_key = root_key
         self.windows = windows
         self._grammars = grammars  # to leave out drafts that grammars do not allow; without it ranks find them wrong
         self._loader = PageLoader(config, cache, grid)
+        self._hits = PrefixHits(cache, root_key, on_one_shard=config.schedule == "local")
         self._sequences: dict[str, SequenceState] = {}
         self.waiting = WaitingQueue(self._rank)
         self.running: list[SequenceState] = []
@@ -132,7 +132,7 @@ class Scheduler:
         sequence.source = None
         sequence.computed = len(sequence.tokens) - 1
         self._run(sequence)
-        self._publish(sequence, sequence.computed)
+        self._hits.publish(sequence, sequence.computed)
 
     def schedule(self) -> StepPlan | None:
         """The next step. None if there is nothing to do, or nothing until a step in flight is committed."""
@@ -175,7 +175,7 @@ class Scheduler:
             right, counts = sequence.take(done, tokens_of.get(request_id, ()), expected)
             accepted += right
             self.drafts = self.drafts.plus(counts) if counts.drafted else self.drafts
-            self._publish(sequence, len(sequence.tokens) - 1 if done.decodes else done.stop)
+            self._hits.publish(sequence, len(sequence.tokens) - 1 if done.decodes else done.stop)
         scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
         errors = {
             request_id: error for request_id, error in result.errors.items()
@@ -272,7 +272,7 @@ class Scheduler:
             if sequence.in_flight:  # preempted, and a step in flight will return a token of it
                 passed.append(sequence)
                 continue
-            self._match_prefix(sequence)
+            self._hits.take(sequence)
             whole = sequence.source is not None or sequence.remaining <= step.budget
             room = self._has_room(sequence, reserved)
             if room and self._must_load(sequence):  # its match is released below, and made again after the load
@@ -293,7 +293,7 @@ class Scheduler:
                 prefilling = prefilling or not whole
                 continue
             # it does not start in this step: later requests may
-            self._forget_match(sequence)
+            self._hits.give_back(sequence)
             passed.append(sequence)
             self._no_room = not room
             if not room or len(passed) >= _MAX_LOOKAHEAD:
@@ -334,49 +334,10 @@ class Scheduler:
         large_enough = self.cache.pools[shard].num_pages >= sequence.max_pages
         return large_enough and self.cache.available(shard) >= sequence.pages_missing
 
-    def _match_prefix(self, sequence: SequenceState) -> None:
-        """Hold the pages of the longest cached prefix. The last token is never among them: it gives the logits."""
-        pages = self.cache.match(self._reusable(sequence, 0))
-        if self.config.schedule == "local":
-            pages = self._on_one_shard(pages, sequence)
-        sequence.table.extend(pages)
-        sequence.computed = len(pages) * self.cache.page_size
-        sequence.published = len(pages)
-
     def _must_load(self, sequence: SequenceState) -> bool:
         """Whether the request waits until pages after its prefix hit are loaded from another tier."""
         offloads = self.cache.offload is not None
-        return offloads and self._loader.must_wait(sequence, self._reusable(sequence, len(sequence.table.pages)))
-
-    def _reusable(self, sequence: SequenceState, first: int) -> Sequence[Key]:
-        """Keys of the full pages from number `first` on that need not be computed if the cache has them."""
-        scores = sequence.params.prompt_logprobs is not None  # every prompt token must be computed
-        whole = 0 if scores else (len(sequence.tokens) - 1) // self.cache.page_size
-        return sequence.page_keys(first, whole, self.root_key)
-
-    def _on_one_shard(self, pages: list[PageRef], sequence: SequenceState) -> list[PageRef]:
-        """The first pages of a prefix hit that are on one shard, or none if the request cannot grow to its end there.
-
-        The other pages are released.
-        """
-        kept: list[PageRef] = []
-        if pages and self.cache.pools[pages[0].shard].num_pages >= sequence.max_pages:
-            kept = list(takewhile(lambda page: page.shard == pages[0].shard, pages))
-        self.cache.release(pages[len(kept) :])
-        return kept
-
-    def _forget_match(self, sequence: SequenceState) -> None:
-        """Release a prefix hit: the request is not admitted in this step."""
-        self.cache.release(sequence.table.pages)
-        sequence.restart(self.cache.new_table)
-
-    def _publish(self, sequence: SequenceState, stop: int) -> None:
-        """Enter the pages before position `stop`, which is computed, into the prefix cache, as far as they are full."""
-        if (whole := min(stop // self.cache.page_size, len(sequence.table.pages))) > sequence.published:
-            keys = sequence.page_keys(sequence.published, whole, self.root_key)
-            for key, page in zip(keys, sequence.table.pages[sequence.published : whole], strict=True):
-                self.cache.publish(key, page)
-            sequence.published = whole
+        return offloads and self._loader.must_wait(sequence, self._hits.reusable(sequence, len(sequence.table.pages)))
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Release a running request's pages, and let it wait again."""
