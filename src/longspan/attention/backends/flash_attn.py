@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from longspan.attention.backends.base import (
     AttentionBackend,
     BackendShape,
-    PreparedDiagonal,
     PreparedRuns,
     half_precision_problem,
 )
 from longspan.attention.backends.dense import TorchBackend
-from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
+from longspan.attention.backends.plain import LibraryDiagonal, PlainBackend
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.parallel.heads import HeadBlock
@@ -89,30 +88,12 @@ class _Runs:
         return whole
 
 
-class _Diagonal(SegmentedDiagonal):
+class _Diagonal(LibraryDiagonal):
     """See `PreparedDiagonal`."""
 
-    def __init__(
-        self, library: Any, segments: Sequence[tuple[int, int]], window: int | None, plain: PreparedDiagonal
-    ) -> None:
-        super().__init__(segments)
-        self.library = library  # the imported package
-        self.window = window  # tokens that a row sees, its own included; None for all
-        self.plain = plain  # for shapes that the library cannot compute
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionState:
-        """See `PreparedDiagonal.attend`."""
-        if not _fits(q):
-            return self.plain.attend(q, k, v, blocks, scale, dtype)
-        return super().attend(q, k, v, blocks, scale, dtype)
+    def takes(self, q: Tensor, v: Tensor) -> bool:
+        """See `LibraryDiagonal.takes`."""
+        return _fits(q)
 
     def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `SegmentedDiagonal.segment`."""

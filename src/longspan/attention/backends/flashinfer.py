@@ -21,12 +21,11 @@ from torch import Tensor
 from longspan.attention.backends.base import (
     AttentionBackend,
     BackendShape,
-    PreparedDiagonal,
     PreparedRuns,
     half_precision_problem,
 )
 from longspan.attention.backends.dense import TorchBackend
-from longspan.attention.backends.plain import PlainBackend, SegmentedDiagonal
+from longspan.attention.backends.plain import LibraryDiagonal, PlainBackend
 from longspan.attention.rows import CacheRows
 from longspan.attention.state import AttentionState
 from longspan.cache.pages import Span, clip_spans
@@ -167,31 +166,12 @@ class _Runs:
         return found
 
 
-class _Diagonal(SegmentedDiagonal):
+class _Diagonal(LibraryDiagonal):
     """See `PreparedDiagonal`."""
 
-    def __init__(
-        self, library: Any, segments: Sequence[tuple[int, int]], window: int | None, plain: PreparedDiagonal
-    ) -> None:
-        super().__init__(segments)
-        self.library = library  # the imported package
-        self.window = window  # tokens that a row sees, its own included; None for all
-        self.plain = plain  # for shapes that the library cannot compute
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        blocks: Sequence[HeadBlock],
-        scale: float,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionState:
-        """See `PreparedDiagonal.attend`."""
-        value_dim = (k if v is None else v).shape[-1]
-        if q.element_size() != 2 or q.shape[-1] not in _DIMS or value_dim != q.shape[-1]:
-            return self.plain.attend(q, k, v, blocks, scale, dtype)
-        return super().attend(q, k, v, blocks, scale, dtype)
+    def takes(self, q: Tensor, v: Tensor) -> bool:
+        """See `LibraryDiagonal.takes`."""
+        return q.element_size() == 2 and q.shape[-1] in _DIMS and v.shape[-1] == q.shape[-1]
 
     def segment(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[HeadBlock], scale: float) -> AttentionState:
         """See `SegmentedDiagonal.segment`."""

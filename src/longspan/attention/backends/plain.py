@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longspan.attention.backends.base import Backend, Writer
+from longspan.attention.backends.base import Backend, PreparedDiagonal, Writer
 from longspan.attention.pool import DeviceSlotWriter, SlotWriter
 from longspan.attention.state import AttentionState, concatenate, merge
 from longspan.parallel.heads import HeadBlock
@@ -67,3 +68,32 @@ class SegmentedDiagonal(ABC):
             if length:
                 parts.append(self.segment(q[row:at], k[row:at], v[row:at], blocks, scale))
         return concatenate(parts)
+
+
+class LibraryDiagonal(SegmentedDiagonal):
+    """A `PreparedDiagonal` by a library's kernels, or by another one for shapes that the library cannot compute."""
+
+    def __init__(
+        self, library: Any, segments: Sequence[tuple[int, int]], window: int | None, plain: PreparedDiagonal
+    ) -> None:
+        super().__init__(segments)
+        self.library = library  # the imported package
+        self.window = window  # tokens that a row sees, its own included; None for all
+        self._plain = plain  # for other shapes
+
+    @abstractmethod
+    def takes(self, q: Tensor, v: Tensor) -> bool:
+        """Whether the library can compute queries [T, Hq, D] with values [T, Hkv, Dv]."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        blocks: Sequence[HeadBlock],
+        scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """See `PreparedDiagonal.attend`."""
+        attend = super().attend if self.takes(q, k if v is None else v) else self._plain.attend
+        return attend(q, k, v, blocks, scale, dtype)
