@@ -77,16 +77,21 @@ class SumNorm:
     ) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
         total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-        least, most = _WARPS
         block = triton.next_power_of_2(width)
         launch = partial(sum_norm_kernel.warmup, grid=(rows,)) if only_compile else sum_norm_kernel[(rows,)]
         launch(
             x, residual, weight, total, out, self._areas, self._areas[self._own], self._flags[self._own],
             self._flags_at, self._turns, self._own, (x.stride(0), residual.stride(0)), eps,
             WIDTH=width, BLOCK=block, MEMBERS=len(self._areas), AREA=_WIDTH,
-            num_warps=min(most, max(least, block // (32 * _TOGETHER))), **early_options(x.device),
+            num_warps=warps_of(block), **early_options(x.device),
         )  # fmt: skip
         return total, out
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that computes `block` elements: a thread has few of every member's, all loaded together."""
+    least, most = _WARPS
+    return min(most, max(least, block // (32 * _TOGETHER)))
 
 
 @triton.jit(do_not_specialize=("own",))
