@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from longspan.engine.rank.build import TensorParallelGroup
 from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
 from longspan.models.context import Alone, LayerContext
 from longspan.models.decoder import DecoderModel
-from longspan.engine.rank.build import TensorParallelGroup
 from longspan.models.ops.triton import TritonOps
 from longspan.parallel.collectives import Traffic
 from longspan.parallel.nccl import NcclCollectives

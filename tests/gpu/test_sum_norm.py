@@ -1,7 +1,7 @@
 """Sum over members, addition and norm in one launch: the numbers of the sum followed by the norm, on every member.
 
-Members are buffers of one process, whose launches run one after the other. So that none waits, flags say before that all
-members have come; each launch runs twice, and reads what the others have written in the first round.
+Members are buffers of one process, whose launches run one after the other. So that none waits, flags say beforehand
+that all members have come; each launch runs twice, and reads what the others have written in the first round.
 """
 
 import json
@@ -89,31 +89,18 @@ def test_strided_rows_of_any_number_and_width_follow_each_other():
         ((1, 64), {"residual": torch.float32}, False),
         ((1, 64), {"weight": torch.float32}, False),
     ],
-    ids=[
-        "one",
-        "most rows",
-        "none",
-        "a row more",
-        "more bytes",
-        "wide",
-        "wider",
-        "unaligned",
-        "x",
-        "residual",
-        "weight",
-    ],
+    ids=["one", "many", "none", "a row more", "more bytes", "wide", "wider", "unaligned", "x", "residual", "weight"],
 )
 def test_other_sums_are_two_operations(shape, dtypes, taken):
     summing = SumNorm([torch.zeros(SumNorm.ELEMENTS, dtype=torch.bfloat16, device="meta")] * 2, 0, MOST)
     shapes = {"x": shape, "residual": shape, "weight": shape[1:]}
-    given = {
-        name: torch.zeros(of, dtype=dtypes.get(name, torch.bfloat16), device="meta") for name, of in shapes.items()
-    }
+    dtypes = dict.fromkeys(shapes, torch.bfloat16) | dtypes
+    given = {name: torch.zeros(shapes[name], dtype=dtypes[name], device="meta") for name in shapes}
     assert summing.takes(**given) == taken
 
 
 def test_a_row_of_eight_members_is_loaded_at_once_after_one_meeting():
-    """Compiled for an H100 without one: nothing is spilled, and nothing is stored before the kernel before it has ended.
+    """Compiled for an H100 without one: nothing is spilled, nor stored before the kernel before it has ended.
 
     Flags are set and read once by one thread each, in an order that the other GPUs see.
     """
