@@ -107,6 +107,14 @@ def test_a_layer_of_several_gpus_launches_no_more_than_that_of_one_where_sums_ta
     assert sent == sent_apart and sent.bytes_by_label["tp"] > 0
 
 
+def test_a_bias_behind_a_sum_is_added_before_the_norm():
+    """To the sum of all ranks, so that this sum is an operation of its own; the other one of the layer is not."""
+    tp, _ = one_of_four(with_norm=True)
+    layer = layer_of(replace(LLAMA, attention_output_bias=True), tp=tp)
+    for name in ("one_shot_all_reduce_copy", "add", "norm_kernel", "sum_norm_kernel"):
+        assert layer.count(name) == 1, (name, layer)
+
+
 def test_a_step_launches_four_more_for_all_layers_together():
     """The embedding, the rope table, the last norm and the head, whose bf16 logits the kernels of sampling read."""
     step = step_of(LLAMA)
