@@ -2,9 +2,9 @@
 
 It owns the memory, which kernel sums how many bytes, and the checks before any of it is used; NCCL sums what it does
 not take. Sums with the norm behind them in one launch are in `sum_norm.py`, which needs Triton, and are checked here.
-All members decide alike, from the size of a group and of a tensor. Before anything in which a member waits
-for others, all of them agree that they can do it, because one that fails alone would leave the others waiting. It has
-not run between GPUs yet.
+All members decide alike, from the size of a group and of a tensor. Before anything in which a member waits for others,
+all of them agree that they can do it, because one that fails alone would leave the others waiting. It has not run
+between GPUs yet.
 """
 
 from __future__ import annotations
@@ -144,7 +144,6 @@ def _open_sum_norm(memory: SharedMemory, agreement: _Agreement) -> tuple[SumNorm
     most = _READ_WHOLE.get(members.size())
     if most is None:
         return None, f"norms apart: one launch is for {', '.join(map(str, _READ_WHOLE))} GPUs"
-
     try:
         kind = agreement.of(_sum_norm, "the kernel")
         buffer = agreement.of(lambda: memory.allocate(kind.ELEMENTS, device).zero_())
