@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from longspan.models.ops.triton import TritonOps
-from longspan.parallel.sum_norm import ROWS, SumNorm
+from longspan.parallel.sum_norm import SumNorm
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -66,7 +66,7 @@ def test_all_members_get_the_bits_of_a_sum_in_fp32_and_its_norm(size, width):
 
 def test_strided_rows_of_any_number_and_width_follow_each_other():
     members = group(2)
-    for turn, (rows, width) in enumerate([(5, 64), (1, 1024), (ROWS, 8), (5, 64), (2, 64)]):
+    for turn, (rows, width) in enumerate([(5, 64), (1, 1024), (SumNorm.ROWS, 8), (5, 64), (2, 64)]):
         parts = [random(rows, 2 * width, seed=2 * turn + own)[:, :width] for own in range(2)]
         residual, weight = random(rows, 3 * width, seed=30)[:, width : 2 * width], random(width, seed=31)
         expected = TritonOps().add_norm(in_order(parts), residual, weight, EPS)
@@ -80,9 +80,9 @@ def test_strided_rows_of_any_number_and_width_follow_each_other():
     ("shape", "dtypes", "taken"),
     [
         ((1, 4096), {}, True),
-        ((ROWS, 2048), {}, True),
+        ((SumNorm.ROWS, 2048), {}, True),
         ((0, 4096), {}, False),
-        ((ROWS + 1, 8), {}, False),
+        ((SumNorm.ROWS + 1, 8), {}, False),
         ((33, 4096), {}, False),
         ((1, 16384), {}, True),
         ((1, 16392), {}, False),

@@ -74,6 +74,10 @@ class _Memory:
         return found
 
 
+def _no_compiler(*args: Any) -> None:
+    raise TypeError("no compiler")
+
+
 def _wrong(call: Callable[..., Any], *args: Any) -> Any:
     total, out = call(*args)
     return total, 2 * out
@@ -89,7 +93,7 @@ def _failing(step: str, rank: int) -> Any:
     """What replaces a method of `SumNorm` on the member that fails; `wrong` are all."""
     call = SumNorm.__call__
     replaced: dict[str, Any] = {
-        "compile": ("compile", lambda *_: (_ for _ in ()).throw(TypeError("no compiler"))),
+        "compile": ("compile", _no_compiler),
         "wrong": ("__call__", lambda *args: _wrong(call, *args)),
         "different": ("__call__", lambda *args: _different(call, *args)),
         "stuck": ("__call__", lambda *_: Event().wait()),

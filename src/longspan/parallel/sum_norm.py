@@ -28,12 +28,12 @@ from torch import Tensor
 
 from longspan.early_launch import early_options, wait_for_inputs
 
-DTYPE = torch.bfloat16
-ROWS = 64  # of a launch, at most; so many programs run at the same time, which waiting for each other needs
+_DTYPE = torch.bfloat16
+_ROWS = 64  # of a launch, at most; so many programs run at the same time, which waiting for each other needs
 _WIDTH = 16384  # elements of a row, at most
 _TOGETHER = 8  # adjacent elements that a thread adds, of each member: 16 bytes
 _WARPS = 4, 32  # least and most of a program
-_AREAS = ROWS * 2 * _WIDTH
+_AREAS = _ROWS * 2 * _WIDTH
 _MOST_MEMBERS = 8
 
 
@@ -44,7 +44,9 @@ class SumNorm:
     """
 
     # of the memory that each member shares; filled with zeros before it is shared
-    ELEMENTS: ClassVar[int] = _AREAS + ROWS * _MOST_MEMBERS * torch.int64.itemsize // DTYPE.itemsize
+    ELEMENTS: ClassVar[int] = _AREAS + _ROWS * _MOST_MEMBERS * torch.int64.itemsize // _DTYPE.itemsize
+    # of a launch, at most
+    ROWS: ClassVar[int] = _ROWS
 
     def __init__(self, members: Sequence[Tensor], own: int, most: int) -> None:
         self._own = own
@@ -53,13 +55,14 @@ class SumNorm:
         self._flags = [member[_AREAS:].view(torch.int64) for member in members]
         device = members[own].device
         self._flags_at = torch.tensor([flags.data_ptr() for flags in self._flags], dtype=torch.int64, device=device)
-        self._turns = torch.zeros(ROWS, dtype=torch.int64, device=device)
+        self._turns = torch.zeros(_ROWS, dtype=torch.int64, device=device)
 
     def takes(self, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
         """Whether one launch computes this. It follows from shapes and dtypes, which all members have alike."""
         rows, width = x.shape
-        fits = 0 < rows <= ROWS and width <= _WIDTH and width % _TOGETHER == 0
-        return fits and x.numel() * DTYPE.itemsize <= self._most and x.dtype == residual.dtype == weight.dtype == DTYPE
+        fits = 0 < rows <= _ROWS and width <= _WIDTH and width % _TOGETHER == 0
+        fits = fits and x.numel() * _DTYPE.itemsize <= self._most
+        return fits and x.dtype == residual.dtype == weight.dtype == _DTYPE
 
     def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(residual + the sum of x over the members, the norm of this), [T, width], with the same bits on all members.

@@ -149,7 +149,7 @@ def _open_sum_norm(memory: SharedMemory, agreement: _Agreement) -> tuple[SumNorm
         buffer = agreement.of(lambda: memory.allocate(kind.ELEMENTS, device).zero_())
         shared = agreement.of(lambda: agreement.in_time(lambda: memory.share(buffer, members)))
         with_norm = agreement.of(lambda: kind(shared.members, members.rank(), most), "the kernel")
-        for rows in (1, 48, 1):  # the first row three times, so in both of its areas
+        for rows in (1, kind.ROWS, 1):  # the first row three times, so in both of its areas
             _try_sum_norm(with_norm, rows, agreement)
     except _Refused as reason:
         return None, f"norms apart: {reason}"
