@@ -619,6 +619,16 @@ REQUESTS = (
         ("tests/engine/test_eagle3.py::test_the_logits_of_random_weights_follow_the_papers_equations",),
     ),
     Fault(
+        "a rank's row is overwritten before the others have added it", "parallel/sum_norm.py",
+        "(2 * row + (turn & 1)) * AREA", "2 * row * AREA",
+        ("tests/processes/test_sum_norm.py::test_no_member_overwrites_what_another_has_not_read",),
+    ),
+    Fault(
+        "a bias behind a sum is lost where the norm takes the sum along", "models/layers.py",
+        "None if x.bias is not None else x.tp", "x.tp",
+        ("tests/gpu/test_launches.py::test_a_bias_behind_a_sum_is_added_before_the_norm",),
+    ),
+    Fault(
         "rope turns the wrong way", "models/ops/plain.py",
         "signed = torch.cat((-sin, sin), dim=-1)", "signed = torch.cat((sin, -sin), dim=-1)",
         (f"{_FAMILIES}[llama-one rank]",),

@@ -7,10 +7,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from longspan.engine.rank.build import TensorParallelGroup
 from longspan.models.config import MLAConfig, ModelConfig, RopeConfig
-from longspan.models.context import LayerContext
+from longspan.models.context import Alone, LayerContext
 from longspan.models.decoder import DecoderModel
 from longspan.models.ops.triton import TritonOps
+from longspan.parallel.collectives import Traffic
+from longspan.parallel.nccl import NcclCollectives
+from longspan.parallel.sum_norm import SumNorm
+from longspan.parallel.symmetric import FastSums, SymmetricSum
 from tests.gpu.launches import META, PRODUCTS, MetaLoader, counted, decode_attention
 
 ROWS = 4
@@ -28,9 +33,9 @@ ATTENTION = ["write", "attend"]
 MOST_WITH_ATTENTION = 11  # one of them converts queries where there is no GPU
 
 
-def step_of(config, attention=None):
+def step_of(config, attention=None, tp=None):
     """What a decode step of a model launches; without `attention` three launches stand for that of a layer."""
-    model = DecoderModel(config, LayerContext(MetaLoader(), ops=TritonOps()), torch.bfloat16)
+    model = DecoderModel(config, LayerContext(MetaLoader(), tp or Alone(), ops=TritonOps()), torch.bfloat16)
     token_ids = positions = torch.zeros(ROWS, dtype=torch.int64, device=META)
     with torch.inference_mode(), counted() as launches:
 
@@ -43,10 +48,10 @@ def step_of(config, attention=None):
     return launches
 
 
-def layer_of(config, attention=lambda config: None):
+def layer_of(config, attention=lambda config: None, tp=None):
     """What one more layer launches."""
     depths = [replace(config, num_layers=layers) for layers in (2, 3)]
-    shallow, deep = (step_of(model, attention(model)).names for model in depths)
+    shallow, deep = (step_of(model, attention(model), tp).names for model in depths)
     for name in shallow:
         deep.remove(name)
     return deep
@@ -72,6 +77,42 @@ def test_a_layer_of_latent_attention_launches_a_norm_and_a_product_more_for_its_
     assert sorted(name for name in layer if name not in (*PRODUCTS, *ATTENTION)) == [
         *["norm_kernel"] * 4, "rope_kernel", "swiglu_kernel",
     ], layer  # fmt: skip
+
+
+class WholeHead(TensorParallelGroup):
+    """A TP group whose ranks have all logits."""
+
+    def all_gather_last(self, x):
+        return x
+
+
+def one_of_four(with_norm):
+    """The TP group of a rank that sums over four GPUs through symmetric memory, and the group's traffic."""
+    buffers = [torch.empty(SumNorm.ELEMENTS, dtype=torch.bfloat16, device=META) for _ in range(4)]
+    plain = SymmetricSum(torch.empty(4 << 20, dtype=torch.bfloat16, device=META), "name", 4, multicast=False)
+    group = NcclCollectives([0], 0, Traffic(), META)
+    group._members, group.size = True, 4
+    group._sums = FastSums(plain, SumNorm(buffers, 1, 512 << 10) if with_norm else None)
+    return WholeHead(group, ()), group.traffic
+
+
+@pytest.mark.parametrize("config", [LLAMA, DEEPSEEK], ids=["llama", "latent"])
+def test_a_layer_of_several_gpus_launches_no_more_than_that_of_one_where_sums_take_their_norm_along(config):
+    alone = layer_of(config)
+    (apart, sent_apart), (together, sent) = one_of_four(with_norm=False), one_of_four(with_norm=True)
+    assert sorted(layer_of(config, tp=apart)) == sorted([*alone, *["one_shot_all_reduce_copy"] * 2])
+    for _ in range(2):
+        alone.remove("norm_kernel")
+    assert sorted(layer_of(config, tp=together)) == sorted([*alone, *["sum_norm_kernel"] * 2])
+    assert sent == sent_apart and sent.bytes_by_label["tp"] > 0
+
+
+def test_a_bias_behind_a_sum_is_added_before_the_norm():
+    """To the sum of all ranks, so that this sum is an operation of its own; the other one of the layer is not."""
+    tp, _ = one_of_four(with_norm=True)
+    layer = layer_of(replace(LLAMA, attention_output_bias=True), tp=tp)
+    for name in ("one_shot_all_reduce_copy", "add", "norm_kernel", "sum_norm_kernel"):
+        assert layer.count(name) == 1, (name, layer)
 
 
 def test_a_step_launches_four_more_for_all_layers_together():

@@ -13,7 +13,7 @@ from longspan.attention.schedules.ring import circulate
 from longspan.bench.ranks import run_on_ranks
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.nccl import NcclCollectives
-from longspan.parallel.symmetric import SymmetricSum
+from longspan.parallel.symmetric import FastSums, SymmetricSum
 
 CPU = torch.device("cpu")
 SIZE = 3
@@ -111,7 +111,7 @@ def _both(rank: int, make_group: Callable[..., Collectives], traffic: Traffic) -
         found[f"how {len(members)} sum"] = grouped.open_fast_sums()
         shared = torch.zeros(64, dtype=torch.bfloat16)
         kernels = _Shared(grouped._members)
-        grouped._sum = SymmetricSum(shared, "name", 2, False, kernels)
+        grouped._sums = FastSums(SymmetricSum(shared, "name", 2, False, kernels), None)
         counted.reset()
         sums = [grouped.all_reduce(torch.full((8,), rank + 1.0, dtype=dtype), "x") for dtype in DTYPES]
         found[f"sums of {len(members)}"] = [x.tolist() for x in sums], dict(counted.bytes_by_label), kernels.called

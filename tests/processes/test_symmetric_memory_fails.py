@@ -16,13 +16,13 @@ import torch.distributed as dist
 from longspan.bench.ranks import run_on_ranks
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.symmetric import open_symmetric_sum
+from longspan.parallel.symmetric import SharedBuffers, open_symmetric_sum
 
 CPU = torch.device("cpu")
 SIZE, FAILING = 3, 1
 STEPS = ("nothing", "problem", "allocate", "share", "hang", "launch", "sum")
 REASONS = {
-    "nothing": "symmetric memory for up to",
+    "nothing": "symmetric memory for up to 8 MiB, else NCCL; norms apart: one launch is for 2, 4, 8 GPUs",
     "problem": "NCCL: too old (member 1 of 3)",
     "allocate": "NCCL: PyTorch's symmetric memory fails: no room (member 1 of 3)",
     "share": "NCCL: PyTorch's symmetric memory fails: nothing happens",
@@ -51,13 +51,13 @@ class _Memory:
             raise RuntimeError("no room\nat some line")
         return torch.zeros(elements, dtype=torch.bfloat16)
 
-    def share(self, buffer: torch.Tensor, members: Any) -> bool:
+    def share(self, buffer: torch.Tensor, members: Any) -> SharedBuffers:
         self.shared += 1
         if self._failing == "share":
             raise RuntimeError("cannot map it")
         if not self._shares:
             Event().wait()
-        return False
+        return SharedBuffers(False, ())
 
     def two_shot_all_reduce_(self, shared: torch.Tensor, how: str, name: str) -> None:
         if self._hangs:

@@ -24,6 +24,12 @@ class TensorParallel(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the group, in any one shape. The caller must not write to x afterwards."""
 
+    def sum_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """`LayerOps.add_norm` of the sum of x [T, width] over the group, in one launch.
+
+        None where that is none: then it is `all_reduce` and the norm's own operation.
+        """
+
     def all_gather_last(self, x: Tensor) -> Tensor:
         """The members' tensors concatenated along the last dimension, whose sizes may differ."""
 
@@ -122,6 +128,10 @@ class Alone:
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `TensorParallel.all_reduce`."""
         return x
+
+    def sum_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """See `TensorParallel.sum_add_norm`."""
+        return None
 
     def all_gather_last(self, x: Tensor) -> Tensor:
         """See `TensorParallel.all_gather_last`."""

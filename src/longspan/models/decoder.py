@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, LayerContext
 from longspan.models.gqa import GroupedQueryAttention
-from longspan.models.layers import RMSNorm
+from longspan.models.layers import PartialSum, RMSNorm
 from longspan.models.mla import MultiHeadLatentAttention
 from longspan.models.mlp import GatedMLP
 from longspan.models.moe import MixtureOfExperts
@@ -48,11 +48,13 @@ class DecoderLayer:
         self._before = hidden_norm(config, f"{prefix}.input_layernorm.weight", context)
         self._between = hidden_norm(config, f"{prefix}.post_attention_layernorm.weight", context)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, table: RopeTable, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Hidden states, as x [T, hidden] to be added to `residual` [T, hidden] → the same; None: x is all."""
-        residual, x = (x, self._before(x)) if residual is None else self._before.after_add(x, residual)
-        residual, x = self._between.after_add(self._attention(x, table, attend), residual)
-        return self._mlp(x), residual
+    def __call__(
+        self, x: Tensor, added: PartialSum | None, table: RopeTable, attend: Attend
+    ) -> tuple[Tensor, PartialSum]:
+        """Hidden states, as x [T, hidden] to which `added` [T, hidden] is to be added → the same; None: x is all."""
+        x, normed = (x, self._before(x)) if added is None else self._before.after_add(added, x)
+        x, normed = self._between.after_add(self._attention(normed, table, attend), x)
+        return x, self._mlp(normed)
 
 
 class Embedding:
@@ -109,16 +111,17 @@ class DecoderModel:
     def layers(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """See `Model.layers`. After the last layer of the model comes the final norm."""
         table = self._rotary.table(positions)
-        residual: Tensor | None = None
+        added: PartialSum | None = None
         taken: list[Tensor] = []
         for number, layer in enumerate(self._layers):
             if number in self._observed_layers:
-                taken.append(x if residual is None else residual + x)
-            x, residual = layer(x, residual, table, attend)
+                x, added = _total(x, added), None
+                taken.append(x)
+            x, added = layer(x, added, table, attend)
         self.observed = torch.cat(taken, dim=-1) if taken else None
         if self._norm is None:
-            return x if residual is None else residual + x
-        return self._norm(x) if residual is None else self._norm.after_add(x, residual)[1]
+            return _total(x, added)
+        return self._norm(x) if added is None else self._norm.after_add(added, x)[1]
 
 
 class NextTokenModule:
@@ -152,12 +155,16 @@ class NextTokenModule:
         """See `DraftModule.layers`."""
         embedded, before = self._embedding_norm(self._embedding(next_ids)), self._hidden_norm(hidden)
         joined = self._join(torch.cat((embedded, before), dim=-1))
-        x, residual = self._layer(joined, None, self._rotary.table(positions), attend)
-        return residual + x
+        return _total(*self._layer(joined, None, self._rotary.table(positions), attend))
 
     def head(self, hidden: Tensor) -> Tensor:
         """See `DraftModule.head`."""
         return self._head(self._norm(hidden))
+
+
+def _total(x: Tensor, added: PartialSum | None) -> Tensor:
+    """Hidden states [T, hidden], of which a part is to be added."""
+    return x if added is None else x + added.summed()
 
 
 def _table(config: ModelConfig, name: str) -> Param:

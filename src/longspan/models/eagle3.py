@@ -145,7 +145,7 @@ class Eagle3Module:
         both = torch.cat((embedded, before), dim=-1)
         attended = self._attention(both, self._rotary.table(positions), attend)
         residual, x = self._between.after_add(attended, residual)
-        return residual + self._mlp(x)
+        return residual + self._mlp(x).summed()
 
     def head(self, hidden: Tensor) -> Tensor:
         """See `DraftModule.head`. Tokens that the module lacks have a logit of -inf."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import ModelConfig
 from longspan.models.context import Attend, LayerContext
+from longspan.models.layers import PartialSum
 from longspan.models.ops.base import RopeTable
 from longspan.models.params import Param
 
@@ -54,13 +55,12 @@ class GroupedQueryAttention:
         (q_start, q_stop), (kv_start, kv_stop) = extent("q_heads", q_heads), extent("kv_heads", kv_heads)
         self._q_heads, self._kv_heads = q_stop - q_start, kv_stop - kv_start
 
-    def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> Tensor:
-        """x [T, width] → [T, hidden], summed over the TP group."""
+    def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> PartialSum:
+        """x [T, width] → [T, hidden]."""
         # [T, Hq + 2 · Hkv, D]: queries, keys, values. Without a norm q and k are rotated as one tensor
         heads = self._qkv(x, self._qkv_bias).view(x.shape[0], self._q_heads + 2 * self._kv_heads, self._dim)
         q, k, v = torch.split(heads, [self._q_heads, self._kv_heads, self._kv_heads], dim=1)
         rotated = (q, k) if self._norms else (heads[:, : -self._kv_heads],)
         self._ops.rope(rotated, table, self._norms, self._eps)
         out = attend(self._layer, q, k, v).reshape(x.shape[0], self._q_heads * self._dim)
-        summed = self._tp.all_reduce(self._o(out))
-        return summed if self._o_bias is None else summed + self._o_bias
+        return PartialSum(self._tp, self._o(out), self._o_bias)

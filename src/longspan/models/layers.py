@@ -17,6 +17,7 @@ from longspan.compiled.library import address, library
 from longspan.models.ops.base import LayerOps, Panels
 
 if TYPE_CHECKING:
+    from longspan.models.context import TensorParallel
     from longspan.models.few_rows import FewRowsLinear
 
 _FEW_ROWS = 128  # up to these a table's product is transposed
@@ -141,6 +142,26 @@ def table_product(x: Tensor, table: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class PartialSum:
+    """A sum over the TP group that is not computed yet, so that the norm behind it may do so in its own launch.
+
+    It is computed once: `part` may be overwritten by it.
+    """
+
+    # the group
+    tp: TensorParallel
+    # what this rank adds [T, hidden]
+    part: Tensor
+    # added to the sum [hidden]; None: nothing
+    bias: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        """The sum [T, hidden]."""
+        total = self.tp.all_reduce(self.part)
+        return total if self.bias is None else total + self.bias
+
+
+@dataclass(frozen=True)
 class RMSNorm:
     """A norm over rows, with its weight: see `LayerOps.norm`."""
 
@@ -155,6 +176,7 @@ class RMSNorm:
         """x [T, width] → `out`, which may be x, or a new tensor."""
         return self.ops.norm(x, self.weight, self.eps, out)
 
-    def after_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def after_add(self, x: PartialSum, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(residual + x, the norm of this sum), all [T, width]."""
-        return self.ops.add_norm(x, residual, self.weight, self.eps)
+        found = None if x.bias is not None else x.tp.sum_add_norm(x.part, residual, self.weight, self.eps)
+        return self.ops.add_norm(x.summed(), residual, self.weight, self.eps) if found is None else found

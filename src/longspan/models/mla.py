@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan.attention.layer import AttentionLayer
 from longspan.models.config import MLAConfig, ModelConfig
 from longspan.models.context import Attend, LayerContext, Linear
-from longspan.models.layers import RMSNorm
+from longspan.models.layers import PartialSum, RMSNorm
 from longspan.models.ops.base import RopeTable
 from longspan.models.params import Param
 
@@ -53,8 +53,8 @@ class MultiHeadLatentAttention:
         width = heads * mla.value_dim
         self._o = linear(Param(f"{prefix}.o_proj.weight", (hidden, width), (None, "q_heads"), mla.value_dim))
 
-    def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
+    def __call__(self, x: Tensor, table: RopeTable, attend: Attend) -> PartialSum:
+        """x [T, hidden] → [T, hidden]."""
         row, queries = self._kv_a(x)[:, None], self._queries(x)
         latent, key = row.tensor_split([self._mla.kv_lora_rank], dim=-1)
         self._kv_norm(latent[:, 0], out=latent[:, 0])
@@ -62,7 +62,7 @@ class MultiHeadLatentAttention:
         self._ops.rope((queries[..., self._mla.query_dim :], key), table, interleaved=self._mla.interleaved)
         values = attend(self._layer, queries, row, row)
         out = values.reshape(x.shape[0], self._heads * self._mla.value_dim)
-        return self._tp.all_reduce(self._o(out))
+        return PartialSum(self._tp, self._o(out))
 
     def _queries(self, x: Tensor) -> Tensor:
         """x [T, hidden] → queries [T, Hq, query_dim + rope_dim] before rope, of which the first part stays as it is."""

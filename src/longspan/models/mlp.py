@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longspan.models.config import ModelConfig
 from longspan.models.context import GatedLinear, LayerContext
+from longspan.models.layers import PartialSum
 from longspan.models.params import Param
 
 
@@ -32,10 +33,9 @@ class GatedMLP:
         if isinstance(self._gate_up, GatedLinear) and self._gate_up_bias is None:
             self._gated = self._gate_up
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
-        summed = self._tp.all_reduce(self._down(self._inner(x)))
-        return summed if self._down_bias is None else summed + self._down_bias
+    def __call__(self, x: Tensor) -> PartialSum:
+        """x [T, hidden] → [T, hidden]."""
+        return PartialSum(self._tp, self._down(self._inner(x)), self._down_bias)
 
     def _inner(self, x: Tensor) -> Tensor:
         """x [T, hidden] → silu(gate(x)) · up(x) [T, width]."""

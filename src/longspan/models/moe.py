@@ -15,6 +15,7 @@ from longspan.models.config import MoEConfig
 from longspan.models.context import LayerContext
 from longspan.models.experts import routed_experts, shared_expert
 from longspan.models.grouped import choose_sum
+from longspan.models.layers import PartialSum
 from longspan.models.params import Param
 
 
@@ -52,10 +53,10 @@ class MixtureOfExperts:
         self._sum_of = choose_sum(self.experts)
         self._shared = shared_expert(moe, hidden, prefix, context) if moe.shared_intermediate_size else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, hidden] → [T, hidden], summed over the TP group."""
+    def __call__(self, x: Tensor) -> PartialSum:
+        """x [T, hidden] → [T, hidden]."""
         out = self._group.apply(x, *self._router(x), self._sum)
-        return self._tp.all_reduce(out if self._shared is None else out.add_(self._shared(x)))
+        return PartialSum(self._tp, out if self._shared is None else out.add_(self._shared(x)))
 
     def _sum(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum [T, hidden] over the experts held here, of x [T, hidden].

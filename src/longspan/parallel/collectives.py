@@ -159,8 +159,17 @@ class Collectives(ABC):
         """The sum over members of x, which has one shape on all. Summed in member order, so all get the same bits."""
         return _sum(self.all_gather(x, [x.shape[0]] * self.size, label))
 
+    def sum_add_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, label: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """(residual + the sum over members of x, the norm of this) in one operation, all [T, width].
+
+        None, alike on all members, where the transport has none for such tensors: see `all_reduce`.
+        """
+        return None
+
     def open_fast_sums(self) -> tuple[bool, str] | None:
-        """Prepare a faster `all_reduce`, where the transport has one; all members must do so together.
+        """Prepare a faster `all_reduce`, and `sum_add_norm`, where the transport has them; all members do so together.
 
         Returns whether it is used, and what sums from now on and why, for people; None if there is no choice.
         """

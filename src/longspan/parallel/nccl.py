@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.parallel.collectives import Arrival, Traffic
 from longspan.parallel.distributed import DistributedCollectives, Transfer
-from longspan.parallel.symmetric import SymmetricSum, open_symmetric_sum
+from longspan.parallel.symmetric import FastSums, open_symmetric_sum
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
 
@@ -29,14 +29,14 @@ class NcclCollectives(DistributedCollectives):
         self._members = dist.new_group(list(group), use_local_synchronization=True) if len(group) > 1 else None
         if self._members is not None:  # point-to-point transfers need a communicator, which all members must create
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
-        self._sum: SymmetricSum | None = None
+        self._sums: FastSums | None = None
 
     def open_fast_sums(self) -> tuple[bool, str] | None:
         """See `Collectives.open_fast_sums`."""
         if self._members is None:
             return None
-        self._sum, how = open_symmetric_sum(self._members, self._device)
-        return self._sum is not None, how
+        self._sums, how = open_symmetric_sum(self._members, self._device)
+        return self._sums is not None, how
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:
         """See `Collectives.start_shift`. Both directions start in one NCCL group; two sends first would deadlock."""
@@ -67,11 +67,21 @@ class NcclCollectives(DistributedCollectives):
         if self._members is None or not x.numel():
             return x
         self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
-        if self._sum is not None and self._sum.takes(x):
-            return self._sum(x)
+        if self._sums is not None and self._sums.plain.takes(x):
+            return self._sums.plain(x)
         with self._lost_peers():
             dist.all_reduce(x, group=self._members)
         return x
+
+    def sum_add_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, label: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `Collectives.sum_add_norm`."""
+        summing = None if self._sums is None else self._sums.with_norm
+        if summing is None or not summing.takes(x, residual, weight):
+            return None
+        self.traffic.count(label, (self.size - 1) * x.numel() * x.element_size())
+        return summing(x, residual, weight, eps)
 
     def reduce_scatter(self, x: Tensor, rows: Sequence[int], label: str) -> Tensor:
         """See `Collectives.reduce_scatter`. One NCCL operation if all parts have the same shape."""

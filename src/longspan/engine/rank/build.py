@@ -95,6 +95,10 @@ class TensorParallelGroup:
         """The sum of `x` [...] over the members of the group."""
         return self._group.all_reduce(x, "tp")
 
+    def sum_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+        """See `TensorParallel.sum_add_norm`."""
+        return self._group.sum_add_norm(x, residual, weight, eps, "tp")
+
     def all_gather_last(self, x: Tensor) -> Tensor:
         """Concatenate the members' slices of the vocabulary: [..., own slice] to [..., vocab]."""
         parts = self._group.all_gather(x, self._vocab_sizes, "tp", dim=x.dim() - 1)
