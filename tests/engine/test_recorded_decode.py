@@ -215,26 +215,32 @@ def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspac
 
 
 def record_short_steps(llm, has_room=lambda rank: True):
-    """Let every rank record short steps of up to 32 rows: (rows, phases, whether it was one) of each step, and what
-    counts their runs without a graph."""
-    steps, recorders = [], []
+    """Let every rank record short steps of up to 32 rows: of each step (rows of the fullest pcp index, phases, schedule
+    of the recording or None without one) on each rank, and what counts each rank's recordings and replays."""
+    setup, steps, recorders = llm.engine.setup, [], []
 
-    def watched(hidden):
-        def of_step(view, token_ids):
-            found = hidden(view, token_ids)
-            steps.append((len(view.positions), len(view.phases), found is not None))
-            return found
+    def watched(step, found):
+        def of_plan(plan, requests, place):
+            short = step(plan, requests, place)
+            pcps = [segment.pcp for segment in plan.segments for _ in range(segment.length)]
+            phases = len({segment.prefill for segment in plan.segments})
+            found.append((max(map(pcps.count, pcps)), phases, short and (short.graph.schedule or "local")))
+            return short
 
-        return of_step
+        return of_plan
 
     for rank, runner in enumerate(llm.engine.executor.runners):
         backend = RefillableTorch(torch.device("cpu"))
         backend.has_room = has_room(rank)
         runner.attention.ops = replace(runner.attention.ops, backend=backend)
         recorders.append(Counting())
-        short = ShortSteps(runner.model, runner.attention, backend, recorders[-1], (16, 32))
-        short.hidden = watched(short.hidden)
-        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
+        steps.append([])
+        common = runner.model, runner.attention, backend
+        short = ShortSteps(
+            *common, recorders[-1], (16, 32), schedules=setup.recorded_schedules, pcp=setup.grid.pcp
+        )  # fmt: skip
+        short.step = watched(short.step, steps[-1])
+        runner.cuda_graphs = GraphRunner(*common, EagerRecorder(), setup.grid.pcp, short=short)
     return steps, recorders
 
 
@@ -250,31 +256,55 @@ def expected_of_chunks(model):
     return [greedy(oracle(model), *each)[0] for each in zip(CHUNKS, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+def sharded(layout):
+    """Options of a layout, with the schedule under which short steps are recorded where contexts are sharded."""
+    return {**layout, "schedule": "gather_q"} if {"pcp", "dcp"} & {*layout} else layout
+
+
+SHORT_LAYOUTS = {
+    "alone": ({}, {"local"}),
+    "heads": ({"tp": 2}, {"local"}),
+    "dcp": ({"tp": 2, "dcp": 2}, {"gather_q"}),
+    "dcp, heads": ({"tp": 4, "dcp": 2}, {"gather_q"}),
+    "pcp": ({"pcp": 2}, {"local", "gather_q"}),
+    "pcp, dcp": ({"tp": 2, "pcp": 2, "dcp": 2}, {"gather_q"}),
+}
+"""Layouts, and under which schedules some short step is recorded there."""
+
+
+@pytest.mark.parametrize("layout", SHORT_LAYOUTS)
 @pytest.mark.parametrize("model", ["llama", "gpt-oss", "deepseek-v3"])
 def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(tiny, model, layout):
-    """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
-    llm = tiny(model, max_num_seqs=2, **layout)
-    steps, recorders = record_short_steps(llm)
+    """First and later chunks, decode rows beside them, contexts at home and spread, and windows; a chunk of more rows
+    is run without a graph."""
+    options, schedules = SHORT_LAYOUTS[layout]
+    llm = tiny(model, max_num_seqs=2, **sharded(options))
+    (steps, *others), recorders = record_short_steps(llm)
     assert tokens_of_chunks(llm) == expected_of_chunks(model)
-    assert all(recorded == (count <= 32) for count, _, recorded in steps)
-    assert {phases for _, phases, recorded in steps if recorded} == {1, 2}
-    assert all(recorder.replayed for recorder in recorders)
+    assert all(each == steps for each in others)
+    assert all((schedule is not None) == (rows <= 32) for rows, _, schedule in steps)
+    assert {phases for _, phases, schedule in steps if schedule} == {1, 2}
+    assert {schedule for _, _, schedule in steps} - {None} == schedules
+    replayed = len([schedule for _, _, schedule in steps if schedule])
+    assert [recorder.replayed for recorder in recorders] == [replayed] * len(recorders)
 
 
+@pytest.mark.parametrize("layout", ["heads", "dcp", "pcp"])
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
-def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model):
-    """Or their sums would have other shapes."""
-    llm = tiny(model, max_num_seqs=2, tp=2)
+def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model, layout):
+    """Or what they exchange would have other shapes."""
+    llm = tiny(model, max_num_seqs=2, **sharded(SHORT_LAYOUTS[layout][0]))
     _, (with_room, without) = record_short_steps(llm, has_room=lambda rank: rank == 0)
     assert tokens_of_chunks(llm) == expected_of_chunks(model)
     assert with_room.replayed > 0
     assert without.replayed == 0
 
 
-def test_short_steps_of_a_mixture_are_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch):
+@pytest.mark.parametrize("layout", ["heads", "dcp", "pcp"])
+def test_short_steps_of_a_mixture_are_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch, layout):
     monkeypatch.setattr(EngineSetup, "gathers_rows", True)
-    llm = tiny("deepseek-v3", max_num_seqs=2, tp=2, enable_expert_parallel=True)
+    options = sharded(SHORT_LAYOUTS[layout][0])
+    llm = tiny("deepseek-v3", max_num_seqs=2, enable_expert_parallel=True, **options)
     _, recorders = record_short_steps(llm)
     assert tokens_of_chunks(llm) == expected_of_chunks("deepseek-v3")
     assert all(recorder.replayed for recorder in recorders)

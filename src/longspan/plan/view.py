@@ -137,6 +137,7 @@ def rank_view(
     windows: Sequence[int | None],
     moves: Mapping[str, Moves | None],
     causal_runs: bool = False,
+    through_shards: bool = False,
 ) -> RankView:
     """One rank's share of a step.
 
@@ -147,6 +148,7 @@ def rank_view(
         windows: the width of window of each layer group, widest first.
         moves: what travels under each schedule, by its name.
         causal_runs: whether segments read their own tokens from the cache where all of these are on this shard.
+        through_shards: whether they do so on whichever shards these are, as all queries travel: see `all_travel`.
     """
     ordered: list[Segment] = []
     phases: list[PhaseView] = []
@@ -157,11 +159,14 @@ def rank_view(
         mine = rows_in_order(members, place.pcp)
         in_place = schedule_in_place(schedules, moves)
         groups = [
-            reach(in_place or schedule, group, window, members, mine, requests, place, moves, causal_runs)
+            reach(
+                in_place or schedule, group, window, members, mine, requests, place, moves, causal_runs, through_shards
+            )
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        itself = [in_place is not None or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
+        whole = through_shards or in_place is not None
+        itself = [whole or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
         phases.append(PhaseView(row, stop, _diagonal(mine, itself if causal_runs else ()), tuple(groups)))
         ordered += mine
         row = stop

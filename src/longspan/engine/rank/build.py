@@ -41,7 +41,7 @@ from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.settled_rows import Carried
-from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
 from longspan.models.config import ModelConfig
@@ -237,12 +237,12 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     if not setup.records_decode:
         return None
     recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
-    expansion = parts.attention.preparer.expansion
-    short_sizes = [rows for rows in SHORT_SIZES if not expansion.pays(rows, 1)]  # latents are read as they are
-    if setup.records_short_steps and backend.causal_runs and short_sizes:
-        short = ShortSteps(parts.model, parts.attention, backend, recorder, short_sizes)
+    of_short, pcp = short_sizes(setup), setup.grid.pcp
+    if backend.causal_runs and of_short:
+        common = parts.model, parts.attention, backend, recorder
+        short = ShortSteps(*common, of_short, schedules=setup.recorded_schedules, pcp=pcp)
     draw = batch_draw(parts.device.type)
-    return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
 
 
 def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBackend, most: int) -> GraphRunner | None:
