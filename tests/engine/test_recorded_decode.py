@@ -289,6 +289,21 @@ def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(t
     assert [recorder.replayed for recorder in recorders] == [replayed] * len(recorders)
 
 
+def test_a_short_step_takes_a_schedule_that_can_be_recorded(tiny):
+    """With constants by which another one is cheaper, and long chunks take that."""
+    slow_gathering = CostConstants(fixed={"gather_q": Fixed(1.0, 1.0)})
+    llm = tiny(pcp=2, max_num_seqs=2, max_num_batched_tokens=80, cost=slow_gathering)
+    scheduler = llm.engine.scheduler
+    model = scheduler.chooser.model
+    of_gpus = replace(model, group=replace(model.group, maps_pools=False))
+    scheduler.chooser = replace(scheduler.chooser, model=of_gpus, records_decode=True, short_rows=32)
+    (steps, _), _ = record_short_steps(llm)
+    assert tokens_of_chunks(llm) == expected_of_chunks("llama")
+    assert all((schedule is not None) == (rows <= 32) for rows, _, schedule in steps)
+    assert {schedule for _, _, schedule in steps} == {None, "local", "gather_q"}
+    assert schedules_that_moved(llm) > {"gather_q"}
+
+
 @pytest.mark.parametrize("layout", ["heads", "dcp", "pcp"])
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
 def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model, layout):
