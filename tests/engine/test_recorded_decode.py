@@ -214,17 +214,26 @@ def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspac
     assert captured == streams * 3
 
 
+def of_layout(setup):
+    """What the recordings of short steps depend on."""
+    schedules = setup.recorded_schedules
+    return {
+        "schedules": [name for name in schedules if name], "pcp": setup.grid.pcp, "shared": None not in schedules,
+    }  # fmt: skip
+
+
 def record_short_steps(llm, has_room=lambda rank: True):
     """Let every rank record short steps of up to 32 rows: of each step (rows of the fullest pcp index, phases, schedule
     of the recording or None without one) on each rank, and what counts each rank's recordings and replays."""
     setup, steps, recorders = llm.engine.setup, [], []
+    nothing_travels = "fresh" if None not in setup.recorded_schedules else "local"
 
     def watched(step, found):
         def of_plan(plan, requests, place):
             short = step(plan, requests, place)
             pcps = [segment.pcp for segment in plan.segments for _ in range(segment.length)]
             phases = len({segment.prefill for segment in plan.segments})
-            found.append((max(map(pcps.count, pcps)), phases, short and (short.graph.schedule or "local")))
+            found.append((max(map(pcps.count, pcps)), phases, short and (short.schedule or nothing_travels)))
             return short
 
         return of_plan
@@ -236,9 +245,7 @@ def record_short_steps(llm, has_room=lambda rank: True):
         recorders.append(Counting())
         steps.append([])
         common = runner.model, runner.attention, backend
-        short = ShortSteps(
-            *common, recorders[-1], (16, 32), schedules=setup.recorded_schedules, pcp=setup.grid.pcp
-        )  # fmt: skip
+        short = ShortSteps(*common, recorders[-1], (16, 32), **of_layout(setup))
         short.step = watched(short.step, steps[-1])
         runner.cuda_graphs = GraphRunner(*common, EagerRecorder(), setup.grid.pcp, short=short)
     return steps, recorders
@@ -264,10 +271,10 @@ def sharded(layout):
 SHORT_LAYOUTS = {
     "alone": ({}, {"local"}),
     "heads": ({"tp": 2}, {"local"}),
-    "dcp": ({"tp": 2, "dcp": 2}, {"gather_q"}),
-    "dcp, heads": ({"tp": 4, "dcp": 2}, {"gather_q"}),
+    "dcp": ({"tp": 2, "dcp": 2}, {"fresh", "gather_q"}),
+    "dcp, heads": ({"tp": 4, "dcp": 2}, {"fresh", "gather_q"}),
     "pcp": ({"pcp": 2}, {"local", "gather_q"}),
-    "pcp, dcp": ({"tp": 2, "pcp": 2, "dcp": 2}, {"gather_q"}),
+    "pcp, dcp": ({"tp": 2, "pcp": 2, "dcp": 2}, {"fresh", "gather_q"}),
 }
 """Layouts, and under which schedules some short step is recorded there."""
 

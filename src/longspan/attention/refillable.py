@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import torch
+from torch import Tensor
+
 from longspan.attention.backends.base import PreparedRuns, RecordableBackend, RefillableRuns
-from longspan.attention.prepared import OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
+from longspan.attention.prepared import DiagonalRows, OwnRuns, PreparedPhase, PreparedReach, PreparedStep, Preparer
+from longspan.attention.rows import CacheRows
+from longspan.attention.state import AttentionState
 from longspan.attention.step_buffer import StepBuffer
+from longspan.cache.pages import Span
+from longspan.parallel.heads import HeadBlock
 from longspan.plan.reach import QueryBlock, QueryRun, Reach
 from longspan.plan.view import PhaseView, RankView
 
@@ -99,9 +106,11 @@ def _refillable(backend: RecordableBackend, size: StepSize, slots: int, buffer: 
     return _of_several_rows(backend, size.rows, size.longest or size.rows)
 
 
-def _of_several_rows(backend: RecordableBackend, rows: int, longest: int) -> RefillableRuns:
+def _of_several_rows(
+    backend: RecordableBackend, rows: int, longest: int, index: int = _SHORT_SPAN_SLOTS
+) -> RefillableRuns:
     """Runs of up to `longest` rows. Raises `ValueError` if the backend has none."""
-    found = backend.indexed(rows, longest, _SHORT_SPAN_SLOTS)
+    found = backend.indexed(rows, longest, index)
     if found is None:
         raise ValueError(f"{type(backend).__name__} has no refillable runs of several rows")
     return found
@@ -161,6 +170,59 @@ class RefillableLocalStep:
             return self.prepared
         groups_anew = tuple(Reach("local", self._rows, runs, (), (), ()) for runs in wanted)
         return PreparedStep((self._preparer.rows(PhaseView(0, self._rows, (), groups_anew)),), self._slots)
+
+
+class RefillableFreshStep:
+    """A prepared step whose segments see nothing but themselves, which can be replaced in place.
+
+    They attend to keys and values as these are computed: where ranks share the pages of a context, a rank does not
+    store all tokens of its segments. Rows that pad a step write nothing and see nothing. Errors are as in
+    `RefillableLocalRuns`.
+    """
+
+    def __init__(self, preparer: Preparer, backend: RecordableBackend, rows: int, buffer: StepBuffer) -> None:
+        self._preparer, self._rows = preparer, rows
+        self._runs = [_of_several_rows(backend, rows, rows, index=0) for _ in preparer.windows]
+        self._slots = backend.writer((), rows, buffer)
+        diagonals = [DiagonalRows(0, rows, expanded=False, prepared=_FreshRuns(runs)) for runs in self._runs]
+        groups = tuple(PreparedReach(self._reach, None, (), preparer, (diagonal,)) for diagonal in diagonals)
+        self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._slots)
+
+    def fill(self, view: RankView) -> PreparedStep:
+        """See `RefillableStep.fill`. The segments must have diagonals."""
+        segments = [(phase.start + row, length) for phase in view.phases for row, length in phase.diagonal]
+        wanted = [[_fresh_run(*segment, window) for segment in segments] for window in self._preparer.windows]
+        self._slots.refill(view.writes)
+        if all(runs.fill(some) for runs, some in zip(self._runs, wanted, strict=True)):
+            return self.prepared
+        padded = PhaseView(0, self._rows, tuple(segments), (self._reach,) * len(wanted))
+        return PreparedStep((self._preparer.rows(padded),), self._slots)
+
+    @property
+    def _reach(self) -> Reach:
+        return Reach("local", self._rows, (), (), (), ())
+
+
+@dataclass(frozen=True)
+class _FreshRuns:
+    """The diagonal of segments as causal runs over the rows' own keys and values, as if these were cached."""
+
+    # the runs; slots are rows
+    runs: RefillableRuns
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, blocks: Sequence[HeadBlock], scale: float,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:  # fmt: skip
+        """See `PreparedDiagonal.attend`."""
+        rows = torch.stack([k] if v is None else [k, v]).transpose(1, 2)
+        return self.runs.attend(q, CacheRows(rows), blocks, scale, dtype)
+
+
+def _fresh_run(row: int, length: int, window: int | None) -> QueryRun:
+    """What a segment of `length` rows sees of itself in layers with this window."""
+    starts = None if window is None else tuple(max(0, seen + 1 - window) for seen in range(length))
+    return QueryRun(row, length, (Span(row, length),), starts, causal=True)
 
 
 def local_phase(preparer: Preparer, rows: int, runs: Sequence[PreparedRuns]) -> PreparedPhase:

@@ -239,8 +239,9 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
     of_short, pcp = short_sizes(setup), setup.grid.pcp
     if backend.causal_runs and of_short:
-        common = parts.model, parts.attention, backend, recorder
-        short = ShortSteps(*common, of_short, schedules=setup.recorded_schedules, pcp=pcp)
+        common, schedules = (parts.model, parts.attention, backend, recorder), setup.recorded_schedules
+        moving, shared = [name for name in schedules if name], None not in schedules
+        short = ShortSteps(*common, of_short, schedules=moving, pcp=pcp, shared=shared)
     draw = batch_draw(parts.device.type)
     return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
 

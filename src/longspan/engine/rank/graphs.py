@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -177,6 +178,15 @@ class GraphRunner:
     def short_step(self, plan: StepPlan, requests: Mapping[str, KnownRequest], place: Place) -> ShortStep | None:
         """See `ShortSteps.step`; None if short steps are not recorded."""
         return None if self.short is None else self.short.step(plan, requests, place)
+
+    @contextmanager
+    def without_short(self) -> Iterator[None]:
+        """Run short steps without their graphs meanwhile."""
+        self.short, short = None, self.short
+        try:
+            yield
+        finally:
+            self.short = short
 
     def has_room(self, rows_of_pcp: Sequence[int]) -> bool:
         """Whether some size has room for the rows of every pcp index of a decode step."""

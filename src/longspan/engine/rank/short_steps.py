@@ -5,8 +5,9 @@ short prompt waits for both, as do all tokens of a step that verifies drafts. It
 these graphs read; a step that fits none is run without a graph. Which step fits follows from the plan alone, so that
 all ranks decide alike.
 
-A step has no diagonal here: KV is written before attention, so rows read their own tokens from the cache. Either all
-rows are local, or all queries travel to the ranks that store what they see.
+If the plan says that some rows travel, all do: KV is written before attention, so queries find their own tokens too on
+the ranks that store them. Else segments read themselves from the cache, or where a rank stores only some pages of its
+TP group, which then sees nothing but fresh rows, from these.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
-from longspan.attention.refillable import RefillableLocalStep, RefillableStep, StepSize
+from longspan.attention.refillable import RefillableFreshStep, RefillableLocalStep, RefillableStep, StepSize
 from longspan.attention.step_buffer import StepBuffer
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.settled_rows import Carried, RefillableRows, SpreadRows, StepRows, slot_writer
@@ -51,14 +52,18 @@ def short_sizes(setup: EngineSetup) -> tuple[int, ...]:
 class ShortStep:
     """A step that has a graph, on one rank."""
 
-    # the graph
-    graph: ShortGraph
-    # the rank's share of the step; if rows travel all do
+    # all graphs
+    graphs: ShortSteps
+    # rows of its graph
+    rows: int
+    # schedule under which all rows travel; None if none does
+    schedule: str | None
+    # the rank's share of the step
     view: RankView
 
     def hidden(self, token_ids: Callable[[], Tensor]) -> Tensor:
         """Hidden states [T, hidden]. `token_ids` gives int64 [T] on the device. The next step overwrites the result."""
-        found = self.graph.run(self.view, token_ids)
+        found = self.graphs.graph(self.rows, self.schedule).run(self.view, token_ids)
         if found is None:
             raise RuntimeError("a short step with rows that do not read themselves")
         return found
@@ -67,7 +72,8 @@ class ShortStep:
 class ShortSteps:
     """The graphs of all sizes (ascending). One that `record` has not made is recorded in the first step of its size.
 
-    Each is recorded for all of `schedules`: those under which all rows travel, and None where all are local. With
+    Each is recorded for steps in which nothing travels, and for each of `schedules` under which all rows may. If pages
+    are `shared` among the ranks of a TP group, nothing travels only where segments see nothing but themselves. With
     `longest` they are of steps whose segments have so many rows at most, and tiles of attention are chosen for
     these. `then` is recorded behind the layers: it is given the hidden states [rows, hidden]. With `carried` rows are
     found on the device, and a graph has room for twice as many places: see `plan/places.py`.
@@ -76,15 +82,16 @@ class ShortSteps:
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
         sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
-        carried: Carried | None = None, schedules: Sequence[str | None] = (None,), pcp: int = 1,
+        carried: Carried | None = None, schedules: Sequence[str] = (), pcp: int = 1, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
         self._backend = backend
         self._recorder = recorder
         self.sizes = tuple(sizes)
-        self._schedules = tuple(schedules)
+        self._schedules = None, *schedules
         self._pcp = pcp  # number of pcp indices
+        self._shared = shared
         self.longest = longest
         self._then = then
         self._carried = carried
@@ -113,17 +120,15 @@ class ShortSteps:
         if found is None:
             return None
         (rows, schedule), attention = found, self._attention
-        view = rank_view(
-            plan if schedule is None else all_travel(plan, schedule), requests, place, attention.windows,
-            attention.moves, attention.causal_runs, through_shards=schedule is not None,
-        )  # fmt: skip
-        return ShortStep(self.graph(rows, schedule), view)
+        travels, fresh = schedule is not None, schedule is None and self._shared
+        plan = plan if schedule is None else all_travel(plan, schedule)
+        view = rank_view(plan, requests, place, attention.windows, attention.moves, not fresh, travels)
+        return ShortStep(self, rows, schedule, view)
 
     def _size_of(self, plan: StepPlan) -> tuple[int, str | None] | None:
         """(rows, schedule) of a step's graph; None if it has none.
 
-        Rows are those of the fullest pcp index: what is exchanged has one shape on all ranks. If some rows travel, all
-        of them do, and where pages of a context are on several ranks of a TP group they always do.
+        Rows are those of the fullest pcp index: what is exchanged has one shape on all ranks.
         """
         rows = [0] * self._pcp
         moving: set[str] = set()
@@ -132,10 +137,8 @@ class ShortSteps:
             schedules = plan.prefill_schedules if segment.prefill else plan.decode_schedules
             moving.update(schedules[: segment.num_remote_groups])
         size = next((size for size in self.sizes if size >= max(rows)), None)
-        schedule, *others = moving or self._schedules[:1]
-        if size is None or (moving and others) or schedule not in self._schedules:
-            return None
-        return size, schedule
+        schedule, *others = moving or (None,)
+        return None if size is None or others or schedule not in self._schedules else (size, schedule)
 
     def hidden(self, view: RankView, token_ids: Callable[[], Tensor], places: RowPlaces | None = None) -> Tensor | None:
         """Hidden states [T, hidden] of a step of a rank alone. `token_ids` gives int64 [T] on the device.
@@ -164,7 +167,7 @@ class ShortSteps:
         size = StepSize(rows, schedule, self._pcp, self.longest)
         if size not in self._made:
             parts = self._model, self._attention, self._backend
-            graph = ShortGraph(parts, size, self._then, self._carried)
+            graph = ShortGraph(parts, size, self._then, self._carried, self._shared)
             graph.record(self._recorder)
             self._made[size] = graph
         return self._made[size]
@@ -175,10 +178,10 @@ class ShortGraph:
 
     def __init__(
         self, parts: tuple[Model, Attention, RecordableBackend], size: StepSize,
-        then: Callable[[Tensor], None] | None, carried: Carried | None,
+        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._attention, self._backend = parts
-        self.size, self.schedule, self.longest = size.rows, size.schedule, size.longest
+        self.size, self.longest = size.rows, size.longest
         self._then = then
         device = self._attention.pool.device
         self._buffer = StepBuffer(device)
@@ -186,12 +189,14 @@ class ShortGraph:
         self._settled = None
         if carried is not None:
             self._settled = RefillableRows(self.size, self.size * _PLACES_OF_ROW + 1, carried, self._buffer)
-        self._step: RefillableLocalStep | RefillableStep
-        if size.schedule is None:
-            self._step = self.refillable(self._attention, self._backend, self._buffer)
+        self._step: RefillableFreshStep | RefillableLocalStep | RefillableStep
+        common = self._attention.preparer, self._backend
+        if size.schedule is not None:
+            self._step = RefillableStep(*common, size, self._attention.pool.slots, self._buffer)
+        elif shared:
+            self._step = RefillableFreshStep(*common, size.rows, self._buffer)
         else:
-            slots = self._attention.pool.slots
-            self._step = RefillableStep(self._attention.preparer, self._backend, size, slots, self._buffer)
+            self._step = self.refillable(self._attention, self._backend, self._buffer)
         self._token_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
         self._positions = self._buffer.reserve(self.size, torch.int64)
         # the rows of the last step, at fixed addresses

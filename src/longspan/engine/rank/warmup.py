@@ -7,6 +7,7 @@ Pages that they write are free: nothing has been cached yet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -66,10 +67,16 @@ class _Pages:
 
 
 def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
-    """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar."""
+    """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar.
+
+    Recording has launched the kernels of short steps. Here they are run without their graphs, for the kernels of short
+    chunks in steps with too many rows, and of those that find no room.
+    """
     plans = list(warmup_plans(setup))
-    for plan in with_progress("compiling kernels", plans, len(plans), shown):
-        runner.step(plan)
+    graphs = runner.cuda_graphs
+    with nullcontext() if graphs is None else graphs.without_short():
+        for plan in with_progress("compiling kernels", plans, len(plans), shown):
+            runner.step(plan)
     if runner.drafter is not None and setup.drafts_on_device:  # short chunks in steps with too many rows for a graph
         recorded, runner.drafter = runner.drafter, runner.drafter.with_graphs(None)
         for plan in _scattered(setup, _LOCAL):
@@ -82,6 +89,8 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     for schedule in setup.possible_schedules:
         for length in _lengths(setup, every=schedule == _LOCAL):
             yield from _prefill(setup, length, schedule)
+            if schedule == setup.possible_schedules[0] != _LOCAL:
+                yield from _prefill(setup, length, _LOCAL, chunks=1)  # sees itself only, so nothing travels
         yield from _scattered(setup, schedule)
         for length, before, scattered in setup.backend.record.long_steps:
             yield from _long(setup, length, before, schedule, scattered)
@@ -186,14 +195,16 @@ def _lengths(setup: EngineSetup, every: bool) -> list[int]:
     longest = _longest(setup)
     powers = [1 << n for n in range(longest.bit_length())]
     if not every:
-        return sorted({*powers[::3], longest})
+        return sorted({*(length for length in _SHORT if length <= longest), *powers[::3], longest})
     near = {length for p in powers if p <= _DENSE_UNTIL for length in (p - 1, p, p + 1, p + p // 2)}
     far = {length for p in powers if p > _DENSE_UNTIL for length in (p, p + 1)}
     return sorted(length for length in {*near, *far, longest} if 0 < length <= longest)
 
 
-def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = False) -> Iterator[StepPlan]:
-    """Two chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
+def _prefill(
+    setup: EngineSetup, length: int, schedule: str, scattered: bool = False, chunks: int = 2
+) -> Iterator[StepPlan]:
+    """Chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
 
     Under `local` every pcp index has a request of its own, else one request is spread over all of them.
     """
@@ -201,7 +212,7 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
     pieces: list[list[tuple[str, int, int, int]]] = [[], []]  # of both chunks: request, pcp index, start, stop
     local = schedule == _LOCAL
     for number, part in enumerate(
-        _parts(length, setup.model.max_position_embeddings // (2 if local else 2 * len(pcps)))
+        _parts(length, setup.model.max_position_embeddings // (chunks if local else 2 * len(pcps)))
     ):
         if local:
             for pcp in pcps:
@@ -218,7 +229,7 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
             chunk, pcp = divmod(place, len(pcps))
             pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
     steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
-    yield from _plans(setup, requests, steps, schedule, int(scattered))
+    yield from _plans(setup, requests, steps[:chunks], schedule, int(scattered))
 
 
 def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
