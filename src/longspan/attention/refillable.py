@@ -189,13 +189,13 @@ class RefillableFreshStep:
         self.prepared = PreparedStep((PreparedPhase(0, rows, groups),), self._slots)
 
     def fill(self, view: RankView) -> PreparedStep:
-        """See `RefillableStep.fill`. The segments must have diagonals."""
-        segments = [(phase.start + row, length) for phase in view.phases for row, length in phase.diagonal]
+        """See `RefillableStep.fill`. The view has one phase, and all segments have diagonals."""
+        (segments,) = (phase.diagonal for phase in view.phases)
         wanted = [[_fresh_run(*segment, window) for segment in segments] for window in self._preparer.windows]
         self._slots.refill(view.writes)
         if all(runs.fill(some) for runs, some in zip(self._runs, wanted, strict=True)):
             return self.prepared
-        padded = PhaseView(0, self._rows, tuple(segments), (self._reach,) * len(wanted))
+        padded = PhaseView(0, self._rows, segments, (self._reach,) * len(wanted))
         return PreparedStep((self._preparer.rows(padded),), self._slots)
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 
 from longspan.cache.pages import PageRef
+from longspan.config import DEFAULT_LOCAL_CONTEXT
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.runner import Runner
 from longspan.engine.setup import EngineSetup
@@ -47,6 +48,8 @@ class _Request:
     pcp_of_page: Sequence[int]
     # how it is sampled
     params: SamplingParams
+    # the shard of all its pages; None: those of each page's pcp index, in turn
+    home: int | None = None
 
 
 class _Pages:
@@ -60,10 +63,10 @@ class _Pages:
         self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
         self._free = [_in_runs(pages, run) if run else iter(range(pages)) for pages in setup.pages_per_shard]
 
-    def take(self, pcp: int) -> PageRef:
-        """A page on a rank of a pcp index. Raises `StopIteration` if its shard has no more."""
-        shard = next(self._shards[pcp])
-        return PageRef(shard, next(self._free[shard]))
+    def of(self, request: _Request) -> tuple[PageRef, ...]:
+        """The pages of a request. Raises `StopIteration` if a shard has no more."""
+        shards = [next(self._shards[pcp]) if request.home is None else request.home for pcp in request.pcp_of_page]
+        return tuple([PageRef(shard, next(self._free[shard])) for shard in shards])
 
 
 def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
@@ -91,6 +94,7 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
             yield from _prefill(setup, length, schedule)
             if schedule == setup.possible_schedules[0] != _LOCAL:
                 yield from _prefill(setup, length, _LOCAL, chunks=1)  # sees itself only, so nothing travels
+                yield from _at_home(setup, length)
         yield from _scattered(setup, schedule)
         for length, before, scattered in setup.backend.record.long_steps:
             yield from _long(setup, length, before, schedule, scattered)
@@ -232,6 +236,22 @@ def _prefill(
     yield from _plans(setup, requests, steps[:chunks], schedule, int(scattered))
 
 
+def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
+    """First chunks of `length` tokens whose pages are all on one shard: of every shard alone, and of all at once.
+
+    Only the rank that stores a chunk reads it from the cache. Nothing for chunks of a length that has no home.
+    """
+    page, asked = setup.config.cache.page_size, setup.config.scheduler.local_context
+    if not 1 < length <= (DEFAULT_LOCAL_CONTEXT if asked is None else asked):
+        return
+    pcps = {shard: pcp for pcp, shards in enumerate(setup.grid.shards_of_pcp) for shard in shards}
+    requests = [
+        _Request(f"{shard}", [pcp] * -(-length // page), _SAMPLING[0], home=shard) for shard, pcp in pcps.items()
+    ]
+    chunks = [_segment(setup, f"{shard}", pcp, 0, length, _LOCAL, prefill=True) for shard, pcp in pcps.items()]
+    yield from _plans(setup, requests, [*([chunk] for chunk in chunks), chunks], _LOCAL)
+
+
 def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
     """A chunk of `length` tokens a pcp index, behind `before` tokens on every shard, which no step computes.
 
@@ -356,8 +376,7 @@ def _plans(
     pages = _Pages(setup, run)
     admitted = tuple(
         Admission(
-            each.name, 1, 0, each.params, tuple(pages.take(pcp) for pcp in each.pcp_of_page),
-            (_TOKEN,) if each.params.needs_history else (),
+            each.name, 1, 0, each.params, pages.of(each), (_TOKEN,) if each.params.needs_history else ()
         )
         for each in requests
     )  # fmt: skip
