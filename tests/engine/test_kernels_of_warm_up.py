@@ -119,6 +119,6 @@ def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch
     assert {name for name, _, _ in warm} >= {"latent_kernel" if "wide" in model else "attend_kernel", "_write_kernel"}
     for lengths in MIXTURES:
         for params in PARAMS:
-            llm.generate([prompt_of(length, 9) for length in lengths], params)
+            llm.generate([prompt_of(length, 9 + number) for number, length in enumerate(lengths)], params)
     missed = keys.found - warm
     assert not missed, "\n".join(map(str, sorted(missed)))
