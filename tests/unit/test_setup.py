@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from longspan import LLM
+from longspan.attention.workload import ExpansionCost
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.config.engine import GPU_FIXED_ROWS
 from longspan.engine import nvml
@@ -16,7 +17,7 @@ from longspan.engine.devices import choose_executor
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
 from longspan.engine.rank.scaled_weights import ScaledChoice, ScaledWeights
-from longspan.engine.rank.short_steps import short_sizes
+from longspan.engine.rank.short_steps import short_sizes, unexpanded
 from longspan.engine.setup import resolve
 from longspan.engine.transport.messages import Begin
 from longspan.errors import ConfigError
@@ -191,6 +192,9 @@ def test_short_steps_with_prompt_tokens_are_recorded_where_some_schedule_can_be(
     two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
     for layout in ({}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, two):
         assert short_sizes(on_gpus(**layout)) == (16, 32, 64, 128)
+    latents, plain = on_gpus().attention_shape.expansion, ExpansionCost()
+    assert unexpanded((128, 256), latents, plain) == unexpanded((128, 256), plain, latents) == (128,)
+    assert unexpanded((128, 256), plain) == (128, 256)
     assert short_sizes(on_gpus(gpu=False)) == ()
     sharded = on_gpus(tensor_parallel_size=2, decode_context_parallel_size=2)
     assert short_sizes(under(sharded, "gather_q"))

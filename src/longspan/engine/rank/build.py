@@ -41,7 +41,7 @@ from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.settled_rows import Carried
-from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes, unexpanded
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
 from longspan.models.config import ModelConfig
@@ -376,7 +376,8 @@ def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
     found = RecordedParts(parts.model, parts.attention, backend, drafter.chain, own, drafter.first_input)
     most = min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens)
     sizes = verification_sizes(most, drafter.tokens, setup.config.cudagraph_capture_sizes)
-    prompts = () if setup.model.mla else SHORT_SIZES  # latents have two forms
+    # latents are read as they are, by the model and by what drafts
+    prompts = unexpanded(SHORT_SIZES, parts.attention.preparer.expansion, drafter.attention.preparer.expansion)
     return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
 
 

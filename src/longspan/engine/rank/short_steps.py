@@ -23,6 +23,7 @@ from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
 from longspan.attention.refillable import RefillableFreshStep, RefillableLocalStep, RefillableStep, StepSize
 from longspan.attention.step_buffer import StepBuffer
+from longspan.attention.workload import ExpansionCost
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.settled_rows import Carried, RefillableRows, SpreadRows, StepRows, slot_writer
 from longspan.engine.setup import EngineSetup
@@ -40,12 +41,13 @@ _PLACES_OF_ROW = 2  # a step of 1 + K rows of each request has 1 + 2 K places of
 
 
 def short_sizes(setup: EngineSetup) -> tuple[int, ...]:
-    """The sizes that are recorded of steps with prompt tokens, of the rows of the fullest pcp index.
+    """The sizes that are recorded of steps with prompt tokens, of the rows of the fullest pcp index."""
+    return unexpanded(SHORT_SIZES, setup.attention_shape.expansion) if setup.records_short_steps else ()
 
-    Latents are read as they are, so the sizes are those in which expanding them never needs fewer products.
-    """
-    expansion = setup.attention_shape.expansion
-    return tuple(rows for rows in SHORT_SIZES if setup.records_short_steps and not expansion.pays(rows, 1))
+
+def unexpanded(sizes: Sequence[int], *expansions: ExpansionCost) -> tuple[int, ...]:
+    """Those of `sizes` in which expanding latents never needs fewer products: a graph reads them as they are."""
+    return tuple(rows for rows in sizes if not any(expansion.pays(rows, 1) for expansion in expansions))
 
 
 @dataclass(frozen=True)
