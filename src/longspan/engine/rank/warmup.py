@@ -237,19 +237,21 @@ def _prefill(
 
 
 def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
-    """First chunks of `length` tokens whose pages are all on one shard: of every shard alone, and of all at once.
+    """First chunks of `length` tokens whose pages are all on one shard: of every shard alone, and of all in a step.
 
-    Only the rank that stores a chunk reads it from the cache. Nothing for chunks of a length that has no home.
+    Only the rank that stores a chunk reads it from the cache. Nothing for a length of which no context has a home.
     """
     page, asked = setup.config.cache.page_size, setup.config.scheduler.local_context
-    if not 1 < length <= (DEFAULT_LOCAL_CONTEXT if asked is None else asked):
+    most = DEFAULT_LOCAL_CONTEXT if asked is None else asked
+    if not 1 < length <= min(most, setup.max_model_len, min(setup.pages_per_shard) * page):
         return
     pcps = {shard: pcp for pcp, shards in enumerate(setup.grid.shards_of_pcp) for shard in shards}
     requests = [
         _Request(f"{shard}", [pcp] * -(-length // page), _SAMPLING[0], home=shard) for shard, pcp in pcps.items()
     ]
     chunks = [_segment(setup, f"{shard}", pcp, 0, length, _LOCAL, prefill=True) for shard, pcp in pcps.items()]
-    yield from _plans(setup, requests, [*([chunk] for chunk in chunks), chunks], _LOCAL)
+    together = [chunks] if length * len(chunks) <= setup.config.scheduler.step_tokens else []
+    yield from _plans(setup, requests, [*([chunk] for chunk in chunks), *together], _LOCAL)
 
 
 def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
