@@ -43,8 +43,8 @@ _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and
 ATTENTION = (
     Fault(
         "another request's page table is read", "plan/reach.py",
-        "        table = requests[segment.request_id].table\n        causal",
-        "        table = next(iter(requests.values())).table\n        causal",
+        "        table = requests[segment.request_id].table\n        whole",
+        "        table = next(iter(requests.values())).table\n        whole",
         (
             f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",
             f"{_RANKS}::test_more_requests_than_memory_are_preempted_and_stay_exact",
