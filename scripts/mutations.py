@@ -23,6 +23,9 @@ class Fault:
 _RANKS = "tests/ranks/test_attention_is_exact.py"
 _DENSE = f"{_RANKS}::test_every_row_equals_dense_attention"
 _WINDOWED = f"{_RANKS}::test_windowed_layers_see_their_window_and_no_more"
+_SHORT = (
+    "tests/engine/test_recorded_decode.py::test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle"
+)
 _SCHEDULER = "tests/unit/test_scheduler.py"
 _ANY_LOAD = f"{_SCHEDULER}::test_any_load_ends_with_every_token_computed_where_its_page_is_and_nothing_lost"
 _PAGES = "tests/unit/test_pages.py"
@@ -40,8 +43,8 @@ _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and
 ATTENTION = (
     Fault(
         "another request's page table is read", "plan/reach.py",
-        "        table = requests[segment.request_id].table\n        causal",
-        "        table = next(iter(requests.values())).table\n        causal",
+        "        table = requests[segment.request_id].table\n        whole",
+        "        table = next(iter(requests.values())).table\n        whole",
         (
             f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",
             f"{_RANKS}::test_more_requests_than_memory_are_preempted_and_stay_exact",
@@ -103,6 +106,35 @@ ATTENTION = (
         "a refilled step attends to the pages of the step before", "attention/refillable.py",
         "refillable.fill(runs)", "True",
         ("tests/engine/test_recorded_decode.py::test_tokens_are_those_of_the_oracle[{}-llama]",),
+    ),
+    Fault(
+        "rows that read themselves through shards see their segment's later tokens", "plan/reach.py",
+        "yield start, at, span.length > 1", "yield start, at, False",
+        (f"{_RANKS}::test_rows_that_read_their_own_tokens_on_the_shards_that_store_them_need_no_diagonal",),
+    ),
+    Fault(
+        "the decode rows of a short step are attended as its prompt's", "attention/refillable.py",
+        "firsts = accumulate((rows for rows, _ in phases), initial=0)", "firsts = [0] * len(phases)",
+        (f"{_SHORT}[llama-alone]",),
+    ),
+    Fault(
+        "fresh rows of a short step see beyond their window", "attention/refillable.py",
+        "starts = None if window is None else tuple(", "starts = None if window else tuple(",
+        (f"{_SHORT}[gpt-oss-dcp]",),
+    ),
+    Fault(
+        "a rank's own rows decide which graph a short step has", "engine/rank/short_steps.py",
+        "rows[segment.pcp] += segment.length", "rows[0] += segment.length", (f"{_SHORT}[llama-pcp]",),
+    ),
+    Fault(
+        "short steps are recorded under a schedule that was not", "engine/rank/short_steps.py",
+        "if size is None or others or schedule not in self._schedules", "if size is None",
+        ("tests/engine/test_recorded_decode.py::test_a_short_step_takes_a_schedule_that_can_be_recorded",),
+    ),
+    Fault(
+        "the driver counts a step's rows over all pcp indices", "scheduler/step.py",
+        "rows = max(self._load)", "rows = sum(self._load)",
+        ("tests/engine/test_recorded_decode.py::test_a_short_step_takes_a_schedule_that_can_be_recorded",),
     ),
     Fault(
         "a segment's diagonal begins where another's does", "attention/prepared.py",

@@ -20,15 +20,16 @@ from triton.runtime.jit import JITFunction
 from longspan import SamplingParams
 from longspan.attention.backends.triton.backend import TritonBackend
 from longspan.attention.workload import ExpansionCost
-from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.recorder import EagerRecorder
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
+from tests.engine.test_ready import make_all_ready
+from tests.engine.test_recorded_decode import of_layout
 from tests.oracle import prompt_of, tiny_folder
 
 LENGTHS = (30, 1, 7, 100, 47)
-MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5)]
+MIXTURES = [LENGTHS, (129, 3), (64, 64, 1), (300, 5), (7,) * 20, (24,) * 12]
 PARAMS = [SamplingParams(max_tokens=3, temperature=0), SamplingParams(max_tokens=3, temperature=0.8, top_p=0.9)]
 WRITTEN = {
     "attend_kernel": (9, 10),
@@ -61,20 +62,25 @@ class Keys:
         self.found.add((kernel.fn.__name__, str(key), str(sorted(options.items()))))
 
 
-def started(tiny, model):
-    """An engine whose attention is Triton's, as on one GPU of type Hopper; its steps are recorded as far as there.
+def started(tiny, model, **layout):
+    """An engine whose attention is Triton's, as on GPUs of type Hopper; its steps are recorded as far as there.
 
     Its steps are shorter than the contexts whose columns are divided among programs.
     """
-    llm = tiny(model, dtype="bfloat16", max_num_batched_tokens=320, kv_cache_memory_bytes=1 << 22, debug=False)
-    (runner,) = llm.engine.executor.runners
-    attention = runner.attention
-    backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132, specialised=True)
-    attention.ops = replace(attention.ops, backend=backend)
-    if not attention.preparer.expansion.pays(SHORT_SIZES[-1], 1):
-        recorder = EagerRecorder()
-        short = ShortSteps(runner.model, attention, backend, recorder)
-        runner.cuda_graphs = GraphRunner(runner.model, attention, backend, recorder, 1, graph_sizes(8), short)
+    llm = tiny(
+        model, dtype="bfloat16", max_num_batched_tokens=320, max_num_seqs=24, kv_cache_memory_bytes=1 << 22,
+        debug=False, schedule="gather_q" if layout else "auto", **layout,
+    )  # fmt: skip
+    setup = llm.engine.setup
+    for runner in llm.engine.executor.runners:
+        attention = runner.attention
+        backend = TritonBackend(torch.device("cpu"), attention.ops.value_dim, processors=132, specialised=True)
+        attention.ops = replace(attention.ops, backend=backend)
+        if not attention.preparer.expansion.pays(SHORT_SIZES[-1], 1):
+            recorder, pcp = EagerRecorder(), setup.grid.pcp
+            parts = runner.model, attention, backend, recorder
+            short = ShortSteps(*parts, **of_layout(setup))
+            runner.cuda_graphs = GraphRunner(*parts, pcp, graph_sizes(8), short)
     return llm
 
 
@@ -96,22 +102,23 @@ def started_with_drafts(tiny, ahead):
 
 
 MODELS = ["llama", "deepseek-v3", "deepseek-v3 recorded", "deepseek-v3-wide", "drafts", "drafts ahead"]
+LAYOUTS = {"dcp": {"tp": 2, "dcp": 2}, "pcp": {"pcp": 2}}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "llama dcp", "llama pcp", "deepseek-v3 recorded dcp"])
 def test_requests_launch_only_what_warm_up_has_launched(tiny, model, monkeypatch):
     keys = Keys(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))  # or queries are converted first
-    if model == "deepseek-v3 recorded":  # as with DeepSeek's own widths no short step has expanded latents
+    if "recorded" in model:  # as with DeepSeek's own widths no short step has expanded latents
         monkeypatch.setattr(ExpansionCost, "of", staticmethod(lambda *_: ExpansionCost(1, 170)))
     drafts = model.startswith("drafts")
-    llm = started_with_drafts(tiny, model.endswith("ahead")) if drafts else started(tiny, model.split()[0])
-    (runner,) = llm.engine.executor.runners
-    make_ready(runner, llm.engine.setup, shown=False)
+    layout = LAYOUTS.get(model.split()[-1], {})
+    llm = started_with_drafts(tiny, model.endswith("ahead")) if drafts else started(tiny, model.split()[0], **layout)
+    make_all_ready(llm)
     warm = set(keys.found)
     assert {name for name, _, _ in warm} >= {"latent_kernel" if "wide" in model else "attend_kernel", "_write_kernel"}
     for lengths in MIXTURES:
         for params in PARAMS:
-            llm.generate([prompt_of(length, 9) for length in lengths], params)
+            llm.generate([prompt_of(length, 9 + number) for number, length in enumerate(lengths)], params)
     missed = keys.found - warm
     assert not missed, "\n".join(map(str, sorted(missed)))

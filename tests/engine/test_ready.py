@@ -11,15 +11,18 @@ from threading import Thread
 
 import pytest
 
+from longspan import SamplingParams
+from longspan.attention.cost import StepTotals
+from longspan.attention.workload import WorkloadTotals
 from longspan.cache.pages import PageTable
-from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import CostConstants, EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.graphs import graph_sizes, padded_rows
 from longspan.engine.rank.recorder import CountedRecorder, EagerRecorder
 from longspan.engine.rank.warmup import largest_plans, warmup_plans
 from longspan.engine.setup import resolve
-from tests.engine.test_recorded_decode import expected_of, record, tokens_of
-from tests.oracle import tiny_folder
+from tests.engine.test_recorded_decode import expected_of, record, record_short_steps, tokens_of
+from tests.oracle import prompt_of, tiny_folder
 from tests.traffic import schedules_that_moved
 
 LAYOUTS = [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}, {"tp": 2, "pcp": 2, "dcp": 2}]
@@ -176,6 +179,27 @@ def test_a_replay_counts_what_the_step_sends_and_a_recording_counts_nothing(tiny
         found.append(llm.stats().traffic)
     assert found[0].bytes_by_label["gather_q"] > 0
     assert (found[0].bytes_by_label, found[0].calls_by_label) == (found[1].bytes_by_label, found[1].calls_by_label)
+
+
+@pytest.mark.parametrize("layout", [{"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)
+def test_a_replayed_short_step_counts_what_its_padded_rows_send(tiny, layout):
+    """What is counted is what the schedule's formula says of the recordings' rows: the last 13 of 61 tokens travel, and
+    under PCP both halves of the first 48."""
+    llm = tiny(schedule="gather_q", **layout)
+    (steps, _), _ = record_short_steps(llm)
+    setup = llm.engine.setup
+    for runner in llm.engine.executor.runners:
+        traffic = runner._groups.context.traffic
+        runner.cuda_graphs.short._recorder = CountedRecorder(Silent(traffic), traffic)
+    on_all_ranks(llm, lambda runner: list(runner.cuda_graphs.short.record()))
+    assert not llm.stats().traffic.bytes_by_label
+    llm.generate([prompt_of(61)], SamplingParams(temperature=0, max_tokens=1))
+    sent = 0
+    for rows in (16 if rows <= 16 else 32 for rows, _, schedule in steps if schedule == "gather_q"):
+        totals = WorkloadTotals((rows,) * setup.grid.pcp, (), (), ())
+        sent += setup.schedules["gather_q"].bytes(StepTotals(setup.cost_model(CostConstants()), totals))
+    counted = llm.stats().traffic.bytes_by_label["gather_q"]
+    assert counted == setup.model.num_layers * setup.grid.head_shards * sent > 0
 
 
 @pytest.mark.parametrize("layout", [{}, {"pcp": 2}, {"tp": 2, "dcp": 2}], ids=str)

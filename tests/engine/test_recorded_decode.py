@@ -214,31 +214,44 @@ def test_all_sizes_are_recorded_on_one_stream_since_each_stream_keeps_a_workspac
     assert captured == streams * 3
 
 
+def of_layout(setup):
+    """What the recordings of short steps depend on."""
+    schedules = setup.recorded_schedules
+    return {
+        "schedules": [name for name in schedules if name], "pcp": setup.grid.pcp, "shared": None not in schedules,
+    }  # fmt: skip
+
+
 def record_short_steps(llm, has_room=lambda rank: True):
-    """Let every rank record short steps of up to 32 rows: (rows, phases, whether it was one) of each step, and what
-    counts their runs without a graph."""
-    steps, recorders = [], []
+    """Let every rank record short steps of up to 32 rows: of each step (rows of the fullest pcp index, phases, schedule
+    of the recording or None without one) on each rank, and what counts each rank's recordings and replays."""
+    setup, steps, recorders = llm.engine.setup, [], []
+    nothing_travels = "fresh" if None not in setup.recorded_schedules else "local"
 
-    def watched(hidden):
-        def of_step(view, token_ids):
-            found = hidden(view, token_ids)
-            steps.append((len(view.positions), len(view.phases), found is not None))
-            return found
+    def watched(step, found):
+        def of_plan(plan, requests, place):
+            short = step(plan, requests, place)
+            pcps = [segment.pcp for segment in plan.segments for _ in range(segment.length)]
+            phases = len({segment.prefill for segment in plan.segments})
+            found.append((max(map(pcps.count, pcps)), phases, short and (short.schedule or nothing_travels)))
+            return short
 
-        return of_step
+        return of_plan
 
     for rank, runner in enumerate(llm.engine.executor.runners):
         backend = RefillableTorch(torch.device("cpu"))
         backend.has_room = has_room(rank)
         runner.attention.ops = replace(runner.attention.ops, backend=backend)
         recorders.append(Counting())
-        short = ShortSteps(runner.model, runner.attention, backend, recorders[-1], (16, 32))
-        short.hidden = watched(short.hidden)
-        runner.cuda_graphs = GraphRunner(runner.model, runner.attention, backend, EagerRecorder(), 1, short=short)
+        steps.append([])
+        common = runner.model, runner.attention, backend
+        short = ShortSteps(*common, recorders[-1], (16, 32), **of_layout(setup))
+        short.step = watched(short.step, steps[-1])
+        runner.cuda_graphs = GraphRunner(*common, EagerRecorder(), setup.grid.pcp, short=short)
     return steps, recorders
 
 
-CHUNKS, LENGTHS = [prompt_of(11), prompt_of(5, 3), prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
+CHUNKS, LENGTHS = [prompt_of(12), prompt_of(5, 3), prompt_of(61, 9), prompt_of(61, 9)], (7, 4, 4, 4)
 
 
 def tokens_of_chunks(llm):
@@ -250,31 +263,75 @@ def expected_of_chunks(model):
     return [greedy(oracle(model), *each)[0] for each in zip(CHUNKS, LENGTHS, strict=True)]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+def sharded(layout):
+    """Options of a layout, with the schedule under which short steps are recorded where contexts are sharded."""
+    return {**layout, "schedule": "gather_q"} if {"pcp", "dcp"} & {*layout} else layout
+
+
+SHORT_LAYOUTS = {
+    "alone": ({}, {"local"}),
+    "heads": ({"tp": 2}, {"local"}),
+    "dcp": ({"tp": 2, "dcp": 2}, {"fresh", "gather_q"}),
+    "dcp, heads": ({"tp": 4, "dcp": 2}, {"fresh", "gather_q"}),
+    "dcp, ahead": ({"tp": 2, "dcp": 2, "async_scheduling": True}, {"fresh", "gather_q"}),
+    "pcp": ({"pcp": 2}, {"local", "gather_q"}),
+    "pcp, dcp": ({"tp": 2, "pcp": 2, "dcp": 2}, {"fresh", "gather_q"}),
+}
+"""Layouts, and under which schedules some short step is recorded there."""
+
+
+@pytest.mark.parametrize("layout", SHORT_LAYOUTS)
 @pytest.mark.parametrize("model", ["llama", "gpt-oss", "deepseek-v3"])
 def test_recorded_short_steps_with_prompt_tokens_give_the_tokens_of_the_oracle(tiny, model, layout):
-    """First and later chunks, decode rows beside them, and windows; a chunk of more rows is run without a graph."""
-    llm = tiny(model, max_num_seqs=2, **layout)
-    steps, recorders = record_short_steps(llm)
+    """First and later chunks, decode rows beside them, contexts at home and spread, and windows; a chunk of more rows
+    is run without a graph."""
+    options, schedules = SHORT_LAYOUTS[layout]
+    llm = tiny(model, max_num_seqs=2, **sharded(options))
+    (steps, *others), recorders = record_short_steps(llm)
     assert tokens_of_chunks(llm) == expected_of_chunks(model)
-    assert all(recorded == (count <= 32) for count, _, recorded in steps)
-    assert {phases for _, phases, recorded in steps if recorded} == {1, 2}
-    assert all(recorder.replayed for recorder in recorders)
+    assert all(each == steps for each in others)
+    assert all((schedule is not None) == (rows <= 32) for rows, _, schedule in steps)
+    assert {phases for _, phases, schedule in steps if schedule} == {1, 2}
+    assert {schedule for _, _, schedule in steps} - {None} == schedules
+    replayed = len([schedule for _, _, schedule in steps if schedule])
+    assert [recorder.replayed for recorder in recorders] == [replayed] * len(recorders)
 
 
+@pytest.mark.parametrize(
+    ("budget", "short_rows", "recorded"),
+    [(48, 32, {"local", "gather_q"}), (80, 32, {None, "local", "gather_q"}), (48, 0, {None, "local"})],
+)
+def test_a_short_step_takes_a_schedule_that_can_be_recorded(tiny, budget, short_rows, recorded):
+    """With constants by which another one is cheaper, which long chunks take: of a pcp index more than 32 rows. If the
+    driver takes it for short ones too, they are not recorded."""
+    slow_gathering = CostConstants(fixed={"gather_q": Fixed(1.0, 1.0)})
+    llm = tiny(pcp=2, max_num_seqs=2, max_num_batched_tokens=budget, cost=slow_gathering)
+    scheduler = llm.engine.scheduler
+    model = scheduler.chooser.model
+    of_gpus = replace(model, group=replace(model.group, maps_pools=False))
+    scheduler.chooser = replace(scheduler.chooser, model=of_gpus, records_decode=True, short_rows=short_rows)
+    (steps, _), _ = record_short_steps(llm)
+    assert tokens_of_chunks(llm) == expected_of_chunks("llama")
+    assert {schedule for _, _, schedule in steps} == recorded
+    assert (schedules_that_moved(llm) == {"gather_q"}) == (None not in recorded)
+
+
+@pytest.mark.parametrize("layout", ["heads", "dcp", "pcp"])
 @pytest.mark.parametrize("model", ["llama", "deepseek-v3"])
-def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model):
-    """Or their sums would have other shapes."""
-    llm = tiny(model, max_num_seqs=2, tp=2)
+def test_a_rank_without_room_for_a_short_step_computes_it_in_the_shapes_of_the_others(tiny, model, layout):
+    """Or what they exchange would have other shapes."""
+    llm = tiny(model, max_num_seqs=2, **sharded(SHORT_LAYOUTS[layout][0]))
     _, (with_room, without) = record_short_steps(llm, has_room=lambda rank: rank == 0)
     assert tokens_of_chunks(llm) == expected_of_chunks(model)
     assert with_room.replayed > 0
     assert without.replayed == 0
 
 
-def test_short_steps_of_a_mixture_are_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch):
+@pytest.mark.parametrize("layout", ["heads", "dcp", "pcp"])
+def test_short_steps_of_a_mixture_are_recorded_where_every_rank_gets_all_rows(tiny, monkeypatch, layout):
     monkeypatch.setattr(EngineSetup, "gathers_rows", True)
-    llm = tiny("deepseek-v3", max_num_seqs=2, tp=2, enable_expert_parallel=True)
+    options = sharded(SHORT_LAYOUTS[layout][0])
+    llm = tiny("deepseek-v3", max_num_seqs=2, enable_expert_parallel=True, **options)
     _, recorders = record_short_steps(llm)
     assert tokens_of_chunks(llm) == expected_of_chunks("deepseek-v3")
     assert all(recorder.replayed for recorder in recorders)

@@ -35,7 +35,7 @@ from longspan.parallel.grid import Grid
 from longspan.parallel.sharding import Sharding, max_kv_heads
 from longspan.parallel.threaded import ThreadedCollectives, ThreadFabric
 from longspan.plan.mirror import Mirror
-from longspan.plan.plan import StepPlan
+from longspan.plan.plan import StepPlan, all_travel
 from longspan.plan.reach import Place
 from longspan.plan.result import StepResult
 from longspan.plan.view import rank_view
@@ -62,6 +62,7 @@ class Layout:
     windows: tuple[int | None, ...] = (None,)
     ranks_per_node: int | None = None
     cache_dtype: torch.dtype | None = None  # of a quantised cache
+    through_shards: bool = False  # all rows travel, and read their own tokens on the shards that store them
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +207,12 @@ class World:
         mirror.apply(plan)
         attention = self.attentions[rank]
         where = Place(place.pcp, place.shard, self.grid.shards_of_pcp, attention.pool.first_slots)
-        view = rank_view(plan, mirror.requests, where, self.layout.windows, attention.moves, attention.causal_runs)
+        at = self.layout
+        if at.through_shards:
+            plan = all_travel(plan, at.schedule)
+        view = rank_view(
+            plan, mirror.requests, where, at.windows, attention.moves, attention.causal_runs, at.through_shards
+        )
         attention.begin(attention.preparer.step(view))
         rows = self._rows(plan, place.pcp)
         assert view.positions == tuple(position for _, position in rows)

@@ -1,5 +1,7 @@
 """Sharded attention equals dense causal attention, whatever the layout: in fp64, to rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -182,6 +184,29 @@ def test_pages_outside_the_window_of_a_layer_are_not_read(schedule):
     for rank, mirror in enumerate(world.mirrors):
         for span in mirror.table("0").spans(world.grid.ranks[rank].shard, 50 - 8 + 1):
             world.attentions[rank].pool.layers[0].values[:, :, span.slot : span.slot + span.length] = float("nan")
+    world.run()
+    assert_exact(world)
+
+
+THROUGH_SHARDS = {
+    "windows, pcp": Layout(1, 2, 1, 12, 3, page_size=4, windows=(None, 9, 3)),
+    "windows, dcp": Layout(3, 1, 3, 12, 3, page_size=4, windows=(40, 12)),
+    "both, pages of a token": Layout(2, 3, 2, 12, 3, page_size=1),
+    "both, heads": Layout(4, 2, 2, page_size=3, windows=(None, 9)),
+    "quantised": Layout(2, 1, 2, page_size=4, cache_dtype=torch.int8),
+    "homes": Layout(2, 2, 2, page_size=64, pages=4, local_context=16),
+}
+
+
+@pytest.mark.parametrize("layout", THROUGH_SHARDS)
+def test_rows_that_read_their_own_tokens_on_the_shards_that_store_them_need_no_diagonal(layout):
+    """First and later chunks that begin within pages, decode rows beside them, and a prefix hit."""
+    world = World(replace(THROUGH_SHARDS[layout], schedule="gather_q", budget=38, through_shards=True))
+    world.add("0", [1] * 61, 4)
+    world.add("1", [2] * 7, 6)
+    world.add("2", [3], 3)
+    world.run()
+    world.add("3", [1] * 33 + [2] * 20, 5)
     world.run()
     assert_exact(world)
 

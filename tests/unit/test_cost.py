@@ -97,6 +97,16 @@ def test_recorded_decode_takes_the_cheapest_schedule_that_can_be_recorded_and_pr
     assert recorded.choose(workload) == "tree_q"
 
 
+def test_a_recorded_short_step_takes_the_cheapest_schedule_that_can_be_recorded():
+    grid = Grid(ParallelConfig(1, 8, 1, ranks_per_node=4))
+    far = CostConstants(message_s=1e-6, cross_message_s=2e-5, byte_s=1e-11, cross_byte_s=1e-8, copy_s=1e-12)
+    model, workload = model_of(grid, LLAMA_405B_RANK, far), workload_of(64, 100_000, grid)
+    recorded = ScheduleChooser(model, short_rows=128)
+    assert SCHEDULES[recorded.choose(workload, rows=128)].recordable
+    assert recorded.choose(workload, rows=129) == "tree_q"
+    assert ScheduleChooser(model).choose(workload, rows=1) == "tree_q"
+
+
 def test_a_forced_schedule_is_taken_and_nothing_travels_where_nothing_must():
     grid = Grid(ParallelConfig(1, 2, 1))
     chooser = ScheduleChooser(model_of(grid, LLAMA_405B_RANK, CostConstants()), "ring_kv")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from longspan import LLM
+from longspan.attention.workload import ExpansionCost
 from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
 from longspan.config.scheduling import GPU_FIXED_ROWS
 from longspan.engine import nvml
@@ -16,6 +17,7 @@ from longspan.engine.devices import choose_executor
 from longspan.engine.rank import process_rank as process_worker
 from longspan.engine.rank import serving as rank_serving
 from longspan.engine.rank.scaled_weights import ScaledChoice, ScaledWeights
+from longspan.engine.rank.short_steps import short_sizes, unexpanded
 from longspan.engine.setup import resolve
 from longspan.engine.transport.messages import Begin
 from longspan.errors import ConfigError
@@ -184,10 +186,22 @@ def test_they_are_recorded_over_ranks_of_one_machine_that_all_get_the_same_rows(
     assert not records(**two, ranks_per_node=1)
 
 
-def test_short_steps_with_prompt_tokens_are_recorded_where_contexts_are_not_sharded(monkeypatch):
+def test_short_steps_with_prompt_tokens_are_recorded_where_some_schedule_can_be(monkeypatch):
+    """Of DeepSeek's latents up to 128 rows: expanding them pays from 171 on."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert on_gpus().records_short_steps
-    assert on_gpus(tensor_parallel_size=2).records_short_steps
-    assert not on_gpus(tensor_parallel_size=2, decode_context_parallel_size=2).records_short_steps
     two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
-    assert on_gpus(**two).records_decode and not on_gpus(**two).records_short_steps
+    for layout in ({}, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, two):
+        assert short_sizes(on_gpus(**layout)) == (16, 32, 64, 128)
+    latents, plain = on_gpus().attention_shape.expansion, ExpansionCost()
+    assert unexpanded((128, 256), latents, plain) == unexpanded((128, 256), plain, latents) == (128,)
+    assert unexpanded((128, 256), plain) == (128, 256)
+    assert short_sizes(on_gpus(gpu=False)) == ()
+    sharded = on_gpus(tensor_parallel_size=2, decode_context_parallel_size=2)
+    assert short_sizes(under(sharded, "gather_q"))
+    assert short_sizes(under(sharded, "ring_q")) == ()
+
+
+def under(setup, schedule):
+    """The same setup, where the user has chosen a schedule."""
+    config = setup.config
+    return replace(setup, config=replace(config, scheduler=replace(config.scheduler, schedule=schedule)))

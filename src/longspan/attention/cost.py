@@ -261,13 +261,15 @@ class ScheduleChooser:
     forced: str = "auto"
     # whether decode steps are recorded
     records_decode: bool = False
+    # most rows of a pcp index in a step with prompt tokens that is recorded; 0 if none is
+    short_rows: int = 0
 
     def __post_init__(self) -> None:
         require_choice("schedule", self.forced, ("auto", *self.model.schedules))
 
     @cached_property
     def _recordable(self) -> tuple[Priced, ...]:
-        """The schedules among which one is chosen for decode, where that is recorded.
+        """The schedules among which one is chosen for steps that are recorded.
 
         A step under another schedule is not recorded, and its launches cost several times what any schedule can save.
         The constants cannot show this, because they are measured without recording. Where pools are mapped, calls of
@@ -277,11 +279,15 @@ class ScheduleChooser:
         in_place = [schedule for schedule in found if schedule.moves == "signals"]
         return tuple(in_place or found)
 
-    def choose(self, workload: PhaseWorkload, decode: bool = False) -> str:
-        """`local` if no row travels; else the schedule that the user chose, or the cheapest."""
+    def choose(self, workload: PhaseWorkload, decode: bool = False, rows: int | None = None) -> str:
+        """`local` if no row travels; else the schedule that the user chose, or the cheapest.
+
+        `rows` are those of the step's fullest pcp index, None if the step is not to be a short one.
+        """
         if not sum(workload.rows):
             return "local"
         if self.forced != "auto":
             return self.forced
-        among = self._recordable if decode and self.records_decode else ()
+        short = rows is not None and rows <= self.short_rows
+        among = self._recordable if short or (decode and self.records_decode) else ()
         return StepTotals(self.model, workload.totals(self.model.group.members)).cheapest(among).name

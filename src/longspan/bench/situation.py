@@ -48,9 +48,9 @@ class _Recorder(ScheduleChooser):
     # in the order of the calls
     asked: list[PhaseWorkload] = field(default_factory=list)
 
-    def choose(self, workload: PhaseWorkload, decode: bool = False) -> str:
+    def choose(self, workload: PhaseWorkload, decode: bool = False, rows: int | None = None) -> str:
         self.asked.append(workload)
-        return super().choose(workload, decode)
+        return super().choose(workload, decode, rows)
 
 
 @dataclass(frozen=True)

@@ -213,9 +213,8 @@ class EngineSetup:
 
     @property
     def records_short_steps(self) -> bool:
-        """Whether short steps with prompt tokens are recorded too: not where contexts are sharded, since the shapes of
-        what travels would depend on the step's segments."""
-        return self.records_decode and self.grid.num_shards == 1
+        """Whether short steps with prompt tokens are recorded too: where some schedule can be."""
+        return self.records_decode and bool(self.recorded_schedules)
 
     @property
     def _has_fixed_shapes(self) -> bool:
@@ -250,7 +249,7 @@ class EngineSetup:
 
     @property
     def recorded_schedules(self) -> tuple[str | None, ...]:
-        """What decode steps are recorded with: None where all rows are local, and each schedule under which they may
+        """What steps are recorded with: None where all rows are local, and each schedule under which they may
         travel."""
         fixed = [self.schedules[name] for name in self.possible_schedules if self.schedules[name].recordable]
         return tuple(one.name if one.moves else None for one in fixed)

@@ -6,7 +6,7 @@ rank carries them out. A plan's size is O(new tokens): pages and tokens that wer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import msgspec
@@ -165,3 +165,11 @@ class StepPlan:
     def digest(self) -> bytes:
         """An 8-byte hash of the plan. In debug mode ranks compare it before they carry the plan out."""
         return blake2b(self.encode(), digest_size=8).digest()
+
+
+def all_travel(plan: StepPlan, schedule: str) -> StepPlan:
+    """The same step, in which every row travels under `schedule`."""
+    groups = len(plan.decode_schedules)
+    segments = tuple(msgspec.structs.replace(segment, num_remote_groups=groups) for segment in plan.segments)
+    schedules = (schedule,) * groups
+    return replace(plan, segments=segments, decode_schedules=schedules, prefill_schedules=schedules)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from longspan.cache.pages import PageTable, Span, clip_spans
 from longspan.plan.mirror import KnownRequest
-from longspan.plan.plan import Segment, window_start
+from longspan.plan.plan import Segment, unmasked_until, window_start
 
 Moves = Literal["queries", "keys", "signals"]
 """What travels under a schedule. A schedule under which nothing travels has None.
@@ -169,6 +169,7 @@ def reach(
     place: Place,
     moves: Mapping[str, Moves | None],
     causal_runs: bool = False,
+    through_shards: bool = False,
 ) -> Reach:
     """What this rank's segments of one phase see off the diagonal, in the layers of one group.
 
@@ -183,6 +184,7 @@ def reach(
         moves: what travels under each schedule, by its name.
         causal_runs: whether segments read their own tokens from the cache, where all of these are on this shard or
             ranks read the pages of all in place.
+        through_shards: whether segments whose queries travel read their own tokens from the shards that store these.
     """
     if moves[schedule] == "signals":
         return _reach_in_place(schedule, window, members, mine, requests, place, causal_runs)
@@ -198,7 +200,10 @@ def reach(
         travel=sum(segment.length for segment in local),
         own=_runs(local, window, requests, place.shard, causal_runs),
         blocks=tuple(
-            QueryBlock(sum(s.length for s in block), () if keys_travel else _runs(block, window, requests, place.shard))
+            QueryBlock(
+                sum(s.length for s in block),
+                () if keys_travel else _runs(block, window, requests, place.shard, through_shards=through_shards),
+            )
             for block in by_pcp
         ),
         shares=shares,
@@ -274,19 +279,19 @@ def reads_itself(segment: Segment, table: PageTable, shard: int) -> bool:
 
 
 def _visible_tokens(
-    segment: Segment, table: PageTable, shard: int, window: int | None, causal: bool = False
+    start: int, stop: int, table: PageTable, shard: int, window: int | None, causal: bool = False
 ) -> Iterator[_VisibleTokens]:
-    """What a segment's rows see of a shard's tokens; if `causal` their own tokens are among these.
+    """What the rows of positions [start, stop) see of a shard's tokens; if `causal` their own are among these.
 
     The tokens before a row's window are a prefix of the shard's tokens, so one number a row describes the window.
     """
-    until = table.visible(shard, segment.stop if causal else segment.unmasked_until)
+    until = table.visible(shard, stop if causal else unmasked_until(start, stop))
     if window is None:
         if until:
-            yield _VisibleTokens(0, segment.length, 0, until, None)
+            yield _VisibleTokens(0, stop - start, 0, until, None)
         return
-    for row in range(0, segment.length, _WINDOW_ROWS):
-        positions = range(segment.start + row, min(segment.start + row + _WINDOW_ROWS, segment.stop))
+    for row in range(0, stop - start, _WINDOW_ROWS):
+        positions = range(start + row, min(start + row + _WINDOW_ROWS, stop))
         window_starts = [table.visible(shard, window_start(position, window)) for position in positions]
         first = window_starts[0]
         if causal:
@@ -303,19 +308,40 @@ def _runs(
     requests: Mapping[str, KnownRequest],
     shard: int,
     causal_runs: bool = False,
+    through_shards: bool = False,
 ) -> tuple[QueryRun, ...]:
+    """What segments see of a shard: their own tokens too, where `causal_runs` or `through_shards` says so."""
     runs: list[QueryRun] = []
     row = 0
     for segment in segments:
         table = requests[segment.request_id].table
-        causal = causal_runs and reads_itself(segment, table, shard)
-        for visible in _visible_tokens(segment, table, shard, window, causal):
-            spans = table.spans(shard, segment.stop if causal else segment.unmasked_until)
-            if window is not None:
-                spans = tuple(clip_spans(spans, visible.first, visible.first + visible.tokens))
-            runs.append(QueryRun(row + visible.row, visible.length, spans, visible.window_starts, causal))
+        whole = segment.start, segment.stop, causal_runs and reads_itself(segment, table, shard)
+        for start, stop, causal in _pieces(segment, table, shard) if through_shards else [whole]:
+            for visible in _visible_tokens(start, stop, table, shard, window, causal):
+                spans = table.spans(shard, stop if causal else unmasked_until(start, stop))
+                if window is not None:
+                    spans = tuple(clip_spans(spans, visible.first, visible.first + visible.tokens))
+                first = row + start - segment.start + visible.row
+                runs.append(QueryRun(first, visible.length, spans, visible.window_starts, causal))
         row += segment.length
     return tuple(runs)
+
+
+def _pieces(segment: Segment, table: PageTable, shard: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut a segment into positions that the shard stores, and others: (start, stop, whether a piece is causal there).
+
+    KV is written before attention, so a row sees all tokens up to its own on the shards that store them. Those of a
+    piece that another shard stores are not here, and a lone token needs no mask.
+    """
+    at = segment.start
+    for offset, span in table.slots(shard, segment.start, segment.stop):
+        start = segment.start + offset
+        if at < start:
+            yield at, start, False
+        at = start + span.length
+        yield start, at, span.length > 1
+    if at < segment.stop:
+        yield at, segment.stop, False
 
 
 def _keys(
@@ -353,7 +379,8 @@ def _keys(
         shares.append(KeyShare(tuple(spans), tokens))
         row = 0
         for segment in mine:
-            for visible in _visible_tokens(segment, requests[segment.request_id].table, shard, window):
+            table = requests[segment.request_id].table
+            for visible in _visible_tokens(segment.start, segment.stop, table, shard, window):
                 seen = Span(offset[key(segment)] + visible.first, visible.tokens)
                 runs.append(KeyRun(shard, row + visible.row, visible.length, seen, visible.window_starts))
             row += segment.length

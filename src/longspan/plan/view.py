@@ -137,6 +137,7 @@ def rank_view(
     windows: Sequence[int | None],
     moves: Mapping[str, Moves | None],
     causal_runs: bool = False,
+    through_shards: bool = False,
 ) -> RankView:
     """One rank's share of a step.
 
@@ -147,7 +148,9 @@ def rank_view(
         windows: the width of window of each layer group, widest first.
         moves: what travels under each schedule, by its name.
         causal_runs: whether segments read their own tokens from the cache where all of these are on this shard.
+        through_shards: whether they do so on whichever shards these are, as all queries travel: see `all_travel`.
     """
+    common = requests, place, moves, causal_runs, through_shards
     ordered: list[Segment] = []
     phases: list[PhaseView] = []
     row = 0
@@ -157,11 +160,12 @@ def rank_view(
         mine = rows_in_order(members, place.pcp)
         in_place = schedule_in_place(schedules, moves)
         groups = [
-            reach(in_place or schedule, group, window, members, mine, requests, place, moves, causal_runs)
+            reach(in_place or schedule, group, window, members, mine, *common)
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        itself = [in_place is not None or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
+        whole = through_shards or in_place is not None
+        itself = [whole or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
         phases.append(PhaseView(row, stop, _diagonal(mine, itself if causal_runs else ()), tuple(groups)))
         ordered += mine
         row = stop
@@ -176,16 +180,12 @@ def rank_view(
         row = len(token_ids)
         for offset, span in requests[segment.request_id].table.slots(place.shard, segment.start, segment.stop):
             writes.append(WriteRun(row + offset, span.slot, span.length))
-        token_ids += segment.token_ids
-        for draft in range(segment.pending):
-            pending.append(PendingRow(len(token_ids), segment.request_id, draft))
-            token_ids.append(0)  # a placeholder
+        token_ids += (*segment.token_ids, *(0,) * segment.pending)  # placeholders
+        pending += _pending(segment, row + len(segment.token_ids))
         positions += range(segment.start, segment.stop)
         prompt = requests[segment.request_id].num_prompt
         samples += _samples(segment, row, prompt, 0 if segment.prefill else starts[segment.request_id])
-        last = min(segment.stop, prompt - 1)  # a row scores the token after its own
-        if segment.scores and last > segment.start:
-            scored.append(ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1))
+        scored += _scored(segment, row, prompt)
     return RankView(
         tuple(token_ids), tuple(positions), tuple(writes), tuple(phases), tuple(samples), tuple(scored), tuple(pending),
         _following(ordered),
@@ -197,6 +197,18 @@ def _samples(segment: Segment, row: int, num_prompt: int, first: int) -> Iterato
     for position in range(segment.stop - segment.sample, segment.stop):
         drafts = 0 if segment.prefill else position - first
         yield SampleRequest(row + position - segment.start, segment.request_id, position + 1 - num_prompt, drafts)
+
+
+def _pending(segment: Segment, row: int) -> list[PendingRow]:
+    """The rows of a segment whose tokens are not in the plan, from `row` on."""
+    return [PendingRow(row + draft, segment.request_id, draft) for draft in range(segment.pending)]
+
+
+def _scored(segment: Segment, row: int, num_prompt: int) -> Iterator[ScoredRows]:
+    """The rows of a segment, which begins at `row`, that score prompt tokens: a row scores the token after its own."""
+    last = min(segment.stop, num_prompt - 1)
+    if segment.scores and last > segment.start:
+        yield ScoredRows(row, last - segment.start, segment.request_id, segment.start + 1)
 
 
 def _following(ordered: Sequence[Segment]) -> tuple[tuple[int, int], ...]:

@@ -130,6 +130,7 @@ class StepBuilder:
     def build(self, step: int, finished: tuple[str, ...], chooser: ScheduleChooser) -> StepPlan:
         """The plan, with a schedule chosen for each phase and layer group."""
         saves, loads = self._cache.take_copies()
+        rows = max(self._load)
         return StepPlan(
             step=step,
             saves=saves,
@@ -139,7 +140,7 @@ class StepBuilder:
             new_pages=tuple(NewPages(request, tuple(pages)) for request, pages in self._new_pages.items()),
             segments=tuple(self.segments),
             decode_schedules=tuple(chooser.choose(workload, decode=True) for workload in self._workloads[False]),
-            prefill_schedules=tuple(map(chooser.choose, self._workloads[True])),
+            prefill_schedules=tuple(chooser.choose(workload, rows=rows) for workload in self._workloads[True]),
             fetches=tuple(self.fetches),
         )
 

@@ -24,6 +24,7 @@ from longspan.engine.driver.executors.ray import RayExecutor
 from longspan.engine.driver.executors.threads import ThreadExecutor
 from longspan.engine.rank.build import build_vocabulary
 from longspan.engine.rank.page_store import OffloadFiles
+from longspan.engine.rank.short_steps import short_sizes
 from longspan.engine.setup import EngineSetup
 from longspan.scheduler.scheduler import Scheduler
 from longspan.scheduler.sequence import Grammars
@@ -52,7 +53,8 @@ def build_core(setup: EngineSetup) -> EngineCore:
         cache = CacheManager(cached.page_size, setup.pages_per_shard, cached.enable_prefix_caching, index)
         constants = config.cost or executor.constants or CostConstants()
         records = setup.records_decode or setup.records_calls
-        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, records)
+        short = max(short_sizes(setup), default=0)
+        chooser = ScheduleChooser(setup.cost_model(constants), config.scheduler.schedule, records, short)
         grammars = _grammars(setup, executor)
         scheduler = Scheduler(
             config.scheduler, cache, setup.grid, chooser, root, setup.model.layer_groups, grammars, setup.drafts_ahead

@@ -41,7 +41,7 @@ from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.settled_rows import Carried
-from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps
+from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes, unexpanded
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
 from longspan.models.config import ModelConfig
@@ -241,12 +241,13 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     if not setup.records_decode:
         return None
     recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
-    expansion = parts.attention.preparer.expansion
-    short_sizes = [rows for rows in SHORT_SIZES if not expansion.pays(rows, 1)]  # latents are read as they are
-    if setup.records_short_steps and backend.causal_runs and short_sizes:
-        short = ShortSteps(parts.model, parts.attention, backend, recorder, short_sizes)
+    of_short, pcp = short_sizes(setup), setup.grid.pcp
+    if backend.causal_runs and of_short:
+        common, schedules = (parts.model, parts.attention, backend, recorder), setup.recorded_schedules
+        moving, shared = [name for name in schedules if name], None not in schedules
+        short = ShortSteps(*common, of_short, schedules=moving, pcp=pcp, shared=shared)
     draw = batch_draw(parts.device.type)
-    return GraphRunner(parts.model, parts.attention, backend, recorder, setup.grid.pcp, sizes, short, draw)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
 
 
 def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBackend, most: int) -> GraphRunner | None:
@@ -379,7 +380,8 @@ def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
     found = RecordedParts(parts.model, parts.attention, backend, drafter.chain, own, drafter.first_input)
     most = min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens)
     sizes = verification_sizes(most, drafter.tokens, setup.config.cudagraph_capture_sizes)
-    prompts = () if setup.model.mla else SHORT_SIZES  # latents have two forms
+    # latents are read as they are, by the model and by what drafts
+    prompts = unexpanded(SHORT_SIZES, parts.attention.preparer.expansion, drafter.attention.preparer.expansion)
     return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
 
 

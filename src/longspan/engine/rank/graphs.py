@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 
 import torch
-from msgspec import structs
 from torch import Tensor
 
 from longspan.attention.attend import Attention
@@ -27,9 +26,11 @@ from longspan.config import DEFAULT_RUNNING
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
-from longspan.engine.rank.short_steps import ShortSteps
+from longspan.engine.rank.short_steps import ShortStep, ShortSteps
 from longspan.models.context import Model
-from longspan.plan.plan import StepPlan
+from longspan.plan.mirror import KnownRequest
+from longspan.plan.plan import StepPlan, all_travel
+from longspan.plan.reach import Place
 from longspan.plan.view import RankView
 
 _SMALL = (1, 2, 4)
@@ -82,11 +83,8 @@ def uniform(plan: StepPlan, schedules: Mapping[str, Schedule]) -> StepPlan:
 
     Otherwise the shapes of a graph would depend on the number of rows that stay on their own rank.
     """
-    groups, schedule = len(plan.decode_schedules), travelling(plan, schedules)
-    if schedule is None:
-        return plan
-    segments = tuple(structs.replace(segment, num_remote_groups=groups) for segment in plan.segments)
-    return replace(plan, segments=segments, decode_schedules=(schedule,) * groups)
+    schedule = travelling(plan, schedules)
+    return plan if schedule is None else all_travel(plan, schedule)
 
 
 def travelling(plan: StepPlan, schedules: Mapping[str, Schedule]) -> str | None:
@@ -176,6 +174,19 @@ class GraphRunner:
                 with torch.inference_mode():
                     self._graph(size := StepSize(rows, name, self._pcp))
                 yield size
+
+    def short_step(self, plan: StepPlan, requests: Mapping[str, KnownRequest], place: Place) -> ShortStep | None:
+        """See `ShortSteps.step`; None if short steps are not recorded."""
+        return None if self.short is None else self.short.step(plan, requests, place)
+
+    @contextmanager
+    def without_short(self) -> Iterator[None]:
+        """Run short steps without their graphs meanwhile."""
+        self.short, short = None, self.short
+        try:
+            yield
+        finally:
+            self.short = short
 
     def has_room(self, rows_of_pcp: Sequence[int]) -> bool:
         """Whether some size has room for the rows of every pcp index of a decode step."""

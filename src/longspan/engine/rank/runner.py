@@ -27,6 +27,7 @@ from longspan.engine.rank.sampling.recorded import RecordedDraw
 from longspan.engine.rank.sampling.rows import SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.engine.rank.settled_rows import SettledStep
+from longspan.engine.rank.short_steps import ShortStep
 from longspan.errors import EngineError, RequestError
 from longspan.models.context import Model
 from longspan.parallel.collectives import Collectives
@@ -183,10 +184,10 @@ class Runner:
             rows = [pcps.count(pcp) for pcp in range(self._grid.pcp)]
             if graphs.has_room(rows):
                 return self._replay(plan, graphs, rows)
-        view = rank_view(
-            plan, self._mirror.requests, self._place, attention.windows, attention.moves, attention.causal_runs
-        )
-        hidden, settled = self._hidden(plan, view)
+        requests, place, causal = self._mirror.requests, self._place, attention.causal_runs
+        short = None if graphs is None else graphs.short_step(plan, requests, place)
+        view = short.view if short else rank_view(plan, requests, place, attention.windows, attention.moves, causal)
+        hidden, settled = self._hidden(plan, view, short)
         if self._model.head is None:  # not the last stage
             self._groups.pipeline.send(hidden)
             return StepResult
@@ -207,7 +208,7 @@ class Runner:
         with self._groups.context.traffic.within("drafts"):
             return drafter.draft(replace(step, sampled=sampled), self._mirror.requests)
 
-    def _hidden(self, plan: StepPlan, view: RankView) -> tuple[Tensor, SettledStep | None]:
+    def _hidden(self, plan: StepPlan, view: RankView, short: ShortStep | None) -> tuple[Tensor, SettledStep | None]:
         """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
         token_ids, requests, settled = partial(self._token_ids, view), self._mirror.requests, None
         if self.drafter is not None:
@@ -215,12 +216,10 @@ class Runner:
             if recorded is not None:
                 return recorded
             settled = self.drafter.settle(plan, view, requests)
-        elif self.cuda_graphs is not None and self.cuda_graphs.short is not None:
+        elif short is not None:
             if self._experts is not None:
                 self._experts.expect(None)  # padded: equally many everywhere
-            found = self.cuda_graphs.short.hidden(view, token_ids)
-            if found is not None:
-                return found, None
+            return short.hidden(token_ids), None
         if self._experts is not None:
             self._experts.expect(self._rows_of_pcp(plan))
         if settled is not None and self._model.embedding is not None:

@@ -1,14 +1,19 @@
-"""CUDA graphs of short steps with prompt tokens, or with drafts, whose rows are all local.
+"""CUDA graphs of short steps with prompt tokens, or with drafts.
 
 The host needs longer to launch the kernels of such a step one by one than a GPU to compute it, and the first token of a
 short prompt waits for both, as do all tokens of a step that verifies drafts. It owns the sizes and the tensors that
 these graphs read; a step that fits none is run without a graph. Which step fits follows from the plan alone, so that
-all ranks of a TP group decide alike.
+all ranks decide alike.
+
+If the plan says that some rows travel, all do: KV is written before attention, so queries find their own tokens too on
+the ranks that store them. Else segments read themselves from the cache, or where a rank stores only some pages of its
+TP group, which then sees nothing but fresh rows, from these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,13 +21,18 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.prepared import PreparedStep
-from longspan.attention.refillable import RefillableLocalStep
+from longspan.attention.refillable import RefillableFreshStep, RefillableLocalStep, RefillableStep, StepSize
 from longspan.attention.step_buffer import StepBuffer
+from longspan.attention.workload import ExpansionCost
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.settled_rows import Carried, RefillableRows, SpreadRows, StepRows, slot_writer
+from longspan.engine.setup import EngineSetup
 from longspan.models.context import Attend, Model
+from longspan.plan.mirror import KnownRequest
 from longspan.plan.places import RowPlaces
-from longspan.plan.view import RankView
+from longspan.plan.plan import StepPlan, all_travel
+from longspan.plan.reach import Place
+from longspan.plan.view import RankView, rank_view
 
 SHORT_SIZES = (16, 32, 64, 128)
 """Rows of the graphs. Above them a GPU takes longer than the host."""
@@ -30,10 +40,43 @@ SHORT_SIZES = (16, 32, 64, 128)
 _PLACES_OF_ROW = 2  # a step of 1 + K rows of each request has 1 + 2 K places of it
 
 
+def short_sizes(setup: EngineSetup) -> tuple[int, ...]:
+    """The sizes that are recorded of steps with prompt tokens, of the rows of the fullest pcp index."""
+    return unexpanded(SHORT_SIZES, setup.attention_shape.expansion) if setup.records_short_steps else ()
+
+
+def unexpanded(sizes: Sequence[int], *expansions: ExpansionCost) -> tuple[int, ...]:
+    """Those of `sizes` in which expanding latents never needs fewer products: a graph reads them as they are."""
+    return tuple(rows for rows in sizes if not any(expansion.pays(rows, 1) for expansion in expansions))
+
+
+@dataclass(frozen=True)
+class ShortStep:
+    """A step that has a graph, on one rank."""
+
+    # all graphs
+    graphs: ShortSteps
+    # rows of its graph
+    rows: int
+    # schedule under which all rows travel; None if none does
+    schedule: str | None
+    # the rank's share of the step
+    view: RankView
+
+    def hidden(self, token_ids: Callable[[], Tensor]) -> Tensor:
+        """Hidden states [T, hidden]. `token_ids` gives int64 [T] on the device. The next step overwrites the result."""
+        found = self.graphs.graph(self.rows, self.schedule).run(self.view, token_ids)
+        if found is None:
+            raise RuntimeError("a short step with rows that do not read themselves")
+        return found
+
+
 class ShortSteps:
     """The graphs of all sizes (ascending). One that `record` has not made is recorded in the first step of its size.
 
-    With `longest` they are of steps whose segments have so many rows at most, and tiles of attention are chosen for
+    Each is recorded for steps in which nothing travels, and for each of `schedules` under which all rows may. If pages
+    are `shared` among the ranks of a TP group, nothing travels only where segments see nothing but themselves. With
+    `longest` they are of steps whose segments have so many rows at most, and tiles of attention are chosen for
     these. `then` is recorded behind the layers: it is given the hidden states [rows, hidden]. With `carried` rows are
     found on the device, and a graph has room for twice as many places: see `plan/places.py`.
     """
@@ -41,33 +84,66 @@ class ShortSteps:
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
         sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
-        carried: Carried | None = None,
+        carried: Carried | None = None, schedules: Sequence[str] = (), pcp: int = 1, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model = model
         self._attention = attention
         self._backend = backend
         self._recorder = recorder
         self.sizes = tuple(sizes)
+        self._schedules = None, *schedules
+        self._pcp = pcp  # number of pcp indices
+        self._shared = shared
         self.longest = longest
         self._then = then
         self._carried = carried
-        self._made: dict[int, ShortGraph] = {}
+        self._made: dict[StepSize, ShortGraph] = {}
         self.last: ShortGraph | None = None  # the graph of the step in `hidden`; None if it was not recorded
 
     def record(self) -> Iterator[int]:
-        """Record every size, the largest first, and yield it."""
+        """Record every size, the largest first, and yield it after each graph."""
         for rows in reversed(self.sizes):
-            with torch.inference_mode():
-                self.graph(rows)
-            yield rows
+            for schedule in self._schedules:
+                with torch.inference_mode():
+                    self.graph(rows, schedule)
+                yield rows
 
     @property
     def count(self) -> int:
         """Number of graphs."""
-        return len(self.sizes)
+        return len(self.sizes) * len(self._schedules)
+
+    def step(self, plan: StepPlan, requests: Mapping[str, KnownRequest], place: Place) -> ShortStep | None:
+        """A step with prompt tokens on the rank at `place`; None if it has no graph, then it has none on any rank.
+
+        `requests` are all requests by id, with the plan already applied.
+        """
+        found = self._size_of(plan)
+        if found is None:
+            return None
+        (rows, schedule), attention = found, self._attention
+        travels, fresh = schedule is not None, schedule is None and self._shared
+        plan = plan if schedule is None else all_travel(plan, schedule)
+        view = rank_view(plan, requests, place, attention.windows, attention.moves, not fresh, travels)
+        return ShortStep(self, rows, schedule, view)
+
+    def _size_of(self, plan: StepPlan) -> tuple[int, str | None] | None:
+        """(rows, schedule) of a step's graph; None if it has none.
+
+        Rows are those of the fullest pcp index: what is exchanged has one shape on all ranks.
+        """
+        rows = [0] * self._pcp
+        moving: set[str] = set()
+        for segment in plan.segments:
+            rows[segment.pcp] += segment.length
+            schedules = plan.prefill_schedules if segment.prefill else plan.decode_schedules
+            moving.update(schedules[: segment.num_remote_groups])
+        size = next((size for size in self.sizes if size >= max(rows)), None)
+        schedule, *others = moving or (None,)
+        return None if size is None or others or schedule not in self._schedules else (size, schedule)
 
     def hidden(self, view: RankView, token_ids: Callable[[], Tensor], places: RowPlaces | None = None) -> Tensor | None:
-        """Hidden states [T, hidden] of a step, before the head. `token_ids` gives int64 [T] on the device.
+        """Hidden states [T, hidden] of a step of a rank alone. `token_ids` gives int64 [T] on the device.
 
         Where rows are found on the device `places` are those of the step, and `view` has a row for each of them.
 
@@ -88,25 +164,26 @@ class ShortSteps:
         self.last = None if found is None else graph
         return found
 
-    def graph(self, rows: int) -> ShortGraph:
-        """The graph of one of the sizes, recorded now if it has not been."""
-        if rows not in self._made:
+    def graph(self, rows: int, schedule: str | None = None) -> ShortGraph:
+        """The graph of one of the sizes and schedules, recorded now if it has not been."""
+        size = StepSize(rows, schedule, self._pcp, self.longest)
+        if size not in self._made:
             parts = self._model, self._attention, self._backend
-            graph = ShortGraph(parts, (rows, self.longest), self._then, self._carried)
+            graph = ShortGraph(parts, size, self._then, self._carried, self._shared)
             graph.record(self._recorder)
-            self._made[rows] = graph
-        return self._made[rows]
+            self._made[size] = graph
+        return self._made[size]
 
 
 class ShortGraph:
-    """The graph of one size: of so many rows, in segments of up to `longest`, or of any length if it is None."""
+    """The graph of one size."""
 
     def __init__(
-        self, parts: tuple[Model, Attention, RecordableBackend], size: tuple[int, int | None],
-        then: Callable[[Tensor], None] | None, carried: Carried | None,
+        self, parts: tuple[Model, Attention, RecordableBackend], size: StepSize,
+        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model, self._attention, self._backend = parts
-        self.size, self.longest = size
+        self.size, self.longest = size.rows, size.longest
         self._then = then
         device = self._attention.pool.device
         self._buffer = StepBuffer(device)
@@ -114,7 +191,14 @@ class ShortGraph:
         self._settled = None
         if carried is not None:
             self._settled = RefillableRows(self.size, self.size * _PLACES_OF_ROW + 1, carried, self._buffer)
-        self._step = self.refillable(self._attention, self._backend, self._buffer)
+        self._step: RefillableFreshStep | RefillableLocalStep | RefillableStep
+        common = self._attention.preparer, self._backend
+        if size.schedule is not None:
+            self._step = RefillableStep(*common, size, self._attention.pool.slots, self._buffer)
+        elif shared:
+            self._step = RefillableFreshStep(*common, size.rows, self._buffer)
+        else:
+            self._step = self.refillable(self._attention, self._backend, self._buffer)
         self._token_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
         self._positions = self._buffer.reserve(self.size, torch.int64)
         # the rows of the last step, at fixed addresses
@@ -124,7 +208,7 @@ class ShortGraph:
         self._replay: Callable[[], Tensor] = self._compute
 
     def refillable(self, attention: Attention, backend: RecordableBackend, buffer: StepBuffer) -> RefillableLocalStep:
-        """The attention of such steps, in the layers of `attention`."""
+        """The attention of such steps whose rows are all local, in the layers of `attention`."""
         rows = self.size if self._settled is None else self._settled.places
         return RefillableLocalStep(attention.preparer, backend, rows, buffer, self.longest)
 

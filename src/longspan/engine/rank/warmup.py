@@ -7,10 +7,12 @@ Pages that they write are free: nothing has been cached yet.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle
 
 from longspan.cache.pages import PageRef
+from longspan.config import DEFAULT_LOCAL_CONTEXT
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.runner import Runner
 from longspan.engine.setup import EngineSetup
@@ -46,6 +48,8 @@ class _Request:
     pcp_of_page: Sequence[int]
     # how it is sampled
     params: SamplingParams
+    # the shard of all its pages; None: those of each page's pcp index, in turn
+    home: int | None = None
 
 
 class _Pages:
@@ -59,17 +63,23 @@ class _Pages:
         self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
         self._free = [_in_runs(pages, run) if run else iter(range(pages)) for pages in setup.pages_per_shard]
 
-    def take(self, pcp: int) -> PageRef:
-        """A page on a rank of a pcp index. Raises `StopIteration` if its shard has no more."""
-        shard = next(self._shards[pcp])
-        return PageRef(shard, next(self._free[shard]))
+    def of(self, request: _Request) -> tuple[PageRef, ...]:
+        """The pages of a request. Raises `StopIteration` if a shard has no more."""
+        shards = [next(self._shards[pcp]) if request.home is None else request.home for pcp in request.pcp_of_page]
+        return tuple([PageRef(shard, next(self._free[shard])) for shard in shards])
 
 
 def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
-    """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar."""
+    """Run all warm-up steps. All ranks must do so at the same time. With `shown` there is a progress bar.
+
+    Recording has launched the kernels of short steps. Here they are run without their graphs, for the kernels of short
+    chunks in steps with too many rows, and of those that find no room.
+    """
     plans = list(warmup_plans(setup))
-    for plan in with_progress("compiling kernels", plans, len(plans), shown):
-        runner.step(plan)
+    graphs = runner.cuda_graphs
+    with nullcontext() if graphs is None else graphs.without_short():
+        for plan in with_progress("compiling kernels", plans, len(plans), shown):
+            runner.step(plan)
     if runner.drafter is not None and setup.drafts_on_device:  # short chunks in steps with too many rows for a graph
         recorded, runner.drafter = runner.drafter, runner.drafter.with_graphs(None)
         for plan in _scattered(setup, _LOCAL):
@@ -82,6 +92,9 @@ def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     for schedule in setup.possible_schedules:
         for length in _lengths(setup, every=schedule == _LOCAL):
             yield from _prefill(setup, length, schedule)
+            if schedule == setup.possible_schedules[0] != _LOCAL:
+                yield from _prefill(setup, length, _LOCAL, chunks=1)  # sees itself only, so nothing travels
+                yield from _at_home(setup, length)
         yield from _scattered(setup, schedule)
         for length, before, scattered in setup.backend.record.long_steps:
             yield from _long(setup, length, before, schedule, scattered)
@@ -186,14 +199,16 @@ def _lengths(setup: EngineSetup, every: bool) -> list[int]:
     longest = _longest(setup)
     powers = [1 << n for n in range(longest.bit_length())]
     if not every:
-        return sorted({*powers[::3], longest})
+        return sorted({*(length for length in _SHORT if length <= longest), *powers[::3], longest})
     near = {length for p in powers if p <= _DENSE_UNTIL for length in (p - 1, p, p + 1, p + p // 2)}
     far = {length for p in powers if p > _DENSE_UNTIL for length in (p, p + 1)}
     return sorted(length for length in {*near, *far, longest} if 0 < length <= longest)
 
 
-def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = False) -> Iterator[StepPlan]:
-    """Two chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
+def _prefill(
+    setup: EngineSetup, length: int, schedule: str, scattered: bool = False, chunks: int = 2
+) -> Iterator[StepPlan]:
+    """Chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
 
     Under `local` every pcp index has a request of its own, else one request is spread over all of them.
     """
@@ -201,7 +216,7 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
     pieces: list[list[tuple[str, int, int, int]]] = [[], []]  # of both chunks: request, pcp index, start, stop
     local = schedule == _LOCAL
     for number, part in enumerate(
-        _parts(length, setup.model.max_position_embeddings // (2 if local else 2 * len(pcps)))
+        _parts(length, setup.model.max_position_embeddings // (chunks if local else 2 * len(pcps)))
     ):
         if local:
             for pcp in pcps:
@@ -218,7 +233,25 @@ def _prefill(setup: EngineSetup, length: int, schedule: str, scattered: bool = F
             chunk, pcp = divmod(place, len(pcps))
             pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
     steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
-    yield from _plans(setup, requests, steps, schedule, int(scattered))
+    yield from _plans(setup, requests, steps[:chunks], schedule, int(scattered))
+
+
+def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
+    """First chunks of `length` tokens whose pages are all on one shard: of every shard alone, and of all in a step.
+
+    Only the rank that stores a chunk reads it from the cache. Nothing for a length of which no context has a home.
+    """
+    page, asked = setup.config.cache.page_size, setup.config.scheduler.local_context
+    most = DEFAULT_LOCAL_CONTEXT if asked is None else asked
+    if not 1 < length <= min(most, setup.max_model_len, min(setup.pages_per_shard) * page):
+        return
+    pcps = {shard: pcp for pcp, shards in enumerate(setup.grid.shards_of_pcp) for shard in shards}
+    requests = [
+        _Request(f"{shard}", [pcp] * -(-length // page), _SAMPLING[0], home=shard) for shard, pcp in pcps.items()
+    ]
+    chunks = [_segment(setup, f"{shard}", pcp, 0, length, _LOCAL, prefill=True) for shard, pcp in pcps.items()]
+    together = [chunks] if length * len(chunks) <= setup.config.scheduler.step_tokens else []
+    yield from _plans(setup, requests, [*([chunk] for chunk in chunks), *together], _LOCAL)
 
 
 def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
@@ -345,8 +378,7 @@ def _plans(
     pages = _Pages(setup, run)
     admitted = tuple(
         Admission(
-            each.name, 1, 0, each.params, tuple(pages.take(pcp) for pcp in each.pcp_of_page),
-            (_TOKEN,) if each.params.needs_history else (),
+            each.name, 1, 0, each.params, pages.of(each), (_TOKEN,) if each.params.needs_history else ()
         )
         for each in requests
     )  # fmt: skip
