@@ -73,8 +73,7 @@ def drafts_of(folder, how, page, is_ahead, recorded):
         poison(runner.attention.pool, runner.drafter.attention.pool)
         events, replays = watch_steps(llm), []
         if recorded:
-            latent = llm.engine.setup.model.mla is not None
-            replays = replays_in(llm, record(llm, prompt_sizes=() if latent else PROMPT_SIZES))
+            (replays,) = replays_in(llm, record(llm, prompt_sizes=PROMPT_SIZES))
         found = drafts_in(llm)
         assert mixed(llm) == mixed_without_drafts(folder)
         assert llm.stats().scheduler.accepted_tokens > 0

@@ -12,6 +12,7 @@ from longspan import SamplingParams
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_chain import ChainInputs
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
+from longspan.engine.rank.recorder import CountedRecorder
 from longspan.engine.rank.warmup import largest_plans
 from longspan.plan.drafts import sampled_rows
 from longspan.scheduler.draft_length import DraftLength
@@ -37,21 +38,30 @@ class Full(RefillableTorch):
         return Runs(self, rows, has_room=False)
 
 
-def record(llm, later=RefillableTorch, prompt_sizes=PROMPT_SIZES):
-    """Let the only rank record its steps, and drafting with the backend `later`; what counts the replays."""
-    (runner,) = llm.engine.executor.runners
+def record(llm, kinds=lambda rank: (RefillableTorch, RefillableTorch), prompt_sizes=PROMPT_SIZES):
+    """Let every rank record its steps, and drafting, with backends of two kinds; what counts the replays of each."""
+    return [
+        record_rank(runner, kinds(rank), prompt_sizes) for rank, runner in enumerate(llm.engine.executor.runners)
+    ]  # fmt: skip
+
+
+def record_rank(runner, kinds, prompt_sizes):
     recorder, drafter = Counting(), runner.drafter
-    backend, own = (kind(torch.device("cpu")) for kind in (RefillableTorch, later))
+    backend, own = (kind(torch.device("cpu")) for kind in kinds)
     drafter.attention.ops = replace(drafter.attention.ops, backend=own)
     runner.attention.ops = replace(runner.attention.ops, backend=backend)
     parts = RecordedParts(runner.model, runner.attention, backend, drafter.chain, own, drafter.first_input)
-    runner.drafter = drafter.with_graphs(DraftGraphs(parts, recorder, SIZES, prompt_sizes))
+    counted = CountedRecorder(recorder, runner._groups.tp.traffic)
+    runner.drafter = drafter.with_graphs(DraftGraphs(parts, counted, SIZES, prompt_sizes))
     return recorder
 
 
-def replays_in(llm, recorder):
-    """(whether there are drafts in the step, replays), of every step with rows from now on."""
-    (runner,) = llm.engine.executor.runners
+def replays_in(llm, recorders):
+    """Of each rank: (whether there are drafts in the step, replays), of every step with rows from now on."""
+    return [replays_of(*each) for each in zip(llm.engine.executor.runners, recorders, strict=True)]
+
+
+def replays_of(runner, recorder):
     begin, found = runner.start, []
 
     def counted(plan):
@@ -97,8 +107,8 @@ def test_a_step_is_two_replays_and_gives_the_tokens_and_drafts_of_one_that_is_no
     tokens, drafts = [], []
     for recorded in (False, True):
         with start(folder, speculative=how, attention_backend="torch") as llm:
-            latent = llm.engine.setup.model.mla is not None
-            replays = replays_in(llm, record(llm, prompt_sizes=() if latent else PROMPT_SIZES)) if recorded else []
+            if recorded:
+                (replays,) = replays_in(llm, record(llm, prompt_sizes=PROMPT_SIZES))
             found = drafts_in(llm)
             tokens.append(mixed(llm))
             drafts.append(found)
@@ -122,7 +132,7 @@ def test_contexts_too_scattered_for_the_buffers_of_drafting_are_drafted_after_wi
     drafts = []
     for later in (RefillableTorch, Full):
         with start(folder, speculative=how, attention_backend="torch") as llm:
-            replays = replays_in(llm, record(llm, later, prompt_sizes=()))
+            (replays,) = replays_in(llm, record(llm, lambda rank: (RefillableTorch, later), prompt_sizes=()))  # noqa: B023
             drafts.append(drafts_in(llm))
             assert tokens_of(llm) == plain_tokens(folder)
     assert drafts[0] == drafts[1]
@@ -133,8 +143,8 @@ def test_all_is_recorded_and_every_number_of_drafts_has_run_before_the_first_req
     """With pages of one token, so that the made-up requests need pages for what is drafted behind their drafts."""
     folder, how = speculative("llama-seven", "eagle3:3")
     with start(folder, speculative=how, attention_backend="torch", page_size=1) as llm:
-        recorder, (runner,) = record(llm), llm.engine.executor.runners
-        replays, seen = replays_in(llm, recorder), []
+        (recorder,), (runner,) = record(llm), llm.engine.executor.runners
+        (replays,), seen = replays_in(llm, [recorder]), []
         begin = runner.drafter.graphs.record
         runner.drafter.graphs.record = lambda: (seen.append(rows) or rows for rows in begin())
         make_ready(runner, llm.engine.setup, shown=False)

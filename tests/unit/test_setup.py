@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from longspan import LLM
-from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig, Speculation
 from longspan.config.engine import GPU_FIXED_ROWS
 from longspan.engine import nvml
 from longspan.engine.devices import choose_executor
@@ -191,3 +191,27 @@ def test_short_steps_with_prompt_tokens_are_recorded_where_contexts_are_not_shar
     assert not on_gpus(tensor_parallel_size=2, decode_context_parallel_size=2).records_short_steps
     two = {"prefill_context_parallel_size": 2, "enable_expert_parallel": True}
     assert on_gpus(**two).records_decode and not on_gpus(**two).records_short_steps
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options"),
+    [
+        (True, {}),
+        (True, {"tensor_parallel_size": 2}),
+        (False, {"tensor_parallel_size": 2, "executor": "threads"}),
+        (False, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}),
+        (False, {"prefill_context_parallel_size": 2}),
+        (False, {"tensor_parallel_size": 2, "backend": "cpu"}),
+    ],
+)
+def test_steps_with_drafts_are_recorded_where_every_rank_has_all_pages_of_its_heads(recorded, options):
+    """And a backend writes to slots that only the device knows."""
+    parallel = {name: size for name, size in options.items() if name.endswith("_size")}
+    folder = tiny_folder("llama")
+    config = EngineConfig(
+        folder, executor="dry", parallel=ParallelConfig(**parallel), attention_backend=options.get("backend", "torch"),
+        scheduler=SchedulerConfig(speculative=Speculation("draft", 2, folder)),
+    )  # fmt: skip
+    found = replace(resolve(config), device_type="cuda")
+    found = replace(found, config=replace(found.config, executor=options.get("executor", "processes")))
+    assert found.records_drafts == recorded

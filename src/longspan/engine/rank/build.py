@@ -29,7 +29,7 @@ from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.free_memory import return_free_memory
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.draft_chain import DraftChain
-from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
+from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, prompt_sizes, verification_sizes
 from longspan.engine.rank.drafting import Drafter, ModuleDrafter
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.loading import RankLoader, TensorStore
@@ -375,8 +375,8 @@ def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
     found = RecordedParts(parts.model, parts.attention, backend, drafter.chain, own, drafter.first_input)
     most = min(scheduler.running_limit * (drafter.tokens + 1), scheduler.step_tokens)
     sizes = verification_sizes(most, drafter.tokens, setup.config.cudagraph_capture_sizes)
-    prompts = () if setup.model.mla else SHORT_SIZES  # latents have two forms
-    return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
+    recorder = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic)
+    return DraftGraphs(found, recorder, sizes, prompt_sizes(parts.attention, drafter.attention))
 
 
 def _draft_schedule(setup: EngineSetup) -> str:

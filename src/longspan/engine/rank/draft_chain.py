@@ -106,9 +106,9 @@ class DraftChain:
         runs = tuple(tuple(replace(run, row=moved[run.row]) for run in reach.own) for reach in view.phases[0].groups)
         return LaterRuns(runs, tuple(of_request))
 
-    def prepare(self, later: LaterRuns) -> PreparedPhase:
-        """Further runs, prepared for one step."""
-        preparer, rows = self.attention.preparer, len(later.slots) * self.width
+    def prepare(self, later: LaterRuns, requests: int) -> PreparedPhase:
+        """Further runs, prepared for one step, with rows for so many requests."""
+        preparer, rows = self.attention.preparer, requests * self.width
         return local_phase(preparer, rows, [preparer.backend.prepare(runs, rows) for runs in later.runs])
 
     def inputs(self, view: RankView, sampled: Sequence[SampledRows], later: LaterRuns) -> ChainInputs:

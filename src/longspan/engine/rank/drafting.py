@@ -225,7 +225,7 @@ class ModuleDrafter:
             return hidden.new_empty(2 + self.tokens, 0, dtype=torch.int64)
         if self.experts is not None:
             self.experts.expect([len(sampled)])
-        return chain.tokens_after(inputs, step.sampled, rows, hidden, chain.prepare(later))
+        return chain.tokens_after(inputs, step.sampled, rows, hidden, chain.prepare(later, len(sampled)))
 
     def _draft_with_others(self, step: SampledStep, taken: Tensor, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """`draft` where ranks tell each other what they have sampled. The attention of the first run is prepared."""

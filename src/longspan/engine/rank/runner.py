@@ -161,6 +161,8 @@ class Runner:
             # first: the step may overwrite pages that are saved
             copied = None if self._store is None else self._store.start(plan.saves, plan.loads)
             finish = self._start(plan)
+            if self._experts is not None:
+                self._experts.expect(None)  # recorded steps are padded: equally many everywhere
         if self.transfer is not None:
             self.transfer.computed(plan)
         return finish if copied is None else partial(_with_failures, finish, copied)
@@ -216,8 +218,6 @@ class Runner:
                 return recorded
             settled = self.drafter.settle(plan, view, requests)
         elif self.cuda_graphs is not None and self.cuda_graphs.short is not None:
-            if self._experts is not None:
-                self._experts.expect(None)  # padded: equally many everywhere
             found = self.cuda_graphs.short.hidden(view, token_ids)
             if found is not None:
                 return found, None
@@ -232,8 +232,6 @@ class Runner:
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner, rows: Sequence[int]) -> Finish:
         """Run a decode step as a CUDA graph, with `rows` rows of each pcp index. Every row is sampled."""
         view = self._uniform_view(plan)
-        if self._experts is not None:
-            self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view))
         return self._finish(view, logits, [], recorded=cuda_graphs.recorded_draw(rows))
 
