@@ -13,6 +13,7 @@ from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_chain import ChainInputs
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
 from longspan.engine.rank.recorder import CountedRecorder
+from longspan.engine.rank.sampling.gumbel import outcome
 from longspan.engine.rank.warmup import largest_plans
 from longspan.plan.drafts import sampled_rows
 from longspan.scheduler.draft_length import DraftLength
@@ -175,13 +176,17 @@ def test_the_user_chooses_for_how_many_requests_with_drafts_steps_are_recorded()
 
 
 def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():
-    """Requests with three drafts, of which the second is wrong; with two; and without drafts."""
+    """Requests with three drafts, of which the second is wrong; with two; and without drafts. Nor is one behind which no
+    token could be sampled."""
     inputs = ChainInputs(
         **{name: torch.empty(0) for name in ("next_ids", "sample_rows", "slots")},
         first_samples=torch.tensor([0, 4, 7]), first_rows=torch.tensor([0, 4, 8]), drafts=torch.tensor([3, 2, 0]),
     )  # fmt: skip
     token_ids = torch.tensor([0, 5, 6, 7, 0, 8, 9, 3, 4])  # before the last one is a row of a prompt
-    assert inputs.accepted(torch.tensor([5, 1, 7, 2, 8, 9, 3, 4]), token_ids, 3).tolist() == [1, 2, 0]
+    sampled, peaks = torch.tensor([5, 1, 7, 2, 8, 9, 3, 4]), torch.zeros(8)
+    assert inputs.accepted(outcome(sampled, peaks), token_ids, 3).tolist() == [1, 2, 0]
+    peaks[5] = torch.nan
+    assert inputs.accepted(outcome(sampled, peaks), token_ids, 3).tolist() == [1, 0, 0]
 
 
 def poison(*pools):
@@ -195,7 +200,7 @@ class Forced:
     """Drafts after tokens of which the first drafts are made right, in two ways that are compared."""
 
     def __init__(self, drafter):
-        self.drafter, self.compared = drafter, 0
+        self.drafter, self.compared, self.accepted = drafter, 0, None
 
     def hidden(self, *step):
         return None
@@ -206,11 +211,12 @@ class Forced:
     def draft(self, step, requests):
         rows = sampled_rows(step.plan, step.view, requests)
         for right in range(self.drafter.tokens + 1):
-            forced = step.sampled.clone()
+            drawn = step.drawn.clone()
+            forced = drawn[0]
             for each in rows:
                 for number, draft in enumerate(step.view.token_ids[each.row + 1 : each.row + each.rows]):
                     forced[each.sample + number] = draft if number < right else (draft + 1) % VOCAB
-            there, here = (self.start(kind, replace(step, sampled=forced), requests)() for kind in ("there", "here"))
+            there, here = (self.start(kind, replace(step, drawn=drawn), requests)() for kind in ("there", "here"))
             assert there == here
             self.compared += sum(each.rows > right > 0 for each in rows)
         return self.start("here", step, requests)

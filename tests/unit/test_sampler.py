@@ -21,7 +21,7 @@ from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
-from longspan.engine.rank.sampling.rows import SampleRow, SampleRows, token_bits
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
@@ -336,6 +336,7 @@ def penalised_rows(vocabulary: int) -> list[SampleRow]:
         history = [draw.randrange(vocabulary) // 3 for _ in range(draw.randrange(4, 40))]
         prompt = draw.randrange(1, len(history))
         position = len(history) - prompt
+        drafts = min(position, number % 3)
         allowed = token_bits(draw.sample(range(vocabulary), vocabulary // 2), vocabulary) if number % 5 == 0 else None
         rows.append(
             SampleRow(
@@ -345,9 +346,10 @@ def penalised_rows(vocabulary: int) -> list[SampleRow]:
                 position,
                 history,
                 prompt,
-                min(position, number % 3),
+                drafts,
                 allowed,
                 [number] if number % 4 == 0 else (),
+                draft_ids=history[len(history) - drafts :],
             )
         )
     return rows
@@ -375,11 +377,29 @@ def test_sampled_tokens_count_without_being_told() -> None:
 def test_drafts_count_for_the_rows_behind_them_only() -> None:
     params, sampler = SamplingParams(temperature=0.0, presence_penalty=2.0), Sampler()
     logits = torch.tensor([[3.0, 2.5, 1.9]]).expand(3, -1)
-    drafted = [row(params, output=[0, 0])._replace(position=i, drafts=i) for i in range(3)]
+    drafted = [row(params, output=[0, 0])._replace(position=i, drafts=i, draft_ids=[0] * i) for i in range(3)]
     assert sampler.start(logits, drafted).token_ids.tolist() == [0, 1, 1]
     after = row(params, output=[0, 2])  # the second draft was wrong
     assert sampler.start(logits[:1], [after]).token_ids.tolist() == [1]
     assert tokens(logits[:1], [after]) == [1]
+
+
+def test_where_only_the_device_knows_how_many_drafts_are_right_what_is_drawn_behind_them_counts() -> None:
+    """Steps with two drafts, of which one is right, none, and both: what rows are computed from is on the device."""
+    params, sampler = SamplingParams(temperature=0.0, frequency_penalty=1.0), Sampler()
+    logits = torch.tensor([[3.0, 2.5, 1.9]]).expand(3, -1)
+    begun = SampleRow("7", params, 0, 0, [2], 1)
+    assert sampler.start(logits[:1], [begun]).token_ids.tolist() == [0]
+    for row_tokens, accepted, drawn in (
+        ([0, 1, 1], 1, [1, 0, 0]),  # counts of the tokens are 1 0 0 before it, then 1 1 0 and 1 2 0
+        ([0, 1, 1], 0, [2, 2, 2]),  # 2 1 0, 2 2 0, 2 3 0
+        ([2, 1, 0], 2, [1, 0, 2]),  # 2 1 1, 2 2 1, 3 2 1
+    ):
+        rows = [begun._replace(position=1 + i, drafts=i, is_late=True) for i in range(3)]
+        made, late = SampleRows.of(rows), LateRows(torch.zeros(3, dtype=torch.int64), torch.tensor(row_tokens))
+        sampling = sampler.start(logits, made, late=late)
+        assert sampling.token_ids.tolist() == drawn
+        sampler.accept(made, sampling.drawn, torch.tensor([accepted]))
 
 
 def test_drafts_count_for_a_batch_as_for_one_row() -> None:

@@ -127,7 +127,7 @@ class DraftGraphs:
         return None if self._last is None or self._taken is None else self._taken[:rows]
 
     def draft(
-        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], drawn: Tensor,
         requests: Mapping[str, KnownRequest],
     ) -> Tensor | None:  # fmt: skip
         """The result of `DraftChain.tokens_after`, with more requests. The next step overwrites it.
@@ -138,14 +138,14 @@ class DraftGraphs:
         Args:
             views: the step, and the same for the module's attention if that is its own: with a row for each place.
             sampled: the sampled rows by request.
-            token_ids: the sampled tokens, int64 [S].
+            drawn: their outcome, int64 [2, S].
             requests: all requests by id.
         """
         graph = self._last
         if graph is None:
             return None
         room = next(room for room in self._requests(graph.size) if room >= len(sampled))
-        return self._draft_graph(graph, room).run(views, sampled, token_ids, requests)
+        return self._draft_graph(graph, room).run(views, sampled, drawn, requests)
 
     @property
     def _last(self) -> ShortGraph | None:
@@ -199,7 +199,7 @@ class _DraftGraph:
         }  # fmt: skip
         self._fields: dict[str, Field] = {name: buffer.reserve(size, torch.int64) for name, size in sizes.items()}
         self._inputs = inputs_of({name: field.device for name, field in self._fields.items()}, requests)
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._drawn = torch.zeros((2, rows), dtype=torch.int64, device=attention.pool.device)
         self._fill({})
         self._replay: Callable[[], Tensor] = self._compute
 
@@ -209,7 +209,7 @@ class _DraftGraph:
         self._replay = recorder.record(self._compute)
 
     def run(
-        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], drawn: Tensor,
         requests: Mapping[str, KnownRequest],
     ) -> Tensor | None:  # fmt: skip
         """See `DraftGraphs.draft`."""
@@ -224,7 +224,7 @@ class _DraftGraph:
         if self._later is not None and not self._later.fill(later.runs):
             behind = self._chain.prepare(later, self._requests)
         self._fill(chain_values(view, sampled, later, self._chain.width))
-        self._sampled[: len(token_ids)] = token_ids
+        self._drawn[:, : drawn.shape[1]] = drawn
         self._buffer.send()
         fits = first is self._recorded_first and behind is self._recorded_later
         return self._replay() if fits else self._compute_with(first, behind)
@@ -247,5 +247,5 @@ class _DraftGraph:
         """The result, with the attention of the first run and of those behind it."""
         chain, rows = self._chain, self._graph.rows
         attend = self._graph.attend(chain.attention, first)
-        hidden = chain.first_run(self._inputs, self._sampled, self._taken, rows.positions, attend)
-        return chain.tokens_after(self._inputs, self._sampled, rows, hidden, later)
+        hidden = chain.first_run(self._inputs, self._drawn, self._taken, rows.positions, attend)
+        return chain.tokens_after(self._inputs, self._drawn, rows, hidden, later)

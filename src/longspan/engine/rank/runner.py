@@ -24,7 +24,7 @@ from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.recorded import RecordedDraw
-from longspan.engine.rank.sampling.rows import SampleRow, SampleRows
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.engine.rank.settled_rows import SettledStep
 from longspan.errors import EngineError, RequestError
@@ -196,18 +196,18 @@ class Runner:
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
         draft = None
         if self.drafter is not None:
-            step = SampledStep(plan, view, hidden, hidden[:0], settled)
+            step = SampledStep(plan, view, hidden, hidden[:0], settled)  # `_draft` has what is drawn
             draft = partial(self._draft, self.drafter, step)
         if not view.samples:
             return self._finish(view, hidden, scores, draft)
         sampled = self._integers([wanted.row for wanted in view.samples])
-        shifts = None if settled is None else settled.rows.shifts[sampled]
-        return self._finish(view, self._model.head(hidden[sampled]), scores, draft, shifts=shifts)
+        late = None if settled is None else LateRows(settled.rows.shifts[sampled], settled.rows.token_ids[sampled])
+        return self._finish(view, self._model.head(hidden[sampled]), scores, draft, late=late)
 
-    def _draft(self, drafter: Drafter, step: SampledStep, sampled: Tensor) -> ReadDrafts:
-        """Start drafting after the tokens `sampled` int64 [samples]."""
+    def _draft(self, drafter: Drafter, step: SampledStep, drawn: Tensor) -> ReadDrafts:
+        """Start drafting after the rows with the outcome `drawn` int64 [2, samples]."""
         with self._groups.context.traffic.within("drafts"):
-            return drafter.draft(replace(step, sampled=sampled), self._mirror.requests)
+            return drafter.draft(replace(step, drawn=drawn), self._mirror.requests)
 
     def _hidden(self, plan: StepPlan, view: RankView) -> tuple[Tensor, SettledStep | None]:
         """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
@@ -252,9 +252,9 @@ class Runner:
     def _finish(
         self, view: RankView, logits: Tensor, scores: Sequence[Scores],
         draft: Callable[[Tensor], ReadDrafts] | None = None, recorded: RecordedDraw | None = None,
-        shifts: Tensor | None = None,
+        late: LateRows | None = None,
     ) -> Finish:  # fmt: skip
-        """Start sampling from `logits` [samples, vocab], and then drafting. `shifts` are those of `Sampler.start`.
+        """Start sampling from `logits` [samples, vocab], and then drafting. `late` is that of `Sampler.start`.
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
         where they draft from them.
@@ -263,10 +263,13 @@ class Runner:
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or not (returns or self._async_scheduling or draft):
             if draft:
-                draft(self._integers(()))
+                draft(self._integers(()).view(2, 0))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        sampling = self._sample(logits, view.samples, recorded, shifts)
-        drafts = draft(sampling.token_ids) if draft else tuple
+        rows = self._rows(view, late is not None)
+        sampling = self._sample(logits, rows, recorded, late)
+        drafts = draft(sampling.drawn) if draft else tuple
+        if self.drafter is not None and self.drafter.accepted is not None:
+            self._sampler.accept(rows, sampling.drawn, self.drafter.accepted)
 
         def finish() -> StepResult:
             if not returns:
@@ -323,20 +326,21 @@ class Runner:
         return integers(values, self._device)
 
     def _sample(
-        self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None, shifts: Tensor | None
+        self, logits: Tensor, rows: SampleRows, recorded: RecordedDraw | None, late: LateRows | None
     ) -> Sampling:
         """Start sampling from `logits` [samples, vocab], with `recorded` if it can be."""
-        rows = self._rows(samples)
-        sampling = self._sampler.start(logits, rows, recorded, shifts)
+        sampling = self._sampler.start(logits, rows, recorded, late)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
             self._sampled_rows = {name: number for number, name in enumerate(rows.names)}
         return sampling
 
-    def _rows(self, samples: Sequence[SampleRequest]) -> SampleRows:
+    def _rows(self, view: RankView, drafts_are_late: bool) -> SampleRows:
         """The rows to sample."""
+        samples = view.samples
         if not isinstance(samples, DecodeSamples):
-            return SampleRows.of([self._row(wanted) for wanted in samples])
+            late = {row.request_id for row in view.pending} if drafts_are_late else ()
+            return SampleRows.of([self._row(wanted, view.token_ids, wanted.request_id in late) for wanted in samples])
         special: dict[int, SampleRow] = {}
         if self._constraints or self._failed:
             named = [
@@ -346,8 +350,9 @@ class Runner:
             special = {number: self._row(samples[number]) for number in named}
         return SampleRows.of_decode(samples, special)
 
-    def _row(self, wanted: SampleRequest) -> SampleRow:
-        """The row to sample. One for which no token may be sampled has an error, and is greedy."""
+    def _row(self, wanted: SampleRequest, token_ids: Sequence[int] = (), is_late: bool = False) -> SampleRow:
+        """The row to sample, of a step with these tokens. One for which no token may be sampled has an error, and is
+        greedy."""
         request_id, position, drafts = wanted.request_id, wanted.position, wanted.drafts
         known, constraint = self._mirror.requests[request_id], self._constraints.get(request_id)
         allowed: bytes | None = None
@@ -362,8 +367,10 @@ class Runner:
                     self._failed[request_id] = error
         if error:
             return SampleRow(request_id, _GREEDY, 0, position, drafts=drafts, error=error)
-        params, history = known.params, known.history
-        return SampleRow(request_id, params, known.seed, position, history, known.num_prompt, drafts, allowed, banned)
+        return SampleRow(
+            request_id, known.params, known.seed, position, known.history, known.num_prompt, drafts, allowed, banned,
+            draft_ids=token_ids[wanted.row - drafts + 1 : wanted.row + 1] if drafts else (), is_late=is_late,
+        )  # fmt: skip
 
     def _apply(self, plan: StepPlan) -> None:
         self._mirror.apply(plan)

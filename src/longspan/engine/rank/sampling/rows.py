@@ -42,6 +42,10 @@ class SampleRow(NamedTuple):
     banned: Sequence[int] = ()
     # why none may be sampled
     error: str = ""
+    # the drafts before the wanted token, where the host knows them; only read if `params.penalises`
+    draft_ids: Sequence[int] = ()
+    # whether only the device knows how many drafts of the step before are right, and so the output before this step
+    is_late: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -56,6 +60,22 @@ class SampleRow(NamedTuple):
     def output(self, first: int, stop: int) -> Sequence[int]:
         """Tokens [first, stop) of the output, as far as they are known."""
         return self.history[self.num_prompt + first : self.num_prompt + stop]
+
+
+@dataclass(frozen=True)
+class LateRows:
+    """What only the device knows of the R rows of a batch, because drafts before them may be right."""
+
+    # how much later each row is than its position says, int64 [R]
+    shifts: Tensor
+    # the tokens that the rows were computed from, int64 [R], or of a larger batch whose row number `first` is the first
+    token_ids: Tensor
+    # see `token_ids`
+    first: int = 0
+
+    def part(self, rows: slice) -> LateRows:
+        """The same of some of the rows."""
+        return LateRows(self.shifts[rows], self.token_ids, self.first + rows.start)
 
 
 @dataclass(frozen=True)
