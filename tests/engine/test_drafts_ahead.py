@@ -183,12 +183,12 @@ PENALTIES = [{"frequency_penalty": 0.9}, {"presence_penalty": -0.8}, {"repetitio
 @pytest.mark.parametrize(("recorded", "drafts"), [(False, 4), (True, 3)])
 def test_penalties_count_what_only_the_device_knows(recorded, drafts, monkeypatch):
     """Tokens of steps whose results have not been read, behind right drafts and before them, and drafts of the step
-    itself. Eight requests of five rows are more than are sampled at once on a CPU."""
+    itself."""
     monkeypatch.setattr(DraftLength, "choose", lambda self, most, rows, fixed_rows: most)
     folder, many = folder_with_module("glm4-moe", "near"), range(8)
     prompts = [prompt_of(5 + number, number) for number in many]
     params = [
-        SamplingParams(temperature=0.7 * (number % 2), seed=number, max_tokens=24 + number, **PENALTIES[number // 2])
+        SamplingParams(temperature=0.7 * (number // 4), seed=number, max_tokens=24 + number, **PENALTIES[number % 4])
         for number in many
     ]
     with start(folder) as llm:

@@ -176,8 +176,8 @@ def test_the_user_chooses_for_how_many_requests_with_drafts_steps_are_recorded()
 
 
 def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():
-    """Requests with three drafts, of which the second is wrong; with two; and without drafts. Nor is one behind which no
-    token could be sampled."""
+    """Requests with three drafts, of which the second is wrong; with two; and without drafts. Nor is one that no token
+    could be sampled behind."""
     inputs = ChainInputs(
         **{name: torch.empty(0) for name in ("next_ids", "sample_rows", "slots")},
         first_samples=torch.tensor([0, 4, 7]), first_rows=torch.tensor([0, 4, 8]), drafts=torch.tensor([3, 2, 0]),

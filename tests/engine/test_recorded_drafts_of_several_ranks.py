@@ -91,8 +91,8 @@ def test_every_rank_replays_twice_a_step_and_tokens_and_drafts_are_those_of_one_
     ],
 )
 def test_a_rank_without_room_computes_in_the_shapes_of_the_others(case, kinds, ahead, replays):
-    """Or their sums would have other shapes. Without room are both, verification only, or drafting only. A random module,
-    so that a draft depends on all rows before it."""
+    """Or their sums would have other shapes. Without room are both, verification only, or drafting only. The module is
+    random, so that a draft depends on all rows before it."""
     folder, how = case
     folder, how = speculative(folder, f"{how}:3", "random")
     with_room, without = replays_of_ranks(

@@ -193,8 +193,8 @@ class EngineSetup:
 
     @property
     def records_drafts(self) -> bool:
-        """Whether steps with drafts are recorded, and drafting too: not where contexts are sharded, whose ranks must tell
-        each other between the runs what they have sampled, nor with a small model that is a mixture."""
+        """Whether steps with drafts are recorded, and drafting too: not where contexts are sharded, since ranks tell
+        each other then between the runs what they have sampled, nor with a small model that is a mixture."""
         fixed = self.drafts is None or self.drafts.model.moe is None
         return self._is_recordable and self.drafts_on_device and fixed and self.drafts_of_model > 0
 

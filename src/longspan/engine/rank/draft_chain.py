@@ -47,7 +47,7 @@ class ChainInputs:
     def accepted(self, drawn: Tensor, token_ids: Tensor, most: int) -> Tensor:
         """How many drafts of each request are right and behind right ones only, int64 [M].
 
-        A draft behind which no token could be sampled is not accepted, so that its row is computed again. `drawn` is the
+        A draft behind which no token could be sampled is not accepted: its row is computed again. `drawn` is the
         outcome of the sampled rows, int64 [2, S], `token_ids` are those of the rows, int64 [T]. A request has `most`
         drafts at most.
         """
@@ -122,9 +122,7 @@ class DraftChain:
         sent = upload.send(self.attention.pool.device)
         return inputs_of({name: sent[number] for name, number in numbers.items()}, len(sampled))
 
-    def first_run(
-        self, inputs: ChainInputs, drawn: Tensor, taken: Tensor, positions: Tensor, attend: Attend
-    ) -> Tensor:
+    def first_run(self, inputs: ChainInputs, drawn: Tensor, taken: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The run over the rows of the step: [T, hidden].
 
         Args:

@@ -44,8 +44,8 @@ def verification_sizes(most: int, drafts: int, requests: Sequence[int] | None = 
 
 
 def prompt_sizes(*attentions: Attention) -> tuple[int, ...]:
-    """The sizes that are recorded of steps with prompt tokens: latents are read as they are, so those in which expanding
-    them never needs fewer products."""
+    """The sizes that are recorded of steps with prompt tokens. Latents are read as they are in these, so they are sizes
+    in which expanding them never needs fewer products."""
     expansions = [each.preparer.expansion for each in attentions]
     return tuple(rows for rows in SHORT_SIZES if not any(each.pays(rows, 1) for each in expansions))
 

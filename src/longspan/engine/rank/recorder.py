@@ -63,8 +63,8 @@ class CudaRecorder:
 class CountedRecorder:
     """Records with `inner`, and counts what the work sends at every replay: a CUDA graph runs no code that counts.
 
-    A recording is no step, so what it sends is not counted. `traffic` has the counts of the rank; labels begin with what
-    they begin with at the replay.
+    A recording is no step, so what it sends is not counted. `traffic` has the counts of the rank; the prefix of labels
+    is that of the replay.
     """
 
     def __init__(self, inner: Recorder, traffic: Traffic) -> None:

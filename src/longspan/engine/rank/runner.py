@@ -121,7 +121,8 @@ class Runner:
         # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
         self._sampled = torch.empty(0, dtype=torch.int64, device=parts.device)
         self._sampled_rows: dict[str, int] = {}
-        self._sampler = Sampler()
+        drafts_are_late = parts.drafter is not None and parts.drafter.accepted is not None
+        self._sampler = Sampler(drafts_are_late=drafts_are_late)
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self._failed: dict[str, str] = {}  # why requests cannot go on, of which more steps may be in flight

@@ -71,8 +71,8 @@ class ShortSteps:
 
         Where rows are found on the device `places` are those of the step, and `view` has a row for each of them.
 
-        None if the step has too many rows, or something in it is not local. If it has no room in the graph's buffers, it
-        is computed without the graph, in the same shapes. The next step overwrites the result.
+        None if the step has too many rows, or something in it is not local. If it has no room in the graph's buffers,
+        it is computed without the graph, in the same shapes. The next step overwrites the result.
         """
         self.last = None
         count = len(view.positions)

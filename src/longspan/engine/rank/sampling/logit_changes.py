@@ -27,10 +27,11 @@ class PenaltyCounts:
 
     A table on the device, int32 [requests, vocab], whose first row stays 0, for rows without penalties. A request gets
     a row when it is first sampled. Later only the tokens that it got since are added: those sampled here without the
-    host's help, and where steps do not wait for the host so are those behind drafts.
+    host's help. With `drafts_are_late` that is all of them, by `accept` after each step; else not those behind drafts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drafts_are_late: bool = False) -> None:
+        self.drafts_are_late = drafts_are_late
         self._table: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
@@ -85,19 +86,16 @@ class PenaltyCounts:
 
     def sampled(self, row: SampleRow) -> None:
         """The token that is sampled for `row`, which has no drafts, has been added."""
-        self._counted[row.request_id] = None if row.is_late else row.position + 1
+        self._counted[row.request_id] = row.position + 1
 
     def accept(self, rows: SampleRows, token_ids: Tensor, accepted: Tensor) -> None:
-        """Count the tokens that are sampled behind right drafts; see `Sampler.accept`.
-
-        Not where some tokens may not be sampled: such requests wait for the host, which counts them in the next step.
-        """
+        """Count the tokens that are sampled behind right drafts only; see `Sampler.accept`."""
         found: list[tuple[int, int, int, int]] = []
         column, names = -1, rows.names
         for number, name in enumerate(names):
             column += number == 0 or names[number - 1] != name
             row = rows.special.get(number)
-            if row is not None and row.drafts and row.params.penalises and not row.params.constrains:
+            if row is not None and row.params.penalises:
                 found.append((self._rows[name], number, row.drafts, column))
                 self._counted[name] = None
         if not found or self._table is None:
@@ -262,10 +260,11 @@ class _Penalties:
                 found = counts.lacks(row, logits)
                 lacking += [(counts.number(row), token) for token in found]
                 places = range(i - row.drafts + 1, i + 1)  # rows of a request are adjacent
-                known = row.draft_ids if late is None else [late.first + place for place in places]
-                drafts += [(at, token) for token in known]
+                drafted = row.draft_ids if late is None else [late.first + place for place in places]
+                drafts += [(at, token) for token in drafted]
         params = [rows[i].params for i in chosen]
-        certain = [i for i in chosen if rows[i].params.penalises and not rows[i].drafts]
+        known = [] if counts.drafts_are_late else chosen
+        certain = [i for i in known if rows[i].params.penalises and not rows[i].drafts]
         return _Penalties(
             upload.integers(counts.number(rows[i]) for i in chosen),
             (

@@ -66,12 +66,13 @@ class Sampler:
     """Samples the steps of one rank, in order.
 
     It keeps on the device what changes only when the rows do, and the counts of tokens that penalties read. `draw`
-    draws a batch; without it the device decides, and a CPU takes one row after the other, which is faster there.
+    draws a batch; without it the device decides, and a CPU takes one row after the other, which is faster there. With
+    `drafts_are_late` every step that is started must be followed by `accept`.
     """
 
-    def __init__(self, draw: Draw | None = None) -> None:
+    def __init__(self, draw: Draw | None = None, drafts_are_late: bool = False) -> None:
         self._draw = draw
-        self._counts = PenaltyCounts()
+        self._counts = PenaltyCounts(drafts_are_late)
         self._known = ParameterTable()
         # parameters and seeds of the last rows, and what they come to
         self._rows: tuple[Sequence[SamplingParams], Sequence[int]] = (), ()
@@ -87,8 +88,8 @@ class Sampler:
     ) -> Sampling:  # fmt: skip
         """Start sampling one token for each row of `logits` [R, vocab], of any float dtype, which are not changed.
 
-        `recorded` draws from the same logits, if nothing changes them first. `late` is what only the device knows of the
-        rows; then nothing but noise and penalties depends on it.
+        `recorded` draws from the same logits, if nothing changes them first. `late` is what only the device knows of
+        the rows, on which noise and penalties depend.
 
         The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
         probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
@@ -142,7 +143,7 @@ class Sampler:
         return Sampling(drawn, _finish(start_reading(results), rows, batch.described, counts))
 
     def accept(self, rows: SampleRows, drawn: Tensor, accepted: Tensor) -> None:
-        """Count for penalties what has been drawn behind right drafts, where steps do not wait until the host can.
+        """Count for penalties what has been drawn, but behind wrong drafts, since steps do not wait until the host can.
 
         Args:
             rows: the rows of a step.
@@ -157,7 +158,8 @@ class Sampler:
         some = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(rows), _ROWS_AT_ONCE)]
         whole = [rows[i] for i in range(len(rows))]
         parts = [self.start(logits[at], whole[at], None, None if late is None else late.part(at)) for at in some]
-        return Sampling(torch.cat([part.drawn for part in parts], dim=1), lambda: Sampled.joined([part.finish() for part in parts]))
+        drawn = torch.cat([part.drawn for part in parts], dim=1)
+        return Sampling(drawn, lambda: Sampled.joined([part.finish() for part in parts]))
 
 
 def _finish(
