@@ -83,9 +83,10 @@ def drafts_of(folder, how, page, is_ahead, recorded):
     return dict(found)
 
 
-def test_a_step_with_drafts_is_submitted_before_the_tokens_of_the_last_one_are_read():
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_step_with_drafts_is_submitted_before_the_tokens_of_the_last_one_are_read(tp):
     folder = predictable_folder("llama")
-    with start(folder, speculative=f"draft:2:{folder}", **AHEAD) as llm:
+    with start(folder, speculative=f"draft:2:{folder}", tp=tp, **AHEAD) as llm:
         events = watch_steps(llm)
         assert tokens_of(llm) == plain_tokens(folder)
         assert llm.stats().scheduler.accepted_tokens > 0

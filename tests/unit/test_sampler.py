@@ -336,7 +336,6 @@ def penalised_rows(vocabulary: int) -> list[SampleRow]:
         history = [draw.randrange(vocabulary) // 3 for _ in range(draw.randrange(4, 40))]
         prompt = draw.randrange(1, len(history))
         position = len(history) - prompt
-        drafts = min(position, number % 3)
         allowed = token_bits(draw.sample(range(vocabulary), vocabulary // 2), vocabulary) if number % 5 == 0 else None
         rows.append(
             SampleRow(
@@ -346,10 +345,9 @@ def penalised_rows(vocabulary: int) -> list[SampleRow]:
                 position,
                 history,
                 prompt,
-                drafts,
+                min(position, number % 3),
                 allowed,
                 [number] if number % 4 == 0 else (),
-                draft_ids=history[len(history) - drafts :],
             )
         )
     return rows
@@ -377,7 +375,7 @@ def test_sampled_tokens_count_without_being_told() -> None:
 def test_drafts_count_for_the_rows_behind_them_only() -> None:
     params, sampler = SamplingParams(temperature=0.0, presence_penalty=2.0), Sampler()
     logits = torch.tensor([[3.0, 2.5, 1.9]]).expand(3, -1)
-    drafted = [row(params, output=[0, 0])._replace(position=i, drafts=i, draft_ids=[0] * i) for i in range(3)]
+    drafted = [row(params, output=[0, 0])._replace(position=i, drafts=i) for i in range(3)]
     assert sampler.start(logits, drafted).token_ids.tolist() == [0, 1, 1]
     after = row(params, output=[0, 2])  # the second draft was wrong
     assert sampler.start(logits[:1], [after]).token_ids.tolist() == [1]
@@ -397,7 +395,7 @@ def test_where_only_the_device_knows_how_many_drafts_are_right_what_is_drawn_beh
         ([0, 1, 1], 0, [2, 2, 2]),  # 2 1 0, 2 2 0, 2 3 0
         ([2, 1, 0], 2, [1, 0, 2]),  # 2 1 1, 2 2 1, 3 2 1
     ):
-        rows = [begun._replace(position=1 + i, drafts=i, is_late=True) for i in range(3)]
+        rows = [begun._replace(position=1 + i, drafts=i) for i in range(3)]
         made, late = SampleRows.of(rows), LateRows(torch.zeros(3, dtype=torch.int64), torch.tensor(row_tokens))
         sampling = sampler.start(logits, made, late=late)
         assert sampling.token_ids.tolist() == drawn
@@ -412,8 +410,9 @@ def test_what_the_device_knows_of_many_rows_is_that_of_each_request() -> None:
     together, apart = Sampler(drafts_are_late=True), Sampler(drafts_are_late=True)
     for sampler in (together, apart):
         for number in range(8):
-            sampler.start(logits[:1], [SampleRow(str(number), params, 0, 0, [2], 1)])
-    rows = [SampleRow(str(i // 5), params, 0, 1 + i % 5, [2], 1, i % 5, is_late=True) for i in range(40)]
+            begun = SampleRows.of([SampleRow(str(number), params, 0, 0, [2], 1)])
+            sampler.accept(begun, sampler.start(logits[:1], begun).drawn, torch.tensor([0]))
+    rows = [SampleRow(str(i // 5), params, 0, 1 + i % 5, [2], 1, i % 5) for i in range(40)]
     expected: list[int] = []
     for first in range(0, 40, 5):
         late = LateRows(shifts[:5], row_tokens[first : first + 5])

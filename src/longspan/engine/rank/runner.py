@@ -266,7 +266,7 @@ class Runner:
             if draft:
                 draft(self._integers(()).view(2, 0))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        rows = self._rows(view, late is not None)
+        rows = self._rows(view.samples)
         sampling = self._sample(logits, rows, recorded, late)
         drafts = draft(sampling.drawn) if draft else tuple
         if self.drafter is not None and self.drafter.accepted is not None:
@@ -336,12 +336,10 @@ class Runner:
             self._sampled_rows = {name: number for number, name in enumerate(rows.names)}
         return sampling
 
-    def _rows(self, view: RankView, drafts_are_late: bool) -> SampleRows:
+    def _rows(self, samples: Sequence[SampleRequest]) -> SampleRows:
         """The rows to sample."""
-        samples = view.samples
         if not isinstance(samples, DecodeSamples):
-            late = {row.request_id for row in view.pending} if drafts_are_late else ()
-            return SampleRows.of([self._row(wanted, view.token_ids, wanted.request_id in late) for wanted in samples])
+            return SampleRows.of([self._row(wanted) for wanted in samples])
         special: dict[int, SampleRow] = {}
         if self._constraints or self._failed:
             named = [
@@ -351,9 +349,8 @@ class Runner:
             special = {number: self._row(samples[number]) for number in named}
         return SampleRows.of_decode(samples, special)
 
-    def _row(self, wanted: SampleRequest, token_ids: Sequence[int] = (), is_late: bool = False) -> SampleRow:
-        """The row to sample, of a step with these tokens. One for which no token may be sampled has an error, and is
-        greedy."""
+    def _row(self, wanted: SampleRequest) -> SampleRow:
+        """The row to sample. One for which no token may be sampled has an error, and is greedy."""
         request_id, position, drafts = wanted.request_id, wanted.position, wanted.drafts
         known, constraint = self._mirror.requests[request_id], self._constraints.get(request_id)
         allowed: bytes | None = None
@@ -368,10 +365,8 @@ class Runner:
                     self._failed[request_id] = error
         if error:
             return SampleRow(request_id, _GREEDY, 0, position, drafts=drafts, error=error)
-        return SampleRow(
-            request_id, known.params, known.seed, position, known.history, known.num_prompt, drafts, allowed, banned,
-            draft_ids=token_ids[wanted.row - drafts + 1 : wanted.row + 1] if drafts else (), is_late=is_late,
-        )  # fmt: skip
+        params, history = known.params, known.history
+        return SampleRow(request_id, params, known.seed, position, history, known.num_prompt, drafts, allowed, banned)
 
     def _apply(self, plan: StepPlan) -> None:
         self._mirror.apply(plan)

@@ -16,6 +16,7 @@ from longspan.attention.host_copy import to_device
 from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows, every_token, unpacked
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
+from longspan.plan.mirror import UNKNOWN
 
 _LARGEST = 1e38
 _ROWS_AT_ONCE = 64  # bounds the memory of what is computed on the way
@@ -59,8 +60,6 @@ class PenaltyCounts:
 
         Drafts are not among them. `like` are logits [R, vocab] on the table's device.
         """
-        if row.is_late:
-            return ()
         stop = row.position - row.drafts
         first = self._counted.get(row.request_id, 0)
         if first is None:
@@ -71,7 +70,7 @@ class PenaltyCounts:
             self._begin(row, like)
             first = 0
         found = row.output(first, stop)
-        if len(found) != stop - first:
+        if len(found) != stop - first or UNKNOWN in found:
             raise EngineError(
                 f"request {row.request_id}: output tokens {first}..{stop} are neither counted nor known, and its "
                 "penalties need them; do not plan it ahead"
@@ -259,9 +258,11 @@ class _Penalties:
             if row.params.penalises:
                 found = counts.lacks(row, logits)
                 lacking += [(counts.number(row), token) for token in found]
-                places = range(i - row.drafts + 1, i + 1)  # rows of a request are adjacent
-                drafted = row.draft_ids if late is None else [late.first + place for place in places]
-                drafts += [(at, token) for token in drafted]
+                told = row.output(row.position - row.drafts, row.position)
+                places = range(i - row.drafts + 1, i + 1)  # where there are late rows, those of a request are adjacent
+                drafts += [
+                    (at, token) for token in (told if late is None else [late.first + place for place in places])
+                ]
         params = [rows[i].params for i in chosen]
         known = [] if counts.drafts_are_late else chosen
         certain = [i for i in known if rows[i].params.penalises and not rows[i].drafts]

@@ -30,7 +30,7 @@ class SampleRow(NamedTuple):
     seed: int
     # index of the wanted token in the output, from 0
     position: int
-    # prompt and output so far, as far as they are known; only read if `params.penalises`
+    # prompt and output so far, as far as they are known: see `KnownRequest.history`; only read if `params.penalises`
     history: Sequence[int] = ()
     # tokens of the prompt
     num_prompt: int = 0
@@ -42,10 +42,6 @@ class SampleRow(NamedTuple):
     banned: Sequence[int] = ()
     # why none may be sampled
     error: str = ""
-    # the drafts before the wanted token, where the host knows them; only read if `params.penalises`
-    draft_ids: Sequence[int] = ()
-    # whether only the device knows how many drafts of the step before are right, and so the output before this step
-    is_late: bool = False
 
     @property
     def is_greedy(self) -> bool:
