@@ -37,6 +37,7 @@ _CONSTRAINED = f"{_CONSTRAINTS}::test_constrained_tokens_are_those_of_transforme
 _MODULE = "tests/engine/test_multi_token_prediction.py"
 _UNDER = "tests/engine/test_drafts_under_constraints.py"
 _AHEAD = "tests/engine/test_drafts_ahead.py"
+_SEVERAL = "tests/engine/test_recorded_drafts_of_several_ranks.py"
 _MAPPED = "tests/engine/test_mapped_pages.py"
 _FAMILIES = "tests/models/test_families_equal_transformers.py::test_logprobs_and_tokens_equal_transformers"
 
@@ -574,7 +575,7 @@ REQUESTS = (
     ),
     Fault(
         "a recorded step drafts after the tokens of the step before", "engine/rank/draft_graphs.py",
-        "        self._sampled[: len(token_ids)] = token_ids\n", "",
+        "        self._drawn[:, : drawn.shape[1]] = drawn\n", "",
         ("tests/engine/test_recorded_drafts.py",),
     ),
     Fault(
@@ -609,7 +610,7 @@ REQUESTS = (
     ),
     Fault(
         "noise follows from the positions of the plan, wherever drafts begin", "engine/rank/sampling/sampler.py",
-        "_draw_rows(logits, changed, chosen, rows if shifts is None else _shifted(rows, shifts))",
+        "_draw_rows(logits, changed, chosen, rows if late is None else _shifted(rows, late.shifts))",
         "_draw_rows(logits, changed, chosen, rows)",
         (_AHEAD,),
     ),
@@ -620,14 +621,29 @@ REQUESTS = (
         (_AHEAD,),
     ),
     Fault(
-        "what follows a row that could not be sampled is kept", "scheduler/sequence.py",
-        "self.is_void = found is None and", "self.is_void = False and",
-        (f"{_AHEAD}::test_what_follows_a_row_that_could_not_be_sampled_is_computed_again",),
+        "a draft is accepted behind which no token could be sampled", "engine/rank/draft_chain.py",
+        "right &= usable[(before + 1).clamp_max(len(sampled) - 1)] & (", "right &= (",
+        (f"{_AHEAD}::test_a_row_that_could_not_be_sampled_is_computed_again",),
     ),
     Fault(
-        "an error behind such a row ends the request", "scheduler/scheduler.py",
-        " and request_id not in void", "",
-        (f"{_AHEAD}::test_what_follows_a_row_that_could_not_be_sampled_is_computed_again",),
+        "what is drawn behind wrong drafts counts for penalties", "engine/rank/sampling/logit_changes.py",
+        "(drafts <= accepted[columns])", "(drafts >= 0)",
+        (_SAMPLER, f"{_AHEAD}::test_penalties_count_what_only_the_device_knows"),
+    ),
+    Fault(
+        "a rank without room for a step drafts with the attention of the step before", "engine/rank/short_steps.py",
+        "        self.prepared = prepared\n", "",
+        (f"{_SEVERAL}::test_a_rank_without_room_computes_in_the_shapes_of_the_others",),
+    ),
+    Fault(
+        "a rank without room for drafting has rows for its requests only", "engine/rank/draft_graphs.py",
+        "self._chain.prepare(later, self._requests)", "self._chain.prepare(later, len(sampled))",
+        (f"{_SEVERAL}::test_a_rank_without_room_computes_in_the_shapes_of_the_others",),
+    ),
+    Fault(
+        "what recorded drafting sends is counted as the model's", "engine/rank/recorder.py",
+        "traffic.prefix = purpose\n", "traffic.prefix = \"\"\n",
+        ("tests/engine/test_bytes_of_drafts.py::test_tp_2_sends_the_bytes_of_the_formula_recorded_or_not",),
     ),
     Fault(
         "the driver does not correct where a request is", "scheduler/sequence.py",

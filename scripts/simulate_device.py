@@ -1,11 +1,11 @@
 """How much a device idles between decode steps: the real core and rank loop over a device that only takes time.
 
     python scripts/simulate_device.py [--device-ms 20] [--ratios 0.1,0.2,0.4,0.6,0.8] [--requests 4] [--steps 60]
-                                      [--drafts 0] [--drafts-by prompt-lookup|model] [--caller-ms 0]
+                                      [--drafts 0] [--drafts-by prompt-lookup|model] [--caller-ms 0] [--tp 1]
 
 The device is a thread that works through a queue of steps. Starting a step takes host time, which is a ratio of the
-device's. The caller takes time with the outputs of each step. With drafts, all of them are right. No GPU is needed.
-With PYTHONPATH it measures another checkout.
+device's. The caller takes time with the outputs of each step. With drafts, all of them are right. With several ranks
+each has a device, and the one that idles most is shown. No GPU is needed. With PYTHONPATH it measures another checkout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from longspan.config import CacheConfig, EngineConfig, SchedulerConfig, Speculation
+from longspan.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, Speculation
 from longspan.engine.driver.build import build_core
 from longspan.engine.driver.executors import threads
 from longspan.engine.rank.build import BuiltRank
@@ -74,12 +74,13 @@ class SimulatedDevice:
 
 
 class SimulatedRunner:
-    """A runner whose `start` takes host time and queues a step on the device."""
+    """A runner whose `start` takes host time and queues a step on the device. Rank 0 of its TP group returns tokens."""
 
     is_asynchronous = True
     device = torch.device("cpu")
 
-    def __init__(self, device: SimulatedDevice, host_seconds: float, drafts: int) -> None:
+    def __init__(self, rank: int, device: SimulatedDevice, host_seconds: float, drafts: int) -> None:
+        self._rank = rank
         self._device = device
         self._host_seconds = host_seconds
         self._drafts = drafts
@@ -98,7 +99,7 @@ class SimulatedRunner:
 
         def finish() -> StepResult:
             done.wait()
-            return StepResult(tokens, drafts=drafts)
+            return StepResult(tokens, drafts=drafts) if self._rank == 0 else StepResult()
 
         return finish
 
@@ -110,12 +111,13 @@ def measure(folder: str, host: float, device: float, options: argparse.Namespace
     """Idle share and seconds a step of one ratio."""
     requests, drafts = options.requests, options.drafts
     tokens = (options.steps + 2 * SETTLING) * (1 + drafts)
-    simulated = SimulatedDevice(device)
-    runner: Any = SimulatedRunner(simulated, host, drafts)
+    devices = [SimulatedDevice(device) for _ in range(options.tp)]
+    runners: list[Any] = [SimulatedRunner(rank, each, host, drafts) for rank, each in enumerate(devices)]
     how = f"draft:{drafts}:{folder}" if options.drafts_by == "model" else f"prompt-lookup:{drafts}"
-    threads.build_runner = lambda *_: BuiltRank(runner, None, None)  # type: ignore[assignment]
+    threads.build_runner = lambda _, rank, *others: BuiltRank(runners[rank], None, None)  # type: ignore[assignment]
     config = EngineConfig(
         folder, device="cpu", load_format="dummy", executor="threads",
+        parallel=ParallelConfig(tensor_parallel_size=options.tp),
         cache=CacheConfig(pages_per_shard=(requests * (tokens // 16 + 3),), page_size=16),
         scheduler=SchedulerConfig(
             async_scheduling=True, speculative=Speculation.parse("speculative", how) if drafts else None
@@ -129,11 +131,11 @@ def measure(folder: str, host: float, device: float, options: argparse.Namespace
         core.step()
         time.sleep(options.caller_ms / 1e3)
     core.shutdown()
-    ends = [stop for _, stop in simulated.spans[SETTLING:-SETTLING]]
+    ends = [stop for _, stop in devices[0].spans[SETTLING:-SETTLING]]
     each = [after - before for before, after in pairwise(ends)]
     return {
         "host_ms": host * 1e3, "device_ms": device * 1e3, "step_ms": round(median(each) * 1e3, 3),
-        "idle": round(simulated.idle(), 4),
+        "idle": round(max(each.idle() for each in devices), 4),
     }  # fmt: skip
 
 
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--drafts-by", choices=("prompt-lookup", "model"), default="prompt-lookup")
     parser.add_argument("--caller-ms", type=float, default=0.0)
+    parser.add_argument("--tp", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))

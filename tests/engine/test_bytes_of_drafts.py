@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 
 from longspan import LLM, SamplingParams
 from tests.drafting import folder_with_module
 from tests.engine.conftest import SHORT, THREADS
+from tests.engine.test_recorded_drafts import record
 from tests.oracle import prompt_of
 
+record_of_latents = partial(record, prompt_sizes=())
 PROMPT = prompt_of(50)
 FLOAT, ID = 4, 8  # bytes
 
 
-def step_of(options, rows):
+def step_of(options, rows, begin=lambda llm: None):
     """Bytes by label of the first decode step with so many rows, and how many drafts it gives."""
     named = {SHORT.get(name, name): value for name, value in options.items()}
     with LLM(folder_with_module("deepseek-v3", "right"), **{**THREADS, "debug": False, **named}) as llm:
+        begin(llm)
         engine, plans, submit = llm.engine, [], llm.engine.executor.submit
         engine.executor.submit = lambda plan: (plans.append(plan), submit(plan))
         engine.add_request("a", PROMPT, SamplingParams(temperature=0, max_tokens=60))
@@ -66,6 +70,19 @@ def test_dcp_4_sends_the_bytes_of_the_formula_to_verify_and_to_draft(k):
         "drafts/tp": runs * (3 * t + v),
         **({"drafts/ids": (n - 1) * r * ID} if k > 1 else {}),
     }
+
+
+@pytest.mark.parametrize("begin", [lambda llm: None, record_of_latents], ids=["launched", "recorded"])
+def test_tp_2_sends_the_bytes_of_the_formula_recorded_or_not(begin):
+    """As above with n = 2, where every rank has all pages: no query, state or id is sent. The module's head gets the
+    accepted row only. The graphs are of r rows and one request, so nothing is padded."""
+    k = 3
+    options = {"tp": 2, "speculative": f"mtp:{k}", "attention_backend": "torch"}
+    sent, drafts = step_of(options, k + 1, begin)
+    n, r, layers, hidden, vocabulary = 2, k + 1, 2, 48, 97
+    t, v = n * (n - 1) * hidden * FLOAT, (n - 1) * vocabulary * FLOAT
+    assert drafts == k
+    assert sent == {"tp": r * ((2 * layers + 1) * t + v), "drafts/tp": (r + k - 1) * 3 * t + k * v}
 
 
 @pytest.mark.parametrize(

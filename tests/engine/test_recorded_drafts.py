@@ -12,6 +12,8 @@ from longspan import SamplingParams
 from longspan.engine.rank.build import make_ready
 from longspan.engine.rank.draft_chain import ChainInputs
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts, verification_sizes
+from longspan.engine.rank.recorder import CountedRecorder
+from longspan.engine.rank.sampling.gumbel import outcome
 from longspan.engine.rank.warmup import largest_plans
 from longspan.plan.drafts import sampled_rows
 from longspan.scheduler.draft_length import DraftLength
@@ -37,21 +39,30 @@ class Full(RefillableTorch):
         return Runs(self, rows, has_room=False)
 
 
-def record(llm, later=RefillableTorch, prompt_sizes=PROMPT_SIZES):
-    """Let the only rank record its steps, and drafting with the backend `later`; what counts the replays."""
-    (runner,) = llm.engine.executor.runners
+def record(llm, kinds=lambda rank: (RefillableTorch, RefillableTorch), prompt_sizes=PROMPT_SIZES):
+    """Let every rank record its steps, and drafting, with backends of two kinds; what counts the replays of each."""
+    return [
+        record_rank(runner, kinds(rank), prompt_sizes) for rank, runner in enumerate(llm.engine.executor.runners)
+    ]  # fmt: skip
+
+
+def record_rank(runner, kinds, prompt_sizes):
     recorder, drafter = Counting(), runner.drafter
-    backend, own = (kind(torch.device("cpu")) for kind in (RefillableTorch, later))
+    backend, own = (kind(torch.device("cpu")) for kind in kinds)
     drafter.attention.ops = replace(drafter.attention.ops, backend=own)
     runner.attention.ops = replace(runner.attention.ops, backend=backend)
     parts = RecordedParts(runner.model, runner.attention, backend, drafter.chain, own, drafter.first_input)
-    runner.drafter = drafter.with_graphs(DraftGraphs(parts, recorder, SIZES, prompt_sizes))
+    counted = CountedRecorder(recorder, runner._groups.tp.traffic)
+    runner.drafter = drafter.with_graphs(DraftGraphs(parts, counted, SIZES, prompt_sizes))
     return recorder
 
 
-def replays_in(llm, recorder):
-    """(whether there are drafts in the step, replays), of every step with rows from now on."""
-    (runner,) = llm.engine.executor.runners
+def replays_in(llm, recorders):
+    """Of each rank: (whether there are drafts in the step, replays), of every step with rows from now on."""
+    return [replays_of(*each) for each in zip(llm.engine.executor.runners, recorders, strict=True)]
+
+
+def replays_of(runner, recorder):
     begin, found = runner.start, []
 
     def counted(plan):
@@ -97,7 +108,8 @@ def test_a_step_is_two_replays_and_gives_the_tokens_and_drafts_of_one_that_is_no
     tokens, drafts = [], []
     for recorded in (False, True):
         with start(folder, speculative=how, attention_backend="torch") as llm:
-            replays = replays_in(llm, record(llm)) if recorded else []
+            if recorded:
+                (replays,) = replays_in(llm, record(llm, prompt_sizes=PROMPT_SIZES))
             found = drafts_in(llm)
             tokens.append(mixed(llm))
             drafts.append(found)
@@ -122,7 +134,7 @@ def test_contexts_too_scattered_for_the_buffers_of_drafting_are_drafted_after_wi
     drafts = []
     for later in (RefillableTorch, Full):
         with start(folder, speculative=how, attention_backend="torch") as llm:
-            replays = replays_in(llm, record(llm, later, prompt_sizes=()))
+            (replays,) = replays_in(llm, record(llm, lambda rank: (RefillableTorch, later), prompt_sizes=()))  # noqa: B023
             drafts.append(drafts_in(llm))
             assert tokens_of(llm) == plain_tokens(folder)
     assert drafts[0] == drafts[1]
@@ -133,8 +145,8 @@ def test_all_is_recorded_and_every_number_of_drafts_has_run_before_the_first_req
     """With pages of one token, so that the made-up requests need pages for what is drafted behind their drafts."""
     folder, how = speculative("llama-seven", "eagle3:3")
     with start(folder, speculative=how, attention_backend="torch", page_size=1) as llm:
-        recorder, (runner,) = record(llm), llm.engine.executor.runners
-        replays, seen = replays_in(llm, recorder), []
+        (recorder,), (runner,) = record(llm), llm.engine.executor.runners
+        (replays,), seen = replays_in(llm, [recorder]), []
         begin = runner.drafter.graphs.record
         runner.drafter.graphs.record = lambda: (seen.append(rows) or rows for rows in begin())
         make_ready(runner, llm.engine.setup, shown=False)
@@ -165,13 +177,17 @@ def test_the_user_chooses_for_how_many_requests_with_drafts_steps_are_recorded()
 
 
 def test_drafts_behind_a_wrong_one_are_not_accepted_even_if_they_are_right():
-    """Requests with three drafts, of which the second is wrong; with two; and without drafts."""
+    """Requests with three drafts, of which the second is wrong; with two; and without drafts. Nor is one that no token
+    could be sampled behind."""
     inputs = ChainInputs(
         **{name: torch.empty(0) for name in ("next_ids", "sample_rows", "slots")},
         first_samples=torch.tensor([0, 4, 7]), first_rows=torch.tensor([0, 4, 8]), drafts=torch.tensor([3, 2, 0]),
     )  # fmt: skip
     token_ids = torch.tensor([0, 5, 6, 7, 0, 8, 9, 3, 4])  # before the last one is a row of a prompt
-    assert inputs.accepted(torch.tensor([5, 1, 7, 2, 8, 9, 3, 4]), token_ids, 3).tolist() == [1, 2, 0]
+    sampled, peaks = torch.tensor([5, 1, 7, 2, 8, 9, 3, 4]), torch.zeros(8)
+    assert inputs.accepted(outcome(sampled, peaks), token_ids, 3).tolist() == [1, 2, 0]
+    peaks[5] = torch.nan
+    assert inputs.accepted(outcome(sampled, peaks), token_ids, 3).tolist() == [1, 0, 0]
 
 
 def poison(*pools):
@@ -185,7 +201,7 @@ class Forced:
     """Drafts after tokens of which the first drafts are made right, in two ways that are compared."""
 
     def __init__(self, drafter):
-        self.drafter, self.compared = drafter, 0
+        self.drafter, self.compared, self.accepted = drafter, 0, None
 
     def hidden(self, *step):
         return None
@@ -196,11 +212,12 @@ class Forced:
     def draft(self, step, requests):
         rows = sampled_rows(step.plan, step.view, requests)
         for right in range(self.drafter.tokens + 1):
-            forced = step.sampled.clone()
+            drawn = step.drawn.clone()
+            forced = drawn[0]
             for each in rows:
                 for number, draft in enumerate(step.view.token_ids[each.row + 1 : each.row + each.rows]):
                     forced[each.sample + number] = draft if number < right else (draft + 1) % VOCAB
-            there, here = (self.start(kind, replace(step, sampled=forced), requests)() for kind in ("there", "here"))
+            there, here = (self.start(kind, replace(step, drawn=drawn), requests)() for kind in ("there", "here"))
             assert there == here
             self.compared += sum(each.rows > right > 0 for each in rows)
         return self.start("here", step, requests)

@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from longspan import LLM, SamplingParams
+from longspan.engine.rank.build import TensorParallelGroup
 from longspan.engine.rank.draft_graphs import DraftGraphs, RecordedParts
 from tests.drafting import eagle3_folder, folder_with_module, predictable_folder
 from tests.engine.conftest import THREADS
 from tests.engine.drafted import drafts_in, plain_tokens, start
 from tests.engine.test_recorded_decode import Counting
+from tests.gpu.test_one_rank_nccl import group
 from tests.oracle import prompt_of
 
+__all__ = ["group"]  # a fixture
 pytest.importorskip("triton")
 from longspan.attention.backends.triton.backend import TritonBackend
 
 PROMPTS = [prompt_of(33), prompt_of(50, 2)]
+PENALISED = SamplingParams(temperature=0, max_tokens=20, frequency_penalty=0.4, repetition_penalty=1.2)
 
 
 @pytest.mark.slow
@@ -51,7 +56,7 @@ def test_refilled_plans_of_triton_give_the_drafts_of_plain_operations(name, ahea
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_tokens_are_those_without_drafts_and_some_drafts_are_right(eager: bool, ahead: bool) -> None:
-    found, params = [], SamplingParams(temperature=0, max_tokens=14)
+    found, params = [], [SamplingParams(temperature=0, max_tokens=14), PENALISED]
     for drafts in ({}, {"speculative": f"eagle3:3:{eagle3_folder('near')}"}):
         options = {**THREADS, "device": "cuda", "dtype": "float32", "enforce_eager": eager, **drafts}
         options["async_scheduling"] = ahead
@@ -63,3 +68,34 @@ def test_tokens_are_those_without_drafts_and_some_drafts_are_right(eager: bool, 
     assert accepted > 0
     assert runner.drafter.chain is not None
     assert (runner.drafter.graphs is None) == eager
+
+
+def tokens_of_tp(tp: int, executor: str) -> list[tuple[int, ...]]:
+    """Tokens of an engine that drafts ahead of the driver, in steps that are recorded."""
+    drafts = f"eagle3:3:{eagle3_folder('near')}"
+    options = {**THREADS, "device": "cuda", "dtype": "float32", "executor": executor, "tensor_parallel_size": tp}
+    with LLM(predictable_folder("llama-seven"), **options, speculative=drafts, async_scheduling=True) as llm:
+        assert llm.engine.setup.records_drafts
+        outputs = llm.generate(PROMPTS, [SamplingParams(temperature=0, max_tokens=14), PENALISED])
+        assert llm.stats().scheduler.accepted_tokens > 0
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.gpu
+def test_sums_are_part_of_both_graphs(group, monkeypatch) -> None:
+    """NCCL's, of a group of one rank that sends: on more GPUs ranks that share heads have them in their graphs."""
+    expected, sums = tokens_of_tp(1, "threads"), []
+
+    def all_reduce(_: TensorParallelGroup, x: torch.Tensor) -> torch.Tensor:
+        sums.append(torch.cuda.is_current_stream_capturing())
+        return group.all_reduce(x, "tp")
+
+    monkeypatch.setattr(TensorParallelGroup, "all_reduce", all_reduce)
+    assert tokens_of_tp(1, "threads") == expected
+    assert any(sums)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ranks_of_two_gpus_that_share_heads_record_their_drafts() -> None:
+    assert tokens_of_tp(2, "processes") == tokens_of_tp(1, "processes")

@@ -86,7 +86,7 @@ def test_drafting_waits_for_nothing_between_its_runs_nor_for_the_step_before(cop
 
         def draft(step: Any, requests: Any) -> Any:
             moved = replace(
-                step, hidden=step.hidden.to(META), sampled=step.sampled.to(META), settled=settled[-1]
+                step, hidden=step.hidden.to(META), drawn=step.drawn.to(META), settled=settled[-1]
             )  # fmt: skip
             there = on_meta(llm, drafter)
             with copies, literals:
@@ -94,7 +94,7 @@ def test_drafting_waits_for_nothing_between_its_runs_nor_for_the_step_before(cop
             seen.append(len(step.view.samples))
             return drafter.draft(step, requests)
 
-        runner.drafter = SimpleNamespace(draft=draft, hidden=drafter.hidden, settle=settle)
+        runner.drafter = SimpleNamespace(draft=draft, hidden=drafter.hidden, settle=settle, accepted=drafter.accepted)
         tokens_of(llm)
     assert any(settled) == ahead
     assert max(seen) > 3  # drafts were verified

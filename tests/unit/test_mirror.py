@@ -1,7 +1,7 @@
 """What a rank knows of the scheduler's requests, from plans alone."""
 
 from longspan.cache.pages import PageRef
-from longspan.plan.mirror import Mirror
+from longspan.plan.mirror import UNKNOWN, Mirror
 from longspan.plan.plan import Admission, NewPages, Segment, StepPlan
 from longspan.plan.reach import Place
 from longspan.plan.view import rank_view
@@ -95,7 +95,7 @@ def drafts_of(step, mirror):
 
 def test_tokens_behind_one_that_nobody_read_are_not_taken_for_their_predecessors():
     mirror = mirror_of(plan(admitted=(admission("0", history=(7, 8, 9)),)), plan(segments=(segment("0", 4, 11),)))
-    assert mirror.requests["0"].history == [7, 8, 9]
+    assert mirror.requests["0"].history == [7, 8, 9, UNKNOWN, 11]
 
 
 def test_without_a_history_nothing_is_remembered():

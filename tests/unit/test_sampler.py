@@ -21,7 +21,7 @@ from longspan.engine.rank.sampling.gumbel import DrawParameters, draw_plainly
 from longspan.engine.rank.sampling.logit_changes import LogitChanges, PenaltyCounts
 from longspan.engine.rank.sampling.logprobs import best, most_likely
 from longspan.engine.rank.sampling.random_numbers import hashed, mix, mixed, seeds, uniform
-from longspan.engine.rank.sampling.rows import SampleRow, SampleRows, token_bits
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler, filter_tokens
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
@@ -380,6 +380,44 @@ def test_drafts_count_for_the_rows_behind_them_only() -> None:
     after = row(params, output=[0, 2])  # the second draft was wrong
     assert sampler.start(logits[:1], [after]).token_ids.tolist() == [1]
     assert tokens(logits[:1], [after]) == [1]
+
+
+def test_where_only_the_device_knows_how_many_drafts_are_right_what_is_drawn_behind_them_counts() -> None:
+    """Steps with two drafts, of which one is right, none, and both: what rows are computed from is on the device."""
+    params, sampler = SamplingParams(temperature=0.0, frequency_penalty=1.0), Sampler(drafts_are_late=True)
+    logits = torch.tensor([[3.0, 2.5, 1.9]]).expand(3, -1)
+    begun = SampleRow("7", params, 0, 0, [2], 1)
+    first = sampler.start(logits[:1], [begun])
+    assert first.token_ids.tolist() == [0]
+    sampler.accept(SampleRows.of([begun]), first.drawn, torch.tensor([0]))
+    for row_tokens, accepted, drawn in (
+        ([0, 1, 1], 1, [1, 0, 0]),  # counts of the tokens are 1 0 0 before it, then 1 1 0 and 1 2 0
+        ([0, 1, 1], 0, [2, 2, 2]),  # 2 1 0, 2 2 0, 2 3 0
+        ([2, 1, 0], 2, [1, 0, 2]),  # 2 1 1, 2 2 1, 3 2 1
+    ):
+        rows = [begun._replace(position=1 + i, drafts=i) for i in range(3)]
+        made, late = SampleRows.of(rows), LateRows(torch.zeros(3, dtype=torch.int64), torch.tensor(row_tokens))
+        sampling = sampler.start(logits, made, late=late)
+        assert sampling.token_ids.tolist() == drawn
+        sampler.accept(made, sampling.drawn, torch.tensor([accepted]))
+
+
+def test_what_the_device_knows_of_many_rows_is_that_of_each_request() -> None:
+    """Of 40 rows, which a CPU samples in parts, one of which begins among the rows of a request."""
+    params, generator = SamplingParams(temperature=0.0, frequency_penalty=2.0), torch.Generator().manual_seed(3)
+    logits, row_tokens = torch.randn(40, 9, generator=generator), torch.randint(9, (40,), generator=generator)
+    shifts = torch.zeros(40, dtype=torch.int64)
+    together, apart = Sampler(drafts_are_late=True), Sampler(drafts_are_late=True)
+    for sampler in (together, apart):
+        for number in range(8):
+            begun = SampleRows.of([SampleRow(str(number), params, 0, 0, [2], 1)])
+            sampler.accept(begun, sampler.start(logits[:1], begun).drawn, torch.tensor([0]))
+    rows = [SampleRow(str(i // 5), params, 0, 1 + i % 5, [2], 1, i % 5) for i in range(40)]
+    expected: list[int] = []
+    for first in range(0, 40, 5):
+        late = LateRows(shifts[:5], row_tokens[first : first + 5])
+        expected += apart.start(logits[first : first + 5], rows[first : first + 5], late=late).token_ids.tolist()
+    assert together.start(logits, rows, late=LateRows(shifts, row_tokens)).token_ids.tolist() == expected
 
 
 def test_drafts_count_for_a_batch_as_for_one_row() -> None:

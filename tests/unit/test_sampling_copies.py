@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from longspan.attention import host_copy
 from longspan.engine.rank.sampling import transfer
 from longspan.engine.rank.sampling.logprobs import start_scoring
-from longspan.engine.rank.sampling.rows import SampleRow, token_bits
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows, token_bits
 from longspan.engine.rank.sampling.sampler import Sampler
 from longspan.models import moe
 from longspan.models.context import LayerContext, LinearStack
@@ -136,6 +136,21 @@ def test_a_step_of_the_same_rows_copies_once(name: str, copied: int, copies: Cop
         with torch.inference_mode(), copies:
             sampler.start(torch.empty(2, VOCABULARY, device="meta"), rows)
     assert copies.sent - before == copied
+
+
+def test_penalties_beside_drafts_that_only_the_device_knows_wait_for_nothing(copies: Copies) -> None:
+    """Two copies: of the step, and of what is counted when the device knows which drafts are right."""
+    sampler, literals = Sampler(drafts_are_late=True), Literals()
+    first, second = rows_of("penalised", 0)
+    number = torch.empty(3, dtype=torch.int64, device="meta")
+    for position in range(3):
+        drafted = [first._replace(position=position + drafts, drafts=drafts) for drafts in range(2 if position else 0)]
+        rows = SampleRows.of([*(drafted or [first]), second._replace(position=position)])
+        late, before = LateRows(number, number) if drafted else None, copies.sent
+        with torch.inference_mode(), copies, literals:
+            sampling = sampler.start(torch.empty(len(rows), VOCABULARY, device="meta"), rows, late=late)
+            sampler.accept(rows, sampling.drawn, number)
+    assert not copies.waiting and not literals.seen and copies.sent - before == 2
 
 
 def test_a_prompt_is_scored_without_reading_its_scores(copies: Copies) -> None:

@@ -89,10 +89,10 @@ class Rank:
         texts = [self.text(segment, first + number) for number in range(segment.sample)]
         found = [following(text) for text in texts]
         bad = self.chance.randrange(1, segment.sample) if segment.sample > 1 and self.chance.random() < 0.1 else None
-        if bad is not None:  # the device goes on with any token
+        if bad is not None:  # the device goes on before it
             found[bad] = self.chance.randrange(VOCAB)
         drafts = tokens[len(tokens) - segment.sample + 1 :]
-        right = next((n for n, draft in enumerate(drafts) if draft != found[n]), len(drafts))
+        right = next((n for n, draft in enumerate(drafts) if draft != found[n] or n + 1 == bad), len(drafts))
         text = [*texts[right], found[right]]
         last = segment.stop - segment.sample + segment.slack + right
         for _ in range(drafted_behind(last, self.mirror.table(segment.request_id), self.drafts)):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from longspan import LLM
 from longspan.attention.workload import ExpansionCost
-from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig
+from longspan.config import EngineConfig, ParallelConfig, SchedulerConfig, Speculation
 from longspan.config.scheduling import GPU_FIXED_ROWS
 from longspan.engine import nvml
 from longspan.engine.devices import choose_executor
@@ -205,3 +205,27 @@ def under(setup, schedule):
     """The same setup, where the user has chosen a schedule."""
     config = setup.config
     return replace(setup, config=replace(config, scheduler=replace(config.scheduler, schedule=schedule)))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options"),
+    [
+        (True, {}),
+        (True, {"tensor_parallel_size": 2}),
+        (False, {"tensor_parallel_size": 2, "executor": "threads"}),
+        (False, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}),
+        (False, {"prefill_context_parallel_size": 2}),
+        (False, {"tensor_parallel_size": 2, "backend": "cpu"}),
+    ],
+)
+def test_steps_with_drafts_are_recorded_where_every_rank_has_all_pages_of_its_heads(recorded, options):
+    """And a backend writes to slots that only the device knows."""
+    parallel = {name: size for name, size in options.items() if name.endswith("_size")}
+    folder = tiny_folder("llama")
+    config = EngineConfig(
+        folder, executor="dry", parallel=ParallelConfig(**parallel), attention_backend=options.get("backend", "torch"),
+        scheduler=SchedulerConfig(speculative=Speculation("draft", 2, folder)),
+    )  # fmt: skip
+    found = replace(resolve(config), device_type="cuda")
+    found = replace(found, config=replace(found.config, executor=options.get("executor", "processes")))
+    assert found.records_drafts == recorded

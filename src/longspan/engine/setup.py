@@ -158,8 +158,7 @@ class EngineSetup:
         They are not with a mixture whose shapes depend on the routing, nor with pipeline stages, nor with several ranks
         that are threads of one process, nor where the ranks draft, which needs the hidden states: see `records_drafts`.
         """
-        alone = self.grid.world_size == 1 or self.config.executor != "threads"
-        return self._is_recordable and alone and not self.drafts_of_model
+        return self._is_recordable and not self.drafts_of_model
 
     @property
     def records_calls(self) -> bool:
@@ -194,10 +193,10 @@ class EngineSetup:
 
     @property
     def records_drafts(self) -> bool:
-        """Whether steps with drafts are recorded, and drafting too: not on several ranks, which would have to tell each
-        other between the runs what they have sampled, nor with a small model that is a mixture."""
+        """Whether steps with drafts are recorded, and drafting too: not where contexts are sharded, since ranks tell
+        each other then between the runs what they have sampled, nor with a small model that is a mixture."""
         fixed = self.drafts is None or self.drafts.model.moe is None
-        return self._is_recordable and self.grid.world_size == 1 and fixed and self.drafts_of_model > 0
+        return self._is_recordable and self.drafts_on_device and fixed and self.drafts_of_model > 0
 
     @property
     def drafts_of_model(self) -> int:
@@ -207,9 +206,11 @@ class EngineSetup:
 
     @property
     def _is_recordable(self) -> bool:
-        """Whether steps of one size can be recorded, with this model and on this kind of device."""
+        """Whether steps of one size can be recorded, with this model and on this kind of device: not on several ranks
+        that are threads of one process."""
+        alone = self.grid.world_size == 1 or self.config.executor != "threads"
         plain = self.grid.pp == 1 and not self.config.enforce_eager and self.device_type == "cuda"
-        return plain and self._has_fixed_shapes
+        return alone and plain and self._has_fixed_shapes
 
     @property
     def records_short_steps(self) -> bool:

@@ -40,11 +40,11 @@ class Traffic:
         finally:
             self.prefix = before
 
-    def count(self, label: str, sent: int) -> None:
-        """Count one call that sends `sent` bytes."""
+    def count(self, label: str, sent: int, calls: int = 1) -> None:
+        """Count calls that send `sent` bytes in all."""
         label = self.prefix + label
         self.bytes_by_label[label] = self.bytes_by_label.get(label, 0) + sent
-        self.calls_by_label[label] = self.calls_by_label.get(label, 0) + 1
+        self.calls_by_label[label] = self.calls_by_label.get(label, 0) + calls
 
     def reset(self) -> None:
         """Set all counts to zero, and clear the trace."""

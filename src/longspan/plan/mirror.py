@@ -11,6 +11,9 @@ from longspan.cache.pages import PageTable
 from longspan.plan.plan import Admission, Segment, StepPlan
 from longspan.request import SamplingParams
 
+UNKNOWN = -1
+"""In place of a token that a rank has not been told."""
+
 
 @dataclass
 class KnownRequest:
@@ -24,7 +27,8 @@ class KnownRequest:
     seed: int
     # how its tokens are sampled
     params: SamplingParams
-    # its tokens so far, drafts included, if its sampling parameters need them; else empty
+    # its tokens so far, drafts included, if its sampling parameters need them; else empty. Those that were pending are
+    # UNKNOWN
     history: list[int]
 
     def output(self, count: int) -> list[int]:
@@ -32,11 +36,9 @@ class KnownRequest:
         return self.history[self.num_prompt : self.num_prompt + count]
 
     def remember(self, segment: Segment) -> None:
-        """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped.
-
-        Behind a token that was pending `history` is not continued.
-        """
-        if segment.start <= len(self.history) and (segment.stop > len(self.history) or not segment.prefill):
+        """Write a segment's tokens into `history`, in place of rejected drafts. A chunk that it has is skipped."""
+        if segment.stop > len(self.history) or not segment.prefill:
+            self.history += [UNKNOWN] * (segment.start - len(self.history))
             self.history[segment.start :] = segment.token_ids
 
 

@@ -161,7 +161,6 @@ class Scheduler:
         """
         self.cache.settle(plan.saves, plan.loads, set(result.failed_loads), set(result.failed_saves))
         accepted: list[SampledToken] = []
-        void: set[str] = set()
         tokens_of: dict[str, list[SampledToken]] = {}
         expected = {(draft.request_id, draft.position): draft.token_ids for draft in result.drafts}
         for token in result.tokens:
@@ -170,16 +169,13 @@ class Scheduler:
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 continue
-            if sequence.is_void:
-                void.add(request_id)
             right, counts = sequence.take(done, tokens_of.get(request_id, ()), expected)
             accepted += right
             self.drafts = self.drafts.plus(counts) if counts.drafted else self.drafts
             self._hits.publish(sequence, len(sequence.tokens) - 1 if done.decodes else done.stop)
         scores = tuple(score for score in result.prompt_scores if score.request_id in self._sequences)
         errors = {
-            request_id: error for request_id, error in result.errors.items()
-            if request_id in self._sequences and request_id not in void
+            request_id: error for request_id, error in result.errors.items() if request_id in self._sequences
         }  # fmt: skip
         return StepResult(tuple(accepted), scores, errors)
 

@@ -69,8 +69,6 @@ class SequenceState:
         self.verifying = 0
         # number of tokens that the ranks draft in that step
         self.drafting = 0
-        # whether what the step in flight computes of it follows a token that was not accepted
-        self.is_void = False
         # the shard that holds a short context whole; None if it is spread
         self.home: int | None = None
         self.lookup = PromptLookup()
@@ -134,9 +132,9 @@ class SequenceState:
         """Whether the token that it samples next may be computed before its id is known.
 
         Not if a grammar or bad words need the id, nor if the length ends the request with this token. With drafts not
-        if the host needs to know its position, or the drafts before it.
+        if the host needs to know its position either, as for any tokens that may not be sampled.
         """
-        needs_host = self.params.constrains or self.params.penalises if with_drafts else self.params.needs_output
+        needs_host = self.params.constrains if with_drafts else self.params.needs_output
         return not needs_host and self.length < self.max_stored
 
     def await_token(self, segment: Segment, drafting: int) -> None:
@@ -158,28 +156,24 @@ class SequenceState:
             drafts: by request and position of a sampled token, what the ranks draft behind it.
         """
         self.in_flight -= 1
-        if not (done.num_drafts or self.drafting or drafts or self.is_void or self.for_peer):
+        if not (done.num_drafts or self.drafting or drafts or self.for_peer):
             right = list(sampled[:1])  # nothing is drafted: what follows comes to the same
             self.pending = max(0, self.pending - len(right))
             self.tokens += [token.token_id for token in right]
             return right, _NO_DRAFTS
         verified = done.drafts or self.expected[: done.num_drafts]
         given_up = self.for_peer and not self.table.pages  # preempted meanwhile: its pages are what is wanted
-        right = [] if self.is_void or given_up else right_tokens(sampled, verified)
-        self.pending = max(0, self.pending - (self.is_void or bool(right)))
-        if self.computed and (self.is_void or done.num_drafts):  # it is 0 if the request was preempted meanwhile
+        right = [] if given_up else right_tokens(sampled, verified)
+        self.pending = max(0, self.pending - bool(right))
+        if self.computed and done.num_drafts:  # it is 0 if the request was preempted meanwhile
             self.computed += len(right) - 1  # slots of wrong drafts are overwritten
         counts = _NO_DRAFTS
-        if verified and not self.is_void:
+        if verified:
             accepted = max(0, len(right) - 1)
             counts = DraftCounts.of_step(len(verified), accepted)
             self.draft_length.add(len(verified), accepted)
-        self.is_void = False
         if right:
-            found = drafts.get((self.request_id, right[-1].position))
-            # the ranks go on behind another token if a row behind drafts could not be sampled, which they do not see
-            self.is_void = found is None and self.in_flight > 0 and self.drafting > 0
-            self.expected = found or ()
+            self.expected = drafts.get((self.request_id, right[-1].position), ())
         if self.drafting:
             first = len(self.tokens) - self.num_prompt
             right = [structs.replace(token, position=number) for number, token in enumerate(right, first)]

@@ -96,8 +96,7 @@ class StepBuilder:
         if sequence.pending and self._drafts_of_model:
             last = sequence.computed + sequence.slack
             missing = last // self._cache.page_size + 1 - len(sequence.table.pages)
-            known = sequence.pending == 1 and not sequence.is_void
-            return known and last < sequence.max_stored and missing <= self._cache.available(0)
+            return sequence.pending == 1 and last < sequence.max_stored and missing <= self._cache.available(0)
         if not sequence.pending or self._grid.pcp == 1:
             return True
         if sequence.params.penalises:

@@ -382,7 +382,8 @@ def _draft_graphs(setup: EngineSetup, parts: RankParts) -> DraftGraphs | None:
     sizes = verification_sizes(most, drafter.tokens, setup.config.cudagraph_capture_sizes)
     # latents are read as they are, by the model and by what drafts
     prompts = unexpanded(SHORT_SIZES, parts.attention.preparer.expansion, drafter.attention.preparer.expansion)
-    return DraftGraphs(found, CudaRecorder(parts.device), sizes, prompts)
+    recorder = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic)
+    return DraftGraphs(found, recorder, sizes, prompts)
 
 
 def _draft_schedule(setup: EngineSetup) -> str:

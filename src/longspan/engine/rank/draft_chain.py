@@ -15,6 +15,7 @@ from torch import Tensor
 from longspan.attention.attend import Attention
 from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import local_phase
+from longspan.engine.rank.sampling.gumbel import usable_rows
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.engine.rank.settled_rows import Carried, SpreadRows, StepRows, slot_writer
 from longspan.models.context import Attend, DraftModule
@@ -43,16 +44,19 @@ class ChainInputs:
     # slots of the positions behind that of the plan that further runs may compute, -1 without a page [M, W]
     slots: Tensor
 
-    def accepted(self, sampled: Tensor, token_ids: Tensor, most: int) -> Tensor:
+    def accepted(self, drawn: Tensor, token_ids: Tensor, most: int) -> Tensor:
         """How many drafts of each request are right and behind right ones only, int64 [M].
 
-        `sampled` are the sampled tokens, int64 [S], `token_ids` those of the rows, int64 [T]. A request has `most`
+        A draft behind which no token could be sampled is not accepted: its row is computed again. `drawn` is the
+        outcome of the sampled rows, int64 [2, S], `token_ids` are those of the rows, int64 [T]. A request has `most`
         drafts at most.
         """
+        sampled, usable = drawn[0], usable_rows(drawn)
         numbers = torch.arange(most, device=sampled.device)
-        before = (self.first_samples[:, None] + numbers).clamp_max(len(sampled) - 1)
+        before = self.first_samples[:, None] + numbers
         drafted = (self.first_rows[:, None] + numbers + 1).clamp_max(len(token_ids) - 1)
-        right = (sampled[before] == token_ids[drafted]) & (numbers < self.drafts[:, None])
+        right = sampled[before.clamp_max(len(sampled) - 1)] == token_ids[drafted]
+        right &= usable[(before + 1).clamp_max(len(sampled) - 1)] & (numbers < self.drafts[:, None])
         return right.long().cumprod(1).sum(1)
 
 
@@ -106,9 +110,9 @@ class DraftChain:
         runs = tuple(tuple(replace(run, row=moved[run.row]) for run in reach.own) for reach in view.phases[0].groups)
         return LaterRuns(runs, tuple(of_request))
 
-    def prepare(self, later: LaterRuns) -> PreparedPhase:
-        """Further runs, prepared for one step."""
-        preparer, rows = self.attention.preparer, len(later.slots) * self.width
+    def prepare(self, later: LaterRuns, requests: int) -> PreparedPhase:
+        """Further runs, prepared for one step, with rows for so many requests."""
+        preparer, rows = self.attention.preparer, requests * self.width
         return local_phase(preparer, rows, [preparer.backend.prepare(runs, rows) for runs in later.runs])
 
     def inputs(self, view: RankView, sampled: Sequence[SampledRows], later: LaterRuns) -> ChainInputs:
@@ -118,34 +122,33 @@ class DraftChain:
         sent = upload.send(self.attention.pool.device)
         return inputs_of({name: sent[number] for name, number in numbers.items()}, len(sampled))
 
-    def first_run(
-        self, inputs: ChainInputs, sampled: Tensor, taken: Tensor, positions: Tensor, attend: Attend
-    ) -> Tensor:
+    def first_run(self, inputs: ChainInputs, drawn: Tensor, taken: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The run over the rows of the step: [T, hidden].
 
         Args:
             inputs: the integers of the step.
-            sampled: the sampled tokens, int64 [S].
+            drawn: the outcome of the sampled rows, int64 [2, S].
             taken: what the module takes [T, hidden].
             positions: int64 [T].
             attend: attention of the rows.
         """
-        next_ids = inputs.next_ids.index_copy(0, inputs.sample_rows, sampled)
+        next_ids = inputs.next_ids.index_copy(0, inputs.sample_rows, drawn[0])
         return self.module.layers(next_ids[:-1], taken, positions, attend)
 
     def tokens_after(
-        self, inputs: ChainInputs, sampled: Tensor, rows: StepRows, hidden: Tensor, later: PreparedPhase
+        self, inputs: ChainInputs, drawn: Tensor, rows: StepRows, hidden: Tensor, later: PreparedPhase
     ) -> Tensor:
         """int64 [2 + K, M]: see `Carried.table`.
 
-        `hidden` [T, hidden] is what the first run gave, `later` the further runs, prepared.
+        `drawn` int64 [2, S] is the outcome of the sampled rows, `hidden` [T, hidden] what the first run gave, `later`
+        the further runs, prepared.
         """
-        accepted = inputs.accepted(sampled, rows.token_ids, self.tokens)
+        accepted = inputs.accepted(drawn, rows.token_ids, self.tokens)
         last, shifts = inputs.first_rows + accepted, rows.shifts[inputs.first_rows]
         chain, positions = hidden[last], rows.positions[last]
-        found = [accepted, sampled[inputs.first_samples + accepted], self._best(chain)]
-        first, width = torch.arange(len(accepted), device=sampled.device) * self.width, later.stop
-        numbers = torch.arange(self.width, device=sampled.device)
+        found = [accepted, drawn[0, inputs.first_samples + accepted], self._best(chain)]
+        first, width = torch.arange(len(accepted), device=drawn.device) * self.width, later.stop
+        numbers = torch.arange(self.width, device=drawn.device)
         for run in range(1, self.tokens):
             place = shifts + accepted + (run - 1)
             # the first one also writes zeros behind its row: see `SettledRows.slots`

@@ -1,8 +1,9 @@
-"""CUDA graphs of the steps of an engine that drafts, on a rank that computes alone: two replays a step.
+"""CUDA graphs of the steps of an engine that drafts, where each rank has all pages of its heads: two replays a step.
 
 The first replay verifies: it computes the rows of the step, and keeps what the module takes. The second drafts: all
 runs of the module, with what lies between them. It owns the sizes of the second ones and the tensors that these read. A
-step that fits none is computed without a graph, by the same functions.
+step that fits none is computed without a graph, by the same functions. Which step fits follows from the plan alone, so
+that all ranks of a TP group decide alike; a rank without room in its buffers computes in the shapes of the graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from longspan.attention.attend import Attention
 from longspan.attention.backends.base import RecordableBackend
-from longspan.attention.prepared import PreparedPhase
+from longspan.attention.prepared import PreparedPhase, PreparedStep
 from longspan.attention.refillable import RefillableLocalRuns, RefillableLocalStep
 from longspan.attention.step_buffer import Field, StepBuffer
 from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
@@ -119,24 +120,25 @@ class DraftGraphs:
         return None if self._last is None or self._taken is None else self._taken[:rows]
 
     def draft(
-        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], drawn: Tensor,
         requests: Mapping[str, KnownRequest],
     ) -> Tensor | None:  # fmt: skip
         """The result of `DraftChain.tokens_after`, with more requests. The next step overwrites it.
 
-        None if the step in `hidden` was not recorded, or contexts are in too many pieces for a graph's buffers.
+        None if the step in `hidden` was not recorded, or the module reads something that is not local. If contexts are
+        in too many pieces for a graph's buffers, drafting is computed without it, in the same shapes.
 
         Args:
             views: the step, and the same for the module's attention if that is its own: with a row for each place.
             sampled: the sampled rows by request.
-            token_ids: the sampled tokens, int64 [S].
+            drawn: their outcome, int64 [2, S].
             requests: all requests by id.
         """
         graph = self._last
         if graph is None:
             return None
         room = next(room for room in self._requests(graph.size) if room >= len(sampled))
-        return self._draft_graph(graph, room).run(views, sampled, token_ids, requests)
+        return self._draft_graph(graph, room).run(views, sampled, drawn, requests)
 
     @property
     def _last(self) -> ShortGraph | None:
@@ -177,9 +179,12 @@ class _DraftGraph:
         self._own: RefillableLocalStep | None = None  # of the first run, where the module's attention is its own
         if attention is not parts.attention:
             self._own = graph.refillable(attention, parts.draft_backend, buffer)
+        self._requests = requests
         self._later: RefillableLocalRuns | None = None
+        self._recorded_later = PreparedPhase(0, 0, ())  # the attention of further runs that the graph reads
         if width:
             self._later = RefillableLocalRuns(attention.preparer, parts.draft_backend, requests * width, width)
+            self._recorded_later = self._later.phase
         self._padding = {"sample_rows": rows, "slots": -1}
         sizes = {
             "next_ids": rows + 1, "sample_rows": rows, "first_samples": requests, "first_rows": requests,
@@ -187,7 +192,7 @@ class _DraftGraph:
         }  # fmt: skip
         self._fields: dict[str, Field] = {name: buffer.reserve(size, torch.int64) for name, size in sizes.items()}
         self._inputs = inputs_of({name: field.device for name, field in self._fields.items()}, requests)
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=attention.pool.device)
+        self._drawn = torch.zeros((2, rows), dtype=torch.int64, device=attention.pool.device)
         self._fill({})
         self._replay: Callable[[], Tensor] = self._compute
 
@@ -197,20 +202,25 @@ class _DraftGraph:
         self._replay = recorder.record(self._compute)
 
     def run(
-        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], token_ids: Tensor,
+        self, views: tuple[RankView, RankView | None], sampled: Sequence[SampledRows], drawn: Tensor,
         requests: Mapping[str, KnownRequest],
     ) -> Tensor | None:  # fmt: skip
         """See `DraftGraphs.draft`."""
         view, own = views
-        later = self._chain.later_runs(sampled, requests)
+        first = self._graph.prepared
+        if self._own is not None:
+            found = None if own is None else self._own.fill(own)
+            if found is None:
+                return None
+            first = found
+        later, behind = self._chain.later_runs(sampled, requests), self._recorded_later
         if self._later is not None and not self._later.fill(later.runs):
-            return None
-        if self._own is not None and (own is None or self._own.fill(own) is not self._own.prepared):
-            return None
+            behind = self._chain.prepare(later, self._requests)
         self._fill(chain_values(view, sampled, later, self._chain.width))
-        self._sampled[: len(token_ids)] = token_ids
+        self._drawn[:, : drawn.shape[1]] = drawn
         self._buffer.send()
-        return self._replay()
+        fits = first is self._recorded_first and behind is self._recorded_later
+        return self._replay() if fits else self._compute_with(first, behind)
 
     def _fill(self, values: Mapping[str, Sequence[int]]) -> None:
         for name, field in self._fields.items():
@@ -218,9 +228,17 @@ class _DraftGraph:
             field.host[: len(found)] = found
             field.host[len(found) :] = self._padding.get(name, 0)
 
+    @property
+    def _recorded_first(self) -> PreparedStep:
+        """The attention of the first run that the graph reads."""
+        return self._graph.recorded if self._own is None else self._own.prepared
+
     def _compute(self) -> Tensor:
+        return self._compute_with(self._recorded_first, self._recorded_later)
+
+    def _compute_with(self, first: PreparedStep, later: PreparedPhase) -> Tensor:
+        """The result, with the attention of the first run and of those behind it."""
         chain, rows = self._chain, self._graph.rows
-        attend = self._graph.attend(chain.attention, self._own)
-        hidden = chain.first_run(self._inputs, self._sampled, self._taken, rows.positions, attend)
-        later = PreparedPhase(0, 0, ()) if self._later is None else self._later.phase
-        return chain.tokens_after(self._inputs, self._sampled, rows, hidden, later)
+        attend = self._graph.attend(chain.attention, first)
+        hidden = chain.first_run(self._inputs, self._drawn, self._taken, rows.positions, attend)
+        return chain.tokens_after(self._inputs, self._drawn, rows, hidden, later)

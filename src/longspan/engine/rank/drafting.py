@@ -47,10 +47,15 @@ class SampledStep:
     view: RankView
     # what the last layer gave for this rank's rows, after the final norm [T, hidden]
     hidden: Tensor
-    # the tokens of this rank's sampled rows, int64 [samples]
-    sampled: Tensor
+    # the outcome of this rank's sampled rows, int64 [2, samples]
+    drawn: Tensor
     # its rows where the device found them; None where they are those of the plan
     settled: SettledStep | None = None
+
+    @property
+    def sampled(self) -> Tensor:
+        """The tokens of this rank's sampled rows, int64 [samples]."""
+        return self.drawn[0]
 
 
 class Drafter(Protocol):
@@ -59,6 +64,11 @@ class Drafter(Protocol):
     @property
     def own_pool(self) -> KVPool | None:
         """The cached rows of layers that are not the model's; None if there are none."""
+
+    @property
+    def accepted(self) -> Tensor | None:
+        """How many drafts of each request of the last step are right, int64 [requests or more] on the device, in the
+        order of its rows; None if the host finds out."""
 
     def with_graphs(self, graphs: DraftGraphs | None) -> Drafter:
         """The same with graphs of the steps of its rank; None: without."""
@@ -184,6 +194,11 @@ class ModuleDrafter:
         """What a step leaves for the next one; None if that is planned when the drafts are known."""
         return None if self.chain is None else self.chain.carried
 
+    @property
+    def accepted(self) -> Tensor | None:
+        """See `Drafter.accepted`."""
+        return None if self.carried is None else self.carried.table[0]
+
     def first_input(self, hidden: Tensor) -> Tensor:
         """What the first run takes [T, width], from the hidden states [T, hidden] of the step that was just run."""
         return self.module.first_input(hidden, self.observed())
@@ -194,7 +209,7 @@ class ModuleDrafter:
         own = self._view(widened(step.plan), requests) if self.has_own_attention else None
         recorded = None if graphs is None else graphs.taken(len(view.positions))
         sampled = [] if chain is None else sampled_rows(step.plan, view, requests)
-        found = None if graphs is None else graphs.draft((view, own), sampled, step.sampled, requests)
+        found = None if graphs is None else graphs.draft((view, own), sampled, step.drawn, requests)
         if found is None and step.settled is None and (own is not None or recorded is not None):
             self.attention.begin(self.attention.preparer.step(own or view))
         if chain is None:
@@ -220,12 +235,12 @@ class ModuleDrafter:
             attend, rows = settled.attend(self.attention, view), settled.rows
         later = chain.later_runs(sampled, requests)
         inputs = chain.inputs(view, sampled, later)
-        hidden = chain.first_run(inputs, step.sampled, taken, rows.positions, attend)
+        hidden = chain.first_run(inputs, step.drawn, taken, rows.positions, attend)
         if not sampled:
             return hidden.new_empty(2 + self.tokens, 0, dtype=torch.int64)
         if self.experts is not None:
             self.experts.expect([len(sampled)])
-        return chain.tokens_after(inputs, step.sampled, rows, hidden, chain.prepare(later))
+        return chain.tokens_after(inputs, step.drawn, rows, hidden, chain.prepare(later, len(sampled)))
 
     def _draft_with_others(self, step: SampledStep, taken: Tensor, requests: Mapping[str, KnownRequest]) -> ReadDrafts:
         """`draft` where ranks tell each other what they have sampled. The attention of the first run is prepared."""

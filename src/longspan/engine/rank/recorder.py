@@ -63,7 +63,8 @@ class CudaRecorder:
 class CountedRecorder:
     """Records with `inner`, and counts what the work sends at every replay: a CUDA graph runs no code that counts.
 
-    A recording is no step, so what it sends is not counted. `traffic` has the counts of the rank.
+    A recording is no step, so what it sends is not counted. `traffic` has the counts of the rank; the prefix of labels
+    is that of the replay.
     """
 
     def __init__(self, inner: Recorder, traffic: Traffic) -> None:
@@ -75,9 +76,11 @@ class CountedRecorder:
         traffic, sent = self._traffic, Traffic()
 
         def counted_work() -> Tensor:
+            purpose, traffic.prefix = traffic.prefix, ""
             traffic.replace(({}, {}))
             result = work()
             sent.replace(traffic.counts())
+            traffic.prefix = purpose
             return result
 
         before = traffic.counts()
@@ -88,7 +91,8 @@ class CountedRecorder:
             before = traffic.counts()
             result = replay()
             traffic.replace(before)
-            traffic.add(sent)
+            for label, count in sent.bytes_by_label.items():
+                traffic.count(label, count, sent.calls_by_label[label])
             return result
 
         return counted_replay

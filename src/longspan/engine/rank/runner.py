@@ -24,7 +24,7 @@ from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.logprobs import start_scoring
 from longspan.engine.rank.sampling.recorded import RecordedDraw
-from longspan.engine.rank.sampling.rows import SampleRow, SampleRows
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.engine.rank.settled_rows import SettledStep
 from longspan.engine.rank.short_steps import ShortStep
@@ -122,7 +122,8 @@ class Runner:
         # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
         self._sampled = torch.empty(0, dtype=torch.int64, device=parts.device)
         self._sampled_rows: dict[str, int] = {}
-        self._sampler = Sampler()
+        drafts_are_late = parts.drafter is not None and parts.drafter.accepted is not None
+        self._sampler = Sampler(drafts_are_late=drafts_are_late)
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self._failed: dict[str, str] = {}  # why requests cannot go on, of which more steps may be in flight
@@ -162,6 +163,8 @@ class Runner:
             # first: the step may overwrite pages that are saved
             copied = None if self._store is None else self._store.start(plan.saves, plan.loads)
             finish = self._start(plan)
+            if self._experts is not None:
+                self._experts.expect(None)  # recorded steps are padded: equally many everywhere
         if self.transfer is not None:
             self.transfer.computed(plan)
         return finish if copied is None else partial(_with_failures, finish, copied)
@@ -195,18 +198,18 @@ class Runner:
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
         draft = None
         if self.drafter is not None:
-            step = SampledStep(plan, view, hidden, hidden[:0], settled)
+            step = SampledStep(plan, view, hidden, hidden[:0], settled)  # `_draft` has what is drawn
             draft = partial(self._draft, self.drafter, step)
         if not view.samples:
             return self._finish(view, hidden, scores, draft)
         sampled = self._integers([wanted.row for wanted in view.samples])
-        shifts = None if settled is None else settled.rows.shifts[sampled]
-        return self._finish(view, self._model.head(hidden[sampled]), scores, draft, shifts=shifts)
+        late = None if settled is None else LateRows(settled.rows.shifts[sampled], settled.rows.token_ids[sampled])
+        return self._finish(view, self._model.head(hidden[sampled]), scores, draft, late=late)
 
-    def _draft(self, drafter: Drafter, step: SampledStep, sampled: Tensor) -> ReadDrafts:
-        """Start drafting after the tokens `sampled` int64 [samples]."""
+    def _draft(self, drafter: Drafter, step: SampledStep, drawn: Tensor) -> ReadDrafts:
+        """Start drafting after the rows with the outcome `drawn` int64 [2, samples]."""
         with self._groups.context.traffic.within("drafts"):
-            return drafter.draft(replace(step, sampled=sampled), self._mirror.requests)
+            return drafter.draft(replace(step, drawn=drawn), self._mirror.requests)
 
     def _hidden(self, plan: StepPlan, view: RankView, short: ShortStep | None) -> tuple[Tensor, SettledStep | None]:
         """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
@@ -217,8 +220,6 @@ class Runner:
                 return recorded
             settled = self.drafter.settle(plan, view, requests)
         elif short is not None:
-            if self._experts is not None:
-                self._experts.expect(None)  # padded: equally many everywhere
             return short.hidden(token_ids), None
         if self._experts is not None:
             self._experts.expect(self._rows_of_pcp(plan))
@@ -231,8 +232,6 @@ class Runner:
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner, rows: Sequence[int]) -> Finish:
         """Run a decode step as a CUDA graph, with `rows` rows of each pcp index. Every row is sampled."""
         view = self._uniform_view(plan)
-        if self._experts is not None:
-            self._experts.expect(None)  # padded: equally many everywhere
         logits = cuda_graphs.logits(view, rows, self._token_ids(view))
         return self._finish(view, logits, [], recorded=cuda_graphs.recorded_draw(rows))
 
@@ -253,9 +252,9 @@ class Runner:
     def _finish(
         self, view: RankView, logits: Tensor, scores: Sequence[Scores],
         draft: Callable[[Tensor], ReadDrafts] | None = None, recorded: RecordedDraw | None = None,
-        shifts: Tensor | None = None,
+        late: LateRows | None = None,
     ) -> Finish:  # fmt: skip
-        """Start sampling from `logits` [samples, vocab], and then drafting. `shifts` are those of `Sampler.start`.
+        """Start sampling from `logits` [samples, vocab], and then drafting. `late` is that of `Sampler.start`.
 
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
         where they draft from them.
@@ -264,10 +263,13 @@ class Runner:
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or not (returns or self._async_scheduling or draft):
             if draft:
-                draft(self._integers(()))
+                draft(self._integers(()).view(2, 0))
             return lambda: StepResult(prompt_scores=tuple(chain.from_iterable(read() for read in scores)))
-        sampling = self._sample(logits, view.samples, recorded, shifts)
-        drafts = draft(sampling.token_ids) if draft else tuple
+        rows = self._rows(view.samples)
+        sampling = self._sample(logits, rows, recorded, late)
+        drafts = draft(sampling.drawn) if draft else tuple
+        if self.drafter is not None and self.drafter.accepted is not None:
+            self._sampler.accept(rows, sampling.drawn, self.drafter.accepted)
 
         def finish() -> StepResult:
             if not returns:
@@ -324,11 +326,10 @@ class Runner:
         return integers(values, self._device)
 
     def _sample(
-        self, logits: Tensor, samples: Sequence[SampleRequest], recorded: RecordedDraw | None, shifts: Tensor | None
+        self, logits: Tensor, rows: SampleRows, recorded: RecordedDraw | None, late: LateRows | None
     ) -> Sampling:
         """Start sampling from `logits` [samples, vocab], with `recorded` if it can be."""
-        rows = self._rows(samples)
-        sampling = self._sampler.start(logits, rows, recorded, shifts)
+        sampling = self._sampler.start(logits, rows, recorded, late)
         if self._async_scheduling:
             self._sampled = sampling.token_ids
             self._sampled_rows = {name: number for number, name in enumerate(rows.names)}

@@ -147,9 +147,8 @@ class ShortSteps:
 
         Where rows are found on the device `places` are those of the step, and `view` has a row for each of them.
 
-        None if the step has too many rows, or something in it is not local; where rows are found on the device, also if
-        it has no room in the graph's buffers. Without these it is then computed without the graph, in the same shapes.
-        The next step overwrites the result.
+        None if the step has too many rows, or something in it is not local. If it has no room in the graph's buffers,
+        it is computed without the graph, in the same shapes. The next step overwrites the result.
         """
         self.last = None
         count = len(view.positions)
@@ -199,6 +198,7 @@ class ShortGraph:
             self._step = RefillableFreshStep(*common, size.rows, self._buffer)
         else:
             self._step = self.refillable(self._attention, self._backend, self._buffer)
+        self.prepared = self._step.prepared  # the attention of the last step
         self._token_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
         self._positions = self._buffer.reserve(self.size, torch.int64)
         # the rows of the last step, at fixed addresses
@@ -212,11 +212,13 @@ class ShortGraph:
         rows = self.size if self._settled is None else self._settled.places
         return RefillableLocalStep(attention.preparer, backend, rows, buffer, self.longest)
 
-    def attend(self, attention: Attention, step: RefillableLocalStep | None = None) -> Attend:
-        """The attention of the last step in the layers of `attention`, as `refillable` has prepared it."""
-        return self._attend(attention, (step or self._step).prepared)
+    @property
+    def recorded(self) -> PreparedStep:
+        """The attention that the graph reads: that of the last step, unless it has no room there."""
+        return self._step.prepared
 
-    def _attend(self, attention: Attention, prepared: PreparedStep) -> Attend:
+    def attend(self, attention: Attention, prepared: PreparedStep) -> Attend:
+        """The attention of the last step in the layers of `attention`, which has been prepared for it."""
         if self._settled is None:
             attention.begin(prepared)
             return attention
@@ -236,20 +238,24 @@ class ShortGraph:
             return None
         self._token_ids[:count] = token_ids()
         self._positions.host[:count] = view.positions
-        self._buffer.send()
-        found = self._replay() if prepared is self._step.prepared else self._compute_with(prepared)
-        return found[:count]
+        return self._run(prepared)[:count]
 
     def run_places(self, wide: RankView, places: RowPlaces) -> Tensor | None:
         """See `ShortSteps.hidden`."""
-        if self._settled is None or self._step.fill(wide) is not self._step.prepared:
+        prepared = self._step.fill(wide)
+        if self._settled is None or prepared is None:
             return None
         self._settled.fill(places)
+        return self._run(prepared)[: len(places.token_ids)]
+
+    def _run(self, prepared: PreparedStep) -> Tensor:
+        """Hidden states of all rows of a step whose fields are filled."""
+        self.prepared = prepared
         self._buffer.send()
-        return self._replay()[: len(places.token_ids)]
+        return self._replay() if prepared is self.recorded else self._compute_with(prepared)
 
     def _compute(self) -> Tensor:
-        return self._compute_with(self._step.prepared)
+        return self._compute_with(self.recorded)
 
     def _compute_with(self, prepared: PreparedStep) -> Tensor:
         model = self._model
@@ -258,7 +264,7 @@ class ShortGraph:
         if self._settled is not None:
             self._settled.settle()
         x = model.embedding(self.rows.token_ids)
-        hidden = model.layers(x, self.rows.positions, self._attend(self._attention, prepared))
+        hidden = model.layers(x, self.rows.positions, self.attend(self._attention, prepared))
         if self._then is not None:
             self._then(hidden)
         return hidden

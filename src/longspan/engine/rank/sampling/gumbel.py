@@ -87,6 +87,11 @@ def outcome(token_ids: Tensor, peaks: Tensor) -> Tensor:
     return torch.stack((token_ids, peaks.view(torch.int32).long()))
 
 
+def usable_rows(drawn: Tensor) -> Tensor:
+    """Whether a token could be sampled for each of R rows, bool [R], given their `outcome`."""
+    return drawn[1].int().view(torch.float32).isfinite()
+
+
 def draw_plainly(logits: Tensor, parameters: DrawParameters | None, positions: Tensor | None) -> Tensor:
     """Draw a token for each of R rows of `logits` [R, vocab]; see `outcome`. Without parameters all are greedy."""
     logits = logits.float()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from longspan.attention.host_copy import to_device
-from longspan.engine.rank.sampling.rows import SampleRow, SampleRows, every_token, unpacked
+from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows, every_token, unpacked
 from longspan.engine.rank.sampling.transfer import OneCopy
 from longspan.errors import EngineError
+from longspan.plan.mirror import UNKNOWN
 
 _LARGEST = 1e38
 _ROWS_AT_ONCE = 64  # bounds the memory of what is computed on the way
@@ -27,15 +28,21 @@ class PenaltyCounts:
 
     A table on the device, int32 [requests, vocab], whose first row stays 0, for rows without penalties. A request gets
     a row when it is first sampled. Later only the tokens that it got since are added: those sampled here without the
-    host's help.
+    host's help. With `drafts_are_late` that is all of them, by `accept` after each step; else not those behind drafts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drafts_are_late: bool = False) -> None:
+        self.drafts_are_late = drafts_are_late
         self._table: Tensor | None = None
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
-        # tokens of the output that are in the table
-        self._counted: dict[str, int] = {}
+        # tokens of the output that are in the table; None: all that were right, of which the device knows the number
+        self._counted: dict[str, int | None] = {}
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any request has a row."""
+        return bool(self._rows)
 
     def forget(self, request_id: str) -> None:
         """Give the row of a request that has ended to the next one."""
@@ -53,13 +60,17 @@ class PenaltyCounts:
 
         Drafts are not among them. `like` are logits [R, vocab] on the table's device.
         """
-        if row.request_id in self._rows and self._counted[row.request_id] > row.position - row.drafts:
+        stop = row.position - row.drafts
+        first = self._counted.get(row.request_id, 0)
+        if first is None:
+            first = stop
+        if first > stop:
             self.forget(row.request_id)  # tokens that were sampled have been taken back
         if row.request_id not in self._rows:
             self._begin(row, like)
-        first, stop = self._counted[row.request_id], row.position - row.drafts
+            first = 0
         found = row.output(first, stop)
-        if len(found) != stop - first:
+        if len(found) != stop - first or UNKNOWN in found:
             raise EngineError(
                 f"request {row.request_id}: output tokens {first}..{stop} are neither counted nor known, and its "
                 "penalties need them; do not plan it ahead"
@@ -75,6 +86,24 @@ class PenaltyCounts:
     def sampled(self, row: SampleRow) -> None:
         """The token that is sampled for `row`, which has no drafts, has been added."""
         self._counted[row.request_id] = row.position + 1
+
+    def accept(self, rows: SampleRows, token_ids: Tensor, accepted: Tensor) -> None:
+        """Count the tokens that are sampled behind right drafts only; see `Sampler.accept`."""
+        found: list[tuple[int, int, int, int]] = []
+        column, names = -1, rows.names
+        for number, name in enumerate(names):
+            column += number == 0 or names[number - 1] != name
+            row = rows.special.get(number)
+            if row is not None and row.params.penalises:
+                found.append((self._rows[name], number, row.drafts, column))
+                self._counted[name] = None
+        if not found or self._table is None:
+            return
+        upload = OneCopy()
+        for values in zip(*found, strict=True):
+            upload.integers(values)
+        in_table, indices, drafts, columns = upload.send(token_ids.device)
+        _count(self._table, in_table, token_ids[indices], (drafts <= accepted[columns]).to(self._table.dtype))
 
     def of(self, numbers: Tensor, drafts: tuple[Tensor, Tensor] | None) -> Tensor:
         """A copy of the table's rows `numbers`, int64 [C]: int32 [C, vocab].
@@ -118,9 +147,9 @@ class PenaltyCounts:
         self._free.extend(range(2 * before - 1, before - 1, -1))
 
 
-def _count(table: Tensor, numbers: Tensor, token_ids: Tensor) -> None:
+def _count(table: Tensor, numbers: Tensor, token_ids: Tensor, times: Tensor | None = None) -> None:
     places = numbers * table.shape[1] + token_ids
-    table.view(-1).index_add_(0, places, torch.ones_like(places, dtype=table.dtype))
+    table.view(-1).index_add_(0, places, torch.ones_like(places, dtype=table.dtype) if times is None else times)
 
 
 def _penalised(logits: Tensor, counts: Tensor, frequency: Tensor, presence: Tensor, repetition: Tensor) -> Tensor:
@@ -150,8 +179,9 @@ class LogitChanges:
 
     @staticmethod
     def of(
-        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
-    ) -> LogitChanges:
+        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy,
+        late: LateRows | None = None,
+    ) -> LogitChanges:  # fmt: skip
         """The changes of the rows `chosen` to `logits` [R, vocab]."""
         changed, vocabulary = [rows[i] for i in chosen], logits.shape[1]
         bias = [(at * vocabulary + i, x) for at, row in enumerate(changed) for i, x in row.params.logit_bias]
@@ -160,7 +190,7 @@ class LogitChanges:
         return LogitChanges(
             upload.integers(chosen) if len(chosen) < len(rows) else None,
             (upload.integers(i for i, _ in bias), upload.floats(x for _, x in bias)) if bias else None,
-            _Penalties.of(rows, chosen, counts, logits, upload) if penalises else None,
+            _Penalties.of(rows, chosen, counts, logits, upload, late) if penalises else None,
             _masks(changed, vocabulary),
             upload.integers(banned) if banned else None,
         )
@@ -207,8 +237,10 @@ class _Penalties:
     rates: tuple[int, int, int]
     # rows of the table, and tokens that are counted in them first
     lacking: tuple[int, int] | None
-    # rows among the C, and drafts that are counted for them only
+    # rows among the C, and drafts that are counted for them only: tokens, or their places in `row_tokens`
     drafts: tuple[int, int] | None
+    # tokens that rows were computed from, where only the device knows them, int64
+    row_tokens: Tensor | None
     # rows whose sampled tokens are counted
     counted: tuple[SampleRow, ...]
     # their rows of the table, and their indices in the batch
@@ -216,17 +248,24 @@ class _Penalties:
 
     @staticmethod
     def of(
-        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy
-    ) -> _Penalties:
+        rows: SampleRows, chosen: Sequence[int], counts: PenaltyCounts, logits: Tensor, upload: OneCopy,
+        late: LateRows | None,
+    ) -> _Penalties:  # fmt: skip
         lacking: list[tuple[int, int]] = []
         drafts: list[tuple[int, int]] = []
-        for at, row in enumerate(rows[i] for i in chosen):
+        for at, i in enumerate(chosen):
+            row = rows[i]
             if row.params.penalises:
                 found = counts.lacks(row, logits)
                 lacking += [(counts.number(row), token) for token in found]
-                drafts += [(at, token) for token in row.output(row.position - row.drafts, row.position)]
+                told = row.output(row.position - row.drafts, row.position)
+                places = range(i - row.drafts + 1, i + 1)  # where there are late rows, those of a request are adjacent
+                drafts += [
+                    (at, token) for token in (told if late is None else [late.first + place for place in places])
+                ]
         params = [rows[i].params for i in chosen]
-        certain = [i for i in chosen if rows[i].params.penalises and not rows[i].drafts]
+        known = [] if counts.drafts_are_late else chosen
+        certain = [i for i in known if rows[i].params.penalises and not rows[i].drafts]
         return _Penalties(
             upload.integers(counts.number(rows[i]) for i in chosen),
             (
@@ -236,6 +275,7 @@ class _Penalties:
             ),
             _pairs(lacking, upload),
             _pairs(drafts, upload),
+            None if late is None else late.token_ids,
             tuple(rows[i] for i in certain),
             _pairs([(counts.number(rows[i]), i) for i in certain], upload),
         )
@@ -245,6 +285,8 @@ class _Penalties:
             counts.add(*(sent[number] for number in self.lacking))
         rates = tuple(sent[number].view(torch.float64).float()[:, None] for number in self.rates)
         drafts = None if self.drafts is None else (sent[self.drafts[0]], sent[self.drafts[1]])
+        if drafts is not None and self.row_tokens is not None:
+            drafts = drafts[0], self.row_tokens[drafts[1]]
         if logits.device.type == "cpu":  # row by row, only the few tokens that the row has seen
             for at, number in enumerate(sent[self.numbers].tolist()):
                 of_row = None if drafts is None else drafts[1][drafts[0] == at]

@@ -30,7 +30,7 @@ class SampleRow(NamedTuple):
     seed: int
     # index of the wanted token in the output, from 0
     position: int
-    # prompt and output so far, as far as they are known; only read if `params.penalises`
+    # prompt and output so far, as far as they are known: see `KnownRequest.history`; only read if `params.penalises`
     history: Sequence[int] = ()
     # tokens of the prompt
     num_prompt: int = 0
@@ -56,6 +56,22 @@ class SampleRow(NamedTuple):
     def output(self, first: int, stop: int) -> Sequence[int]:
         """Tokens [first, stop) of the output, as far as they are known."""
         return self.history[self.num_prompt + first : self.num_prompt + stop]
+
+
+@dataclass(frozen=True)
+class LateRows:
+    """What only the device knows of the R rows of a batch, because drafts before them may be right."""
+
+    # how much later each row is than its position says, int64 [R]
+    shifts: Tensor
+    # the tokens that the rows were computed from, int64 [R], or of a larger batch whose row number `first` is the first
+    token_ids: Tensor
+    # see `token_ids`
+    first: int = 0
+
+    def part(self, rows: slice) -> LateRows:
+        """The same of some of the rows."""
+        return LateRows(self.shifts[rows], self.token_ids, self.first + rows.start)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from longspan.engine.rank.sampling.logprobs import best, describe, on_host
 from longspan.engine.rank.sampling.parameters import ParameterTable, RowParameters
 from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
 from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
-from longspan.engine.rank.sampling.rows import GREEDY_BELOW, SampleRow, SampleRows
+from longspan.engine.rank.sampling.rows import GREEDY_BELOW, LateRows, SampleRow, SampleRows
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
@@ -33,10 +33,15 @@ _ROWS_AT_ONCE = 32  # on a CPU, where something is made from the logits
 class Sampling:
     """Tokens that a device may still be computing."""
 
-    # int64 [R], on the device of the logits
-    token_ids: Tensor
+    # what is drawn, int64 [2, R], on the device of the logits: see `outcome`
+    drawn: Tensor
     # waits for the device and returns the tokens
     finish: Callable[[], Sampled]
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The tokens, int64 [R]."""
+        return self.drawn[0]
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,13 @@ class Sampler:
     """Samples the steps of one rank, in order.
 
     It keeps on the device what changes only when the rows do, and the counts of tokens that penalties read. `draw`
-    draws a batch; without it the device decides, and a CPU takes one row after the other, which is faster there.
+    draws a batch; without it the device decides, and a CPU takes one row after the other, which is faster there. With
+    `drafts_are_late` every step that is started must be followed by `accept`.
     """
 
-    def __init__(self, draw: Draw | None = None) -> None:
+    def __init__(self, draw: Draw | None = None, drafts_are_late: bool = False) -> None:
         self._draw = draw
-        self._counts = PenaltyCounts()
+        self._counts = PenaltyCounts(drafts_are_late)
         self._known = ParameterTable()
         # parameters and seeds of the last rows, and what they come to
         self._rows: tuple[Sequence[SamplingParams], Sequence[int]] = (), ()
@@ -78,12 +84,12 @@ class Sampler:
 
     def start(
         self, logits: Tensor, rows: SampleRows | Sequence[SampleRow], recorded: RecordedDraw | None = None,
-        shifts: Tensor | None = None,
+        late: LateRows | None = None,
     ) -> Sampling:  # fmt: skip
         """Start sampling one token for each row of `logits` [R, vocab], of any float dtype, which are not changed.
 
-        `recorded` draws from the same logits, if nothing changes them first. `shifts` int64 [R] is how much later the
-        rows are than their positions say, where only the device knows; then nothing but noise depends on it.
+        `recorded` draws from the same logits, if nothing changes them first. `late` is what only the device knows of
+        the rows, on which noise and penalties depend.
 
         The order of operations is vLLM's: penalties, temperature, top-k, top-p, min-p, then Gumbel sampling. Log
         probabilities are those of the logits before all of these. On a GPU nothing is read from the device before
@@ -96,7 +102,7 @@ class Sampler:
         """
         _check_shape(logits, len(rows))
         if not rows:
-            return Sampling(logits.new_empty(0, dtype=torch.int64), lambda: Sampled([], {}))
+            return Sampling(logits.new_empty((2, 0), dtype=torch.int64), lambda: Sampled([], {}))
         rows = rows if isinstance(rows, SampleRows) else SampleRows.of(rows)
         draw = self._draw or batch_draw(logits.device.type)
         logits = logits if draw else logits.float()
@@ -107,23 +113,23 @@ class Sampler:
         forbidding = (i for i, row in rows.special.items() if row.allowed is not None or row.banned)
         chosen = sorted(batch.changing.union(forbidding))
         if draw is None and len(rows) > _ROWS_AT_ONCE and (chosen or batch.described):
-            return self._start_in_parts(logits, rows, shifts)
+            return self._start_in_parts(logits, rows, late)
         some = 0 < len(batch.described) < len(rows)
         wanted = upload.integers(batch.described) if some else None
         recorded = None if chosen or draw is None else recorded
         of_step = batch.draw is not None and recorded is None
         positions = upload.integers(rows.positions) if of_step else None
-        changes = LogitChanges.of(rows, chosen, self._counts, logits, upload) if chosen else None
+        changes = LogitChanges.of(rows, chosen, self._counts, logits, upload, late) if chosen else None
         sent = upload.send(logits.device)
         changed = None if changes is None else changes.apply(logits, self._counts, sent)
         if draw is None:
-            drawn = _draw_rows(logits, changed, chosen, rows if shifts is None else _shifted(rows, shifts))
+            drawn = _draw_rows(logits, changed, chosen, rows if late is None else _shifted(rows, late.shifts))
         elif recorded is not None:
             drawn = recorded.draw(batch.draw, rows.positions)
         else:
             full = logits if changes is None or changed is None else changes.put(changed, logits, sent)
             at = None if positions is None else sent[positions]
-            drawn = draw(full, batch.draw, at if at is None or shifts is None else at + shifts)
+            drawn = draw(full, batch.draw, at if at is None or late is None else at + late.shifts)
             drawn = drawn if changes is None else outcome(drawn[0], logits.amax(-1).float())
         token_ids = drawn[0]
         if changes is not None:
@@ -134,15 +140,26 @@ class Sampler:
             if wanted is not None:
                 about = [tensor.index_select(0, sent[wanted]) for tensor in about]
             results += describe(about[0], about[1], max(counts))
-        return Sampling(token_ids, _finish(start_reading(results), rows, batch.described, counts))
+        return Sampling(drawn, _finish(start_reading(results), rows, batch.described, counts))
 
-    def _start_in_parts(self, logits: Tensor, rows: SampleRows, shifts: Tensor | None) -> Sampling:
+    def accept(self, rows: SampleRows, drawn: Tensor, accepted: Tensor) -> None:
+        """Count for penalties what has been drawn, but behind wrong drafts, since steps do not wait until the host can.
+
+        Args:
+            rows: the rows of a step.
+            drawn: their outcome, int64 [2, R].
+            accepted: how many drafts of each of their requests are right, int64 [requests or more], in their order.
+        """
+        if self._counts.is_used:
+            self._counts.accept(rows, drawn[0], accepted)
+
+    def _start_in_parts(self, logits: Tensor, rows: SampleRows, late: LateRows | None) -> Sampling:
         """See `start`. What it makes from the logits is as large as they are, so it is made for some rows at a time."""
         some = [slice(at, at + _ROWS_AT_ONCE) for at in range(0, len(rows), _ROWS_AT_ONCE)]
         whole = [rows[i] for i in range(len(rows))]
-        parts = [self.start(logits[at], whole[at], None, None if shifts is None else shifts[at]) for at in some]
-        token_ids = torch.cat([part.token_ids for part in parts])
-        return Sampling(token_ids, lambda: Sampled.joined([part.finish() for part in parts]))
+        parts = [self.start(logits[at], whole[at], None, None if late is None else late.part(at)) for at in some]
+        drawn = torch.cat([part.drawn for part in parts], dim=1)
+        return Sampling(drawn, lambda: Sampled.joined([part.finish() for part in parts]))
 
 
 def _finish(
