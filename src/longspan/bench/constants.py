@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from longspan.attention.calibrate import combine
 from longspan.bench.ranks import MakeGroup, run_on_ranks
 from longspan.config import CostConstants, EngineConfig
-from longspan.engine.rank.build import measure_cost
+from longspan.engine.rank.rank_attention import measure_cost
 from longspan.engine.setup import EngineSetup, resolve
 
 

@@ -6,26 +6,18 @@ It owns the assembly; it must not know whether ranks are threads or processes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.backends.base import BackendShape, RecordableBackend
-from longspan.attention.backends.choice import Choice
-from longspan.attention.calibrate import Calibration
-from longspan.attention.pool import KVPool
+from longspan.attention.backends.base import RecordableBackend
 from longspan.attention.schedules import ContextGroup
-from longspan.attention.variants import AttentionOps, Heads
-from longspan.attention.workload import AttentionShape
-from longspan.cache.layout import KVLayout
 from longspan.compiled.recording import NotRecordable
 from longspan.config import CostConstants
 from longspan.disaggregation.rank import open_transfer
-from longspan.engine.capacity import WORKSPACE_TOKENS
 from longspan.engine.free_memory import return_free_memory
 from longspan.engine.memory_use import MemoryUse
 from longspan.engine.rank.draft_chain import DraftChain
@@ -36,6 +28,7 @@ from longspan.engine.rank.loading import RankLoader, TensorStore
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.profile import CudaMemory, measure, require_room
 from longspan.engine.rank.progress import progress_bar
+from longspan.engine.rank.rank_attention import build_attention, context_group, measure_cost
 from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
@@ -44,7 +37,6 @@ from longspan.engine.rank.settled_rows import Carried
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes, unexpanded
 from longspan.engine.rank.warmup import warm_up
 from longspan.engine.setup import EngineSetup
-from longspan.models.config import ModelConfig
 from longspan.models.context import Alone, DraftModule, LayerContext, Model
 from longspan.models.decoder import DecoderModel
 from longspan.models.ops import choose_ops
@@ -58,30 +50,6 @@ from longspan.plan.reach import Place
 from longspan.weights.tokenizer import load_serialised
 
 _LOG = logging.getLogger("longspan.engine")
-
-
-class CachedLayers(Protocol):
-    """Layers whose keys and values are cached: those of the model, or of a checkpoint of its own that drafts."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """Their sizes."""
-
-    @property
-    def layout(self) -> KVLayout:
-        """The cache's rows."""
-
-    @property
-    def backend(self) -> Choice:
-        """The attention backend."""
-
-    @property
-    def backend_shape(self) -> BackendShape:
-        """What it must support."""
-
-    @property
-    def attention_shape(self) -> AttentionShape:
-        """Sizes on one rank."""
 
 
 class TensorParallelGroup:
@@ -152,8 +120,8 @@ def build_runner(
 
     def parts_with(setup: EngineSetup) -> RankParts:
         layers = range(*model_config.cached_layers(*sharding.extent("layers", model_config.num_layers)))
-        group = _context(setup, rank, groups.context)
-        attention = _attention(setup, setup, sharding, layers, group, store.device)
+        group = context_group(setup, rank, groups.context)
+        attention = build_attention(setup, setup, sharding, layers, group, store.device)
         gathered = experts if isinstance(experts, GatheredExperts) else None
         return RankParts(
             grid, rank, model, attention, groups, store.device,
@@ -168,7 +136,8 @@ def build_runner(
 
     memory = None
     if device_memory is not None:
-        use = measure(setup, device_memory, at_start, pilot)
+        with progress_bar("measuring memory", 1, shown=rank == 0):
+            use = measure(setup, device_memory, at_start, pilot)
         memory = replace(use, pages=_smallest(use.room, (groups.tp, groups.context, stages), store.device))
         require_room(memory, config.cache.gpu_memory_utilization)
         setup = setup.with_memory(memory)
@@ -285,51 +254,6 @@ def make_ready(runner: Runner, setup: EngineSetup, shown: bool) -> None:
     warm_up(runner, setup, shown)
 
 
-def measure_cost(setup: EngineSetup, rank: int, group: Collectives, device: torch.device) -> CostConstants:
-    """Measure the constants of the cost model. All ranks of a context group must do so at the same time."""
-    grid, model = setup.grid, setup.model
-    place = Place(grid.ranks[rank].pcp, grid.ranks[rank].shard, grid.shards_of_pcp)
-    ops = _ops(setup, Sharding(grid, rank, model.num_q_heads, model.num_kv_heads), device)
-    context = _context(setup, rank, group)
-    return Calibration(ops, context, place, setup.attention_shape, setup.schedules, setup.dtype, device).measure()
-
-
-def _context(setup: EngineSetup, rank: int, group: Collectives) -> ContextGroup:
-    nodes = setup.grid.nodes(setup.grid.context_group(rank))
-    return ContextGroup(group, setup.grid.shards_of_pcp, nodes, WORKSPACE_TOKENS)
-
-
-def _ops(cached: CachedLayers, sharding: Sharding, device: torch.device) -> AttentionOps:
-    model = cached.model
-    return AttentionOps(
-        cached.backend.record.build(device, cached.backend_shape),
-        Heads.of(sharding),
-        model.attention_scale,
-        model.cached_value_dim,
-        cached.attention_shape.expansion,
-    )
-
-
-def _attention(
-    setup: EngineSetup, cached: CachedLayers, sharding: Sharding, layers: Iterable[int], context: ContextGroup,
-    device: torch.device,
-) -> Attention:  # fmt: skip
-    """Attention in the layers of the model, or in those of a checkpoint that drafts, with their rows of the cache."""
-    start, stop = sharding.kv_extent
-    pool = KVPool(
-        cached.layout.with_kv_heads(stop - start),
-        layers,
-        setup.pages_per_shard[sharding.grid.ranks[sharding.rank].shard],
-        setup.config.cache.page_size,
-        setup.cache_dtype,
-        device,
-    )
-    attention = Attention(pool, _ops(cached, sharding, device), context, setup.model.layer_groups, setup.schedules)
-    if setup.maps_pools:
-        attention.map_peers()
-    return attention
-
-
 def _draft_module(
     setup: EngineSetup, store: TensorStore, rank: int, model: Model, tp_group: Collectives
 ) -> DraftModule | None:
@@ -354,7 +278,7 @@ def _drafter(
     device = attention.pool.device
     if drafts is not None:
         sharding = drafts.checkpoint.sharding(setup.grid, rank)
-        attention = _attention(setup, drafts, sharding, range(drafts.model.num_layers), group, device)
+        attention = build_attention(setup, drafts, sharding, range(drafts.model.num_layers), group, device)
         experts = None
     model, module = models
     here = Place(place.pcp, place.shard, setup.grid.shards_of_pcp)
