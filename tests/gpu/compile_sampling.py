@@ -61,7 +61,8 @@ def compile_all(vocabulary: int) -> None:
     cpu = torch.device("cpu")
     logits, positions = torch.zeros(3, vocabulary, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    with patch.multiple(kernels, **{name: Recorded(getattr(kernels, name)) for name in names}):
+    recorded = {name: Recorded(getattr(kernels, name)) for name in names}
+    with patch.multiple(kernels, early_options=lambda device: {"EARLY": True}, **recorded):
         for params in (SamplingParams(top_p=0.9, top_k=4), SamplingParams()):
             kernels.draw(logits, DrawParameters.of([params] * 3, [1, 2, 3], cpu), positions)
         kernels.draw(logits, None, None)
