@@ -10,7 +10,6 @@ import triton.language as tl
 
 from longspan.early_launch import wait_for_inputs
 from longspan.engine.rank.sampling.scores import (
-    ALL,
     INFINITE,
     divided,
     key_of,
@@ -20,7 +19,6 @@ from longspan.engine.rank.sampling.scores import (
     weight_of,
 )
 
-SPAN = tl.constexpr(2048)  # tokens of a program
 MOST = tl.constexpr(512)  # tokens that a program lists: if it had more, the row is taken as one that does not fit
 _NOT_SPECIALISED = ["rows"]
 
@@ -53,34 +51,37 @@ def pivots(races, tokens, splits, row, COLUMNS: tl.constexpr):  # type: ignore[n
     column = tl.arange(0, COLUMNS)
     race = tl.load(races + row * splits + column, mask=column < splits, other=float("inf"))
     token = tl.load(tokens + row * splits + column, mask=column < splits, other=-1)
-    first = _best_token(race, token, token >= 0)
-    return race, token, first, _best_token(race, token, (token >= 0) & (token < first))
+    here = tokens + row * splits
+    first = _best_token(here, race, token >= 0, splits, COLUMNS)
+    return race, token, first, _best_token(here, race, (token >= 0) & (token < first), splits, COLUMNS)
 
 
 @triton.jit
-def _best_token(race, token, wanted):  # type: ignore[no-untyped-def]
-    least = tl.min(tl.where(wanted, race, float("inf")), 0)
-    found = tl.min(tl.where(wanted & (race == least), token, ALL), 0)
-    return tl.where(found < ALL, found, 0)
+def _best_token(tokens, race, wanted, splits, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The token of the smallest race. Races are compared as integers, which a warp reduces by one instruction."""
+    column = tl.arange(0, COLUMNS)
+    bits = tl.where(wanted, race, float("inf")).to(tl.int32, bitcast=True)
+    at = tl.min(tl.where(wanted & (bits == tl.min(bits, 0)), column, COLUMNS), 0)
+    return tl.load(tokens + at, mask=at < splits, other=0)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALISED)
 def edges_kernel(  # type: ignore[no-untyped-def]
-    logits, stride, vocabulary, table, positions, rows, peaks, bounds, races, tokens, splits, counts, listed, sums,
-    COLUMNS: tl.constexpr, SHIFT: tl.constexpr, LISTED: tl.constexpr, EARLY: tl.constexpr,
+    logits, stride, vocabulary, table, positions, rows, peaks, bounds, races, tokens, counts, listed, sums,
+    COLUMNS: tl.constexpr, SHIFT: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """For top-p alone: the probability of a part of a row, and how much of it is before each of two tokens.
+    """For top-p alone: the probability of a block, and how much of it is before each of two tokens.
 
     For top-k: list the tokens that may be among the first k, in any order.
     """
     wait_for_inputs(EARLY)
-    row, span, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     temperature, top_p = parameter(table, 2, rows, row).to(tl.float32), parameter(table, 3, rows, row)
     limited = tl.load(table + rows + row) < vocabulary
     if (temperature > 0) & (limited | (top_p < 1.0)):
         column = tl.arange(0, COLUMNS)
         peak = tl.max(tl.load(peaks + row * splits + column, mask=column < splits, other=float("-inf")), 0)
-        ids = span * SPAN + tl.arange(0, SPAN)
+        ids = split * BLOCK + tl.arange(0, BLOCK)
         scaled = divided(shifted_logits(logits, stride, row, ids, ids < vocabulary, peak), temperature)
         key = key_of(scaled)
         if limited:
@@ -95,10 +96,10 @@ def edges_kernel(  # type: ignore[no-untyped-def]
         else:
             _race, _token, first, second = pivots(races, tokens, splits, row, COLUMNS)
             weight = weight_of(scaled)
-            here = sums + row * 3 * spans + span
+            here = sums + row * 3 * splits + split
             tl.store(here, tl.sum(weight, 0))
-            tl.store(here + spans, tl.sum(tl.where(_is_before(key, ids, first, SHIFT), weight, 0), 0))
-            tl.store(here + 2 * spans, tl.sum(tl.where(_is_before(key, ids, second, SHIFT), weight, 0), 0))
+            tl.store(here + splits, tl.sum(tl.where(_is_before(key, ids, first, SHIFT), weight, 0), 0))
+            tl.store(here + 2 * splits, tl.sum(tl.where(_is_before(key, ids, second, SHIFT), weight, 0), 0))
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.attention.rows import unit_stride
 from longspan.early_launch import early_options, wait_for_inputs
-from longspan.engine.rank.sampling.edges import SPAN, edges_kernel, store_bound
+from longspan.engine.rank.sampling.edges import edges_kernel, store_bound
 from longspan.engine.rank.sampling.gumbel import DrawParameters
 from longspan.engine.rank.sampling.scores import (
     CLOSE,
@@ -39,7 +39,7 @@ from longspan.engine.rank.sampling.scores import (
 )
 from longspan.engine.rank.sampling.winner import best_of_blocks, peak_of, store_peak, winner_kernel
 
-BLOCK = tl.constexpr(1024)  # tokens of a program
+BLOCK = tl.constexpr(2048)  # tokens of a program
 LISTED = 8192  # tokens that fit the list of a row with top-k; of a row with more the whole vocabulary is read instead
 _GROUPS = 1024  # at most, unless a row has more blocks: the k-th of their largest logits is a bound for the row's k-th
 _WARPS, _ROW_WARPS = 4, 8
@@ -70,7 +70,7 @@ def draw(
         )
         _greedy_kernel[(rows,)](peaks, best, splits, result, rows, COLUMNS=columns, num_warps=_WARPS, **early)
         return result
-    filters, parts, spans = parameters.filters, 1, triton.cdiv(vocabulary, SPAN.value)
+    filters, parts = parameters.filters, 1
     groups = bounds = counts = listed = sums = None
     if filters:
         parts = min(32, max(1, _GROUPS // columns))
@@ -78,25 +78,24 @@ def draw(
         bounds = torch.empty(rows, dtype=torch.float32, device=device)
         counts = torch.empty(rows, dtype=torch.int64, device=device)
         listed = torch.empty((rows, listed_tokens), dtype=torch.int64, device=device)
-        sums = torch.empty((rows, 3, spans), dtype=torch.int64, device=device)
+        sums = torch.empty((rows, 3, splits), dtype=torch.int64, device=device)
     races = torch.empty((rows, splits), dtype=torch.float32, device=device)
     tokens = torch.empty((rows, splits), dtype=torch.int64, device=device)
     tables, sizes = (parameters.table, positions, rows), {"FILTERS": filters, "COLUMNS": columns}
     packing = {"SHIFT": max(1, (vocabulary - 1).bit_length()), "LISTED": listed_tokens if filters else 1}
-    noise = {"PARTS": parts, "SHIFT": packing["SHIFT"]}
-    _peaks_kernel[grid](
-        *size, parameters.table, rows, peaks, best, groups, counts, FILTERS=filters, PARTS=parts, num_warps=_WARPS,
-        **early,
-    )  # fmt: skip
-    _noise_kernel[grid](*size, *tables, peaks, groups, bounds, races, tokens, **sizes, **noise, num_warps=_WARPS, **early)
+    groups_of = {"PARTS": parts, "num_warps": _WARPS, **early}
+    _peaks_kernel[grid](*size, parameters.table, rows, peaks, best, groups, counts, FILTERS=filters, **groups_of)
+    _noise_kernel[grid](
+        *size, *tables, peaks, groups, bounds, races, tokens, SHIFT=packing["SHIFT"], **sizes, **groups_of
+    )
     if filters:
-        edges_kernel[(rows, spans)](
-            *size, *tables, peaks, bounds, races, tokens, splits, counts, listed, sums, COLUMNS=columns, **packing,
-            num_warps=_ROW_WARPS, **early,
+        edges_kernel[grid](
+            *size, *tables, peaks, bounds, races, tokens, counts, listed, sums,
+            COLUMNS=columns, BLOCK=BLOCK.value, **packing, num_warps=_WARPS, **early,
         )  # fmt: skip
     winner_kernel[(rows,)](
-        *size, *tables, peaks, best, races, tokens, splits, counts, listed, sums, spans, result, **sizes, **packing,
-        BLOCK=BLOCK.value, num_warps=_ROW_WARPS if filters else _WARPS, **early,
+        *size, *tables, peaks, best, races, tokens, splits, counts, listed, sums, result,
+        BLOCK=BLOCK.value, **sizes, **packing, num_warps=_ROW_WARPS, **early,
     )  # fmt: skip
     return result
 
@@ -148,7 +147,8 @@ def _noise_kernel(  # type: ignore[no-untyped-def]
             top_k = tl.load(table + rows + row)
             if (split == 0) & (top_k < vocabulary):
                 store_bound(groups + row * splits * PARTS, splits * PARTS, top_k, bounds + row, COLUMNS * PARTS)
-        least = tl.min(race, 0)
+        # as integers, which a warp reduces by one instruction: races are not negative
+        least = tl.min(race.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
         close = race <= least * CLOSE
         token = tl.minimum(tl.min(tl.where(close, ids, vocabulary), 0), vocabulary - 1)
         scaled = divided(tl.load(logits + row * stride + token).to(tl.float32) - peak, temperature)

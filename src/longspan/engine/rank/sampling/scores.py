@@ -98,18 +98,29 @@ def score_of(scaled, ids, seed):  # type: ignore[no-untyped-def]
 def race_of(shifted, ids, seed, temperature):  # type: ignore[no-untyped-def]
     """About exp(-score), fp32: the token with the smallest has the best score. Without a logarithm in fp64.
 
-    A score is scaled + noise, and exp(-noise) = -ln(u) for the uniform number u = (2n + 1) · 2^-54. Below a half that
-    is a logarithm. Above it 1 - u = w is converted from its own integer, so that it has all bits of fp32 however small
-    it is, and -ln(u) = w · (1 + w/2 + w²/3 ...) is a polynomial.
-
-    Bound of the relative error, where scaled is above -41.05 (below it a token loses to the best one of the row, whose
-    noise is at least -ln(54 · ln 2) = -3.62, with its own noise at most 54 · ln 2 = 37.43): the exponent is at most
-    59.3 and off by 1.33e-7 of itself, and scaled by 2^-24, together 7.9e-6; exp2 by 2^-22; the logarithm by 1.5e-6,
-    where it is above 0.69, so 2.2e-6; the polynomial by 1e-6; their roundings by less than 1e-6.
+    Its relative error is below 1.2e-5 where scaled logits are above -41.05. A token below that loses to the best of the
+    row: noise is -3.62 at least and 37.43 at most, -ln(54 · ln 2) and 54 · ln 2. The exponent is at most 59.3 and off
+    by 1.33e-7 of itself, and the scaled logits that it stands for are rounded to 2^-24: 7.9e-6 together. `exp2` is off
+    by 2.4e-7, `exponential_of` by 3.4e-6, and their product by 6e-8.
     """
-    number = _hash(ids, seed).to(tl.int64, bitcast=True)
-    half = ((number ^ (number >> 63)).to(tl.uint64, bitcast=True) >> 10) | 1
-    part = half.to(tl.int64, bitcast=True).to(tl.float32) * 2.0**-54
+    factor = tl.div_rn(tl.full((), -_LOG2_E, tl.float32), temperature)
+    return exponential_of(_hash(ids, seed)) * tl.exp2(shifted * factor)
+
+
+@triton.jit
+def exponential_of(number):  # type: ignore[no-untyped-def]
+    """-ln(u), fp32, for u = (n + 1/2) · 2^-53, where n are the upper 53 bits of `number`; off by less than 3.4e-6.
+
+    Below a half that is a logarithm: above 0.69, and off by 1.5e-6 and roundings below 8e-7. Above it 1 - u = w is
+    converted from an integer of its own, so that it has all bits of fp32 however small it is, and
+    -ln(u) = w · (1 + w/2 + w²/3 ...) is w times a polynomial, off by 1e-6 and roundings below 4e-7. There fp64 rounds
+    n + 1/2 to an even integer, and so does this: 0 if n has 53 ones, as the score is infinite.
+    """
+    signed = number.to(tl.int64, bitcast=True)
+    upper = signed < 0
+    count = (signed ^ (signed >> 63)) >> 11  # n, or 2^53 - 1 - n
+    rest = tl.where(upper, tl.where((count & 1) == 1, 1.0, 0.0), 0.5)
+    part = (count.to(tl.float32) + rest) * 2.0**-53
     above = 0.9905819892883301
     above = above * part - 0.6379215121269226
     above = above * part + 0.5227451324462891
@@ -117,9 +128,7 @@ def race_of(shifted, ids, seed, temperature):  # type: ignore[no-untyped-def]
     above = above * part + 0.3389110267162323
     above = above * part + 0.49981674551963806
     above = above * part + 1.0000009536743164
-    exponential = tl.where(number < 0, part * above, -_logarithm(part))
-    factor = tl.div_rn(tl.full((), -_LOG2_E, tl.float32), temperature)
-    return exponential * tl.exp2(shifted * factor)
+    return tl.where(upper, part * above, -_logarithm(part))
 
 
 @triton.jit

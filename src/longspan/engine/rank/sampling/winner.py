@@ -43,7 +43,7 @@ def best_of_blocks(peaks, best, splits, row, COLUMNS: tl.constexpr):  # type: ig
     """(the largest logit of a row's blocks, those of all of them, the id of the largest: the first of equal ones)."""
     column = tl.arange(0, COLUMNS)
     found = tl.load(peaks + row * splits + column, mask=column < splits, other=float("-inf"))
-    peak, at = tl.max(found, 0, return_indices=True)
+    peak, at = tl.max(tl.where(found == found, found, float("-inf")), 0, return_indices=True)
     return peak, found, tl.load(best + row * splits + tl.minimum(at, splits - 1))
 
 
@@ -57,7 +57,7 @@ def store_peak(result, rows, row, found, peak):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_NOT_SPECIALISED)
 def winner_kernel(  # type: ignore[no-untyped-def]
-    logits, stride, vocabulary, table, positions, rows, peaks, best, races, tokens, splits, counts, listed, sums, spans,
+    logits, stride, vocabulary, table, positions, rows, peaks, best, races, tokens, splits, counts, listed, sums,
     result, FILTERS: tl.constexpr, COLUMNS: tl.constexpr, SHIFT: tl.constexpr, LISTED: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def winner_kernel(  # type: ignore[no-untyped-def]
             count = tl.load(counts + row, mask=limited, other=0)
             listing = limited & (count <= LISTED)
             entries = (listed + row * LISTED, tl.where(listing, count, vocabulary).to(tl.int32), listing)
-            mass, before_first, before_second = _masses(sums + row * 3 * spans, spans, COLUMNS)
+            mass, before_first, before_second = _masses(sums + row * 3 * splits, splits, COLUMNS)
             if limited & (top_p < 1.0):
                 mass = _mass_of_top_k(source, entries, top_k, SHIFT)
             target = top_p * mass.to(tl.float64)
@@ -108,12 +108,12 @@ def winner_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _masses(sums, spans, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _masses(sums, splits, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """(the probability of a row, what of it is before the first token of `pivots`, and before the second)."""
     column = tl.arange(0, COLUMNS)
-    whole = tl.sum(tl.load(sums + column, mask=column < spans, other=0), 0)
-    first = tl.sum(tl.load(sums + spans + column, mask=column < spans, other=0), 0)
-    second = tl.sum(tl.load(sums + 2 * spans + column, mask=column < spans, other=0), 0)
+    whole = tl.sum(tl.load(sums + column, mask=column < splits, other=0), 0)
+    first = tl.sum(tl.load(sums + splits + column, mask=column < splits, other=0), 0)
+    second = tl.sum(tl.load(sums + 2 * splits + column, mask=column < splits, other=0), 0)
     return whole, first.to(tl.float64), second.to(tl.float64)
 
 
