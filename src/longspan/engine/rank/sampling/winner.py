@@ -20,6 +20,7 @@ from longspan.engine.rank.sampling.scores import (
     key_of,
     packed_of,
     parameter,
+    race_of,
     scaled_of,
     score_of,
     seed_of,
@@ -27,7 +28,6 @@ from longspan.engine.rank.sampling.scores import (
     weight_of,
 )
 
-_AT_ONCE = tl.constexpr(1024)  # tokens of a list or a row
 _NOT_SPECIALISED = ["rows"]
 
 
@@ -68,9 +68,10 @@ def winner_kernel(  # type: ignore[no-untyped-def]
     store_peak(result, rows, row, found, peak)
     temperature = parameter(table, 2, rows, row).to(tl.float32)
     if temperature > 0:
-        source = (logits, stride, vocabulary, row, peak, temperature)
-        seed, floor = seed_of(table, positions, row), parameter(table, 4, rows, row).to(tl.float32)
+        source = (logits, stride, vocabulary, row, peak, temperature, seed_of(table, positions, row))
+        floor = parameter(table, 4, rows, row).to(tl.float32)
         race, known, first, second = pivots(races, tokens, splits, row, COLUMNS)
+        stop = tl.full((), ALL, tl.int64)
         if FILTERS:
             top_k, top_p = tl.load(table + rows + row), parameter(table, 3, rows, row)
             limited = top_k < vocabulary
@@ -79,31 +80,24 @@ def winner_kernel(  # type: ignore[no-untyped-def]
             entries = (listed + row * LISTED, tl.where(listing, count, vocabulary).to(tl.int32), listing)
             mass, before_first, before_second = _masses(sums + row * 3 * splits, splits, COLUMNS)
             if limited & (top_p < 1.0):
-                mass = _mass_of_top_k(source, entries, top_k, SHIFT)
+                mass = _mass_of_top_k(source, entries, top_k, SHIFT, BLOCK)
             target = top_p * mass.to(tl.float64)
-        stop = tl.full((), ALL, tl.int64)
-        trying = True
-        while trying:
-            if FILTERS:
-                if listing:
-                    tried = _best_listed(source, entries, stop, seed, floor, SHIFT)
-                else:
-                    tried = _best_before(source, race, known, stop, seed, floor, COLUMNS, SHIFT, BLOCK)
+            trying = True
+            while trying:
+                tried = _best_before(source, entries, race, known, stop, floor, COLUMNS, SHIFT, BLOCK)
                 kept = tried < ALL
                 if kept & limited & (top_p > 1.0):
-                    kept = _summed(source, entries, (tried >> SHIFT) << SHIFT, True, SHIFT) < top_k
+                    kept = _summed(source, entries, (tried >> SHIFT) << SHIFT, True, SHIFT, BLOCK) < top_k
                 if kept & (top_p < 1.0):
                     kept = (tried <= first) & (before_first < target) | (tried <= second) & (before_second < target)
                     lost = (tried >= first) & (before_first >= target) | (tried >= second) & (before_second >= target)
                     if limited | ((kept | lost) == False):  # noqa: E712  # `not` needs a constant
-                        kept = _summed(source, entries, tried, False, SHIFT).to(tl.float64) < target
+                        kept = _summed(source, entries, tried, False, SHIFT, BLOCK).to(tl.float64) < target
                 trying = (kept == False) & (tried < ALL)  # noqa: E712
                 stop = tried
-            else:
-                tried = _best_before(source, race, known, stop, seed, floor, COLUMNS, SHIFT, BLOCK)
-                kept = tried < ALL
-                trying = False
-            token = tl.where(kept, (tried & ((1 << SHIFT) - 1)).to(tl.int32), token)
+        else:
+            stop = _best_before(source, (None, vocabulary, False), race, known, stop, floor, COLUMNS, SHIFT, BLOCK)
+        token = tl.where(stop < ALL, (stop & ((1 << SHIFT) - 1)).to(tl.int32), token)
     tl.store(result + row, tl.minimum(token, vocabulary - 1).to(tl.int64))
 
 
@@ -119,53 +113,82 @@ def _masses(sums, splits, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _best_before(  # type: ignore[no-untyped-def]
-    source, race, known, stop, seed, floor, COLUMNS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+    source, entries, race, known, stop, floor, COLUMNS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The token with the best score of those before `stop` that min-p keeps, packed; ALL if there is none.
 
-    It is in a block whose race is as small as the smallest of blocks whose token is before `stop`, or about as small.
+    Where there is no list, it is in a block whose race is as small as the smallest of blocks whose token is before
+    `stop`, or about as small. If that is one block, no other has to be read.
     """
-    logits, stride, vocabulary, row, peak, temperature = source
     column = tl.arange(0, COLUMNS)
     inside = (known >= 0) & (known < stop)
     least = tl.min(tl.where(inside, race, float("inf")), 0)
     close = (race <= least * CLOSE) & (race < float("inf"))
+    if entries[2]:
+        close = column * BLOCK < entries[1]
     tried = tl.min(tl.where(inside & close, known, ALL), 0)
-    if (tl.sum(close.to(tl.int32), 0) > 1) | (tried == ALL):
-        best, tried = tl.full((), float("-inf"), tl.float64), tl.full((), ALL, tl.int64)
-        at = tl.min(tl.where(close, column, COLUMNS), 0)
-        while at < COLUMNS:
-            ids = at * BLOCK + tl.arange(0, BLOCK)
-            scaled = divided(shifted_logits(logits, stride, row, ids, ids < vocabulary, peak), temperature)
-            best, tried = _better(best, tried, scaled, packed_of(scaled, ids, SHIFT), ids, stop, seed, floor)
-            at = tl.min(tl.where(close & (column > at), column, COLUMNS), 0)
+    if (tl.sum(close.to(tl.int32), 0) > 1) | (tried == ALL) | entries[2]:
+        tried, alone = _smallest_race(source, entries, column, close, stop, floor, SHIFT, BLOCK)
+        if alone == False:  # noqa: E712  # `not` needs a constant
+            tried = _best_score(source, entries, column, close, stop, floor, SHIFT, BLOCK)
     return tried
 
 
 @triton.jit
-def _better(best, token, scaled, packed, ids, stop, seed, floor):  # type: ignore[no-untyped-def]
-    """The best score and its token, packed, or those of tokens before `stop` that min-p keeps, if they are better."""
-    inside = (packed < stop) & (scaled >= floor)
-    score = tl.where(inside, score_of(scaled, ids, seed), float("-inf"))
-    highest = tl.max(score, 0)
-    if highest > best:
-        best = highest
-        token = tl.min(tl.where(inside & (score == highest), packed, ALL), 0)
-    return best, token
+def _smallest_race(  # type: ignore[no-untyped-def]
+    source, entries, column, read, stop, floor, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(the token of the smallest race of some blocks, packed, or ALL; False if there are others about as small)."""
+    least, tried, alone = tl.full((), float("inf"), tl.float32), tl.full((), ALL, tl.int64), tl.full((), 1, tl.int1)
+    at = tl.min(tl.where(read, column, column.shape[0]), 0)
+    while at < column.shape[0]:
+        packed = _entries(source, entries, at * BLOCK, SHIFT, BLOCK)
+        scaled, ids = scaled_of(packed, SHIFT), (packed & ((1 << SHIFT) - 1)).to(tl.int32)
+        race = race_of(scaled, ids, source[6], tl.full((), 1.0, tl.float32))
+        race = tl.where((packed < stop) & (scaled >= floor), race, float("inf"))
+        smallest = tl.min(race, 0)
+        close = (race <= smallest * CLOSE) & (race < float("inf"))
+        if smallest * CLOSE < least:
+            alone = tl.sum(close.to(tl.int32), 0) == 1
+            tried = tl.min(tl.where(close, packed, ALL), 0)
+        elif smallest <= least * CLOSE:
+            alone = alone & (smallest == float("inf"))
+        least = tl.minimum(least, smallest)
+        at = tl.min(tl.where(read & (column > at), column, column.shape[0]), 0)
+    return tried, alone
 
 
 @triton.jit
-def _entries(source, entries, start, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens number `start` and following of the list, packed; if it is too long, of the row. Others are ALL.
+def _best_score(  # type: ignore[no-untyped-def]
+    source, entries, column, read, stop, floor, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The token of some blocks with the best score, packed; ALL if there is none."""
+    best, tried = tl.full((), float("-inf"), tl.float64), tl.full((), ALL, tl.int64)
+    at = tl.min(tl.where(read, column, column.shape[0]), 0)
+    while at < column.shape[0]:
+        packed = _entries(source, entries, at * BLOCK, SHIFT, BLOCK)
+        scaled, ids = scaled_of(packed, SHIFT), (packed & ((1 << SHIFT) - 1)).to(tl.int32)
+        inside = (packed < stop) & (scaled >= floor)
+        score = tl.where(inside, score_of(scaled, ids, source[6]), float("-inf"))
+        highest = tl.max(score, 0)
+        if highest > best:
+            best = highest
+            tried = tl.min(tl.where(inside & (score == highest), packed, ALL), 0)
+        at = tl.min(tl.where(read & (column > at), column, column.shape[0]), 0)
+    return tried
 
-    `source` is (logits, their stride, vocabulary, row, largest logit, temperature), and `entries` are (the list, how
-    many tokens are read, whether these are the list's).
+
+@triton.jit
+def _entries(source, entries, start, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens number `start` and following of the list, packed; if there is none, of the row. Others are ALL.
+
+    `source` is (logits, their stride, vocabulary, row, largest logit, temperature, seed), and `entries` are (the list,
+    how many tokens it or the row has, whether there is a list).
     """
-    logits, stride, vocabulary, row, peak, temperature = source
-    listed, total, listing = entries
-    place = start + tl.arange(0, _AT_ONCE)
-    if listing:
-        packed = tl.load(listed + place, mask=place < total, other=ALL)
+    logits, stride, vocabulary, row, peak, temperature, _seed = source
+    place = start + tl.arange(0, BLOCK)
+    if entries[2]:
+        packed = tl.load(entries[0] + place, mask=place < entries[1], other=ALL)
     else:
         scaled = divided(shifted_logits(logits, stride, row, place, place < vocabulary, peak), temperature)
         packed = tl.where(key_of(scaled) < INFINITE, packed_of(scaled, place, SHIFT), ALL)
@@ -173,38 +196,26 @@ def _entries(source, entries, start, SHIFT: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _best_listed(source, entries, stop, seed, floor, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The token with the best score of those listed before `stop` that min-p keeps, packed; ALL if there is none."""
-    best, tried = tl.full((), float("-inf"), tl.float64), tl.full((), ALL, tl.int64)
-    for start in range(0, entries[1], _AT_ONCE):
-        packed = _entries(source, entries, start, SHIFT)
-        ids = (packed & ((1 << SHIFT) - 1)).to(tl.int32)
-        best, tried = _better(best, tried, scaled_of(packed, SHIFT), packed, ids, stop, seed, floor)
-    return tried
+def _summed(  # type: ignore[no-untyped-def]
+    source, entries, stop, COUNTED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of the tokens of the list, or of the row, before `stop`, packed: their number, or their probability."""
+    found = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, entries[1], BLOCK):
+        packed = _entries(source, entries, start, SHIFT, BLOCK)
+        amount = tl.full((BLOCK,), 1, tl.int64) if COUNTED else weight_of(scaled_of(packed, SHIFT))
+        found += tl.where(packed < stop, amount, 0)
+    return tl.sum(found, 0)
 
 
 @triton.jit
-def _summed(source, entries, stop, COUNTED: tl.constexpr, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the listed tokens before `stop`, packed: their number, or their probability."""
-    found = tl.full((), 0, tl.int64)
-    for start in range(0, entries[1], _AT_ONCE):
-        packed = _entries(source, entries, start, SHIFT)
-        if COUNTED:
-            amount = tl.full((_AT_ONCE,), 1, tl.int64)
-        else:
-            amount = weight_of(scaled_of(packed, SHIFT))
-        found += tl.sum(tl.where(packed < stop, amount, 0), 0)
-    return found
-
-
-@triton.jit
-def _mass_of_top_k(source, entries, top_k, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mass_of_top_k(source, entries, top_k, SHIFT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The probability of the tokens that top-k keeps: its k-th key is found by halving."""
     least = tl.full((), 0, tl.int64)
     most = tl.full((), INFINITE - 1, tl.int64)
     while least < most:
         middle = (least + most) >> 1
-        enough = _summed(source, entries, (middle + 1) << SHIFT, True, SHIFT) >= top_k
+        enough = _summed(source, entries, (middle + 1) << SHIFT, True, SHIFT, BLOCK) >= top_k
         most = tl.where(enough, middle, most)
         least = tl.where(enough, least, middle + 1)
-    return _summed(source, entries, (least + 1) << SHIFT, False, SHIFT)
+    return _summed(source, entries, (least + 1) << SHIFT, False, SHIFT, BLOCK)
