@@ -47,7 +47,7 @@ class Recorded:
         constants |= fixed
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         names = self.kernel.arg_names
-        whole = [name for name, kind in types.items() if kind[0] == "*" or name != "rows" and given[name] % 16 == 0]
+        whole = [name for name, kind in types.items() if kind[0] == "*" or (name != "rows" and given[name] % 16 == 0)]
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
         source = ASTSource(
             self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned

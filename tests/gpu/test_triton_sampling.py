@@ -136,6 +136,14 @@ def test_top_p_is_of_what_top_k_keeps_where_the_kth_token_is_one_of_many_in_its_
     assert max(assert_same(logits.expand(rows, -1), [{"top_k": 11, "top_p": 0.8}])) < 8
 
 
+def test_a_top_p_that_few_tokens_of_many_blocks_are_in():
+    """Tokens are about equally likely: the best of the row is not kept, nor is the best of those before it."""
+    logits = normal(3 if DEVICE == "cpu" else 100, 6200, 0.01)
+    drawn = assert_same(logits, [{"top_p": 0.03}, {"top_p": 0.2}])
+    kept = [int((row > row[token]).sum()) / 6200 for row, token in zip(logits, drawn[::2], strict=True)]
+    assert max(kept) < 0.035
+
+
 def test_narrower_logits_give_the_tokens_of_the_same_logits_in_fp32():
     logits = normal(6, 1100, 3.0).bfloat16()
     rows = [SampleRow(str(i), SamplingParams(**one), i, 0) for i, one in enumerate(FILTERS[:6])]
@@ -163,16 +171,17 @@ def test_greedy_rows_alone_take_the_lowest_of_the_most_likely_tokens():
 
 @pytest.mark.slow
 def test_the_kernels_fit_an_h100():
-    """Compiled for it, which needs no GPU: the program that looks at the edge of filters spills a little."""
+    """Compiled for it, which needs no GPU: the program that finds the winner spills a little."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu.compile_sampling"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 10
+    assert len(found) == 9
     for kernel in found:
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536
-        assert kernel["stack"] <= 32 * (kernel["kernel"] == "winner_kernel"), kernel
+        assert kernel["stack"] <= 64 * (kernel["kernel"] == "winner_kernel"), kernel
+        assert kernel["waits"] == 1 and kernel["stores_before_it"] == 0, kernel
 
 
 def assorted(vocabulary):

@@ -200,10 +200,10 @@ def _summed(  # type: ignore[no-untyped-def]
     source, entries, stop, COUNTED: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Of the tokens of the list, or of the row, before `stop`, packed: their number, or their probability."""
-    found = tl.zeros((BLOCK,), tl.int64)
+    found = tl.zeros((BLOCK,), tl.int32 if COUNTED else tl.int64)
     for start in range(0, entries[1], BLOCK):
         packed = _entries(source, entries, start, SHIFT, BLOCK)
-        amount = tl.full((BLOCK,), 1, tl.int64) if COUNTED else weight_of(scaled_of(packed, SHIFT))
+        amount = 1 if COUNTED else weight_of(scaled_of(packed, SHIFT))
         found += tl.where(packed < stop, amount, 0)
     return tl.sum(found, 0)
 
