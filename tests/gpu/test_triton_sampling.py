@@ -75,6 +75,14 @@ def test_tokens_of_a_bin_that_does_not_fit_the_list():
     assert_same(logits.expand(5, -1), [{"top_k": 5}, {"top_p": 0.6}], 4)
 
 
+def test_a_list_of_more_tokens_than_a_program_reads_at_once():
+    """Every fifth token is one of the best, 410 in each of six blocks, and ties with the k-th are kept."""
+    logits = torch.full((1, 6 * 2048), -1.0)
+    logits[0, ::5] = 0.0
+    drawn = assert_same(logits.expand(3, -1), [{"top_k": 50}], 8192)
+    assert all(token % 5 == 0 for token in drawn) and max(drawn) > 5 * 2048
+
+
 def test_equal_logits():
     assert_same(torch.zeros(1, 300), [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 1.0}, {"top_p": 1e-3, "top_k": 9}])
 
