@@ -109,15 +109,32 @@ NEARLY_TIED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("vocabulary", [300, 4500])
-def test_the_best_of_tokens_whose_scores_are_nearly_tied_is_that_of_fp64(vocabulary):
-    """Logits less their own noise: scores differ by their rounding only, far less than races can tell."""
-    params = [SamplingParams(**one) for one in NEARLY_TIED]
+def nearly_tied(params, vocabulary):
+    """(parameters, positions, logits of a row for each of them): logits are less their noise, so scores are equal.
+
+    They differ by rounding only, far less than races can tell.
+    """
     parameters = DrawParameters.of(params, range(len(params)), torch.device("cpu"))
     positions = torch.arange(len(params))
     uniforms = uniform(mixed(parameters.hashes, positions), torch.arange(vocabulary))
     temperatures = torch.tensor([one.temperature for one in params])
-    logits = ((-uniforms.log()).log() * temperatures[:, None]).float()
+    return parameters, positions, ((-uniforms.log()).log() * temperatures[:, None]).float()
+
+
+def assert_drawn_as_by_plain_operations(parameters, positions, logits):
     there = DrawParameters(parameters.table.to(DEVICE), parameters.filters)
     drawn = draw(logits.to(DEVICE), there, positions.to(DEVICE))[0].tolist()
     assert drawn == draw_plainly(logits, parameters, positions)[0].tolist()
+    return drawn
+
+
+@pytest.mark.parametrize("vocabulary", [300, 4500])
+def test_the_best_of_tokens_whose_scores_are_nearly_tied_is_that_of_fp64(vocabulary):
+    assert_drawn_as_by_plain_operations(*nearly_tied([SamplingParams(**one) for one in NEARLY_TIED], vocabulary))
+
+
+def test_the_best_of_tokens_of_different_blocks_whose_scores_are_nearly_tied_is_that_of_fp64():
+    parameters, positions, logits = nearly_tied([SamplingParams()] * 9, 5000)
+    few = torch.full_like(logits, -60.0)
+    few[:, [7, 2100, 4990]] = logits[:, [7, 2100, 4990]]
+    assert len(set(assert_drawn_as_by_plain_operations(parameters, positions, few))) == 3
