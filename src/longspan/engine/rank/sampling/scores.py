@@ -16,8 +16,8 @@ _FIRST = tl.constexpr(random_numbers.FIRST)
 _SECOND = tl.constexpr(random_numbers.SECOND)
 INFINITE = tl.constexpr(0x7F800000)  # the key of -inf
 ALL = tl.constexpr((1 << 63) - 1)  # behind every packed token
-# A race is off by less than 1.2e-5 of itself (see `race_of`), so of two tokens the better one has a race of at most
-# 1 + 2.4e-5 times that of the other. Here with room.
+# A race is off by less than 1.2e-5 of itself (see `race_of`), so the race of the better of two tokens is at most
+# 1 + 2.4e-5 times that of the other. With room.
 CLOSE = tl.constexpr(1.0 + 2.0**-14)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -96,12 +96,12 @@ def score_of(scaled, ids, seed):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def race_of(shifted, ids, seed, temperature):  # type: ignore[no-untyped-def]
-    """About exp(-score), fp32: the token with the smallest has the best score. Without a logarithm in fp64.
+    """About exp(-score), fp32, as in an exponential race: the token with the smallest has the best score.
 
-    Its relative error is below 1.2e-5 where scaled logits are above -41.05. A token below that loses to the best of the
-    row: noise is -3.62 at least and 37.43 at most, -ln(54 · ln 2) and 54 · ln 2. The exponent is at most 59.3 and off
-    by 1.33e-7 of itself, and the scaled logits that it stands for are rounded to 2^-24: 7.9e-6 together. `exp2` is off
-    by 2.4e-7, `exponential_of` by 3.4e-6, and their product by 6e-8.
+    Its relative error is below 1.2e-5 where scaled logits are above -41.05. A token below that loses to the most likely
+    one: noise is -ln(54 · ln 2) = -3.62 at least, and 52 · ln 2 = 36.05 at most unless it is infinite, as for one of
+    2^53 numbers. The exponent is at most 59.3 and off by 1.33e-7 of itself, and the scaled logits are rounded to
+    2^-24 of themselves: 7.9e-6 together. `exp2` is off by 2.4e-7, `exponential_of` by 3.4e-6, their product by 6e-8.
     """
     factor = tl.div_rn(tl.full((), -_LOG2_E, tl.float32), temperature)
     return exponential_of(_hash(ids, seed)) * tl.exp2(shifted * factor)
