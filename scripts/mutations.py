@@ -458,6 +458,23 @@ REQUESTS = (
         (f"{_DENSE}[12over3-gather_q-(1, 2, 1)]",),
     ),
     Fault(
+        "nearly tied tokens are drawn by approximate noise", "engine/rank/sampling/winner.py",
+        "if alone == False:", "if alone != alone:",
+        ("tests/gpu/test_sampling_scores.py::"
+         "test_the_best_of_tokens_whose_scores_are_nearly_tied_is_that_of_fp64",),
+    ),
+    Fault(
+        "what is before an unkept token is not kept", "engine/rank/sampling/winner.py",
+        "(tried >= second) & (before_second >= target)", "(tried <= second) & (before_second >= target)",
+        ("tests/gpu/test_triton_sampling.py::test_a_top_p_that_few_tokens_of_many_blocks_are_in",),
+    ),
+    Fault(
+        "the bound of top-k is too high", "engine/rank/sampling/edges.py",
+        ">= top_k, tried, found", ">= top_k - 1, tried, found",
+        ("tests/gpu/test_sampling_scores.py::"
+         "test_the_best_of_tokens_whose_scores_are_nearly_tied_is_that_of_fp64",),
+    ),
+    Fault(
         "noise does not depend on the seed", "engine/rank/sampling/random_numbers.py",
         "_splitmix64(_splitmix64(seed & _MASK64) ^ position)", "_splitmix64(_splitmix64(0) ^ position)",
         (f"{_SAMPLER}::test_seeds_give_different_tokens",),

@@ -47,7 +47,8 @@ class Recorded:
         constants |= fixed
         signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
         names = self.kernel.arg_names
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
+        whole = [name for name, kind in types.items() if kind[0] == "*" or (name != "rows" and given[name] % 16 == 0)]
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
         source = ASTSource(
             self.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
         )
@@ -61,7 +62,8 @@ def compile_all(vocabulary: int) -> None:
     cpu = torch.device("cpu")
     logits, positions = torch.zeros(3, vocabulary, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
     names = [name for name in vars(kernels) if name.endswith("_kernel")]
-    with patch.multiple(kernels, **{name: Recorded(getattr(kernels, name)) for name in names}):
+    recorded = {name: Recorded(getattr(kernels, name)) for name in names}
+    with patch.multiple(kernels, early_options=lambda device: {"EARLY": True}, **recorded):
         for params in (SamplingParams(top_p=0.9, top_k=4), SamplingParams()):
             kernels.draw(logits, DrawParameters.of([params] * 3, [1, 2, 3], cpu), positions)
         kernels.draw(logits, None, None)

@@ -75,6 +75,14 @@ def test_tokens_of_a_bin_that_does_not_fit_the_list():
     assert_same(logits.expand(5, -1), [{"top_k": 5}, {"top_p": 0.6}], 4)
 
 
+def test_a_list_of_more_tokens_than_a_program_reads_at_once():
+    """Every fifth token is one of the best, 410 in each of six blocks, and ties with the k-th are kept."""
+    logits = torch.full((1, 6 * 2048), -1.0)
+    logits[0, ::5] = 0.0
+    drawn = assert_same(logits.expand(3, -1), [{"top_k": 50}], 8192)
+    assert all(token % 5 == 0 for token in drawn) and max(drawn) > 5 * 2048
+
+
 def test_equal_logits():
     assert_same(torch.zeros(1, 300), [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 1.0}, {"top_p": 1e-3, "top_k": 9}])
 
@@ -136,6 +144,14 @@ def test_top_p_is_of_what_top_k_keeps_where_the_kth_token_is_one_of_many_in_its_
     assert max(assert_same(logits.expand(rows, -1), [{"top_k": 11, "top_p": 0.8}])) < 8
 
 
+def test_a_top_p_that_few_tokens_of_many_blocks_are_in():
+    """Tokens are about equally likely: the best of the row is not kept, nor is the best of those before it."""
+    logits = normal(3 if DEVICE == "cpu" else 100, 6200, 0.01)
+    drawn = assert_same(logits, [{"top_p": 0.03}, {"top_p": 0.2}])
+    kept = [int((row > row[token]).sum()) / 6200 for row, token in zip(logits, drawn[::2], strict=True)]
+    assert max(kept) < 0.035
+
+
 def test_narrower_logits_give_the_tokens_of_the_same_logits_in_fp32():
     logits = normal(6, 1100, 3.0).bfloat16()
     rows = [SampleRow(str(i), SamplingParams(**one), i, 0) for i, one in enumerate(FILTERS[:6])]
@@ -143,7 +159,7 @@ def test_narrower_logits_give_the_tokens_of_the_same_logits_in_fp32():
 
 
 @pytest.mark.parametrize(
-    ("params", "most"), [({"temperature": 0}, 2), ({}, 3), ({"top_p": 0.9, "top_k": 7}, 5)], ids=str
+    ("params", "most"), [({"temperature": 0}, 2), ({}, 3), ({"top_p": 0.9, "top_k": 7}, 4)], ids=str
 )
 def test_a_batch_takes_few_launches_and_nothing_beside_them(params, most):
     parameters = DrawParameters.of([SamplingParams(**params)], [0], META) if params.get("temperature", 1) else None
@@ -163,16 +179,17 @@ def test_greedy_rows_alone_take_the_lowest_of_the_most_likely_tokens():
 
 @pytest.mark.slow
 def test_the_kernels_fit_an_h100():
-    """Compiled for it, which needs no GPU: the program that looks at the edge of filters spills a little."""
+    """Compiled for it, which needs no GPU: the program that finds the winner spills a little."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.gpu.compile_sampling"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 10
+    assert len(found) == 9
     for kernel in found:
         assert kernel["registers"] * kernel["warps"] * 32 <= 65536
-        assert kernel["stack"] <= 32 * (kernel["kernel"] == "winner_kernel"), kernel
+        assert kernel["stack"] <= 64 * (kernel["kernel"] == "winner_kernel"), kernel
+        assert kernel["waits"] == 1 and kernel["stores_before_it"] == 0, kernel
 
 
 def assorted(vocabulary):

@@ -1,4 +1,4 @@
-"""Sampling after a recorded decode step, by a graph of its own: one launch in place of up to five.
+"""Sampling after a recorded decode step, by a graph of its own: one launch in place of up to four.
 
 It owns the buffers that these graphs read: each row's parameters and position. Rows whose logits are changed first, by
 penalties or a grammar, are sampled without it.

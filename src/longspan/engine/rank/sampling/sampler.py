@@ -23,6 +23,7 @@ from longspan.engine.rank.sampling.random_numbers import mix, seeds, uniform
 from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
 from longspan.engine.rank.sampling.rows import GREEDY_BELOW, LateRows, SampleRow, SampleRows
 from longspan.engine.rank.sampling.transfer import OneCopy, start_reading
+from longspan.engine.rank.sampling.trial import tried
 from longspan.errors import EngineError
 from longspan.request import SampledToken, SamplingParams
 
@@ -184,13 +185,13 @@ def _finish(
 
 @cache
 def batch_draw(device_type: str) -> Draw | None:
-    """How batches are drawn on a device; None: row by row."""
+    """How batches are drawn on a device; None: row by row. Kernels are tried first, when this is asked for."""
     if device_type == "cpu":
         return None
     if device_type == "cuda" and find_spec("triton") is not None:
         from longspan.engine.rank.sampling.kernels import draw
 
-        return draw
+        return tried(draw, draw_plainly, torch.device(device_type))
     return draw_plainly
 
 
