@@ -83,7 +83,7 @@ class ShortSteps:
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
-        sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
+        sizes: Sequence[int], longest: int | None = None, then: Callable[[Tensor], None] | None = None,
         carried: Carried | None = None, schedules: Sequence[str] = (), pcp: int = 1, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model = model
@@ -179,7 +179,7 @@ class ShortGraph:
 
     def __init__(
         self, parts: tuple[Model, Attention, RecordableBackend], size: StepSize,
-        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool = False,
+        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool,
     ) -> None:  # fmt: skip
         self._model, self._attention, self._backend = parts
         self.size, self.longest = size.rows, size.longest
