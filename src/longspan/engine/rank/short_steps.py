@@ -6,8 +6,8 @@ these graphs read; a step that fits none is run without a graph. Which step fits
 all ranks decide alike.
 
 If the plan says that some rows travel, all do: KV is written before attention, so queries find their own tokens too on
-the ranks that store them. Else segments read themselves from the cache, or where a rank stores only some pages of its
-TP group, which then sees nothing but fresh rows, from these.
+the ranks that store them. Else segments read themselves from the cache, if a rank stores all of their tokens. If it
+does not, because the ranks of a TP group share pages, segments see nothing but themselves, and read their fresh rows.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _lengths(setup: EngineSetup, every: bool) -> list[int]:
 def _prefill(
     setup: EngineSetup, length: int, schedule: str, scattered: bool = False, chunks: int = 2
 ) -> Iterator[StepPlan]:
-    """Chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
+    """`chunks` of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
 
     Under `local` every pcp index has a request of its own, else one request is spread over all of them.
     """
