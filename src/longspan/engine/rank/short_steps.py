@@ -122,9 +122,11 @@ class ShortSteps:
         if found is None:
             return None
         (rows, schedule), attention = found, self._attention
-        travels, fresh = schedule is not None, schedule is None and self._shared
         plan = plan if schedule is None else all_travel(plan, schedule)
-        view = rank_view(plan, requests, place, attention.windows, attention.moves, not fresh, travels)
+        view = rank_view(
+            plan, requests, place, attention.windows, attention.moves,
+            causal_runs=schedule is not None or not self._shared, through_shards=schedule is not None,
+        )  # fmt: skip
         return ShortStep(self, rows, schedule, view)
 
     def _size_of(self, plan: StepPlan) -> tuple[int, str | None] | None:
