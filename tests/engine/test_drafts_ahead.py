@@ -14,15 +14,7 @@ from longspan.attention.backends.base import BackendShape
 from longspan.scheduler.draft_length import DraftLength
 from tests.drafting import folder_with_module, predictable_folder
 from tests.engine.drafted import PROMPTS, drafts_in, named, plain_tokens, start, tokens_of
-from tests.engine.test_recorded_drafts import (
-    PROMPT_SIZES,
-    mixed,
-    mixed_without_drafts,
-    poison,
-    record,
-    replays_in,
-    speculative,
-)  # fmt: skip
+from tests.engine.test_recorded_drafts import mixed, mixed_without_drafts, poison, record, replays_in, speculative
 from tests.oracle import prompt_of
 
 AHEAD = {"attention_backend": "torch", "async_scheduling": True}
@@ -73,7 +65,7 @@ def drafts_of(folder, how, page, is_ahead, recorded):
         poison(runner.attention.pool, runner.drafter.attention.pool)
         events, replays = watch_steps(llm), []
         if recorded:
-            (replays,) = replays_in(llm, record(llm, prompt_sizes=PROMPT_SIZES))
+            (replays,) = replays_in(llm, record(llm))
         found = drafts_in(llm)
         assert mixed(llm) == mixed_without_drafts(folder)
         assert llm.stats().scheduler.accepted_tokens > 0

@@ -79,7 +79,7 @@ def started(tiny, model, **layout):
         if not attention.preparer.expansion.pays(SHORT_SIZES[-1], 1):
             recorder, pcp = EagerRecorder(), setup.grid.pcp
             parts = runner.model, attention, backend, recorder
-            short = ShortSteps(*parts, **of_layout(setup))
+            short = ShortSteps(*parts, SHORT_SIZES, **of_layout(setup))
             runner.cuda_graphs = GraphRunner(*parts, pcp, graph_sizes(8), short)
     return llm
 

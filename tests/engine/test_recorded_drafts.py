@@ -109,7 +109,7 @@ def test_a_step_is_two_replays_and_gives_the_tokens_and_drafts_of_one_that_is_no
     for recorded in (False, True):
         with start(folder, speculative=how, attention_backend="torch") as llm:
             if recorded:
-                (replays,) = replays_in(llm, record(llm, prompt_sizes=PROMPT_SIZES))
+                (replays,) = replays_in(llm, record(llm))
             found = drafts_in(llm)
             tokens.append(mixed(llm))
             drafts.append(found)

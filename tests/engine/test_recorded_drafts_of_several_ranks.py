@@ -10,16 +10,7 @@ from longspan.engine.setup import EngineSetup
 from longspan.scheduler.draft_length import DraftLength
 from tests.engine.drafted import drafts_in, start
 from tests.engine.test_recorded_decode import RefillableTorch
-from tests.engine.test_recorded_drafts import (
-    PROMPT_SIZES,
-    Full,
-    mixed,
-    mixed_without_drafts,
-    poison,
-    record,
-    replays_in,
-    speculative,
-)  # fmt: skip
+from tests.engine.test_recorded_drafts import Full, mixed, mixed_without_drafts, poison, record, replays_in, speculative
 
 BOTH = (RefillableTorch, RefillableTorch)
 MTP, EAGLE3, DRAFT = ("deepseek-v3", "mtp"), ("llama-seven", "eagle3"), ("mistral-windowed", "draft")
@@ -45,7 +36,7 @@ def replays_of_ranks(folder, how, kinds=lambda rank: BOTH, **options):
     with start(folder, speculative=how, attention_backend="torch", **options) as llm:
         for runner in llm.engine.executor.runners:
             poison(runner.attention.pool, runner.drafter.attention.pool)
-        replays = replays_in(llm, record(llm, kinds, prompt_sizes=PROMPT_SIZES))
+        replays = replays_in(llm, record(llm, kinds))
         found = drafts_in(llm)
         assert mixed(llm) == mixed_without_drafts(folder)
         llm.engine.scheduler.check_integrity()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.parallel.symmetric import FastSums, open_symmetric_sum
+from longspan.parallel.symmetric import FastSums, open_symmetric_sums
 
 pytestmark = pytest.mark.gpu
 SIZE = 2
@@ -76,7 +76,7 @@ def _rank(rank: int, store: str, results: Any, compute: Callable[[int, torch.dev
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
-    sums, how = open_symmetric_sum(dist.group.WORLD, device)
+    sums, how = open_symmetric_sums(dist.group.WORLD, device)
     results.put((how, None if sums is None else compute(rank, device, sums)))
     dist.barrier()
     dist.destroy_process_group()

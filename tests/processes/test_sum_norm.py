@@ -28,7 +28,7 @@ from longspan.parallel import sum_norm
 from longspan.parallel.collectives import Collectives, Traffic
 from longspan.parallel.nccl import NcclCollectives
 from longspan.parallel.sum_norm import SumNorm
-from longspan.parallel.symmetric import FastSums, SharedBuffers, open_symmetric_sum
+from longspan.parallel.symmetric import FastSums, SharedBuffers, open_symmetric_sums
 from tests.folders import shared_folder
 
 CPU = torch.device("cpu")
@@ -134,14 +134,14 @@ def _all_steps(folder: Path, rank: int, make_group: Callable[..., Collectives], 
         room = 1 if step == "allocate" and rank == FAILING else 2
         (folder / step).mkdir(exist_ok=True)
         with _failing(step, rank):
-            sums, how = open_symmetric_sum(members, CPU, _Memory(folder / step, rank, others, room))
+            sums, how = open_symmetric_sums(members, CPU, _Memory(folder / step, rank, others, room))
         found[step] = sums is not None, sums is not None and sums.with_norm is not None, how
         if step == "nothing":
             found["in turn"] = _follow(sums, rank)
     (folder / "stuck").mkdir(exist_ok=True)
     try:
         with _failing("stuck", rank):
-            open_symmetric_sum(members, CPU, _Memory(folder / "stuck", rank, others), 3.0)
+            open_symmetric_sums(members, CPU, _Memory(folder / "stuck", rank, others), 3.0)
     except EngineError as error:
         found["stuck"] = str(error)
     make_group(range(SIZE)).all_reduce(torch.zeros(1), "barrier")  # no rank may leave before all are done

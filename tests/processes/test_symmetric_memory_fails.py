@@ -16,7 +16,7 @@ import torch.distributed as dist
 from longspan.bench.ranks import run_on_ranks
 from longspan.errors import EngineError
 from longspan.parallel.collectives import Collectives, Traffic
-from longspan.parallel.symmetric import SharedBuffers, open_symmetric_sum
+from longspan.parallel.symmetric import SharedBuffers, open_symmetric_sums
 
 CPU = torch.device("cpu")
 SIZE, FAILING = 3, 1
@@ -76,10 +76,10 @@ def _all_steps(rank: int, make_group: Callable[..., Collectives], traffic: Traff
     for step in STEPS:
         memory = _Memory(step, rank, others)
         patience = 0.5 if step in ("share", "hang") else 60.0
-        summing, how = open_symmetric_sum(members, CPU, memory, patience)
+        summing, how = open_symmetric_sums(members, CPU, memory, patience)
         found[step] = summing is not None, how, memory.shared
     try:
-        open_symmetric_sum(members, CPU, _Memory("stuck kernel", rank, others), 0.5)
+        open_symmetric_sums(members, CPU, _Memory("stuck kernel", rank, others), 0.5)
     except EngineError as error:
         found["stuck kernel"] = str(error)
     make_group(range(SIZE)).all_reduce(torch.zeros(1), "barrier")  # no rank may leave before all are done

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from longspan.engine.rank.runner import Runner
+from longspan.engine.rank.last_tokens import LastTokens
 from longspan.plan.view import PendingRow, RankView
-
-SAMPLED = {"a": 0, "b": 1, "c": 2}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +20,7 @@ SAMPLED = {"a": 0, "b": 1, "c": 2}
     ],
 )
 def test_a_pending_row_takes_the_token_that_its_request_sampled(known, pending, expected):
-    runner = SimpleNamespace(
-        _sampled=torch.tensor([10, 11, 12]), _sampled_rows=SAMPLED, _integers=torch.tensor, _device=torch.device("cpu")
-    )
+    last = LastTokens(torch.device("cpu"))
+    last.keep(torch.tensor([10, 11, 12]), "abc")
     view = RankView(known, known, (), (), (), (), tuple(PendingRow(*each) for each in pending))
-    assert Runner._token_ids(runner, view).tolist() == expected
+    assert last.fill(view).tolist() == expected

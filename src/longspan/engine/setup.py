@@ -193,8 +193,11 @@ class EngineSetup:
 
     @property
     def records_drafts(self) -> bool:
-        """Whether steps with drafts are recorded, and drafting too: not where contexts are sharded, since ranks tell
-        each other then between the runs what they have sampled, nor with a small model that is a mixture."""
+        """Whether steps with drafts are recorded, and drafting too.
+
+        Not where contexts are sharded, because ranks tell each other there what they have sampled before they draft,
+        nor with a small model that is a mixture.
+        """
         fixed = self.drafts is None or self.drafts.model.moe is None
         return self._is_recordable and self.drafts_on_device and fixed and self.drafts_of_model > 0
 
@@ -206,8 +209,7 @@ class EngineSetup:
 
     @property
     def _is_recordable(self) -> bool:
-        """Whether steps of one size can be recorded, with this model and on this kind of device: not on several ranks
-        that are threads of one process."""
+        """Whether steps of one size can be recorded: not on several ranks that are threads of one process."""
         alone = self.grid.world_size == 1 or self.config.executor != "threads"
         plain = self.grid.pp == 1 and not self.config.enforce_eager and self.device_type == "cuda"
         return alone and plain and self._has_fixed_shapes
@@ -250,8 +252,7 @@ class EngineSetup:
 
     @property
     def recorded_schedules(self) -> tuple[str | None, ...]:
-        """What steps are recorded with: None where all rows are local, and each schedule under which they may
-        travel."""
+        """What steps are recorded with: None where all rows are local, and each schedule under which all may travel."""
         fixed = [self.schedules[name] for name in self.possible_schedules if self.schedules[name].recordable]
         return tuple(one.name if one.moves else None for one in fixed)
 

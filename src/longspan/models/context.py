@@ -27,7 +27,7 @@ class TensorParallel(Protocol):
     def sum_add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
         """`LayerOps.add_norm` of the sum of x [T, width] over the group, in one launch.
 
-        None where that is none: then it is `all_reduce` and the norm's own operation.
+        None where the group has no such launch. The caller then sums by `all_reduce`, and adds and norms itself.
         """
 
     def all_gather_last(self, x: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def table_product(x: Tensor, table: Tensor) -> Tensor:
 class PartialSum:
     """A sum over the TP group that is not computed yet, so that the norm behind it may do so in its own launch.
 
-    It is computed once: `part` may be overwritten by it.
+    It may be computed once only, because that may overwrite `part`.
     """
 
     # the group

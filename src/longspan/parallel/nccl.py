@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.parallel.collectives import Arrival, Traffic
 from longspan.parallel.distributed import DistributedCollectives, Transfer
-from longspan.parallel.symmetric import FastSums, open_symmetric_sum
+from longspan.parallel.symmetric import FastSums, open_symmetric_sums
 
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.12
 
@@ -35,7 +35,7 @@ class NcclCollectives(DistributedCollectives):
         """See `Collectives.open_fast_sums`."""
         if self._members is None:
             return None
-        self._sums, how = open_symmetric_sum(self._members, self._device)
+        self._sums, how = open_symmetric_sums(self._members, self._device)
         return self._sums is not None, how
 
     def start_shift(self, x: Tensor, to: int, shape: tuple[int, ...], source: int, label: str) -> Arrival:

@@ -38,9 +38,10 @@ _MOST_MEMBERS = 8
 
 
 class SumNorm:
-    """`members` are the shared memory of each member [ELEMENTS], as this one reads it; member `own` is this one.
+    """Sums few rows over the members of a group, with the norm behind them.
 
-    Their number is a power of two. At most `most` bytes are summed by one launch.
+    `members` are the shared memory of each member [ELEMENTS], as this one reads it; member `own` is this one. Their
+    number is a power of two. At most `most` bytes are summed by one launch.
     """
 
     # of the memory that each member shares; filled with zeros before it is shared

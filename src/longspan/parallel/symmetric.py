@@ -114,7 +114,7 @@ class FastSums:
     with_norm: SumNorm | None
 
 
-def open_symmetric_sum(
+def open_symmetric_sums(
     members: dist.ProcessGroup, device: torch.device, memory: SharedMemory | None = None, patience: float = _PATIENCE
 ) -> tuple[FastSums | None, str]:
     """(what sums over a group, and why it is used), or (None, why NCCL sums). All members must call it together.
@@ -145,7 +145,7 @@ def _open_sum_norm(memory: SharedMemory, agreement: _Agreement) -> tuple[SumNorm
     if most is None:
         return None, f"norms apart: one launch is for {', '.join(map(str, _READ_WHOLE))} GPUs"
     try:
-        kind = agreement.of(_sum_norm, "the kernel")
+        kind = agreement.of(_import_sum_norm, "the kernel")
         buffer = agreement.of(lambda: memory.allocate(kind.ELEMENTS, device).zero_())
         shared = agreement.of(lambda: agreement.in_time(lambda: memory.share(buffer, members)))
         with_norm = agreement.of(lambda: kind(shared.members, members.rank(), most), "the kernel")
@@ -156,7 +156,7 @@ def _open_sum_norm(memory: SharedMemory, agreement: _Agreement) -> tuple[SumNorm
     return with_norm, "few rows in one launch with their norm"
 
 
-def _sum_norm() -> type[SumNorm]:
+def _import_sum_norm() -> type[SumNorm]:
     from longspan.parallel.sum_norm import SumNorm  # needs Triton
 
     return SumNorm

@@ -164,8 +164,8 @@ def rank_view(
             for group, (schedule, window) in enumerate(zip(schedules, windows, strict=True))
         ]
         stop = row + sum(segment.length for segment in mine)
-        whole = through_shards or in_place is not None
-        itself = [whole or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
+        anywhere = through_shards or in_place is not None  # own tokens are read wherever they are
+        itself = [anywhere or reads_itself(s, requests[s.request_id].table, place.shard) for s in mine]
         phases.append(PhaseView(row, stop, _diagonal(mine, itself if causal_runs else ()), tuple(groups)))
         ordered += mine
         row = stop

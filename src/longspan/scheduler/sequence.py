@@ -132,7 +132,7 @@ class SequenceState:
         """Whether the token that it samples next may be computed before its id is known.
 
         Not if a grammar or bad words need the id, nor if the length ends the request with this token. With drafts not
-        if the host needs to know its position either, as for any tokens that may not be sampled.
+        if any token may not be sampled: which these are depends on its position, which is not known either.
         """
         needs_host = self.params.constrains if with_drafts else self.params.needs_output
         return not needs_host and self.length < self.max_stored

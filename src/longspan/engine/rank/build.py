@@ -210,11 +210,12 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
     if not setup.records_decode:
         return None
     recorder, short = CountedRecorder(CudaRecorder(parts.device), parts.groups.context.traffic), None
-    of_short, pcp = short_sizes(setup), setup.grid.pcp
-    if backend.causal_runs and of_short:
-        common, schedules = (parts.model, parts.attention, backend, recorder), setup.recorded_schedules
-        moving, shared = [name for name in schedules if name], None not in schedules
-        short = ShortSteps(*common, of_short, schedules=moving, pcp=pcp, shared=shared)
+    pcp, schedules = setup.grid.pcp, setup.recorded_schedules
+    if backend.causal_runs and (of_short := short_sizes(setup)):
+        short = ShortSteps(
+            parts.model, parts.attention, backend, recorder, of_short,
+            schedules=[name for name in schedules if name], pcp=pcp, shared=None not in schedules,
+        )  # fmt: skip
     draw = batch_draw(parts.device.type)
     return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
 

@@ -23,7 +23,7 @@ from longspan.engine.rank.draft_chain import DraftChain, chain_values, inputs_of
 from longspan.engine.rank.graphs import graph_sizes
 from longspan.engine.rank.recorder import Recorder
 from longspan.engine.rank.settled_rows import StepRows
-from longspan.engine.rank.short_steps import SHORT_SIZES, ShortGraph, ShortSteps
+from longspan.engine.rank.short_steps import ShortGraph, ShortSteps
 from longspan.models.context import Model
 from longspan.plan.drafts import SampledRows
 from longspan.plan.mirror import KnownRequest
@@ -68,9 +68,8 @@ class DraftGraphs:
     """
 
     def __init__(
-        self, parts: RecordedParts, recorder: Recorder, sizes: Sequence[int],
-        prompt_sizes: Sequence[int] = SHORT_SIZES,
-    ) -> None:  # fmt: skip
+        self, parts: RecordedParts, recorder: Recorder, sizes: Sequence[int], prompt_sizes: Sequence[int]
+    ) -> None:
         self._parts = parts
         self._recorder = recorder
         self._taken: Tensor | None = None  # what the module takes after a recorded step [rows, width]

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longspan.attention.attend import Attention
-from longspan.attention.host_copy import integers, to_device
+from longspan.attention.host_copy import integers
 from longspan.disaggregation.worker import TransferThread
 from longspan.engine.rank.drafting import Drafter, ReadDrafts, SampledStep
 from longspan.engine.rank.graphs import GraphRunner, recordable, travelling, uniform
+from longspan.engine.rank.last_tokens import LastTokens
 from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
@@ -35,7 +35,7 @@ from longspan.parallel.experts import GatheredExperts
 from longspan.parallel.grid import Grid
 from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
-from longspan.plan.decode import DecodePending, DecodeSamples, decode_view
+from longspan.plan.decode import DecodeSamples, decode_view
 from longspan.plan.mirror import Mirror
 from longspan.plan.plan import StepPlan
 from longspan.plan.reach import Place
@@ -119,9 +119,7 @@ class Runner:
         self._device = parts.device
         self._vocabulary = parts.vocabulary
         self._async_scheduling = parts.async_scheduling
-        # async scheduling: the last step's tokens on the device, int64 [rows], and each request's row there
-        self._sampled = torch.empty(0, dtype=torch.int64, device=parts.device)
-        self._sampled_rows: dict[str, int] = {}
+        self._last_tokens = LastTokens(parts.device)  # kept under async scheduling only
         drafts_are_late = parts.drafter is not None and parts.drafter.accepted is not None
         self._sampler = Sampler(drafts_are_late=drafts_are_late)
         self._mirror = Mirror(parts.page_size, grid.num_shards)
@@ -213,7 +211,7 @@ class Runner:
 
     def _hidden(self, plan: StepPlan, view: RankView, short: ShortStep | None) -> tuple[Tensor, SettledStep | None]:
         """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
-        token_ids, requests, settled = partial(self._token_ids, view), self._mirror.requests, None
+        token_ids, requests, settled = partial(self._last_tokens.fill, view), self._mirror.requests, None
         if self.drafter is not None:
             recorded = self.drafter.hidden(plan, view, requests, token_ids)
             if recorded is not None:
@@ -232,7 +230,7 @@ class Runner:
     def _replay(self, plan: StepPlan, cuda_graphs: GraphRunner, rows: Sequence[int]) -> Finish:
         """Run a decode step as a CUDA graph, with `rows` rows of each pcp index. Every row is sampled."""
         view = self._uniform_view(plan)
-        logits = cuda_graphs.logits(view, rows, self._token_ids(view))
+        logits = cuda_graphs.logits(view, rows, self._last_tokens.fill(view))
         return self._finish(view, logits, [], recorded=cuda_graphs.recorded_draw(rows))
 
     def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
@@ -259,7 +257,7 @@ class Runner:
         Ranks that do not return tokens sample too under async scheduling, because their next step needs the tokens, and
         where they draft from them.
         """
-        self._sampled_rows = {}
+        self._last_tokens.forget()
         returns = self._grid.returns_tokens(self._rank)
         if not view.samples or not (returns or self._async_scheduling or draft):
             if draft:
@@ -300,27 +298,9 @@ class Runner:
     def _enter(self, view: RankView) -> Tensor:
         """Hidden states [T, hidden] before this stage's layers: embedded, or received from the stage before."""
         if self._model.embedding is not None:
-            return self._model.embedding(self._token_ids(view))
+            return self._model.embedding(self._last_tokens.fill(view))
         shape = (len(view.token_ids), self._model.hidden_size)
         return self._groups.pipeline.receive(shape, self._model.dtype)
-
-    def _token_ids(self, view: RankView) -> Tensor:
-        """Token ids int64 [T]. Those of pending segments are taken from the tensor in which this rank sampled them."""
-        pending = view.pending
-        if not pending:
-            return self._integers(view.token_ids)
-        if isinstance(pending, DecodePending):
-            rows, names = list(pending.rows), pending.names
-        else:
-            rows, names = [one.row for one in pending], [one.request_id for one in pending]
-        sources, rows_before = [self._sampled_rows[name] for name in names], len(self._sampled)
-        if len(sources) == len(view.token_ids) == rows_before and sources == list(range(rows_before)):
-            return self._sampled  # the same requests as in the step before
-        # of each row its place in the tokens of the step before and, behind them, those of the plan
-        places, count = np.arange(rows_before, rows_before + len(view.token_ids)), len(view.token_ids)
-        places[rows] = sources
-        sent = to_device(torch.from_numpy(np.concatenate((places, view.token_ids))), self._device)
-        return torch.cat((self._sampled, sent[count:])).index_select(0, sent[:count])
 
     def _integers(self, values: Sequence[int]) -> Tensor:
         return integers(values, self._device)
@@ -331,8 +311,7 @@ class Runner:
         """Start sampling from `logits` [samples, vocab], with `recorded` if it can be."""
         sampling = self._sampler.start(logits, rows, recorded, late)
         if self._async_scheduling:
-            self._sampled = sampling.token_ids
-            self._sampled_rows = {name: number for number, name in enumerate(rows.names)}
+            self._last_tokens.keep(sampling.token_ids, rows.names)
         return sampling
 
     def _rows(self, samples: Sequence[SampleRequest]) -> SampleRows:

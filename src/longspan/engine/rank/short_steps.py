@@ -6,8 +6,8 @@ these graphs read; a step that fits none is run without a graph. Which step fits
 all ranks decide alike.
 
 If the plan says that some rows travel, all do: KV is written before attention, so queries find their own tokens too on
-the ranks that store them. Else segments read themselves from the cache, or where a rank stores only some pages of its
-TP group, which then sees nothing but fresh rows, from these.
+the ranks that store them. Else segments read themselves from the cache, if a rank stores all of their tokens. If it
+does not, because the ranks of a TP group share pages, segments see nothing but themselves, and read their fresh rows.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ShortSteps:
 
     def __init__(
         self, model: Model, attention: Attention, backend: RecordableBackend, recorder: Recorder,
-        sizes: Sequence[int] = SHORT_SIZES, longest: int | None = None, then: Callable[[Tensor], None] | None = None,
+        sizes: Sequence[int], longest: int | None = None, then: Callable[[Tensor], None] | None = None,
         carried: Carried | None = None, schedules: Sequence[str] = (), pcp: int = 1, shared: bool = False,
     ) -> None:  # fmt: skip
         self._model = model
@@ -122,9 +122,11 @@ class ShortSteps:
         if found is None:
             return None
         (rows, schedule), attention = found, self._attention
-        travels, fresh = schedule is not None, schedule is None and self._shared
         plan = plan if schedule is None else all_travel(plan, schedule)
-        view = rank_view(plan, requests, place, attention.windows, attention.moves, not fresh, travels)
+        view = rank_view(
+            plan, requests, place, attention.windows, attention.moves,
+            causal_runs=schedule is not None or not self._shared, through_shards=schedule is not None,
+        )  # fmt: skip
         return ShortStep(self, rows, schedule, view)
 
     def _size_of(self, plan: StepPlan) -> tuple[int, str | None] | None:
@@ -179,7 +181,7 @@ class ShortGraph:
 
     def __init__(
         self, parts: tuple[Model, Attention, RecordableBackend], size: StepSize,
-        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool = False,
+        then: Callable[[Tensor], None] | None, carried: Carried | None, shared: bool,
     ) -> None:  # fmt: skip
         self._model, self._attention, self._backend = parts
         self.size, self.longest = size.rows, size.longest

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from itertools import cycle
 
-from longspan.cache.pages import PageRef
 from longspan.config import DEFAULT_LOCAL_CONTEXT
+from longspan.engine.rank.made_up_steps import LOCAL, MadeUpRequest, plans_of, segment_of
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.runner import Runner
 from longspan.engine.setup import EngineSetup
-from longspan.plan.plan import Admission, Segment, StepPlan
+from longspan.plan.plan import StepPlan
 from longspan.request import SamplingParams
 
-_LOCAL = "local"
 _DENSE_UNTIL = 512  # lengths below this are tried closely: kernels and their variants change most there
 _FEW, _SEVERAL = 3, 17  # numbers of decode rows in a step
 _SHORT = tuple(1 << n for n in range(7))  # lengths of later chunks: one for each kind of tile for a few rows
 _LONG_ENOUGH = 640  # tokens before a later chunk, so that several programs share its rows
 _RUNS = 32  # of adjacent pages of a request on a shard, in long steps over several
-_TOKEN = 0
 _SAMPLING = (
     SamplingParams(temperature=0),
     SamplingParams(),
@@ -36,37 +32,6 @@ _SAMPLING = (
     SamplingParams(logprobs=1),
 )
 """Parameters that take different ways through the sampler."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A request of one warm-up."""
-
-    # its id
-    name: str
-    # the pcp index of each page, in position order
-    pcp_of_page: Sequence[int]
-    # how it is sampled
-    params: SamplingParams
-    # the shard of all its pages; None: those of each page's pcp index, in turn
-    home: int | None = None
-
-
-class _Pages:
-    """Hands out pages of every shard, and the next warm-up's from the first again.
-
-    They are adjacent, or with `run` in runs of so many adjacent ones, as in a pool in use: of every two runs the second
-    comes first.
-    """
-
-    def __init__(self, setup: EngineSetup, run: int) -> None:
-        self._shards = [cycle(shards) for shards in setup.grid.shards_of_pcp]
-        self._free = [_in_runs(pages, run) if run else iter(range(pages)) for pages in setup.pages_per_shard]
-
-    def of(self, request: _Request) -> tuple[PageRef, ...]:
-        """The pages of a request. Raises `StopIteration` if a shard has no more."""
-        shards = [next(self._shards[pcp]) if request.home is None else request.home for pcp in request.pcp_of_page]
-        return tuple([PageRef(shard, next(self._free[shard])) for shard in shards])
 
 
 def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
@@ -82,7 +47,7 @@ def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
             runner.step(plan)
     if runner.drafter is not None and setup.drafts_on_device:  # short chunks in steps with too many rows for a graph
         recorded, runner.drafter = runner.drafter, runner.drafter.with_graphs(None)
-        for plan in _scattered(setup, _LOCAL):
+        for plan in _scattered(setup, LOCAL):
             runner.step(plan)
         runner.drafter = recorded
 
@@ -90,10 +55,10 @@ def warm_up(runner: Runner, setup: EngineSetup, shown: bool) -> None:
 def warmup_plans(setup: EngineSetup) -> Iterator[StepPlan]:
     """The warm-up steps, in groups that leave no request behind."""
     for schedule in setup.possible_schedules:
-        for length in _lengths(setup, every=schedule == _LOCAL):
+        for length in _lengths(setup, every=schedule == LOCAL):
             yield from _prefill(setup, length, schedule)
-            if schedule == setup.possible_schedules[0] != _LOCAL:
-                yield from _prefill(setup, length, _LOCAL, chunks=1)  # sees itself only, so nothing travels
+            if schedule == setup.possible_schedules[0] != LOCAL:
+                yield from _prefill(setup, length, LOCAL, chunks=1)  # sees itself only, so nothing travels
                 yield from _at_home(setup, length)
         yield from _scattered(setup, schedule)
         for length, before, scattered in setup.backend.record.long_steps:
@@ -113,7 +78,7 @@ def _scattered(setup: EngineSetup, schedule: str) -> Iterator[StepPlan]:
 
     Only a few rows take tiles of their own, so the later chunks are short.
     """
-    if schedule != _LOCAL:
+    if schedule != LOCAL:
         for length in _lengths(setup, every=False):
             yield from _prefill(setup, length, schedule, scattered=True)
         return
@@ -208,32 +173,32 @@ def _lengths(setup: EngineSetup, every: bool) -> list[int]:
 def _prefill(
     setup: EngineSetup, length: int, schedule: str, scattered: bool = False, chunks: int = 2
 ) -> Iterator[StepPlan]:
-    """Chunks of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
+    """`chunks` of `length` tokens a pcp index: one that sees itself only, and one that sees the first one too.
 
     Under `local` every pcp index has a request of its own, else one request is spread over all of them.
     """
     page, pcps, requests = setup.config.cache.page_size, range(setup.grid.pcp), []
     pieces: list[list[tuple[str, int, int, int]]] = [[], []]  # of both chunks: request, pcp index, start, stop
-    local = schedule == _LOCAL
+    local = schedule == LOCAL
     for number, part in enumerate(
         _parts(length, setup.model.max_position_embeddings // (chunks if local else 2 * len(pcps)))
     ):
         if local:
             for pcp in pcps:
                 name = f"{number} of {pcp}"
-                requests.append(_Request(name, [pcp] * -(-2 * part // page), _SAMPLING[pcp % len(_SAMPLING)]))
+                requests.append(MadeUpRequest(name, [pcp] * -(-2 * part // page), _SAMPLING[pcp % len(_SAMPLING)]))
                 for chunk in range(2):
                     pieces[chunk].append((name, pcp, chunk * part, (chunk + 1) * part))
             continue
         pages = -(-part // page)  # whole pages, because a page has one writer
         requests.append(
-            _Request(f"{number}", [pcp for _ in range(2) for pcp in pcps for _ in range(pages)], _SAMPLING[0])
+            MadeUpRequest(f"{number}", [pcp for _ in range(2) for pcp in pcps for _ in range(pages)], _SAMPLING[0])
         )
         for place in range(2 * len(pcps)):
             chunk, pcp = divmod(place, len(pcps))
             pieces[chunk].append((f"{number}", pcp, place * pages * page, (place + 1) * pages * page))
-    steps = [[_segment(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
-    yield from _plans(setup, requests, steps[:chunks], schedule, int(scattered))
+    steps = [[segment_of(setup, *piece, schedule, prefill=True) for piece in chunk] for chunk in pieces]
+    yield from plans_of(setup, requests, steps[:chunks], schedule, int(scattered))
 
 
 def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
@@ -247,11 +212,11 @@ def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
         return
     pcps = {shard: pcp for pcp, shards in enumerate(setup.grid.shards_of_pcp) for shard in shards}
     requests = [
-        _Request(f"{shard}", [pcp] * -(-length // page), _SAMPLING[0], home=shard) for shard, pcp in pcps.items()
+        MadeUpRequest(f"{shard}", [pcp] * -(-length // page), _SAMPLING[0], home=shard) for shard, pcp in pcps.items()
     ]
-    chunks = [_segment(setup, f"{shard}", pcp, 0, length, _LOCAL, prefill=True) for shard, pcp in pcps.items()]
+    chunks = [segment_of(setup, f"{shard}", pcp, 0, length, LOCAL, prefill=True) for shard, pcp in pcps.items()]
     together = [chunks] if length * len(chunks) <= setup.config.scheduler.step_tokens else []
-    yield from _plans(setup, requests, [*([chunk] for chunk in chunks), *together], _LOCAL)
+    yield from plans_of(setup, requests, [*([chunk] for chunk in chunks), *together], LOCAL)
 
 
 def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered: bool) -> Iterator[StepPlan]:
@@ -261,7 +226,7 @@ def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered
     every pcp index has a request of its own, else one request is spread over all of them.
     """
     page, pcps, shards = setup.config.cache.page_size, range(setup.grid.pcp), len(setup.grid.shards_of_pcp[0])
-    local = schedule == _LOCAL
+    local = schedule == LOCAL
     held = before * shards // page  # pages of a pcp index
     most = -(-length // page)
     total = (held + most) * page * (1 if local else len(pcps))
@@ -269,22 +234,15 @@ def _long(setup: EngineSetup, length: int, before: int, schedule: str, scattered
     if too_long or length % page or (held + most) * page > _tokens_of_pcp(setup):
         return
     if local:
-        requests = [_Request(f"{pcp}", [pcp] * (held + most), _SAMPLING[0]) for pcp in pcps]
+        requests = [MadeUpRequest(f"{pcp}", [pcp] * (held + most), _SAMPLING[0]) for pcp in pcps]
         places = [(f"{pcp}", pcp, held * page) for pcp in pcps]
     else:
         order = [pcp for count in (held, most) for pcp in pcps for _ in range(count)]
-        requests = [_Request("0", order, _SAMPLING[0])]
+        requests = [MadeUpRequest("0", order, _SAMPLING[0])]
         places = [("0", pcp, (held * len(pcps) + pcp * most) * page) for pcp in pcps]
-    step = [_segment(setup, name, pcp, at, at + length, schedule, prefill=True) for name, pcp, at in places]
+    step = [segment_of(setup, name, pcp, at, at + length, schedule, prefill=True) for name, pcp, at in places]
     run = -(-(held + most) // shards // _RUNS) if scattered else 0
-    yield from _plans(setup, requests, [step], schedule, run)
-
-
-def _in_runs(pages: int, run: int) -> Iterator[int]:
-    """The numbers below `pages` in runs of `run`, of every two the second first."""
-    for first in range(0, pages, 2 * run):
-        yield from range(first + run, min(first + 2 * run, pages))
-        yield from range(first, min(first + run, pages))
+    yield from plans_of(setup, requests, [step], schedule, run)
 
 
 def _later_chunks(
@@ -297,27 +255,27 @@ def _later_chunks(
     """
     pages = -(-(before + max(lengths) + 3 * decode) // setup.config.cache.page_size)
     named = [(f"{n} of {pcp}", pcp, length) for n, length in enumerate(lengths) for pcp in range(setup.grid.pcp)]
-    requests = [_Request(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
+    requests = [MadeUpRequest(name, [pcp] * pages, _SAMPLING[0]) for name, pcp, _ in named]
 
     most = max(1, _longest(setup) // len(lengths))
     steps = [
-        [_segment(setup, name, pcp, start, min(start + most, before), _LOCAL, prefill=True) for name, pcp, _ in named]
+        [segment_of(setup, name, pcp, start, min(start + most, before), LOCAL, prefill=True) for name, pcp, _ in named]
         for start in range(0, before, most)
     ]
     steps.append([
-        _segment(setup, name, pcp, before, before + length, _LOCAL, prefill=True) for name, pcp, length in named
+        segment_of(setup, name, pcp, before, before + length, LOCAL, prefill=True) for name, pcp, length in named
     ])  # fmt: skip
     if decode:
-        requests.append(_Request("prompt", [0], _SAMPLING[0]))
+        requests.append(MadeUpRequest("prompt", [0], _SAMPLING[0]))
         rows = [
-            _segment(
-                setup, name, pcp, before + length, before + length + decode, _LOCAL, prefill=False,
+            segment_of(
+                setup, name, pcp, before + length, before + length + decode, LOCAL, prefill=False,
                 pending=decode if decode > 1 else 0, sample=decode,
             )
             for name, pcp, length in named
         ]  # fmt: skip
-        steps.append([*rows, _segment(setup, "prompt", 0, 0, 1, _LOCAL, prefill=True)])
-    yield from _plans(setup, requests, steps, _LOCAL, int(scattered))
+        steps.append([*rows, segment_of(setup, "prompt", 0, 0, 1, LOCAL, prefill=True)])
+    yield from plans_of(setup, requests, steps, LOCAL, int(scattered))
 
 
 def _parts(length: int, most: int) -> list[int]:
@@ -336,54 +294,20 @@ def _decode(
     With `prefill` there is a short prompt in each step, so that it is not recorded.
     """
     pcp, pages = setup.grid.pcp, _pages_of_row(setup, drafts)
-    requests = [_Request(f"{row}", [row % pcp] * pages, kinds[row % len(kinds)]) for row in range(rows)]
+    requests = [MadeUpRequest(f"{row}", [row % pcp] * pages, kinds[row % len(kinds)]) for row in range(rows)]
     steps = []
     for position in range(2):
         sample = 1 + drafts * position
         ahead = setup.drafts_ahead if drafts else setup.config.scheduler.async_scheduling
         steps.append([
-            _segment(
+            segment_of(
                 setup, f"{row}", row % pcp, position, position + sample, schedule, prefill=False,
                 pending=sample if position and ahead else 0, sample=sample,
             )
             for row in range(rows)
         ])  # fmt: skip
     if prefill:
-        requests.append(_Request("prompt", [0] * (2 * pages), kinds[0]))
+        requests.append(MadeUpRequest("prompt", [0] * (2 * pages), kinds[0]))
         for step, start in zip(steps, (0, 2), strict=True):
-            step.append(_segment(setup, "prompt", 0, start, start + 2, schedule, prefill=True))
-    yield from _plans(setup, requests, steps, schedule)
-
-
-def _segment(
-    setup: EngineSetup, name: str, pcp: int, start: int, stop: int, schedule: str, prefill: bool, pending: int = 0,
-    sample: int = 1,
-) -> Segment:  # fmt: skip
-    """A segment whose last `sample` rows are sampled. It needs pages of other ranks unless the schedule is `local`.
-
-    One with pending drafts has as much slack.
-    """
-    remote = 0 if schedule == _LOCAL else len(setup.model.layer_groups)
-    tokens = (_TOKEN,) * (stop - start - pending)
-    return Segment(
-        name, start, tokens, pcp, prefill, remote, sample=sample, pending=pending, slack=max(0, pending - 1)
-    )  # fmt: skip
-
-
-def _plans(
-    setup: EngineSetup, requests: Sequence[_Request], steps: Sequence[Sequence[Segment]], schedule: str,
-    run: int = 0,
-) -> Iterator[StepPlan]:  # fmt: skip
-    """A plan for each step's segments, and one that ends the requests. For `run` see `_Pages`."""
-    pages = _Pages(setup, run)
-    admitted = tuple(
-        Admission(
-            each.name, 1, 0, each.params, pages.of(each), (_TOKEN,) if each.params.needs_history else ()
-        )
-        for each in requests
-    )  # fmt: skip
-    schedules = (schedule,) * len(setup.model.layer_groups)
-    empty = StepPlan(0, (), (), (), (), (), (), schedules, schedules)
-    for number, segments in enumerate(steps):
-        yield replace(empty, admitted=() if number else admitted, segments=tuple(segments))
-    yield replace(empty, finished=tuple(each.name for each in requests))
+            step.append(segment_of(setup, "prompt", 0, start, start + 2, schedule, prefill=True))
+    yield from plans_of(setup, requests, steps, schedule)
