@@ -32,6 +32,8 @@ from longspan.engine.rank.rank_attention import build_attention, context_group, 
 from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.sampling.gumbel import draw_plainly
+from longspan.engine.rank.sampling.recorded import Draw
 from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.settled_rows import Carried
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes, unexpanded
@@ -117,6 +119,8 @@ def build_runner(
     context = LayerContext(RankLoader(store, sharding), tp, experts, _layer_ops(setup, store))
     model = _load(setup, store, context, sharding, shown=rank == 0)
     module = _draft_module(setup, store, rank, model, groups.tp)
+    everyone = (groups.tp, groups.context, stages)
+    draw = agreed_draw(everyone, store.device)
 
     def parts_with(setup: EngineSetup) -> RankParts:
         layers = range(*model_config.cached_layers(*sharding.extent("layers", model_config.num_layers)))
@@ -126,7 +130,7 @@ def build_runner(
         return RankParts(
             grid, rank, model, attention, groups, store.device,
             vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling),
-            experts=gathered,
+            draw=draw, experts=gathered,
             drafter=None if module is None else _drafter(setup, rank, (model, module), attention, group, gathered),
         )  # fmt: skip
 
@@ -138,7 +142,7 @@ def build_runner(
     if device_memory is not None:
         with progress_bar("measuring memory", 1, shown=rank == 0):
             use = measure(setup, device_memory, at_start, pilot)
-        memory = replace(use, pages=_smallest(use.room, (groups.tp, groups.context, stages), store.device))
+        memory = replace(use, pages=_smallest(use.room, everyone, store.device))
         require_room(memory, config.cache.gpu_memory_utilization)
         setup = setup.with_memory(memory)
     parts = parts_with(setup)
@@ -215,8 +219,7 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
         common, schedules = (parts.model, parts.attention, backend, recorder), setup.recorded_schedules
         moving, shared = [name for name in schedules if name], None not in schedules
         short = ShortSteps(*common, of_short, schedules=moving, pcp=pcp, shared=shared)
-    draw = batch_draw(parts.device.type)
-    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, parts.draw)
 
 
 def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBackend, most: int) -> GraphRunner | None:
@@ -232,6 +235,17 @@ def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBac
         _LOG.info("decode steps are not recorded: %s", reason)
         return None
     return recorded
+
+
+def agreed_draw(groups: Sequence[Collectives], device: torch.device) -> Draw | None:
+    """How batches are drawn on all ranks: by plain operations, if one rank cannot use kernels. See `_smallest`.
+
+    Ranks of a TP group each draw the tokens of the next step, and kernels round sums of probabilities differently.
+    """
+    draw = batch_draw(device.type)
+    if draw is None or _smallest(int(draw is not draw_plainly), groups, device):
+        return draw
+    return draw_plainly
 
 
 def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:
