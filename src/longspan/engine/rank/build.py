@@ -105,21 +105,19 @@ def build_runner(
 ) -> BuiltRank:
     """Build one rank.
 
-    `make_group` opens a group of ranks for this rank. All ranks must call `build_runner` at the same time, because
-    opening groups and measuring are collective.
+    `make_group` opens a group of this rank. All ranks must call this at the same time: they open groups and agree.
     """
     grid, model_config, config = setup.grid, setup.model, setup.config
     device_memory = CudaMemory(store.device) if config.cache.memory_measured else None
     at_start = device_memory.free() if device_memory else 0
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
     sharding = shardings[rank]
-    groups, stages = _open_groups(setup, rank, make_group)
+    groups, everyone = _open_groups(setup, rank, make_group)
     tp = _tensor_parallel(groups.tp, [shardings[peer] for peer in grid.tp_group(rank)], model_config.vocab_size)
     experts = _expert_group(setup, rank, shardings, make_group)
     context = LayerContext(RankLoader(store, sharding), tp, experts, _layer_ops(setup, store))
     model = _load(setup, store, context, sharding, shown=rank == 0)
     module = _draft_module(setup, store, rank, model, groups.tp)
-    everyone = (groups.tp, groups.context, stages)
     draw = agreed_draw(everyone, store.device)
 
     def parts_with(setup: EngineSetup) -> RankParts:
@@ -162,15 +160,15 @@ def build_runner(
 
 def _open_groups(
     setup: EngineSetup, rank: int, make_group: Callable[[Sequence[int]], Collectives]
-) -> tuple[Groups, Collectives]:
-    """The groups of a rank, and the one of its stages, which is in `Groups.pipeline`. Says how the TP group sums."""
+) -> tuple[Groups, Sequence[Collectives]]:
+    """The groups of a rank, and those that connect all ranks (see `_smallest`). Says how the TP group sums."""
     stages = make_group(setup.grid.pipeline_group(rank))
     tp, context = make_group(setup.grid.tp_group(rank)), make_group(setup.grid.context_group(rank))
     found = None if setup.config.parallel.disable_custom_all_reduce else tp.open_fast_sums()
     if found is not None and rank == 0:
         fast, how = found
         _LOG.log(logging.INFO if fast else logging.WARNING, "sums over the TP group: %s", how)
-    return Groups(tp, context, Pipeline(stages)), stages
+    return Groups(tp, context, Pipeline(stages)), (tp, context, stages)
 
 
 def _layer_ops(setup: EngineSetup, store: TensorStore) -> LayerOps:
