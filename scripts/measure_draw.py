@@ -86,7 +86,8 @@ def timed(some: Callable[[], None], device: str) -> float:
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e3 / 20
+    took: float = begin.elapsed_time(end)
+    return took * 1e3 / 20
 
 
 def main() -> None:
