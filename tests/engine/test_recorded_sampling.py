@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from longspan import SamplingParams
+from longspan.engine.rank import build
 from longspan.engine.rank.graphs import GraphRunner, graph_sizes
 from longspan.engine.rank.recorder import EagerRecorder
 from longspan.engine.rank.sampling.gumbel import draw_plainly
@@ -90,3 +91,15 @@ def test_rows_with_forbidden_tokens_are_drawn_beside_others_as_in_a_step_that_is
     found = outputs_of(llm, kinds)
     assert found == outputs_of(eager, kinds)
     assert set(found[1][0]) <= set(range(9))
+
+
+def test_a_rank_draws_as_the_ranks_have_agreed(tiny, monkeypatch):
+    rows = []
+
+    def draw(logits, parameters, positions):
+        rows.append(len(logits))
+        return draw_plainly(logits, parameters, positions)
+
+    monkeypatch.setattr(build, "agreed_draw", lambda groups, device: draw)
+    tiny().generate([prompt_of(5, 0)], SamplingParams(max_tokens=3))
+    assert rows == [1, 1, 1]

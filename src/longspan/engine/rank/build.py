@@ -32,6 +32,8 @@ from longspan.engine.rank.rank_attention import build_attention, context_group, 
 from longspan.engine.rank.recorder import CountedRecorder, CudaRecorder, KernelRecorder
 from longspan.engine.rank.runner import Groups, RankParts, Runner
 from longspan.engine.rank.sampling.grammar import Vocabulary
+from longspan.engine.rank.sampling.gumbel import draw_plainly
+from longspan.engine.rank.sampling.recorded import Draw
 from longspan.engine.rank.sampling.sampler import batch_draw
 from longspan.engine.rank.settled_rows import Carried
 from longspan.engine.rank.short_steps import SHORT_SIZES, ShortSteps, short_sizes, unexpanded
@@ -103,20 +105,20 @@ def build_runner(
 ) -> BuiltRank:
     """Build one rank.
 
-    `make_group` opens a group of ranks for this rank. All ranks must call `build_runner` at the same time, because
-    opening groups and measuring are collective.
+    `make_group` opens a group of this rank. All ranks must call this at the same time: they open groups and agree.
     """
     grid, model_config, config = setup.grid, setup.model, setup.config
     device_memory = CudaMemory(store.device) if config.cache.memory_measured else None
     at_start = device_memory.free() if device_memory else 0
     shardings = [Sharding(grid, r, model_config.num_q_heads, model_config.num_kv_heads) for r in range(grid.world_size)]
     sharding = shardings[rank]
-    groups, stages = _open_groups(setup, rank, make_group)
+    groups, everyone = _open_groups(setup, rank, make_group)
     tp = _tensor_parallel(groups.tp, [shardings[peer] for peer in grid.tp_group(rank)], model_config.vocab_size)
     experts = _expert_group(setup, rank, shardings, make_group)
     context = LayerContext(RankLoader(store, sharding), tp, experts, _layer_ops(setup, store))
     model = _load(setup, store, context, sharding, shown=rank == 0)
     module = _draft_module(setup, store, rank, model, groups.tp)
+    draw = agreed_draw(everyone, store.device)
 
     def parts_with(setup: EngineSetup) -> RankParts:
         layers = range(*model_config.cached_layers(*sharding.extent("layers", model_config.num_layers)))
@@ -126,7 +128,7 @@ def build_runner(
         return RankParts(
             grid, rank, model, attention, groups, store.device,
             vocabulary, config.cache.page_size, config.debug, bool(config.scheduler.async_scheduling),
-            experts=gathered,
+            draw=draw, experts=gathered,
             drafter=None if module is None else _drafter(setup, rank, (model, module), attention, group, gathered),
         )  # fmt: skip
 
@@ -138,7 +140,7 @@ def build_runner(
     if device_memory is not None:
         with progress_bar("measuring memory", 1, shown=rank == 0):
             use = measure(setup, device_memory, at_start, pilot)
-        memory = replace(use, pages=_smallest(use.room, (groups.tp, groups.context, stages), store.device))
+        memory = replace(use, pages=_smallest(use.room, everyone, store.device))
         require_room(memory, config.cache.gpu_memory_utilization)
         setup = setup.with_memory(memory)
     parts = parts_with(setup)
@@ -158,15 +160,15 @@ def build_runner(
 
 def _open_groups(
     setup: EngineSetup, rank: int, make_group: Callable[[Sequence[int]], Collectives]
-) -> tuple[Groups, Collectives]:
-    """The groups of a rank, and the one of its stages, which is in `Groups.pipeline`. Says how the TP group sums."""
+) -> tuple[Groups, Sequence[Collectives]]:
+    """The groups of a rank, and those that connect all ranks (see `_smallest`). Says how the TP group sums."""
     stages = make_group(setup.grid.pipeline_group(rank))
     tp, context = make_group(setup.grid.tp_group(rank)), make_group(setup.grid.context_group(rank))
     found = None if setup.config.parallel.disable_custom_all_reduce else tp.open_fast_sums()
     if found is not None and rank == 0:
         fast, how = found
         _LOG.log(logging.INFO if fast else logging.WARNING, "sums over the TP group: %s", how)
-    return Groups(tp, context, Pipeline(stages)), stages
+    return Groups(tp, context, Pipeline(stages)), (tp, context, stages)
 
 
 def _layer_ops(setup: EngineSetup, store: TensorStore) -> LayerOps:
@@ -216,8 +218,7 @@ def _graphs(setup: EngineSetup, parts: RankParts) -> GraphRunner | None:
             parts.model, parts.attention, backend, recorder, of_short,
             schedules=[name for name in schedules if name], pcp=pcp, shared=None not in schedules,
         )  # fmt: skip
-    draw = batch_draw(parts.device.type)
-    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, draw)
+    return GraphRunner(parts.model, parts.attention, backend, recorder, pcp, sizes, short, parts.draw)
 
 
 def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBackend, most: int) -> GraphRunner | None:
@@ -233,6 +234,17 @@ def _recorded_calls(setup: EngineSetup, parts: RankParts, backend: RecordableBac
         _LOG.info("decode steps are not recorded: %s", reason)
         return None
     return recorded
+
+
+def agreed_draw(groups: Sequence[Collectives], device: torch.device) -> Draw | None:
+    """How batches are drawn on all ranks: by plain operations, if one rank cannot use kernels. See `_smallest`.
+
+    Ranks of a TP group each draw the tokens of the next step, and kernels round sums of probabilities differently.
+    """
+    draw = batch_draw(device.type)
+    if draw is None or _smallest(int(draw is not draw_plainly), groups, device):
+        return draw
+    return draw_plainly
 
 
 def _smallest(number: int, groups: Sequence[Collectives], device: torch.device) -> int:

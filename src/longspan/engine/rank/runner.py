@@ -23,7 +23,7 @@ from longspan.engine.rank.page_store import PageStore
 from longspan.engine.rank.sampling.constraints import Constraint
 from longspan.engine.rank.sampling.grammar import Vocabulary
 from longspan.engine.rank.sampling.logprobs import start_scoring
-from longspan.engine.rank.sampling.recorded import RecordedDraw
+from longspan.engine.rank.sampling.recorded import Draw, RecordedDraw
 from longspan.engine.rank.sampling.rows import LateRows, SampleRow, SampleRows
 from longspan.engine.rank.sampling.sampler import Sampler, Sampling
 from longspan.engine.rank.settled_rows import SettledStep
@@ -85,6 +85,8 @@ class RankParts:
     debug: bool
     # whether a step may start before the tokens of the previous one are read
     async_scheduling: bool
+    # draws a batch of tokens; None: as the device of the logits decides
+    draw: Draw | None = None
     # recorded decode steps: CUDA graphs, or a CPU's calls of kernels; None if they are not recorded
     cuda_graphs: GraphRunner | None = None
     # offloaded pages; None without offload
@@ -121,7 +123,7 @@ class Runner:
         self._async_scheduling = parts.async_scheduling
         self._last_tokens = LastTokens(parts.device)  # kept under async scheduling only
         drafts_are_late = parts.drafter is not None and parts.drafter.accepted is not None
-        self._sampler = Sampler(drafts_are_late=drafts_are_late)
+        self._sampler = Sampler(parts.draw, drafts_are_late)
         self._mirror = Mirror(parts.page_size, grid.num_shards)
         self._constraints: dict[str, Constraint] = {}  # by id of requests whose tokens are constrained
         self._failed: dict[str, str] = {}  # why requests cannot go on, of which more steps may be in flight

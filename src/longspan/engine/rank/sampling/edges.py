@@ -24,6 +24,13 @@ _NOT_SPECIALISED = ["rows"]
 
 
 @triton.jit
+def peak_of(peaks, splits, row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest logit of a row."""
+    column = tl.arange(0, COLUMNS)
+    return tl.max(tl.load(peaks + row * splits + column, mask=column < splits, other=float("-inf")), 0)
+
+
+@triton.jit
 def store_bound(groups, number, top_k, bound, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A logit that at least `top_k` tokens reach: the k-th of the largest of `number` groups. -inf if they are fewer.
 
@@ -79,8 +86,7 @@ def edges_kernel(  # type: ignore[no-untyped-def]
     temperature, top_p = parameter(table, 2, rows, row).to(tl.float32), parameter(table, 3, rows, row)
     limited = tl.load(table + rows + row) < vocabulary
     if (temperature > 0) & (limited | (top_p < 1.0)):
-        column = tl.arange(0, COLUMNS)
-        peak = tl.max(tl.load(peaks + row * splits + column, mask=column < splits, other=float("-inf")), 0)
+        peak = peak_of(peaks, splits, row, COLUMNS)
         ids = split * BLOCK + tl.arange(0, BLOCK)
         scaled = divided(shifted_logits(logits, stride, row, ids, ids < vocabulary, peak), temperature)
         key = key_of(scaled)

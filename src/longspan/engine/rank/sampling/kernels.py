@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.attention.rows import unit_stride
 from longspan.early_launch import early_options, wait_for_inputs
-from longspan.engine.rank.sampling.edges import edges_kernel, store_bound
+from longspan.engine.rank.sampling.edges import edges_kernel, peak_of, store_bound
 from longspan.engine.rank.sampling.gumbel import DrawParameters
 from longspan.engine.rank.sampling.scores import (
     CLOSE,
@@ -37,7 +37,7 @@ from longspan.engine.rank.sampling.scores import (
     seed_of,
     shifted_logits,
 )
-from longspan.engine.rank.sampling.winner import best_of_blocks, peak_of, store_peak, winner_kernel
+from longspan.engine.rank.sampling.winner import best_of_blocks, store_peak, winner_kernel
 
 BLOCK = tl.constexpr(2048)  # tokens of a program
 LISTED = 8192  # tokens that fit the list of a row with top-k; of a row with more the whole vocabulary is read instead

@@ -22,16 +22,20 @@ _KINDS = (
 
 
 def tried(draw: Draw, reference: Draw, device: torch.device) -> Draw:
-    """`draw` if it runs on the device and gives the tokens of `reference` there, else `reference`, with a warning."""
+    """`draw` if it runs on the device and gives the tokens of `reference` there, else `reference`, with a warning.
+
+    Greedy rows, rows without filters and others are tried apart, because kernels are compiled for each of them.
+    """
     params = [kind for kind in _KINDS for _ in range(2)]
     logits = torch.randn(len(params), _VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
     logits, positions = logits.to(device, torch.bfloat16), torch.arange(len(params), device=device)
-    parameters = DrawParameters.of(params, range(len(params)), device)
+    filtered, plain = (DrawParameters.of(some, range(len(params)), device) for some in (params, params[:4] * 3))
     try:
-        found, problem = draw(logits, parameters, positions).tolist(), "other tokens than plain operations"
+        found = [draw(logits, parameters, positions).tolist() for parameters in (filtered, plain, None)]
+        problem = "other tokens than plain operations"
     except Exception as error:  # whatever a compiler or a driver raises
-        found, problem = None, f"{type(error).__name__}: {error}"
-    if found == reference(logits, parameters, positions).tolist():
+        found, problem = [], f"{type(error).__name__}: {error}"
+    if found == [reference(logits, parameters, positions).tolist() for parameters in (filtered, plain, None)]:
         return draw
     _LOG.warning("the kernels that draw tokens are not used on %s: %s; sampling is slower", device, problem)
     return reference

@@ -32,13 +32,6 @@ _NOT_SPECIALISED = ["rows"]
 
 
 @triton.jit
-def peak_of(peaks, splits, row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest logit of a row."""
-    column = tl.arange(0, COLUMNS)
-    return tl.max(tl.load(peaks + row * splits + column, mask=column < splits, other=float("-inf")), 0)
-
-
-@triton.jit
 def best_of_blocks(peaks, best, splits, row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """(the largest logit of a row's blocks, those of all of them, the id of the largest: the first of equal ones)."""
     column = tl.arange(0, COLUMNS)
