@@ -138,9 +138,9 @@ def test_a_best_token_that_is_not_kept_gives_way_to_one_before_it():
         assert row[drawn[4 * i + 3]] >= row.max() + math.log(0.9999)
 
 
-def test_top_p_is_of_what_top_k_keeps_where_the_kth_token_is_one_of_many_in_its_bin():
+def test_top_p_is_of_what_top_k_keeps_where_many_tokens_are_near_the_kth():
     logits = torch.cat((-0.1 * torch.arange(10), -1.0 - 1e-5 * torch.arange(40)))
-    rows = 20 if DEVICE == "cpu" else 400
+    rows = 10 if DEVICE == "cpu" else 400
     assert max(assert_same(logits.expand(rows, -1), [{"top_k": 11, "top_p": 0.8}])) < 8
 
 
