@@ -553,7 +553,9 @@ def test_what_is_made_from_the_logits_of_many_rows_is_made_for_some_at_a_time(
 # --- what cannot be sampled -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(), SamplingParams(presence_penalty=1.0)])
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(), SamplingParams(presence_penalty=1.0), SamplingParams(logprobs=2)]
+)
 def test_nan_logits_end_their_request_and_no_other(params: SamplingParams) -> None:
     logits = torch.zeros(3, 40)
     logits[1, 17] = math.nan

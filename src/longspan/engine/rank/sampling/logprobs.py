@@ -42,7 +42,8 @@ def describe(logits: Tensor, token_ids: Tensor, count: int) -> list[Tensor]:
     if not count:
         ids = token_ids.new_empty(len(logits), 0)
     elif logits.device.type == "cpu":
-        ids = torch.stack([best(row, count)[:count] for row in logits])
+        ordered = logits.nan_to_num(float("-inf"), float("inf"), float("-inf"))  # a row that holds NaN ends alone
+        ids = torch.stack([best(row, count)[:count] for row in ordered])
     else:
         ids = most_likely(logits, count)
     return [sampled, ids, logits.gather(1, ids) - normaliser]
