@@ -5,7 +5,8 @@
 Logits are bf16: flat ones, as a random model has them, those of a few likely tokens, and those of one. SOURCE is the
 `src` folder of another version, as `git worktree add /tmp/old REVISION` makes one. Versions run in turn, each in a
 process of its own; a time is the median of the rounds. Tokens are those of 64 positions a case. On a CPU the kernels
-run in Triton's interpreter, which shows that the script works and nothing more. Prints a table and one JSON object.
+run in Triton's interpreter, which shows that the script works and nothing more. Prints a table to the standard error,
+and one JSON object.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def main() -> None:
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in sources}
     for _ in range(options.rounds):
         for name, source in sources.items():
-            environment = {**os.environ, "PYTHONPATH": source}
+            paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
             if options.device == "cpu":
                 environment["TRITON_INTERPRET"] = "1"
             command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
@@ -125,7 +127,7 @@ def main() -> None:
         same = len({found[0][case]["tokens"] for found in rounds.values()}) == 1
         table.append({"case": case, **times, "same_tokens": same})
         shown = "  ".join(f"{name} {took:8.1f}" for name, took in times.items())
-        print(f"{case:26} {shown}  {'' if same else 'OTHER TOKENS'}")
+        print(f"{case:26} {shown}  {'' if same else 'OTHER TOKENS'}", file=sys.stderr)
     device = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     print(json.dumps({"device": device, "vocabulary": options.vocabulary, "microseconds": table}))
 

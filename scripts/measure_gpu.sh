@@ -52,6 +52,8 @@ wait
 
 steps dense 75 "$models/llama" max_num_batched_tokens=8192 --kernels 12
 steps mixture 75 "$models/deepseek" max_num_batched_tokens=8192 --cases 1x1024,16x1024 --prefill 8192
+part draw 45 "$python" scripts/measure_draw.py --rounds 2 ${BASE:+--other base="$BASE"}
+grep -hE '^ ' "$folder/draw.log"
 bench decode 35 attention --heads gqa,mla,mla16 --backends triton --prefill "" --shared-context 0 --batch 1,64 \
     --cached 8192,131072
 bench prefill 35 attention --heads gqa --backends triton --batch "" --shared-context 0
