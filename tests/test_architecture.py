@@ -56,9 +56,9 @@ FORBIDDEN = {
 """What a package or file must not import: the last column of the table in docs/architecture.md."""
 
 ORDER = (
-    "version", "errors", "clock", "early_launch", "private_folder", "secret_file", "compiled", "request", "config",
-    "cache", "plan", "parallel", "attention", "scheduler", "models", "weights", "disaggregation", "engine", "llm",
-    "server", "bench", "planner", "cli",
+    "version", "errors", "clock", "early_launch", "norm_arithmetic", "private_folder", "secret_file", "compiled",
+    "request", "config", "cache", "plan", "parallel", "attention", "scheduler", "models", "weights", "disaggregation",
+    "engine", "llm", "server", "bench", "planner", "cli",
 )  # fmt: skip
 """Packages, lowest first: each imports only what stands before it."""
 

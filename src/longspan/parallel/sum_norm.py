@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longspan.early_launch import early_options, wait_for_inputs
+from longspan.norm_arithmetic import normalised
 
 _DTYPE = torch.bfloat16
 _ROWS = 64  # of a launch, at most; so many programs run at the same time, which waiting for each other needs
@@ -127,10 +128,7 @@ def sum_norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annot
         values += parts[member].to(tl.float32)
     values = (before + values.to(kind).to(tl.float32)).to(kind)
     tl.store(total + row * WIDTH + column, values, mask=inside)
-    values = values.to(tl.float32)
-    scale = tl.rsqrt(tl.div_rn(tl.sum(values * values, axis=0), WIDTH * 1.0) + eps)
-    normed = (values * scale).to(kind).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (normed * factor).to(kind), mask=inside)
+    tl.store(out + row * WIDTH + column, normalised(values.to(tl.float32), factor, eps, kind, WIDTH), mask=inside)
     tl.store(turns + row, turn)
 
 

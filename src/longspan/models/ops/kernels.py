@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from longspan.early_launch import wait_for_inputs
+from longspan.norm_arithmetic import normalised
 
 
 @triton.jit
@@ -34,10 +35,9 @@ def norm_kernel(  # type: ignore[no-untyped-def]  # the compiler reads annotatio
         values += tl.load(residual + row * strides[1] + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * WIDTH + column, values.to(kind), mask=inside)
         values = values.to(kind).to(tl.float32)
-    scale = tl.rsqrt(tl.div_rn(tl.sum(values * values, axis=0), WIDTH * 1.0) + eps)
-    normed = (values * scale).to(kind).to(tl.float32)
+    normed = normalised(values, factor, eps, kind, WIDTH)
     tl.debug_barrier()  # out may be x, and a thread may store where another one has to load first
-    tl.store(out + row * strides[2] + column, (normed * factor).to(kind), mask=inside)
+    tl.store(out + row * strides[2] + column, normed, mask=inside)
 
 
 @triton.jit(do_not_specialize=("rows",))
