@@ -125,11 +125,12 @@ ATTENTION = (
     ),
     Fault(
         "a rank's own rows decide which graph a short step has", "engine/rank/short_steps.py",
-        "rows[segment.pcp] += segment.length", "rows[0] += segment.length", (f"{_SHORT}[llama-pcp]",),
+        "max(rows_of_pcp(plan.segments, self._pcp))", "sum(rows_of_pcp(plan.segments, self._pcp))",
+        (f"{_SHORT}[llama-pcp]",),
     ),
     Fault(
         "short steps are recorded under a schedule that was not", "engine/rank/short_steps.py",
-        "if size is None or others or schedule not in self._schedules", "if size is None",
+        "None if others or schedule not in self._schedules else (size, schedule)", "(size, schedule)",
         ("tests/engine/test_recorded_decode.py::test_a_short_step_takes_a_schedule_that_can_be_recorded",),
     ),
     Fault(

@@ -6,6 +6,7 @@ rank carries them out. A plan's size is O(new tokens): pages and tokens that wer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -117,6 +118,14 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
 def window_start(position: int, window: int | None) -> int:
     """The first position that the token at `position` sees; `window` counts its own, None sees all."""
     return 0 if window is None else max(0, position + 1 - window)
+
+
+def rows_of_pcp(segments: Iterable[Segment], count: int) -> list[int]:
+    """The number of rows of each of `count` pcp indices."""
+    rows = [0] * count
+    for segment in segments:
+        rows[segment.pcp] += segment.length
+    return rows
 
 
 def unmasked_until(start: int, stop: int) -> int:

@@ -37,7 +37,7 @@ from longspan.parallel.pipeline import Pipeline
 from longspan.parallel.trace import STEP
 from longspan.plan.decode import DecodeSamples, decode_view
 from longspan.plan.mirror import Mirror
-from longspan.plan.plan import StepPlan
+from longspan.plan.plan import StepPlan, rows_of_pcp
 from longspan.plan.reach import Place
 from longspan.plan.result import StepResult
 from longspan.plan.view import RankView, SampleRequest, ScoredRows, rank_view
@@ -198,18 +198,17 @@ class Runner:
         scores = [read for rows in view.scored for read in self._score(hidden, rows, self._model.head, returns)]
         draft = None
         if self.drafter is not None:
-            step = SampledStep(plan, view, hidden, hidden[:0], settled)  # `_draft` has what is drawn
-            draft = partial(self._draft, self.drafter, step)
+            draft = partial(self._draft, self.drafter, partial(SampledStep, plan, view, hidden, settled=settled))
         if not view.samples:
             return self._finish(view, hidden, scores, draft)
         sampled = self._integers([wanted.row for wanted in view.samples])
         late = None if settled is None else LateRows(settled.rows.shifts[sampled], settled.rows.token_ids[sampled])
         return self._finish(view, self._model.head(hidden[sampled]), scores, draft, late=late)
 
-    def _draft(self, drafter: Drafter, step: SampledStep, drawn: Tensor) -> ReadDrafts:
-        """Start drafting after the rows with the outcome `drawn` int64 [2, samples]."""
+    def _draft(self, drafter: Drafter, step: Callable[[Tensor], SampledStep], drawn: Tensor) -> ReadDrafts:
+        """Start drafting after the rows with the outcome `drawn` int64 [2, samples]; `step` makes the step of it."""
         with self._groups.context.traffic.within("drafts"):
-            return drafter.draft(replace(step, drawn=drawn), self._mirror.requests)
+            return drafter.draft(step(drawn), self._mirror.requests)
 
     def _hidden(self, plan: StepPlan, view: RankView, short: ShortStep | None) -> tuple[Tensor, SettledStep | None]:
         """Hidden states [T, hidden] after the layers of this stage, and the rows where the device has found them."""
@@ -222,7 +221,7 @@ class Runner:
         elif short is not None:
             return short.hidden(token_ids), None
         if self._experts is not None:
-            self._experts.expect(self._rows_of_pcp(plan))
+            self._experts.expect(rows_of_pcp(plan.segments, self._grid.pcp))
         if settled is not None and self._model.embedding is not None:
             attend, rows = settled.attend(self._attention, view), settled.rows
             return self._model.layers(self._model.embedding(rows.token_ids), rows.positions, attend), settled
@@ -234,12 +233,6 @@ class Runner:
         view = self._uniform_view(plan)
         logits = cuda_graphs.logits(view, rows, self._last_tokens.fill(view))
         return self._finish(view, logits, [], recorded=cuda_graphs.recorded_draw(rows))
-
-    def _rows_of_pcp(self, plan: StepPlan) -> list[int]:
-        rows = [0] * self._grid.pcp
-        for segment in plan.segments:
-            rows[segment.pcp] += segment.length
-        return rows
 
     def _uniform_view(self, plan: StepPlan) -> RankView:
         """This rank's share of the `uniform` step."""

@@ -30,7 +30,7 @@ from longspan.engine.setup import EngineSetup
 from longspan.models.context import Attend, Model
 from longspan.plan.mirror import KnownRequest
 from longspan.plan.places import RowPlaces
-from longspan.plan.plan import StepPlan, all_travel
+from longspan.plan.plan import StepPlan, all_travel, rows_of_pcp
 from longspan.plan.reach import Place
 from longspan.plan.view import RankView, rank_view
 
@@ -134,15 +134,16 @@ class ShortSteps:
 
         Rows are those of the fullest pcp index: what is exchanged has one shape on all ranks.
         """
-        rows = [0] * self._pcp
+        most = max(rows_of_pcp(plan.segments, self._pcp))
+        size = next((size for size in self.sizes if size >= most), None)
+        if size is None:
+            return None
         moving: set[str] = set()
         for segment in plan.segments:
-            rows[segment.pcp] += segment.length
             schedules = plan.prefill_schedules if segment.prefill else plan.decode_schedules
             moving.update(schedules[: segment.num_remote_groups])
-        size = next((size for size in self.sizes if size >= max(rows)), None)
         schedule, *others = moving or (None,)
-        return None if size is None or others or schedule not in self._schedules else (size, schedule)
+        return None if others or schedule not in self._schedules else (size, schedule)
 
     def hidden(self, view: RankView, token_ids: Callable[[], Tensor], places: RowPlaces | None = None) -> Tensor | None:
         """Hidden states [T, hidden] of a step of a rank alone. `token_ids` gives int64 [T] on the device.

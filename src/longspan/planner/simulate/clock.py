@@ -11,7 +11,7 @@ from typing import Protocol
 
 from longspan.cache.pages import PageTable
 from longspan.parallel.grid import Grid
-from longspan.plan.plan import Segment, StepPlan
+from longspan.plan.plan import Segment, StepPlan, rows_of_pcp
 from longspan.planner.step import Chunk, StepTime
 
 _GROWTH = 64  # the time of a decode step is computed again when contexts have grown by 1/64
@@ -65,8 +65,6 @@ class StepClock:
     def _chunk(self, segments: Sequence[Segment], table: PageTable) -> Chunk:
         """The chunk of one request, from its segments in position order."""
         start, stop, prefill = segments[0].start, segments[-1].stop, segments[0].prefill
-        rows = [0] * self._grid.pcp
-        for segment in segments:
-            rows[segment.pcp] += segment.length
+        rows = tuple(rows_of_pcp(segments, self._grid.pcp))
         seen = tuple(table.visible(shard, stop) for shard in range(self._grid.num_shards))
-        return Chunk(stop - start, start, tuple(rows), seen, prefill)
+        return Chunk(stop - start, start, rows, seen, prefill)
