@@ -20,7 +20,7 @@ SCHEDULING_POLICY_NAMES = ("fcfs", "priority")
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """How requests are batched. `step_tokens` and `running_limit` are the effective limits."""
+    """How requests are batched. `step_tokens`, `running_limit` and `local_limit` are the effective limits."""
 
     max_num_batched_tokens: int | None = option(
         None,
@@ -91,6 +91,11 @@ class SchedulerConfig:
             return self.max_num_seqs
         return min(DEFAULT_RUNNING, self.step_tokens)
 
+    @property
+    def local_limit(self) -> int:
+        """Maximum tokens of a context that stays on one shard: the given number, or 512. See `on_shards`."""
+        return DEFAULT_LOCAL_CONTEXT if self.local_context is None else self.local_context
+
     def on_gpus(self, pcp: int) -> SchedulerConfig:
         """A copy for `pcp` ranks that share the tokens of a step on GPUs. A given number of tokens is kept."""
         tokens = self.max_num_batched_tokens or max(GPU_STEP_TOKENS * pcp, self.max_num_seqs or 0)
@@ -104,4 +109,4 @@ class SchedulerConfig:
                 asked <= tokens, "local_context", asked, f"exceeds the {tokens} tokens the largest shard holds",
                 f"use at most {tokens}, or give the KV cache more memory",
             )  # fmt: skip
-        return replace(self, local_context=min(DEFAULT_LOCAL_CONTEXT, tokens) if asked is None else asked)
+        return replace(self, local_context=min(self.local_limit, tokens))

@@ -13,7 +13,7 @@ from longspan.cache.manager import CacheManager
 from longspan.cache.offload import OffloadIndex
 from longspan.cache.placement import home_shard, shard_for_page
 from longspan.cache.prefix import Key
-from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
+from longspan.config import SchedulerConfig
 from longspan.parallel.grid import Grid
 from longspan.scheduler.sequence import SequenceState
 
@@ -73,9 +73,8 @@ class PageLoader:
     def _shards_for(self, sequence: SequenceState) -> Sequence[int]:
         """The shards to which a request's pages are loaded: one for a short context, else all."""
         everywhere = range(self.cache.num_shards)
-        local = DEFAULT_LOCAL_CONTEXT if self.config.local_context is None else self.config.local_context
         strict = self.config.schedule == "local"
-        if not strict and len(sequence.tokens) > local:
+        if not strict and len(sequence.tokens) > self.config.local_limit:
             return everywhere
         held = {page.shard for page in sequence.table.pages}
         if len(held) == 1:

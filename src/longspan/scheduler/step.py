@@ -12,7 +12,7 @@ from longspan.attention.workload import PhaseWorkload
 from longspan.cache.manager import CacheManager
 from longspan.cache.pages import PageRef, PageTable
 from longspan.cache.placement import home_shard, shard_for_decode, shard_for_page
-from longspan.config import DEFAULT_LOCAL_CONTEXT, SchedulerConfig
+from longspan.config import SchedulerConfig
 from longspan.errors import EngineError
 from longspan.parallel.grid import Grid
 from longspan.plan.drafts import drafted_behind
@@ -34,7 +34,7 @@ class StepBuilder:
         self.preempted = False
         self.segments: list[Segment] = []
         self._strictly_local = config.schedule == "local"
-        self._local_context = DEFAULT_LOCAL_CONTEXT if config.local_context is None else config.local_context
+        self._local_context = config.local_limit
         # how many draft tokens the ranks compute with layers of the model
         self._drafts_of_model = config.speculative.tokens if config.speculative and config.speculative.by_model else 0
         self._cache = cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
-from longspan.config import DEFAULT_LOCAL_CONTEXT
 from longspan.engine.rank.made_up_steps import LOCAL, MadeUpRequest, plans_of, segment_of
 from longspan.engine.rank.progress import with_progress
 from longspan.engine.rank.runner import Runner
@@ -206,8 +205,7 @@ def _at_home(setup: EngineSetup, length: int) -> Iterator[StepPlan]:
 
     Only the rank that stores a chunk reads it from the cache. Nothing for a length of which no context has a home.
     """
-    page, asked = setup.config.cache.page_size, setup.config.scheduler.local_context
-    most = DEFAULT_LOCAL_CONTEXT if asked is None else asked
+    page, most = setup.config.cache.page_size, setup.config.scheduler.local_limit
     if not 1 < length <= min(most, setup.max_model_len, min(setup.pages_per_shard) * page):
         return
     pcps = {shard: pcp for pcp, shards in enumerate(setup.grid.shards_of_pcp) for shard in shards}
